@@ -1,0 +1,1 @@
+"""What runs at an institution: the only code that touches private text."""

@@ -1,0 +1,1 @@
+"""What institutions, coordinators and researchers share: values, privacy accounting, the ledger, the model."""

@@ -1,0 +1,192 @@
+"""What coordinator and institutions say to each other, as frozen values without a transport.
+
+A `RunManifest` fixes everything public about a run; its digest names the run. A `RoundPlan` is bound to that
+digest, to one attempt and to the digest of the adapter it starts from. An `Update` answers exactly one plan.
+Canonical bytes are UTF-8 JSON with sorted keys and no white space; floats are Python's shortest round trip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fedlora.common.errors import BadInput
+from fedlora.common.state import Vector
+
+VERSION = 1
+MAX_MESSAGE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of rounds that share one mechanism and one local recipe. All fields are public.
+
+    A step draws every privacy unit with probability `sampling_rate`, clips each unit's gradient to L2 norm
+    `clip` (or, where `head_clip` is not 0, head and LoRA coordinates separately to `head_clip` and `clip`),
+    sums, adds Gaussian noise and divides by `expected_units`. `noise_multiplier` is relative to the total
+    L2 sensitivity, whatever the groups: Σ (C_g / s_g)² = 1 / noise_multiplier².
+    """
+
+    name: str  # "head": only the head trains, on cached features; "adapter": head and LoRA train
+    rounds: int
+    attempts: int  # rounds + spare rounds: what the noise is calibrated for
+    steps: int  # local steps of a round
+    sampling_rate: float
+    expected_units: float
+    noise_multiplier: float  # 0 where the run is not private
+    clip: float
+    head_clip: float
+    optimizer: str  # the node's: "sgd" or "adamw"
+    learning_rate: float
+    carry_optimizer: bool
+    proximal_mu: float
+
+
+@dataclass(frozen=True)
+class RunManifest:
+    """Everything public about a run; a changed field is a new run."""
+
+    federation: str
+    task: str
+    labels: tuple[str, ...]
+    base_digest: str
+    spec_digest: str
+    max_length: int
+    mode: str  # "record", "client" or "none"
+    unit: str  # the column that names the privacy unit; "" is the record
+    epsilon: float  # of the whole schedule; 0 where the run is not private
+    delta: float
+    strategy: str
+    participation: float
+    minimum_cohort: int
+    seed: int
+    phases: tuple[Phase, ...]
+    version: int = VERSION
+
+    def to_bytes(self) -> bytes:
+        return _canonical(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RunManifest:
+        table = _table(data, "manifest")
+        phases = table.get("phases")
+        if not isinstance(phases, list):
+            raise BadInput("manifest phases: missing, expected a list")
+        table["phases"] = tuple(_build(Phase, phase, "manifest phase") for phase in phases)
+        labels = table.get("labels")
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise BadInput("manifest labels: expected a list of strings")
+        table["labels"] = tuple(labels)
+        manifest = _build(cls, table, "manifest")
+        if manifest.version != VERSION:
+            raise BadInput(f"manifest version: found {manifest.version}, expected {VERSION}")
+        return manifest
+
+    @property
+    def digest(self) -> str:
+        return "sha256:" + hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @property
+    def rounds(self) -> int:
+        return sum(phase.rounds for phase in self.phases)
+
+    def phase_of(self, round_number: int) -> int:
+        """Index of the phase that round `round_number` (from 1) belongs to."""
+        last = 0
+        for index, phase in enumerate(self.phases):
+            last += phase.rounds
+            if 1 <= round_number <= last:
+                return index
+        raise BadInput(f"round: found {round_number}, expected 1 to {last}")
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """One attempt at one round. Attempts count from 1 over the whole run and are never used twice."""
+
+    manifest: str  # digest
+    phase: int
+    round: int
+    attempt: int
+    adapter: str  # digest of the state that the round starts from
+
+    def to_bytes(self) -> bytes:
+        return _canonical(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RoundPlan:
+        return _build(cls, _table(data, "plan"), "plan")
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """An institution's answer to a plan: new adapter minus old one, float32 (spec.size,), already noised."""
+
+    client: str
+    manifest: str
+    round: int
+    attempt: int
+    delta: Vector
+
+    def check(self, plan: RoundPlan, size: int) -> None:
+        """BadInput unless this answers `plan` with `size` finite coordinates."""
+        where = f"update of {self.client}"
+        found = (self.manifest, self.round, self.attempt)
+        if found != (plan.manifest, plan.round, plan.attempt):
+            raise BadInput(
+                f"{where}: found round {self.round} attempt {self.attempt} of {self.manifest[:14]}, expected "
+                f"round {plan.round} attempt {plan.attempt} of {plan.manifest[:14]}"
+            )
+        if self.delta.shape != (size,) or self.delta.dtype != np.float32:
+            raise BadInput(f"{where}: found {self.delta.dtype} {self.delta.shape}, expected float32 ({size},)")
+        if not np.isfinite(self.delta).all():
+            raise BadInput(f"{where}: found a value that is not finite")
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _table(data: bytes, where: str) -> dict[str, Any]:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise BadInput(f"{where}: found {len(data)} bytes, expected at most {MAX_MESSAGE_BYTES}")
+    try:
+        table = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: found bytes that are not JSON ({error})") from error
+    if not isinstance(table, dict):
+        raise BadInput(f"{where}: found {type(table).__name__}, expected a table")
+    return table
+
+
+T = TypeVar("T")
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+
+
+def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """Construct a message dataclass from outside data; every missing, extra or mistyped field is named."""
+    if not isinstance(table, Mapping):
+        raise BadInput(f"{where}: found {type(table).__name__}, expected a table")
+    names = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
+    faults = [f"{where} {name}: unknown field" for name in table if name not in names]
+    for name, kind in names.items():
+        if name not in table:
+            faults.append(f"{where} {name}: missing")
+        elif kind in _KINDS and not _is(table[name], kind):
+            faults.append(f"{where} {name}: found {table[name]!r}, expected {kind}")
+    if faults:
+        raise BadInput(faults)
+    values = {name: float(v) if names[name] == "float" else v for name, v in table.items()}
+    return cls(**values)
+
+
+def _is(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "bool"
+    return isinstance(value, _KINDS[kind]) and (kind != "float" or math.isfinite(value))

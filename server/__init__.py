@@ -1,0 +1,1 @@
+"""What a coordinator runs: the round loop, aggregation strategies and checkpoints."""

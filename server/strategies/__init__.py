@@ -1,0 +1,1 @@
+"""Aggregation strategies: how the updates of a round become the next adapter."""

@@ -1,0 +1,1 @@
+"""Many institutions on one machine: partitions, the in-process engine, reports, benchmarks."""
