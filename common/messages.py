@@ -53,6 +53,7 @@ class RunManifest:
     """Everything public about a run; a changed field is a new run."""
 
     federation: str
+    run: str  # random, so that one configuration run twice is two runs and is charged twice
     task: str
     labels: tuple[str, ...]
     base_digest: str

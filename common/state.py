@@ -111,7 +111,7 @@ class AdapterState:
 
     def to_bytes(self) -> bytes:
         """The state as a safetensors file."""
-        return bytes(save({name: np.ascontiguousarray(value) for name, value in self.named().items()}))
+        return bytes(save(self.named()))
 
     @classmethod
     def from_bytes(cls, data: bytes, spec: AdapterSpec, where: str = "adapter") -> AdapterState:
