@@ -1,0 +1,50 @@
+# Everything a newcomer needs: `make demo`, `make test`. Both create .venv and install what they need.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+export TRANSFORMERS_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
+export RAY_USAGE_STATS_ENABLED = 0
+
+.PHONY: demo test lint types chaos bench wheel clean help
+
+help:            ## what there is
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
+
+demo: $(VENV)/demo  ## a private federation on a synthetic corpus, ending with a report
+	$(BIN)/fedlora-sim quickstart --out runs/quickstart
+
+test: $(VENV)/dev  ## linters, types, all tests but the long ones
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not chaos"
+
+chaos: $(VENV)/dev  ## kill runs at random moments, many times
+	$(BIN)/python -m pytest -m chaos
+
+bench: $(VENV)/dev  ## the benchmarks whose figures docs/ quotes
+	mkdir -p runs/bench
+	$(BIN)/python simulations/benchmarks/private_step.py --json runs/bench/private_step.json
+	$(BIN)/python simulations/benchmarks/scale.py --json runs/bench/scale.json
+
+wheel: $(VENV)/dev  ## build the wheel, install it into an empty environment, import and run it
+	$(BIN)/python -m pytest tests/test_wheel.py
+
+clean:           ## remove what was built and run
+	rm -rf $(VENV) build dist *.egg-info runs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: a local CPU build is taken where one lies on disk.
+$(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[sim,demo]"
+	touch $@
+
+$(VENV)/dev: $(VENV)/demo
+	$(BIN)/pip install -q -c constraints.txt -e ".[sim,demo,dev]"
+	touch $@

@@ -1,0 +1,276 @@
+"""One private step: per-unit clipped sum, Gaussian noise, public normaliser.
+
+    g = ( Σ_u clip(∇ Σ_{r in u} loss_r) + N(0, s²) ) / expected_units        (Abadi et al. 2016, per unit)
+
+Per-sample gradients are Opacus' `hooks`; norms, clip and sum are float32 outside autocast, noise is drawn
+and added in float64 from the operating system's generator. A head of linear layers on cached features needs
+no hooks: its per-sample gradient is an outer product, whose norm is a product of norms (Goodfellow 2015).
+Both paths are proven equal to a batch-of-one loop in tests/oracles.py.
+
+The L2 sensitivity of the sum to adding or removing one unit is the clip of its group; over groups the scales
+obey Σ (C_g / s_g)² = 1 / noise_multiplier².
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from opacus.grad_sample import GradSampleHooks
+from torch import nn
+
+from fedlora.client.sampling import MicroBatch
+from fedlora.common.errors import BadInput
+from fedlora.common.model import AdapterModel
+from fedlora.common.privacy import group_scales
+from fedlora.common.randomness import Random, gaussian
+from fedlora.common.state import AdapterSpec
+from fedlora.common.tasks import Encoded
+
+HeadLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (n, classes), (n,) -> (n,)
+
+
+@dataclass(frozen=True, eq=False)
+class ClipGroups:
+    """L2 bounds of disjoint coordinate groups of the flat vector: `group` is (size,) int, `bounds` (groups,)."""
+
+    group: npt.NDArray[np.int64]
+    bounds: tuple[float, ...]
+
+    @classmethod
+    def flat(cls, spec: AdapterSpec, clip: float) -> ClipGroups:
+        """One bound for all coordinates."""
+        return cls(np.zeros(spec.size, dtype=np.int64), (_positive(clip),))
+
+    @classmethod
+    def split(cls, spec: AdapterSpec, clip: float, head_clip: float) -> ClipGroups:
+        """LoRA coordinates clipped to `clip`, head coordinates to `head_clip`."""
+        return cls(spec.head_mask().astype(np.int64), (_positive(clip), _positive(head_clip)))
+
+    def noise_std(self, noise_multiplier: float) -> npt.NDArray[np.float64]:
+        """(size,) standard deviation of the noise on each coordinate of the sum."""
+        return np.asarray(group_scales(noise_multiplier, self.bounds), dtype=np.float64)[self.group]
+
+
+@dataclass(frozen=True, eq=False)
+class GradientSum:
+    """Sum of the units' (clipped) gradients: `vector` is (size,) float32. The counts never leave the node."""
+
+    vector: npt.NDArray[np.float32]
+    units: int
+    nonfinite: int
+
+
+def private_mean(
+    total: GradientSum, groups: ClipGroups, noise_multiplier: float, expected_units: float, source: Random
+) -> npt.NDArray[np.float64]:
+    """(size,) float64: the noised sum over the public normaliser."""
+    if noise_multiplier <= 0:
+        raise BadInput(f"noise_multiplier: found {noise_multiplier}, expected > 0 where privacy is on")
+    scale = groups.noise_std(noise_multiplier)
+    noised = total.vector.astype(np.float64) + gaussian(source, len(scale), 1.0) * scale
+    return noised / expected_units
+
+
+class PerSampleGradients:
+    """Opacus' hooks on one resident model; sums of gradients with and without a clip.
+
+    Hooking a model twice is an error of Opacus, so this object lives as long as its model.
+    """
+
+    def __init__(self, model: AdapterModel) -> None:
+        self.model = model
+        self._hooks = GradSampleHooks(model.network, loss_reduction="sum")
+        self._names = tuple(model.parameters)
+        self._hooked = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
+        if {id(p) for p in self._hooked} != {id(p) for p in model.parameters.values()}:
+            raise BadInput("adapter: the trainable parameters are not the exported ones")
+
+    def clipped_sum(self, data: Encoded, batches: Iterable[MicroBatch], groups: ClipGroups) -> GradientSum:
+        """Σ over units of the unit's gradient, clipped once over all its records, per group."""
+        self._hooks.enable_hooks()
+        total = _UnitSum(self.model.spec, groups, self.model.device)
+        for batch in batches:
+            self._backward(data, batch)
+            samples = [self._take(name) for name in self._names]
+            total.add(samples, batch)
+        return total.result()
+
+    def plain_sum(self, data: Encoded, batches: Iterable[MicroBatch]) -> GradientSum:
+        """Σ of gradients without a clip: training without privacy, at the cost of training without privacy."""
+        self._hooks.disable_hooks()
+        units = 0
+        for batch in batches:
+            self._backward(data, batch)
+            units += len(np.unique(batch.owners)) - batch.unfinished
+        vector = np.zeros(self.model.spec.size, dtype=np.float32)
+        for (_, place), name in zip(self.model.spec.slices(), self._names, strict=True):
+            parameter = self.model.parameters[name]
+            if parameter.grad is not None:
+                vector[place] = parameter.grad.detach().float().cpu().numpy().ravel()
+                parameter.grad = None
+        return GradientSum(vector, units, 0)
+
+    def _backward(self, data: Encoded, batch: MicroBatch) -> None:
+        inputs = data.batch(batch.rows, self.model.pad, self.model.device)
+        losses = self.model.task.losses(self.model.logits(inputs), inputs)
+        with warnings.catch_warnings():
+            # Opacus registers full backward hooks on modules whose inputs are frozen: expected with LoRA
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+
+    def _take(self, name: str) -> torch.Tensor:
+        """(m, size) float32 per-sample gradients of one parameter, taken off the model."""
+        parameter = self.model.parameters[name]
+        sample = parameter.grad_sample
+        if not isinstance(sample, torch.Tensor):
+            raise BadInput(f"adapter {name}: found no per-sample gradient; the layer is not used, or used twice")
+        parameter.grad_sample = None
+        parameter.grad = None
+        return sample.detach().float().flatten(start_dim=1)
+
+
+class _UnitSum:
+    """Adds per-sample gradients up to units, clips each unit once, and sums."""
+
+    def __init__(self, spec: AdapterSpec, groups: ClipGroups, device: torch.device) -> None:
+        self._places = [place for _, place in spec.slices()]
+        self._groups = [int(groups.group[place][0]) for place in self._places]
+        self._bounds = torch.tensor(groups.bounds, dtype=torch.float32, device=device)
+        self._total = torch.zeros(spec.size, dtype=torch.float32, device=device)
+        self._open: list[torch.Tensor] | None = None  # the unit that goes on in the next micro-batch
+        self._units = 0
+        self._nonfinite = 0
+
+    def add(self, samples: Sequence[torch.Tensor], batch: MicroBatch) -> None:
+        owners = torch.from_numpy(batch.owners - batch.owners[0]).to(self._total.device)
+        units = int(owners[-1]) + 1
+        sums = list(samples) if units == len(owners) else [_by_owner(s, owners, units) for s in samples]
+        if self._open is not None:
+            for each, begun in zip(sums, self._open, strict=True):
+                each[0] += begun
+        self._open = [each[-1].clone() for each in sums] if batch.unfinished else None
+        whole = units - batch.unfinished
+        if whole:
+            self._clip_and_sum([each[:whole] for each in sums])
+
+    def _clip_and_sum(self, sums: Sequence[torch.Tensor]) -> None:
+        squares = torch.zeros(len(self._bounds), len(sums[0]), dtype=torch.float32, device=self._total.device)
+        for each, group in zip(sums, self._groups, strict=True):
+            squares[group] += each.square().sum(dim=1)
+        finite = torch.isfinite(squares).all(dim=0)
+        norms = squares.sqrt()
+        # min(1, C / norm): never above the bound, and 0 where anything of the unit is not finite
+        factors = torch.where(finite, self._bounds[:, None] / norms.clamp(min=self._bounds[:, None]), 0.0)
+        all_finite = bool(finite.all())
+        for each, group, place in zip(sums, self._groups, self._places, strict=True):
+            safe = each if all_finite else torch.where(finite[:, None], each, 0.0)
+            self._total[place] += factors[group] @ safe
+        self._units += len(finite)
+        self._nonfinite += int((~finite).sum())
+
+    def result(self) -> GradientSum:
+        if self._open is not None:
+            raise BadInput("micro-batches: found an unfinished unit at the end of a draw")
+        return GradientSum(self._total.cpu().numpy(), self._units, self._nonfinite)
+
+
+def head_clipped_sum(
+    head: nn.Module,
+    losses: HeadLosses,
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    owners: npt.NDArray[np.int64],
+    bound: float | None,
+    rows: int = 2048,
+) -> GradientSum:
+    """Clipped sum for a head of linear layers on (n, width) features, without per-sample gradients.
+
+    For a linear layer with inputs a_r and output gradients b_r, the gradient of a unit is Σ b_r a_rᵀ, and its
+    squared norm with the bias Σ_{r,s} (b_r·b_s)(a_r·a_s + 1) over the unit's own records: for one record
+    |b|² (|a|² + 1). `owners` is (n,), counts units from 0 and never decreases. `bound` None: no clip.
+    """
+    total = torch.zeros(sum(p.numel() for p in head.parameters()), device=features.device)
+    units = nonfinite = start = 0
+    while start < len(features):
+        stop = _unit_end(owners, start + rows)
+        local = torch.from_numpy(owners[start:stop] - owners[start]).to(features.device)
+        part, bad = _head_part(head, losses, features[start:stop], targets[start:stop], local, bound)
+        total += part
+        nonfinite += bad
+        units += int(local[-1]) + 1
+        start = stop
+    return GradientSum(total.cpu().numpy(), units, nonfinite)
+
+
+def _unit_end(owners: npt.NDArray[np.int64], near: int) -> int:
+    """The end of the unit that holds row `near - 1`, or of all rows."""
+    return len(owners) if near >= len(owners) else int(np.searchsorted(owners, owners[near - 1], side="right"))
+
+
+def _head_part(
+    head: nn.Module,
+    losses: HeadLosses,
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    owners: torch.Tensor,
+    bound: float | None,
+) -> tuple[torch.Tensor, int]:
+    inputs, outputs, value = [], [], features
+    for layer in _layers(head):
+        if isinstance(layer, nn.Linear):
+            inputs.append(value.detach())
+            value = layer(value)
+            outputs.append(value)
+        else:
+            value = layer(value)
+    gradients = torch.autograd.grad(losses(value, targets).sum(), outputs)
+    squares = _unit_squares(inputs, gradients, owners)
+    finite = torch.isfinite(squares)
+    norms = squares.clamp(min=0).sqrt()
+    factors = finite.float() if bound is None else torch.where(finite, bound / norms.clamp(min=bound), 0.0)
+    kept, weight = finite[owners][:, None], factors[owners][:, None]
+    flat = []
+    for a, b in zip(inputs, gradients, strict=True):
+        weighted = torch.where(kept, b, 0.0) * weight
+        flat += [(weighted.T @ torch.where(kept, a, 0.0)).flatten(), weighted.sum(dim=0)]
+    return torch.cat(flat), int((~finite).sum())
+
+
+def _unit_squares(
+    inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], owners: torch.Tensor
+) -> torch.Tensor:
+    """(units,) squared norm of each unit's gradient over all layers."""
+    units = int(owners[-1]) + 1
+    if units == len(owners):
+        terms = [b.square().sum(1) * (a.square().sum(1) + 1.0) for a, b in zip(inputs, gradients, strict=True)]
+        return torch.stack(terms).sum(dim=0)
+    same = owners[:, None] == owners[None, :]
+    pairs = torch.stack([(b @ b.T) * (a @ a.T + 1.0) for a, b in zip(inputs, gradients, strict=True)]).sum(dim=0)
+    by_row = torch.where(same, pairs, 0.0).sum(dim=1)
+    return torch.zeros(units, device=owners.device).index_add_(0, owners, by_row)
+
+
+def _layers(head: nn.Module) -> list[nn.Module]:
+    """The head's layers in order; BadInput where a trainable layer is not linear with a bias."""
+    layers = [head] if isinstance(head, nn.Linear) else list(head.children())
+    for layer in layers:
+        trainable = any(True for _ in layer.parameters())
+        if trainable and not (isinstance(layer, nn.Linear) and layer.bias is not None):
+            raise BadInput(f"head: found a trainable {type(layer).__name__}, expected linear layers with a bias")
+    return layers
+
+
+def _by_owner(samples: torch.Tensor, owners: torch.Tensor, units: int) -> torch.Tensor:
+    summed = torch.zeros(units, samples.shape[1], dtype=samples.dtype, device=samples.device)
+    return summed.index_add_(0, owners, samples)
+
+
+def _positive(clip: float) -> float:
+    if not 0 < clip < float("inf"):
+        raise BadInput(f"clip: found {clip}, expected a finite number > 0")
+    return clip

@@ -1,0 +1,143 @@
+"""The trainer: the one object at an institution that touches its data.
+
+    1. consent: is the manifest for the model and adapter that lie here? reserve its whole ε and δ, or refuse
+    2. train:   is the plan bound to that manifest and to this very state? reserve the attempt, durably
+    3.          draw, clip, noise, step                                      (client.training)
+    4.          commit the digest of what leaves; hand it out
+
+Whatever a coordinator sends can only ask. In simulation the same object is called in process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from fedlora.client.training import ClientData, LocalTraining, Moments
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.ledger import Budget, Ledger
+from fedlora.common.messages import RoundPlan, RunManifest, Update
+from fedlora.common.privacy import Spend, stated_epsilon
+from fedlora.common.randomness import OsRandom, Random, SeededRandom
+from fedlora.common.state import AdapterState
+
+
+@dataclass(frozen=True)
+class MomentStore:
+    """An optimiser's state between rounds: noised values, nothing else.
+
+    Two files for each client and phase, so that a round that is killed after its write and before the
+    server's commit finds the moments it started from.
+    """
+
+    folder: Path
+
+    def read(self, client: str, phase: int, before_round: int) -> Moments:
+        """The moments of the last round before `before_round`; nothing where there are none."""
+        slot = self._base(client, phase, before_round)
+        if slot is None:
+            return {}
+        return {name: value for name, value in load_file(slot).items() if name != "round"}
+
+    def write(self, client: str, phase: int, round_number: int, moments: Moments) -> None:
+        if not moments:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        base = self._base(client, phase, round_number)
+        target = next(slot for slot in self._slots(client, phase) if slot != base)
+        scratch = target.with_suffix(".tmp")
+        save_file({**moments, "round": np.array([round_number], dtype=np.int64)}, scratch)
+        scratch.replace(target)
+
+    def _base(self, client: str, phase: int, before_round: int) -> Path | None:
+        rounds = {slot: int(load_file(slot)["round"][0]) for slot in self._slots(client, phase) if slot.is_file()}
+        earlier = [slot for slot, stored in rounds.items() if stored < before_round]
+        return max(earlier, key=rounds.__getitem__, default=None)
+
+    def _slots(self, client: str, phase: int) -> tuple[Path, Path]:
+        stem = f"{hashlib.sha256(client.encode()).hexdigest()[:16]}-{phase}"
+        return self.folder / f"{stem}-a.safetensors", self.folder / f"{stem}-b.safetensors"
+
+
+class Trainer:
+    """An institution's side of a run. `ledger` None is for runs without privacy only."""
+
+    def __init__(
+        self, data: ClientData, training: LocalTraining, base_digest: str, ledger: Ledger | None, budget: Budget,
+        moments: MomentStore,
+    ) -> None:
+        self._data = data
+        self._training = training
+        self._base_digest = base_digest
+        self._ledger = ledger
+        self._budget = budget
+        self._moments = moments
+        self._manifest: RunManifest | None = None
+
+    def consent(self, manifest: RunManifest, spec_digest: str) -> None:
+        """Reserve the whole schedule; Refused past the cap, BadInput where the model is another one."""
+        for name, found, expected in (
+            ("base_digest", manifest.base_digest, self._base_digest),
+            ("spec_digest", manifest.spec_digest, spec_digest),
+        ):
+            if found != expected:
+                raise BadInput(f"manifest {name}: found {found}, expected {expected}")
+        if manifest.mode == "record":
+            spend = Spend(schedule_epsilon(manifest), manifest.delta)
+            self._required_ledger().consent(
+                self._budget, manifest.digest, spend, [phase.attempts for phase in manifest.phases]
+            )
+        elif manifest.mode != "none":
+            raise BadInput(f"manifest mode: found {manifest.mode!r}, expected record or none")
+        self._manifest = manifest
+
+    def train(self, plan: RoundPlan, state: AdapterState) -> Update:
+        """One attempt at one round. Nothing is read from the data before the ledger holds the reservation."""
+        manifest = self._manifest
+        if manifest is None or plan.manifest != manifest.digest:
+            raise Refused(f"plan manifest: found {plan.manifest}, which was not consented to")
+        if manifest.phase_of(plan.round) != plan.phase:
+            raise BadInput(f"plan phase: found {plan.phase} for round {plan.round}")
+        if state.digest != plan.adapter:
+            raise BadInput(f"plan adapter: found {state.digest}, expected {plan.adapter}")
+        if manifest.mode == "none":
+            return self._update(manifest, plan, state, private=False)
+        ledger = self._required_ledger()
+        ledger.reserve(self._budget.name, plan.manifest, plan.phase, plan.round, plan.attempt)
+        update = self._update(manifest, plan, state, private=True)
+        ledger.commit(self._budget.name, plan.manifest, plan.round, plan.attempt, _digest(update))
+        return update
+
+    def _update(self, manifest: RunManifest, plan: RoundPlan, state: AdapterState, private: bool) -> Update:
+        owner = self._data.owner
+        # A seed that somebody knows voids amplification: it serves runs without privacy only. It does not
+        # depend on the attempt, so that a resumed run ends with the bits of an undisturbed one.
+        source: Random = OsRandom() if private else SeededRandom(manifest.seed, "train", owner, plan.round)
+        phase = manifest.phases[plan.phase]
+        moments = self._moments.read(owner, plan.phase, plan.round)
+        result = self._training.update(self._data, phase, state, moments, source, private)
+        self._moments.write(owner, plan.phase, plan.round, result.moments)
+        return Update(owner, plan.manifest, plan.round, plan.attempt, result.delta)
+
+    def _required_ledger(self) -> Ledger:
+        if self._ledger is None:
+            raise Refused("ledger: found none, expected one: nothing private trains without it")
+        return self._ledger
+
+
+@lru_cache(maxsize=64)
+def schedule_epsilon(manifest: RunManifest) -> float:
+    """ε of the manifest's whole schedule, computed here whatever the manifest claims; Refused above its claim."""
+    stated = stated_epsilon(manifest)
+    if stated > manifest.epsilon * (1 + 1e-6):
+        raise Refused(f"manifest epsilon: found {manifest.epsilon}, but its schedule costs {stated:.4f}")
+    return stated
+
+
+def _digest(update: Update) -> str:
+    return "sha256:" + hashlib.sha256(update.delta.astype("<f4", copy=False).tobytes()).hexdigest()

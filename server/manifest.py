@@ -1,0 +1,101 @@
+"""From a configuration to the manifest: the public schedule, with its noise calibrated.
+
+σ is the smallest that keeps the whole schedule, all attempts of all phases, within ε. A head phase may use
+`head_epsilon_share` of ε by itself; the adapter phase then takes what the composition leaves.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+from pathlib import Path
+
+from fedlora.common.config import Config
+from fedlora.common.messages import Phase, RunManifest
+from fedlora.common.privacy import Mechanism, calibrate
+
+
+def make_manifest(
+    config: Config, labels: tuple[str, ...], base_digest: str, spec_digest: str, cache: Path | None = None
+) -> RunManifest:
+    """A new run of `config`. Calibration takes seconds and is cached in `cache`."""
+    private = config.privacy.mode == "record"
+    return RunManifest(
+        federation="simulation",
+        run=secrets.token_hex(16),
+        task=config.model.task,
+        labels=labels,
+        base_digest=base_digest,
+        spec_digest=spec_digest,
+        max_length=config.model.max_length,
+        mode=config.privacy.mode,
+        unit=config.data.unit,
+        epsilon=config.privacy.epsilon if private else 0.0,
+        delta=config.privacy.delta if private else 0.0,
+        strategy=config.aggregation.strategy,
+        participation=config.federation.participation,
+        minimum_cohort=1,
+        seed=config.seed,
+        phases=_calibrated(config, public_phases(config), cache) if private else public_phases(config),
+    )
+
+
+def public_phases(config: Config) -> tuple[Phase, ...]:
+    """The phases with noise 0: the head alone first, where `head_rounds` asks for it, then everything."""
+    head, rounds = config.training.head_rounds, config.federation.rounds
+    phases = (_head_phase(config, head), _adapter_phase(config, rounds - head))
+    return tuple(phase for phase in phases if phase.rounds > 0)
+
+
+def _head_phase(config: Config, rounds: int) -> Phase:
+    training = config.training
+    ratio = training.head_sampling_rate / training.sampling_rate
+    return Phase(
+        name="head",
+        rounds=rounds,
+        attempts=rounds + config.federation.spare_rounds,
+        steps=training.head_steps,
+        sampling_rate=training.head_sampling_rate,
+        expected_units=training.head_expected_units or training.expected_units * ratio,
+        noise_multiplier=0.0,
+        clip=config.privacy.head_phase_clip,
+        head_clip=0.0,
+        optimizer=training.head_optimizer,
+        learning_rate=training.head_learning_rate,
+        carry_optimizer=training.carry_optimizer,
+        proximal_mu=training.proximal_mu,
+    )
+
+
+def _adapter_phase(config: Config, rounds: int) -> Phase:
+    training = config.training
+    return Phase(
+        name="adapter",
+        rounds=rounds,
+        attempts=rounds + config.federation.spare_rounds,
+        steps=training.steps,
+        sampling_rate=training.sampling_rate,
+        expected_units=float(training.expected_units),
+        noise_multiplier=0.0,
+        clip=config.privacy.clip,
+        head_clip=config.privacy.head_clip,
+        optimizer=training.optimizer,
+        learning_rate=training.learning_rate,
+        carry_optimizer=training.carry_optimizer,
+        proximal_mu=training.proximal_mu,
+    )
+
+
+def _calibrated(config: Config, phases: tuple[Phase, ...], cache: Path | None) -> tuple[Phase, ...]:
+    done: list[Phase] = []
+    spent: list[Mechanism] = []
+    for phase in phases:
+        last = phase is phases[-1]
+        share = 1.0 if last else config.privacy.head_epsilon_share
+        steps = phase.steps * phase.attempts
+        sigma = calibrate(
+            spent, phase.sampling_rate, steps, share * config.privacy.epsilon, config.privacy.delta, cache
+        )
+        spent.append(Mechanism(phase.sampling_rate, sigma, steps))
+        done.append(replace(phase, noise_multiplier=sigma))
+    return tuple(done)

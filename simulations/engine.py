@@ -1,0 +1,75 @@
+"""The in-process engine: clients train one after the other, and their updates are added as they come.
+
+A `Cohort` like Flower's grid, so the round loop that runs here is the one that runs in production. Memory is
+one float64 sum, whatever the number of clients.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from fedlora.client.trainer import MomentStore
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.ledger import Ledger
+from fedlora.common.messages import RoundPlan, RunManifest, Update
+from fedlora.common.randomness import OsRandom, Random, SeededRandom
+from fedlora.common.state import AdapterState
+from fedlora.server.rounds import CohortSum, Failure, participants
+from fedlora.simulations.federation import Federation, client_name
+
+
+class SequentialCohort:
+    """All clients of a federation, trained in this process."""
+
+    def __init__(
+        self, federation: Federation, manifest: RunManifest, ledger: Ledger | None, moments: MomentStore
+    ) -> None:
+        self._federation = federation
+        self._manifest = manifest
+        self._ledger = ledger
+        self._moments = moments
+
+    def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
+        """The sum of one attempt's updates, and who failed."""
+        started = time.monotonic()
+        total, replies, failures = np.zeros(state.spec.size, dtype=np.float64), 0, []
+        asked = choose_clients(self._manifest, self._federation, plan)
+        for client in asked:
+            answer = self._answer(client, plan, state)
+            if isinstance(answer, Failure):
+                failures.append(answer)
+            else:
+                total += answer.delta
+                replies += 1
+        return CohortSum(total, replies, len(asked), tuple(failures), time.monotonic() - started, None)
+
+    def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
+        """The valid updates of one attempt, one by one."""
+        for client in choose_clients(self._manifest, self._federation, plan):
+            answer = self._answer(client, plan, state)
+            if isinstance(answer, Update):
+                yield answer
+
+    def _answer(self, client: int, plan: RoundPlan, state: AdapterState) -> Update | Failure:
+        try:
+            trainer = self._federation.trainer(client, self._manifest, self._ledger, self._moments)
+            update = trainer.train(plan, state)
+            update.check(plan, state.spec.size)
+        except (BadInput, Refused) as error:
+            return Failure(client_name(client), str(error))
+        return update
+
+
+def choose_clients(manifest: RunManifest, federation: Federation, plan: RoundPlan) -> list[int]:
+    """Who is asked in a round: each client with the public participation rate, independently.
+
+    Record-level ε never counts participation, so the draw need not be secret; it is repeatable only where the
+    whole run is.
+    """
+    source: Random = (
+        SeededRandom(manifest.seed, "participation", plan.round) if manifest.mode == "none" else OsRandom()
+    )
+    return participants(federation.clients, manifest.participation, source)

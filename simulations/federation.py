@@ -1,0 +1,114 @@
+"""A configured federation on one machine: one encoded data set, one resident model, many institutions.
+
+Memory does not grow with the number of institutions: a client is a slice of a partition, and its `Trainer`
+is made when a round asks for it. The same object serves the sequential engine and each actor of a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlora.client.dpsgd import PerSampleGradients
+from fedlora.client.trainer import MomentStore, Trainer
+from fedlora.client.training import ClientData, LocalTraining
+from fedlora.common.compute import Compute, choose_compute
+from fedlora.common.config import Config
+from fedlora.common.data import Records, UnitIndex, unit_groups
+from fedlora.common.features import FeatureCache, Progress
+from fedlora.common.ledger import Budget, Ledger
+from fedlora.common.messages import RunManifest
+from fedlora.common.model import AdapterModel, build_model
+from fedlora.common.state import AdapterState
+from fedlora.common.tasks import Encoded
+from fedlora.server.evaluation import Evaluator
+from fedlora.server.manifest import make_manifest
+from fedlora.simulations.partition import Partition, partition_units
+from fedlora.simulations.sources import read_sources
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(eq=False)
+class Federation:
+    """Everything that a run needs besides the round loop."""
+
+    config: Config
+    model: AdapterModel
+    compute: Compute
+    train: Encoded
+    units: UnitIndex  # of the training part, dealt out by `partition`
+    partition: Partition
+    records: Records
+    features: FeatureCache
+    validation: Evaluator
+    test: Evaluator
+    initial: AdapterState
+    training: LocalTraining
+
+    @classmethod
+    def build(cls, config: Config, progress: Progress | None = None) -> Federation:
+        """Read and encode the data, load the model, deal the units out. BadInput names what is wrong."""
+        sources = read_sources(config)
+        model = build_model(config.model, config.lora, sources.task, config.seed)
+        if config.training.head_rounds:
+            _ = model.head  # refuses a model whose head can't be trained by itself
+        encode = lambda records: sources.task.encode(records, model.tokenizer, config.model.max_length)  # noqa: E731
+        train, test = encode(sources.train), encode(sources.test)
+        validation = encode(sources.validation)
+        # Measured on public records: how long a step takes must not depend on anybody's text.
+        compute = choose_compute(model, validation, config.training.attention, config.training.precision)
+        features = FeatureCache(model, progress=progress)
+        units = unit_groups(sources.train.units, len(sources.train))
+        return cls(
+            config=config,
+            model=model,
+            compute=compute,
+            train=train,
+            units=units,
+            partition=partition_units(config.federation, sources.train, units, config.seed),
+            records=sources.train,
+            features=features,
+            validation=Evaluator("validation", model, validation, np.arange(len(validation)), features),
+            test=Evaluator("test", model, test, np.arange(len(test)), features),
+            initial=model.state(),
+            training=LocalTraining(PerSampleGradients(model), features, config.training.micro_batch_tokens),
+        )
+
+    @property
+    def clients(self) -> range:
+        return range(self.config.federation.clients)
+
+    def manifest(self, cache: Path | None = None) -> RunManifest:
+        """A new run of this federation."""
+        task = self.model.task
+        return make_manifest(self.config, task.labels, self.model.base_digest, self.model.spec.digest, cache)
+
+    def trainer(self, client: int, manifest: RunManifest, ledger: Ledger | None, moments: MomentStore) -> Trainer:
+        """The trainer of one institution, which has consented to `manifest`; Refused where it may not."""
+        privacy = self.config.privacy
+        budget = Budget(self.budget_name(client), privacy.epsilon, privacy.delta)
+        data = ClientData(client_name(client), self.train, self._units_of(client))
+        trainer = Trainer(data, self.training, self.model.base_digest, ledger, budget, moments)
+        trainer.consent(manifest, self.model.spec.digest)
+        return trainer
+
+    def budget_name(self, client: int) -> str:
+        """A budget belongs to a population: whoever's records these are, whatever the file is called next."""
+        return client_name(client)
+
+    def _units_of(self, client: int) -> UnitIndex:
+        """The client's share of the units, over the same encoded records."""
+        mine = self.partition.units_of(client)
+        sizes = self.units.offsets[mine + 1] - self.units.offsets[mine]
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        starts = np.repeat(self.units.offsets[mine] - offsets[:-1], sizes)
+        return UnitIndex(offsets, self.units.records[starts + np.arange(offsets[-1])])
+
+
+def client_name(client: int) -> str:
+    return f"client-{client}"
