@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from opacus.grad_sample import GradSampleHooks
 from torch import nn
+from torch.nn import functional
 
 from fedlora.client.sampling import MicroBatch
 from fedlora.common.errors import BadInput
@@ -224,7 +225,7 @@ def _head_part(
     for layer in _layers(head):
         if isinstance(layer, nn.Linear):
             inputs.append(value.detach())
-            value = layer(value)
+            value = functional.linear(value, layer.weight, layer.bias)  # not layer(value): Opacus would record it
             outputs.append(value)
         else:
             value = layer(value)

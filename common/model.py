@@ -203,6 +203,8 @@ def _network(
             base.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         return OwnHead(_with_lora(base, model, lora, peft.TaskType.SEQ_CLS))
     base = transformers.AutoModel.from_pretrained(folder, **load)
+    if getattr(base, "pooler", None) is not None:
+        base.pooler = None  # ours replaces it; adapting what nothing reads would only add noise
     pooling = Pooling(_pooled_layers(model, base.config.num_hidden_layers), model.head_scale)
     backbone = _with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
     return PooledClassifier(backbone, pooling, base.config.hidden_size, model.head_hidden, len(task.labels))

@@ -7,7 +7,7 @@ one float64 sum, whatever the number of clients.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class SequentialCohort:
             update = trainer.train(plan, state)
             update.check(plan, state.spec.size)
         except (BadInput, Refused) as error:
-            return Failure(client_name(client), str(error))
+            return Failure(client_name(client), str(error), refused=isinstance(error, Refused))
         return update
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from fedlora.client.dpsgd import PerSampleGradients
 from fedlora.client.trainer import MomentStore, Trainer
@@ -51,10 +52,10 @@ class Federation:
     training: LocalTraining
 
     @classmethod
-    def build(cls, config: Config, progress: Progress | None = None) -> Federation:
+    def build(cls, config: Config, progress: Progress | None = None, device: torch.device | None = None) -> Federation:
         """Read and encode the data, load the model, deal the units out. BadInput names what is wrong."""
         sources = read_sources(config)
-        model = build_model(config.model, config.lora, sources.task, config.seed)
+        model = build_model(config.model, config.lora, sources.task, config.seed, device)
         if config.training.head_rounds:
             _ = model.head  # refuses a model whose head can't be trained by itself
         encode = lambda records: sources.task.encode(records, model.tokenizer, config.model.max_length)  # noqa: E731
@@ -80,6 +81,11 @@ class Federation:
         )
 
     @property
+    def feature_records(self) -> int:
+        """Records that a head phase puts through the frozen model once."""
+        return len(self.units.records) + len(self.validation.rows)
+
+    @property
     def clients(self) -> range:
         return range(self.config.federation.clients)
 
@@ -100,6 +106,22 @@ class Federation:
     def budget_name(self, client: int) -> str:
         """A budget belongs to a population: whoever's records these are, whatever the file is called next."""
         return client_name(client)
+
+    def label_counts(self) -> Ints:
+        """(clients, labels) records of each label that each client holds; the researcher's own data."""
+        labels = len(self.model.task.labels)
+        counts = np.zeros((len(self.clients), labels), dtype=np.int64)
+        for client in self.clients:
+            rows = self._units_of(client).records
+            counts[client] = np.bincount(self.train.targets[rows], minlength=labels)
+        return counts
+
+    def partition_table(self) -> dict[str, object]:
+        """What the report draws: label counts by client, or sizes where there are no labels."""
+        names = list(self.partition.names) or [client_name(client) for client in self.clients]
+        if self.model.task.labels:
+            return {"clients": names, "labels": list(self.model.task.labels), "counts": self.label_counts().tolist()}
+        return {"clients": names, "labels": ["records"], "counts": [[int(size)] for size in self.partition.sizes]}
 
     def _units_of(self, client: int) -> UnitIndex:
         """The client's share of the units, over the same encoded records."""

@@ -12,11 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class RunProgress:
     """Two bars: records whose features are computed (head phase), and rounds."""
 
-    def __init__(self, progress: Progress, rounds: int, records: int) -> None:
+    def __init__(self, progress: Progress, rounds: int) -> None:
         self._progress = progress
-        self._records = records
-        self._features = progress.add_task("features", total=records, visible=False, figures="")
+        self._features = progress.add_task("features", total=None, visible=False, figures="")
         self._rounds = progress.add_task("rounds", total=rounds, figures="")
+
+    def expect_features(self, records: int) -> None:
+        """How many records a head phase will put through the frozen model."""
+        self._progress.update(self._features, total=records)
 
     def features(self, count: int) -> None:
         """`count` more records went through the frozen model."""
@@ -29,7 +32,7 @@ class RunProgress:
 
 
 @contextmanager
-def run_progress(console: Console, rounds: int, records: int) -> Iterator[RunProgress]:
+def run_progress(console: Console, rounds: int) -> Iterator[RunProgress]:
     """Live bars on a terminal; nothing but the last state where output is not a terminal."""
     columns = (
         TextColumn("{task.description:>8}"),
@@ -40,7 +43,7 @@ def run_progress(console: Console, rounds: int, records: int) -> Iterator[RunPro
         TextColumn("{task.fields[figures]}"),
     )
     with Progress(*columns, console=console, transient=False) as progress:
-        yield RunProgress(progress, rounds, records)
+        yield RunProgress(progress, rounds)
 
 
 def _figure(name: str, value: float) -> str:

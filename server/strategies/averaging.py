@@ -1,0 +1,98 @@
+"""FedAvg with a server optimiser (Reddi et al. 2021), and the average of a phase's last states.
+
+The mean update is a pseudo-gradient: x ← x + step(mean). All of it is post-processing of what the nodes
+released, so none of it costs privacy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlora.common.errors import BadInput
+from fedlora.common.state import AdapterState
+from fedlora.server.strategies.base import ServerState
+
+Floats = npt.NDArray[np.float64]
+ADAPTIVITY = 1e-3  # τ of Reddi et al.
+
+
+@dataclass(frozen=True)
+class ServerOptimizer:
+    """`name` is none, momentum, adam or yogi; `momentum` is β1 of the adaptive ones."""
+
+    name: str
+    learning_rate: float
+    momentum: float
+    beta2: float
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """Equal weights: the mean update, through the server optimiser."""
+
+    optimizer: ServerOptimizer
+
+    def apply(self, state: AdapterState, memory: ServerState, mean: Floats) -> tuple[AdapterState, ServerState]:
+        if self.optimizer.name not in RULES:
+            raise BadInput(f"[server] optimizer: found {self.optimizer.name!r}, expected one of {', '.join(RULES)}")
+        step, memory = RULES[self.optimizer.name](self.optimizer, memory, mean)
+        vector = state.vector.astype(np.float64) + self.optimizer.learning_rate * step
+        return AdapterState(state.spec, vector.astype(np.float32)), memory
+
+
+Rule = Callable[[ServerOptimizer, ServerState, Floats], tuple[Floats, ServerState]]
+
+
+def _plain(optimizer: ServerOptimizer, memory: ServerState, mean: Floats) -> tuple[Floats, ServerState]:
+    return mean, memory
+
+
+def _momentum(optimizer: ServerOptimizer, memory: ServerState, mean: Floats) -> tuple[Floats, ServerState]:
+    velocity = optimizer.momentum * _vector(memory, "velocity", mean) + mean
+    return velocity, _kept(memory, velocity=velocity)
+
+
+def _adam(optimizer: ServerOptimizer, memory: ServerState, mean: Floats) -> tuple[Floats, ServerState]:
+    return _adaptive(optimizer, memory, mean, lambda second, square: second + (1 - optimizer.beta2) * (square - second))
+
+
+def _yogi(optimizer: ServerOptimizer, memory: ServerState, mean: Floats) -> tuple[Floats, ServerState]:
+    def second_moment(second: Floats, square: Floats) -> Floats:
+        return second - (1 - optimizer.beta2) * square * np.sign(second - square)
+
+    return _adaptive(optimizer, memory, mean, second_moment)
+
+
+def _adaptive(
+    optimizer: ServerOptimizer, memory: ServerState, mean: Floats, second_moment: Callable[[Floats, Floats], Floats]
+) -> tuple[Floats, ServerState]:
+    first = optimizer.momentum * _vector(memory, "first", mean) + (1 - optimizer.momentum) * mean
+    second = second_moment(_vector(memory, "second", mean), mean**2)
+    return first / (np.sqrt(second) + ADAPTIVITY), _kept(memory, first=first, second=second)
+
+
+RULES: dict[str, Rule] = {"none": _plain, "momentum": _momentum, "adam": _adam, "yogi": _yogi}
+
+
+def add_to_average(state: AdapterState, memory: ServerState) -> tuple[AdapterState, ServerState]:
+    """The mean of this state and of all that were added since the phase's averaging began, and the memory."""
+    count = memory.counts.get("averaged", 0)
+    before = _vector(memory, "average", state.vector)
+    average = before + (state.vector - before) / (count + 1)
+    kept = _kept(memory, average=average)
+    counted = ServerState(kept.vectors, {**memory.counts, "averaged": count + 1})
+    return AdapterState(state.spec, average.astype(np.float32)), counted
+
+
+def _vector(memory: ServerState, name: str, like: npt.NDArray[np.floating]) -> Floats:
+    stored = memory.vectors.get(name)
+    return np.zeros(like.shape) if stored is None else stored.astype(np.float64)
+
+
+def _kept(memory: ServerState, **vectors: Floats) -> ServerState:
+    changed = {name: value.astype(np.float32) for name, value in vectors.items()}
+    return ServerState({**memory.vectors, **changed}, memory.counts)

@@ -1,0 +1,175 @@
+"""`fedlora-sim`: the researcher's command line. Thin: it reads arguments, shows progress, prints results."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedlora.common.errors import BadInput, FedloraError
+
+app = typer.Typer(
+    help="Private federated fine-tuning of LoRA adapters, simulated on one machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+ConfigFile = Annotated[Path, typer.Argument(help="A TOML file, or the name of a packaged configuration (ag_news).")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override one key: section.key=VALUE.")]
+Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to torch.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+LedgerFile = Annotated[Path | None, typer.Option("--ledger", help="A ledger shared between runs.")]
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    set_: Overrides = None,
+    engine: Annotated[str, typer.Option(help="sequential or ray.")] = "sequential",
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    ledger: LedgerFile = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Run a federation and write its report."""
+    from fedlora.simulations.session import run_to_report
+
+    path = packaged_config(config)
+    folder = out or Path("runs") / path.stem
+    settings = _load(path, set_, folder, resume)
+    summary = run_to_report(
+        settings, folder, console, engine=engine, resume=resume, ledger=ledger, device=device, threads=threads
+    )
+    _print_summary(summary, folder)
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("runs/quickstart"), threads: Threads = 0
+) -> None:
+    """A private federation on a synthetic corpus: no network, no configuration, a few minutes."""
+    from fedlora.simulations.quickstart import run_quickstart
+
+    summary = run_quickstart(out, console, threads)
+    _print_summary(summary, out)
+
+
+@app.command()
+def plan(config: ConfigFile, set_: Overrides = None, threads: Threads = 0) -> None:
+    """σ, ε by round, examples, minutes and bytes: before anything is spent."""
+    from fedlora.simulations.planning import print_plan
+
+    print_plan(_load(packaged_config(config), set_), console, threads)
+
+
+@app.command()
+def sweep(
+    config: ConfigFile,
+    over: Annotated[str, typer.Option(help="section.key=VALUE,VALUE,…")],
+    set_: Overrides = None,
+    out: Out = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """One run for each value, and the curve over them. The trials themselves are not accounted."""
+    from fedlora.simulations.sweep import run_sweep
+
+    path = packaged_config(config)
+    page = run_sweep(path, over, set_ or [], out or Path("runs") / f"{path.stem}-sweep", console, device, threads)
+    console.print(f"curve   {page}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Write report.html again, from the run's files."""
+    from fedlora.simulations.report import write_report
+
+    console.print(f"report  {write_report(folder)}")
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, or its adapter folder.")],
+    file: Annotated[Path, typer.Argument(help="One text to a line.")],
+    base: Annotated[str, typer.Option(help="Where the base model lies, if elsewhere.")] = "",
+) -> None:
+    """The released adapter on new text: one JSON object to a line."""
+    from fedlora.common.export import load_adapter
+
+    adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    texts = _lines(file)
+    loaded = load_adapter(adapter, base)
+    if loaded.description.labels:
+        answers = loaded.predict(texts)
+    else:
+        answers = [loaded.complete(text) for text in texts]
+    for text, answer in zip(texts, answers, strict=True):
+        sys.stdout.write(json.dumps({"text": text, "answer": answer}, ensure_ascii=False) + "\n")
+
+
+def packaged_config(path: Path) -> Path:
+    """A file as given, or the packaged configuration of that name."""
+    packaged = Path(__file__).parent / "configs" / f"{path.name}.toml"
+    if not path.is_file() and path.suffix == "" and packaged.is_file():
+        return packaged
+    return path
+
+
+def main() -> None:
+    """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
+    try:
+        app(standalone_mode=True)
+    except FedloraError as error:
+        for line in str(error).splitlines():
+            errors.print(f"fedlora-sim: {line}", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        again = [*sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])]
+        errors.print(f"\nstopped at the last committed round; go on with: fedlora-sim {shlex.join(again)}", markup=False)
+        sys.exit(1)
+
+
+def _load(path: Path, overrides: list[str] | None, folder: Path | None = None, resume: bool = False) -> Any:
+    from fedlora.common.config import load_config
+
+    written = folder / "config.toml" if folder is not None else None
+    if resume and written is not None and written.is_file() and not overrides:
+        return load_config(written)
+    return load_config(path, overrides or [])
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file}: can't be read as UTF-8 text ({error})") from error
+    if not texts:
+        raise BadInput(f"{file}: found no text, expected one to a line")
+    return texts
+
+
+def _print_summary(summary: Mapping[str, Any], folder: Path) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name in ("accuracy", "macro_f1", "perplexity", "loss", "epsilon", "delta", "rounds", "seconds"):
+        if summary.get(name) is not None:
+            value = summary[name]
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    table.add_row("adapter", str(folder / "adapter"))
+    table.add_row("report", str(folder / "report.html"))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

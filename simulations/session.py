@@ -1,0 +1,60 @@
+"""A run as a person starts it: progress on a terminal, one summary, one report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fedlora.common.compute import threads as with_threads
+from fedlora.common.config import Config
+from fedlora.common.errors import BadInput
+from fedlora.simulations.progress import run_progress
+from fedlora.simulations.report import write_report
+from fedlora.simulations.run import Paths, begin, finish, sequential, train
+
+ENGINES = ("sequential", "ray")
+
+
+def run_to_report(
+    config: Config,
+    folder: Path,
+    console: Console,
+    engine: str = "sequential",
+    resume: bool = False,
+    ledger: Path | None = None,
+    device: str = "auto",
+    threads: int = 0,
+    synthetic: bool = False,
+) -> dict[str, Any]:
+    """Train, finish and report; returns the summary."""
+    if engine == "batched":
+        raise BadInput("--engine batched: not built yet; expected sequential or ray")
+    if engine not in ENGINES:
+        raise BadInput(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
+    paths = Paths.of(folder, ledger)
+    with with_threads(threads), run_progress(console, config.federation.rounds) as progress:
+        run = begin(config, paths, resume, engine, progress.features, torch_device(device))
+        progress.expect_features(run.federation.feature_records)
+        if engine == "ray":
+            from fedlora.simulations.cluster import train_on_ray
+
+            done = train_on_ray(run, progress.round)
+        else:
+            done = train(run, sequential(run), progress.round)
+        summary = finish(run, done, synthetic)
+    write_report(paths.folder)
+    return summary
+
+
+def torch_device(name: str) -> torch.device:
+    """cpu, cuda, or auto: a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise BadInput(f"--device {name}: expected cpu, cuda or auto")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: found no GPU")
+    return torch.device(name)
