@@ -43,10 +43,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A client's answer where it sends no update."""
+    """A client's answer where it sends no update. `refused`: by policy or budget, so asking again is vain."""
 
     client: str
     reason: str
+    refused: bool
 
 
 def offer_record(manifest: RunManifest) -> RecordDict:
@@ -114,8 +115,9 @@ def update_record(update: Update) -> RecordDict:
 
 
 def refusal_record(client: str, error: FedloraError) -> RecordDict:
-    """Tell the coordinator why: the type of the error and its text, cut to one line."""
-    return _record("refusal", {"client": client, "reason": one_line(f"{type(error).__name__}: {error}")})
+    """Tell the coordinator why, on one line."""
+    values = {"client": client, "reason": one_line(str(error)), "refused": isinstance(error, Refused)}
+    return _record("refusal", values)
 
 
 def read_reply(record: RecordDict, size: int) -> Update | Refusal:
@@ -125,8 +127,9 @@ def read_reply(record: RecordDict, size: int) -> Update | Refusal:
     """
     kind = _kind(record)
     if kind == "refusal":
-        table = _fields(record, "refusal", {"client": str, "reason": str})
-        return Refusal(_name(table["client"], "refusal client"), one_line(str(table["reason"])))
+        table = _fields(record, "refusal", {"client": str, "reason": str, "refused": bool})
+        client = _name(table["client"], "refusal client")
+        return Refusal(client, one_line(str(table["reason"])), bool(table["refused"]))
     kinds: dict[str, type] = {"client": str, "manifest": str, "round": int, "attempt": int}
     table = _fields(record, "update", kinds, vector=True)
     client = _name(table["client"], "update client")
