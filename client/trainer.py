@@ -68,22 +68,23 @@ class Trainer:
     """An institution's side of a run. `ledger` None is for runs without privacy only."""
 
     def __init__(
-        self, data: ClientData, training: LocalTraining, base_digest: str, ledger: Ledger | None, budget: Budget,
-        moments: MomentStore,
+        self, data: ClientData, training: LocalTraining, ledger: Ledger | None, budget: Budget, moments: MomentStore
     ) -> None:
         self._data = data
         self._training = training
-        self._base_digest = base_digest
         self._ledger = ledger
         self._budget = budget
         self._moments = moments
         self._manifest: RunManifest | None = None
 
-    def consent(self, manifest: RunManifest, spec_digest: str) -> None:
+    def consent(self, manifest: RunManifest) -> None:
         """Reserve the whole schedule; Refused past the cap, BadInput where the model is another one."""
+        model = self._training.gradients.model
+        projection = "" if model.projection is None else model.projection.digest
         for name, found, expected in (
-            ("base_digest", manifest.base_digest, self._base_digest),
-            ("spec_digest", manifest.spec_digest, spec_digest),
+            ("base_digest", manifest.base_digest, model.base_digest),
+            ("spec_digest", manifest.spec_digest, model.spec.digest),
+            ("projection_digest", manifest.projection_digest, projection),
         ):
             if found != expected:
                 raise BadInput(f"manifest {name}: found {found}, expected {expected}")

@@ -59,7 +59,7 @@ class LocalTraining:
     """
 
     def __init__(self, gradients: PerSampleGradients, features: FeatureCache, micro_batch_tokens: int) -> None:
-        self._gradients = gradients
+        self.gradients = gradients
         self._model = gradients.model
         self._features = features
         self._tokens = micro_batch_tokens
@@ -95,9 +95,9 @@ class LocalTraining:
         else:
             batches = micro_batches(data.units, drawn, data.encoded.lengths, self._tokens)
             if private:
-                total = self._gradients.clipped_sum(data.encoded, batches, groups)
+                total = self.gradients.clipped_sum(data.encoded, batches, groups)
             else:
-                total = self._gradients.plain_sum(data.encoded, batches)
+                total = self.gradients.plain_sum(data.encoded, batches)
         if private:
             mean = private_mean(total, groups, phase.noise_multiplier, phase.expected_units, source)
         else:

@@ -29,10 +29,12 @@ from fedlora.common.data import Records
 from fedlora.common.errors import BadInput
 from fedlora.common.features import length_batches
 from fedlora.common.model import AdapterModel, PooledClassifier, build_model
+from fedlora.common.projection import Projection
 from fedlora.common.state import HEAD_PREFIX, AdapterState, check_safetensors_header
 from fedlora.common.tasks import CausalLanguageModel, SequenceClassification, Task
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+PROJECTION = "projection.safetensors"
 DESCRIPTION = "fedlora.json"  # what PEFT's own configuration has no place for
 
 
@@ -49,6 +51,7 @@ class Description:
     pooled_layers: tuple[int, ...]
     head_hidden: int
     head_scale: float
+    projection_digest: str
     variant: str
     seed: int
     adapter_digest: str
@@ -65,6 +68,8 @@ def export_adapter(
     if isinstance(model.network, PooledClassifier):
         head = {n: np.ascontiguousarray(v) for n, v in state.named().items() if n.startswith(HEAD_PREFIX)}
         save_file(head, folder / "head.safetensors")
+    if model.projection is not None:
+        model.projection.write(folder / PROJECTION)
     description = Description(
         task=model.task.name,
         labels=model.task.labels,
@@ -75,6 +80,7 @@ def export_adapter(
         pooled_layers=tuple(settings.pooled_layers),
         head_hidden=settings.head_hidden,
         head_scale=settings.head_scale,
+        projection_digest="" if model.projection is None else model.projection.digest,
         variant=lora.variant,
         seed=seed,
         adapter_digest=state.digest,
@@ -128,7 +134,9 @@ def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
     folder = Path(folder)
     description = _description(folder)
     config = _peft_config(folder)
+    projection = _projection(folder, description)
     settings = ModelConfig(
+        projection=0 if projection is None else projection.matrix.shape[1],
         base=base or description.base,
         digest=description.base_digest,
         task=description.task,
@@ -149,6 +157,8 @@ def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
         SequenceClassification(description.labels) if description.task == "sequence-classification" else CausalLanguageModel()
     )
     model = build_model(settings, lora, task, description.seed)
+    if projection is not None:
+        model.projection = projection
     state = _read_state(folder, model)
     if state.digest != description.adapter_digest:
         raise BadInput(f"{folder}: found adapter {state.digest}, expected {description.adapter_digest}")
@@ -170,6 +180,17 @@ def _read_state(folder: Path, model: AdapterModel) -> AdapterState:
     return AdapterState.from_named(
         model.spec, {name: value for name, value in named.items() if name not in frozen_a}, str(folder)
     )
+
+
+def _projection(folder: Path, description: Description) -> Projection | None:
+    if not description.projection_digest:
+        return None
+    if not (folder / PROJECTION).is_file():
+        raise BadInput(f"{folder / PROJECTION}: missing, expected the map below the head")
+    projection = Projection.read(folder / PROJECTION)
+    if projection.digest != description.projection_digest:
+        raise BadInput(f"{folder / PROJECTION}: found {projection.digest}, expected {description.projection_digest}")
+    return projection
 
 
 def _spec_name(saved: str) -> str:

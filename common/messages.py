@@ -58,6 +58,7 @@ class RunManifest:
     labels: tuple[str, ...]
     base_digest: str
     spec_digest: str
+    projection_digest: str  # of the frozen map below the head; "" where there is none
     max_length: int
     mode: str  # "record", "client" or "none"
     unit: str  # the column that names the privacy unit; "" is the record

@@ -24,6 +24,7 @@ from torch.nn import functional
 from fedlora.common.base import check_base, check_digest, resolve_base
 from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
+from fedlora.common.projection import Projection
 from fedlora.common.state import HEAD_PREFIX, AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.tasks import Batch, Task
 
@@ -33,30 +34,36 @@ transformers.utils.logging.set_verbosity_error()  # missing heads are expected: 
 PEFT_ADAPTER = "default"  # PEFT's own name for the first adapter of a model
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Pooling:
-    """Mean over real tokens of the hidden states `layers` (0 is the embeddings), each L2-normalised,
-    concatenated and multiplied by `scale`."""
+    """Mean over real tokens of the hidden states `layers` (0 is the embeddings), each L2-normalised and
+    concatenated; projected and normalised again where there is a projection; multiplied by `scale`."""
 
     layers: tuple[int, ...]
     scale: float
+    projection: Projection | None = None
 
     def __call__(self, hidden: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         """(n, layers · width) float32 from the model's hidden states, each (n, length, width)."""
         weights = mask[:, :, None].float()
         total = weights.sum(dim=1)
         means = [(hidden[layer].float() * weights).sum(dim=1) / total for layer in self.layers]
-        return torch.cat([functional.normalize(mean, dim=1) for mean in means], dim=1) * self.scale
+        features = torch.cat([functional.normalize(mean, dim=1) for mean in means], dim=1)
+        if self.projection is not None:
+            mean = torch.from_numpy(self.projection.mean).to(features.device)
+            matrix = torch.from_numpy(self.projection.matrix).to(features.device)
+            features = functional.normalize((features - mean) @ matrix, dim=1)
+        return features * self.scale
 
 
 class PooledClassifier(nn.Module):
     """A backbone, pooled hidden states, and a head of one linear layer, or two with a GELU between."""
 
-    def __init__(self, backbone: nn.Module, pooling: Pooling, width: int, hidden: int, classes: int) -> None:
+    def __init__(self, backbone: nn.Module, pooling: Pooling, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.pooling = pooling
-        self.head = build_head(width * len(pooling.layers), hidden, classes)
+        self.head = head
 
     def features(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         output = self.backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True)
@@ -120,6 +127,17 @@ class AdapterModel:
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
+
+    @property
+    def projection(self) -> Projection | None:
+        """The frozen map below the head; set before anything is trained."""
+        return self.network.pooling.projection if isinstance(self.network, PooledClassifier) else None
+
+    @projection.setter
+    def projection(self, projection: Projection | None) -> None:
+        if not isinstance(self.network, PooledClassifier):
+            raise BadInput("[model] projection: found a model's own head, expected pooling = mean or layers")
+        self.network.pooling.projection = projection
 
     @property
     def pad(self) -> int:
@@ -207,7 +225,8 @@ def _network(
         base.pooler = None  # ours replaces it; adapting what nothing reads would only add noise
     pooling = Pooling(_pooled_layers(model, base.config.num_hidden_layers), model.head_scale)
     backbone = _with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
-    return PooledClassifier(backbone, pooling, base.config.hidden_size, model.head_hidden, len(task.labels))
+    width = model.projection or base.config.hidden_size * len(pooling.layers)
+    return PooledClassifier(backbone, pooling, build_head(width, model.head_hidden, len(task.labels)))
 
 
 def _pooled_layers(model: ModelConfig, depth: int) -> tuple[int, ...]:

@@ -16,7 +16,12 @@ from fedlora.common.privacy import Mechanism, calibrate
 
 
 def make_manifest(
-    config: Config, labels: tuple[str, ...], base_digest: str, spec_digest: str, cache: Path | None = None
+    config: Config,
+    labels: tuple[str, ...],
+    base_digest: str,
+    spec_digest: str,
+    projection_digest: str = "",
+    cache: Path | None = None,
 ) -> RunManifest:
     """A new run of `config`. Calibration takes seconds and is cached in `cache`."""
     private = config.privacy.mode == "record"
@@ -27,6 +32,7 @@ def make_manifest(
         labels=labels,
         base_digest=base_digest,
         spec_digest=spec_digest,
+        projection_digest=projection_digest,
         max_length=config.model.max_length,
         mode=config.privacy.mode,
         unit=config.data.unit,

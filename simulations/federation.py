@@ -18,12 +18,13 @@ from fedlora.client.dpsgd import PerSampleGradients
 from fedlora.client.trainer import MomentStore, Trainer
 from fedlora.client.training import ClientData, LocalTraining
 from fedlora.common.compute import Compute, choose_compute
-from fedlora.common.config import Config
+from fedlora.common.config import Config, ModelConfig
 from fedlora.common.data import Records, UnitIndex, unit_groups
-from fedlora.common.features import FeatureCache, Progress
+from fedlora.common.features import FeatureCache, Progress, pooled_features
 from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import RunManifest
 from fedlora.common.model import AdapterModel, build_model
+from fedlora.common.projection import Projection
 from fedlora.common.state import AdapterState
 from fedlora.common.tasks import Encoded
 from fedlora.server.evaluation import Evaluator
@@ -52,8 +53,13 @@ class Federation:
     training: LocalTraining
 
     @classmethod
-    def build(cls, config: Config, progress: Progress | None = None, device: torch.device | None = None) -> Federation:
-        """Read and encode the data, load the model, deal the units out. BadInput names what is wrong."""
+    def build(
+        cls, config: Config, folder: Path, progress: Progress | None = None, device: torch.device | None = None
+    ) -> Federation:
+        """Read and encode the data, load the model, deal the units out. BadInput names what is wrong.
+
+        What is computed once for a run and must not change in it lies in the run's `folder`.
+        """
         sources = read_sources(config)
         model = build_model(config.model, config.lora, sources.task, config.seed, device)
         if config.training.head_rounds:
@@ -63,6 +69,8 @@ class Federation:
         validation = encode(sources.validation)
         # Measured on public records: how long a step takes must not depend on anybody's text.
         compute = choose_compute(model, validation, config.training.attention, config.training.precision)
+        if config.model.projection:
+            model.projection = _projection(model, validation, config.model, folder / "projection.safetensors")
         features = FeatureCache(model, progress=progress)
         units = unit_groups(sources.train.units, len(sources.train))
         return cls(
@@ -92,15 +100,17 @@ class Federation:
     def manifest(self, cache: Path | None = None) -> RunManifest:
         """A new run of this federation."""
         task = self.model.task
-        return make_manifest(self.config, task.labels, self.model.base_digest, self.model.spec.digest, cache)
+        model = self.model
+        projection = "" if model.projection is None else model.projection.digest
+        return make_manifest(self.config, task.labels, model.base_digest, model.spec.digest, projection, cache)
 
     def trainer(self, client: int, manifest: RunManifest, ledger: Ledger | None, moments: MomentStore) -> Trainer:
         """The trainer of one institution, which has consented to `manifest`; Refused where it may not."""
         privacy = self.config.privacy
         budget = Budget(self.budget_name(client), privacy.epsilon, privacy.delta)
         data = ClientData(client_name(client), self.train, self._units_of(client))
-        trainer = Trainer(data, self.training, self.model.base_digest, ledger, budget, moments)
-        trainer.consent(manifest, self.model.spec.digest)
+        trainer = Trainer(data, self.training, ledger, budget, moments)
+        trainer.consent(manifest)
         return trainer
 
     def budget_name(self, client: int) -> str:
@@ -130,6 +140,17 @@ class Federation:
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         starts = np.repeat(self.units.offsets[mine] - offsets[:-1], sizes)
         return UnitIndex(offsets, self.units.records[starts + np.arange(offsets[-1])])
+
+
+def _projection(model: AdapterModel, public: Encoded, settings: ModelConfig, path: Path) -> Projection:
+    """The run's projection: read where it was fitted before, else fitted on the public validation part."""
+    if path.is_file():
+        return Projection.read(path)
+    features = pooled_features(model, public, np.arange(len(public), dtype=np.int64)).cpu().numpy()
+    fitted = Projection.fit(features / settings.head_scale, settings.projection, settings.projection_ridge)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fitted.write(path)
+    return fitted
 
 
 def client_name(client: int) -> str:

@@ -95,7 +95,7 @@ def begin(
 ) -> Run:
     """Build everything; BadInput where the folder holds another run, or, with `resume`, none."""
     _check_folder(config, paths, resume)
-    federation = Federation.build(config, progress, device)
+    federation = Federation.build(config, paths.folder, progress, device)
     if resume:
         checkpoint = Checkpoint.open(paths.checkpoint, federation.model.spec)
     else:
@@ -150,8 +150,13 @@ def finish(run: Run, progress: Progress, synthetic: bool = False) -> dict[str, A
         run.paths.folder / "adapter",
     )
     summary = _summary(run, progress, metrics) | {"synthetic": synthetic}
-    _write(run.paths.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_summary(run.paths.folder, summary)
     return summary
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """summary.json, whole or not at all."""
+    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def epsilon_after(manifest: RunManifest, attempts: list[int]) -> float | None:

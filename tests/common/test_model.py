@@ -20,6 +20,7 @@ from fedlora.common.data import Records
 from fedlora.common.errors import BadInput
 from fedlora.common.export import export_adapter, load_adapter
 from fedlora.common.model import AdapterModel, build_model, load_tokenizer
+from fedlora.common.projection import Projection
 from fedlora.common.state import AdapterState
 from fedlora.common.tasks import CausalLanguageModel, SequenceClassification, Task
 
@@ -98,6 +99,32 @@ def test_a_causal_model_exports_and_completes(tiny_llama: Path, tmp_path: Path) 
         found = alone(input_ids=batch.ids, attention_mask=batch.mask).logits
         assert torch.allclose(found, model.logits(batch), atol=1e-5)
     assert isinstance(load_adapter(tmp_path).complete("w1 w2", tokens=4), str)
+
+
+def test_a_projection_goes_with_its_adapter(tiny_bert: Path, tmp_path: Path) -> None:
+    settings = ModelConfig(base=str(tiny_bert), pooling="layers", projection=5, head_hidden=4)
+    model = build_model(settings, LoraConfig(rank=2), SequenceClassification(LABELS), seed=3)
+    public = np.random.default_rng(0).normal(size=(40, 96)).astype(np.float32)
+    model.projection = Projection.fit(public, 5, 0.1)
+    state = scrambled(model)
+    export_adapter(model, state, settings, LoraConfig(rank=2), 3, tmp_path)
+    batch = model.task.encode(records(TEXTS), model.tokenizer, 64).batch(np.arange(4), 0, model.device)
+    assert torch.allclose(load_adapter(tmp_path).logits(TEXTS), model.logits(batch), atol=1e-5)
+    path = tmp_path / "projection.safetensors"
+    Projection.fit(public + 1, 5, 0.1).write(path)
+    with pytest.raises(BadInput, match="expected sha256"):
+        load_adapter(tmp_path)
+
+
+def test_whitened_features_have_one_variance_where_there_is_no_ridge() -> None:
+    rng = np.random.default_rng(0)
+    public = (rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)) + 3).astype(np.float32)
+    fitted = Projection.fit(public, 4, 0.0)
+    mapped = (public - fitted.mean) @ fitted.matrix
+    assert np.allclose(mapped.T @ mapped / 500, np.eye(4), atol=1e-3)
+    assert Projection.fit(public, 4, 0.5).digest != fitted.digest
+    with pytest.raises(BadInput, match="projection = 7"):
+        Projection.fit(public, 7, 0.0)
 
 
 def test_frozen_a_is_the_same_on_every_machine_and_survives_export(tiny_bert: Path, tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""`fedlora-sim plan`: what a run would cost, before anything is spent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fedlora.client.sampling import micro_batches
+from fedlora.common.compute import threads as with_threads
+from fedlora.common.config import Config
+from fedlora.common.data import unit_groups
+from fedlora.common.features import pooled_features
+from fedlora.common.messages import RunManifest
+from fedlora.common.privacy import Mechanism, default_cache, epsilon_of
+from fedlora.simulations.federation import Federation
+
+PROBE_RECORDS = 48  # of the public validation part
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds a record, measured on public records: one forward pass, and one training step."""
+
+    forward: float
+    step: float
+
+
+def print_plan(config: Config, console: Console, threads: int = 0) -> None:
+    """Print the schedule: noise, ε by round, and the time that it would take on this machine."""
+    with with_threads(threads), TemporaryDirectory() as folder:
+        federation = Federation.build(config, Path(folder))
+        manifest = federation.manifest(default_cache())
+        speed = measure(federation)
+    console.print(_schedule(federation, manifest, speed))
+    if manifest.mode == "record":
+        console.print(_epsilon_by_round(manifest))
+    size = federation.model.spec.size
+    console.print(
+        f"{size:,} trainable parameters; {4 * size:,} bytes to each client and back in a round; "
+        f"{federation.compute.attention} attention, {federation.compute.precision}"
+    )
+
+
+def measure(federation: Federation) -> Speed:
+    """Time a forward pass and a step without privacy on the public validation part."""
+    data = federation.validation.data
+    rows = np.arange(min(PROBE_RECORDS, len(data)), dtype=np.int64)
+    units = unit_groups(None, len(rows))
+    tokens = federation.config.training.micro_batch_tokens
+    forward = step = 0.0
+    for _ in range(2):  # the second time is measured
+        if federation.config.training.head_rounds:
+            forward = _seconds(lambda: pooled_features(federation.model, data, rows))
+        step = _seconds(
+            lambda: federation.training.gradients.plain_sum(data, micro_batches(units, rows, data.lengths, tokens))
+        )
+    return Speed(forward / len(rows), step / len(rows))
+
+
+def _schedule(federation: Federation, manifest: RunManifest, speed: Speed) -> Table:
+    table = Table("phase", "rounds", "attempts", "steps", "rate", "σ", "clip", "examples", "minutes", box=None)
+    units = len(federation.units)
+    for phase in manifest.phases:
+        examples = phase.rounds * phase.steps * phase.sampling_rate * units * manifest.participation
+        seconds = federation.feature_records * speed.forward if phase.name == "head" else examples * speed.step
+        table.add_row(
+            phase.name,
+            str(phase.rounds),
+            str(phase.attempts),
+            str(phase.steps),
+            f"{phase.sampling_rate:g}",
+            f"{phase.noise_multiplier:.4g}",
+            f"{phase.clip:g}" + (f" / {phase.head_clip:g}" if phase.head_clip else ""),
+            f"{examples:,.0f}",
+            f"{seconds / 60:.1f}",
+        )
+    return table
+
+
+def _epsilon_by_round(manifest: RunManifest) -> Table:
+    """ε after each tenth of the rounds, and of the whole schedule with its spare attempts."""
+    table = Table("round", "ε", box=None)
+    shown = sorted({round(share * manifest.rounds) for share in np.linspace(0.1, 1.0, 10)} - {0})
+    for number in shown:
+        table.add_row(str(number), f"{epsilon_of(_history(manifest, number), manifest.delta):.3f}")
+    whole = [Mechanism(p.sampling_rate, p.noise_multiplier, p.steps * p.attempts) for p in manifest.phases]
+    table.add_row("all attempts", f"{epsilon_of(whole, manifest.delta):.3f} at δ = {manifest.delta:g}")
+    return table
+
+
+def _history(manifest: RunManifest, rounds: int) -> list[Mechanism]:
+    history, left = [], rounds
+    for phase in manifest.phases:
+        taken = min(left, phase.rounds)
+        history.append(Mechanism(phase.sampling_rate, phase.noise_multiplier, phase.steps * taken))
+        left -= taken
+    return history
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

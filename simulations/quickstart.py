@@ -1,0 +1,74 @@
+"""`fedlora-sim quickstart`: untrained, without privacy and private, side by side, on text made up on the spot.
+
+It shows what a run leaves behind, not how good the method is: the corpus is synthetic, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedlora.common.compute import threads as with_threads
+from fedlora.common.config import Config, load_config
+from fedlora.common.errors import BadInput
+from fedlora.simulations.corpus import generate, write
+from fedlora.simulations.progress import run_progress
+from fedlora.simulations.report import write_report
+from fedlora.simulations.run import Paths, begin, finish, sequential, train, write_summary
+
+CONFIG = Path(__file__).parent / "configs" / "quickstart.toml"
+BASELINE = "without-privacy"  # the folder of the run that privacy is compared with
+
+
+def run_quickstart(folder: Path, console: Console, threads: int = 0) -> dict[str, Any]:
+    """Three results and a report under `folder`; returns the private run's summary."""
+    _make_room(folder)
+    config = _with_corpus(load_config(CONFIG), folder / "data")
+    console.print("quickstart: a synthetic corpus of five institutions; nothing here is anybody's data")
+    open_config = replace(config, privacy=replace(config.privacy, mode="none"))
+    with with_threads(threads):
+        untrained, plain = _one_run(open_config, folder / BASELINE, console, "without privacy")
+        _, private = _one_run(config, folder, console, "private")
+    comparison = {
+        name: {key: summary.get(key) for key in ("accuracy", "macro_f1", "loss", "epsilon")}
+        for name, summary in (("untrained", untrained), ("non-private", plain), ("private", private))
+    }
+    summary = private | {"comparison": comparison}
+    write_summary(folder, summary)
+    write_report(folder / BASELINE)
+    write_report(folder)
+    return summary
+
+
+def _one_run(config: Config, folder: Path, console: Console, title: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores before training, and the summary after it."""
+    console.print(f"[bold]{title}[/bold]")
+    with run_progress(console, config.federation.rounds) as progress:
+        run = begin(config, Paths.of(folder), progress=progress.features)
+        progress.expect_features(run.federation.feature_records)
+        before = run.federation.test.evaluate(run.federation.initial)
+        summary = finish(run, train(run, sequential(run), progress.round), synthetic=True)
+    return dict(before), summary
+
+
+def _with_corpus(config: Config, folder: Path) -> Config:
+    train_path, test_path = write(generate(config.seed), folder)
+    return replace(config, data=replace(config.data, train=str(train_path), test=str(test_path)))
+
+
+def _make_room(folder: Path) -> None:
+    """A finished quickstart may be run again in place; any other run's folder is left alone."""
+    if not (folder / "checkpoint").exists():
+        return
+    try:
+        again = json.loads((folder / "summary.json").read_text()).get("synthetic") is True
+    except (OSError, ValueError):
+        again = (folder / BASELINE).is_dir()
+    if not again:
+        raise BadInput(f"{folder}: found another run, expected an empty folder or an earlier quickstart")
+    shutil.rmtree(folder)
