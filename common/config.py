@@ -7,33 +7,57 @@ that are not known are refused with a suggestion; what is not built yet is refus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedlora.common.errors import BadInput
-from fedlora.common.toml import Bounds, Choice, read_table, section_faults, to_toml
+from fedlora.common.toml import Bounds, Choice, Each, Pattern, read_fields, read_table, shown, to_toml
 
 MAX_CONFIG_BYTES = 1 << 20
+DIGEST = Pattern(r"(sha256:[0-9a-f]{64})?", '"sha256:" and 64 hexadecimal digits, or ""')
+LETTER = r"[^\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]"  # one line, and writable as UTF-8
+NAME = Pattern(LETTER + "{1,4096}", "one line of text")
+OPTIONAL = Pattern(LETTER + "{0,4096}", 'one line of text, or ""')
+LAYER = Bounds(0, 10_000)
+LATER_STRATEGIES = ("stacking", "svd", "residual", "median", "trimmed-mean", "krum")
 
 
-def _number(default: float, low: float, high: float, *, open_low: bool = False, tuning: bool = False) -> Any:
-    return field(default=default, metadata={"rule": Bounds(low, high, open_low), "tuning": tuning})
+def _number(
+    default: float | str,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    tuning: bool = False,
+) -> Any:
+    return field(default=default, metadata={"rule": Bounds(low, high, open_low, open_high), "tuning": tuning})
 
 
 def _choice(default: str, *known: str, later: Sequence[str] = (), tuning: bool = False) -> Any:
     return field(default=default, metadata={"rule": Choice(known, tuple(later)), "tuning": tuning})
 
 
+def _text(default: str, rule: Pattern = OPTIONAL) -> Any:
+    return field(default=default, metadata={"rule": rule})
+
+
+def _items(default: tuple[Any, ...], rule: Bounds | Pattern, shortest: int = 0) -> Any:
+    return field(default=default, metadata={"rule": Each(rule, shortest)})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    base: str = "minilm"  # a directory, the name of an installed model package, or a hub id
-    digest: str = ""  # "sha256:…": what the base must be
+    base: str = _text("minilm", NAME)  # a directory, the name of an installed model package, or a hub id
+    digest: str = _text("", DIGEST)  # "sha256:…": what the base must be
     task: str = _choice("sequence-classification", "sequence-classification", "causal-lm")
     max_length: int = _number(64, 4, 32_768)
     pooling: str = _choice("default", "default", "mean", "layers")
-    pooled_layers: tuple[int, ...] = ()  # "layers": hidden states to pool, 0 the embeddings; empty: all
+    pooled_layers: tuple[int, ...] = _items((), LAYER)  # for "layers": 0 is the embeddings; empty: all
+    projection: int = _number(0, 0, 16_384)  # principal directions of public features to whiten; 0: none
+    projection_ridge: float = _number(1.0, 0, 1e6)
     head_hidden: int = _number(0, 0, 16_384)  # hidden width of our own head; 0: linear
     head_scale: float = _number(10.0, 0, 1e6, open_low=True)  # pooled features are multiplied by it
 
@@ -42,22 +66,23 @@ class ModelConfig:
 class LoraConfig:
     rank: int = _number(8, 1, 1024)
     alpha: float = _number(16.0, 0, 1e6, open_low=True)
-    targets: tuple[str, ...] = ("query", "value")
-    layers: tuple[int, ...] = ()  # empty: all
+    targets: tuple[str, ...] = _items(("query", "value"), NAME, shortest=1)
+    layers: tuple[int, ...] = _items((), LAYER)  # empty: all
     variant: str = _choice("lora", "lora", "ffa")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = ""
-    test: str = ""  # public
-    validation: float | str = 0.03  # a public file, or the share of train that belongs to no client
-    text: str = "text"
-    prompt: str = ""
-    response: str = ""
-    label: str = "label"
-    labels: tuple[str, ...] = ()  # public label set; empty: taken from test, never from train
-    unit: str = ""  # the column that names the privacy unit; empty: the record
+    train: str = _text("")
+    test: str = _text("")  # public
+    # A public file, or the share of train that belongs to no client.
+    validation: float | str = _number(0.03, 0, 1, open_low=True, open_high=True)
+    text: str = _text("text", NAME)
+    prompt: str = _text("")
+    response: str = _text("")
+    label: str = _text("label", NAME)
+    labels: tuple[str, ...] = _items((), NAME)  # public label set; empty: taken from test, never from train
+    unit: str = _text("")  # the column that names the privacy unit; empty: the record
 
 
 @dataclass(frozen=True)
@@ -65,14 +90,14 @@ class FederationConfig:
     clients: int = _number(10, 1, 1_000_000)
     partition: str = _choice("dirichlet", "iid", "dirichlet", "by-column", "shards", "quantity")
     alpha: float = _number(0.5, 0, 1e6, open_low=True)
-    column: str = ""
+    column: str = _text("")  # by-column
     rounds: int = _number(20, 1, 100_000)
     spare_rounds: int = _number(0, 0, 100_000)  # attempts beyond rounds that the noise is calibrated for
     participation: float = _number(1.0, 0, 1, open_low=True)
     quorum: float = _number(1.0, 0, 1, open_low=True)
     deadline: float = _number(600.0, 0, 1e6, open_low=True)  # seconds
     patience: int = _number(0, 0, 100_000)  # early stopping on validation, in evaluations; 0: off
-    evaluate_every: int = _number(1, 1, 100_000, tuning=True)  # rounds between looks at validation
+    evaluate_every: int = _number(1, 1, 100_000)  # rounds between looks at validation
 
 
 @dataclass(frozen=True)
@@ -108,7 +133,7 @@ class PrivacyConfig:
 
 @dataclass(frozen=True)
 class AggregationConfig:
-    strategy: str = _choice("fedavg", "fedavg")
+    strategy: str = _choice("fedavg", "fedavg", later=LATER_STRATEGIES)
     secure: bool = False
 
 
@@ -141,27 +166,31 @@ class Config:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file; `overrides` are `section.key=VALUE` with TOML values. BadInput lists every fault."""
     try:
-        size = path.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise BadInput(f"{path}: found {size} bytes, expected at most {MAX_CONFIG_BYTES}")
-        text = path.read_bytes().decode()
-    except OSError as error:
-        raise BadInput(f"{path}: can't be read ({error.strerror})") from error
+        with path.open("rb") as stream:
+            data = stream.read(MAX_CONFIG_BYTES + 1)  # never more, whatever kind of file this is
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BadInput(f"{path}: can't be read ({reason}), expected a TOML file") from error
+    _check_size(len(data), path.name)
+    try:
+        return parse_config(data.decode("utf-8-sig"), path.name, overrides)
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: found a byte that is not UTF-8 at {error.start}, expected TOML") from error
-    return parse_config(text, path.name, overrides)
+        raise BadInput(
+            f"{path.name}: found a byte that is not UTF-8 at {error.start}, expected TOML"
+        ) from error
 
 
 def parse_config(text: str, where: str = "config", overrides: Sequence[str] = ()) -> Config:
     """The configuration that `text` describes; BadInput lists every fault."""
+    _check_size(len(text), where)  # letters never outnumber bytes
     table = read_table(text, where, overrides)
-    values, faults = section_faults(Config, table, where)
-    if not faults:
-        config: Config = values
-        faults = [f"{where} {fault}" for fault in _together(config)]
-    if faults:
-        raise BadInput(faults)
-    return config
+    config, faults = read_fields(Config, table)
+    together = [
+        f"{where} {fault}" for paths, fault in _together(config) if not any(p in faults for p in paths)
+    ]
+    if faults or together:
+        raise BadInput([*faults.values(), *together])
+    return cast(Config, config)
 
 
 def config_to_toml(config: Config) -> str:
@@ -175,29 +204,53 @@ def check_delta(delta: float, units: int, where: str) -> None:
         raise BadInput(f"{where} [privacy] delta = {delta:g}: expected less than 1/{units} = {1 / units:.2g}")
 
 
-def _together(config: Config) -> list[str]:
+def _check_size(size: int, where: str) -> None:
+    if size > MAX_CONFIG_BYTES:
+        raise BadInput(f"{where}: found more than {MAX_CONFIG_BYTES} bytes, expected at most 1 MiB")
+
+
+Fault = tuple[tuple[str, ...], str]  # the fields that it is about, and the line to print
+
+
+def _together(config: Config) -> Iterator[Fault]:
     """Faults of fields that are right alone and wrong together."""
-    federation, training, model, data = config.federation, config.training, config.model, config.data
-    causal = model.task == "causal-lm"
-    share = data.validation
-    checks = [
-        (config.aggregation.secure, "[aggregation] secure = true: not built yet; expected false"),
-        (
-            federation.partition == "by-column" and not federation.column,
-            '[federation] column = "": expected a column, since partition = "by-column"',
-        ),
-        (
-            training.head_rounds > federation.rounds,
-            f"[training] head_rounds = {training.head_rounds}: expected at most rounds = {federation.rounds}",
-        ),
-        (training.head_rounds > 0 and causal, "[training] head_rounds: a causal-lm has no head of its own; expected 0"),
-        (causal and model.pooling != "default", f'[model] pooling = "{model.pooling}": a causal-lm pools nothing'),
-        (causal and not data.response, '[data] response = "": expected a column, since task = "causal-lm"'),
-        (
-            model.head_hidden > 0 and model.pooling == "default",
-            '[model] head_hidden: expected pooling = "mean" or "layers"',
-        ),
-        (not isinstance(share, str) and not 0 < share < 1, f"[data] validation = {share}: expected 0 < share < 1"),
-        (len(set(data.labels)) != len(data.labels), "[data] labels: found a label twice"),
-    ]
-    return [fault for wrong, fault in checks if wrong]
+    federation, training = config.federation, config.training
+    if config.aggregation.secure:
+        yield ("aggregation.secure",), "[aggregation] secure = true: not built yet; expected false"
+    if federation.partition == "by-column" and not federation.column:
+        paths = ("federation.partition", "federation.column")
+        yield paths, '[federation] column = "": expected a column, since partition = "by-column"'
+    if training.head_rounds > federation.rounds:
+        paths = ("training.head_rounds", "federation.rounds")
+        found = f"[training] head_rounds = {training.head_rounds}"
+        yield paths, f"{found}: expected at most [federation] rounds = {federation.rounds}"
+    if config.model.head_hidden > 0 and config.model.pooling == "default":
+        paths = ("model.head_hidden", "model.pooling")
+        found = f"[model] head_hidden = {config.model.head_hidden}"
+        yield paths, f'{found}: expected 0 with pooling = "default", or pooling = "mean" or "layers"'
+    if config.model.pooled_layers and config.model.pooling != "layers":
+        paths = ("model.pooled_layers", "model.pooling")
+        yield (
+            paths,
+            f'[model] pooled_layers: expected [] with pooling = "{config.model.pooling}", or "layers"',
+        )
+    if len(config.data.labels) == 1:
+        yield ("data.labels",), f"[data] labels = {shown([*config.data.labels])}: expected [] or at least two"
+    if config.model.task == "causal-lm":
+        yield from _causal(config)
+
+
+def _causal(config: Config) -> Iterator[Fault]:
+    """A language model has no pooling, no labels and no head of its own."""
+    since = 'since task = "causal-lm"'
+    if not config.data.response:
+        yield ("model.task", "data.response"), f'[data] response = "": expected a column, {since}'
+    if config.model.pooling != "default":
+        found = f'[model] pooling = "{config.model.pooling}"'
+        yield ("model.task", "model.pooling"), f'{found}: expected "default", {since}'
+    if config.training.head_rounds > 0:
+        found = f"[training] head_rounds = {config.training.head_rounds}"
+        yield ("model.task", "training.head_rounds"), f"{found}: expected 0, {since}"
+    if config.privacy.head_clip > 0:
+        found = f"[privacy] head_clip = {config.privacy.head_clip:g}"
+        yield ("model.task", "privacy.head_clip"), f"{found}: expected 0, {since}"

@@ -1,30 +1,55 @@
-"""Strict TOML for frozen dataclasses: types, bounds and names are checked, every fault at once."""
+"""Strict TOML for frozen dataclasses: types, bounds and names are checked, every fault at once.
+
+What a value may be is a `Rule` in its field's metadata. A fault names the file (or the `--set` option that
+brought the value), section, key, what was found and what was expected, on one line whatever the file holds.
+"""
 
 from __future__ import annotations
 
 import difflib
-import math
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
 from fedlora.common.errors import BadInput
+
+NOUNS = {str: "a string", int: "an integer", float: "a finite number", bool: "true or false"}
+
+
+class Rule(Protocol):
+    """What a field may be beyond its type."""
+
+    def expected(self, noun: str) -> str:
+        """The end of 'expected …'; `noun` is the name of the type."""
+
+    def fault(self, value: Any, noun: str) -> str:
+        """What is wrong with a value of the right type, or ""."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """A number from `low` to `high`; `open_low` leaves `low` itself out."""
+    """A number from `low` to `high`, each end left out where it is open.
+
+    A string passes: it comes here only where the field's type allows one instead of a number.
+    """
 
     low: float
     high: float
     open_low: bool = False
+    open_high: bool = False
 
-    def fault(self, value: Any) -> str:
-        if (self.low < value if self.open_low else self.low <= value) and value <= self.high:
+    def expected(self, noun: str) -> str:
+        ends = (">" if self.open_low else ">=", "<" if self.open_high else "<=")
+        return f"{noun} {ends[0]} {_end(self.low)} and {ends[1]} {_end(self.high)}"
+
+    def fault(self, value: Any, noun: str) -> str:
+        if isinstance(value, str):
             return ""
-        sign = ">" if self.open_low else ">="
-        return f"expected a finite number {sign} {self.low:g} and <= {self.high:g}"
+        above = self.low < value if self.open_low else self.low <= value
+        below = value < self.high if self.open_high else value <= self.high
+        return "" if above and below else f"expected {self.expected(noun)}"  # nan compares false
 
 
 @dataclass(frozen=True)
@@ -34,54 +59,101 @@ class Choice:
     known: tuple[str, ...]
     later: tuple[str, ...] = ()
 
-    def fault(self, value: Any) -> str:
+    def expected(self, noun: str) -> str:
+        return f"one of {', '.join(self.known)}"
+
+    def fault(self, value: Any, noun: str) -> str:
         if value in self.known:
             return ""
         if value in self.later:
-            return f"not built yet; expected one of {', '.join(self.known)}"
-        return f"expected one of {', '.join(self.known)}{suggestion(str(value), self.known)}"
+            return f"not built yet; expected {self.expected(noun)}"
+        return f"expected {self.expected(noun)}{suggestion(str(value), self.known)}"
 
 
-def read_table(text: str, where: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Pattern:
+    """A string that matches a regular expression; `what` says so in words."""
+
+    pattern: str
+    what: str
+
+    def expected(self, noun: str) -> str:
+        return self.what
+
+    def fault(self, value: Any, noun: str) -> str:
+        return "" if re.fullmatch(self.pattern, value) else f"expected {self.what}"
+
+
+@dataclass(frozen=True)
+class Each:
+    """A list without repeats, of at least `shortest` items that each keep `rule`."""
+
+    rule: Rule
+    shortest: int = 0
+
+    def expected(self, noun: str) -> str:
+        return f"a list, each {self.rule.expected(noun)}"
+
+    def fault(self, value: Any, noun: str) -> str:
+        if len(value) < self.shortest:
+            return f"found {len(value)} items, expected at least {self.shortest}"
+        if len(set(value)) != len(value):
+            return "found an item twice, expected each once"
+        faults = [(item, self.rule.fault(item, noun)) for item in value]
+        return next((f"found {shown(item)}, {fault} in each place" for item, fault in faults if fault), "")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Parsed TOML and where it came from; `overridden` holds the `section.key` paths that `--set` brought."""
+
+    values: Mapping[str, Any]
+    where: str
+    overridden: frozenset[str] = frozenset()
+
+    def place(self, section: str, key: str) -> str:
+        """Where a person finds the value."""
+        path = f"{section}.{key}" if section else key
+        if path in self.overridden:
+            return f"--set {path}"
+        return f"{self.where} [{section}] {_key(key)}" if section else f"{self.where} {_key(key)}"
+
+
+def read_table(text: str, where: str, overrides: Sequence[str] = ()) -> Table:
     """Parse TOML and lay `section.key=VALUE` overrides over it; VALUE is TOML, or else a string."""
     try:
-        table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise BadInput(f"{where}: not TOML: {error}") from error
-    for override in overrides:
-        _override(table, override)
-    return table
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: an integer of more than 4,300 digits too
+        raise BadInput(f"{where}: found no TOML ({_one_line(error)})") from error
+    faults = [fault for fault in (_override(values, override) for override in overrides) if fault]
+    if faults:
+        raise BadInput(faults)
+    paths = (override.partition("=")[0].strip() for override in overrides)
+    return Table(values, where, frozenset(paths))
 
 
-def section_faults(cls: type[Any], table: Mapping[str, Any], where: str, section: str = "") -> tuple[Any, list[str]]:
-    """An instance of `cls` from a table, or None, and the faults that were found."""
-    hints, values, faults = get_type_hints(cls), {}, []
-    known = {field.name: field for field in fields(cls)}
-    place = f"{where} [{section}]" if section else where
-    for name in table:
-        if name not in known:
-            faults.append(f"{place} {name}: unknown key{suggestion(name, known)}")
-    for name, field in known.items():
-        if name not in table:
-            continue
-        kind = hints[name]
-        if is_dataclass(kind):
-            if isinstance(table[name], Mapping):
-                values[name], more = section_faults(kind, table[name], where, name)  # type: ignore[arg-type]
-                faults += more
-            else:
-                faults.append(f"{place} {name} = {table[name]!r}: expected a section [{name}]")
-            continue
-        values[name], fault = _value(kind, table[name], field.metadata.get("rule"))
-        if fault:
-            faults.append(f"{place} {name} = {_shown(table[name])}: {fault}")
-    return (None if faults else cls(**values)), faults
+def read_fields(cls: type[Any], table: Table) -> tuple[Any, dict[str, str]]:
+    """An instance of `cls`, with defaults where a value is wrong, and the faults by `section.key`."""
+    return _section(cls, cls, table.values, table, "")
 
 
-def suggestion(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     """`; did you mean "x"?`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name[:80], list(known), n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def shown(value: Any) -> str:
+    """A value from a file as TOML would write it, on one line of at most 80 characters."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 64:
+        text = hex(value)  # Python refuses to write out very long decimals
+    elif isinstance(value, str | bool | int | float):
+        text = literal(value)
+    elif isinstance(value, list):
+        text = "[" + ", ".join(shown(item) for item in value[:20]) + (", …" if len(value) > 20 else "") + "]"
+    else:
+        text = f"a {'table' if isinstance(value, Mapping) else type(value).__name__}"
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def to_toml(config: Any) -> str:
@@ -92,72 +164,125 @@ def to_toml(config: Any) -> str:
         if is_dataclass(value):
             sections.append(f"\n[{field.name}]\n{to_toml(value)}")
         else:
-            plain.append(f"{field.name} = {_literal(value)}\n")
+            plain.append(f"{field.name} = {literal(value)}\n")
     return "".join(plain + sections)
 
 
-def _value(kind: Any, value: Any, rule: Bounds | Choice | None) -> tuple[Any, str]:
-    """The value in its field's type, and what is wrong with it."""
+def literal(value: Any) -> str:
+    """A scalar or a tuple of scalars as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + "".join(_escaped(letter) for letter in value) + '"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(literal(each) for each in value) + "]"
+    return repr(value)
+
+
+def _section(
+    root: type[Any], cls: type[Any], values: Mapping[str, Any], table: Table, section: str
+) -> tuple[Any, dict[str, str]]:
+    known = {field.name: field for field in fields(cls)}
+    faults = {
+        f"{section}.{name}": f"{table.place(section, name)}: unknown key{_meant(root, name, known)}"
+        for name in values
+        if name not in known
+    }
+    right = {}
+    for name, field in known.items():
+        if name not in values:
+            continue
+        kind, path = get_type_hints(cls)[name], f"{section}.{name}".lstrip(".")
+        if is_dataclass(kind):
+            right[name], inner = _subsection(root, kind, values[name], table, name)
+            faults |= inner
+        elif fault := _fault(kind, values[name], field.metadata.get("rule")):
+            faults[path] = f"{table.place(section, name)} = {shown(values[name])}: {fault}"
+        else:
+            right[name] = _converted(kind, values[name])
+    return cls(**right), faults
+
+
+def _subsection(
+    root: type[Any], kind: Any, value: Any, table: Table, name: str
+) -> tuple[Any, dict[str, str]]:
+    if isinstance(value, Mapping):
+        return _section(root, kind, value, table, name)
+    return kind(), {name: f"{table.place('', name)} = {shown(value)}: expected a section [{name}]"}
+
+
+def _fault(kind: Any, value: Any, rule: Rule | None) -> str:
+    """What is wrong with a value, or ""."""
     if get_origin(kind) is tuple:
-        (item,) = (each for each in get_args(kind) if each is not Ellipsis)
+        item = get_args(kind)[0]
         if not isinstance(value, list) or not all(_is(each, item) for each in value):
-            return None, f"expected a list of {item.__name__}"
-        return tuple(value), ""
+            return f"expected a list, each {NOUNS[item]}"
+        return rule.fault(value, NOUNS[item]) if rule else ""
     kinds = get_args(kind) or (kind,)
+    noun = NOUNS[kinds[0]]
     if not any(_is(value, each) for each in kinds):
-        return None, f"expected {' or '.join(_name(each) for each in kinds)}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return None, "expected a finite number" + (f": {rule.fault(math.nan)}" if isinstance(rule, Bounds) else "")
-    fault = rule.fault(value) if rule is not None else ""
-    return (float(value) if float in kinds and not isinstance(value, str) else value), fault
+        others = "".join(f" or {NOUNS[each]}" for each in kinds[1:])
+        return f"expected {rule.expected(noun) if rule else noun}{others}"
+    return rule.fault(value, noun) if rule else ""
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is tuple:
+        return tuple(value)
+    return float(value) if float in (get_args(kind) or (kind,)) and not isinstance(value, str) else value
 
 
 def _is(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
-    if kind is float:
-        return isinstance(value, int | float)
-    return isinstance(value, kind)
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
-def _name(kind: type) -> str:
-    return {"str": "a string", "int": "an integer", "float": "a number", "bool": "true or false"}[kind.__name__]
+def _meant(root: type[Any], name: str, known: Mapping[str, Any]) -> str:
+    """A key of the same section that looks alike, or the section where a key of this name belongs."""
+    if close := suggestion(name, known):
+        return close
+    homes = {field.name: get_type_hints(root)[field.name] for field in fields(root)}
+    for section, kind in homes.items():
+        if is_dataclass(kind) and name in {field.name for field in fields(kind)}:
+            return f"; did you mean [{section}] {name}?"
+    return f"; did you mean {name}, before the first section?" if name in homes else ""
 
 
-def _shown(value: Any) -> str:
-    text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
-def _override(table: dict[str, Any], override: str) -> None:
+def _override(values: dict[str, Any], override: str) -> str:
+    """Lay one override over the table; what is wrong with it, or ""."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys) or len(keys) > 2:
-        raise BadInput(f"--set {override}: expected section.key=VALUE")
+        return f"--set {shown(override)}: expected section.key=VALUE"
+    target = values if len(keys) == 1 else values.setdefault(keys[0], {})
+    if not isinstance(target, dict):
+        return f"--set {shown(override)}: found {keys[0]} = {shown(target)}, expected a section [{keys[0]}]"
+    target[keys[-1]] = _override_value(text)
+    return ""
+
+
+def _override_value(text: str) -> Any:
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    target = table
-    if len(keys) == 2:
-        target = table.setdefault(keys[0], {})
-        if not isinstance(target, dict):
-            raise BadInput(f"--set {override}: {keys[0]} is not a section")
-    target[keys[-1]] = value
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
 
 
-def _literal(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = "".join(_escaped(letter) for letter in value)
-        return f'"{escaped}"'
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_literal(each) for each in value) + "]"
-    return repr(value)
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]{1,80}", name) else shown(name)
+
+
+def _end(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _escaped(letter: str) -> str:
     if letter in '"\\':
         return "\\" + letter
-    return f"\\u{ord(letter):04x}" if ord(letter) < 0x20 or ord(letter) == 0x7F else letter
+    return f"\\u{ord(letter):04x}" if not letter.isprintable() and ord(letter) <= 0xFFFF else letter
