@@ -67,10 +67,10 @@ class Federation:
         encode = lambda records: sources.task.encode(records, model.tokenizer, config.model.max_length)  # noqa: E731
         train, test = encode(sources.train), encode(sources.test)
         validation = encode(sources.validation)
-        # Measured on public records: how long a step takes must not depend on anybody's text.
-        compute = choose_compute(model, validation, config.training.attention, config.training.precision)
         if config.model.projection:
             model.projection = _projection(model, validation, config.model, folder / "projection.safetensors")
+        # Measured on public records: how long a step takes must not depend on anybody's text.
+        compute = choose_compute(model, validation, config.training.attention, config.training.precision)
         features = FeatureCache(model, progress=progress)
         units = unit_groups(sources.train.units, len(sources.train))
         return cls(
