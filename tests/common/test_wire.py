@@ -32,6 +32,7 @@ MANIFEST = RunManifest(
     labels=("a", "ü"),
     base_digest="sha256:b",
     spec_digest="sha256:s",
+    projection_digest="",
     max_length=64,
     mode="record",
     unit="",

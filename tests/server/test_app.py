@@ -32,6 +32,7 @@ MANIFEST = RunManifest(
     labels=("a", "b"),
     base_digest="sha256:b",
     spec_digest=SPEC.digest,
+    projection_digest="",
     max_length=64,
     mode="none",
     unit="",
