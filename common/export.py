@@ -64,7 +64,7 @@ def export_adapter(
     model.load(state)
     folder.mkdir(parents=True, exist_ok=True)
     backbone: Any = model.network.backbone
-    backbone.save_pretrained(folder, safe_serialization=True)
+    backbone.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     if isinstance(model.network, PooledClassifier):
         head = {n: np.ascontiguousarray(v) for n, v in state.named().items() if n.startswith(HEAD_PREFIX)}
         save_file(head, folder / "head.safetensors")

@@ -8,6 +8,7 @@ all three come from `AdapterModel.parameters`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from fedlora.common.projection import Projection
 from fedlora.common.state import HEAD_PREFIX, AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.tasks import Batch, Task
 
+# PEFT 0.21 asks transformers 5 for a property under its old name.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # missing heads are expected: they are ours to train
 

@@ -67,8 +67,12 @@ class Federation:
         encode = lambda records: sources.task.encode(records, model.tokenizer, config.model.max_length)  # noqa: E731
         train, test = encode(sources.train), encode(sources.test)
         validation = encode(sources.validation)
+        public = np.arange(len(validation), dtype=np.int64)
+        score = public
         if config.model.projection:
-            model.projection = _projection(model, validation, config.model, folder / "projection.safetensors")
+            # Whitened rows of the fit look unlike any others: they must not score what was fitted on them.
+            fit, score = public[::2], public[1::2]
+            model.projection = _projection(model, validation, fit, config.model, folder / "projection.safetensors")
         # Measured on public records: how long a step takes must not depend on anybody's text.
         compute = choose_compute(model, validation, config.training.attention, config.training.precision)
         features = FeatureCache(model, progress=progress)
@@ -82,7 +86,7 @@ class Federation:
             partition=partition_units(config.federation, sources.train, units, config.seed),
             records=sources.train,
             features=features,
-            validation=Evaluator("validation", model, validation, np.arange(len(validation)), features),
+            validation=Evaluator("validation", model, validation, score, features),
             test=Evaluator("test", model, test, np.arange(len(test)), features),
             initial=model.state(),
             training=LocalTraining(PerSampleGradients(model), features, config.training.micro_batch_tokens),
@@ -142,11 +146,13 @@ class Federation:
         return UnitIndex(offsets, self.units.records[starts + np.arange(offsets[-1])])
 
 
-def _projection(model: AdapterModel, public: Encoded, settings: ModelConfig, path: Path) -> Projection:
+def _projection(
+    model: AdapterModel, public: Encoded, rows: Ints, settings: ModelConfig, path: Path
+) -> Projection:
     """The run's projection: read where it was fitted before, else fitted on the public validation part."""
     if path.is_file():
         return Projection.read(path)
-    features = pooled_features(model, public, np.arange(len(public), dtype=np.int64)).cpu().numpy()
+    features = pooled_features(model, public, rows).cpu().numpy()
     fitted = Projection.fit(features / settings.head_scale, settings.projection, settings.projection_ridge)
     path.parent.mkdir(parents=True, exist_ok=True)
     fitted.write(path)

@@ -30,7 +30,7 @@ seed = 11
 [model]
 base = "{base}"
 pooling = "layers"
-projection = 8
+projection = 6
 max_length = 16
 [lora]
 rank = 2

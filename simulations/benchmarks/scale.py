@@ -1,0 +1,131 @@
+"""What a client costs when there are many: memory, start-up and CPU time with 100, 1,000 and 10,000 clients.
+
+Each size runs in a fresh process: clients of 32 AG News records, a cohort of about 20 by Poisson participation,
+record-level privacy with a ledger.
+
+    python simulations/benchmarks/scale.py [--json FILE] [--rounds 6]
+"""
+
+from __future__ import annotations
+
+import time
+
+STARTED = time.perf_counter()
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fedlora.common.config import Config, parse_config
+from fedlora.simulations.partition import Partition
+from fedlora.simulations.run import Paths, begin, sequential, train
+
+SIZES = (100, 1_000, 10_000)
+RECORDS, COHORT = 32, 20
+CONFIG = """
+[model]
+max_length = 64
+pooling = "mean"
+[lora]
+rank = 4
+layers = [5]
+[data]
+train = "../shared/data/ag_news/train.parquet"
+test = "../shared/data/ag_news/test.parquet"
+validation = 0.003
+labels = ["0", "1", "2", "3"]
+[federation]
+clients = {clients}
+partition = "iid"
+rounds = {rounds}
+participation = {participation}
+evaluate_every = 100000
+[training]
+steps = 1
+sampling_rate = 0.5
+expected_units = 16
+precision = "fp32"
+attention = "sdpa"
+[privacy]
+epsilon = 8.0
+delta = 1e-6
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--only", type=int)
+    arguments = parser.parse_args()
+    if arguments.only:
+        print(json.dumps(_measure(arguments.only, arguments.rounds)))
+        return
+    figures = [_in_a_fresh_process(size, arguments.rounds) for size in SIZES]
+    _print(figures)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _measure(clients: int, rounds: int) -> dict[str, Any]:
+    torch.set_num_threads(1)  # CPU time, not waiting for another core
+    config = parse_config(CONFIG.format(clients=clients, rounds=rounds, participation=COHORT / clients))
+    with TemporaryDirectory() as folder:
+        run = begin(config, Paths.of(Path(folder)))
+        run.federation.partition = _many(len(run.federation.units), config)
+        start = time.perf_counter() - STARTED
+        before, replies = time.process_time(), []
+        train(run, sequential(run), lambda number, figures: None)
+        spent = time.process_time() - before
+        lines = (run.paths.folder / "metrics.jsonl").read_text().splitlines()
+        replies = [json.loads(line)["replies"] for line in lines]
+    return {
+        "clients": clients,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "start_seconds": start,
+        "seconds_per_client_round": spent / sum(replies),
+        "client_rounds": sum(replies),
+    }
+
+
+def _many(units: int, config: Config) -> Partition:
+    """More clients than there are records for: each holds 32 drawn from all, so clients overlap."""
+    clients = config.federation.clients
+    drawn = np.random.default_rng(config.seed).integers(0, units, clients * RECORDS)
+    return replace(Partition(np.arange(clients + 1, dtype=np.int64) * RECORDS, drawn.astype(np.int64)))
+
+
+def _in_a_fresh_process(size: int, rounds: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--only", str(size), "--rounds", str(rounds)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _print(figures: list[dict[str, Any]]) -> None:
+    table = Table("clients", "peak MB", "start s", "CPU s a client-round", "to 100 clients", box=None)
+    for row in figures:
+        table.add_row(
+            f"{row['clients']:,}",
+            f"{row['peak_rss_bytes'] / 1e6:.0f}",
+            f"{row['start_seconds']:.1f}",
+            f"{row['seconds_per_client_round']:.4f}",
+            f"memory {row['peak_rss_bytes'] / figures[0]['peak_rss_bytes']:.2f}, "
+            f"time {row['seconds_per_client_round'] / figures[0]['seconds_per_client_round']:.2f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
