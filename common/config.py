@@ -58,6 +58,8 @@ class ModelConfig:
     pooled_layers: tuple[int, ...] = _items((), LAYER)  # for "layers": 0 is the embeddings; empty: all
     projection: int = _number(0, 0, 16_384)  # principal directions of public features to whiten; 0: none
     projection_ridge: float = _number(1.0, 0, 1e6)
+    kernel_directions: int = _number(0, 0, 16_384)  # similarities to public texts, on top; 0: none
+    kernel_gamma: float = _number(6.0, 0, 1e4, open_low=True)
     head_hidden: int = _number(0, 0, 16_384)  # hidden width of our own head; 0: linear
     head_scale: float = _number(10.0, 0, 1e6, open_low=True)  # pooled features are multiplied by it
 
@@ -144,6 +146,7 @@ class ServerConfig:
     momentum: float = _number(0.9, 0, 0.9999)
     beta2: float = _number(0.99, 0, 0.99999)
     average_last: float = _number(0.0, 0, 1)  # share of a phase's last rounds whose states are averaged
+    decay: str = _choice("none", "none", "linear")  # of the learning rate, over a phase's rounds
     head_optimizer: str = _choice("momentum", "none", "momentum", "adam", "yogi")
     head_learning_rate: float = _number(1.0, 0, 1e3, open_low=True)
 
@@ -228,6 +231,15 @@ def _together(config: Config) -> Iterator[Fault]:
         paths = ("model.head_hidden", "model.pooling")
         found = f"[model] head_hidden = {config.model.head_hidden}"
         yield paths, f'{found}: expected 0 with pooling = "default", or pooling = "mean" or "layers"'
+    if config.model.projection > 0 and config.model.pooling == "default":
+        found = f"[model] projection = {config.model.projection}"
+        yield (
+            ("model.projection", "model.pooling"),
+            f'{found}: expected 0 with pooling = "default", or pooling = "mean" or "layers"',
+        )
+    if config.model.kernel_directions > 0 and not config.model.projection:
+        found = f"[model] kernel_directions = {config.model.kernel_directions}"
+        yield ("model.kernel_directions", "model.projection"), f"{found}: expected 0 with projection = 0"
     if config.model.pooled_layers and config.model.pooling != "layers":
         paths = ("model.pooled_layers", "model.pooling")
         yield (

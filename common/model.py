@@ -25,7 +25,7 @@ from torch.nn import functional
 from fedlora.common.base import check_base, check_digest, resolve_base
 from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
-from fedlora.common.projection import Projection
+from fedlora.common.projection import Affine, Projection
 from fedlora.common.state import HEAD_PREFIX, AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.tasks import Batch, Task
 
@@ -53,10 +53,23 @@ class Pooling:
         means = [(hidden[layer].float() * weights).sum(dim=1) / total for layer in self.layers]
         features = torch.cat([functional.normalize(mean, dim=1) for mean in means], dim=1)
         if self.projection is not None:
-            mean = torch.from_numpy(self.projection.mean).to(features.device)
-            matrix = torch.from_numpy(self.projection.matrix).to(features.device)
-            features = functional.normalize((features - mean) @ matrix, dim=1)
+            features = _projected(features, self.projection)
         return features * self.scale
+
+
+def _projected(features: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """(n, projection.width) rows of length 1."""
+    rows = functional.normalize(_affine(features, projection.whiten), dim=1)
+    if projection.kernel is None:
+        return rows
+    landmarks = torch.from_numpy(projection.kernel.landmarks).to(rows.device)
+    similar = torch.exp(projection.kernel.gamma * (rows @ landmarks.T - 1.0))
+    return functional.normalize(_affine(similar, projection.kernel.affine), dim=1)
+
+
+def _affine(rows: torch.Tensor, affine: Affine) -> torch.Tensor:
+    matrix, shift = (torch.from_numpy(part).to(rows.device) for part in (affine.matrix, affine.shift))
+    return rows @ matrix - shift
 
 
 class PooledClassifier(nn.Module):
@@ -228,7 +241,7 @@ def _network(
         base.pooler = None  # ours replaces it; adapting what nothing reads would only add noise
     pooling = Pooling(_pooled_layers(model, base.config.num_hidden_layers), model.head_scale)
     backbone = _with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
-    width = model.projection or base.config.hidden_size * len(pooling.layers)
+    width = model.kernel_directions or model.projection or base.config.hidden_size * len(pooling.layers)
     return PooledClassifier(backbone, pooling, build_head(width, model.head_hidden, len(task.labels)))
 
 

@@ -153,7 +153,13 @@ def _projection(
     if path.is_file():
         return Projection.read(path)
     features = pooled_features(model, public, rows).cpu().numpy()
-    fitted = Projection.fit(features / settings.head_scale, settings.projection, settings.projection_ridge)
+    fitted = Projection.fit(
+        features / settings.head_scale,
+        settings.projection,
+        settings.projection_ridge,
+        settings.kernel_directions,
+        settings.kernel_gamma,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     fitted.write(path)
     return fitted

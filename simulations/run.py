@@ -29,7 +29,7 @@ from fedlora.common.export import export_adapter
 from fedlora.common.features import Progress as FeatureProgress
 from fedlora.common.files import write_atomically
 from fedlora.common.ledger import Ledger
-from fedlora.common.messages import RunManifest
+from fedlora.common.messages import Phase, RunManifest
 from fedlora.common.privacy import Mechanism, default_cache, epsilon_of
 from fedlora.common.state import AdapterState
 from fedlora.common.statement import NOISE_SOURCE, privacy_statement
@@ -124,7 +124,7 @@ def train(run: Run, cohort: Cohort, observe: Observe = lambda number, figures: N
     progress = run_rounds(
         checkpoint=run.checkpoint,
         cohort=cohort,
-        strategies=[_strategy(config, phase.name) for phase in run.manifest.phases],
+        strategies=[_strategy(config, phase) for phase in run.manifest.phases],
         rules=Rules(
             quorum=config.federation.quorum,
             average_last=config.server.average_last,
@@ -208,12 +208,14 @@ class _MetricsLog:
         )
 
 
-def _strategy(config: Config, phase: str) -> FedAvg:
+def _strategy(config: Config, phase: Phase) -> FedAvg:
     server = config.server
+    head = phase.name == "head"
     name, rate = (
-        (server.head_optimizer, server.head_learning_rate) if phase == "head" else (server.optimizer, server.learning_rate)
+        (server.head_optimizer, server.head_learning_rate) if head else (server.optimizer, server.learning_rate)
     )
-    return FedAvg(ServerOptimizer(name, rate, server.momentum, server.beta2))
+    decay = phase.rounds if server.decay == "linear" else 0
+    return FedAvg(ServerOptimizer(name, rate, server.momentum, server.beta2), decay)
 
 
 def _summary(run: Run, progress: Progress, metrics: Mapping[str, float]) -> dict[str, Any]:

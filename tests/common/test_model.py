@@ -101,17 +101,20 @@ def test_a_causal_model_exports_and_completes(tiny_llama: Path, tmp_path: Path) 
     assert isinstance(load_adapter(tmp_path).complete("w1 w2", tokens=4), str)
 
 
-def test_a_projection_goes_with_its_adapter(tiny_bert: Path, tmp_path: Path) -> None:
-    settings = ModelConfig(base=str(tiny_bert), pooling="layers", projection=5, head_hidden=4)
+@pytest.mark.parametrize("kernel", [0, 7])
+def test_a_projection_goes_with_its_adapter(tiny_bert: Path, tmp_path: Path, kernel: int) -> None:
+    settings = ModelConfig(
+        base=str(tiny_bert), pooling="layers", projection=5, kernel_directions=kernel, head_hidden=4
+    )
     model = build_model(settings, LoraConfig(rank=2), SequenceClassification(LABELS), seed=3)
-    public = np.random.default_rng(0).normal(size=(40, 96)).astype(np.float32)
-    model.projection = Projection.fit(public, 5, 0.1)
+    public = np.random.default_rng(0).uniform(size=(40, 96)).astype(np.float32)
+    model.projection = Projection.fit(public, 5, 0.1, kernel, 2.0)
     state = scrambled(model)
     export_adapter(model, state, settings, LoraConfig(rank=2), 3, tmp_path)
     batch = model.task.encode(records(TEXTS), model.tokenizer, 64).batch(np.arange(4), 0, model.device)
     assert torch.allclose(load_adapter(tmp_path).logits(TEXTS), model.logits(batch), atol=1e-5)
     path = tmp_path / "projection.safetensors"
-    Projection.fit(public + 1, 5, 0.1).write(path)
+    Projection.fit(public + 1, 5, 0.1, kernel, 2.0).write(path)
     with pytest.raises(BadInput, match="expected sha256"):
         load_adapter(tmp_path)
 
@@ -120,11 +123,26 @@ def test_whitened_features_have_one_variance_where_there_is_no_ridge() -> None:
     rng = np.random.default_rng(0)
     public = (rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)) + 3).astype(np.float32)
     fitted = Projection.fit(public, 4, 0.0)
-    mapped = (public - fitted.mean) @ fitted.matrix
+    mapped = public @ fitted.whiten.matrix - fitted.whiten.shift
     assert np.allclose(mapped.T @ mapped / 500, np.eye(4), atol=1e-3)
     assert Projection.fit(public, 4, 0.5).digest != fitted.digest
-    with pytest.raises(BadInput, match="projection = 7"):
+    with pytest.raises(BadInput, match="found 7 directions"):
         Projection.fit(public, 7, 0.0)
+
+
+def test_a_linear_head_on_kernel_features_is_a_kernel_machine() -> None:
+    """Without ridge and with all directions kept, centred inner products are the centred kernel's."""
+    rng = np.random.default_rng(0)
+    public = rng.normal(size=(30, 8)).astype(np.float32)
+    fitted = Projection.fit(public, 6, 0.0, 20, 0.7)
+    assert fitted.kernel is not None
+    z = public @ fitted.whiten.matrix - fitted.whiten.shift
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    assert np.allclose(z, fitted.kernel.landmarks, atol=1e-5)
+    kernel = np.exp(0.7 * (z @ z.T - 1))
+    mapped = kernel @ fitted.kernel.affine.matrix - fitted.kernel.affine.shift
+    assert np.allclose(mapped.mean(axis=0), 0, atol=1e-3)
+    assert np.allclose(mapped.T @ mapped / 30, np.eye(20), atol=1e-2)
 
 
 def test_frozen_a_is_the_same_on_every_machine_and_survives_export(tiny_bert: Path, tmp_path: Path) -> None:
