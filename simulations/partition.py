@@ -5,6 +5,8 @@
     by-column  one client for each value of a column: the institutions that the data set names
     shards     units sorted by label, cut into two shards a client                      (McMahan et al. 2017)
     quantity   sizes from Dirichlet(alpha), labels alike everywhere
+
+Every client gets at least one unit. Memory is linear in units and clients.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy.typing as npt
 from fedlora.common.config import FederationConfig
 from fedlora.common.data import Records, UnitIndex
 from fedlora.common.errors import BadInput
+from fedlora.common.toml import shown
 
 Ints = npt.NDArray[np.int64]
 SHARDS_PER_CLIENT = 2
@@ -44,8 +47,8 @@ def partition_units(config: FederationConfig, records: Records, units: UnitIndex
     """Deal `units` out as the configuration says; BadInput where there are too few."""
     if len(units) < config.clients:
         raise BadInput(
-            f"{records.where}: found {len(units)} units, expected at least one for each of "
-            f"[federation] clients = {config.clients}"
+            f"{records.where}: found {len(units)} {'units' if records.units else 'records'}, "
+            f"expected at least one for each of [federation] clients = {config.clients}"
         )
     rng = np.random.Generator(np.random.Philox(seed))
     if config.partition == "by-column":
@@ -87,7 +90,7 @@ DEALERS: dict[str, Dealer] = {"iid": _iid, "dirichlet": _dirichlet, "shards": _s
 
 
 def _by_column(config: FederationConfig, records: Records, units: UnitIndex) -> Partition:
-    values = [str(value) for value in records.columns[config.column]]
+    values = records.columns[config.column]
     names = tuple(sorted(set(values)))
     if len(names) != config.clients:
         raise BadInput(
@@ -106,8 +109,8 @@ def _one_owner(of_record: Ints, records: Records, units: UnitIndex, column: str)
     if len(wrong):
         row = int(units.records[wrong[0]])
         raise BadInput(
-            f"{records.where} row {row + 1} {column}: found {records.columns[column][row]!r}, expected the value of "
-            "its unit's other records: a unit is never split"
+            f"{records.place(row)} {column}: found {shown(records.columns[column][row])}, "
+            "expected the value of its unit's other records: a unit is never split"
         )
     return owners
 
@@ -126,12 +129,15 @@ def _cut(count: int, shares: Sequence[float] | npt.NDArray[np.float64]) -> Ints:
 
 
 def _nobody_empty(owners: Ints, clients: int, rng: np.random.Generator) -> Ints:
-    """Give one unit of a client that has several to each that has none."""
+    """Give each client that has none a unit of one that has several, drawn at random."""
+    empty = np.flatnonzero(np.bincount(owners, minlength=clients) == 0)
+    if not len(empty):
+        return owners
+    order = rng.permutation(len(owners))
+    _, firsts = np.unique(owners[order], return_index=True)  # what each owner keeps whatever happens
+    spare = np.delete(order, firsts)
     owners = owners.copy()
-    for client in np.flatnonzero(np.bincount(owners, minlength=clients) == 0):
-        sizes = np.bincount(owners, minlength=clients)
-        donors = np.flatnonzero(sizes[owners] > 1)
-        owners[donors[rng.integers(len(donors))]] = client
+    owners[spare[: len(empty)]] = empty
     return owners
 
 
