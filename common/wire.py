@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.messages import RoundPlan, RunManifest, Update
 from fedlora.common.state import AdapterSpec, AdapterState, Vector
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 WIRE_VERSION = 1
 MAX_CLIENTS = 1_000_000  # of one node

@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from flwr.app import Message, MessageType, RecordDict
+from flwr.app.error import Error
+from flwr.serverapp import Grid
+
 from fedlora.common import wire
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.messages import RoundPlan, RunManifest, Update
 from fedlora.common.state import AdapterState
 from fedlora.server.rounds import CohortSum, Failure
-from flwr.app import Message, MessageType, RecordDict
-from flwr.app.error import Error
-from flwr.serverapp import Grid
 
 log = logging.getLogger(__name__)
 

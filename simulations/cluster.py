@@ -35,6 +35,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
 from fedlora.client.trainer import MomentStore
 from fedlora.common import wire
 from fedlora.common.config import Config, load_config
@@ -48,17 +53,17 @@ from fedlora.simulations.cli import packaged_config
 from fedlora.simulations.corpus import generate, write
 from fedlora.simulations.engine import choose_clients
 from fedlora.simulations.federation import Federation, client_name
+from fedlora.simulations.report import write_report
 from fedlora.simulations.run import Observe, Paths, Run, begin, finish, train
-from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
-from flwr.simulation import run_simulation
 
 QUICKSTART = "quickstart"
 MAX_NODES = 100  # Flower looks at its nodes one by one; more nodes than actors gain nothing
 NODES_FILE = "nodes.json"  # in the run's folder: what a node needs beside configuration and manifest
 START_SECONDS = 1800.0  # for the actors to start, load the model and encode the data
 STOP_SECONDS = 120.0  # for the round loop to notice that Flower has gone
+
+# Opacus gives the root logger a handler; Flower has its own, and would speak twice, at DEBUG.
+logging.getLogger("flwr").propagate = False
 
 server_app = ServerApp()
 client_app = ClientApp()
@@ -67,8 +72,6 @@ client_app = ClientApp()
 @server_app.main()
 def serve(grid: Grid, context: Context) -> None:
     """`flwr run`: a whole run, from configuration to report."""
-    from fedlora.simulations.report import write_report
-
     folder, settings = _folder(context), context.run_config
     name, ledger = str(settings["config"]), str(settings["ledger"])
     print(f"run     {folder}", flush=True)

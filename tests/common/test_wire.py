@@ -7,16 +7,17 @@ from typing import cast
 
 import numpy as np
 import pytest
-from fedlora.common import wire
-from fedlora.common.errors import BadInput, Refused
-from fedlora.common.messages import Phase, RoundPlan, RunManifest, Update
-from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec, Vector
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
+from fedlora.common import wire
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.messages import Phase, RoundPlan, RunManifest, Update
+from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec, Vector
 
 FINITE = arrays(
     np.float32, st.integers(0, 40), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)

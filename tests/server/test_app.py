@@ -7,12 +7,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from fedlora.common import wire
-from fedlora.common.errors import BadInput, FedloraError, Refused
-from fedlora.common.messages import Phase, RoundPlan, RunManifest, Update
-from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
-from fedlora.server.app import Clock, GridCohort, enrol
-from fedlora.server.rounds import Failure
 from flwr.app import Message, RecordDict
 from flwr.app.error import Error
 from flwr.serverapp import Grid
@@ -20,6 +14,13 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fedlora.common import wire
+from fedlora.common.errors import BadInput, FedloraError, Refused
+from fedlora.common.messages import Phase, RoundPlan, RunManifest, Update
+from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
+from fedlora.server.app import Clock, GridCohort, enrol
+from fedlora.server.rounds import Failure
 
 SPEC = AdapterSpec((TensorSpec("head.weight", (3,)),))
 STATE = AdapterState.zeros(SPEC)

@@ -19,6 +19,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run as FlowerRun
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors.numpy import load_file
+
 from fedlora.common.config import load_config
 from fedlora.common.errors import Refused
 from fedlora.common.messages import RoundPlan
@@ -28,11 +34,6 @@ from fedlora.server.rounds import Failure
 from fedlora.simulations import cluster
 from fedlora.simulations.cluster import client_app, server_app
 from fedlora.simulations.run import Paths, begin, finish, sequential, train
-from flwr.app import Context, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run as FlowerRun
-from flwr.supercore.task_identity import TaskIdentity
-from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = 5
@@ -150,6 +151,20 @@ def serve(config: Path, out: Path | str, nodes: int, **settings: object) -> None
 def test_any_number_of_nodes(folder: Path, reference: Path, tmp_path: Path, nodes: int) -> None:
     serve(folder / "config.toml", tmp_path / "run-{run}", nodes)
     _assert_same_run(tmp_path / "run-7", reference)
+
+
+def test_it_does_not_matter_which_actor_trains_a_client(
+    folder: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = cluster._answer_plan
+
+    def in_a_new_actor(message: Message, run_folder: Path) -> Message:
+        cluster._build.cache_clear()
+        return answer(message, run_folder)
+
+    monkeypatch.setattr(cluster, "_answer_plan", in_a_new_actor)
+    serve(folder / "config.toml", tmp_path, 2)
+    _assert_same_run(tmp_path, reference)
 
 
 def test_two_private_runs_on_one_ledger(folder: Path, tmp_path: Path) -> None:
