@@ -1,8 +1,10 @@
 """Accounting: what a schedule of Poisson-subsampled Gaussian steps costs, and the noise that keeps it in budget.
 
 Neighbouring data sets differ by adding or removing one unit. ε is the upper end of Opacus' PRV accountant
-(Gopi et al. 2021), which tests hold against dp-accounting's PLD. Everything here is a function of public
-numbers: it can be run, and checked, by anybody.
+(Gopi, Lee and Wutschitz 2021), which composes the pair "removed"; tests hold it against dp-accounting's PLD,
+which composes both pairs and takes the worse. Outside the range where its arithmetic is known to hold, ε is
+infinite: never something smaller than the truth. Everything here is a function of public numbers, so that
+anybody can run it and check it.
 """
 
 from __future__ import annotations
@@ -11,25 +13,49 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from fedlora.common.errors import BadInput
+from fedlora.common.files import write_atomically
 from fedlora.common.messages import RunManifest
 
-EPSILON_ERROR = 0.01  # what the accountant adds for its own discretisation
 CALIBRATION = 1e-3  # relative tolerance of a calibrated noise multiplier
+ACCURACY = 1.5e-3  # of a tail bound of ε: what the accountant may add for its discretisation
+COARSEST = 0.5  # the domain that Opacus computes is known to be safe for errors below 1
+MOST_POINTS = 1 << 22  # of the accountant's mesh: seconds, and some 100 MB
+MOST_MECHANISMS = 16  # distinct ones; a manifest from outside must not keep a node busy for hours
+LARGEST_EPSILON = 200.0  # exp(-ε) and exp(ε) stay far inside double precision
+SMALLEST_DELTA = 1e-10  # below it rounding errors of the Fourier transform are no longer small against δ
+SMALLEST_RATE = 1e-9  # below it exp(t) + q - 1 cancels; a larger rate only costs more
+LARGEST_NOISE = 1e4  # above it the loss is narrower than the mesh; less noise only costs more
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """`steps` Poisson-subsampled Gaussian steps; the noise is relative to the L2 sensitivity."""
+    """`steps` Poisson-subsampled Gaussian steps; the noise is relative to the L2 sensitivity, 0 is no noise."""
 
     sampling_rate: float
     noise_multiplier: float
     steps: int
+
+    def __post_init__(self) -> None:
+        # Each is a way to buy privacy for nothing: fewer than no steps would be taken off the others' cost.
+        faults = []
+        if not 0 <= self.sampling_rate <= 1:
+            faults.append(f"sampling_rate: found {self.sampling_rate}, expected 0 to 1")
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+            faults.append(f"noise_multiplier: found {self.noise_multiplier}, expected a finite number >= 0")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            faults.append(f"steps: found {self.steps}, expected a whole number >= 0")
+        if faults:
+            raise BadInput([f"mechanism {fault}" for fault in faults])
 
 
 @dataclass(frozen=True)
@@ -49,30 +75,37 @@ class Spend:
 
 
 def epsilon_of(history: Sequence[Mechanism], delta: float) -> float:
-    """Upper bound of ε at `delta` for all steps of `history` together; infinite where none is known."""
-    steps = [(m.noise_multiplier, m.sampling_rate, m.steps) for m in history if m.steps and m.sampling_rate > 0]
+    """Upper bound of ε at `delta` for all steps of `history` together; infinite where none is known.
+
+    The order of the history does not matter, and equal mechanisms count as one of more steps.
+    """
+    if not 0 < delta < 1:
+        raise BadInput(f"delta: found {delta}, expected above 0 and below 1")
+    steps: Counter[tuple[float, float]] = Counter()
+    for each in history:
+        if each.steps > 0 and each.sampling_rate > 0:
+            noise, rate = min(each.noise_multiplier, LARGEST_NOISE), max(each.sampling_rate, SMALLEST_RATE)
+            steps[noise, rate] += each.steps
     if not steps:
         return 0.0
-    if any(noise <= 0 for noise, _, _ in steps):
+    if any(noise == 0 for noise, _ in steps) or delta < SMALLEST_DELTA or len(steps) > MOST_MECHANISMS:
         return math.inf
-    from opacus.accountants import PRVAccountant
-
-    accountant = PRVAccountant()
-    accountant.history = steps
-    try:
-        epsilon = float(accountant.get_epsilon(delta, eps_error=EPSILON_ERROR))
-    except (ValueError, RuntimeError, MemoryError, OverflowError):
-        return math.inf  # outside the accountant's range: never something smaller than the truth
-    return epsilon if math.isfinite(epsilon) else math.inf
+    return _composed([(*mechanism, count) for mechanism, count in sorted(steps.items())], delta)
 
 
 def history_of(manifest: RunManifest) -> list[Mechanism]:
-    """Every step that a manifest's attempts can take."""
+    """Every step that a manifest's attempts can take; BadInput where a phase is not a mechanism."""
+    for phase in manifest.phases:
+        for name, found in (("steps", phase.steps), ("attempts", phase.attempts)):
+            if found < 0:
+                raise BadInput(f"manifest phase {name}: found {found}, expected at least 0")
     return [Mechanism(p.sampling_rate, p.noise_multiplier, p.steps * p.attempts) for p in manifest.phases]
 
 
 def stated_epsilon(manifest: RunManifest) -> float:
-    """ε of a manifest's whole schedule."""
+    """ε of a manifest's whole schedule; infinite where any of its steps has no noise."""
+    if manifest.mode != "record":  # whatever such a run does to its updates, it is not what is composed here
+        raise BadInput(f"manifest mode: found {manifest.mode!r}, expected record: only there is ε defined")
     return epsilon_of(history_of(manifest), manifest.delta)
 
 
@@ -86,15 +119,17 @@ def calibrate(
 ) -> float:
     """The smallest noise multiplier, to 0.1 %, with which `fixed` and `steps` more steps cost at most ε.
 
-    BadInput where `fixed` alone costs more. A cached value is believed only after one computation of its ε.
+    BadInput where no noise does. A cached value is believed only after one computation of its ε.
     """
+    _check_request(sampling_rate, steps, epsilon)
 
+    @lru_cache
     def cost(sigma: float) -> float:
         return epsilon_of([*fixed, Mechanism(sampling_rate, sigma, steps)], delta)
 
     key = _key(fixed, sampling_rate, steps, epsilon, delta)
     known = _cached(cache, key)
-    if known is not None and cost(known) <= epsilon:
+    if known is not None and 0.9 * epsilon <= cost(known) <= epsilon:
         return known
     sigma = _search(cost, epsilon)
     _remember(cache, key, sigma)
@@ -102,7 +137,14 @@ def calibrate(
 
 
 def group_scales(noise_multiplier: float, clips: Sequence[float]) -> list[float]:
-    """Noise standard deviation of each clip group, equal shares: Σ (C_g / s_g)² = 1 / noise_multiplier²."""
+    """Noise standard deviation of each clip group, equal shares: Σ (C_g / s_g)² = 1 / noise_multiplier².
+
+    One unit moves group g by at most C_g, so the mean of the scaled sum moves by at most 1 / noise_multiplier:
+    the groups together are one Gaussian mechanism of that noise multiplier.
+    """
+    for name, values in (("noise_multiplier", [noise_multiplier]), ("clip", clips)):
+        if not values or not all(math.isfinite(value) and value > 0 for value in values):
+            raise BadInput(f"{name}: found {list(values)}, expected finite numbers > 0")
     return [clip * noise_multiplier * math.sqrt(len(clips)) for clip in clips]
 
 
@@ -116,17 +158,72 @@ def default_cache() -> Path:
     return Path(home) / "fedlora" / "calibration.json"
 
 
-def _search(cost: object, epsilon: float) -> float:
-    assert callable(cost)
-    low, high = 0.0, 1.0
-    while cost(high) > epsilon:
-        low, high = high, 2 * high
-        if high > 1e5:
+def _composed(history: list[tuple[float, float, int]], delta: float) -> float:
+    """Opacus' PRV upper bound for (noise multiplier, rate, steps), infinite where it can't be trusted."""
+    import numpy as np
+
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter(
+            "ignore"
+        )  # it divides by zero at rate 1 and overflows far outside the mass: both right
+        from opacus.accountants import PRVAccountant, RDPAccountant
+
+        try:
+            tail = RDPAccountant()
+            tail.history = history
+            error = _discretisation(
+                float(tail.get_epsilon(delta / 4000)), sum(n for _, _, n in history), delta
+            )
+            accountant = PRVAccountant()
+            accountant.history = history
+            epsilon = float(accountant.get_epsilon(delta, eps_error=error))
+        except (ValueError, RuntimeError, ArithmeticError, MemoryError):
+            return math.inf
+    return max(epsilon, 0.0) if math.isfinite(epsilon) else math.inf
+
+
+def _discretisation(tail: float, steps: int, delta: float) -> float:
+    """The accountant's error of ε for a loss that stays within ±`tail`: a small share, or what the mesh allows."""
+    if not tail <= LARGEST_EPSILON:
+        raise ValueError("beyond the accountant's range")
+    # the mesh of Gopi et al.: error / √(steps · ln(12 / (δ / 1000)) / 2), over twice the tail and a margin
+    points_by_error = 2 * (tail + 4) * math.sqrt(steps * math.log(12_000 / delta) / 2)
+    error = max(ACCURACY * tail, points_by_error / MOST_POINTS)
+    if error > COARSEST:
+        raise ValueError("beyond the accountant's range")
+    return error
+
+
+def _check_request(sampling_rate: float, steps: int, epsilon: float) -> None:
+    faults = []
+    if not 0 < sampling_rate <= 1:
+        faults.append(f"sampling_rate: found {sampling_rate}, expected above 0 and at most 1")
+    if steps < 1:
+        faults.append(f"steps: found {steps}, expected at least 1")
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        faults.append(f"epsilon: found {epsilon}, expected a finite number > 0")
+    if faults:
+        raise BadInput([f"calibration {fault}" for fault in faults])
+
+
+def _search(cost: Callable[[float], float], epsilon: float) -> float:
+    from scipy.optimize import brentq
+
+    def excess(log_sigma: float) -> float:  # close to a straight line; bounded, where ε is infinite
+        return math.log(min(cost(math.exp(log_sigma)), 1e6)) - math.log(epsilon)
+
+    high = 0.0
+    while excess(high) > 0:
+        high += math.log(2)
+        if high > math.log(1e5):
             raise BadInput(f"[privacy] epsilon = {epsilon:g}: no noise keeps the schedule within it")
-    while high - low > CALIBRATION * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost(middle) <= epsilon else (middle, high)
-    return high
+    low = high - math.log(2)
+    while excess(low) <= 0:
+        high, low = low, low - math.log(2)
+    sigma = math.exp(float(brentq(excess, low, high, xtol=CALIBRATION / 4, rtol=1e-12)))
+    while cost(sigma) > epsilon:  # a root is found from either side; only one is within the budget
+        sigma *= 1 + CALIBRATION / 4
+    return sigma
 
 
 def _key(fixed: Sequence[Mechanism], *numbers: float) -> str:
@@ -135,12 +232,7 @@ def _key(fixed: Sequence[Mechanism], *numbers: float) -> str:
 
 
 def _cached(cache: Path | None, key: str) -> float | None:
-    if cache is None:
-        return None
-    try:
-        value = json.loads(cache.read_bytes()).get(key)
-    except (OSError, ValueError, AttributeError):
-        return None
+    value = _table(cache).get(key) if cache is not None else None
     return value if isinstance(value, float) and math.isfinite(value) and value > 0 else None
 
 
@@ -148,13 +240,15 @@ def _remember(cache: Path | None, key: str, sigma: float) -> None:
     if cache is None:
         return
     try:
-        table = json.loads(cache.read_bytes())
-    except (OSError, ValueError):
-        table = {}
-    scratch = cache.with_suffix(f".{os.getpid()}")
-    try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps({**table, key: sigma}))
-        scratch.replace(cache)
+        write_atomically(cache, json.dumps({**_table(cache), key: sigma}).encode())
     except OSError:
-        scratch.unlink(missing_ok=True)  # a cache that can't be written costs time, nothing else
+        pass  # a cache that can't be written costs time, nothing else
+
+
+def _table(cache: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(cache.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return table if isinstance(table, dict) else {}
