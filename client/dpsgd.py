@@ -127,10 +127,12 @@ class PerSampleGradients:
     def _take(self, name: str) -> torch.Tensor:
         """(m, size) float32 per-sample gradients of one parameter, taken off the model."""
         parameter = self.model.parameters[name]
-        sample = parameter.grad_sample
+        sample = getattr(parameter, "grad_sample", None)
         if not isinstance(sample, torch.Tensor):
-            raise BadInput(f"adapter {name}: found no per-sample gradient; the layer is not used, or used twice")
-        parameter.grad_sample = None
+            raise BadInput(
+                f"adapter {name}: found no per-sample gradient; the layer is not used, or used twice"
+            )
+        parameter.grad_sample = None  # type: ignore[attr-defined]  # Opacus' own
         parameter.grad = None
         return sample.detach().float().flatten(start_dim=1)
 
@@ -210,7 +212,9 @@ def head_clipped_sum(
 
 def _unit_end(owners: npt.NDArray[np.int64], near: int) -> int:
     """The end of the unit that holds row `near - 1`, or of all rows."""
-    return len(owners) if near >= len(owners) else int(np.searchsorted(owners, owners[near - 1], side="right"))
+    return (
+        len(owners) if near >= len(owners) else int(np.searchsorted(owners, owners[near - 1], side="right"))
+    )
 
 
 def _head_part(
@@ -225,7 +229,9 @@ def _head_part(
     for layer in _layers(head):
         if isinstance(layer, nn.Linear):
             inputs.append(value.detach())
-            value = functional.linear(value, layer.weight, layer.bias)  # not layer(value): Opacus would record it
+            value = functional.linear(
+                value, layer.weight, layer.bias
+            )  # not layer(value): Opacus would record it
             outputs.append(value)
         else:
             value = layer(value)
@@ -248,21 +254,27 @@ def _unit_squares(
     """(units,) squared norm of each unit's gradient over all layers."""
     units = int(owners[-1]) + 1
     if units == len(owners):
-        terms = [b.square().sum(1) * (a.square().sum(1) + 1.0) for a, b in zip(inputs, gradients, strict=True)]
+        terms = [
+            b.square().sum(1) * (a.square().sum(1) + 1.0) for a, b in zip(inputs, gradients, strict=True)
+        ]
         return torch.stack(terms).sum(dim=0)
     same = owners[:, None] == owners[None, :]
-    pairs = torch.stack([(b @ b.T) * (a @ a.T + 1.0) for a, b in zip(inputs, gradients, strict=True)]).sum(dim=0)
+    pairs = torch.stack([(b @ b.T) * (a @ a.T + 1.0) for a, b in zip(inputs, gradients, strict=True)]).sum(
+        dim=0
+    )
     by_row = torch.where(same, pairs, 0.0).sum(dim=1)
     return torch.zeros(units, device=owners.device).index_add_(0, owners, by_row)
 
 
 def _layers(head: nn.Module) -> list[nn.Module]:
     """The head's layers in order; BadInput where a trainable layer is not linear with a bias."""
-    layers = [head] if isinstance(head, nn.Linear) else list(head.children())
+    layers: list[nn.Module] = [head] if isinstance(head, nn.Linear) else list(head.children())
     for layer in layers:
         trainable = any(True for _ in layer.parameters())
         if trainable and not (isinstance(layer, nn.Linear) and layer.bias is not None):
-            raise BadInput(f"head: found a trainable {type(layer).__name__}, expected linear layers with a bias")
+            raise BadInput(
+                f"head: found a trainable {type(layer).__name__}, expected linear layers with a bias"
+            )
     return layers
 
 

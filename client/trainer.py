@@ -55,7 +55,9 @@ class MomentStore:
         scratch.replace(target)
 
     def _base(self, client: str, phase: int, before_round: int) -> Path | None:
-        rounds = {slot: int(load_file(slot)["round"][0]) for slot in self._slots(client, phase) if slot.is_file()}
+        rounds = {
+            slot: int(load_file(slot)["round"][0]) for slot in self._slots(client, phase) if slot.is_file()
+        }
         earlier = [slot for slot, stored in rounds.items() if stored < before_round]
         return max(earlier, key=rounds.__getitem__, default=None)
 
@@ -68,7 +70,12 @@ class Trainer:
     """An institution's side of a run. `ledger` None is for runs without privacy only."""
 
     def __init__(
-        self, data: ClientData, training: LocalTraining, ledger: Ledger | None, budget: Budget, moments: MomentStore
+        self,
+        data: ClientData,
+        training: LocalTraining,
+        ledger: Ledger | None,
+        budget: Budget,
+        moments: MomentStore,
     ) -> None:
         self._data = data
         self._training = training

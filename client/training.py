@@ -58,14 +58,22 @@ class LocalTraining:
     operating system; who calls decides by the source that is passed in.
     """
 
-    def __init__(self, gradients: PerSampleGradients, features: FeatureCache, micro_batch_tokens: int) -> None:
+    def __init__(
+        self, gradients: PerSampleGradients, features: FeatureCache, micro_batch_tokens: int
+    ) -> None:
         self.gradients = gradients
         self._model = gradients.model
         self._features = features
         self._tokens = micro_batch_tokens
 
     def update(
-        self, data: ClientData, phase: Phase, state: AdapterState, moments: Moments, source: Random, private: bool
+        self,
+        data: ClientData,
+        phase: Phase,
+        state: AdapterState,
+        moments: Moments,
+        source: Random,
+        private: bool,
     ) -> LocalResult:
         """`phase.steps` steps from `state`. Every step counts, also one whose draw is empty."""
         weights = torch.nn.Parameter(torch.from_numpy(state.vector.astype(np.float32)))

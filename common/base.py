@@ -43,7 +43,9 @@ def check_base(folder: Path) -> None:
     refuse_code(config)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise BadInput(f"[model] base = {folder}: found no *.safetensors; other weight formats are never opened")
+        raise BadInput(
+            f"[model] base = {folder}: found no *.safetensors; other weight formats are never opened"
+        )
     for file in weights:
         with file.open("rb") as stream:
             prefix = stream.read(8)

@@ -7,7 +7,7 @@ hundred times slower than float32; on a GPU both win. Neither choice changes wha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,7 +35,9 @@ class Compute:
 def choose_compute(model: AdapterModel, data: Encoded, attention: str, precision: str) -> Compute:
     """Set the model's attention and precision; "auto" measures forward and backward on `PROBE_ROWS` records."""
     attentions = ATTENTIONS if attention == "auto" else (_known(attention, ATTENTIONS, "attention"),)
-    precisions = _precisions(model.device) if precision == "auto" else (_known(precision, PRECISIONS, "precision"),)
+    precisions = (
+        _precisions(model.device) if precision == "auto" else (_known(precision, PRECISIONS, "precision"),)
+    )
     pairs = [(a, p) for a in attentions for p in precisions]
     seconds = {}
     for pair in pairs if len(pairs) > 1 else []:
@@ -97,7 +99,7 @@ def _fastest(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def _known(name: str, known: object, field: str) -> str:
-    if name not in known:  # type: ignore[operator]
-        raise BadInput(f"[training] {field} = {name!r}: expected auto or one of {', '.join(known)}")  # type: ignore[call-overload]
+def _known(name: str, known: Iterable[str], field: str) -> str:
+    if name not in known:
+        raise BadInput(f"[training] {field} = {name!r}: expected auto or one of {', '.join(known)}")
     return name

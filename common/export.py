@@ -31,7 +31,7 @@ from fedlora.common.features import length_batches
 from fedlora.common.model import AdapterModel, PooledClassifier, build_model
 from fedlora.common.projection import Projection
 from fedlora.common.state import HEAD_PREFIX, AdapterState, check_safetensors_header
-from fedlora.common.tasks import CausalLanguageModel, SequenceClassification, Task
+from fedlora.common.tasks import TASKS, CausalLanguageModel, SequenceClassification, Task
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PROJECTION = "projection.safetensors"
@@ -98,7 +98,9 @@ class LoadedAdapter:
     def logits(self, texts: Sequence[str]) -> torch.Tensor:
         """(n, classes) float32, in the order of `texts`."""
         labels = np.zeros(len(texts), dtype=np.int64)
-        records = Records(texts=list(texts), labels=labels, responses=None, units=None, columns={}, where="texts")
+        records = Records(
+            texts=list(texts), labels=labels, responses=None, units=None, columns={}, where="texts"
+        )
         data = self.model.task.encode(records, self.model.tokenizer, self.description.max_length)
         result = torch.empty(len(texts), len(self.description.labels))
         with torch.no_grad():
@@ -123,7 +125,10 @@ class LoadedAdapter:
         given = torch.tensor([ids[-room:]])
         with torch.no_grad():
             answer = network.generate(
-                input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, do_sample=False,
+                input_ids=given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=tokens,
+                do_sample=False,
                 pad_token_id=self.model.pad,
             )
         return str(tokenizer.decode(answer[0, given.shape[1] :], skip_special_tokens=True))
@@ -153,9 +158,7 @@ def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
         layers=tuple(config["layers_to_transform"] or ()),
         variant=description.variant,
     )
-    task: Task = (
-        SequenceClassification(description.labels) if description.task == "sequence-classification" else CausalLanguageModel()
-    )
+    task = _task(description)
     model = build_model(settings, lora, task, description.seed)
     if projection is not None:
         model.projection = projection
@@ -167,6 +170,14 @@ def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
     return LoadedAdapter(model, description)
 
 
+def _task(description: Description) -> Task:
+    if description.task == "sequence-classification":
+        return SequenceClassification(description.labels)
+    if description.task == "causal-lm":
+        return CausalLanguageModel()
+    raise BadInput(f"{DESCRIPTION} task: found {description.task!r}, expected {' or '.join(TASKS)}")
+
+
 def _read_state(folder: Path, model: AdapterModel) -> AdapterState:
     named: dict[str, Any] = {}
     for name in ("adapter_model.safetensors", "head.safetensors"):
@@ -176,7 +187,9 @@ def _read_state(folder: Path, model: AdapterModel) -> AdapterState:
             check_safetensors_header(data, str(path))
             named.update({_spec_name(key): value for key, value in load(data).items()})
     expected = {tensor.name for tensor in model.spec.tensors}
-    frozen_a = {name for name in named if ".lora_A." in name and name not in expected}  # FFA: part of the base
+    frozen_a = {
+        name for name in named if ".lora_A." in name and name not in expected
+    }  # FFA: part of the base
     return AdapterState.from_named(
         model.spec, {name: value for name, value in named.items() if name not in frozen_a}, str(folder)
     )
@@ -189,7 +202,9 @@ def _projection(folder: Path, description: Description) -> Projection | None:
         raise BadInput(f"{folder / PROJECTION}: missing, expected the map below the head")
     projection = Projection.read(folder / PROJECTION)
     if projection.digest != description.projection_digest:
-        raise BadInput(f"{folder / PROJECTION}: found {projection.digest}, expected {description.projection_digest}")
+        raise BadInput(
+            f"{folder / PROJECTION}: found {projection.digest}, expected {description.projection_digest}"
+        )
     return projection
 
 

@@ -25,14 +25,18 @@ Progress = Callable[[int], None]  # called with the number of records done since
 class FeatureCache:
     """Pooled features by owner, least recently used first out once `limit_bytes` are passed."""
 
-    def __init__(self, model: AdapterModel, limit_bytes: int = 6 << 30, progress: Progress | None = None) -> None:
+    def __init__(
+        self, model: AdapterModel, limit_bytes: int = 6 << 30, progress: Progress | None = None
+    ) -> None:
         self._model = model
         self._limit = limit_bytes
         self._progress = progress
         self._below = ""
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
 
-    def get(self, owner: str, data: Encoded, rows: npt.NDArray[np.int64], state: AdapterState) -> torch.Tensor:
+    def get(
+        self, owner: str, data: Encoded, rows: npt.NDArray[np.int64], state: AdapterState
+    ) -> torch.Tensor:
         """(len(rows), width) float32 features of `rows`, under the LoRA coordinates of `state`."""
         self._forget_unless(_below_head(state))
         if owner not in self._kept:

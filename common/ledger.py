@@ -149,9 +149,13 @@ class Ledger:
             if any(used == attempt for _, used in taken):
                 raise Refused(f"budget {budget}: attempt {attempt} was used before: a replay or a rewind")
             if not 0 <= phase < len(consent.attempts):
-                raise Refused(f"budget {budget}: phase {phase} is not one of {len(consent.attempts)} consented to")
+                raise Refused(
+                    f"budget {budget}: phase {phase} is not one of {len(consent.attempts)} consented to"
+                )
             if sum(each == phase for each in taken.values()) >= consent.attempts[phase]:
-                raise Refused(f"budget {budget}: all {consent.attempts[phase]} attempts of phase {phase} are spent")
+                raise Refused(
+                    f"budget {budget}: all {consent.attempts[phase]} attempts of phase {phase} are spent"
+                )
             self._append(
                 {
                     "kind": "reserve",
@@ -195,7 +199,12 @@ class Ledger:
     def attempts_used(self, manifest: str) -> int:
         """The highest attempt number that any budget has reserved for a run; 0 for none."""
         with self._locked():
-            used = [attempt for (_, run), taken in self._reserved.items() if run == manifest for _, attempt in taken]
+            used = [
+                attempt
+                for (_, run), taken in self._reserved.items()
+                if run == manifest
+                for _, attempt in taken
+            ]
             return max(used, default=0)
 
     def entries(self) -> Iterator[Entry]:
@@ -211,7 +220,9 @@ class Ledger:
         total = self._spent(budget.name) + spend
         for name, needed, cap in (("ε", total.epsilon, budget.epsilon), ("δ", total.delta, budget.delta)):
             if not needed <= cap * (1 + SLACK):
-                raise Refused(f"budget {budget.name}: {name} would reach {needed:.4g}, past its cap of {cap:.4g}")
+                raise Refused(
+                    f"budget {budget.name}: {name} would reach {needed:.4g}, past its cap of {cap:.4g}"
+                )
 
     def _spent(self, budget: str) -> Spend:
         total = Spend(0.0, 0.0)
@@ -277,7 +288,9 @@ class Ledger:
         elif kind == "commit":
             self._committed.add((*key, body["round"], body["attempt"]))
         else:
-            raise Refused(f"ledger {self.path}: found an entry of kind {kind!r}, which this version does not know")
+            raise Refused(
+                f"ledger {self.path}: found an entry of kind {kind!r}, which this version does not know"
+            )
 
     def _check_head(self) -> None:
         """Refused unless the head was signed for this very chain; a head one entry behind is signed anew."""
@@ -286,7 +299,9 @@ class Ledger:
             count, hash_ = int(head["count"]), str(head["hash"])
             self._key.public_key().verify(bytes.fromhex(head["signature"]), _head_bytes(count, hash_))
         except (OSError, ValueError, KeyError, TypeError, InvalidSignature) as error:
-            raise Refused(f"ledger head {self._head}: found no valid head ({type(error).__name__})") from error
+            raise Refused(
+                f"ledger head {self._head}: found no valid head ({type(error).__name__})"
+            ) from error
         if count > self._count:
             raise Refused(
                 f"ledger {self.path}: found {self._count} entries, but {count} were signed: "
@@ -296,7 +311,9 @@ class Ledger:
         if row is None or row[0] != hash_:
             raise Refused(f"ledger {self.path} entry {count}: found another hash than was signed")
         if self._count - count > 1:
-            raise Refused(f"ledger head {self._head}: found {count}, expected {self._count}: it is an older copy")
+            raise Refused(
+                f"ledger head {self._head}: found {count}, expected {self._count}: it is an older copy"
+            )
         if self._count > count:
             self._write_head()  # killed between the entry and its head
 

@@ -146,13 +146,17 @@ class Update:
                 f"round {plan.round} attempt {plan.attempt} of {plan.manifest[:14]}"
             )
         if self.delta.shape != (size,) or self.delta.dtype != np.float32:
-            raise BadInput(f"{where}: found {self.delta.dtype} {self.delta.shape}, expected float32 ({size},)")
+            raise BadInput(
+                f"{where}: found {self.delta.dtype} {self.delta.shape}, expected float32 ({size},)"
+            )
         if not np.isfinite(self.delta).all():
             raise BadInput(f"{where}: found a value that is not finite")
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
 
 
 def _table(data: bytes, where: str) -> dict[str, Any]:
@@ -191,4 +195,4 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 def _is(value: Any, kind: str) -> bool:
     if isinstance(value, bool):
         return kind == "bool"
-    return isinstance(value, _KINDS[kind]) and (kind != "float" or math.isfinite(value))
+    return isinstance(value, _KINDS[kind]) and (not isinstance(value, int | float) or math.isfinite(value))

@@ -31,8 +31,8 @@ from fedlora.common.tasks import Batch, Task
 
 # PEFT 0.21 asks transformers 5 for a property under its old name.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-transformers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()  # missing heads are expected: they are ours to train
+transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # missing heads are expected: they are ours to train
 
 PEFT_ADAPTER = "default"  # PEFT's own name for the first adapter of a model
 
@@ -108,7 +108,12 @@ class AdapterModel:
     """A network whose trainable part is an `AdapterState`. One resident object serves every client."""
 
     def __init__(
-        self, network: PooledClassifier | OwnHead, task: Task, tokenizer: Any, digest: str, device: torch.device
+        self,
+        network: PooledClassifier | OwnHead,
+        task: Task,
+        tokenizer: Any,
+        digest: str,
+        device: torch.device,
     ) -> None:
         self.network = network.to(device)
         self.task = task
@@ -168,7 +173,9 @@ class AdapterModel:
         for name, module in self.network.named_modules():
             if name.endswith(f".modules_to_save.{PEFT_ADAPTER}") and isinstance(module, nn.Linear):
                 return module
-        raise BadInput("[training] head_rounds: found a model without a linear head, expected pooling = mean or layers")
+        raise BadInput(
+            "[training] head_rounds: found a model without a linear head, expected pooling = mean or layers"
+        )
 
     @torch.no_grad()
     def features(self, batch: Batch) -> torch.Tensor:
@@ -188,7 +195,7 @@ class AdapterModel:
         """Switch the attention implementation ("eager" or "sdpa") in place."""
         base = self.network.backbone
         inner = base.get_base_model() if isinstance(base, peft.PeftModel) else base
-        inner.set_attn_implementation(name)
+        inner.set_attn_implementation(name)  # type: ignore[operator]
 
 
 def build_model(
@@ -223,7 +230,12 @@ def build_head(width: int, hidden: int, classes: int) -> nn.Sequential:
 def _network(
     model: ModelConfig, folder: Path, task: Task, tokenizer: Any, lora: LoraConfig
 ) -> PooledClassifier | OwnHead:
-    load = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, "attn_implementation": "sdpa"}
+    load = {
+        "dtype": torch.float32,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "attn_implementation": "sdpa",
+    }
     if task.name == "causal-lm":
         base = transformers.AutoModelForCausalLM.from_pretrained(folder, **load)
         return OwnHead(_with_lora(base, model, lora, peft.TaskType.CAUSAL_LM))
@@ -258,7 +270,7 @@ def _with_lora(base: nn.Module, model: ModelConfig, lora: LoraConfig, kind: peft
     settings = peft.LoraConfig(
         task_type=kind,
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number scales
         target_modules=list(lora.targets),
         layers_to_transform=list(lora.layers) or None,
         lora_dropout=0.0,

@@ -168,14 +168,16 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return table
 
 
-def _named_faults(
-    spec: AdapterSpec, named: Mapping[str, npt.NDArray[np.float32]], where: str
-) -> list[str]:
+def _named_faults(spec: AdapterSpec, named: Mapping[str, npt.NDArray[np.float32]], where: str) -> list[str]:
     expected = {tensor.name: tensor.shape for tensor in spec.tensors}
-    faults = [f"{where} {name}: missing, expected {shape}" for name, shape in expected.items() if name not in named]
+    faults = [
+        f"{where} {name}: missing, expected {shape}" for name, shape in expected.items() if name not in named
+    ]
     for name, value in named.items():
         if name not in expected:
-            faults.append(f"{where} {name}: found an extra tensor, expected only those of the model's adapter")
+            faults.append(
+                f"{where} {name}: found an extra tensor, expected only those of the model's adapter"
+            )
         elif value.shape != expected[name]:
             faults.append(f"{where} {name}: found shape {value.shape}, expected {expected[name]}")
         elif value.dtype != np.float32:

@@ -14,12 +14,17 @@ def privacy_statement(manifest: RunManifest, epsilon: float | None) -> list[str]
         return ["This run trained without privacy: nothing is guaranteed to anybody whose records it used."]
     if manifest.mode != "record" or epsilon is None:
         raise ValueError(f"no statement is known for mode {manifest.mode!r}")
-    unit = f'all records that share a value of the column "{manifest.unit}"' if manifest.unit else "a single record"
+    unit = (
+        f'all records that share a value of the column "{manifest.unit}"'
+        if manifest.unit
+        else "a single record"
+    )
     return [
         f"Each institution's updates are ({epsilon:.3g}, {manifest.delta:g})-differentially private. "
         f"The unit is {unit}; neighbouring data sets differ by adding or removing one unit.",
         "ε covers the whole schedule that was consented to, spare attempts included, also where the run "
-        f"stopped earlier. It was computed by {accountant_name()} for the sampling that ran: " + _phases(manifest),
+        f"stopped earlier. It was computed by {accountant_name()} for the sampling that ran: "
+        + _phases(manifest),
         "Every step draws each unit independently at a public rate (Poisson sampling), clips each unit's gradient "
         "once, adds Gaussian noise to the sum and divides by a public number. Draws and noise come from the "
         "operating system's generator.",

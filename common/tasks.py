@@ -69,8 +69,13 @@ class Batch:
 class Task(Protocol):
     """One kind of fine-tuning."""
 
-    name: str
-    labels: tuple[str, ...]  # public label set; empty where the task has none
+    @property
+    def name(self) -> str:
+        """As in a configuration."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Public label set; empty where the task has none."""
 
     def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
         """Tokenise; BadInput where a record has nothing left to learn from."""

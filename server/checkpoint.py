@@ -6,26 +6,29 @@
     state-N.safetensors the state, the released state and the strategy's memory after round N
     progress.json       the round, and the digest of that file: the one pointer, replaced atomically
 
-A file that does not have its digest is refused; the last good state stays until a newer one is durable.
+A file that is not byte for byte what was written is refused; the last good state stays until a newer one is
+durable, so that neither a kill nor a full disk can lose it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import load, save
 
-from fedlora.common.errors import BadInput, Refused
+from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.messages import RunManifest
 from fedlora.common.state import AdapterSpec, AdapterState, check_safetensors_header
 from fedlora.server.strategies.base import ServerState
 
+VERSION = 1  # of these files' layout
 STATE, RELEASED, MEMORY = "state", "released", "memory."
 
 
@@ -54,11 +57,13 @@ class Checkpoint:
         """Begin a run: nothing committed, no attempt begun."""
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "manifest.json").exists():
-            raise BadInput(f"{folder}: found the checkpoint of another run, expected an empty folder or --resume")
+            raise BadInput(
+                f"{folder}: found a checkpoint of another run, expected an empty folder or --resume"
+            )
         checkpoint = cls(folder, manifest, initial.spec)
-        checkpoint._write_attempts({"total": 0, "by_phase": [0] * len(manifest.phases)})
+        checkpoint._write_attempts(0, [0] * len(manifest.phases))
         checkpoint.commit(Progress(0, initial, initial))
-        write_atomically(folder / "manifest.json", manifest.to_bytes())  # last: it marks a run as begun
+        checkpoint._write("manifest.json", manifest.to_bytes())  # last: it marks a run as begun
         return checkpoint
 
     @classmethod
@@ -67,7 +72,10 @@ class Checkpoint:
         path = folder / "manifest.json"
         if not path.is_file():
             raise BadInput(f"{folder}: found no run to resume, expected a checkpoint")
-        manifest = RunManifest.from_bytes(path.read_bytes())
+        data = path.read_bytes()
+        manifest = RunManifest.from_bytes(data)
+        if manifest.to_bytes() != data:
+            raise BadInput(f"{path}: found other bytes than were written")
         if manifest.spec_digest != spec.digest:
             raise BadInput(f"{path} spec_digest: found {manifest.spec_digest}, expected {spec.digest}")
         checkpoint = cls(folder, manifest, spec)
@@ -75,16 +83,20 @@ class Checkpoint:
         return checkpoint
 
     def begin_attempt(self, phase: int) -> int:
-        """A new attempt number, durable before it is returned; Refused when the phase's attempts are spent."""
+        """A new attempt number, durable before it is returned; Refused when the phase has none left.
+
+        A run without privacy has nothing to protect: there the number still grows, and never ends.
+        """
         attempts = self._attempts()
         by_phase = list(attempts["by_phase"])
-        if self.manifest.mode != "none" and by_phase[phase] >= self.manifest.phases[phase].attempts:
+        recipe = self.manifest.phases[phase]
+        if self.manifest.mode != "none" and by_phase[phase] >= recipe.attempts:
             raise Refused(
-                f"phase {self.manifest.phases[phase].name}: all {by_phase[phase]} attempts that the noise was "
-                "calibrated for are spent; the last adapter is kept"
+                f"phase {recipe.name}: all {by_phase[phase]} attempts that the noise was calibrated for are "
+                "spent; the last adapter is kept"
             )
         by_phase[phase] += 1
-        self._write_attempts({"total": attempts["total"] + 1, "by_phase": by_phase})
+        self._write_attempts(attempts["total"] + 1, by_phase)
         return int(attempts["total"]) + 1
 
     def attempts_begun(self, phase: int) -> int:
@@ -96,8 +108,9 @@ class Checkpoint:
         vectors = {MEMORY + name: value for name, value in progress.memory.vectors.items()}
         data = bytes(save({STATE: progress.state.vector, RELEASED: progress.released.vector, **vectors}))
         name = f"state-{progress.round}.safetensors"
-        write_atomically(self.folder / name, data)
+        self._write(name, data)
         table = {
+            "version": VERSION,
             "manifest": self.manifest.digest,
             "round": progress.round,
             "file": name,
@@ -106,21 +119,20 @@ class Checkpoint:
             "best": progress.best,
             "stale": progress.stale,
         }
-        write_atomically(self.folder / "progress.json", _sealed(table))
-        for old in self.folder.glob("state-*.safetensors"):
-            if old.name != name:
-                old.unlink()
+        self._write("progress.json", _sealed(table))
+        self._clear(name)
 
     def load(self) -> Progress:
         """The last committed progress; BadInput names the file that is damaged."""
-        table = _unsealed(self.folder / "progress.json")
-        if table["manifest"] != self.manifest.digest:
-            raise BadInput(f"{self.folder / 'progress.json'}: found manifest {table['manifest']}, expected another")
-        self._attempts()
+        table = self._read("progress.json")
+        self._attempts()  # a damaged count is found now, not when a round has begun
         path = self.folder / str(table["file"])
         data = path.read_bytes() if path.is_file() else b""
         if hashlib.sha256(data).hexdigest() != table["digest"]:
-            raise BadInput(f"{path}: found other bytes than were committed, expected sha256 {table['digest'][:16]}…")
+            raise BadInput(
+                f"{path}: found {len(data)} bytes that were not committed, "
+                f"expected sha256 {table['digest'][:16]}…"
+            )
         check_safetensors_header(data, str(path))
         vectors = load(data)
         memory = {n.removeprefix(MEMORY): v for n, v in vectors.items() if n.startswith(MEMORY)}
@@ -134,7 +146,7 @@ class Checkpoint:
         )
 
     def check_against_ledger(self, used: int) -> None:
-        """Refused where a ledger has seen more attempts than this checkpoint began: an older copy was restored."""
+        """Refused where a ledger has seen attempt `used` and fewer were begun here: this is an older copy."""
         begun = int(self._attempts()["total"])
         if used > begun:
             raise Refused(
@@ -143,10 +155,44 @@ class Checkpoint:
             )
 
     def _attempts(self) -> dict[str, Any]:
-        return _unsealed(self.folder / "attempts.json")
+        return self._read("attempts.json")
 
-    def _write_attempts(self, table: Mapping[str, Any]) -> None:
-        write_atomically(self.folder / "attempts.json", _sealed(table))
+    def _write_attempts(self, total: int, by_phase: Sequence[int]) -> None:
+        table = {
+            "version": VERSION,
+            "manifest": self.manifest.digest,
+            "total": total,
+            "by_phase": list(by_phase),
+        }
+        self._write("attempts.json", _sealed(table))
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """A sealed table of this run and version; BadInput otherwise."""
+        table = _unsealed(self.folder / name)
+        for field_, expected in (("version", VERSION), ("manifest", self.manifest.digest)):
+            if table.get(field_) != expected:
+                raise BadInput(
+                    f"{self.folder / name} {field_}: found {table.get(field_)!r}, expected {expected!r}"
+                )
+        return table
+
+    def _write(self, name: str, data: bytes) -> None:
+        try:
+            write_atomically(self.folder / name, data)
+        except OSError as error:
+            raise FedloraError(
+                f"{self.folder / name}: could not be written ({error.strerror}); "
+                "the last committed round is kept, and --resume goes on from there"
+            ) from error
+
+    def _clear(self, current: str) -> None:
+        """Remove older states and what a kill left half written; what can't go now goes next time."""
+        stale = [path for path in self.folder.glob("state-*.safetensors") if path.name != current]
+        for pattern in (".state-*", ".progress.json.*", ".attempts.json.*", ".manifest.json.*"):
+            stale += self.folder.glob(pattern)
+        for path in stale:
+            with suppress(OSError):
+                path.unlink()
 
 
 def _sealed(table: Mapping[str, Any]) -> bytes:
@@ -156,12 +202,12 @@ def _sealed(table: Mapping[str, Any]) -> bytes:
 
 
 def _unsealed(path: Path) -> dict[str, Any]:
+    """The table of a sealed file; BadInput unless sealing it again gives the same bytes."""
     try:
-        outer = json.loads(path.read_bytes())
-        body = outer["body"]
-        if set(outer) == {"body", "sha256"} and hashlib.sha256(body.encode()).hexdigest() == outer["sha256"]:
-            table: dict[str, Any] = json.loads(body)
+        data = path.read_bytes()
+        table = json.loads(json.loads(data)["body"])
+        if isinstance(table, dict) and _sealed(table) == data:
             return table
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: found a checkpoint that can't be read ({type(error).__name__})") from error
-    raise BadInput(f"{path}: found other bytes than were committed")
+    raise BadInput(f"{path}: found other bytes than were written")

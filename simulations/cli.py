@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +25,9 @@ app = typer.Typer(
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-ConfigFile = Annotated[Path, typer.Argument(help="A TOML file, or the name of a packaged configuration (ag_news).")]
+ConfigFile = Annotated[
+    Path, typer.Argument(help="A TOML file, or the name of a packaged configuration (ag_news).")
+]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override one key: section.key=VALUE.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to torch.")]
@@ -57,7 +60,8 @@ def run(
 
 @app.command()
 def quickstart(
-    out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("runs/quickstart"), threads: Threads = 0
+    out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("runs/quickstart"),
+    threads: Threads = 0,
 ) -> None:
     """A private federation on a synthetic corpus: no network, no configuration, a few minutes."""
     from fedlora.simulations.quickstart import run_quickstart
@@ -87,7 +91,9 @@ def sweep(
     from fedlora.simulations.sweep import run_sweep
 
     path = packaged_config(config)
-    page = run_sweep(path, over, set_ or [], out or Path("runs") / f"{path.stem}-sweep", console, device, threads)
+    page = run_sweep(
+        path, over, set_ or [], out or Path("runs") / f"{path.stem}-sweep", console, device, threads
+    )
     console.print(f"curve   {page}")
 
 
@@ -130,14 +136,20 @@ def packaged_config(path: Path) -> Path:
 def main() -> None:
     """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
     try:
-        app(standalone_mode=True)
+        app(standalone_mode=False)  # typer's own mode would answer Ctrl-C itself
     except FedloraError as error:
         for line in str(error).splitlines():
             errors.print(f"fedlora-sim: {line}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
         again = [*sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])]
-        errors.print(f"\nstopped at the last committed round; go on with: fedlora-sim {shlex.join(again)}", markup=False)
+        errors.print(
+            f"\nstopped at the last committed round; go on with: fedlora-sim {shlex.join(again)}",
+            markup=False,
+        )
         sys.exit(1)
 
 

@@ -96,10 +96,22 @@ class Institution:
 
 INSTITUTIONS = (
     Institution("city bank", ("Hello,", "Good morning,", ""), ("Thank you.", ""), (3, 2, 2, 1, 2, 1), 1.6),
-    Institution("savings bank", ("Dear Sir or Madam,", "To whom it may concern:"), ("Kind regards",), (1, 2, 2, 4, 1, 1), 1.2),
+    Institution(
+        "savings bank",
+        ("Dear Sir or Madam,", "To whom it may concern:"),
+        ("Kind regards",),
+        (1, 2, 2, 4, 1, 1),
+        1.2,
+    ),
     Institution("online bank", ("hi", "hey,", ""), ("thx", "pls fix", ""), (2, 2, 1, 0.5, 5, 2), 1.4),
     Institution("credit union", ("Hello all,", ""), ("Thanks so much!", "Cheers"), (1, 1, 2, 5, 1, 0.5), 0.6),
-    Institution("merchant bank", ("Ref. invoice:", "For accounting:"), ("Please confirm.",), (0.5, 5, 4, 1, 1, 1.5), 0.8),
+    Institution(
+        "merchant bank",
+        ("Ref. invoice:", "For accounting:"),
+        ("Please confirm.",),
+        (0.5, 5, 4, 1, 1, 1.5),
+        0.8,
+    ),
 )
 
 
@@ -150,7 +162,11 @@ def _message(rng: np.random.Generator, institution: Institution, label: str) -> 
         if rng.random() < SECOND_MATTER:
             other = list(MATTERS)[rng.integers(len(MATTERS))]
             aside = _filled(rng, MATTERS[other])
-            body = f"{body}, and by the way {aside}" if rng.random() < 0.5 else f"last time {aside}, but now {body}"
+            body = (
+                f"{body}, and by the way {aside}"
+                if rng.random() < 0.5
+                else f"last time {aside}, but now {body}"
+            )
     parts = (_pick(rng, institution.openings), body + ".", _pick(rng, institution.endings))
     return " ".join(part for part in parts if part)
 

@@ -6,7 +6,6 @@ is made when a round asks for it. The same object serves the sequential engine a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +53,11 @@ class Federation:
 
     @classmethod
     def build(
-        cls, config: Config, folder: Path, progress: Progress | None = None, device: torch.device | None = None
+        cls,
+        config: Config,
+        folder: Path,
+        progress: Progress | None = None,
+        device: torch.device | None = None,
     ) -> Federation:
         """Read and encode the data, load the model, deal the units out. BadInput names what is wrong.
 
@@ -64,7 +67,10 @@ class Federation:
         model = build_model(config.model, config.lora, sources.task, config.seed, device)
         if config.training.head_rounds:
             _ = model.head  # refuses a model whose head can't be trained by itself
-        encode = lambda records: sources.task.encode(records, model.tokenizer, config.model.max_length)  # noqa: E731
+
+        def encode(records: Records) -> Encoded:
+            return sources.task.encode(records, model.tokenizer, config.model.max_length)
+
         train, test = encode(sources.train), encode(sources.test)
         validation = encode(sources.validation)
         public = np.arange(len(validation), dtype=np.int64)
@@ -72,7 +78,9 @@ class Federation:
         if config.model.projection:
             # Whitened rows of the fit look unlike any others: they must not score what was fitted on them.
             fit, score = public[::2], public[1::2]
-            model.projection = _projection(model, validation, fit, config.model, folder / "projection.safetensors")
+            model.projection = _projection(
+                model, validation, fit, config.model, folder / "projection.safetensors"
+            )
         # Measured on public records: how long a step takes must not depend on anybody's text.
         compute = choose_compute(model, validation, config.training.attention, config.training.precision)
         features = FeatureCache(model, progress=progress)
@@ -106,9 +114,13 @@ class Federation:
         task = self.model.task
         model = self.model
         projection = "" if model.projection is None else model.projection.digest
-        return make_manifest(self.config, task.labels, model.base_digest, model.spec.digest, projection, cache)
+        return make_manifest(
+            self.config, task.labels, model.base_digest, model.spec.digest, projection, cache
+        )
 
-    def trainer(self, client: int, manifest: RunManifest, ledger: Ledger | None, moments: MomentStore) -> Trainer:
+    def trainer(
+        self, client: int, manifest: RunManifest, ledger: Ledger | None, moments: MomentStore
+    ) -> Trainer:
         """The trainer of one institution, which has consented to `manifest`; Refused where it may not."""
         privacy = self.config.privacy
         budget = Budget(self.budget_name(client), privacy.epsilon, privacy.delta)
@@ -134,8 +146,16 @@ class Federation:
         """What the report draws: label counts by client, or sizes where there are no labels."""
         names = list(self.partition.names) or [client_name(client) for client in self.clients]
         if self.model.task.labels:
-            return {"clients": names, "labels": list(self.model.task.labels), "counts": self.label_counts().tolist()}
-        return {"clients": names, "labels": ["records"], "counts": [[int(size)] for size in self.partition.sizes]}
+            return {
+                "clients": names,
+                "labels": list(self.model.task.labels),
+                "counts": self.label_counts().tolist(),
+            }
+        return {
+            "clients": names,
+            "labels": ["records"],
+            "counts": [[int(size)] for size in self.partition.sizes],
+        }
 
     def _units_of(self, client: int) -> UnitIndex:
         """The client's share of the units, over the same encoded records."""
@@ -154,7 +174,7 @@ def _projection(
         return Projection.read(path)
     features = pooled_features(model, public, rows).cpu().numpy()
     fitted = Projection.fit(
-        features / settings.head_scale,
+        (features / settings.head_scale).astype(np.float32),
         settings.projection,
         settings.projection_ridge,
         settings.kernel_directions,

@@ -59,17 +59,23 @@ def measure(federation: Federation) -> Speed:
         if federation.config.training.head_rounds:
             forward = _seconds(lambda: pooled_features(federation.model, data, rows))
         step = _seconds(
-            lambda: federation.training.gradients.plain_sum(data, micro_batches(units, rows, data.lengths, tokens))
+            lambda: federation.training.gradients.plain_sum(
+                data, micro_batches(units, rows, data.lengths, tokens)
+            )
         )
     return Speed(forward / len(rows), step / len(rows))
 
 
 def _schedule(federation: Federation, manifest: RunManifest, speed: Speed) -> Table:
-    table = Table("phase", "rounds", "attempts", "steps", "rate", "σ", "clip", "examples", "minutes", box=None)
+    table = Table(
+        "phase", "rounds", "attempts", "steps", "rate", "σ", "clip", "examples", "minutes", box=None
+    )
     units = len(federation.units)
     for phase in manifest.phases:
         examples = phase.rounds * phase.steps * phase.sampling_rate * units * manifest.participation
-        seconds = federation.feature_records * speed.forward if phase.name == "head" else examples * speed.step
+        seconds = (
+            federation.feature_records * speed.forward if phase.name == "head" else examples * speed.step
+        )
         table.add_row(
             phase.name,
             str(phase.rounds),

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 matplotlib.use("svg")
 
 INK, ACCENT, SECOND, SOFT = "#1d2733", "#1f6f8b", "#b4532a", "#c9d3da"
-SETTINGS: Mapping[Any, Any] = {
+SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fedlora",  # the same figures give the same file
     "font.family": "sans-serif",
@@ -77,7 +77,13 @@ def partition(table: Mapping[str, Any]) -> str:
             axes.set_ylabel("clients")
             return _svg(figure)
         figure, axes = _figure(6.4, 1.2 + 0.3 * len(counts))
-        _heat(axes, counts, [str(c) for c in table["clients"]], [str(label) for label in table["labels"]], text=True)
+        _heat(
+            axes,
+            counts,
+            [str(c) for c in table["clients"]],
+            [str(label) for label in table["labels"]],
+            text=True,
+        )
         return _svg(figure)
 
 

@@ -45,7 +45,9 @@ def run_quickstart(folder: Path, console: Console, threads: int = 0) -> dict[str
     return summary
 
 
-def _one_run(config: Config, folder: Path, console: Console, title: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _one_run(
+    config: Config, folder: Path, console: Console, title: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores before training, and the summary after it."""
     console.print(f"[bold]{title}[/bold]")
     with run_progress(console, config.federation.rounds) as progress:

@@ -41,16 +41,20 @@ def write_report(folder: Path) -> Path:
     summary = _summary(folder)
     lines = _metrics(folder)
     metric = "accuracy" if "accuracy" in summary else "loss"
-    page = _environment().get_template("report.html").render(
-        name=folder.resolve().name,
-        summary=summary,
-        headline=_headline(summary),
-        pictures=_pictures(summary, lines, metric),
-        figures=[(title, _shown(summary[key])) for key, title in FIGURES if summary.get(key) is not None],
-        failures=_failures(lines),
-        asked=sum(line["asked"] for line in lines),
-        replies=sum(line["replies"] for line in lines),
-        recall=sorted(summary.get("recall_by_class", {}).items(), key=lambda pair: pair[1]),
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            name=folder.resolve().name,
+            summary=summary,
+            headline=_headline(summary),
+            pictures=_pictures(summary, lines, metric),
+            figures=[(title, _shown(summary[key])) for key, title in FIGURES if summary.get(key) is not None],
+            failures=_failures(lines),
+            asked=sum(line["asked"] for line in lines),
+            replies=sum(line["replies"] for line in lines),
+            recall=sorted(summary.get("recall_by_class", {}).items(), key=lambda pair: pair[1]),
+        )
     )
     path = folder / "report.html"
     write_atomically(path, page.encode())
@@ -61,8 +65,12 @@ def write_sweep_report(folder: Path) -> Path:
     """Write `folder`/sweep.html from sweep.json."""
     trials = json.loads((folder / "sweep.json").read_text())
     metric = "accuracy" if trials[0].get("accuracy") is not None else "perplexity"
-    page = _environment().get_template("sweep.html").render(
-        trials=trials, metric=metric, picture=Markup(plots.curve(trials, metric)), key=trials[0]["key"]
+    page = (
+        _environment()
+        .get_template("sweep.html")
+        .render(
+            trials=trials, metric=metric, picture=Markup(plots.curve(trials, metric)), key=trials[0]["key"]
+        )
     )
     path = folder / "sweep.html"
     write_atomically(path, page.encode())

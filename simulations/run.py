@@ -121,7 +121,7 @@ def train(run: Run, cohort: Cohort, observe: Observe = lambda number, figures: N
     def validate(state: AdapterState, phase: int) -> Mapping[str, float]:
         return federation.validation.evaluate(state, head_only=run.manifest.phases[phase].name == "head")
 
-    progress = run_rounds(
+    return run_rounds(
         checkpoint=run.checkpoint,
         cohort=cohort,
         strategies=[_strategy(config, phase) for phase in run.manifest.phases],
@@ -134,7 +134,6 @@ def train(run: Run, cohort: Cohort, observe: Observe = lambda number, figures: N
         validate=validate,
         observe=log.write,
     )
-    return progress
 
 
 def finish(run: Run, progress: Progress, synthetic: bool = False) -> dict[str, Any]:
@@ -198,13 +197,17 @@ class _MetricsLog:
             "replies": record.replies,
             "failures": [[failure.client, failure.reason] for failure in record.failures],
             # by the public normaliser: how many units were really drawn does not leave a node
-            "examples_per_second": record.replies * phase.steps * phase.expected_units / max(record.seconds, 1e-9),
-            **{name: value for name, value in record.metrics.items()},
+            "examples_per_second": record.replies
+            * phase.steps
+            * phase.expected_units
+            / max(record.seconds, 1e-9),
+            **dict(record.metrics.items()),
         }
         with self._path.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
         self._observe(
-            record.round, {name: line.get(name) for name in ("accuracy", "loss", "epsilon", "examples_per_second")}  # type: ignore[misc]
+            record.round,
+            {name: line.get(name) for name in ("accuracy", "loss", "epsilon", "examples_per_second")},  # type: ignore[misc]
         )
 
 
@@ -212,7 +215,9 @@ def _strategy(config: Config, phase: Phase) -> FedAvg:
     server = config.server
     head = phase.name == "head"
     name, rate = (
-        (server.head_optimizer, server.head_learning_rate) if head else (server.optimizer, server.learning_rate)
+        (server.head_optimizer, server.head_learning_rate)
+        if head
+        else (server.optimizer, server.learning_rate)
     )
     decay = phase.rounds if server.decay == "linear" else 0
     return FedAvg(ServerOptimizer(name, rate, server.momentum, server.beta2), decay)
@@ -307,7 +312,9 @@ def _check_folder(config: Config, paths: Paths, resume: bool) -> None:
         raise BadInput(f"{paths.folder}: found no run to resume")
     before = (paths.folder / "config.toml").read_text()
     if before != config_to_toml(config):
-        raise BadInput(f"{paths.folder}/config.toml: found another configuration than the one given to --resume")
+        raise BadInput(
+            f"{paths.folder}/config.toml: found another configuration than the one given to --resume"
+        )
 
 
 def versions() -> dict[str, str]:

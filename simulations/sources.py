@@ -41,7 +41,10 @@ def read_sources(config: Config) -> Sources:
     whole = read_records(Path(data.train), _columns(config, private=True), labels)
     test = read_records(Path(data.test), _columns(config, private=False), labels)
     if isinstance(data.validation, str):
-        train, validation = whole, read_records(Path(data.validation), _columns(config, private=False), labels)
+        train, validation = (
+            whole,
+            read_records(Path(data.validation), _columns(config, private=False), labels),
+        )
     else:
         kept, aside = split_validation(unit_groups(whole.units, len(whole)), data.validation, config.seed)
         train, validation = whole.take(kept), whole.take(aside, f"{whole.where} (validation part)")

@@ -21,7 +21,13 @@ KEPT = ("accuracy", "macro_f1", "perplexity", "loss", "epsilon", "delta", "mode"
 
 
 def run_sweep(
-    config: Path, over: str, overrides: list[str], folder: Path, console: Console, device: str = "auto", threads: int = 0
+    config: Path,
+    over: str,
+    overrides: list[str],
+    folder: Path,
+    console: Console,
+    device: str = "auto",
+    threads: int = 0,
 ) -> Path:
     """Run `config` once for each value; sweep.json and sweep.html under `folder`. Finished values are kept."""
     key, values = _values(over)

@@ -13,7 +13,20 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-WORDS = [f"w{number}" for number in range(60)] + "good bad fine poor the a is was it bank loan card".split()
+WORDS = [f"w{number}" for number in range(60)] + [
+    "good",
+    "bad",
+    "fine",
+    "poor",
+    "the",
+    "a",
+    "is",
+    "was",
+    "it",
+    "bank",
+    "loan",
+    "card",
+]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -73,12 +86,12 @@ def _tokenizer(vocabulary: list[str], bert: bool) -> transformers.PreTrainedToke
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if not bert:
-        return transformers.PreTrainedTokenizerFast(
+        return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
             tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
         )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
     )

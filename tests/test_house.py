@@ -19,7 +19,19 @@ MAY_IMPORT = {
 }
 FLWR = {"common/wire.py", "server/app.py", "client/relay.py", "simulations/cluster.py"}
 # What a relay and the ledger's tools load: no torch, no transformers, no Opacus at import.
-LIGHT = ("errors", "state", "messages", "config", "toml", "data", "files", "ledger", "privacy", "randomness", "wire")
+LIGHT = (
+    "errors",
+    "state",
+    "messages",
+    "config",
+    "toml",
+    "data",
+    "files",
+    "ledger",
+    "privacy",
+    "randomness",
+    "wire",
+)
 HEAVY = {"torch", "transformers", "peft", "opacus", "sklearn"}
 
 
@@ -74,7 +86,9 @@ def test_the_light_core_imports_no_torch(name: str) -> None:
 def test_every_package_is_listed_and_none_is_missing() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     found = {
-        "fedlora." + ".".join(path.parent.relative_to(ROOT).parts) for layer in CODE for path in sources(layer)
+        "fedlora." + ".".join(path.parent.relative_to(ROOT).parts)
+        for layer in CODE
+        for path in sources(layer)
     }
     assert listed == found
     assert all((ROOT / Path(*name.split(".")[1:]) / "__init__.py").is_file() for name in found)

@@ -6,6 +6,7 @@ released, so none of it costs privacy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,31 +18,53 @@ from fedlora.common.state import AdapterState
 from fedlora.server.strategies.base import ServerState
 
 Floats = npt.NDArray[np.float64]
-ADAPTIVITY = 1e-3  # τ of Reddi et al.
+ADAPTIVITY = 1e-3  # τ of Reddi et al.; their second moment starts at τ², and neither moment is bias-corrected
 
 
 @dataclass(frozen=True)
 class ServerOptimizer:
-    """`name` is none, momentum, adam or yogi; `momentum` is β1 of the adaptive ones."""
+    """`name` is none, momentum, adam or yogi; `momentum` is β1 of the adaptive ones.
+
+    BadInput when it is made, not when it is used: by then a round's budget would be spent.
+    """
 
     name: str
     learning_rate: float
     momentum: float
     beta2: float
 
+    def __post_init__(self) -> None:
+        faults = []
+        if self.name not in RULES:
+            faults.append(f"[server] optimizer: found {self.name!r}, expected one of {', '.join(RULES)}")
+        if not 0 < self.learning_rate < math.inf:
+            faults.append(f"[server] learning_rate: found {self.learning_rate}, expected a finite number > 0")
+        for field in ("momentum", "beta2"):
+            if not 0 <= getattr(self, field) < 1:
+                faults.append(f"[server] {field}: found {getattr(self, field)}, expected 0 <= {field} < 1")
+        if faults:
+            raise BadInput(faults)
+
 
 @dataclass(frozen=True)
 class FedAvg:
-    """Equal weights: the mean update, through the server optimiser."""
+    """Equal weights: the mean update, through the server optimiser.
+
+    With `decay_rounds` not 0 the learning rate falls linearly, to reach 0 after that many rounds.
+    """
 
     optimizer: ServerOptimizer
+    decay_rounds: int = 0
 
-    def apply(self, state: AdapterState, memory: ServerState, mean: Floats) -> tuple[AdapterState, ServerState]:
-        if self.optimizer.name not in RULES:
-            raise BadInput(f"[server] optimizer: found {self.optimizer.name!r}, expected one of {', '.join(RULES)}")
+    def apply(
+        self, state: AdapterState, memory: ServerState, mean: Floats
+    ) -> tuple[AdapterState, ServerState]:
         step, memory = RULES[self.optimizer.name](self.optimizer, memory, mean)
-        vector = state.vector.astype(np.float64) + self.optimizer.learning_rate * step
-        return AdapterState(state.spec, vector.astype(np.float32)), memory
+        done = memory.counts.get("steps", 0)
+        left = max(0.0, 1 - done / self.decay_rounds) if self.decay_rounds else 1.0
+        vector = state.vector.astype(np.float64) + self.optimizer.learning_rate * left * step
+        counted = ServerState(memory.vectors, {**memory.counts, "steps": done + 1})
+        return AdapterState(state.spec, vector.astype(np.float32)), counted
 
 
 Rule = Callable[[ServerOptimizer, ServerState, Floats], tuple[Floats, ServerState]]
@@ -57,7 +80,9 @@ def _momentum(optimizer: ServerOptimizer, memory: ServerState, mean: Floats) -> 
 
 
 def _adam(optimizer: ServerOptimizer, memory: ServerState, mean: Floats) -> tuple[Floats, ServerState]:
-    return _adaptive(optimizer, memory, mean, lambda second, square: second + (1 - optimizer.beta2) * (square - second))
+    return _adaptive(
+        optimizer, memory, mean, lambda second, square: second + (1 - optimizer.beta2) * (square - second)
+    )
 
 
 def _yogi(optimizer: ServerOptimizer, memory: ServerState, mean: Floats) -> tuple[Floats, ServerState]:
@@ -68,10 +93,13 @@ def _yogi(optimizer: ServerOptimizer, memory: ServerState, mean: Floats) -> tupl
 
 
 def _adaptive(
-    optimizer: ServerOptimizer, memory: ServerState, mean: Floats, second_moment: Callable[[Floats, Floats], Floats]
+    optimizer: ServerOptimizer,
+    memory: ServerState,
+    mean: Floats,
+    second_moment: Callable[[Floats, Floats], Floats],
 ) -> tuple[Floats, ServerState]:
     first = optimizer.momentum * _vector(memory, "first", mean) + (1 - optimizer.momentum) * mean
-    second = second_moment(_vector(memory, "second", mean), mean**2)
+    second = second_moment(_vector(memory, "second", mean, start=ADAPTIVITY**2), mean**2)
     return first / (np.sqrt(second) + ADAPTIVITY), _kept(memory, first=first, second=second)
 
 
@@ -88,9 +116,9 @@ def add_to_average(state: AdapterState, memory: ServerState) -> tuple[AdapterSta
     return AdapterState(state.spec, average.astype(np.float32)), counted
 
 
-def _vector(memory: ServerState, name: str, like: npt.NDArray[np.floating]) -> Floats:
+def _vector(memory: ServerState, name: str, like: npt.NDArray[np.floating], start: float = 0.0) -> Floats:
     stored = memory.vectors.get(name)
-    return np.zeros(like.shape) if stored is None else stored.astype(np.float64)
+    return np.full(like.shape, start) if stored is None else stored.astype(np.float64)
 
 
 def _kept(memory: ServerState, **vectors: Floats) -> ServerState:

@@ -187,7 +187,10 @@ def _interleaved(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]
 
 
 def _figures(
-    built: dict[str, Case], seconds: dict[str, list[float]], arguments: argparse.Namespace, device: torch.device
+    built: dict[str, Case],
+    seconds: dict[str, list[float]],
+    arguments: argparse.Namespace,
+    device: torch.device,
 ) -> dict[str, Any]:
     model, data = _model(arguments.records, device)
     real = int(data.lengths.sum())
@@ -213,7 +216,9 @@ def _figures(
 
 def _flop(model: AdapterModel, tokens: int) -> float:
     """Forward and backward through frozen matrices: 2 + 2 operations for each weight and token."""
-    layers = [p for n, p in model.network.named_parameters() if ".layer." in n and "lora_" not in n and p.ndim == 2]
+    layers = [
+        p for n, p in model.network.named_parameters() if ".layer." in n and "lora_" not in n and p.ndim == 2
+    ]
     return 4.0 * tokens * sum(p.numel() for p in layers)
 
 
@@ -221,7 +226,10 @@ def _matmul(device: torch.device) -> dict[str, float]:
     """Operations a second of the machine's own product in the shape of a step; the best of five."""
     rates = {}
     for name, dtype in PRECISIONS.items():
-        left, right = torch.randn(2048, 384, device=device).to(dtype), torch.randn(384, 1536, device=device).to(dtype)
+        left, right = (
+            torch.randn(2048, 384, device=device).to(dtype),
+            torch.randn(384, 1536, device=device).to(dtype),
+        )
         times = []
         for _ in range(6):
             start = time.perf_counter()
@@ -234,7 +242,16 @@ def _matmul(device: torch.device) -> dict[str, float]:
 
 
 def _peak(name: str, arguments: argparse.Namespace) -> int:
-    command = [sys.executable, __file__, "--only", name, "--records", str(arguments.records), "--repeats", "1"]
+    command = [
+        sys.executable,
+        __file__,
+        "--only",
+        name,
+        "--records",
+        str(arguments.records),
+        "--repeats",
+        "1",
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(json.loads(done.stdout.splitlines()[-1])["rss"])
 
@@ -243,7 +260,9 @@ def _print(figures: dict[str, Any]) -> None:
     table = Table("what", "examples/s", "padded / real tokens", "peak MB", box=None)
     for name in CASES:
         ratio = figures["padded_tokens"][name] / figures["real_tokens"]
-        table.add_row(name, f"{figures[name]:.1f}", f"{ratio:.2f}", f"{figures['peak_rss_bytes'][name] / 1e6:.0f}")
+        table.add_row(
+            name, f"{figures[name]:.1f}", f"{ratio:.2f}", f"{figures['peak_rss_bytes'][name] / 1e6:.0f}"
+        )
     for name, rate in figures["floor"].items():
         table.add_row(f"floor by {name} products", f"{rate:.1f}", "", "")
     console = Console()

@@ -20,8 +20,9 @@ from fedlora.common.model import AdapterModel, build_head, build_model
 from fedlora.common.privacy import group_scales
 from fedlora.common.randomness import OsRandom
 from fedlora.common.state import AdapterState
-from fedlora.common.tasks import CausalLanguageModel, Encoded, SequenceClassification
+from fedlora.common.tasks import CausalLanguageModel, Encoded, SequenceClassification, Task
 from tests.oracles import clipped_sum_by_ones, head_clipped_sum_by_ones
+
 
 @dataclass(frozen=True)
 class Case:
@@ -63,7 +64,11 @@ CASES = {
     "bert-all-layers": ("tiny_bert", "layers", ("query", "key", "value", "dense")),
     "bert-qv-default": ("tiny_bert", "default", ("query", "value")),
     "llama-qv": ("tiny_llama", "default", ("q_proj", "v_proj")),
-    "llama-all": ("tiny_llama", "default", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+    "llama-all": (
+        "tiny_llama",
+        "default",
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
 }
 
 
@@ -72,12 +77,16 @@ def case(request: pytest.FixtureRequest) -> Case:
     fixture, pooling, targets = CASES[request.param]
     folder: Path = request.getfixturevalue(fixture)
     causal = fixture == "tiny_llama"
-    task = CausalLanguageModel() if causal else SequenceClassification(("a", "b", "c"))
+    task: Task = CausalLanguageModel() if causal else SequenceClassification(("a", "b", "c"))
     settings_ = ModelConfig(base=str(folder), task=task.name, pooling=pooling, max_length=40)
-    model, reference = (build_model(settings_, LoraConfig(rank=3, targets=targets), task, seed=5) for _ in range(2))
+    model, reference = (
+        build_model(settings_, LoraConfig(rank=3, targets=targets), task, seed=5) for _ in range(2)
+    )
     awake(model)
     awake(reference)
-    return Case(model, PerSampleGradients(model), task.encode(records(not causal), model.tokenizer, 40), reference)
+    return Case(
+        model, PerSampleGradients(model), task.encode(records(not causal), model.tokenizer, 40), reference
+    )
 
 
 def units_of(sizes: list[int]) -> UnitIndex:
@@ -120,7 +129,9 @@ def test_without_a_clip_it_is_the_plain_gradient(case: Case) -> None:
     assert np.linalg.norm(found.vector - expected) <= 1e-6 * max(float(np.linalg.norm(expected)), 1e-30)
 
 
-def test_a_record_that_is_not_finite_is_zeroed_and_counted(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_that_is_not_finite_is_zeroed_and_counted(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, gradients, data = case.model, case.gradients, case.data
     units, drawn = units_of([2, 1, 3]), np.arange(3, dtype=np.int64)
     losses = type(model.task).losses
@@ -179,8 +190,12 @@ def test_noise_has_the_claimed_scale_in_each_group_and_not_another(case: Case) -
         pytest.skip("a language model has no task head: one group is all there is")
     groups = ClipGroups.split(model.spec, 0.2, 3.0)
     zero = np.zeros(model.spec.size, dtype=np.float32)
-    draws = np.stack([private_mean(GradientSum(zero, 0, 0), groups, 1.3, 10.0, OsRandom()) for _ in range(300)])
-    for inside, scale in zip((~model.spec.head_mask(), model.spec.head_mask()), group_scales(1.3, (0.2, 3.0)), strict=True):
+    draws = np.stack(
+        [private_mean(GradientSum(zero, 0, 0), groups, 1.3, 10.0, OsRandom()) for _ in range(300)]
+    )
+    for inside, scale in zip(
+        (~model.spec.head_mask(), model.spec.head_mask()), group_scales(1.3, (0.2, 3.0)), strict=True
+    ):
         ratio = draws[:, inside].std() * 10.0 / scale
         assert 0.97 < ratio < 1.03
 

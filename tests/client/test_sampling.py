@@ -20,10 +20,16 @@ from fedlora.common.randomness import OsRandom
     tokens=st.integers(1, 200),
     data=st.data(),
 )
-def test_every_record_of_every_drawn_unit_is_there_once(sizes: list[int], tokens: int, data: st.DataObject) -> None:
+def test_every_record_of_every_drawn_unit_is_there_once(
+    sizes: list[int], tokens: int, data: st.DataObject
+) -> None:
     units = unit_groups([str(unit) for unit, size in enumerate(sizes) for _ in range(size)])
-    lengths = np.array(data.draw(st.lists(st.integers(1, 60), min_size=sum(sizes), max_size=sum(sizes))), dtype=np.int64)
-    drawn = np.flatnonzero(np.array(data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes))), dtype=bool))
+    lengths = np.array(
+        data.draw(st.lists(st.integers(1, 60), min_size=sum(sizes), max_size=sum(sizes))), dtype=np.int64
+    )
+    drawn = np.flatnonzero(
+        np.array(data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes))), dtype=bool)
+    )
     batches = list(micro_batches(units, drawn.astype(np.int64), lengths, tokens))
     rows = [row for batch in batches for row in batch.rows]
     expected = [row for unit in drawn for row in units.records[units.offsets[unit] : units.offsets[unit + 1]]]
@@ -35,7 +41,9 @@ def test_every_record_of_every_drawn_unit_is_there_once(sizes: list[int], tokens
         goes_on = following is not None and following.owners[0] == batch.owners[-1]
         assert batch.unfinished == goes_on
     owners = [owner for batch in batches for owner in batch.owners]
-    unit_of = {row: unit for unit in drawn for row in units.records[units.offsets[unit] : units.offsets[unit + 1]]}
+    unit_of = {
+        row: unit for unit in drawn for row in units.records[units.offsets[unit] : units.offsets[unit + 1]]
+    }
     assert len({(owner, unit_of[row]) for owner, row in zip(owners, rows, strict=True)}) == len(drawn)
 
 

@@ -160,7 +160,7 @@ def test_a_run_without_privacy_repeats_itself_whatever_the_attempt(
         one = Trainer(data, training, None, Budget("here", 1.0, 1e-2), MomentStore(tmp_path / str(attempt)))
         one.consent(run)
         deltas.append(one.train(plan(run, state, attempt=attempt), state).delta)
-    assert np.array_equal(*deltas)
+    assert np.array_equal(deltas[0], deltas[1])
 
 
 def test_moments_are_those_before_the_round_also_after_a_kill(tmp_path: Path) -> None:

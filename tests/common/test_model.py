@@ -19,7 +19,7 @@ from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.data import Records
 from fedlora.common.errors import BadInput
 from fedlora.common.export import export_adapter, load_adapter
-from fedlora.common.model import AdapterModel, build_model, load_tokenizer
+from fedlora.common.model import AdapterModel, PooledClassifier, build_model, load_tokenizer
 from fedlora.common.projection import Projection
 from fedlora.common.state import AdapterState
 from fedlora.common.tasks import CausalLanguageModel, SequenceClassification, Task
@@ -54,7 +54,9 @@ def test_a_state_goes_in_and_comes_out_unchanged(tiny_bert: Path, pooling: str, 
 
 
 @pytest.mark.parametrize(("pooling", "hidden"), HEADS)
-def test_an_exported_adapter_gives_the_same_logits(tiny_bert: Path, tmp_path: Path, pooling: str, hidden: int) -> None:
+def test_an_exported_adapter_gives_the_same_logits(
+    tiny_bert: Path, tmp_path: Path, pooling: str, hidden: int
+) -> None:
     model = classifier(tiny_bert, pooling, hidden)
     state = scrambled(model)
     settings = ModelConfig(base=str(tiny_bert), pooling=pooling, head_hidden=hidden)
@@ -77,12 +79,19 @@ def test_an_exported_adapter_gives_the_same_logits(tiny_bert: Path, tmp_path: Pa
 def test_peft_alone_loads_the_adapted_backbone(tiny_bert: Path, tmp_path: Path, pooling: str) -> None:
     model = classifier(tiny_bert, pooling)
     state = scrambled(model)
-    export_adapter(model, state, ModelConfig(base=str(tiny_bert), pooling=pooling), LoraConfig(rank=2), 3, tmp_path)
+    export_adapter(
+        model, state, ModelConfig(base=str(tiny_bert), pooling=pooling), LoraConfig(rank=2), 3, tmp_path
+    )
     alone = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(tiny_bert), tmp_path).eval()
-    batch = model.task.encode(records(TEXTS), model.tokenizer, 64).batch(np.arange(4), model.pad, model.device)
+    batch = model.task.encode(records(TEXTS), model.tokenizer, 64).batch(
+        np.arange(4), model.pad, model.device
+    )
     with torch.no_grad():
-        hidden = alone(input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True).hidden_states
-        features = model.network.pooling(hidden, batch.mask)  # type: ignore[union-attr]
+        hidden = alone(
+            input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True
+        ).hidden_states
+        assert isinstance(model.network, PooledClassifier)
+        features = model.network.pooling(hidden, batch.mask)
         assert torch.allclose(features, model.features(batch), atol=1e-5)
 
 
@@ -154,7 +163,9 @@ def test_frozen_a_is_the_same_on_every_machine_and_survives_export(tiny_bert: Pa
     assert frozen and not any(p.requires_grad for p in frozen.values())
     assert all(torch.equal(p, dict(other.network.named_parameters())[n]) for n, p in frozen.items())
     assert not any("lora_A" in tensor.name for tensor in model.spec.tensors)
-    export_adapter(model, scrambled(model), ModelConfig(base=str(tiny_bert), pooling="mean"), lora, 3, tmp_path)
+    export_adapter(
+        model, scrambled(model), ModelConfig(base=str(tiny_bert), pooling="mean"), lora, 3, tmp_path
+    )
     batch = model.task.encode(records(TEXTS), model.tokenizer, 64).batch(np.arange(4), 0, model.device)
     assert torch.allclose(load_adapter(tmp_path).logits(TEXTS), model.logits(batch), atol=1e-5)
 
@@ -185,7 +196,7 @@ def test_prompts_lose_their_left_and_responses_their_right(prompt: int, response
     kept_question, kept_answer = tokens[1:start], tokens[start:]
     assert len(tokens) <= length and tokens[0] == 1
     assert kept_question == question[len(question) - len(kept_question) :]
-    assert kept_answer == (answer + [2])[: len(kept_answer)] and kept_answer
+    assert kept_answer == ([*answer, 2])[: len(kept_answer)] and kept_answer
     assert data.truncated == {
         "prompt": int(len(kept_question) < prompt),
         "response": int(len(kept_answer) < response + 1),
@@ -202,8 +213,8 @@ def test_a_language_model_is_scored_on_its_response_alone(tiny_llama: Path) -> N
     batch = data.batch(np.array([0]), 0, model.device)
     logits = model.logits(batch)
     logp = torch.log_softmax(logits[0].float(), dim=1)
-    expected = -sum(logp[place - 1, batch.ids[0, place]] for place in range(4, 7)) / 3  # two words and the end
-    assert torch.allclose(task.losses(logits, batch), expected, atol=1e-5)
+    scored = [float(logp[place - 1, batch.ids[0, place]]) for place in range(4, 7)]  # two words and the end
+    assert task.losses(logits, batch).item() == pytest.approx(-sum(scored) / 3, abs=1e-5)
 
 
 def test_a_record_without_tokens_is_named(tiny_bert: Path) -> None:
@@ -236,14 +247,21 @@ def broken(folder: Path, target: Path, name: str) -> None:
         raise ValueError(name)
 
 
-@pytest.mark.parametrize("name", ["adapter-config-code", "adapter-bin-pickle", "st-truncated", "st-header-2^62"])
+@pytest.mark.parametrize(
+    "name", ["adapter-config-code", "adapter-bin-pickle", "st-truncated", "st-header-2^62"]
+)
 def test_unsafe_folders_are_refused(tiny_bert: Path, tmp_path: Path, name: str) -> None:
     broken(tiny_bert, tmp_path / "base", name)
     with pytest.raises(BadInput):
         classifier(tmp_path / "base", "mean")
     model = classifier(tiny_bert, "mean")
     export_adapter(
-        model, scrambled(model), ModelConfig(base=str(tiny_bert), pooling="mean"), LoraConfig(rank=2), 3, tmp_path / "good"
+        model,
+        scrambled(model),
+        ModelConfig(base=str(tiny_bert), pooling="mean"),
+        LoraConfig(rank=2),
+        3,
+        tmp_path / "good",
     )
     broken(tmp_path / "good", tmp_path / "adapter", name)
     with pytest.raises(BadInput):

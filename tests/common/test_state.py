@@ -14,11 +14,19 @@ from safetensors.numpy import save
 from fedlora.common.errors import BadInput
 from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
 
-SPEC = AdapterSpec((TensorSpec("lora_A", (2, 3)), TensorSpec("head.weight", (2,)), TensorSpec("empty", (0, 4))))
+SPEC = AdapterSpec(
+    (TensorSpec("lora_A", (2, 3)), TensorSpec("head.weight", (2,)), TensorSpec("empty", (0, 4)))
+)
 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
-specs = st.dictionaries(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12), shapes, max_size=5).map(
-    lambda table: AdapterSpec(tuple(TensorSpec(name, shape) for name, shape in table.items() if name != "__metadata__"))
+specs = st.dictionaries(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12),
+    shapes,
+    max_size=5,
+).map(
+    lambda table: AdapterSpec(
+        tuple(TensorSpec(name, shape) for name, shape in table.items() if name != "__metadata__")
+    )
 )
 
 
@@ -26,7 +34,9 @@ specs = st.dictionaries(st.text(st.characters(codec="utf-8", exclude_characters=
 def states(draw: st.DrawFn) -> AdapterState:
     spec = draw(specs)
     values = draw(
-        st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=spec.size, max_size=spec.size)
+        st.lists(
+            st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=spec.size, max_size=spec.size
+        )
     )
     return AdapterState(spec, np.array(values, dtype=np.float32))
 
@@ -75,8 +85,12 @@ BAD = {
     "st-truncated-to-nothing": b"\x01",
     "st-header-2^62": struct.pack("<Q", 1 << 62) + b"{}",
     "st-overlap": header({"a": PART, "b": PART}, bytes(8)),
-    "st-duplicate-key": header(b'{"a":' + json.dumps(PART).encode() + b',"a":' + json.dumps(PART).encode() + b"}", bytes(8)),
-    "st-100k-tensors": header({f"t{k}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for k in range(100_000)}),
+    "st-duplicate-key": header(
+        b'{"a":' + json.dumps(PART).encode() + b',"a":' + json.dumps(PART).encode() + b"}", bytes(8)
+    ),
+    "st-100k-tensors": header(
+        {f"t{k}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for k in range(100_000)}
+    ),
     "st-nan": save({**GOOD, "head.weight": np.array([1, np.nan], dtype=np.float32)}),
     "st-wrong-shape": save({**GOOD, "head.weight": np.zeros(3, dtype=np.float32)}),
     "st-wrong-dtype": save({**GOOD, "head.weight": np.zeros(2, dtype=np.float64)}),

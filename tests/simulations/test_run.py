@@ -21,7 +21,7 @@ import transformers
 from fedlora.common.config import Config, config_to_toml, parse_config
 from fedlora.common.errors import BadInput, QuorumLost, Refused
 from fedlora.common.messages import RunManifest
-from fedlora.common.privacy import history_of, epsilon_of
+from fedlora.common.privacy import epsilon_of, history_of
 from fedlora.simulations.run import Paths, Run, begin, finish, sequential, train
 from tests.conftest import WORDS
 
@@ -88,18 +88,36 @@ def run_whole(settings: Config, folder: Path, resume: bool = False) -> tuple[Run
 
 def test_a_private_run_leaves_what_the_contract_says(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     run, summary = run_whole(config(tiny_bert, data, "record"), tmp_path / "run")
-    for name in (
-        "task accuracy macro_f1 loss epsilon epsilon_by_client delta unit schedule rounds clients seconds "
-        "examples_per_second client_rounds_per_second peak_rss_bytes trainable_parameters strategy engine "
-        "secure_aggregation base_digest adapter_digest"
-    ).split():
+    for name in [
+        "task",
+        "accuracy",
+        "macro_f1",
+        "loss",
+        "epsilon",
+        "epsilon_by_client",
+        "delta",
+        "unit",
+        "schedule",
+        "rounds",
+        "clients",
+        "seconds",
+        "examples_per_second",
+        "client_rounds_per_second",
+        "peak_rss_bytes",
+        "trainable_parameters",
+        "strategy",
+        "engine",
+        "secure_aggregation",
+        "base_digest",
+        "adapter_digest",
+    ]:
         assert name in summary, name
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
     assert [line["phase"] for line in lines] == ["head", "head", "adapter", "adapter"]
     epsilons = [line["epsilon"] for line in lines]
-    assert epsilons == sorted(epsilons) and 0 < epsilons[0] and epsilons[-1] <= 8.0
+    assert epsilons == sorted(epsilons) and epsilons[0] > 0 and epsilons[-1] <= 8.0
     base = transformers.AutoModel.from_pretrained(tiny_bert)
     peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
     assert summary["epsilon"] == epsilon_of(history_of(run.manifest), 1e-4) <= 8.0
@@ -149,7 +167,9 @@ def test_a_shared_ledger_ends_at_its_cap(tiny_bert: Path, data: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["ledger.sqlite", "checkpoint/ledger-head.json", "checkpoint/ledger.key"])
-def test_a_run_whose_ledger_was_deleted_does_not_go_on(tiny_bert: Path, data: Path, tmp_path: Path, name: str) -> None:
+def test_a_run_whose_ledger_was_deleted_does_not_go_on(
+    tiny_bert: Path, data: Path, tmp_path: Path, name: str
+) -> None:
     settings = config(tiny_bert, data, "record")
     run = begin(settings, Paths.of(tmp_path / "run"))
     run.ledger.close()
@@ -161,7 +181,11 @@ def test_a_run_whose_ledger_was_deleted_does_not_go_on(tiny_bert: Path, data: Pa
 def test_checkpoint_older_than_ledger(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     settings = config(tiny_bert, data, "record")
     run = begin(settings, Paths.of(tmp_path / "run"))
-    old = {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoint").glob("*") if "ledger" not in path.name}
+    old = {
+        path: path.read_bytes()
+        for path in (tmp_path / "run" / "checkpoint").glob("*")
+        if "ledger" not in path.name
+    }
     train(run, sequential(run))
     for path, content in old.items():
         path.write_bytes(content)
@@ -202,8 +226,12 @@ def test_a_client_that_fails_costs_the_quorum(
     with pytest.raises(QuorumLost, match="2 of 3 asked answered"):
         train(strict, sequential(strict))
     spent = strict.ledger.entries()
-    assert sum(e.body["kind"] == "reserve" and e.body["budget"] == "client-1" for e in spent) == 4  # all attempts
-    lenient = begin(config(tiny_bert, data, "record", "federation.quorum=0.6"), Paths.of(tmp_path / "lenient"))
+    assert (
+        sum(e.body["kind"] == "reserve" and e.body["budget"] == "client-1" for e in spent) == 4
+    )  # all attempts
+    lenient = begin(
+        config(tiny_bert, data, "record", "federation.quorum=0.6"), Paths.of(tmp_path / "lenient")
+    )
     assert train(lenient, sequential(lenient)).round == 4
 
 
@@ -215,7 +243,15 @@ def start(settings: Config, folder: Path, resume: bool) -> subprocess.Popen[byte
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.with_suffix(".toml")
     path.write_text(config_to_toml(settings))
-    command = [sys.executable, "-W", "ignore", "-c", "from fedlora.simulations.cli import main; main()", "run", str(path)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        "from fedlora.simulations.cli import main; main()",
+        "run",
+        str(path),
+    ]
     command += ["--out", str(folder), "--threads", "1", *(["--resume"] if resume else [])]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
 
@@ -303,4 +339,7 @@ def test_chaos(tiny_bert: Path, data: Path, tmp_path: Path, seed: int, mode: str
         check_ledger(settings, tmp_path / "run")
         return
     _, undisturbed = run_whole(settings, tmp_path / "undisturbed")
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["adapter_digest"] == undisturbed["adapter_digest"]
+    assert (
+        json.loads((tmp_path / "run" / "summary.json").read_text())["adapter_digest"]
+        == undisturbed["adapter_digest"]
+    )
