@@ -20,7 +20,7 @@ demo: $(VENV)/demo  ## a private federation on a synthetic corpus, ending with a
 
 test: $(VENV)/dev  ## linters, types, all tests but the long ones
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not chaos"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not chaos" --durations=15
 
 chaos: $(VENV)/dev  ## kill runs at random moments, many times
 	$(BIN)/python -m pytest -m chaos
