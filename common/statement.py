@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import accountant_name
 
@@ -20,7 +22,7 @@ def privacy_statement(manifest: RunManifest, epsilon: float | None) -> list[str]
         else "a single record"
     )
     return [
-        f"Each institution's updates are ({epsilon:.3g}, {manifest.delta:g})-differentially private. "
+        f"Each institution's updates are ({shown_epsilon(epsilon)}, {manifest.delta:g})-differentially private. "
         f"The unit is {unit}; neighbouring data sets differ by adding or removing one unit.",
         "ε covers the whole schedule that was consented to, spare attempts included, also where the run "
         f"stopped earlier. It was computed by {accountant_name()} for the sampling that ran: "
@@ -35,6 +37,11 @@ def privacy_statement(manifest: RunManifest, epsilon: float | None) -> list[str]
         "files are public.",
         "Not covered: who took part and when, how long training took, and how the hyperparameters were found.",
     ]
+
+
+def shown_epsilon(epsilon: float) -> str:
+    """ε to three decimals, never rounded down."""
+    return f"{math.ceil(epsilon * 1000 - 1e-9) / 1000:.12g}"
 
 
 def _phases(manifest: RunManifest) -> str:

@@ -22,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
@@ -136,7 +137,10 @@ def packaged_config(path: Path) -> Path:
 def main() -> None:
     """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
     try:
-        app(standalone_mode=False)  # typer's own mode would answer Ctrl-C itself
+        code = app(standalone_mode=False)
+        if code == TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except FedloraError as error:
         for line in str(error).splitlines():
             errors.print(f"fedlora-sim: {line}", markup=False, soft_wrap=True)

@@ -1,0 +1,86 @@
+"""The command line says what is wrong in one line to a fault, and with the right exit code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedlora.simulations import cli
+
+
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["fedlora-sim", *words])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_every_fault_is_a_line_and_the_exit_code_is_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[privacy]\nepsilon = nan\ndelta = 'x'\n[modle]\nbase = 1\n")
+    code, _, err = call(monkeypatch, capsys, "run", str(bad))
+    assert code == 2 and "Traceback" not in err
+    lines = err.strip().splitlines()
+    assert len(lines) == 3 and all(line.startswith("fedlora-sim: bad.toml") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "no-such-file.toml"), "no-such-file.toml"),
+        (("run", "quickstart", "--engine", "batched"), "not built yet"),
+        (("run", "quickstart", "--engine", "warp"), "expected one of sequential, ray"),
+        (("run", "quickstart", "--set", "aggregation.secure=true"), "not built yet"),
+        (("run", "quickstart", "--set", "privacy.mode=client"), "not built yet"),
+        (("run", "quickstart", "--device", "tpu"), "expected cpu, cuda or auto"),
+        (("sweep", "quickstart", "--over", "epsilon"), "section.key=VALUE"),
+        (("report", "no-such-run"), "expected a run that has finished"),
+        (("predict", "no-such-run", "texts.txt"), "texts.txt"),
+        (("no-such-command",), "No such command"),
+        (("run",), "Missing argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_can_not_be_done_exits_with_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: tuple[str, ...],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(monkeypatch, capsys, *words)
+    assert code == 2 and "Traceback" not in err
+    assert said in " ".join((out + err).split())
+
+
+def test_ctrl_c_prints_the_command_that_resumes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from fedlora.simulations import session
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "run_to_report", interrupted)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(monkeypatch, capsys, "run", "quickstart", "--out", "a b")
+    assert code == 1
+    assert "fedlora-sim run quickstart --out 'a b' --resume" in " ".join(err.split())
+
+
+def test_help_is_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(monkeypatch, capsys, "--help")
+    assert code == 0
+    for command in ("quickstart", "plan", "run", "sweep", "report", "predict"):
+        assert command in out
