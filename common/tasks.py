@@ -104,7 +104,7 @@ class SequenceClassification:
         cut = [_cut_special(ids, max_length) for ids in tokenised]
         shortened = sum(len(ids) > max_length for ids in tokenised)
         special = len(tokenizer("")["input_ids"])
-        _refuse_empty([len(ids) - special for ids in cut], records.where)
+        _refuse_empty([len(ids) - special for ids in cut], records)
         return _ragged(cut, records.labels, {"text": shortened})
 
     def losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -153,7 +153,7 @@ class CausalLanguageModel:
         rows, starts, cut = [], [], {"prompt": 0, "response": 0}
         room = max_length - len(begin)
         responses = _tokens(tokenizer, records.responses, special=False)
-        _refuse_empty([len(ids) for ids in responses], records.where)
+        _refuse_empty([len(ids) for ids in responses], records)
         for prompt, response in zip(_tokens(tokenizer, records.texts, special=False), responses, strict=True):
             answer = response + end
             kept = answer[: max(room - len(prompt), room // 2)]
@@ -211,11 +211,11 @@ def _cut_special(ids: list[int], max_length: int) -> list[int]:
     return ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]
 
 
-def _refuse_empty(lengths: Sequence[int], where: str) -> None:
+def _refuse_empty(lengths: Sequence[int], records: Records) -> None:
     empty = [row for row, length in enumerate(lengths) if length <= 0]
     if empty:
         raise BadInput(
-            f"{where} row {empty[0] + 1}: found nothing after tokenisation "
+            f"{records.place(empty[0])}: found nothing after tokenisation "
             f"({len(empty)} such rows), expected at least one token"
         )
 

@@ -45,6 +45,7 @@ class Federation:
     units: UnitIndex  # of the training part, dealt out by `partition`
     partition: Partition
     records: Records
+    data_digest: str  # of the training file; it stays here
     features: FeatureCache
     validation: Evaluator
     test: Evaluator
@@ -93,6 +94,7 @@ class Federation:
             units=units,
             partition=partition_units(config.federation, sources.train, units, config.seed),
             records=sources.train,
+            data_digest=sources.digest,
             features=features,
             validation=Evaluator("validation", model, validation, score, features),
             test=Evaluator("test", model, test, np.arange(len(test)), features),

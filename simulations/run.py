@@ -96,12 +96,18 @@ def begin(
     """Build everything; BadInput where the folder holds another run, or, with `resume`, none."""
     _check_folder(config, paths, resume)
     federation = Federation.build(config, paths.folder, progress, device)
+    data = paths.folder / "data.sha256"
     if resume:
+        if data.read_text().strip() != federation.data_digest:
+            raise BadInput(
+                f"{config.data.train}: found other bytes than the run began with, expected the same file"
+            )
         checkpoint = Checkpoint.open(paths.checkpoint, federation.model.spec)
     else:
         manifest = federation.manifest(default_cache())
         checkpoint = Checkpoint.create(paths.checkpoint, manifest, federation.initial)
         _write(paths.folder / "config.toml", config_to_toml(config))
+        _write(data, federation.data_digest + "\n")
         _write(paths.folder / "manifest.json", manifest.to_bytes().decode() + "\n")
     ledger = paths.open_ledger()
     checkpoint.check_against_ledger(ledger.attempts_used(checkpoint.manifest.digest))

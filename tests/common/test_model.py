@@ -212,12 +212,12 @@ def test_a_language_model_is_scored_on_its_response_alone(tiny_llama: Path) -> N
     data = task.encode(records(["w1 w2 w3"], ["w4 w5"]), model.tokenizer, 64)
     batch = data.batch(np.array([0]), 0, model.device)
     logits = model.logits(batch)
-    logp = torch.log_softmax(logits[0].float(), dim=1)
+    logp = torch.log_softmax(logits[0].detach().float(), dim=1)
     scored = [float(logp[place - 1, batch.ids[0, place]]) for place in range(4, 7)]  # two words and the end
     assert task.losses(logits, batch).item() == pytest.approx(-sum(scored) / 3, abs=1e-5)
 
 
-def test_a_record_without_tokens_is_named(tiny_bert: Path) -> None:
+def test_data_nothing_after_tokenisation(tiny_bert: Path) -> None:
     tokenizer = load_tokenizer(tiny_bert)
     with pytest.raises(BadInput, match="row 2: found nothing after tokenisation"):
         SequenceClassification(LABELS).encode(records(["w1", " "]), tokenizer, 64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,17 @@ def test_a_folder_is_one_run(tiny_bert: Path, data: Path, tmp_path: Path) -> Non
         begin(replace(settings, seed=1), Paths.of(tmp_path / "run"), resume=True)
     with pytest.raises(BadInput, match="no run to resume"):
         begin(settings, Paths.of(tmp_path / "nothing"), resume=True)
+
+
+def test_data_changed_between_rounds(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    settings = config(tiny_bert, copy, "none")
+    begin(settings, Paths.of(tmp_path / "run"))
+    with (copy / "train.jsonl").open("a") as stream:
+        stream.write('{"text": "w1 w2", "label": 1, "person": "p1"}\n')
+    with pytest.raises(BadInput, match="other bytes than the run began with"):
+        begin(settings, Paths.of(tmp_path / "run"), resume=True)
 
 
 def test_cfg_delta_not_below_one_over_n(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
