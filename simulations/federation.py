@@ -184,7 +184,7 @@ def _projection(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     fitted.write(path)
-    return fitted
+    return Projection.read(path)  # not `fitted`: another memory order is another rounding, and not the same bits
 
 
 def client_name(client: int) -> str:
