@@ -184,7 +184,8 @@ def _projection(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     fitted.write(path)
-    return Projection.read(path)  # not `fitted`: another memory order is another rounding, and not the same bits
+    # Not `fitted`: another memory order is another rounding, and a resumed run would not have the same bits.
+    return Projection.read(path)
 
 
 def client_name(client: int) -> str:
