@@ -1,154 +1,188 @@
-"""The report's pictures as inline SVG: no network, no scripts, sharp at any size."""
+"""The report's pictures as inline SVG: no network, no scripts, no ids that clash on one page.
+
+Texts are never parsed as mathematics, and a letter that the layout's font lacks is drawn by the reader's.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-matplotlib.use("svg")
-
-INK, ACCENT, SECOND, SOFT = "#1d2733", "#1f6f8b", "#b4532a", "#c9d3da"
-SETTINGS: Any = {
+INK, MUTED, LINE, ACCENT, SECOND = "#1b2430", "#55616d", "#dfe5e8", "#0f5c73", "#a3441c"
+SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", "#9cc3cf", ACCENT, "#07303d"])
+NAMED = 45  # more rows or columns than this are drawn without their names
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fedlora",  # the same figures give the same file
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.edgecolor": SOFT,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
+    "text.parse_math": False,
+    "font.size": 9,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.grid.axis": "y",
+    "grid.color": LINE,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "text.color": INK,
 }
-MANY = 40  # more clients than this are drawn as a histogram, more classes without their names
 
 
-def by_round(lines: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """The metric on validation and ε so far, by round."""
-    with matplotlib.rc_context(SETTINGS):
-        figure, axes = _figure(6.4, 3.0)
-        scored = [(line["round"], line[metric]) for line in lines if line.get(metric) is not None]
-        if scored:
-            axes.plot(*zip(*scored, strict=True), color=ACCENT, linewidth=2, marker="o", markersize=3)
-        axes.set_xlabel("round")
-        axes.set_ylabel(f"{metric} (validation)", color=ACCENT)
-        spent = [(line["round"], line["epsilon"]) for line in lines if line.get("epsilon") is not None]
-        if spent:
-            right = axes.twinx()
-            right.plot(*zip(*spent, strict=True), color=SECOND, linewidth=2, linestyle="--")
-            right.set_ylabel("ε so far", color=SECOND)
-            right.set_ylim(bottom=0)
-            right.spines["right"].set_visible(True)
-        return _svg(figure)
-
-
-def by_client(values: Mapping[str, float], title: str) -> str:
-    """Bars by client, or a histogram where there are many."""
-    with matplotlib.rc_context(SETTINGS):
-        few = len(values) <= MANY
-        figure, axes = _figure(6.4, 0.9 + 0.26 * len(values) if few else 2.6)
-        if few:
-            axes.barh(list(values), list(values.values()), color=ACCENT, height=0.65)
-            axes.invert_yaxis()
-            axes.set_xlabel(title)
-        else:
-            axes.hist(list(values.values()), bins=30, color=ACCENT)
-            axes.set_xlabel(title)
-            axes.set_ylabel("clients")
-        return _svg(figure)
-
-
-def partition(table: Mapping[str, Any]) -> str:
-    """Which client holds how many records of which label."""
-    counts = np.array(table["counts"], dtype=float)
-    with matplotlib.rc_context(SETTINGS):
-        if len(counts) > MANY:
-            figure, axes = _figure(6.4, 2.6)
-            axes.hist(counts.sum(axis=1), bins=30, color=ACCENT)
-            axes.set_xlabel("records of a client")
-            axes.set_ylabel("clients")
-            return _svg(figure)
-        figure, axes = _figure(6.4, 1.2 + 0.3 * len(counts))
-        _heat(
-            axes,
-            counts,
-            [str(c) for c in table["clients"]],
-            [str(label) for label in table["labels"]],
-            text=True,
+def by_round(
+    points: Sequence[tuple[float, float]],
+    name: str,
+    percent: bool = False,
+    phases: Sequence[tuple[str, int]] = (),
+    limit: float | None = None,
+    color: str = ACCENT,
+) -> Markup:
+    """A figure over the rounds; `phases` are names with their first rounds, `limit` a line it may not pass."""
+    with _figure(4.4, 2.7) as (figure, axes):
+        axes.plot(
+            *_columns(points),
+            color=color,
+            linewidth=1.8,
+            marker="o" if len(points) <= 40 else "",
+            markersize=3,
         )
-        return _svg(figure)
+        axes.grid(visible=True)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("round")
+        axes.set_ylabel(name)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent if percent else _plain))
+        if limit is not None:
+            axes.axhline(limit, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            axes.set_ylim(0, 1.15 * limit if limit > 0 else None)
+        for phase, start in phases[1:]:
+            axes.axvline(start - 0.5, color=MUTED, linewidth=0.8)
+            axes.annotate(
+                f" {phase}", (start - 0.5, 1.0), xycoords=("data", "axes fraction"), va="bottom", color=MUTED
+            )
+        return _svg(figure, f"rounds-{name}")
 
 
-def confusion(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> str:
-    """Rows are true labels, columns guesses; shades are shares of a row."""
-    counts = np.array(matrix, dtype=float)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = min(6.4, 2.2 + 0.42 * len(labels))
-    with matplotlib.rc_context(SETTINGS):
-        figure, axes = _figure(side + 0.8, side)
-        _heat(axes, shares, labels, labels, text=len(labels) <= 12, shown=counts)
-        axes.set_xlabel("guessed")
-        axes.set_ylabel("true")
-        return _svg(figure)
+def histogram(values: Sequence[float], name: str, percent: bool = False) -> Markup:
+    """How many clients have which value."""
+    found = np.asarray(values, dtype=float)
+    with _figure(4.4, 2.4) as (figure, axes):
+        axes.hist(found[np.isfinite(found)], bins=30, color=ACCENT)
+        axes.grid(visible=True)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(name)
+        axes.set_ylabel("institutions")
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(FuncFormatter(_percent if percent else _plain))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        return _svg(figure, f"histogram-{name}")
 
 
-def curve(trials: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """The metric over the values of a sweep."""
-    with matplotlib.rc_context(SETTINGS):
-        figure, axes = _figure(6.4, 3.2)
-        names = [str(trial["value"]) for trial in trials]
-        axes.plot(names, [trial[metric] for trial in trials], color=ACCENT, linewidth=2, marker="o")
-        axes.set_xlabel(str(trials[0]["key"]))
-        axes.set_ylabel(f"{metric} (test)")
-        axes.grid(axis="y", color=SOFT, linewidth=0.6)
-        return _svg(figure)
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _heat(
-    axes: Axes,
+def heat(
     values: npt.NDArray[np.float64],
     rows: Sequence[str],
     columns: Sequence[str],
-    text: bool,
-    shown: npt.NDArray[np.float64] | None = None,
-) -> None:
-    axes.imshow(values, cmap="Blues", aspect="auto", vmin=0)
-    for ticks, labels, setter in (
-        (len(columns), columns, (axes.set_xticks, axes.set_xticklabels)),
-        (len(rows), rows, (axes.set_yticks, axes.set_yticklabels)),
-    ):
-        named = ticks <= MANY
-        setter[0](range(ticks) if named else [])
-        setter[1]([_short(label) for label in labels] if named else [])
-    axes.tick_params(axis="x", rotation=45 if len(columns) > 4 else 0, length=0)
-    axes.tick_params(axis="y", length=0)
-    if text and values.size <= 150:
-        numbers = values if shown is None else shown
-        middle = values.max() / 2
-        for (row, column), value in np.ndenumerate(numbers):
-            color = "white" if values[row, column] > middle else INK
-            axes.text(column, row, f"{value:,.0f}", ha="center", va="center", fontsize=8, color=color)
+    row_title: str,
+    column_title: str,
+    square: bool = False,
+) -> Markup:
+    """A heat map, darker for more, with small values lifted (square root) so that rare ones can be seen."""
+    width, height = 8.6, 8.0 if square else float(np.clip(1.6 + 0.22 * len(rows), 2.4, 8.0))
+    with _figure(width, height) as (figure, axes):
+        top = max(float(np.nanmax(values, initial=0.0)), 1e-12)
+        norm = PowerNorm(0.5, vmin=0.0, vmax=top)
+        axes.imshow(values, cmap=SHADES, norm=norm, aspect="auto", interpolation="none")
+        for axis, names, title in ((axes.xaxis, columns, column_title), (axes.yaxis, rows, row_title)):
+            named = len(names) <= NAMED
+            axis.set_ticks(
+                range(len(names)) if named else [], labels=[short(n) for n in names] if named else []
+            )
+            axis.set_label_text(title if named else f"{title} ({len(names)}, in the order of the label set)")
+        axes.tick_params(axis="x", rotation=90 if len(columns) > 8 else 0)
+        for spine in axes.spines.values():
+            spine.set_visible(True)
+        return _svg(figure, f"heat-{row_title}-{column_title}")
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= 18 else label[:17] + "…"
+def curve(
+    series: Mapping[str, Sequence[tuple[float | str, float]]], title: str, percent: bool, log: bool
+) -> Markup:
+    """A sweep's figures over the values of its key; one line for each name in `series`."""
+    with _figure(6.2, 3.4) as (figure, axes):
+        for (name, points), color, style in zip(
+            series.items(), (ACCENT, SECOND), ("-", (0, (4, 3))), strict=False
+        ):
+            axes.plot(
+                *_columns(points),
+                color=color,
+                linestyle=style,
+                linewidth=1.8,
+                marker="o",
+                markersize=4,
+                label=name,
+            )
+        if log:
+            axes.set_xscale("log")
+        ticks = sorted(
+            {point[0] for points in series.values() for point in points if not isinstance(point[0], str)}
+        )
+        if ticks:
+            axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+        axes.grid(visible=True)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(title)
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent if percent else _plain))
+        axes.legend(frameon=False, loc="best")
+        return _svg(figure, f"curve-{title}")
 
 
-def _svg(figure: Figure) -> str:
+def short(name: str, limit: int = 22) -> str:
+    """A name that fits beside a picture; letters that can't be printed are replaced."""
+    clean = "".join(letter if letter.isprintable() else "�" for letter in name)
+    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+", category=UserWarning)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots()
+
+
+def _svg(figure: Figure, name: str) -> Markup:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=empty)
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text[text.index("<svg") :])
+    prefix = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
+    return Markup(text)  # noqa: S704  (our own SVG: matplotlib has escaped the texts in it)
+
+
+def _columns(points: Sequence[tuple[Any, float]]) -> tuple[list[Any], list[float]]:
+    return [point[0] for point in points], [point[1] for point in points]
+
+
+def _percent(value: float, _place: object) -> str:
+    return f"{100 * value:.4g}\N{NO-BREAK SPACE}%"
+
+
+def _plain(value: float, _place: object) -> str:
+    return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
