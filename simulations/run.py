@@ -26,6 +26,7 @@ from fedlora.client.trainer import MomentStore
 from fedlora.common.config import Config, config_to_toml
 from fedlora.common.errors import BadInput
 from fedlora.common.export import export_adapter
+from fedlora.common.features import PooledTexts
 from fedlora.common.features import Progress as FeatureProgress
 from fedlora.common.files import write_atomically
 from fedlora.common.ledger import Ledger
@@ -92,10 +93,11 @@ def begin(
     engine: str = "sequential",
     progress: FeatureProgress | None = None,
     device: torch.device | None = None,
+    texts: PooledTexts | None = None,
 ) -> Run:
-    """Build everything; BadInput where the folder holds another run, or, with `resume`, none."""
+    """Build everything; `texts` are shared with other runs of this process. BadInput where the folder holds another run, or, with `resume`, none."""
     _check_folder(config, paths, resume)
-    federation = Federation.build(config, paths.folder, progress, device)
+    federation = Federation.build(config, paths.folder, progress, device, texts)
     data = paths.folder / "data.sha256"
     if resume:
         if data.read_text().strip() != federation.data_digest:
