@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from fedlora.common.data import Columns, read_records, unit_groups
 from fedlora.common.model import AdapterModel, build_model
 from fedlora.common.randomness import OsRandom
 from fedlora.common.tasks import Encoded, SequenceClassification
+from fedlora.simulations.run import peak_rss_bytes
 
 AG_NEWS = Path("../shared/data/ag_news/train.parquet")
 MAX_LENGTH = 128
@@ -71,7 +71,7 @@ def main() -> None:
     built = {name: build(arguments.records, device) for name, build in cases.items()}
     seconds = _interleaved({name: case.step for name, case in built.items()}, arguments.repeats)
     if arguments.only:
-        print(json.dumps({"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+        print(json.dumps({"rss": peak_rss_bytes()}))
         return
     figures = _figures(built, seconds, arguments, device)
     _print(figures)
