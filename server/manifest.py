@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedlora.common.config import Config
-from fedlora.common.messages import Phase, RunManifest
+from fedlora.common.messages import Network, Phase, RunManifest
 from fedlora.common.privacy import Mechanism, calibrate
 
 
@@ -42,6 +42,7 @@ def make_manifest(
         participation=config.federation.participation,
         minimum_cohort=1,
         seed=config.seed,
+        network=Network.of(config.model, config.lora),
         phases=_calibrated(config, public_phases(config), cache) if private else public_phases(config),
     )
 

@@ -31,6 +31,10 @@ LIGHT = (
     "privacy",
     "randomness",
     "wire",
+    "identity",
+    "protocol",
+    "sealed",
+    "enrolment",
 )
 HEAVY = {"torch", "transformers", "peft", "opacus", "sklearn"}
 
