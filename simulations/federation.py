@@ -16,18 +16,18 @@ import torch
 from fedlora.client.dpsgd import PerSampleGradients
 from fedlora.client.trainer import MomentStore, Trainer
 from fedlora.client.training import ClientData, LocalTraining
-from fedlora.common.compute import Compute, choose_compute
-from fedlora.common.config import Config, ModelConfig
+from fedlora.common.compute import Compute
+from fedlora.common.config import Config
 from fedlora.common.data import Records, UnitIndex, unit_groups
-from fedlora.common.features import FeatureCache, PooledTexts, Progress, pooled_features
+from fedlora.common.features import FeatureCache, PooledTexts, Progress
 from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import RunManifest
-from fedlora.common.model import AdapterModel, build_model
-from fedlora.common.projection import Projection
+from fedlora.common.model import AdapterModel
 from fedlora.common.state import AdapterState
 from fedlora.common.tasks import Encoded
 from fedlora.server.evaluation import Evaluator
 from fedlora.server.manifest import make_manifest
+from fedlora.server.public import PublicRecords, PublicSide, encode
 from fedlora.simulations.partition import Partition, partition_units
 from fedlora.simulations.sources import read_sources
 
@@ -66,41 +66,24 @@ class Federation:
         What is computed once for a run and must not change in it lies in the run's `folder`.
         """
         sources = read_sources(config)
-        model = build_model(config.model, config.lora, sources.task, config.seed, device)
-        if config.training.head_rounds:
-            _ = model.head  # refuses a model whose head can't be trained by itself
-
-        def encode(records: Records) -> Encoded:
-            return sources.task.encode(records, model.tokenizer, config.model.max_length)
-
-        train, test = encode(sources.train), encode(sources.test)
-        validation = encode(sources.validation)
-        public = np.arange(len(validation), dtype=np.int64)
-        score = public
-        if config.model.projection:
-            # Whitened rows of the fit look unlike any others: they must not score what was fitted on them.
-            fit, score = public[::2], public[1::2]
-            model.projection = _projection(
-                model, validation, fit, config.model, folder / "projection.safetensors", texts
-            )
-        # Measured on public records: how long a step takes must not depend on anybody's text.
-        compute = choose_compute(model, validation, config.training.attention, config.training.precision)
-        features = FeatureCache(model, progress=progress, texts=texts)
+        records = PublicRecords(sources.task, sources.validation, sources.test)
+        public = PublicSide.build(config, records, folder, progress, device, texts)
         units = unit_groups(sources.train.units, len(sources.train))
+        gradients = PerSampleGradients(public.model)
         return cls(
             config=config,
-            model=model,
-            compute=compute,
-            train=train,
+            model=public.model,
+            compute=public.compute,
+            train=encode(config, public.model, sources.train),
             units=units,
             partition=partition_units(config.federation, sources.train, units, config.seed),
             records=sources.train,
             data_digest=sources.digest,
-            features=features,
-            validation=Evaluator("validation", model, validation, score, features),
-            test=Evaluator("test", model, test, np.arange(len(test)), features),
-            initial=model.state(),
-            training=LocalTraining(PerSampleGradients(model), features, config.training.micro_batch_tokens),
+            features=public.features,
+            validation=public.validation,
+            test=public.test,
+            initial=public.initial,
+            training=LocalTraining(gradients, public.features, config.training.micro_batch_tokens),
         )
 
     @property
@@ -167,31 +150,6 @@ class Federation:
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         starts = np.repeat(self.units.offsets[mine] - offsets[:-1], sizes)
         return UnitIndex(offsets, self.units.records[starts + np.arange(offsets[-1])])
-
-
-def _projection(
-    model: AdapterModel,
-    public: Encoded,
-    rows: Ints,
-    settings: ModelConfig,
-    path: Path,
-    texts: PooledTexts | None,
-) -> Projection:
-    """The run's projection: read where it was fitted before, else fitted on the public validation part."""
-    if path.is_file():
-        return Projection.read(path)
-    features = pooled_features(model, public, rows, texts=texts).cpu().numpy()
-    fitted = Projection.fit(
-        (features / settings.head_scale).astype(np.float32),
-        settings.projection,
-        settings.projection_ridge,
-        settings.kernel_directions,
-        settings.kernel_gamma,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fitted.write(path)
-    # Not `fitted`: another memory order is another rounding, and a resumed run would not have the same bits.
-    return Projection.read(path)
 
 
 def client_name(client: int) -> str:

@@ -1,0 +1,110 @@
+"""What a coordinator needs and may see: the frozen model, the public records that score it, the state it begins with.
+
+Simulation and deployment build it alike. Institutions build the same network from the manifest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedlora.common.compute import Compute, choose_compute
+from fedlora.common.config import Config, ModelConfig
+from fedlora.common.data import Records
+from fedlora.common.features import FeatureCache, PooledTexts, Progress, pooled_features
+from fedlora.common.model import AdapterModel, build_model
+from fedlora.common.projection import Projection
+from fedlora.common.state import AdapterState
+from fedlora.common.tasks import Encoded, Task
+from fedlora.server.evaluation import Evaluator
+
+PROJECTION = "projection.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class PublicRecords:
+    """Public records as read, and the task that they are for."""
+
+    task: Task
+    validation: Records
+    test: Records
+
+
+@dataclass(frozen=True, eq=False)
+class PublicSide:
+    """One resident model, and what scores its states."""
+
+    model: AdapterModel
+    compute: Compute
+    features: FeatureCache
+    validation: Evaluator
+    test: Evaluator
+    initial: AdapterState
+
+    @classmethod
+    def build(
+        cls,
+        config: Config,
+        records: PublicRecords,
+        folder: Path,
+        progress: Progress | None = None,
+        device: torch.device | None = None,
+        texts: PooledTexts | None = None,
+    ) -> PublicSide:
+        """Load the model, encode the records, fit the projection. BadInput names what is wrong.
+
+        The projection is computed once for a run and must not change in it: it lies in the run's `folder`.
+        """
+        model = build_model(config.model, config.lora, records.task, config.seed, device)
+        if config.training.head_rounds:
+            _ = model.head  # refuses a model whose head can't be trained by itself
+        test, validation = encode(config, model, records.test), encode(config, model, records.validation)
+        public = np.arange(len(validation), dtype=np.int64)
+        score = public
+        if config.model.projection:
+            # Whitened rows of the fit look unlike any others: they must not score what was fitted on them.
+            fit, score = public[::2], public[1::2]
+            model.projection = _projection(model, validation, fit, config.model, folder / PROJECTION, texts)
+        # Measured on public records: how long a step takes must not depend on anybody's text.
+        compute = choose_compute(model, validation, config.training.attention, config.training.precision)
+        features = FeatureCache(model, progress=progress, texts=texts)
+        return cls(
+            model=model,
+            compute=compute,
+            features=features,
+            validation=Evaluator("validation", model, validation, score, features),
+            test=Evaluator("test", model, test, np.arange(len(test)), features),
+            initial=model.state(),
+        )
+
+
+def encode(config: Config, model: AdapterModel, records: Records) -> Encoded:
+    return model.task.encode(records, model.tokenizer, config.model.max_length)
+
+
+def _projection(
+    model: AdapterModel,
+    public: Encoded,
+    rows: np.ndarray[tuple[int], np.dtype[np.int64]],
+    settings: ModelConfig,
+    path: Path,
+    texts: PooledTexts | None,
+) -> Projection:
+    """The run's projection: read where it was fitted before, else fitted on the public validation part."""
+    if path.is_file():
+        return Projection.read(path)
+    features = pooled_features(model, public, rows, texts=texts).cpu().numpy()
+    fitted = Projection.fit(
+        (features / settings.head_scale).astype(np.float32),
+        settings.projection,
+        settings.projection_ridge,
+        settings.kernel_directions,
+        settings.kernel_gamma,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fitted.write(path)
+    # Not `fitted`: another memory order is another rounding, and a resumed run would not have the same bits.
+    return Projection.read(path)
