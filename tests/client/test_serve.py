@@ -184,7 +184,7 @@ def test_the_endpoint_bears_strangers(trainer: Trainer, tmp_path: Path) -> None:
 
 def _resident(process: int) -> int:
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return pages * int(os.sysconf("SC_PAGE_SIZE"))
 
 
 def test_a_report_tells_all_and_no_byte_of_it_changes_unnoticed(tmp_path: Path) -> None:
