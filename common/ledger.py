@@ -175,6 +175,16 @@ class Ledger:
             consent = self._consents.get((budget, manifest))
             return None if consent is None else consent.spend
 
+    def reservations(self, manifest: str) -> dict[int, int]:
+        """The attempts that any budget has reserved for a run, each with its round."""
+        with self._chain.locked():
+            return {
+                attempt: number
+                for (_, run), taken in self._phases.items()
+                if run == manifest
+                for attempt, (_, number) in taken.items()
+            }
+
     def attempts_used(self, manifest: str) -> int:
         """The highest attempt number that any budget has reserved for a run; 0 for none."""
         with self._chain.locked():

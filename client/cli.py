@@ -1,0 +1,234 @@
+"""`fedlora-node`: the institution's command line. Thin: it reads arguments and prints results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedlora.client.node import NodeFolder
+from fedlora.common.errors import BadInput, FedloraError
+from fedlora.common.messages import MAX_MESSAGE_BYTES, RunManifest
+
+app = typer.Typer(
+    help="An institution's node: it keeps the data, and its own policy decides what leaves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+policy_app = typer.Typer(help="What this node allows.", no_args_is_help=True)
+app.add_typer(policy_app, name="policy")
+TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False)
+
+Folder = Annotated[Path, typer.Option("--node", help="The node's folder.")]
+HERE = Path("node")
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="This institution's name: lower-case letters, digits, '-'.")],
+    organisation: Annotated[str, typer.Option(help="The organisation's full name.")],
+    node: Folder = HERE,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="New keys for an existing node; enrol again.")
+    ] = False,
+) -> None:
+    """Make the node's folder, its keys and its enrolment request."""
+    from fedlora.client import node as nodes
+
+    folder = NodeFolder(node)
+    request = nodes.rotate(folder) if rotate else nodes.init(folder, name, organisation)
+    console.print(f"hand {folder.request} to the coordinator, and read out on the telephone:", markup=False)
+    console.print(f"  {request.name}: {request.identity.fingerprint}", markup=False)
+
+
+@app.command()
+def join(
+    file: Annotated[
+        Path, typer.Argument(help="The coordinator's invitation; with --approve a peer's request.")
+    ],
+    node: Folder = HERE,
+    approve: Annotated[bool, typer.Option("--approve", help="Admit a peer to this node's roster.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the peer of this name.")] = False,
+) -> None:
+    """Pin a federation's keys, or admit a peer; compare the fingerprints by telephone."""
+    from fedlora.client import node as nodes
+
+    folder = NodeFolder(node)
+    if remove:
+        nodes.remove_peer(folder, file.name)
+        return
+    text = nodes.read_text(file)
+    if approve:
+        peer = nodes.approve(folder, text, file.name)
+        console.print(f"{peer.name} ({peer.organisation}): {peer.identity.fingerprint}", markup=False)
+        return
+    invitation = nodes.join(folder, text, file.name)
+    console.print(f"joined {invitation.federation} at {invitation.address}; compare:", markup=False)
+    for name, fingerprint in nodes.fingerprints(invitation).items():
+        console.print(f"  {name}: {fingerprint}", markup=False)
+
+
+@app.command("check-data")
+def check_data(node: Folder = HERE) -> None:
+    """Read every data set and base model that the policy names; nothing is spent."""
+    from fedlora.client.bench import read_data
+    from fedlora.common.base import base_digest, check_base, resolve_base
+    from fedlora.common.data import unit_groups
+
+    policy = NodeFolder(node).load_policy()
+    for name, data in policy.data.items():
+        records = read_data(data, node / data.path)
+        units = len(unit_groups(records.units, len(records)))
+        console.print(f"{name}: {len(records)} records, {units} units, charges {data.budget}", markup=False)
+        if policy.limits.delta >= 1 / units:
+            raise BadInput(
+                f"node.toml [limits] delta = {policy.limits.delta:g}: expected less than 1/{units}"
+            )
+    for digest, base in policy.bases.items():
+        folder = resolve_base(base)
+        check_base(folder)
+        found = base_digest(folder)
+        if found != digest:
+            raise BadInput(f"node.toml [bases] {base}: found {found}, expected {digest}")
+        console.print(f"{base}: {digest}", markup=False)
+
+
+@policy_app.command()
+def explain(
+    manifest: Annotated[Path, typer.Argument(help="A manifest: signed, or as JSON.")], node: Folder = HERE
+) -> None:
+    """Allow or deny for each field of a manifest; exit code 3 where one is denied."""
+    from fedlora.client.node import pinned_invitation
+    from fedlora.client.verdicts import allow, judge
+
+    folder = NodeFolder(node)
+    policy = folder.load_policy()
+    asked = _manifest(manifest)
+    ledger = folder.open_ledger(policy)
+    spent = {name: ledger.spent(name) for name in policy.budgets}
+    federation = pinned_invitation(folder).federation if folder.federation.exists() else asked.federation
+    verdicts = judge(asked, policy, federation, spent)
+    table = Table("field", "found", "verdict")
+    for each in verdicts:
+        verdict = "allow" if each.allowed else f"deny: {each.reason}"
+        table.add_row(each.field, each.found, verdict)
+    console.print(table, markup=False)
+    allow(verdicts)
+
+
+@app.command()
+def serve(node: Folder = HERE) -> None:
+    """The trainer: holds the data, and answers what the coordinator signed."""
+    from fedlora.client.node import only_trainer, pinned_invitation
+    from fedlora.client.resident import Resident
+    from fedlora.client.service import Service
+    from fedlora.client.workshop import Workshop
+    from fedlora.common.identity import Identity
+
+    folder = NodeFolder(node)
+    policy = folder.load_policy()
+    identity = Identity.load(folder.identity)
+    pinned_invitation(folder)
+    with only_trainer(folder):
+        ledger = folder.open_ledger(policy)
+        resident = Resident(folder, policy, identity, ledger, Workshop(folder, policy, ledger))
+        service = Service(resident.ask, policy.trainer, folder.root)
+        service.start()
+        console.print(f"trainer of {policy.institution} listens at {service.address}", markup=False)
+        service.wait_for_signal()
+        service.stop()
+
+
+@app.command()
+def link(
+    relay: Annotated[
+        Path, typer.Option(help="The relay folder: relay/ of a node's, or a copy of it.")
+    ] = Path("node/relay"),
+    trainer: Annotated[
+        str, typer.Option(help="unix:PATH or host:port of the trainer.")
+    ] = "unix:node/trainer.sock",
+    port: Annotated[int, typer.Option(help="Local port of the SuperNode's API; 0: Flower's own.")] = 0,
+    authority: Annotated[str, typer.Option(help="host:port: the CA of the trainer's certificate.")] = "",
+    certificate: Annotated[str, typer.Option(help="host:port: this relay's certificate.")] = "",
+    key: Annotated[str, typer.Option(help="host:port: this relay's key.")] = "",
+) -> None:
+    """The relay: keeps a Flower SuperNode connected that hands bytes to the trainer and back."""
+    from fedlora.client.link import Link, stop_on_signals, supervise, trainer_address
+
+    address = trainer_address(trainer, Path.cwd())
+    command = Link(relay, address, port, (authority, certificate, key)).command()
+    supervise(command, stop_on_signals())
+
+
+@app.command()
+def ledger(node: Folder = HERE) -> None:
+    """Budgets, what is spent and left, and every entry."""
+    folder = NodeFolder(node)
+    policy = folder.load_policy()
+    held = folder.open_ledger(policy)
+    for name, budget in policy.budgets.items():
+        spent = held.spent(name)
+        console.print(
+            f"{name}: ε {spent.epsilon:.6g} of {budget.epsilon:g}, δ {spent.delta:.3g} of {budget.delta:g}",
+            markup=False,
+        )
+    for entry in held.entries():
+        sys.stdout.write(json.dumps({"number": entry.number, **entry.body, "hash": entry.hash}) + "\n")
+
+
+@app.command()
+def report(
+    node: Folder = HERE, out: Annotated[Path, typer.Option(help="Where to.")] = Path("report")
+) -> None:
+    """The node's report: JSON signed with its key, and a page."""
+    from fedlora.client.report import write_report
+    from fedlora.common.identity import Identity
+
+    folder = NodeFolder(node)
+    policy = folder.load_policy()
+    identity = Identity.load(folder.identity)
+    write_report(folder, policy, identity, folder.open_ledger(policy), out)
+    console.print(f"{out / 'report.json'} and {out / 'report.html'}", markup=False)
+
+
+def _manifest(path: Path) -> RunManifest:
+    """A manifest from a file: JSON as it is, or behind the coordinator's signature (not checked: it only asks)."""
+    from fedlora.common.identity import Signed
+
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_MESSAGE_BYTES)
+    except OSError as error:
+        raise BadInput(f"{path}: can't be read ({error.strerror}), expected a manifest") from error
+    return RunManifest.from_bytes(data if data[:1] == b"{" else Signed.from_bytes(data, path.name).body)
+
+
+def main() -> None:
+    """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(1 if code == TYPER_INTERRUPTED else code if isinstance(code, int) else 0)
+    except FedloraError as error:
+        for line in str(error).splitlines():
+            errors.print(f"fedlora-node: {line}", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""`fedlora-node report`: what a data protection officer asks for, signed by the node, and as a page.
+
+Everything comes from the ledger, the outbox, the refusal log and the manifests that the node itself kept. The
+figures are recomputed here; a second accountant (Rényi) states its own, larger, bound beside the first.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fedlora.client.node import NodeFolder, pinned_invitation, read_peers
+from fedlora.client.outbox import Outbox
+from fedlora.client.policy import Policy
+from fedlora.common.errors import BadInput
+from fedlora.common.identity import Identity, PublicIdentity, Signed
+from fedlora.common.ledger import Entry, Ledger
+from fedlora.common.messages import RunManifest
+from fedlora.common.privacy import accountant_name, history_of
+from fedlora.common.protocol import MANIFEST_TAG
+from fedlora.common.sealed import Sealed, seal, unseal
+from fedlora.common.statement import NOISE_SOURCE, privacy_statement
+
+REPORT_TAG = "fedlora-node-report-1"
+PACKAGES = ("fedlora", "flwr", "grpcio", "opacus", "torch", "transformers", "peft", "cryptography")
+
+
+def write_report(
+    folder: NodeFolder, policy: Policy, identity: Identity, ledger: Ledger, out: Path
+) -> Mapping[str, Any]:
+    """`report.json`, signed, and `report.html` in `out`; the report's body."""
+    body = report_body(folder, policy, identity, ledger)
+    out.mkdir(parents=True, exist_ok=True)
+    text = seal(identity, REPORT_TAG, body)
+    (out / "report.json").write_text(text, encoding="utf-8")
+    (out / "report.html").write_text(page(body), encoding="utf-8")
+    return body
+
+
+def read_report(path: Path, expected: PublicIdentity | None = None) -> Sealed:
+    """A report; Refused where one byte is not as it was signed."""
+    try:
+        return unseal(path.read_bytes().decode(), REPORT_TAG, path.name, expected)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: can't be read as a report ({error})") from error
+
+
+def report_body(folder: NodeFolder, policy: Policy, identity: Identity, ledger: Ledger) -> dict[str, Any]:
+    """The report as a table."""
+    entries = ledger.entries()
+    invitation = pinned_invitation(folder) if folder.federation.exists() else None
+    last = entries[-1]
+    return {
+        "institution": policy.institution,
+        "key": identity.public.text,
+        "fingerprint": identity.public.fingerprint,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "federation": "" if invitation is None else invitation.federation,
+        "coordinator": "" if invitation is None else invitation.coordinator.fingerprint,
+        "peers": {name: peer.identity.fingerprint for name, peer in read_peers(folder).items()},
+        "policy_digest": policy.digest,
+        "budgets": _budgets(policy, ledger),
+        "runs": [_run(folder, policy, entries, digest) for digest in _runs(folder)],
+        "refusals": list(_lines(folder.refusals)),
+        "ledger": {"id": entries[0].body["id"], "entries": last.number, "head": last.hash},
+        "accountant": accountant_name(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "neighbours": "data sets that differ by adding or removing one unit",
+        "noise": NOISE_SOURCE,
+        "noise_source": "the operating system's generator; no seed",
+    }
+
+
+def _budgets(policy: Policy, ledger: Ledger) -> list[dict[str, Any]]:
+    rows = []
+    for name, budget in policy.budgets.items():
+        spent = ledger.spent(name)
+        rows.append(
+            {
+                "budget": name,
+                "data": [key for key, data in policy.data.items() if data.budget == name],
+                "epsilon": budget.epsilon,
+                "epsilon_spent": spent.epsilon,
+                "epsilon_left": max(budget.epsilon - spent.epsilon, 0.0),
+                "delta": budget.delta,
+                "delta_spent": spent.delta,
+                "delta_left": max(budget.delta - spent.delta, 0.0),
+            }
+        )
+    return rows
+
+
+def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) -> dict[str, Any]:
+    signed = Signed.from_bytes((folder.run(digest) / "manifest.signed").read_bytes(), "kept manifest")
+    manifest = RunManifest.from_bytes(signed.opened(MANIFEST_TAG, signed.signer))
+    mine = [entry.body for entry in entries if entry.body.get("manifest") == digest]
+    consents = [body for body in mine if body["kind"] == "consent"]
+    epsilon = max((float(body["epsilon"]) for body in consents), default=None)
+    sent = [
+        {"to": signed.signer.fingerprint, "round": number, "attempt": attempt, "bytes": size}
+        for number, attempt, size in Outbox(folder.under(policy.trainer.outbox)).sizes(digest)
+    ]
+    return {
+        "manifest": digest,
+        "federation": manifest.federation,
+        "coordinator": signed.signer.text,
+        "task": manifest.task,
+        "unit": manifest.unit or "record",
+        "mode": manifest.mode,
+        "mechanism": "Poisson-subsampled Gaussian, per-unit clip" if manifest.mode == "record" else "none",
+        "budget": [str(body["budget"]) for body in consents],
+        "epsilon": epsilon,
+        "delta": manifest.delta,
+        "epsilon_second_accountant": _second(manifest),
+        "second_accountant": f"Opacus {_version('opacus')} RDP",
+        "phases": [
+            {
+                "name": phase.name,
+                "sampling_rate": phase.sampling_rate,
+                "noise_multiplier": phase.noise_multiplier,
+                "clip": phase.clip,
+                "head_clip": phase.head_clip,
+                "rounds": phase.rounds,
+                "attempts": phase.attempts,
+                "steps": phase.steps,
+            }
+            for phase in manifest.phases
+        ],
+        "attempts_reserved": sum(body["kind"] == "reserve" for body in mine),
+        "updates_committed": sum(body["kind"] == "commit" for body in mine),
+        "sent": sent,
+        "data": list(_lines(folder.run(digest) / "data.jsonl")),
+        "base_digest": manifest.base_digest,
+        "spec_digest": manifest.spec_digest,
+        "statement": privacy_statement(manifest, epsilon)
+        if epsilon is not None or manifest.mode == "none"
+        else [],
+    }
+
+
+def _second(manifest: RunManifest) -> float | None:
+    """ε of the whole schedule by Rényi accounting: looser, and by other arithmetic."""
+    if manifest.mode != "record":
+        return None
+    import warnings
+
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    accountant.history = [(m.noise_multiplier, m.sampling_rate, m.steps) for m in history_of(manifest)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(accountant.get_epsilon(manifest.delta))
+
+
+def _runs(folder: NodeFolder) -> Iterator[str]:
+    for path in sorted(folder.runs.glob("*/manifest.signed")):
+        yield f"sha256:{path.parent.name}"
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """A log's lines, its older generation first; a line that a kill cut short is left out."""
+    for each in (path.with_suffix(".1.jsonl"), path):
+        if not each.is_file():
+            continue
+        for line in each.read_text(encoding="utf-8").splitlines():
+            try:
+                table = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(table, dict):
+                yield table
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def page(body: Mapping[str, Any]) -> str:
+    """The report as a page by itself: no script, nothing fetched."""
+    parts = [f"<h1>Privacy report of {html.escape(str(body['institution']))}</h1>"]
+    parts.extend(_section(str(name), value) for name, value in body.items() if name != "institution")
+    style = "body{font:15px sans-serif;max-width:70em;margin:2em auto}td,th{border:1px solid #bbb;padding:.3em;text-align:left;vertical-align:top}table{border-collapse:collapse}"
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>fedlora node report</title>'
+        f"<style>{style}</style>{''.join(parts)}</html>\n"
+    )
+
+
+def _section(name: str, value: Any) -> str:
+    return f"<h2>{html.escape(name.replace('_', ' '))}</h2>{_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        rows = "".join(
+            f"<tr><th>{html.escape(str(k))}</th><td>{_shown(v)}</td></tr>" for k, v in value.items()
+        )
+        return f"<table>{rows}</table>" if rows else "none"
+    if isinstance(value, list):
+        return "".join(f"<div>{_shown(each)}</div>" for each in value) or "none"
+    return html.escape("" if value is None else str(value))

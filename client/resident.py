@@ -1,0 +1,259 @@
+"""The resident trainer: request bytes in, signed reply bytes out; all that decides, and no transport.
+
+    1. parse; the coordinator's signature, under the key that `join` pinned
+    2. an offer: the policy's verdicts; the network and the data; the reservation of the whole schedule; consent
+    3. a task: was this very request answered? then the same bytes again
+    4.         does it go on from what came before? replays and rewinds are refused
+    5.         the policy once more, for it may have become stricter
+    6.         the attempt is reserved, trained, committed                          (client.trainer)
+    7.         the signed bytes are on disk; then they leave
+
+What the policy or a signature says no to is told to the coordinator. What goes wrong once data are in sight is
+told to the log alone: a message about a record is about somebody.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from fedlora.client.node import NodeFolder, append_line, pinned_invitation
+from fedlora.client.outbox import Outbox, Plans
+from fedlora.client.policy import Policy
+from fedlora.client.verdicts import allow, judge, projected
+from fedlora.common.enrolment import Invitation
+from fedlora.common.errors import BadInput, FedloraError, Refused
+from fedlora.common.files import write_atomically
+from fedlora.common.identity import Identity, Signed
+from fedlora.common.ledger import Budget, Ledger
+from fedlora.common.messages import RoundPlan, RunManifest
+from fedlora.common.privacy import Spend
+from fedlora.common.protocol import (
+    MANIFEST_TAG,
+    MAX_NUMBER,
+    PLAN_TAG,
+    Answer,
+    Consent,
+    Decline,
+    Offer,
+    Reply,
+    Task,
+    one_line,
+    reply_to_bytes,
+    request_from_bytes,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_PROJECTION_BYTES = 64 << 20
+PRIVATE_REASON = "failed at the node once its data were in sight; its own log says why"
+
+
+class Work(Protocol):
+    """What a resident trainer has done for it; `client.workshop` does it with torch."""
+
+    def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
+        """Check the network, reserve the schedule; the digest of the data set."""
+
+    def train(
+        self, manifest: RunManifest, projection: Path, budget: Budget, plan: RoundPlan, vector: bytes
+    ) -> tuple[bytes, str]:
+        """Reserve, train and commit one attempt; the update as little-endian float32, and the data's digest."""
+
+
+class _Private(FedloraError):
+    """A fault that must not be told to anybody outside; `__cause__` is what the log gets."""
+
+
+class Place:
+    """What a request was about, as far as it was understood: for the reply and the log."""
+
+    def __init__(self) -> None:
+        self.manifest, self.round, self.attempt = "", 0, 0
+
+
+class Resident:
+    """One institution's trainer. Requests are taken one at a time, whoever sends them."""
+
+    def __init__(
+        self, folder: NodeFolder, policy: Policy, identity: Identity, ledger: Ledger, work: Work
+    ) -> None:
+        self._folder = folder
+        self._policy = policy
+        self._identity = identity
+        self._ledger = ledger
+        self._work = work
+        self._outbox = Outbox(folder.under(policy.trainer.outbox))
+        self._one = threading.Lock()
+
+    def ask(self, data: bytes) -> bytes:
+        """The signed reply to a request; never raises what a request can cause."""
+        place = Place()
+        with self._one:
+            try:
+                invitation = pinned_invitation(self._folder)
+            except FedloraError as error:
+                log.error("%s", error)
+                return self._declined("", place, error)
+            try:
+                return self._answer(invitation, data, place)
+            except Exception as error:
+                return self._declined(invitation.federation, place, error)
+
+    def _answer(self, invitation: Invitation, data: bytes, place: Place) -> bytes:
+        request = request_from_bytes(data, self._policy.trainer.max_message_bytes)
+        if isinstance(request, Offer):
+            return self._consent(invitation, request, data, place)
+        return self._train(invitation, request, data, place)
+
+    def _consent(self, invitation: Invitation, offer: Offer, data: bytes, place: Place) -> bytes:
+        manifest = self._manifest(invitation, offer.manifest)
+        place.manifest = manifest.digest
+        spend = self._judged(invitation, manifest)
+        _check_projection(manifest, offer.projection)
+        kept = self._outbox.read(manifest.digest, 0, 0, data)
+        if kept is not None:
+            return kept
+        folder = self._folder.run(manifest.digest)
+        with _private():
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomically(folder / "projection.safetensors", offer.projection, mode=0o600)
+            digest = self._work.consent(manifest, folder / "projection.safetensors", self._budget(manifest))
+            self._note_data(folder, digest)
+            write_atomically(folder / "manifest.signed", offer.manifest.to_bytes(), mode=0o600)
+        reply = Consent(
+            self._policy.institution, manifest.digest, self._policy.digest, spend.epsilon, spend.delta
+        )
+        return self._released(invitation.federation, reply, (0, 0), data)
+
+    def _train(self, invitation: Invitation, task: Task, data: bytes, place: Place) -> bytes:
+        plan = RoundPlan.from_bytes(task.plan.opened(PLAN_TAG, invitation.coordinator))
+        if plan.manifest != task.manifest_digest:
+            raise BadInput("task manifest: found another than its plan's")
+        if not (0 < plan.round <= MAX_NUMBER and 0 < plan.attempt <= MAX_NUMBER):
+            raise BadInput("plan: found a round or attempt out of range, expected 1 or more")
+        place.manifest, place.round, place.attempt = plan.manifest, plan.round, plan.attempt
+        manifest = self._known(invitation, plan.manifest)
+        kept = self._outbox.read(plan.manifest, plan.round, plan.attempt, data)
+        if kept is not None:
+            return kept
+        if manifest.phase_of(plan.round) != plan.phase:
+            raise BadInput(f"plan phase: found {plan.phase}, expected {manifest.phase_of(plan.round)}")
+        folder = self._folder.run(plan.manifest)
+        plans = Plans(folder / "plans")
+        with _private():
+            reserved = self._ledger.reservations(plan.manifest)
+        plans.check(plan, reserved)
+        self._judged(invitation, manifest, consented=True)
+        with _private():
+            plans.write(plan)
+            update, digest = self._work.train(
+                manifest, folder / "projection.safetensors", self._budget(manifest), plan, task.vector
+            )
+            self._note_data(folder, digest)
+        reply = Answer(self._policy.institution, plan.manifest, plan.round, plan.attempt, update)
+        return self._released(invitation.federation, reply, (plan.round, plan.attempt), data)
+
+    def _manifest(self, invitation: Invitation, signed: Signed) -> RunManifest:
+        body = signed.opened(MANIFEST_TAG, invitation.coordinator)
+        manifest = RunManifest.from_bytes(body)
+        if manifest.to_bytes() != body:
+            raise BadInput("manifest: found another spelling than its canonical bytes")
+        return manifest
+
+    def _known(self, invitation: Invitation, digest: str) -> RunManifest:
+        """The manifest that this node consented to, from its own disk."""
+        path = self._folder.run(digest) / "manifest.signed"
+        if not _is_digest(digest) or not path.is_file():
+            raise Refused(f"plan manifest: found {one_line(digest)[:80]}, which was not consented to")
+        manifest = self._manifest(invitation, Signed.from_bytes(path.read_bytes(), "kept manifest"))
+        if manifest.digest != digest:
+            raise Refused("plan manifest: what is kept under its name is another one")
+        return manifest
+
+    def _judged(self, invitation: Invitation, manifest: RunManifest, consented: bool = False) -> Spend:
+        """What the run costs, if the policy allows it; Refused otherwise."""
+        name = self._policy.data_for(manifest.task, manifest.labels, manifest.unit)
+        reserved = None
+        with _private():
+            spent = {each: self._ledger.spent(each) for each in self._policy.budgets}
+            if name:
+                reserved = self._ledger.reserved_for(self._policy.data[name].budget, manifest.digest)
+        allow(judge(manifest, self._policy, invitation.federation, spent, reserved))
+        if consented and manifest.mode == "record" and reserved is None:
+            raise Refused(f"plan manifest: nothing was consented to for {manifest.digest[:20]}")
+        return projected(manifest)
+
+    def _budget(self, manifest: RunManifest) -> Budget:
+        name = self._policy.data_for(manifest.task, manifest.labels, manifest.unit)
+        return self._policy.budgets[self._policy.data[name].budget]
+
+    def _released(self, federation: str, reply: Reply, at: tuple[int, int], data: bytes) -> bytes:
+        """The signed bytes, once they are on disk."""
+        with _private():
+            signed = reply_to_bytes(self._identity, federation, reply)
+            self._outbox.write(reply.manifest, *at, data, signed)
+        return signed
+
+    def _note_data(self, folder: Path, digest: str) -> None:
+        append_line(folder / "data.jsonl", {"time": _now(), "data": digest})
+
+    def _declined(self, federation: str, place: Place, error: Exception) -> bytes:
+        """A signed no. Its reason is the whole truth only where no data were in sight."""
+        public = isinstance(error, BadInput | Refused) and not isinstance(error, _Private)
+        reason = one_line(str(error)) if public else PRIVATE_REASON
+        inner = error.__cause__ or error
+        refused = isinstance(inner if isinstance(error, _Private) else error, Refused)
+        line = {
+            "time": _now(),
+            "manifest": place.manifest,
+            "round": place.round,
+            "attempt": place.attempt,
+            "reason": reason,
+            "detail": one_line(str(inner)),
+            "refused": refused,
+        }
+        if not public:
+            log.error("a request failed", exc_info=inner)
+        try:
+            append_line(self._folder.refusals, line)
+        except OSError as full:
+            log.error("a refusal could not be logged (%s): %s", full, json.dumps(line))
+        name = self._policy.institution
+        decline = Decline(name, place.manifest, place.round, place.attempt, reason, refused)
+        return reply_to_bytes(self._identity, federation, decline)
+
+
+@contextmanager
+def _private() -> Iterator[None]:
+    """Whatever goes wrong inside is for the log; the coordinator learns that it failed."""
+    try:
+        yield
+    except Exception as error:
+        raise _Private(PRIVATE_REASON) from error
+
+
+def _check_projection(manifest: RunManifest, projection: bytes) -> None:
+    """A projection comes exactly where the manifest names one; its digest is checked where it is read."""
+    if bool(projection) != bool(manifest.projection_digest):
+        raise BadInput(f"offer projection: found {len(projection)} bytes, expected what the manifest names")
+    if bool(projection) != bool(manifest.network.projection):
+        raise BadInput("manifest network projection: found another than projection_digest says")
+    if len(projection) > MAX_PROJECTION_BYTES:
+        raise BadInput(
+            f"offer projection: found {len(projection)} bytes, expected at most {MAX_PROJECTION_BYTES}"
+        )
+
+
+def _is_digest(text: str) -> bool:
+    return len(text) == 71 and text.startswith("sha256:") and set(text[7:]) <= set("0123456789abcdef")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,160 @@
+"""The trainer's endpoint: one method and the standard health service, with limits on all that costs memory.
+
+Training runs on a thread of its own, so that health answers meanwhile. Who connects is not asked: a Unix
+socket of mode 0600 or 0660 or mutual TLS decides who may, and only what the coordinator signed trains.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from fedlora.client.door import SERVICE
+from fedlora.client.policy import TrainerPolicy
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.identity import read_private
+
+log = logging.getLogger(__name__)
+
+WAITING = 4  # requests that may wait for the one that trains; more are told to come back
+GRACE = 30.0  # seconds that a stop leaves to the round that is being trained
+
+Ask = Callable[[bytes], bytes]
+
+
+class Service:
+    """A running endpoint; `address` is what a relay connects to."""
+
+    def __init__(self, ask: Ask, settings: TrainerPolicy, root: Path) -> None:
+        self._ask = ask
+        self._worker = ThreadPoolExecutor(1, "trainer")
+        self._room = threading.BoundedSemaphore(WAITING)
+        self._health = health.HealthServicer()
+        self._server = grpc.server(
+            ThreadPoolExecutor(WAITING + 4, "grpc"),
+            maximum_concurrent_rpcs=4 * WAITING,
+            options=_options(settings),
+        )
+        self._server.add_generic_rpc_handlers((self._handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self.address = _bind(self._server, settings, root)
+
+    def start(self) -> None:
+        self._server.start()
+        self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self, grace: float = GRACE) -> None:
+        """Take nothing new, let the round at hand end if it ends soon, and go."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace).wait(grace + 1)
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        if self.address.startswith("unix:"):
+            Path(self.address.removeprefix("unix:")).unlink(missing_ok=True)
+
+    def wait_for_signal(self) -> None:
+        """Until SIGTERM or SIGINT."""
+        asked = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: asked.set())
+        asked.wait()
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        method = grpc.unary_unary_rpc_method_handler(self._handle)
+        return grpc.method_handlers_generic_handler(SERVICE, {"Ask": method})
+
+    def _handle(self, data: bytes, context: grpc.ServicerContext) -> bytes:
+        if not self._room.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the trainer is busy; ask again later")
+        try:
+            return self._worker.submit(self._ask, data).result()
+        except Exception:  # an answer that could not even be signed: say nothing about why
+            log.exception("a request could not be answered")
+            context.abort(grpc.StatusCode.INTERNAL, "the trainer failed; its own log says why")
+        finally:
+            self._room.release()
+        raise AssertionError("abort raises")
+
+
+def _options(settings: TrainerPolicy) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_concurrent_streams", 4 * WAITING),
+        ("grpc.max_connection_idle_ms", 60_000),
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_metadata_size", 16 << 10),
+    ]
+
+
+def _bind(server: grpc.Server, settings: TrainerPolicy, root: Path) -> str:
+    """Listen where the policy says; BadInput where that is not possible."""
+    if not settings.listen.startswith("unix:"):
+        return _bind_tls(server, settings, root)
+    path = (root / settings.listen.removeprefix("unix:")).resolve()
+    if len(str(path).encode()) > 100:
+        raise BadInput(f"node.toml [trainer] listen: {path} is too long for a socket, expected 100 bytes")
+    path.unlink(missing_ok=True)  # a killed trainer's; the lock says that no other one lives
+    with _umask(0o117 if settings.group_may_ask else 0o177):
+        try:
+            server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:
+            raise BadInput(f"node.toml [trainer] listen: {path} can't be listened on") from error
+    return f"unix:{path}"
+
+
+def _bind_tls(server: grpc.Server, settings: TrainerPolicy, root: Path) -> str:
+    try:
+        certificate = (root / settings.tls_certificate).read_bytes()
+        clients = (root / settings.tls_clients).read_bytes()
+    except OSError as error:
+        raise BadInput(
+            f"node.toml [trainer] tls: {error.filename} can't be read ({error.strerror})"
+        ) from error
+    key = read_private(root / settings.tls_key)
+    check_pair(certificate, key, settings.tls_certificate)
+    credentials = grpc.ssl_server_credentials([(key, certificate)], clients, require_client_auth=True)
+    host = settings.listen.rpartition(":")[0]
+    try:
+        port = server.add_secure_port(settings.listen, credentials)
+    except RuntimeError as error:
+        raise BadInput(f"node.toml [trainer] listen: {settings.listen} can't be listened on") from error
+    return f"{host}:{port}"
+
+
+def check_pair(certificate: bytes, key: bytes, where: str) -> None:
+    """BadInput unless the key is the certificate's; Refused where the certificate is not valid now."""
+    from datetime import UTC, datetime
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+
+    try:
+        found = x509.load_pem_x509_certificate(certificate)
+        private = load_pem_private_key(key, None)
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{where}: found no certificate and key in PEM") from error
+    spelled = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    if found.public_key().public_bytes(*spelled) != private.public_key().public_bytes(*spelled):
+        raise BadInput(f"{where}: found a key that does not match its certificate")
+    if not found.not_valid_before_utc <= datetime.now(UTC) <= found.not_valid_after_utc:
+        raise Refused(
+            f"{where}: found a certificate that is not valid now (until {found.not_valid_after_utc})"
+        )
+
+
+@contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -1,0 +1,49 @@
+"""What the resident trainer has done for it, with torch: consent and training of one run at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedlora.client.bench import Bench
+from fedlora.client.node import NodeFolder
+from fedlora.client.policy import Policy
+from fedlora.client.trainer import MomentStore, Trainer
+from fedlora.common.compute import threads
+from fedlora.common.ledger import Budget, Ledger
+from fedlora.common.messages import RoundPlan, RunManifest
+from fedlora.common.protocol import vector_from_bytes, vector_to_bytes
+from fedlora.common.state import AdapterState
+
+
+class Workshop:
+    """The `Work` of a real node: its data, its models, its ledger."""
+
+    def __init__(self, folder: NodeFolder, policy: Policy, ledger: Ledger) -> None:
+        self._folder = folder
+        self._ledger = ledger
+        self._threads = policy.trainer.threads
+        self._bench = Bench(folder.root, policy)
+
+    def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
+        with threads(self._threads):
+            prepared = self._bench.prepare(manifest, projection)
+            self._trainer(manifest, projection, budget)
+        return prepared.data_digest
+
+    def train(
+        self, manifest: RunManifest, projection: Path, budget: Budget, plan: RoundPlan, vector: bytes
+    ) -> tuple[bytes, str]:
+        with threads(self._threads):
+            trainer = self._trainer(manifest, projection, budget)
+            prepared = self._bench.prepare(manifest, projection)
+            spec = prepared.training.gradients.model.spec
+            state = AdapterState(spec, vector_from_bytes(vector, spec.size, "task"))
+            return vector_to_bytes(trainer.train(plan, state).delta), prepared.data_digest
+
+    def _trainer(self, manifest: RunManifest, projection: Path, budget: Budget) -> Trainer:
+        """A trainer that has consented; the same consent again reserves nothing more."""
+        prepared = self._bench.prepare(manifest, projection)
+        moments = MomentStore(self._folder.run(manifest.digest) / "moments")
+        trainer = Trainer(prepared.data, prepared.training, self._ledger, budget, moments)
+        trainer.consent(manifest)
+        return trainer

@@ -1,0 +1,159 @@
+"""A coordinator's key, a node's folder and a Work without torch, shared by the node's tests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+from fedlora.client import node as nodes
+from fedlora.client.node import NodeFolder
+from fedlora.client.resident import Resident, Work
+from fedlora.client.verdicts import projected
+from fedlora.common.config import LoraConfig, ModelConfig
+from fedlora.common.enrolment import Invitation, invitation_to_text
+from fedlora.common.identity import Identity, Signed
+from fedlora.common.ledger import Budget, Ledger
+from fedlora.common.messages import Network, Phase, RoundPlan, RunManifest
+from fedlora.common.protocol import (
+    MANIFEST_TAG,
+    PLAN_TAG,
+    Offer,
+    Reply,
+    Task,
+    reply_from_bytes,
+    request_to_bytes,
+)
+
+BASE = "sha256:" + "b" * 64
+PHASE = Phase("adapter", 3, 4, 2, 0.05, 4.0, 3.0, 1.0, 0.0, "sgd", 0.01, True, 0.0)
+COORDINATOR = Identity.generate()
+ADAPTER = b"\x00" * 8
+
+POLICY = """\
+institution = "north"
+[budgets.people]
+epsilon = 2.0
+delta = 1e-4
+[data.notes]
+path = "notes.jsonl"
+budget = "people"
+labels = ["a", "b"]
+[bases]
+"{base}" = "{folder}"
+[limits]
+rounds = 10
+attempts = 20
+delta = 1e-4
+noise_multiplier = 0.6
+"""
+
+
+def certificate() -> str:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "ca")])
+    now = datetime.now(UTC)
+    built = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    return built.sign(key, SHA256()).public_bytes(Encoding.PEM).decode()
+
+
+CERTIFICATE = certificate()
+
+
+def manifest_of(*phases: Phase, **changes: object) -> RunManifest:
+    made = RunManifest(
+        federation="f", run="1", task="sequence-classification", labels=("a", "b"), base_digest=BASE,
+        spec_digest="s", projection_digest="", max_length=16, mode="record", unit="", epsilon=1.0, delta=1e-5,
+        strategy="fedavg", participation=1.0, minimum_cohort=3, seed=5,
+        network=Network.of(ModelConfig(pooling="mean"), LoraConfig(rank=2)), phases=phases or (PHASE,),
+    )  # fmt: skip
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def offer_of(manifest: RunManifest, key: Identity = COORDINATOR, projection: bytes = b"") -> bytes:
+    return request_to_bytes(Offer(Signed.by(key, MANIFEST_TAG, manifest.to_bytes()), projection))
+
+
+def task_of(
+    manifest: RunManifest, round_: int = 1, attempt: int = 1, adapter: str = "sha256:a",
+    key: Identity = COORDINATOR, vector: bytes = ADAPTER, phase: int | None = None,
+) -> bytes:  # fmt: skip
+    index = manifest.phase_of(round_) if phase is None else phase
+    plan = RoundPlan(manifest.digest, index, round_, attempt, adapter)
+    return request_to_bytes(Task(manifest.digest, Signed.by(key, PLAN_TAG, plan.to_bytes()), vector))
+
+
+def nothing() -> None:
+    return
+
+
+@dataclass
+class FakeWork:
+    """Keeps to the ledger as a trainer does, and counts what it trains; no torch, no data."""
+
+    ledger: Ledger
+    trained: list[RoundPlan] = field(default_factory=list)
+    during: Callable[[], None] = nothing
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
+        if manifest.mode == "record":
+            attempts = [phase.attempts for phase in manifest.phases]
+            self.ledger.consent(budget, manifest.digest, projected(manifest), attempts)
+        return "sha256:data"
+
+    def train(
+        self, manifest: RunManifest, projection: Path, budget: Budget, plan: RoundPlan, vector: bytes
+    ) -> tuple[bytes, str]:
+        place = (budget.name, plan.manifest)
+        if manifest.mode == "record":
+            self.ledger.reserve(*place, plan.phase, plan.round, plan.attempt)
+        self.trained.append(plan)
+        self.during()
+        if manifest.mode == "record":
+            self.ledger.commit(*place, plan.round, plan.attempt, "sha256:u")
+        return len(self.trained).to_bytes(8, "little"), "sha256:data"
+
+
+@dataclass
+class Institution:
+    """A joined node in `root`; `restart` is a new process on the same disk."""
+
+    root: Path
+    resident: Resident = field(init=False)
+    work: FakeWork = field(init=False)
+    ledger: Ledger = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder = NodeFolder(self.root)
+        if not self.folder.identity.exists():
+            nodes.init(self.folder, "north", "Nord Klinik")
+            self.set_policy(POLICY.format(base=BASE, folder="base"))
+            invitation = Invitation("f", "127.0.0.1:9092", CERTIFICATE, COORDINATOR.public)
+            nodes.join(self.folder, invitation_to_text(COORDINATOR, invitation), "invitation")
+        self.restart()
+
+    def set_policy(self, text: str) -> None:
+        self.folder.policy.write_text(text)
+        self.folder.policy.chmod(0o600)
+
+    def restart(self, work: Work | None = None) -> None:
+        policy = self.folder.load_policy()
+        self.identity = Identity.load(self.folder.identity)
+        self.ledger = self.folder.open_ledger(policy)
+        self.work = FakeWork(self.ledger)
+        self.resident = Resident(self.folder, policy, self.identity, self.ledger, work or self.work)
+
+    def ask(self, data: bytes) -> Reply:
+        return self.read(self.resident.ask(data))
+
+    def read(self, data: bytes) -> Reply:
+        return reply_from_bytes(data, "f", {"north": self.identity.public})

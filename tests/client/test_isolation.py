@@ -1,0 +1,121 @@
+"""Hostile code under the relay's user gets nothing: no data, no training, a line in the log.
+
+The trainer runs in a network namespace of its own, with nothing in it; the hostile bundle under another user.
+Where namespaces or users are not to be had, the test skips: this guarantee was then not shown here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.client.institution import BASE, POLICY, Institution, manifest_of, offer_of, task_of
+
+NOBODY = "65534"
+AS_NOBODY = ["setpriv", "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--bounding-set=-all"]
+ALONE = ["unshare", "-n"]
+
+HOSTILE = """
+import json, os, sys
+from pathlib import Path
+node, socket, folder = map(Path, sys.argv[1:])
+found = {"read": [], "replies": []}
+for name in ("notes.jsonl", "identity.pem", "ledger.sqlite", "ledger.key", "node.toml", "outbox", "refusals.jsonl"):
+    try:
+        (os.listdir if name == "outbox" else lambda p: open(p, "rb").read(1))(node / name)
+        found["read"].append(name)
+    except OSError:
+        pass
+for path in (socket, node / "node.toml"):
+    try:
+        path.unlink()
+        found["read"].append(f"removed {path.name}")
+    except OSError:
+        pass
+import grpc  # a fake fedlora is as good as the real one: the trainer only sees bytes
+with grpc.insecure_channel(f"unix:{socket}") as channel:
+    ask = channel.unary_unary("/fedlora.Trainer/Ask")
+    for request in sorted(folder.iterdir()):
+        found["replies"].append(ask(request.read_bytes(), timeout=60).hex())
+print(json.dumps(found))
+"""
+
+
+def available() -> bool:
+    """Whether this machine lets a test have another user and an empty network."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("setpriv", "unshare"))):
+        return False
+    try:
+        for words in ([*ALONE, "true"], [*AS_NOBODY, sys.executable, "-c", "import grpc"]):
+            subprocess.run(words, check=True, capture_output=True, timeout=30)
+        found = subprocess.run([*AS_NOBODY, "ls", "/root"], capture_output=True, timeout=30, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return found.returncode != 0
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        path.chmod(0o755)
+        yield path
+
+
+def test_a_hostile_bundle_under_the_relays_user_gets_nothing(place: Path) -> None:
+    if not available():
+        pytest.skip(
+            "no other user or network namespace here: the isolation of trainer and relay was not shown"
+        )
+    door = place / "door"
+    door.mkdir()
+    os.chown(door, 0, int(NOBODY))
+    door.chmod(0o2750)  # the socket takes the relay's group; its user may pass, and change nothing
+    north = Institution(place / "node")
+    north.set_policy(
+        POLICY.format(base=BASE, folder="base")
+        + '[trainer]\nlisten = "unix:../door/s"\ngroup_may_ask = true\n'
+    )
+    (north.root / "notes.jsonl").write_text('{"text": "secret", "label": "a"}\n')
+    north.restart()
+    run = manifest_of()
+    north.ask(offer_of(run))
+    replayed = task_of(run)
+    assert north.ask(replayed)
+    north.ledger.close()
+    requests = place / "requests"
+    requests.mkdir()
+    changed = replayed[:-1] + b"\x01"
+    for number, data in enumerate((b"forged", changed, task_of(run, attempt=2)[:-8] + bytes(8)[:7])):
+        (requests / str(number)).write_bytes(data)
+    script = place / "hostile.py"
+    script.write_text(HOSTILE)
+    before = (north.root / "ledger.sqlite").read_bytes()
+    words = [*ALONE, sys.executable, "-m", "fedlora.client.cli", "serve", "--node", str(north.root)]
+    trainer = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not (door / "s").exists():
+            assert trainer.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.5)
+        attack = [*AS_NOBODY, sys.executable, str(script), str(north.root), str(door / "s"), str(requests)]
+        done = subprocess.run(attack, capture_output=True, text=True, timeout=120, check=False, cwd=place)
+        assert done.returncode == 0, done.stderr
+    finally:
+        trainer.terminate()
+        trainer.communicate(timeout=60)
+    found = json.loads(done.stdout)
+    assert found["read"] == [] and (north.root / "node.toml").exists()
+    assert len(found["replies"]) == 3
+    assert len((north.root / "refusals.jsonl").read_text().splitlines()) == 3
+    assert (north.root / "ledger.sqlite").read_bytes() == before

@@ -1,0 +1,228 @@
+"""The resident trainer says yes to what the coordinator signed and the policy allows, once, and no to the rest."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedlora.client import node as nodes
+from fedlora.client import outbox
+from fedlora.client.node import NodeFolder, only_trainer
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.identity import Identity, Signed
+from fedlora.common.messages import RoundPlan
+from fedlora.common.protocol import PLAN_TAG, Answer, Consent, Decline, Task, request_to_bytes
+from tests.client.institution import (
+    BASE,
+    COORDINATOR,
+    POLICY,
+    Institution,
+    manifest_of,
+    offer_of,
+    task_of,
+)
+
+RUN = manifest_of()
+
+
+@pytest.fixture
+def north(tmp_path: Path) -> Institution:
+    return Institution(tmp_path / "node")
+
+
+def declined(north: Institution, data: bytes) -> Decline:
+    reply = north.ask(data)
+    assert isinstance(reply, Decline), reply
+    logged = json.loads(north.folder.refusals.read_text().splitlines()[-1])
+    assert logged["reason"] == reply.reason
+    return reply
+
+
+def test_an_offer_is_consented_to_once_and_a_task_answered_once(north: Institution) -> None:
+    first = north.resident.ask(offer_of(RUN))
+    consent = north.read(first)
+    assert isinstance(consent, Consent) and 0 < consent.epsilon <= RUN.epsilon
+    assert consent.policy_digest == north.folder.load_policy().digest
+    assert north.resident.ask(offer_of(RUN)) == first
+    answer = north.resident.ask(task_of(RUN))
+    assert isinstance(north.read(answer), Answer)
+    north.restart()
+    assert north.resident.ask(task_of(RUN)) == answer
+    assert not north.work.trained, "the same attempt trained twice"
+    kinds = [entry.body["kind"] for entry in north.ledger.entries()]
+    assert kinds == ["open", "consent", "reserve", "commit"]
+
+
+def test_replays_and_rewinds_are_refused(north: Institution) -> None:  # msg-replayed
+    north.ask(offer_of(RUN))
+    north.ask(task_of(RUN))
+    north.ask(task_of(RUN, round_=2, attempt=3, adapter="sha256:b"))
+    for data, match in (
+        (task_of(RUN, adapter="sha256:c"), "rewind"),  # the same attempt, another state
+        (task_of(RUN, round_=2, attempt=3, adapter="sha256:b", vector=b"1234"), "rewind"),
+        (task_of(RUN, round_=2, attempt=2, adapter="sha256:b"), "expected more than 3"),
+        (task_of(RUN, round_=1, attempt=4), "expected 2 or more"),
+        (task_of(RUN, round_=2, attempt=4, adapter="sha256:z"), "began from"),
+    ):
+        reply = declined(north, data)
+        assert reply.refused and match in reply.reason
+    assert len(north.work.trained) == 2
+    assert isinstance(north.ask(task_of(RUN, round_=2, attempt=4, adapter="sha256:b")), Answer)
+
+
+def test_plans_do_not_go_back_where_the_ledger_alone_is_left(north: Institution) -> None:
+    north.ask(offer_of(RUN))
+    north.ask(task_of(RUN, round_=2, attempt=3))
+    for path in (
+        *(north.folder.run(RUN.digest) / "plans").iterdir(),
+        *north.folder.under("outbox").rglob("*3.reply"),
+    ):
+        path.unlink()
+    for round_, attempt in ((2, 3), (1, 4), (2, 2)):
+        assert declined(north, task_of(RUN, round_=round_, attempt=attempt)).refused
+    assert len(north.work.trained) == 1
+
+
+STRANGER = Identity.generate()
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        pytest.param(b"", "no message", id="empty"),
+        pytest.param(offer_of(RUN, STRANGER), "found the key", id="msg-wrong-sender"),
+        pytest.param(task_of(RUN, key=STRANGER), "found the key", id="plan-of-a-stranger"),
+        pytest.param(task_of(replace(RUN, run="2")), "not consented", id="msg-wrong-run"),
+        pytest.param(task_of(RUN, phase=1), "plan phase: found 1", id="msg-wrong-stage"),
+        pytest.param(offer_of(replace(RUN, federation="g")), "expected f", id="another-federation"),
+        pytest.param(offer_of(replace(RUN, minimum_cohort=2)), "at least 3", id="cohort-below-minimum"),
+        pytest.param(offer_of(replace(RUN, epsilon=0.01)), "its schedule costs", id="understated-epsilon"),
+        pytest.param(offer_of(replace(RUN, mode="none")), "without noise", id="unnoised"),
+        pytest.param(offer_of(replace(RUN, mode="client")), "expected record", id="client-mode"),
+        pytest.param(offer_of(replace(RUN, base_digest="sha256:0")), "base_digest", id="unpinned-base"),
+        pytest.param(offer_of(replace(RUN, labels=("b", "a"))), "labels", id="other-labels"),
+        pytest.param(offer_of(replace(RUN, unit="patient")), "unit", id="other-unit"),
+        pytest.param(offer_of(RUN, projection=b"x"), "projection", id="unnamed-projection"),
+    ],
+)
+def test_what_is_not_allowed_trains_nothing(north: Institution, data: bytes, match: str) -> None:
+    north.ask(offer_of(RUN))
+    before = [entry.hash for entry in north.ledger.entries()]
+    assert match in declined(north, data).reason
+    assert [entry.hash for entry in north.ledger.entries()] == before and not north.work.trained
+
+
+def test_every_flipped_bit_of_a_plan_is_refused(north: Institution) -> None:  # msg-signature-flipped
+    north.ask(offer_of(RUN))
+    plan = RoundPlan(RUN.digest, 0, 1, 1, "sha256:a")
+    signed = Signed.by(COORDINATOR, PLAN_TAG, plan.to_bytes()).to_bytes()
+    for place in range(0, len(signed), 3):
+        changed = signed[:place] + bytes([signed[place] ^ 1]) + signed[place + 1 :]
+        declined(north, request_to_bytes(Task(RUN.digest, Signed.from_bytes(changed, "t"), b"")))
+    assert not north.work.trained
+
+
+def test_wrong_rounds_and_numbers_are_refused(north: Institution) -> None:  # msg-wrong-round
+    north.ask(offer_of(RUN))
+    for round_, attempt in ((9, 1), (0, 1), (1, 0), (-1, 1), (1, 2**40)):
+        declined(north, task_of(RUN, round_, attempt, phase=0))
+    assert not north.work.trained
+
+
+def test_a_fault_in_sight_of_data_is_told_to_the_log_alone(north: Institution) -> None:
+    north.ask(offer_of(RUN))
+
+    def fails() -> None:
+        raise BadInput("notes.jsonl row 5 label: found 'diabetes', expected one of the 2 public labels")
+
+    north.work.during = fails
+    reply = declined(north, task_of(RUN))
+    assert "diabetes" not in reply.reason and "row" not in reply.reason
+    assert "diabetes" in north.folder.refusals.read_text()
+    north.work.during = lambda: None
+    assert "used before" in declined(north, task_of(RUN)).reason  # the attempt is spent
+    assert isinstance(north.ask(task_of(RUN, attempt=2)), Answer)
+
+
+def test_a_stricter_policy_stops_a_run_that_was_consented_to(north: Institution) -> None:
+    north.ask(offer_of(RUN))
+    north.set_policy(POLICY.format(base=BASE, folder="b").replace("rounds = 10", "rounds = 2"))
+    north.restart()
+    assert "expected at most 2" in declined(north, task_of(RUN)).reason
+
+
+def test_nothing_leaves_that_is_not_on_disk(north: Institution, monkeypatch: pytest.MonkeyPatch) -> None:
+    north.ask(offer_of(RUN))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(outbox, "write_atomically", full)
+    assert "No space" not in declined(north, task_of(RUN)).reason
+    monkeypatch.undo()
+    assert "No space" in north.folder.refusals.read_text()
+
+
+def test_a_changed_release_is_not_sent(north: Institution) -> None:
+    north.ask(offer_of(RUN))
+    north.ask(task_of(RUN))
+    (path,) = north.folder.under("outbox").rglob("000001-000001.reply")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert "changed on disk" in declined(north, task_of(RUN)).reason
+
+
+def test_two_processes_one_identity(north: Institution) -> None:  # two-processes-one-identity
+    with (
+        only_trainer(north.folder),
+        pytest.raises(Refused, match="another trainer"),
+        only_trainer(north.folder),
+    ):
+        pass
+    with only_trainer(north.folder):
+        pass
+
+
+def test_another_coordinator_is_not_pinned_over_the_first(north: Institution) -> None:
+    from fedlora.common.enrolment import Invitation, invitation_to_text
+    from tests.client.institution import CERTIFICATE
+
+    other = invitation_to_text(STRANGER, Invitation("f", "evil:1", CERTIFICATE, STRANGER.public))
+    with pytest.raises(Refused, match="is pinned"):
+        nodes.join(north.folder, other, "i")
+    renewed = invitation_to_text(COORDINATOR, Invitation("f", "new:2", CERTIFICATE, COORDINATOR.public))
+    assert nodes.join(north.folder, renewed, "i").address == "new:2"
+
+
+def test_peers_join_by_the_operators_hand_once_each(north: Institution, tmp_path: Path) -> None:
+    texts = {}
+    for name, organisation in (("south", "Süd"), ("west", "West"), ("twin", "Süd")):
+        folder = NodeFolder(tmp_path / name)
+        nodes.init(folder, name, organisation)
+        texts[name] = folder.request.read_text()
+    for name in ("south", "west", "south"):
+        nodes.approve(north.folder, texts[name], name)
+    with pytest.raises(Refused, match="second key"):  # cohort-two-keys-one-organisation
+        nodes.approve(north.folder, texts["twin"], "twin")
+    assert set(nodes.read_peers(north.folder)) == {"south", "west"}
+    nodes.remove_peer(north.folder, "south")
+    assert set(nodes.read_peers(north.folder)) == {"west"}
+
+
+def test_new_keys_are_new_and_the_old_ones_are_kept(north: Institution) -> None:
+    old, flower = north.identity.public, (north.folder.relay / "flower_key.pub").read_text()
+    request = nodes.rotate(north.folder)
+    assert Identity.load(north.folder.identity).public == request.identity != old
+    assert (north.folder.relay / "flower_key.pub").read_text() != flower
+    (kept,) = north.folder.root.glob("identity-*.pem")
+    assert Identity.load(kept).public == old and kept.stat().st_mode & 0o077 == 0
+
+
+def test_a_key_that_others_can_read_is_refused(north: Institution) -> None:  # key-file-readable-by-others
+    north.folder.identity.chmod(0o644)
+    with pytest.raises(Refused, match="others can read"):
+        north.restart()
