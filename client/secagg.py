@@ -229,7 +229,7 @@ class SecureNode:
     def revoke(self, name: str) -> None:
         """A member is no longer one: an epoch that it is part of ends here."""
         self._policy = replace(self._policy, revoked=self._policy.revoked | {name})
-        if self._state is not None and (not self._state.cohort or name in self._state.names):
+        if self._state is not None and name in self._state.names:
             self._state = None
 
     def _deal(self, state: _EpochState) -> bytes:
@@ -246,7 +246,7 @@ class SecureNode:
         seeds = b"".join(
             commit.seed_hash(state.cohort, me, number, each.seed) for number, each in state.attempts.items()
         )
-        root = commit.merkle_root([commit.leaf(each) for each in hashes])
+        root = commit.MerkleTree([commit.leaf(each) for each in hashes]).root
         own = Dealer(me, root, seeds, b"")
         own = replace(own, signature=self._identity.sign(wire.SHARES, *own.signed(state.cohort)))
         sealed = []

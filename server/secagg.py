@@ -73,7 +73,8 @@ class ServerEpoch:
         self._offers: dict[str, KeyOffer] = {}
         self._cohort = b""
         self._deals: dict[str, Deal] = {}
-        self._roots: dict[str, list[bytes]] = {}  # leaves, by dealer
+        self._trees: dict[str, commit.MerkleTree] = {}
+        self._dealers: tuple[Dealer, ...] = ()
         self._listed: Listed | None = None
 
     def add_offer(self, data: bytes) -> str:
@@ -112,10 +113,11 @@ class ServerEpoch:
         size = 2 * commit.DIGEST_BYTES * count
         if len(deal.hashes) != members * size or len(deal.seeds) != commit.DIGEST_BYTES * count:
             raise BadInput(f"shares of {deal.name}: found {len(deal.hashes)} bytes of hashes")
-        leaves = [commit.leaf(deal.hashes[at : at + size]) for at in range(0, len(deal.hashes), size)]
-        dealer = Dealer(deal.name, commit.merkle_root(leaves), deal.seeds, deal.signature)
+        parts = [deal.hashes[at : at + size] for at in range(0, len(deal.hashes), size)]
+        tree = commit.MerkleTree([commit.leaf(part) for part in parts])
+        dealer = Dealer(deal.name, tree.root, deal.seeds, deal.signature)
         self._identities[deal.name].verify(deal.signature, wire.SHARES, *dealer.signed(self._cohort))
-        self._deals[deal.name], self._roots[deal.name] = deal, leaves
+        self._deals[deal.name], self._trees[deal.name] = deal, tree
         return deal.name
 
     def close_deals(self) -> Listed:
@@ -126,6 +128,10 @@ class ServerEpoch:
         if len(self._deals) < needed:
             raise QuorumLost(f"shares: {len(self._deals)} nodes dealt, expected at least {needed}")
         self._deals = dict(sorted(self._deals.items()))
+        self._dealers = tuple(
+            Dealer(name, self._trees[name].root, deal.seeds, deal.signature)
+            for name, deal in self._deals.items()
+        )
         self._listed = Listed(
             self._epoch,
             self._minimum,
@@ -133,7 +139,7 @@ class ServerEpoch:
             self._offers,
             self._cohort,
             self._deals,
-            cohort.dealers_digest(self._cohort, self._dealers()),
+            cohort.dealers_digest(self._cohort, self._dealers),
         )
         return self._listed
 
@@ -143,14 +149,8 @@ class ServerEpoch:
             raise Refused(f"shares: nothing is to be delivered to {name}")
         place = list(self._offers).index(name)
         sealed = tuple(deal.sealed[place] for deal in self._deals.values())
-        paths = tuple(commit.merkle_path(self._roots[dealer], place) for dealer in self._deals)
-        return Delivery(tuple(self._dealers()), sealed, paths).to_bytes()
-
-    def _dealers(self) -> list[Dealer]:
-        return [
-            Dealer(name, commit.merkle_root(self._roots[name]), deal.seeds, deal.signature)
-            for name, deal in self._deals.items()
-        ]
+        paths = tuple(self._trees[dealer].path(place) for dealer in self._deals)
+        return Delivery(self._dealers, sealed, paths).to_bytes()
 
 
 class ServerAttempt:
@@ -217,7 +217,7 @@ class ServerAttempt:
         return message.name
 
     def agreement(self) -> bytes:
-        """The signatures over U3, for all its members."""
+        """t signatures over U3, for all its members."""
         if self._agreed or not self._survivors:
             raise Refused("confirmation: not the next step of this attempt")
         if len(self._confirmations) < self._listed.threshold:
@@ -225,7 +225,8 @@ class ServerAttempt:
                 f"confirmation: {len(self._confirmations)} nodes signed, expected {self._listed.threshold}"
             )
         self._agreed = True
-        return wire.agreement_to_bytes([each for _, each in sorted(self._confirmations.items())])
+        enough = sorted(self._confirmations.items())[: self._listed.threshold]
+        return wire.agreement_to_bytes([each for _, each in enough])
 
     def add_opening(self, data: bytes) -> str:
         """Stage 5: a node's shares, each checked against its dealer's signed hash; returns the sender's name."""

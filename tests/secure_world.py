@@ -65,10 +65,6 @@ class World:
     def names(self) -> list[str]:
         return [node_name(number) for number in range(self.count)]
 
-    @property
-    def registry(self) -> Mapping[str, object]:
-        return {name: peer.identity for name, peer in peers_of(self.count).items()}
-
     def node(self, name: str) -> SecureNode:
         """The node, as it is after a start: it has its outbox, and no secrets."""
         peers = peers_of(self.count)

@@ -31,24 +31,28 @@ def leaf(hashes: bytes) -> bytes:
     return digest("fedlora-secagg-1 leaf", hashes)
 
 
-def merkle_root(leaves: Sequence[bytes]) -> bytes:
-    return _levels(leaves)[-1][0]
+class MerkleTree:
+    """Over the leaves of one dealer; a last one without a sibling moves up as it is."""
 
+    def __init__(self, leaves: Sequence[bytes]) -> None:
+        self._levels = [list(leaves)]
+        while len(self._levels[-1]) > 1:
+            below = self._levels[-1]
+            pairs = [below[at : at + 2] for at in range(0, len(below), 2)]
+            self._levels.append([_parent(*pair) if len(pair) == 2 else pair[0] for pair in pairs])
 
-def merkle_path(leaves: Sequence[bytes], index: int) -> bytes:
-    """The siblings from a leaf to the root, one after the other."""
-    path = []
-    for level in _levels(leaves)[:-1]:
-        sibling = index ^ 1
-        if sibling < len(level):
-            path.append(level[sibling])
-        index //= 2
-    return b"".join(path)
+    @property
+    def root(self) -> bytes:
+        return self._levels[-1][0]
 
-
-def merkle_paths(leaves: Sequence[bytes]) -> list[bytes]:
-    """The path of every leaf."""
-    return [merkle_path(leaves, index) for index in range(len(leaves))]
+    def path(self, index: int) -> bytes:
+        """The siblings from a leaf to the root, one after the other."""
+        path = []
+        for level in self._levels[:-1]:
+            if index ^ 1 < len(level):
+                path.append(level[index ^ 1])
+            index //= 2
+        return b"".join(path)
 
 
 def check_path(root: bytes, found: bytes, index: int, count: int, path: bytes, where: str) -> None:
@@ -66,16 +70,6 @@ def check_path(root: bytes, found: bytes, index: int, count: int, path: bytes, w
         index, count = index // 2, (count + 1) // 2
     if siblings or node != root:
         raise Refused(f"{where}: found shares that its dealer did not sign")
-
-
-def _levels(leaves: Sequence[bytes]) -> list[list[bytes]]:
-    """From the leaves up; a last one without a sibling moves up as it is."""
-    levels = [list(leaves)]
-    while len(levels[-1]) > 1:
-        below = levels[-1]
-        pairs = [below[at : at + 2] for at in range(0, len(below), 2)]
-        levels.append([_parent(*pair) if len(pair) == 2 else pair[0] for pair in pairs])
-    return levels
 
 
 def _parent(left: bytes, right: bytes) -> bytes:
