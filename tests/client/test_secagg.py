@@ -319,7 +319,7 @@ def test_the_bound_on_colluders(members: int, colluders: int, fine: bool) -> Non
     if fine:
         world.nodes[VICTIM].deal(found)
     else:
-        with pytest.raises(Refused, match="colluders|collude"):
+        with pytest.raises(Refused, match=r"colluders|collude"):
             world.nodes[VICTIM].deal(found)
 
 
