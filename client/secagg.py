@@ -6,7 +6,7 @@
 A refused message changes nothing and yields nothing. Sets are computed here, from lists that were checked here; no
 message says what to open. Secrets live in this object only: they are dropped after `open`, when a later attempt
 is masked, when the epoch ends, and when the process does. A node that was restarted is a drop-out until the next
-epoch; what it sent before it can send again, the same bytes, and nothing else (`resend`).
+epoch; what it sent before it can send again, the same bytes, and nothing else (`sent`).
 """
 
 from __future__ import annotations
@@ -150,11 +150,17 @@ class SecureNode:
         state.dealer_names = tuple(dealer.name for dealer in read.dealers)
         state.dealers = dealers
 
-    def check(self, slot: Slot) -> None:
+    @property
+    def accepted(self) -> bool:
+        """Whether this node has a U2 that it checked."""
+        return self._state is not None and bool(self._state.dealers)
+
+    def check(self, slot: Slot, encoding: Encoding) -> None:
         """Refused unless an input may be made for this attempt: before data or budget are touched."""
         state = self._epoch()
         if not state.dealers:
             raise Refused("input: this epoch has no list of dealers yet")
+        encoding.check(len(state.members))
         if slot.attempt not in state.attempts or slot.attempt <= self._last_attempt:
             raise Refused(
                 f"input: attempt {slot.attempt} is not open at this node: used, or not of its epoch"
@@ -167,10 +173,9 @@ class SecureNode:
 
     def mask(self, slot: Slot, encoding: Encoding, values: Ints) -> bytes:
         """The signed, masked input; durable before it is returned, and one for each attempt."""
-        self.check(slot)
+        self.check(slot, encoding)
         state = self._epoch()
         attempt = state.attempts[slot.attempt]
-        encoding.check(len(state.members))
         context = slot.context(state.epoch)
         masked = Masked.of(encoding, values, masks.check_key(context))
         masked.apply_mask(masks.seed_mask(attempt.seed, context, state.dealers), positive=True)
@@ -188,12 +193,9 @@ class SecureNode:
         attempt.context = context
         return data
 
-    def resend(self, round_number: int, attempt: int) -> bytes:
-        """The very bytes that were made for this attempt, also after a restart; Refused where there are none."""
-        data = self._outbox.get(round_number, attempt)
-        if data is None:
-            raise Refused(f"input: nothing was sent for round {round_number} attempt {attempt}")
-        return data
+    def sent(self, round_number: int, attempt: int) -> bytes | None:
+        """The very bytes that were made for this attempt, also after a restart; None where there are none."""
+        return self._outbox.get(round_number, attempt)
 
     def confirm(self, attempt_number: int, survivors: bytes) -> bytes:
         """Check U3 and sign context, H(U1), H(U2), H(U3): one list an attempt."""

@@ -20,6 +20,7 @@ from fedlora.common.secagg import keys, wire
 from fedlora.common.secagg.wire import Confirmation, Dealer, Epoch, KeyOffer
 
 SMALLEST_COHORT = 3
+THRESHOLD_RULE = "2n/3+1"  # what a manifest has to say
 DEFAULT_COHORT = 5
 DEFAULT_COLLUDERS = 1
 

@@ -24,6 +24,7 @@ from tests.secure_world import (
     IDENTITIES,
     RUN,
     World,
+    encoding_of,
     epoch_of,
     node_name,
     peers_of,
@@ -206,6 +207,16 @@ def test_keys_of_another_epoch_or_run() -> None:
             world.nodes[VICTIM].offer(epoch)
 
 
+def test_an_epoch_has_one_set_of_keys() -> None:
+    """A second offer under one number would be two sets of keys for one context."""
+    world = World(5)
+    node = world.nodes[VICTIM]
+    node.offer(epoch_of(2))
+    for number in (1, 2):
+        with pytest.raises(Refused, match="expected one above 2"):
+            node.offer(epoch_of(number))
+
+
 def test_cohort_duplicate_key() -> None:
     """`cohort-duplicate-key`, and a member who uses one mask key for two rounds of an epoch."""
     world = World(5)
@@ -269,9 +280,9 @@ def test_a_revocation_ends_the_epoch() -> None:
     begun(world)
     world.nodes[VICTIM].revoke(node_name(4))
     with pytest.raises(Refused, match="joins the next"):
-        world.nodes[VICTIM].check(slot_of())
+        world.nodes[VICTIM].check(slot_of(), encoding_of())
     world.nodes[node_name(1)].revoke("node-777")  # of another cohort: nothing happens
-    world.nodes[node_name(1)].check(slot_of())
+    world.nodes[node_name(1)].check(slot_of(), encoding_of())
 
 
 @pytest.mark.parametrize(
@@ -427,12 +438,11 @@ def test_one_input_for_an_attempt() -> None:
     for slot in (slot_of(), slot_of(adapter="sha256:other"), slot_of(round_number=2)):
         with pytest.raises(Refused, match="attempt 1 is not open"):
             node.mask(slot, world.encoding, world.values(VICTIM))
-    assert node.resend(1, 1) == first
-    with pytest.raises(Refused, match="nothing was sent"):
-        node.resend(1, 2)
+    assert node.sent(1, 1) == first
+    assert node.sent(1, 2) is None
     node.mask(slot_of(2, 2), world.encoding, world.values(VICTIM))
     with pytest.raises(Refused, match="attempt 3"):
-        node.check(slot_of(3, 3))
+        node.check(slot_of(3, 3), encoding_of())
 
 
 def test_a_later_attempt_closes_the_earlier_one() -> None:
@@ -450,12 +460,12 @@ def test_the_same_update_in_two_cohorts() -> None:
     world.attempt(world.begin(epoch_of()), slot_of())
     world.begin(epoch_of(2, first=2), no_keys=[node_name(4)])
     with pytest.raises(Refused, match="the difference of two cohorts"):
-        world.nodes[VICTIM].check(slot_of(attempt=2, round_number=1))
-    world.nodes[VICTIM].check(slot_of(attempt=2, round_number=2))
+        world.nodes[VICTIM].check(slot_of(attempt=2, round_number=1), encoding_of())
+    world.nodes[VICTIM].check(slot_of(attempt=2, round_number=2), encoding_of())
     noised = World(5)  # with noise, sampling and a reservation of its own, each attempt is accounted for
     noised.attempt(noised.begin(epoch_of()), slot_of())
     noised.begin(epoch_of(2, first=2), no_keys=[node_name(4)])
-    noised.nodes[VICTIM].check(slot_of(attempt=2, round_number=1))
+    noised.nodes[VICTIM].check(slot_of(attempt=2, round_number=1), encoding_of())
 
 
 def test_a_restarted_node_is_a_drop_out_and_repeats_itself_only(tmp_path: Path) -> None:
@@ -477,11 +487,11 @@ def test_a_restarted_node_is_a_drop_out_and_repeats_itself_only(tmp_path: Path) 
     for step in (
         lambda: restarted.confirm(1, survivors),
         lambda: restarted.open(1, survivors),
-        lambda: restarted.check(slot_of(2, 2)),
+        lambda: restarted.check(slot_of(2, 2), encoding_of()),
     ):
         with pytest.raises(Refused, match="joins the next"):
             step()
-    assert restarted.resend(1, 1) == sent
+    assert restarted.sent(1, 1) == sent
     with pytest.raises(Refused, match="used before"):
         restarted.offer(epoch_of(2, first=1))
     with pytest.raises(Refused, match="was used before"):
