@@ -11,7 +11,7 @@ masked like the rest. They detect accidents (a lost, doubled or damaged input), 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,7 @@ class Masked:
     encoding: Encoding
     body: WordArray  # (size,)
     tail: npt.NDArray[np.uint64]  # (CHECK_WORDS,)
+    _scratch: bytearray = field(default_factory=bytearray, repr=False)  # for key streams, kept between masks
 
     @classmethod
     def zeros(cls, encoding: Encoding) -> Masked:
@@ -143,11 +144,13 @@ class Masked:
         """Add, or subtract, the key stream of `key`."""
         combine = np.add if positive else np.subtract
         stream = key_stream(key)
-        buffer = bytearray(_CHUNK + _BLOCK - 1)
-        words = np.frombuffer(buffer, self.encoding.dtype, count=_CHUNK // self.encoding.dtype.itemsize)
+        self._scratch = self._scratch or bytearray(_CHUNK + _BLOCK - 1)
+        words = np.frombuffer(
+            self._scratch, self.encoding.dtype, count=_CHUNK // self.encoding.dtype.itemsize
+        )
         for start in range(0, len(self.body), len(words)):
             part = self.body[start : start + len(words)]
-            stream.update_into(_ZEROS[: part.nbytes], buffer)
+            stream.update_into(_ZEROS[: part.nbytes], self._scratch)
             combine(part, words[: len(part)], out=part)
         last = np.frombuffer(stream.update(bytes(8 * CHECK_WORDS)), "<u8")
         combine(self.tail, last, out=self.tail)
