@@ -65,11 +65,21 @@ class SecureSum:
 
 
 class ServerEpoch:
-    """Keys and shares of one epoch. `identities` are the registry's, `minimum` the manifest's minimum cohort."""
+    """Keys and shares of one epoch. `identities` are the registry's, `minimum` the manifest's minimum cohort.
 
-    def __init__(self, epoch: Epoch, identities: Mapping[str, PublicIdentity], minimum: int) -> None:
+    `seen` are the keys of earlier epochs: nodes refuse a list with one of them, so whoever offers one is left out.
+    """
+
+    def __init__(
+        self,
+        epoch: Epoch,
+        identities: Mapping[str, PublicIdentity],
+        minimum: int,
+        seen: set[bytes] | None = None,
+    ) -> None:
         self._epoch, self._identities = epoch, dict(identities)
         self._minimum = max(minimum, cohort.SMALLEST_COHORT)
+        self._seen = set() if seen is None else seen
         self._offers: dict[str, KeyOffer] = {}
         self._cohort = b""
         self._deals: dict[str, Deal] = {}
@@ -86,6 +96,8 @@ class ServerEpoch:
             raise Refused(f"keys: found a second offer of {offer.name}")
         cohort.check_offer(offer, _identity(self._identities, offer.name), self._epoch)
         cohort.check_distinct_keys([*self._offers.values(), offer])
+        if self._seen & {offer.share_key, *offer.mask_keys}:
+            raise Refused(f"keys of {offer.name}: found one of an earlier epoch, expected fresh ones")
         self._offers[offer.name] = offer
         return offer.name
 
@@ -96,6 +108,7 @@ class ServerEpoch:
         if len(self._offers) < self._minimum:
             raise QuorumLost(f"keys: {len(self._offers)} nodes offered, expected at least {self._minimum}")
         self._offers = dict(sorted(self._offers.items()))
+        self._seen.update(*((each.share_key, *each.mask_keys) for each in self._offers.values()))
         known = [self._identities[name].key for name in self._offers]
         self._cohort = cohort.cohort_digest(known, self._epoch, list(self._offers.values()))
         return wire.cohort_to_bytes([offer.to_bytes() for offer in self._offers.values()])

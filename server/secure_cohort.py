@@ -65,6 +65,7 @@ class SecureCohort:
         self._identities, self._exchange, self._choose = dict(identities), exchange, choose
         self._last_epoch = 0
         self._epoch: _EpochInUse | None = None
+        self._seen_keys: set[bytes] = set()
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
         """The sum of one attempt; without replies where too few stayed, and then nothing was unmasked."""
@@ -109,7 +110,7 @@ class SecureCohort:
         last = sum(phase.attempts for phase in manifest.phases)
         count = max(1, min(self._terms.epoch_attempts, last - plan.attempt + 1))
         epoch = Epoch(manifest.federation, manifest.digest, self._last_epoch, plan.attempt, count)
-        server = ServerEpoch(epoch, self._identities, manifest.minimum_cohort)
+        server = ServerEpoch(epoch, self._identities, manifest.minimum_cohort, self._seen_keys)
         request = requests.epoch_to_bytes(epoch)
         self._collect(OFFER, dict.fromkeys(asked, request), plan, state, server.add_offer, failures)
         members = server.close_offers()

@@ -12,8 +12,8 @@ from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
 from fedlora.common.secagg import commit, keys, shamir, wire
 from fedlora.common.secagg.cohort import borne, threshold
 from fedlora.common.secagg.wire import Deal, MaskedInput, Opening
-from fedlora.server.secagg import Listed, ServerAttempt
-from tests.secure_world import IDENTITIES, World, encoding_of, epoch_of, node_name, slot_of
+from fedlora.server.secagg import Listed, ServerAttempt, ServerEpoch
+from tests.secure_world import IDENTITIES, World, encoding_of, epoch_of, node_name, peers_of, slot_of
 
 STAGES = ("no_deal", "no_input", "no_confirmation", "no_opening")
 FEW = [(n, stage, drops) for n in (3, 5, 10) for stage in STAGES for drops in range(borne(n) + 1)]
@@ -275,6 +275,24 @@ def test_steps_out_of_their_turn() -> None:
     for early in (attempt.agreement, attempt.result):
         with pytest.raises(Refused, match="not the next step"):
             early()
+
+
+def test_whoever_offers_an_old_key_is_left_out() -> None:
+    """Else one member could make all nodes refuse every list."""
+    world, seen = World(4), set[bytes]()
+    identities = {name: peer.identity for name, peer in peers_of(4).items()}
+    first = ServerEpoch(epoch_of(), identities, 3, seen)
+    offers = [wire.KeyOffer.from_bytes(world.nodes[name].offer(epoch_of())) for name in world.names]
+    for offer in offers:
+        first.add_offer(offer.to_bytes())
+    first.close_offers()
+    second = ServerEpoch(epoch_of(2), identities, 3, seen)
+    fresh = wire.KeyOffer.from_bytes(world.nodes[node_name(3)].offer(epoch_of(2)))
+    stale = replace(fresh, mask_keys=offers[0].mask_keys)
+    stale = replace(stale, signature=IDENTITIES[3].sign(wire.KEYS, *stale.signed()))
+    with pytest.raises(Refused, match="earlier epoch"):
+        second.add_offer(stale.to_bytes())
+    second.add_offer(fresh.to_bytes())
 
 
 def test_a_stranger_and_bad_keys_at_the_coordinator() -> None:

@@ -19,6 +19,7 @@ from fedlora.server.manifest import LEVELS
 from fedlora.server.rounds import CohortSum
 from fedlora.server.secure_cohort import SecureCohort
 from fedlora.simulations.report import write_report
+from fedlora.simulations.run import Paths, begin, sequential, train
 from fedlora.simulations.secure import Institutions
 from tests.server.fakes import SPEC, START, manifest_of
 from tests.simulations.test_run import config, data, run_whole
@@ -207,6 +208,27 @@ def test_without_noise_secure_and_plain_runs_agree(tiny_bert: Path, data: Path, 
     assert np.abs(vectors[0] - vectors[1]).max() < 1e-3 * np.abs(vectors[0]).max()
     assert one["secure_aggregation"] is False and one["secure"] is None
     assert abs(float(one["loss"]) - float(two["loss"])) < 1e-3  # type: ignore[arg-type]
+
+
+def test_a_secure_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """Every institution has restarted: the secrets are gone, the next attempt begins a new epoch."""
+    settings = config(tiny_bert, data, "record", *SECURE)
+
+    def stop(number: int, figures: object) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    run = begin(settings, Paths.of(tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt):
+        train(run, sequential(run), stop)
+    run.ledger.close()
+    _, summary = run_whole(settings, tmp_path / "run", resume=True)
+    assert summary["rounds"] == 4 and summary["secure"]["rounds"] == 4  # type: ignore[index]
+
+
+def test_on_ray_it_is_refused_before_anything_is_read(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="not built yet there"):
+        begin(config(tiny_bert, data, "record", *SECURE), Paths.of(tmp_path / "run"), engine="ray")
 
 
 def test_a_run_below_t_ends_with_the_reason(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
