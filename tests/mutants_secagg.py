@@ -16,7 +16,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/client/test_secagg.py", "tests/server/test_secagg.py", "tests/client/test_secagg_machine.py")
+TESTS = (
+    "tests/client/test_secagg.py",
+    "tests/client/test_secure_trainer.py",
+    "tests/server/test_secagg.py",
+    "tests/client/test_secagg_machine.py",
+)
 COPIED = ("client", "common", "server", "tests", ".typing", "pyproject.toml")
 
 
@@ -31,6 +36,7 @@ class Mutant:
 
 
 COHORT, NODE, SERVER = "common/secagg/cohort.py", "client/secagg.py", "server/secagg.py"
+TRAINER = "client/secure_trainer.py"
 MUTANTS = (
     Mutant("a stranger counts", COHORT, "if name not in self.peers:", "if False:"),
     Mutant("a revoked member counts", COHORT, "if name in self.revoked:", "if False:"),
@@ -161,6 +167,12 @@ MUTANTS = (
         "if self._state is not None and name in self._state.names:",
         "if False:",
     ),
+    Mutant("training before the checks", TRAINER, "        self._node.check(slot, encoding)\n", ""),
+    Mutant(
+        "any threshold rule", TRAINER, "if manifest.secure.threshold != cohort.THRESHOLD_RULE:", "if False:"
+    ),
+    Mutant("an attempt is trained again", TRAINER, "        if sent is not None:\n", "        if False:\n"),
+    Mutant("no range check at the node", NODE, "        encoding.check(len(state.members))\n", ""),
     Mutant(
         "late inputs",
         SERVER,

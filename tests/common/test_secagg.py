@@ -19,8 +19,10 @@ from fedlora.client.secagg import SecureNode
 from fedlora.client.secure_outbox import MemoryOutbox
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.identity import Identity
+from fedlora.common.messages import RoundPlan
 from fedlora.common.secagg import cohort, commit, keys, masks, shamir, wire
 from fedlora.common.secagg.cohort import CohortPolicy, Peer
+from fedlora.common.secagg.requests import Request, epoch_from_bytes, epoch_to_bytes
 from fedlora.common.secagg.ring import Encoding, Masked, key_stream, linear_check
 from fedlora.server.secagg import ServerAttempt, ServerEpoch
 from tests import oracles
@@ -363,6 +365,29 @@ def test_noise_is_never_a_message(data: bytes) -> None:
     ):
         with pytest.raises(FedloraError):
             read(data)
+
+
+def test_requests_travel_whole() -> None:
+    """What a carrier takes to a node reads back to the same; anything else is refused before it is looked at."""
+    plan = RoundPlan("sha256:m", 0, 3, 4, "sha256:a")
+    for request in (
+        Request("confirm", "bank", plan, b"message"),
+        Request("input", "ärzte", plan, b"", b"\0" * 16),
+    ):
+        assert Request.from_bytes(request.to_bytes()) == request
+    for bad in (
+        Request("unmask", "bank", plan, b""),
+        Request("input", "bank", plan, b""),
+        Request("open", "bank", plan, b"", b"\0" * 4),
+        Request("open", "", plan, b""),
+    ):
+        with pytest.raises(BadInput):
+            Request.from_bytes(bad.to_bytes())
+    epoch = wire.Epoch("föderation", "sha256:r", 9, 4, 2)
+    assert epoch_from_bytes(epoch_to_bytes(epoch)) == epoch
+    for damaged in (epoch_to_bytes(epoch)[:-1], epoch_to_bytes(epoch)[:-8] + bytes(8), b""):
+        with pytest.raises(BadInput):
+            epoch_from_bytes(damaged)
 
 
 def test_an_epoch_has_attempts() -> None:
