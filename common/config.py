@@ -8,14 +8,14 @@ that are not known are refused with a suggestion; what is not built yet is refus
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 from fedlora.common.errors import BadInput
 from fedlora.common.secagg.cohort import most_colluders
 from fedlora.common.secagg.wire import MOST_MEMBERS
-from fedlora.common.toml import Bounds, Choice, Each, Pattern, read_fields, read_table, shown, to_toml
+from fedlora.common.toml import NOUNS, Bounds, Choice, Each, Pattern, read_fields, read_table, shown, to_toml
 
 MAX_CONFIG_BYTES = 1 << 20
 DIGEST = Pattern(r"(sha256:[0-9a-f]{64})?", '"sha256:" and 64 hexadecimal digits, or ""')
@@ -225,6 +225,18 @@ def check_delta(delta: float, units: int, where: str) -> None:
     """δ must be below one over the number of units: at 1/n, publishing a whole record is 'private'."""
     if units and delta >= 1 / units:
         raise BadInput(f"{where} [privacy] delta = {delta:g}: expected less than 1/{units} = {1 / units:.2g}")
+
+
+def check_rules(section: Any, where: str) -> list[str]:
+    """What is wrong with a section's values that did not come through TOML: one line to a fault."""
+    faults = []
+    for each in fields(section):
+        value, rule = getattr(section, each.name), each.metadata.get("rule")
+        fault = rule.fault(value, NOUNS.get(type(value), "a value")) if rule is not None else ""
+        if fault:
+            found = [*value] if isinstance(value, tuple) else value
+            faults.append(f"{where} {each.name} = {shown(found)}: {fault}")
+    return faults
 
 
 def _check_size(size: int, where: str) -> None:

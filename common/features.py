@@ -19,29 +19,60 @@ from fedlora.common.state import AdapterState
 from fedlora.common.tasks import Encoded
 
 FEATURE_TOKENS = 8192  # padded tokens of a forward pass without gradients
+Rows = npt.NDArray[np.int64]
 Progress = Callable[[int], None]  # called with the number of records done since the last call
 
 
+class PooledTexts:
+    """What one frozen transformer made of each text, for the runs of one process that ask again.
+
+    By content, so that runs which deal the same texts out differently share them: the trials of a sweep, and
+    the private run of a quickstart beside the one without privacy.
+    """
+
+    def __init__(self) -> None:
+        self._model = ""
+        self._kept: dict[bytes, torch.Tensor] = {}  # by digest of the tokens: a row of the table of its call
+
+    def get(
+        self, model: str, data: Encoded, rows: Rows, compute: Callable[[Rows], torch.Tensor]
+    ) -> torch.Tensor:
+        """(len(rows), width): kept where `model` saw the text before, computed and kept where it did not."""
+        if model != self._model:
+            self._kept.clear()
+            self._model = model
+        digests = [hashlib.blake2b(data.tokens_of(row).tobytes(), digest_size=16).digest() for row in rows]
+        fresh = np.array(
+            [place for place, digest in enumerate(digests) if digest not in self._kept], dtype=np.int64
+        )
+        if len(fresh):
+            self._kept.update(zip([digests[place] for place in fresh], compute(rows[fresh]), strict=True))
+        return torch.stack([self._kept[digest] for digest in digests]) if digests else torch.empty(0, 0)
+
+
 class FeatureCache:
-    """Pooled features by owner, least recently used first out once `limit_bytes` are passed."""
+    """Features by owner, least recently used first out once `limit_bytes` are passed."""
 
     def __init__(
-        self, model: AdapterModel, limit_bytes: int = 6 << 30, progress: Progress | None = None
+        self,
+        model: AdapterModel,
+        limit_bytes: int = 6 << 30,
+        progress: Progress | None = None,
+        texts: PooledTexts | None = None,
     ) -> None:
         self._model = model
         self._limit = limit_bytes
         self._progress = progress
+        self._texts = texts
         self._below = ""
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
 
-    def get(
-        self, owner: str, data: Encoded, rows: npt.NDArray[np.int64], state: AdapterState
-    ) -> torch.Tensor:
+    def get(self, owner: str, data: Encoded, rows: Rows, state: AdapterState) -> torch.Tensor:
         """(len(rows), width) float32 features of `rows`, under the LoRA coordinates of `state`."""
         self._forget_unless(_below_head(state))
         if owner not in self._kept:
             self._model.load(state)
-            self._kept[owner] = pooled_features(self._model, data, rows, self._progress)
+            self._kept[owner] = pooled_features(self._model, data, rows, self._progress, self._texts)
             self._shrink()
         self._kept.move_to_end(owner)
         return self._kept[owner]
@@ -61,13 +92,26 @@ class FeatureCache:
 
 
 def pooled_features(
-    model: AdapterModel, data: Encoded, rows: npt.NDArray[np.int64], progress: Progress | None = None
+    model: AdapterModel,
+    data: Encoded,
+    rows: Rows,
+    progress: Progress | None = None,
+    texts: PooledTexts | None = None,
 ) -> torch.Tensor:
-    """(len(rows), width) float32, in the order of `rows`; computed in batches of similar length."""
-    lengths = data.lengths[rows]
+    """(len(rows), width) float32, in the order of `rows`, under the state that the model holds."""
+    if not len(rows):
+        return torch.empty(0, 0)
+    if texts is None:
+        return model.features(_pooled(model, data, rows, progress))
+    frozen = f"{model.base_digest} {model.pooled_layers} {model.precision} {_below_head(model.state())}"
+    return model.features(texts.get(frozen, data, rows, lambda fresh: _pooled(model, data, fresh, progress)))
+
+
+def _pooled(model: AdapterModel, data: Encoded, rows: Rows, progress: Progress | None) -> torch.Tensor:
+    """Forward passes in batches of similar length."""
     result: torch.Tensor | None = None
-    for chosen in length_batches(lengths, FEATURE_TOKENS):
-        part = model.features(data.batch(rows[chosen], model.pad, model.device))
+    for chosen in length_batches(data.lengths[rows], FEATURE_TOKENS):
+        part = model.pooled(data.batch(rows[chosen], model.pad, model.device))
         if result is None:
             result = torch.empty(len(rows), part.shape[1], dtype=torch.float32, device=model.device)
         result[torch.from_numpy(chosen)] = part
@@ -76,7 +120,7 @@ def pooled_features(
     return torch.empty(0, 0) if result is None else result
 
 
-def length_batches(lengths: npt.NDArray[np.int64], tokens: int) -> list[npt.NDArray[np.int64]]:
+def length_batches(lengths: Rows, tokens: int) -> list[Rows]:
     """Positions sorted by length and cut so that each batch holds at most `tokens` padded tokens."""
     order = np.argsort(lengths, kind="stable")
     batches, start = [], 0
@@ -88,4 +132,8 @@ def length_batches(lengths: npt.NDArray[np.int64], tokens: int) -> list[npt.NDAr
 
 
 def _below_head(state: AdapterState) -> str:
+    """Digest of the LoRA coordinates; "" where each B is 0, so that A, whatever it is, changes nothing."""
+    named = state.named()
+    if not any(value.any() for name, value in named.items() if ".lora_B." in name):
+        return ""
     return hashlib.sha256(state.vector[~state.spec.head_mask()].tobytes()).hexdigest()

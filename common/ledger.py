@@ -26,7 +26,7 @@ from fedlora.common.privacy import Spend
 SCHEMA = 1
 SAME_TERMS = 1e-9  # relative: the last bits of an ε differ between machines
 
-__all__ = ["SCHEMA", "Budget", "Entry", "Ledger"]
+__all__ = ["SCHEMA", "Budget", "Entry", "Ledger", "exceeded"]
 
 
 @dataclass(frozen=True)
@@ -191,17 +191,9 @@ class Ledger:
         self._chain.close()
 
     def _check_caps(self, budget: Budget, spend: Spend) -> None:
-        before = self._totals.get(budget.name, _Total())
-        after = before + spend
-        for name, used, needed, cap in (
-            ("ε", before.epsilon, after.epsilon, budget.epsilon),
-            ("δ", before.delta, after.delta, budget.delta),
-        ):
-            if needed > _exact(cap):
-                raise Refused(
-                    f"budget {budget.name}: {name} = {float(used):.6g} is spent and would reach "
-                    f"{float(needed):.6g}, past its cap of {cap:.6g}"
-                )
+        reason = _exceeded(budget, self._totals.get(budget.name, _Total()), spend)
+        if reason:
+            raise Refused(reason)
 
     def _take_in(self, body: Mapping[str, Any]) -> None:
         kind = body["kind"]
@@ -220,6 +212,25 @@ class Ledger:
             self._committed.add((*key, body["attempt"]))
         else:
             raise Refused(f"ledger: found an entry of kind {kind!r} that no ledger of this version writes")
+
+
+def exceeded(budget: Budget, spent: Spend, more: Spend) -> str:
+    """Why `more` does not fit a budget of which `spent` is gone, or ""."""
+    return _exceeded(budget, _Total() + spent, more)
+
+
+def _exceeded(budget: Budget, before: _Total, more: Spend) -> str:
+    after = before + more
+    for name, used, needed, cap in (
+        ("ε", before.epsilon, after.epsilon, budget.epsilon),
+        ("δ", before.delta, after.delta, budget.delta),
+    ):
+        if needed > _exact(cap):
+            return (
+                f"budget {budget.name}: {name} = {float(used):.6g} is spent and would reach "
+                f"{float(needed):.6g}, past its cap of {cap:.6g}"
+            )
+    return ""
 
 
 def _exact(value: float) -> Fraction:

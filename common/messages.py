@@ -12,10 +12,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 
+from fedlora.common.config import LoraConfig, ModelConfig, check_rules
 from fedlora.common.errors import BadInput
 from fedlora.common.state import Vector
 
@@ -64,6 +65,40 @@ class SecureTerms:
 
 
 @dataclass(frozen=True)
+class Network:
+    """What a node needs, beside the frozen base, to build the very network of a run; fields as in a configuration."""
+
+    pooling: str
+    pooled_layers: tuple[int, ...]
+    head_hidden: int
+    head_scale: float
+    projection: int
+    kernel_directions: int
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]  # empty: all
+    variant: str
+
+    @classmethod
+    def of(cls, model: ModelConfig, lora: LoraConfig) -> Network:
+        found = {field.name: _either(model, lora, field.name) for field in fields(cls)}
+        return cls(**found)
+
+    def configs(self, base: str) -> tuple[ModelConfig, LoraConfig]:
+        """The configuration that builds it on the base at `base`; BadInput where no configuration could say so."""
+        model, lora = (
+            {f.name: getattr(self, f.name) for f in fields(self) if f.name in _names(cls)}
+            for cls in (ModelConfig, LoraConfig)
+        )
+        built = ModelConfig(base=base, **model), LoraConfig(**lora)
+        faults = [fault for each in built for fault in check_rules(each, "manifest network")]
+        if faults:
+            raise BadInput(faults)
+        return built
+
+
+@dataclass(frozen=True)
 class RunManifest:
     """Everything public about a run; a changed field is a new run."""
 
@@ -83,6 +118,7 @@ class RunManifest:
     participation: float
     minimum_cohort: int
     seed: int
+    network: Network
     phases: tuple[Phase, ...]
     secure: SecureTerms | None = None  # None: updates are sent in clear
     version: int = VERSION
@@ -103,6 +139,7 @@ class RunManifest:
         table["labels"] = tuple(labels)
         if table.get("secure") is not None:
             table["secure"] = _secure_terms(table["secure"])
+        table["network"] = _network(table.get("network"))
         manifest = _build(cls, table, "manifest")
         if manifest.version != VERSION:
             raise BadInput(f"manifest version: found {manifest.version}, expected {VERSION}")
@@ -169,6 +206,33 @@ class Update:
             )
         if not np.isfinite(self.delta).all():
             raise BadInput(f"{where}: found a value that is not finite")
+
+
+def _either(model: ModelConfig, lora: LoraConfig, name: str) -> Any:
+    return getattr(model if name in _names(ModelConfig) else lora, name)
+
+
+def _names(cls: type) -> set[str]:
+    return {field.name for field in fields(cls)}
+
+
+def _network(table: Any) -> Network:
+    """A network from outside: lists become tuples whose items have the right type."""
+    if not isinstance(table, Mapping):
+        raise BadInput("manifest network: missing, expected a table")
+    table, faults = dict(table), []
+    for name, kind in get_type_hints(Network).items():
+        item = get_args(kind)[0] if get_args(kind) else None
+        if item is None or name not in table:
+            continue
+        found = table[name]
+        if not isinstance(found, list) or any(type(each) is not item for each in found):
+            faults.append(f"manifest network {name}: expected a list, each {item.__name__}")
+        else:
+            table[name] = tuple(found)
+    if faults:
+        raise BadInput(faults)
+    return _build(Network, table, "manifest network")
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:

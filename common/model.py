@@ -46,15 +46,17 @@ class Pooling:
     scale: float
     projection: Projection | None = None
 
-    def __call__(self, hidden: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    def means(self, hidden: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         """(n, layers · width) float32 from the model's hidden states, each (n, length, width)."""
         weights = mask[:, :, None].float()
         total = weights.sum(dim=1)
         means = [(hidden[layer].float() * weights).sum(dim=1) / total for layer in self.layers]
-        features = torch.cat([functional.normalize(mean, dim=1) for mean in means], dim=1)
-        if self.projection is not None:
-            features = _projected(features, self.projection)
-        return features * self.scale
+        return torch.cat([functional.normalize(mean, dim=1) for mean in means], dim=1)
+
+    def features(self, means: torch.Tensor) -> torch.Tensor:
+        """What the head receives for `means`."""
+        rows = means if self.projection is None else _projected(means, self.projection)
+        return rows * self.scale
 
 
 def _projected(features: torch.Tensor, projection: Projection) -> torch.Tensor:
@@ -81,12 +83,12 @@ class PooledClassifier(nn.Module):
         self.pooling = pooling
         self.head = head
 
-    def features(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def pooled(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         output = self.backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        return self.pooling(output.hidden_states, mask)
+        return self.pooling.means(output.hidden_states, mask)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        features = self.features(ids, mask)
+        features = self.pooling.features(self.pooled(ids, mask))
         with torch.autocast(features.device.type, enabled=False):
             logits: torch.Tensor = self.head(features)
         return logits
@@ -161,6 +163,11 @@ class AdapterModel:
         self.network.pooling.projection = projection
 
     @property
+    def pooled_layers(self) -> tuple[int, ...]:
+        """Hidden states that our pooling reads; empty where the model's own head does."""
+        return self.network.pooling.layers if isinstance(self.network, PooledClassifier) else ()
+
+    @property
     def pad(self) -> int:
         token = self.tokenizer.pad_token_id
         return 0 if token is None else int(token)
@@ -178,11 +185,11 @@ class AdapterModel:
         )
 
     @torch.no_grad()
-    def features(self, batch: Batch) -> torch.Tensor:
-        """(n, width) float32: what the head receives for each example."""
+    def pooled(self, batch: Batch) -> torch.Tensor:
+        """(n, width) float32: what the transformer makes of each example, below any projection."""
         if isinstance(self.network, PooledClassifier):
             with self.autocast():
-                return self.network.features(batch.ids, batch.mask).float()
+                return self.network.pooled(batch.ids, batch.mask).float()
         caught: list[torch.Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].float()))
         try:
@@ -190,6 +197,13 @@ class AdapterModel:
         finally:
             hook.remove()
         return caught[0]
+
+    @torch.no_grad()
+    def features(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(n, width) float32: what the head receives for `pooled` examples."""
+        if isinstance(self.network, PooledClassifier):
+            return self.network.pooling.features(pooled)
+        return pooled
 
     def set_attention(self, name: str) -> None:
         """Switch the attention implementation ("eager" or "sdpa") in place."""

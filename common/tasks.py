@@ -43,6 +43,9 @@ class Encoded:
         """(n,) tokens of each record."""
         return np.diff(self.offsets)
 
+    def tokens_of(self, row: int) -> npt.NDArray[np.int32]:
+        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
     def batch(self, rows: Ints, pad: int, device: torch.device) -> Batch:
         """Pad the records `rows` to the longest of them."""
         lengths = self.offsets[rows + 1] - self.offsets[rows]

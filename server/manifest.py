@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedlora.common.config import Config
-from fedlora.common.messages import Phase, RunManifest, SecureTerms
+from fedlora.common.messages import Network, Phase, RunManifest, SecureTerms
 from fedlora.common.privacy import Mechanism, calibrate
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.secagg.ring import Encoding
@@ -49,6 +49,7 @@ def make_manifest(
         participation=config.federation.participation,
         minimum_cohort=1 if secure is None else config.aggregation.minimum_cohort,
         seed=config.seed,
+        network=Network.of(config.model, config.lora),
         phases=phases,
         secure=secure,
     )

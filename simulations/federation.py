@@ -19,7 +19,7 @@ from fedlora.client.training import ClientData, LocalTraining
 from fedlora.common.compute import Compute, choose_compute
 from fedlora.common.config import Config, ModelConfig
 from fedlora.common.data import Records, UnitIndex, unit_groups
-from fedlora.common.features import FeatureCache, Progress, pooled_features
+from fedlora.common.features import FeatureCache, PooledTexts, Progress, pooled_features
 from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import RunManifest
 from fedlora.common.model import AdapterModel, build_model
@@ -59,6 +59,7 @@ class Federation:
         folder: Path,
         progress: Progress | None = None,
         device: torch.device | None = None,
+        texts: PooledTexts | None = None,
     ) -> Federation:
         """Read and encode the data, load the model, deal the units out. BadInput names what is wrong.
 
@@ -80,11 +81,11 @@ class Federation:
             # Whitened rows of the fit look unlike any others: they must not score what was fitted on them.
             fit, score = public[::2], public[1::2]
             model.projection = _projection(
-                model, validation, fit, config.model, folder / "projection.safetensors"
+                model, validation, fit, config.model, folder / "projection.safetensors", texts
             )
         # Measured on public records: how long a step takes must not depend on anybody's text.
         compute = choose_compute(model, validation, config.training.attention, config.training.precision)
-        features = FeatureCache(model, progress=progress)
+        features = FeatureCache(model, progress=progress, texts=texts)
         units = unit_groups(sources.train.units, len(sources.train))
         return cls(
             config=config,
@@ -169,12 +170,17 @@ class Federation:
 
 
 def _projection(
-    model: AdapterModel, public: Encoded, rows: Ints, settings: ModelConfig, path: Path
+    model: AdapterModel,
+    public: Encoded,
+    rows: Ints,
+    settings: ModelConfig,
+    path: Path,
+    texts: PooledTexts | None,
 ) -> Projection:
     """The run's projection: read where it was fitted before, else fitted on the public validation part."""
     if path.is_file():
         return Projection.read(path)
-    features = pooled_features(model, public, rows).cpu().numpy()
+    features = pooled_features(model, public, rows, texts=texts).cpu().numpy()
     fitted = Projection.fit(
         (features / settings.head_scale).astype(np.float32),
         settings.projection,

@@ -16,6 +16,7 @@ from rich.console import Console
 from fedlora.common.compute import threads as with_threads
 from fedlora.common.config import Config, load_config
 from fedlora.common.errors import BadInput
+from fedlora.common.features import PooledTexts
 from fedlora.simulations.corpus import generate, write
 from fedlora.simulations.progress import run_progress
 from fedlora.simulations.report import write_report
@@ -32,8 +33,9 @@ def run_quickstart(folder: Path, console: Console, threads: int = 0) -> dict[str
     console.print("quickstart: a synthetic corpus of five institutions; nothing here is anybody's data")
     open_config = replace(config, privacy=replace(config.privacy, mode="none"))
     with with_threads(threads):
-        untrained, plain = _one_run(open_config, folder / BASELINE, console, "without privacy")
-        _, private = _one_run(config, folder, console, "private")
+        texts = PooledTexts()
+        untrained, plain = _one_run(open_config, folder / BASELINE, console, texts, "without privacy")
+        _, private = _one_run(config, folder, console, texts, "private")
     comparison = {
         name: {key: summary.get(key) for key in ("accuracy", "macro_f1", "loss", "epsilon")}
         for name, summary in (("untrained", untrained), ("non-private", plain), ("private", private))
@@ -46,12 +48,12 @@ def run_quickstart(folder: Path, console: Console, threads: int = 0) -> dict[str
 
 
 def _one_run(
-    config: Config, folder: Path, console: Console, title: str
+    config: Config, folder: Path, console: Console, texts: PooledTexts, title: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores before training, and the summary after it."""
     console.print(f"[bold]{title}[/bold]")
     with run_progress(console, config.federation.rounds) as progress:
-        run = begin(config, Paths.of(folder), progress=progress.features)
+        run = begin(config, Paths.of(folder), progress=progress.features, texts=texts)
         progress.expect_features(run.federation.feature_records)
         before = run.federation.test.evaluate(run.federation.initial)
         summary = finish(run, train(run, sequential(run), progress.round), synthetic=True)

@@ -26,6 +26,7 @@ from fedlora.client.trainer import MomentStore
 from fedlora.common.config import Config, config_to_toml
 from fedlora.common.errors import BadInput
 from fedlora.common.export import export_adapter
+from fedlora.common.features import PooledTexts
 from fedlora.common.features import Progress as FeatureProgress
 from fedlora.common.files import write_atomically
 from fedlora.common.ledger import Ledger
@@ -92,14 +93,15 @@ def begin(
     engine: str = "sequential",
     progress: FeatureProgress | None = None,
     device: torch.device | None = None,
+    texts: PooledTexts | None = None,
 ) -> Run:
-    """Build everything; BadInput where the folder holds another run, or, with `resume`, none."""
+    """Build everything; `texts` are shared with other runs of this process. BadInput where the folder holds another run, or, with `resume`, none."""
     _check_folder(config, paths, resume)
     if engine == "ray" and config.aggregation.secure:
         raise BadInput(
             "--engine ray: [aggregation] secure = true is not built yet there; expected sequential"
         )
-    federation = Federation.build(config, paths.folder, progress, device)
+    federation = Federation.build(config, paths.folder, progress, device, texts)
     data = paths.folder / "data.sha256"
     if resume:
         if data.read_text().strip() != federation.data_digest:
@@ -340,6 +342,10 @@ def versions() -> dict[str, str]:
 
 
 def peak_rss_bytes() -> int:
+    """The most memory that this program held; getrusage would count what its parent held before it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

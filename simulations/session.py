@@ -11,6 +11,7 @@ from rich.console import Console
 from fedlora.common.compute import threads as with_threads
 from fedlora.common.config import Config
 from fedlora.common.errors import BadInput
+from fedlora.common.features import PooledTexts
 from fedlora.simulations.progress import run_progress
 from fedlora.simulations.report import write_report
 from fedlora.simulations.run import Paths, begin, finish, sequential, train
@@ -28,6 +29,7 @@ def run_to_report(
     device: str = "auto",
     threads: int = 0,
     synthetic: bool = False,
+    texts: PooledTexts | None = None,
 ) -> dict[str, Any]:
     """Train, finish and report; returns the summary."""
     if engine == "batched":
@@ -36,7 +38,7 @@ def run_to_report(
         raise BadInput(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
     paths = Paths.of(folder, ledger)
     with with_threads(threads), run_progress(console, config.federation.rounds) as progress:
-        run = begin(config, paths, resume, engine, progress.features, torch_device(device))
+        run = begin(config, paths, resume, engine, progress.features, torch_device(device), texts)
         progress.expect_features(run.federation.feature_records)
         if engine == "ray":
             from fedlora.simulations.cluster import train_on_ray

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fedlora.common.config import load_config
 from fedlora.common.errors import BadInput
+from fedlora.common.features import PooledTexts
 from fedlora.common.files import write_atomically
 from fedlora.simulations.report import write_sweep_report
 from fedlora.simulations.session import run_to_report
@@ -31,7 +32,7 @@ def run_sweep(
 ) -> Path:
     """Run `config` once for each value; sweep.json and sweep.html under `folder`. Finished values are kept."""
     key, values = _values(over)
-    trials = []
+    trials, texts = [], PooledTexts()
     for value in values:
         setting = f"{key}={value}"
         target = folder / f"{key}={value}".replace("/", "_")
@@ -42,7 +43,9 @@ def run_sweep(
         else:
             console.print(f"[bold]{setting}[/bold]")
             resume = (target / "checkpoint" / "manifest.json").exists()
-            summary = run_to_report(settings, target, console, resume=resume, device=device, threads=threads)
+            summary = run_to_report(
+                settings, target, console, resume=resume, device=device, threads=threads, texts=texts
+            )
         trials.append({"key": key, "value": value, **{name: summary.get(name) for name in KEPT}})
         write_atomically(folder / "sweep.json", (json.dumps(trials, indent=2) + "\n").encode())
     return write_sweep_report(folder)

@@ -39,6 +39,10 @@ LIGHT = (
     "secagg/ring",
     "secagg/shamir",
     "secagg/wire",
+    "identity",
+    "protocol",
+    "sealed",
+    "enrolment",
 )
 HEAVY = {"torch", "transformers", "peft", "opacus", "sklearn"}
 

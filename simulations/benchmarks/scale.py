@@ -14,7 +14,6 @@ STARTED = time.perf_counter()
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,7 +28,7 @@ from rich.table import Table
 
 from fedlora.common.config import Config, parse_config
 from fedlora.simulations.partition import Partition
-from fedlora.simulations.run import Paths, begin, sequential, train
+from fedlora.simulations.run import Paths, begin, peak_rss_bytes, sequential, train
 
 SIZES = (100, 1_000, 10_000)
 RECORDS, COHORT = 32, 20
@@ -92,7 +91,7 @@ def _measure(clients: int, rounds: int) -> dict[str, Any]:
         replies = [json.loads(line)["replies"] for line in lines]
     return {
         "clients": clients,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss_bytes(),
         "start_seconds": start,
         "seconds_per_client_round": spent / sum(replies),
         "client_rounds": sum(replies),

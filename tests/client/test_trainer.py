@@ -17,7 +17,7 @@ from fedlora.common.data import Records, unit_groups
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.features import FeatureCache
 from fedlora.common.ledger import Budget, Ledger
-from fedlora.common.messages import Phase, RoundPlan, RunManifest
+from fedlora.common.messages import Network, Phase, RoundPlan, RunManifest
 from fedlora.common.model import AdapterModel, build_model
 from fedlora.common.state import AdapterState
 from fedlora.common.tasks import SequenceClassification
@@ -52,7 +52,7 @@ def manifest(model: AdapterModel, mode: str = "record", **changes: object) -> Ru
     made = RunManifest(
         federation="f", run="1", task=model.task.name, labels=("a", "b"), base_digest=model.base_digest,
         spec_digest=model.spec.digest, projection_digest="", max_length=16, mode=mode, unit="", epsilon=50.0,
-        delta=1e-3, strategy="fedavg", participation=1.0, minimum_cohort=1, seed=5, phases=(PHASE,),
+        delta=1e-3, strategy="fedavg", participation=1.0, minimum_cohort=1, seed=5, network=Network.of(ModelConfig(), LoraConfig()), phases=(PHASE,),
     )  # fmt: skip
     return replace(made, **changes)  # type: ignore[arg-type]
 

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from fedlora.common.config import (
     MAX_CONFIG_BYTES,
     Config,
+    LoraConfig,
+    ModelConfig,
     check_delta,
     config_to_toml,
     load_config,
     parse_config,
 )
 from fedlora.common.errors import BadInput
+from fedlora.common.messages import Network
 
 SECTIONS = [field.name for field in fields(Config) if field.name != "seed"]
 
@@ -373,3 +376,13 @@ def test_any_value_is_taken_or_refused_by_name(path: str, value: Any) -> None:
         return
     assert type(getattr(getattr(config, section), key)) in (str, int, float, bool, tuple)
     assert parse_config(config_to_toml(config)) == config
+
+
+def test_a_network_is_what_its_configuration_says() -> None:
+    model, lora = ModelConfig(pooling="layers", pooled_layers=(0, 3), head_hidden=4), LoraConfig(rank=3)
+    network = Network.of(model, lora)
+    assert network.configs(model.base) == (model, lora)
+    with pytest.raises(BadInput, match=r"manifest network rank = 0: expected"):
+        replace(network, rank=0).configs("b")
+    with pytest.raises(BadInput, match=r"manifest network pooling"):
+        replace(network, pooling="cls").configs("b")

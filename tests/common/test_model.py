@@ -91,8 +91,8 @@ def test_peft_alone_loads_the_adapted_backbone(tiny_bert: Path, tmp_path: Path, 
             input_ids=batch.ids, attention_mask=batch.mask, output_hidden_states=True
         ).hidden_states
         assert isinstance(model.network, PooledClassifier)
-        features = model.network.pooling(hidden, batch.mask)
-        assert torch.allclose(features, model.features(batch), atol=1e-5)
+        means = model.network.pooling.means(hidden, batch.mask)
+        assert torch.allclose(means, model.pooled(batch), atol=1e-5)
 
 
 def test_a_causal_model_exports_and_completes(tiny_llama: Path, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from fedlora.common import privacy
+from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
-from fedlora.common.messages import Phase, RunManifest
+from fedlora.common.messages import Network, Phase, RunManifest
 from fedlora.common.privacy import (
     Mechanism,
     Spend,
@@ -303,7 +304,7 @@ def manifest_of(*phases: tuple[int, int, float, float], mode: str = "record") ->
     return RunManifest(
         federation="f", run="r", task="sequence-classification", labels=("a", "b"), base_digest="b",
         spec_digest="s", projection_digest="", max_length=8, mode=mode, unit="", epsilon=1.0, delta=1e-5, strategy="fedavg",
-        participation=1.0, minimum_cohort=1, seed=0, phases=tuple(built),
+        participation=1.0, minimum_cohort=1, seed=0, network=Network.of(ModelConfig(), LoraConfig()), phases=tuple(built),
     )  # fmt: skip
 
 

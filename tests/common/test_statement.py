@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.common.messages import Phase, RunManifest
+from fedlora.common.config import LoraConfig, ModelConfig
+from fedlora.common.messages import Network, Phase, RunManifest
 from fedlora.common.statement import NOISE_SOURCE, privacy_statement, shown_epsilon
 
 PHASE = Phase("adapter", 3, 4, 2, 0.25, 4.0, 3.0, 1.0, 0.0, "sgd", 0.01, True, 0.0)
+NETWORK = Network.of(ModelConfig(), LoraConfig())
 MANIFEST = RunManifest(
-    "f", "1", "t", ("a",), "b", "s", "", 16, "record", "", 3.0, 1e-5, "fedavg", 1.0, 1, 5, (PHASE,)
+    "f", "1", "t", ("a",), "b", "s", "", 16, "record", "", 3.0, 1e-5, "fedavg", 1.0, 1, 5, NETWORK, (PHASE,)
 )
 
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedlora.common import wire
+from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.messages import Phase, RoundPlan, RunManifest, Update
+from fedlora.common.messages import Network, Phase, RoundPlan, RunManifest, Update
 from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec, Vector
 
 FINITE = arrays(
@@ -43,6 +44,7 @@ MANIFEST = RunManifest(
     participation=1.0,
     minimum_cohort=1,
     seed=0,
+    network=Network.of(ModelConfig(), LoraConfig()),
     phases=(PHASE,),
 )
 ZEROS = np.zeros(4, dtype=np.float32)

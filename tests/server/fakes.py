@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from fedlora.common import files
+from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.messages import Phase, RoundPlan, RunManifest, Update
+from fedlora.common.messages import Network, Phase, RoundPlan, RunManifest, Update
 from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.server.bound import check_norm, update_bound
 from fedlora.server.checkpoint import Checkpoint, Progress
@@ -51,6 +52,7 @@ def manifest_of(
         participation=1.0,
         minimum_cohort=1,
         seed=7,
+        network=Network.of(ModelConfig(), LoraConfig()),
         phases=phases,
     )
 

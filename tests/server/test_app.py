@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.common import wire
+from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput, FedloraError, Refused
-from fedlora.common.messages import Phase, RoundPlan, RunManifest, Update
+from fedlora.common.messages import Network, Phase, RoundPlan, RunManifest, Update
 from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.server.app import Clock, GridCohort, enrol
 from fedlora.server.rounds import Failure
@@ -43,6 +44,7 @@ MANIFEST = RunManifest(
     participation=1.0,
     minimum_cohort=1,
     seed=0,
+    network=Network.of(ModelConfig(), LoraConfig()),
     phases=(PHASE,),
 )
 DEADLINE = 60.0

@@ -1,0 +1,300 @@
+"""A manifest against a policy, field by field: pure, so that it can be tried on any manifest at no cost.
+
+Projected ε is computed here from the manifest's own schedule, whatever the manifest states, and held against
+what the budget has left. A field without a verdict would be a field that nobody looked at: there is one for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from fedlora.client.policy import Policy
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.ledger import Budget, exceeded
+from fedlora.common.messages import Phase, RunManifest
+from fedlora.common.privacy import Mechanism, Spend, epsilon_of, history_of
+from fedlora.common.secagg.cohort import THRESHOLD_RULE
+
+SLACK = 1 + 1e-6  # relative: the last bits of an ε differ between machines
+MOST_PHASES = 16
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the policy says to one field of a manifest; `reason` is "" where it is allowed."""
+
+    field: str
+    found: str
+    reason: str = ""
+
+    @property
+    def allowed(self) -> bool:
+        return not self.reason
+
+
+def judge(
+    manifest: RunManifest,
+    policy: Policy,
+    federation: str,
+    spent: Mapping[str, Spend],
+    reserved: Spend | None = None,
+) -> list[Verdict]:
+    """A verdict for each field. `spent` is by budget; `reserved` is what this very run has of it already."""
+    phases = _phase_verdicts(manifest, policy)
+    return [
+        _same("federation", manifest.federation, federation),
+        Verdict("run", manifest.run),
+        *_data_verdicts(manifest, policy),
+        _one_of("base_digest", manifest.base_digest, policy.bases),
+        *_network_verdicts(manifest, policy),
+        _at_most("max_length", manifest.max_length, policy.limits.max_length),
+        *phases,
+        *_spend_verdicts(manifest, policy, spent, reserved, all(each.allowed for each in phases)),
+        _least("minimum_cohort", manifest.minimum_cohort, policy.limits.minimum_cohort),
+        _secure_verdict(manifest),
+        *_free_verdicts(manifest),
+    ]
+
+
+def allow(verdicts: list[Verdict]) -> None:
+    """Refused with every reason, unless all fields are allowed."""
+    reasons = [
+        f"manifest {each.field} = {each.found}: {each.reason}" for each in verdicts if not each.allowed
+    ]
+    if reasons:
+        raise Refused("; ".join(reasons))
+
+
+def projected(manifest: RunManifest) -> Spend:
+    """What the whole schedule costs, all attempts of all phases; ε is infinite where nothing bounds it."""
+    if manifest.mode != "record":
+        return Spend(0.0, 0.0)
+    return Spend(_epsilon(manifest), manifest.delta)
+
+
+@lru_cache(maxsize=256)
+def _epsilon(manifest: RunManifest) -> float:
+    return epsilon_of(history_of(manifest), manifest.delta)
+
+
+def _data_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
+    tasks = {each.task for each in policy.data.values()}
+    sets = {each.labels for each in policy.data.values() if each.task == manifest.task}
+    units = {
+        each.unit
+        for each in policy.data.values()
+        if (each.task, each.labels) == (manifest.task, manifest.labels)
+    }
+    labels = f"{len(manifest.labels)} labels"
+    return [
+        _one_of("task", manifest.task, tasks),
+        Verdict("labels", labels, "" if manifest.labels in sets else "no data set has exactly these"),
+        _one_of("unit", manifest.unit, units),
+    ]
+
+
+def _network_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
+    network, limits = manifest.network, policy.limits
+    try:
+        network.configs("base")
+        shape = ""
+    except BadInput as error:
+        shape = error.faults[0]
+    targets = [name for name in network.targets if limits.targets and name not in limits.targets]
+    layers = [layer for layer in network.layers if limits.layers and layer not in limits.layers]
+    every = bool(limits.layers) and not network.layers
+    return [
+        Verdict("network", network.variant, shape),
+        _at_most("network.rank", network.rank, limits.rank),
+        Verdict("network.targets", ", ".join(network.targets)[:80], _beyond(targets, limits.targets)),
+        Verdict(
+            "network.layers",
+            ", ".join(map(str, network.layers)) or "all",
+            f"expected some of {list(limits.layers)}" if every else _beyond(layers, limits.layers),
+        ),
+    ]
+
+
+def _phase_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
+    """Rounds, attempts, steps and noise: also what makes the schedule a mechanism at all."""
+    limits, phases = policy.limits, manifest.phases
+    attempts = sum(phase.attempts for phase in phases)
+    verdicts = [
+        Verdict("mode", manifest.mode, _mode(manifest, policy)),
+        Verdict("phases", str(len(phases)), "" if 1 <= len(phases) <= MOST_PHASES else "expected 1 to 16"),
+        _at_most("rounds", manifest.rounds, limits.rounds),
+        _at_most("attempts", attempts, limits.attempts),
+    ]
+    for number, phase in enumerate(phases):
+        name = f"phases[{number}]"
+        verdicts += [
+            Verdict(
+                f"{name}.name",
+                phase.name[:40],
+                "" if phase.name in ("head", "adapter") else "expected head or adapter",
+            ),
+            Verdict(
+                f"{name}.rounds",
+                str(phase.rounds),
+                "" if 1 <= phase.rounds <= phase.attempts else "expected 1 to attempts",
+            ),
+            Verdict(
+                f"{name}.steps",
+                str(phase.steps),
+                "" if 1 <= phase.steps <= limits.steps else f"expected 1 to {limits.steps}",
+            ),
+            *_mechanism(name, phase, manifest, policy),
+        ]
+    return verdicts
+
+
+def _mechanism(name: str, phase: Phase, manifest: RunManifest, policy: Policy) -> list[Verdict]:
+    positive = (("sampling_rate", 1.0), ("clip", 1e6), ("expected_units", 1e9), ("learning_rate", 1e3))
+    verdicts = []
+    for field, most in positive:
+        value = float(getattr(phase, field))
+        verdicts.append(
+            Verdict(
+                f"{name}.{field}", f"{value:g}", "" if 0 < value <= most else f"expected > 0 and <= {most:g}"
+            )
+        )
+    for field, most in (("head_clip", 1e6), ("proximal_mu", 1e3)):
+        value = float(getattr(phase, field))
+        verdicts.append(
+            Verdict(f"{name}.{field}", f"{value:g}", "" if 0 <= value <= most else f"expected 0 to {most:g}")
+        )
+    known = phase.optimizer in ("sgd", "adamw")
+    verdicts.append(
+        Verdict(f"{name}.optimizer", phase.optimizer[:40], "" if known else "expected sgd or adamw")
+    )
+    reason = _noise_reason(phase, manifest, policy) if manifest.mode == "record" else ""
+    return [*verdicts, Verdict(f"{name}.noise_multiplier", f"{phase.noise_multiplier:g}", reason)]
+
+
+def _noise_reason(phase: Phase, manifest: RunManifest, policy: Policy) -> str:
+    """Too little noise, and what would do instead."""
+    least = policy.limits.noise_multiplier
+    if phase.noise_multiplier >= least:
+        return ""
+    name = policy.data_for(manifest.task, manifest.labels, manifest.unit)
+    if not name:
+        return f"expected at least {least:g}"
+    budget = policy.budgets[policy.data[name].budget]
+    fit = rounds_that_fit(replace(phase, noise_multiplier=least), budget.epsilon, manifest.delta)
+    return f"expected at least {least:g}, with which {fit} rounds of this phase fit {budget.epsilon:g} of ε"
+
+
+@lru_cache(maxsize=256)
+def rounds_that_fit(phase: Phase, epsilon: float, delta: float, most: int = 1 << 14) -> int:
+    """The most rounds of `phase` alone that cost at most ε; up to `most`."""
+
+    def fits(rounds: int) -> bool:
+        try:
+            return (
+                epsilon_of(
+                    [Mechanism(phase.sampling_rate, phase.noise_multiplier, phase.steps * rounds)], delta
+                )
+                <= epsilon
+            )
+        except BadInput:
+            return False
+
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _spend_verdicts(
+    manifest: RunManifest,
+    policy: Policy,
+    spent: Mapping[str, Spend],
+    reserved: Spend | None,
+    sound: bool,
+) -> list[Verdict]:
+    if manifest.mode != "record":
+        return [Verdict("epsilon", f"{manifest.epsilon:g}"), Verdict("delta", f"{manifest.delta:g}")]
+    delta = _at_most("delta", manifest.delta, policy.limits.delta)
+    if manifest.delta <= 0:
+        delta = replace(delta, reason="expected > 0")
+    name = policy.data_for(manifest.task, manifest.labels, manifest.unit)
+    if not name or not sound or not delta.allowed:
+        reason = "can't be projected before the other fields are allowed"
+        return [Verdict("epsilon", f"{manifest.epsilon:g}", reason), delta]
+    cost = _epsilon(manifest)
+    budget = policy.budgets[policy.data[name].budget]
+    return [
+        Verdict("epsilon", f"{manifest.epsilon:g}", _cost_reason(manifest, cost, budget, spent, reserved)),
+        delta,
+    ]
+
+
+def _cost_reason(
+    manifest: RunManifest, cost: float, budget: Budget, spent: Mapping[str, Spend], reserved: Spend | None
+) -> str:
+    if not math.isfinite(cost):
+        return "its schedule has no bound on ε that is known to hold"
+    if cost > manifest.epsilon * SLACK:
+        return f"its schedule costs {cost:.4f}"
+    if reserved is not None:
+        return ""  # it was let in before, and reserves nothing more
+    return exceeded(budget, spent.get(budget.name, Spend(0.0, 0.0)), Spend(cost, manifest.delta))
+
+
+def _free_verdicts(manifest: RunManifest) -> list[Verdict]:
+    """What a policy need not bound: it changes neither what leaves nor what it costs."""
+    names = ("spec_digest", "projection_digest", "strategy", "participation", "seed", "version")
+    return [Verdict(name, str(getattr(manifest, name))[:80]) for name in names]
+
+
+def _secure_verdict(manifest: RunManifest) -> Verdict:
+    """Who colludes and how small a cohort may be is the node's own: `client.secagg` checks both in every epoch."""
+    terms = manifest.secure
+    if terms is None:
+        return Verdict("secure", "updates are sent in clear")
+    found = f"sums of {terms.bits}-bit words, t = {terms.threshold}"
+    if terms.threshold != THRESHOLD_RULE:
+        return Verdict("secure", found, f"expected t = {THRESHOLD_RULE}")
+    if len(terms.update_bounds) != len(manifest.phases):
+        return Verdict("secure", found, f"expected an update bound for each of {len(manifest.phases)} phases")
+    return Verdict("secure", found)
+
+
+def _mode(manifest: RunManifest, policy: Policy) -> str:
+    if manifest.mode == "record":
+        return ""
+    if manifest.mode == "none":
+        return (
+            ""
+            if policy.limits.allow_unnoised
+            else "updates would leave without noise; allow_unnoised is false"
+        )
+    return "expected record"
+
+
+def _same(field: str, found: str, expected: str) -> Verdict:
+    return Verdict(field, found[:80], "" if found == expected else f"expected {expected}")
+
+
+def _one_of(field: str, found: str, known: set[str] | Mapping[str, str]) -> Verdict:
+    return Verdict(
+        field, found[:80] or '""', "" if found in known else f"expected one of {len(known)} that are allowed"
+    )
+
+
+def _at_most(field: str, found: float, most: float) -> Verdict:
+    return Verdict(field, f"{found:g}", "" if found <= most else f"expected at most {most:g}")
+
+
+def _least(field: str, found: int, least: int) -> Verdict:
+    return Verdict(field, str(found), "" if found >= least else f"expected at least {least}")
+
+
+def _beyond(extra: list[str] | list[int], known: tuple[object, ...]) -> str:
+    return f"expected some of {list(known)}" if extra else ""
