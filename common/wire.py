@@ -147,6 +147,20 @@ def read_answer(record: RecordDict) -> tuple[str, ...]:
     return read_consent(record)
 
 
+def envelope_record(kind: str, data: bytes) -> RecordDict:
+    """One opaque message of a deployment: whoever carries it parses nothing (`common.protocol` does)."""
+    return _record("envelope", {"envelope": kind, "data": data})
+
+
+def read_envelope(record: RecordDict, limit: int) -> tuple[str, bytes]:
+    """Kind and bytes; BadInput unless the record is exactly an envelope of at most `limit` bytes."""
+    table = _fields(record, "envelope", {"envelope": str, "data": bytes})
+    data = table["data"]
+    if not isinstance(data, bytes) or len(data) > limit:
+        raise BadInput(f"envelope: found more than {limit} bytes")
+    return _name(table["envelope"], "envelope kind"), data
+
+
 def one_line(text: str) -> str:
     """Text from outside as one printable line of bounded length: it ends in logs, terminals and reports."""
     kept = "".join(char if char.isprintable() else " " for char in text[: MAX_REASON + 1])
