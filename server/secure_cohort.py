@@ -66,6 +66,7 @@ class SecureCohort:
         self._last_epoch = 0
         self._epoch: _EpochInUse | None = None
         self._seen_keys: set[bytes] = set()
+        self._liars: set[str] = set()  # proven by their signatures: left out of later epochs
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
         """The sum of one attempt; without replies where too few stayed, and then nothing was unmasked."""
@@ -112,9 +113,11 @@ class SecureCohort:
         epoch = Epoch(manifest.federation, manifest.digest, self._last_epoch, plan.attempt, count)
         server = ServerEpoch(epoch, self._identities, manifest.minimum_cohort, self._seen_keys)
         request = requests.epoch_to_bytes(epoch)
-        self._collect(OFFER, dict.fromkeys(asked, request), plan, state, server.add_offer, failures)
+        for liar in sorted(self._liars & set(asked)):
+            failures.add(Failure(liar, "left out: it signed a lie in an earlier attempt of this run"))
+        others = [name for name in asked if name not in self._liars]
+        here = self._collect(OFFER, dict.fromkeys(others, request), plan, state, server.add_offer, failures)
         members = server.close_offers()
-        here = [name for name in asked if not failures.of(name)]
         self._collect(DEAL, dict.fromkeys(here, members), plan, state, server.add_deal, failures)
         listed = server.close_deals()
         self._epoch = _EpochInUse(listed, server.delivery, set(listed.deals))
@@ -143,9 +146,14 @@ class SecureCohort:
         )
         agreement = server.agreement()
         self._collect(OPEN, dict.fromkeys(here, agreement), plan, state, server.add_opening, failures)
-        for liar in server.liars:
-            log.warning("round %d: %s opened a share that its dealer did not deal", plan.round, liar)
-        return server.result()
+        try:
+            return server.result()
+        finally:
+            for liar in server.liars:
+                log.warning(
+                    "round %d: %s dealt or opened a share that is not what was signed", plan.round, liar
+                )
+                self._liars.add(liar)
 
     def _collect(
         self,
@@ -169,7 +177,7 @@ class SecureCohort:
                 continue
             if signer != name:
                 log.warning("%s: %s carried what %s had signed", stage, name, signer)
-            counted.append(name)
+            counted.append(signer)
         return counted
 
     def _decoded(
@@ -196,9 +204,6 @@ class _Failures:
             self._by_name.setdefault(failure.client, failure)
         else:
             self._others.append(failure)
-
-    def of(self, name: str) -> Failure | None:
-        return self._by_name.get(name)
 
     def found(self) -> tuple[Failure, ...]:
         """Refusals alone where nothing else is in the way: then the round loop ends with a refusal."""

@@ -15,8 +15,9 @@ from fedlora.client.secure_trainer import SecureTrainer
 from fedlora.common import wire
 from fedlora.common.errors import FedloraError
 from fedlora.common.messages import RoundPlan, SecureTerms, Update
-from fedlora.common.secagg.cohort import CohortPolicy
-from fedlora.common.secagg.requests import Request
+from fedlora.common.secagg.cohort import CohortPolicy, survivors_digest
+from fedlora.common.secagg.requests import Request, slot_of
+from fedlora.common.secagg.wire import OPENING, Opening
 from fedlora.common.state import AdapterState
 from fedlora.server.app import DECLINED, SECURE, GridExchange
 from fedlora.server.rounds import CohortSum
@@ -72,7 +73,20 @@ class Institution:
             answer = self.node.answer(request.stage, request.message, request.plan, state, lambda: self)
         except FedloraError as error:
             return wire.envelope_record(DECLINED, str(error).encode())
+        if self.mood == "lie" and request.stage == "open":
+            answer = self.lie(answer, request.plan)
         return wire.envelope_record(SECURE, answer)
+
+    def lie(self, answer: bytes, plan: RoundPlan) -> bytes:
+        """Another share than the one that was dealt, properly signed."""
+        state = self.node._node._state
+        assert state is not None
+        context = slot_of(plan, MANIFEST.base_digest).context(state.epoch)
+        opening = Opening.from_bytes(answer)
+        wrong = replace(opening, shares=opening.shares[:-32] + bytes(32))
+        signed = wrong.signed(context, survivors_digest(context, state.dealers, NAMES))
+        signature = IDENTITIES[int(self.name[-3:])].sign(OPENING, *signed)
+        return replace(wrong, signature=signature).to_bytes()
 
 
 class Federation:
@@ -132,6 +146,19 @@ def test_a_nodes_reason_reaches_the_coordinator() -> None:
     found = federation.cohort.total(RoundPlan(MANIFEST.digest, 0, 2, 2, START.digest), other)
     assert found.replies == 0
     assert any("plan adapter: found" in failure.reason for failure in found.failures)
+
+
+def test_a_liar_is_named_and_left_out_of_later_epochs() -> None:
+    """The round still ends with the sum of all five inputs; from the next epoch on there are four."""
+    federation = Federation()
+    federation.institutions[3].mood = "lie"
+    found = federation.round(1)
+    assert found.replies == 5 and found.secure is not None and found.secure.liars == (NAMES[3],)
+    assert np.abs(found.total - federation.plain()).max() < COUNT * 8.0 / TERMS.levels
+    federation.institutions[3].mood = ""
+    found = federation.round(5)  # beyond the epoch of attempts 1 to 4
+    assert found.replies == 4 and found.failures[0].reason.startswith("left out")
+    assert np.abs(found.total - federation.plain(3)).max() < COUNT * 8.0 / TERMS.levels
 
 
 def test_who_has_no_node_is_a_drop_out() -> None:
