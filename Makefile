@@ -10,7 +10,7 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo test lint types chaos bench wheel clean help
+.PHONY: demo test lint types chaos mutants bench wheel clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -25,10 +25,14 @@ test: $(VENV)/dev  ## linters, types, all tests but the long ones
 chaos: $(VENV)/dev  ## kill runs at random moments, many times
 	$(BIN)/python -m pytest -m chaos
 
+mutants: $(VENV)/dev  ## break each check of secure aggregation, and see a test fail
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants_secagg
+
 bench: $(VENV)/dev  ## the benchmarks whose figures docs/ quotes
 	mkdir -p runs/bench
 	$(BIN)/python simulations/benchmarks/private_step.py --json runs/bench/private_step.json
 	$(BIN)/python simulations/benchmarks/scale.py --json runs/bench/scale.json
+	$(BIN)/python simulations/benchmarks/secure_aggregation.py --json runs/bench/secure_aggregation.json
 
 wheel: $(VENV)/dev  ## build the wheel, install it into an empty environment, import and run it
 	$(BIN)/python -m pytest tests/test_wheel.py

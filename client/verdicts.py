@@ -16,6 +16,7 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger import Budget, exceeded
 from fedlora.common.messages import Phase, RunManifest
 from fedlora.common.privacy import Mechanism, Spend, epsilon_of, history_of
+from fedlora.common.secagg.cohort import THRESHOLD_RULE
 
 SLACK = 1 + 1e-6  # relative: the last bits of an ε differ between machines
 MOST_PHASES = 16
@@ -53,6 +54,7 @@ def judge(
         *phases,
         *_spend_verdicts(manifest, policy, spent, reserved, all(each.allowed for each in phases)),
         _least("minimum_cohort", manifest.minimum_cohort, policy.limits.minimum_cohort),
+        _secure_verdict(manifest),
         *_free_verdicts(manifest),
     ]
 
@@ -247,6 +249,19 @@ def _free_verdicts(manifest: RunManifest) -> list[Verdict]:
     """What a policy need not bound: it changes neither what leaves nor what it costs."""
     names = ("spec_digest", "projection_digest", "strategy", "participation", "seed", "version")
     return [Verdict(name, str(getattr(manifest, name))[:80]) for name in names]
+
+
+def _secure_verdict(manifest: RunManifest) -> Verdict:
+    """Who colludes and how small a cohort may be is the node's own: `client.secagg` checks both in every epoch."""
+    terms = manifest.secure
+    if terms is None:
+        return Verdict("secure", "updates are sent in clear")
+    found = f"sums of {terms.bits}-bit words, t = {terms.threshold}"
+    if terms.threshold != THRESHOLD_RULE:
+        return Verdict("secure", found, f"expected t = {THRESHOLD_RULE}")
+    if len(terms.update_bounds) != len(manifest.phases):
+        return Verdict("secure", found, f"expected an update bound for each of {len(manifest.phases)} phases")
+    return Verdict("secure", found)
 
 
 def _mode(manifest: RunManifest, policy: Policy) -> str:

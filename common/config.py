@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedlora.common.errors import BadInput
+from fedlora.common.secagg.cohort import most_colluders
+from fedlora.common.secagg.wire import MOST_MEMBERS
 from fedlora.common.toml import NOUNS, Bounds, Choice, Each, Pattern, read_fields, read_table, shown, to_toml
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -21,6 +23,8 @@ LETTER = r"[^\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]"  # one line, and writa
 NAME = Pattern(LETTER + "{1,4096}", "one line of text")
 OPTIONAL = Pattern(LETTER + "{0,4096}", 'one line of text, or ""')
 LAYER = Bounds(0, 10_000)
+ATTACKS = ("sybil", "small-u2", "two-lists", "corrupt-share")
+SUM_STRATEGIES = ("fedavg",)  # see the mean alone: what secure aggregation composes with
 LATER_STRATEGIES = ("stacking", "svd", "residual", "median", "trimmed-mean", "krum")
 
 
@@ -136,7 +140,22 @@ class PrivacyConfig:
 @dataclass(frozen=True)
 class AggregationConfig:
     strategy: str = _choice("fedavg", "fedavg", later=LATER_STRATEGIES)
-    secure: bool = False
+    secure: bool = False  # the coordinator learns sums of at least minimum_cohort updates, and nothing else
+    minimum_cohort: int = _number(5, 3, 1000)
+    max_colluders: int = _number(1, 0, 1000)  # institutions that may side with the coordinator
+    epoch_rounds: int = _number(8, 1, 256)  # for which keys and shares are exchanged ahead
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """Simulations of secure aggregation only: the share of institutions that drop out before a stage."""
+
+    keys: float = _number(0.0, 0, 1)
+    shares: float = _number(0.0, 0, 1)
+    input: float = _number(0.0, 0, 1)
+    confirm: float = _number(0.0, 0, 1)
+    open: float = _number(0.0, 0, 1)
+    attack: str = _choice("none", "none", *ATTACKS)  # the coordinator's, or on the way
 
 
 @dataclass(frozen=True)
@@ -164,6 +183,7 @@ class Config:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -231,7 +251,9 @@ def _together(config: Config) -> Iterator[Fault]:
     """Faults of fields that are right alone and wrong together."""
     federation, training = config.federation, config.training
     if config.aggregation.secure:
-        yield ("aggregation.secure",), "[aggregation] secure = true: not built yet; expected false"
+        yield from _secure(config)
+    elif config.faults != FaultsConfig():
+        yield ("aggregation.secure",), "[faults]: expected none without [aggregation] secure = true"
     if federation.partition == "by-column" and not federation.column:
         paths = ("federation.partition", "federation.column")
         yield paths, '[federation] column = "": expected a column, since partition = "by-column"'
@@ -262,6 +284,39 @@ def _together(config: Config) -> Iterator[Fault]:
         yield ("data.labels",), f"[data] labels = {shown([*config.data.labels])}: expected [] or at least two"
     if config.model.task == "causal-lm":
         yield from _causal(config)
+
+
+def _secure(config: Config) -> Iterator[Fault]:
+    """What secure aggregation can't be combined with, and why."""
+    federation, asked = config.federation, config.aggregation
+    members = federation.participation * federation.clients
+    paths = ("aggregation.secure", "federation.clients", "federation.participation")
+    if asked.strategy not in SUM_STRATEGIES:
+        found = f'[aggregation] strategy = "{asked.strategy}"'
+        yield paths, f"{found}: needs every update in clear, which secure = true gives to nobody"
+    if members < asked.minimum_cohort:
+        found = f"[aggregation] minimum_cohort = {asked.minimum_cohort}"
+        yield (
+            (*paths, "aggregation.minimum_cohort"),
+            f"{found}: expected at most the {members:g} institutions of a round",
+        )
+        return
+    if members > MOST_MEMBERS:
+        found = f"[federation] clients = {federation.clients}"
+        yield paths, f"{found}: expected at most {MOST_MEMBERS} in a round: every pair shares a mask"
+    most = most_colluders(asked.minimum_cohort)
+    if asked.max_colluders > most:
+        found = f"[aggregation] max_colluders = {asked.max_colluders}"
+        yield (
+            (*paths, "aggregation.max_colluders"),
+            f"{found}: expected at most {most} with minimum_cohort = {asked.minimum_cohort}",
+        )
+    if federation.participation < 1 and asked.epoch_rounds > 1:
+        found = f"[aggregation] epoch_rounds = {asked.epoch_rounds}"
+        yield (
+            (*paths, "aggregation.epoch_rounds"),
+            f"{found}: expected 1 with participation < 1: an epoch's cohort is fixed ahead",
+        )
 
 
 def _causal(config: Config) -> Iterator[Fault]:

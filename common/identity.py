@@ -10,6 +10,7 @@ import base64
 import hashlib
 import os
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +26,21 @@ KEY_BYTES, SIGNATURE_BYTES = 32, 64
 
 def framed(tag: str, *fields: bytes) -> bytes:
     """The bytes that are hashed or signed: tag and fields, each behind its length as 8 bytes, big-endian."""
-    return b"".join(struct.pack(">Q", len(part)) + part for part in (tag.encode(), *fields))
+    return b"".join(_pieces(tag, fields))
 
 
 def digest(tag: str, *fields: bytes) -> bytes:
     """SHA-256 (32 bytes) of the framed fields."""
-    return hashlib.sha256(framed(tag, *fields)).digest()
+    hasher = hashlib.sha256()
+    for piece in _pieces(tag, fields):  # a field may have megabytes: it is not copied
+        hasher.update(piece)
+    return hasher.digest()
+
+
+def _pieces(tag: str, fields: Sequence[bytes]) -> Iterator[bytes]:
+    for part in (tag.encode(), *fields):
+        yield struct.pack(">Q", len(part))
+        yield part
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,21 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class SecureTerms:
+    """How updates are masked and added where a run aggregates securely; `minimum_cohort` is the manifest's own.
+
+    A coordinate saturates at its phase's bound and has `levels` steps from 0 to it, in words of `bits` bits.
+    """
+
+    threshold: str  # the rule: t follows from the cohort, nobody chooses it
+    max_colluders: int  # beside the coordinator; a node assumes its own number, and may refuse this one
+    epoch_attempts: int  # for which keys and shares are exchanged ahead
+    bits: int
+    levels: int
+    update_bounds: tuple[float, ...]  # one for each phase
+
+
+@dataclass(frozen=True)
 class Network:
     """What a node needs, beside the frozen base, to build the very network of a run; fields as in a configuration."""
 
@@ -105,6 +120,7 @@ class RunManifest:
     seed: int
     network: Network
     phases: tuple[Phase, ...]
+    secure: SecureTerms | None = None  # None: updates are sent in clear
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
@@ -121,6 +137,8 @@ class RunManifest:
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
             raise BadInput("manifest labels: expected a list of strings")
         table["labels"] = tuple(labels)
+        if table.get("secure") is not None:
+            table["secure"] = _secure_terms(table["secure"])
         table["network"] = _network(table.get("network"))
         manifest = _build(cls, table, "manifest")
         if manifest.version != VERSION:
@@ -233,6 +251,14 @@ def _table(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise BadInput(f"{where}: found {type(table).__name__}, expected a table")
     return table
+
+
+def _secure_terms(table: Any) -> SecureTerms:
+    """The terms as they stand in a manifest; BadInput names what is wrong."""
+    bounds = table.get("update_bounds") if isinstance(table, dict) else None
+    if not isinstance(bounds, list) or not all(_is(bound, "float") and bound > 0 for bound in bounds):
+        raise BadInput("manifest secure update_bounds: expected a list of finite numbers > 0")
+    return _build(SecureTerms, {**table, "update_bounds": tuple(map(float, bounds))}, "manifest secure")
 
 
 T = TypeVar("T")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import accountant_name
@@ -37,6 +39,43 @@ def privacy_statement(manifest: RunManifest, epsilon: float | None) -> list[str]
         "files are public.",
         "Not covered: who took part and when, how long training took, and how the hyperparameters were found.",
     ]
+
+
+def secure_statement(manifest: RunManifest) -> list[str]:
+    """What secure aggregation adds, and under which conditions; nothing where updates were sent in clear."""
+    terms = manifest.secure
+    if terms is None:
+        return []
+    return [
+        f"Updates were aggregated securely: the coordinator learnt sums of at least {manifest.minimum_cohort} "
+        f"institutions' updates and, as long as at most {terms.max_colluders} of them sided with it, no single "
+        "one. With n institutions in a round, t = ⌊2n/3⌋ + 1 of them had to stay to the end.",
+        "Secure aggregation is no differential privacy: a sum can say much about its parts. ε is what bounds that.",
+    ]
+
+
+def secure_summary(manifest: RunManifest, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How a run was aggregated, from what its rounds recorded; None where it was not securely."""
+    if manifest.secure is None:
+        return None
+    return {
+        "minimum_cohort": manifest.minimum_cohort,
+        "colluders": manifest.secure.max_colluders,
+        "threshold_rule": manifest.secure.threshold,
+        "cohort": [
+            min((r["cohort"] for r in rounds), default=0),
+            max((r["cohort"] for r in rounds), default=0),
+        ],
+        "threshold": [
+            min((r["threshold"] for r in rounds), default=0),
+            max((r["threshold"] for r in rounds), default=0),
+        ],
+        "smallest_sum": min((r["members"] for r in rounds), default=0),
+        "dropouts": sum(r["dropped"] for r in rounds),
+        "liars": sorted({name for r in rounds for name in r["liars"]}),
+        "rounds": len(rounds),
+        "bits": manifest.secure.bits,
+    }
 
 
 def shown_epsilon(epsilon: float) -> str:

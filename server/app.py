@@ -24,11 +24,16 @@ from flwr.serverapp import Grid
 from fedlora.common import wire
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.messages import RoundPlan, RunManifest, Update
+from fedlora.common.secagg.requests import INPUT, Request
 from fedlora.common.state import AdapterState
 from fedlora.server.rounds import CohortSum, Failure
 
 log = logging.getLogger(__name__)
 
+SECURE, DECLINED = "secure", "declined"  # kinds of envelopes: a stage's message, and a reason in UTF-8
+MAX_STAGE_BYTES = (
+    1 << 26
+)  # of a stage's answer beside its vector: a thousand peers' sealed shares of an epoch
 SHORTEST_POLL, LONGEST_POLL = 0.02, 0.5  # seconds between two looks at the grid
 
 
@@ -138,6 +143,48 @@ class GridCohort:
         for client, answer in _exchange(self._grid, MessageType.TRAIN, tasks, self._deadline, self._clock):
             size = state.spec.size
             yield answer if isinstance(answer, Failure) else _judge(client, answer, plan, size)
+
+
+class GridExchange:
+    """An `Exchange` of secure aggregation over a Flower Grid: opaque bytes each way, one deadline a stage.
+
+    What comes back is the institution's own signed message; whoever carried it is not asked who it is.
+    """
+
+    def __init__(
+        self, grid: Grid, nodes: Mapping[str, int], deadline: float, clock: Clock | None = None
+    ) -> None:
+        self._grid, self._nodes, self._deadline = grid, dict(nodes), deadline
+        self._clock = clock or Clock()
+
+    def ask(
+        self, stage: str, messages: Mapping[str, bytes], plan: RoundPlan, state: AdapterState
+    ) -> Iterator[tuple[str, bytes | Failure]]:
+        """Each name once, as the answers come in."""
+        tasks = []
+        vector = state.vector.astype("<f4", copy=False).tobytes() if stage == INPUT else b""
+        limit = MAX_STAGE_BYTES + 8 * state.spec.size
+        for name, message in messages.items():
+            if name in self._nodes:
+                request = Request(stage, name, plan, message, vector)
+                tasks.append((name, self._nodes[name], wire.envelope_record(SECURE, request.to_bytes())))
+            else:
+                yield name, Failure(name, "no node answers for it")
+        for name, answer in _exchange(self._grid, MessageType.TRAIN, tasks, self._deadline, self._clock):
+            yield name, answer if isinstance(answer, Failure) else _opened(name, answer, limit)
+
+
+def _opened(name: str, record: RecordDict, limit: int) -> bytes | Failure:
+    """The bytes of an answer, or why there are none: a node that declines says so in an envelope of its own."""
+    try:
+        kind, data = wire.read_envelope(record, limit)
+        if kind == DECLINED:
+            return Failure(name, wire.one_line(data.decode(errors="replace")), refused=True)
+        if kind != SECURE:
+            raise BadInput(f"envelope kind: found {kind}, expected {SECURE}")
+    except BadInput as error:
+        return Failure(name, "; ".join(error.faults))
+    return data
 
 
 def _offer(

@@ -50,6 +50,30 @@ def update_bound(manifest: RunManifest, phase: int, size: int) -> float:
     return recipe.steps * recipe.learning_rate * _gradient_bound(recipe, size) * growth
 
 
+def coordinate_bound(phase: Phase, mode: str) -> float:
+    """Where a coordinate of an update saturates under secure aggregation. Public.
+
+    Not the clip: a noised update is longer. A drawn sum of twice the expected units whose gradients all lie in this
+    one coordinate fits, and so do NOISE_TAIL deviations of its noise; what is beyond is cut off, not refused.
+    """
+    recipe = phase
+    if recipe.optimizer == "adamw":
+        return recipe.steps * ADAM_STEP * recipe.learning_rate
+    if recipe.optimizer != "sgd":
+        raise BadInput(f"manifest phase optimizer: found {recipe.optimizer!r}, expected sgd or adamw")
+    if mode == "none":
+        step = PLAIN_RMS
+    elif mode == "record":
+        groups = 2 if recipe.head_clip else 1
+        clip = math.hypot(recipe.clip, recipe.head_clip)
+        deviation = math.sqrt(groups) * recipe.noise_multiplier * clip / recipe.expected_units
+        step = 2 * clip + NOISE_TAIL * deviation
+    else:
+        raise BadInput(f"manifest mode: found {mode!r}, expected record or none")
+    growth = (1 + recipe.learning_rate * recipe.proximal_mu) ** recipe.steps
+    return recipe.steps * recipe.learning_rate * step * growth
+
+
 def _gradient_bound(phase: Phase, size: int) -> float:
     """The norm of one noised mean gradient. Two groups share the noise: each gets √2 of what one would."""
     groups = 2 if phase.head_clip else 1

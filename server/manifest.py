@@ -11,8 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedlora.common.config import Config
-from fedlora.common.messages import Network, Phase, RunManifest
+from fedlora.common.messages import Network, Phase, RunManifest, SecureTerms
 from fedlora.common.privacy import Mechanism, calibrate
+from fedlora.common.secagg.cohort import THRESHOLD_RULE
+from fedlora.common.secagg.ring import Encoding
+from fedlora.server.bound import coordinate_bound
+
+LEVELS = 1 << 22  # of a coordinate: as fine as float32 for a value at the bound; 511 institutions in 32 bits
 
 
 def make_manifest(
@@ -25,6 +30,8 @@ def make_manifest(
 ) -> RunManifest:
     """A new run of `config`. Calibration takes seconds and is cached in `cache`."""
     private = config.privacy.mode == "record"
+    phases = _calibrated(config, public_phases(config), cache) if private else public_phases(config)
+    secure = _secure_terms(config, phases) if config.aggregation.secure else None
     return RunManifest(
         federation="simulation",
         run=secrets.token_hex(16),
@@ -40,10 +47,25 @@ def make_manifest(
         delta=config.privacy.delta if private else 0.0,
         strategy=config.aggregation.strategy,
         participation=config.federation.participation,
-        minimum_cohort=1,
+        minimum_cohort=1 if secure is None else config.aggregation.minimum_cohort,
         seed=config.seed,
         network=Network.of(config.model, config.lora),
-        phases=_calibrated(config, public_phases(config), cache) if private else public_phases(config),
+        phases=phases,
+        secure=secure,
+    )
+
+
+def _secure_terms(config: Config, phases: tuple[Phase, ...]) -> SecureTerms:
+    """The ring that holds a sum of all institutions; BadInput where none does."""
+    bounds = tuple(coordinate_bound(phase, config.privacy.mode) for phase in phases)
+    ring = Encoding.fitting(1, max(bounds), LEVELS, config.federation.clients)
+    return SecureTerms(
+        threshold=THRESHOLD_RULE,
+        max_colluders=config.aggregation.max_colluders,
+        epoch_attempts=config.aggregation.epoch_rounds,
+        bits=ring.bits,
+        levels=ring.levels,
+        update_bounds=bounds,
     )
 
 

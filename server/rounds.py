@@ -47,6 +47,18 @@ class Failure:
     refused: bool = False
 
 
+@dataclass(frozen=True)
+class SecureRecord:
+    """How a round was aggregated securely; all of it public."""
+
+    cohort: int  # |U1|
+    members: int  # |U3|, the inputs in the sum
+    threshold: int
+    colluders: int  # assumed, beside the coordinator
+    dropped: int  # dealt shares and sent no input that counts
+    liars: tuple[str, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class CohortSum:
     """What an attempt brought in: `total` is the float64 (size,) sum of `replies` updates."""
@@ -57,6 +69,7 @@ class CohortSum:
     failures: tuple[Failure, ...]
     seconds: float
     examples: int | None = None  # only where a policy lets counts leave
+    secure: SecureRecord | None = None  # None: the coordinator saw every update
 
 
 class Cohort(Protocol):
@@ -95,6 +108,7 @@ class RoundRecord:
     replies: int
     failures: tuple[Failure, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    secure: SecureRecord | None = None
 
 
 Validate = Callable[[AdapterState, int], Mapping[str, float]]  # (released state, phase) -> metrics
@@ -246,6 +260,7 @@ def _record(
         replies=answer.replies,
         failures=answer.failures,
         metrics=metrics,
+        secure=answer.secure,
     )
 
 

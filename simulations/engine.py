@@ -18,7 +18,9 @@ from fedlora.common.messages import RoundPlan, RunManifest, Update
 from fedlora.common.randomness import OsRandom, Random, SeededRandom
 from fedlora.common.state import AdapterState
 from fedlora.server.rounds import CohortSum, Failure, participants
+from fedlora.server.secure_cohort import SecureCohort
 from fedlora.simulations.federation import Federation, client_name
+from fedlora.simulations.secure import Institutions
 
 
 class SequentialCohort:
@@ -61,6 +63,25 @@ class SequentialCohort:
         except (BadInput, Refused) as error:
             return Failure(client_name(client), str(error), refused=isinstance(error, Refused))
         return update
+
+
+def secure_cohort(
+    federation: Federation, manifest: RunManifest, ledger: Ledger | None, moments: MomentStore
+) -> SecureCohort:
+    """The same clients behind the state machines of secure aggregation: nobody adds updates in clear."""
+    numbers = {client_name(client): client for client in federation.clients}
+    institutions = Institutions(
+        list(numbers),
+        manifest,
+        federation.config,
+        lambda name: federation.trainer(numbers[name], manifest, ledger, moments),
+    )
+    identities = {name: peer.identity for name, peer in institutions.peers.items()}
+
+    def choose(plan: RoundPlan) -> list[str]:
+        return [client_name(client) for client in choose_clients(manifest, federation, plan)]
+
+    return SecureCohort(manifest, identities, institutions, choose)
 
 
 def choose_clients(manifest: RunManifest, federation: Federation, plan: RoundPlan) -> list[int]:

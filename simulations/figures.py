@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 
@@ -80,3 +81,18 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def cohorts(secure: Mapping[str, Any]) -> str:
+    """How a run was securely aggregated: everything that a reader needs to judge it."""
+    smallest, largest = secure["cohort"]
+    lowest, highest = secure["threshold"]
+    return (
+        f"{secure['rounds']} rounds of {_span(smallest, largest)} institutions with t = {_span(lowest, highest)}, "
+        f"at least {secure['minimum_cohort']} demanded, {secure['smallest_sum']} in the smallest sum, "
+        f"{secure['colluders']} assumed to collude, {secure['dropouts']} drop-outs after dealing"
+    )
+
+
+def _span(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"

@@ -37,6 +37,7 @@ TECHNICAL = (
     ("strategy", "Strategy", str),
     ("engine", "Engine", str),
     ("secure_aggregation", "Secure aggregation", figures.number),
+    ("secure", "Cohorts and drop-outs", figures.cohorts),
     ("seconds", "Time until the last round", figures.duration),
     ("examples_per_second", "Examples a second (by the public normaliser)", figures.number),
     ("client_rounds_per_second", "Client-rounds a second", figures.number),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -100,3 +102,237 @@ def server_states(
         x, m, v = ([float(np.float32(value)) for value in vector] for vector in (x, m, v))
         states.append(list(x))
     return states
+
+
+# --- secure aggregation: whole numbers and hashlib only; nothing of the implementation, nothing of `cryptography` ---
+
+P256, P25519 = 2**256 - 189, 2**255 - 19
+
+
+def framed_bytes(*parts: bytes) -> bytes:
+    """Tag and fields, each behind 8 bytes of length."""
+    return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+
+
+def framed_hash(tag: str, *parts: bytes) -> bytes:
+    return hashlib.sha256(framed_bytes(tag.encode(), *parts)).digest()
+
+
+def x25519(scalar: bytes, point: bytes = b"\x09" + bytes(31)) -> bytes:
+    """RFC 7748, section 5: the Montgomery ladder."""
+    k = int.from_bytes(scalar, "little") & ~7 & (1 << 255) - 1 | 1 << 254
+    u, p = int.from_bytes(point, "little") & (1 << 255) - 1, P25519
+    x2, z2, x3, z3, swap = 1, 0, u, 1, 0
+    for t in reversed(range(255)):
+        bit = k >> t & 1
+        if swap ^ bit:
+            x2, x3, z2, z3 = x3, x2, z3, z2
+        swap = bit
+        a, b, c, d = x2 + z2, x2 - z2, x3 + z3, x3 - z3
+        da, cb, aa, bb = d * a, c * b, a * a, b * b
+        x3, z3 = (da + cb) ** 2 % p, u * (da - cb) ** 2 % p
+        x2, z2 = aa * bb % p, (aa - bb) * (aa + 121665 * (aa - bb)) % p
+    if swap:
+        x2, z2 = x3, z3
+    return (x2 * pow(z2, p - 2, p) % p).to_bytes(32, "little")
+
+
+def hkdf_sha256(secret: bytes, salt: bytes, info: bytes) -> bytes:
+    """RFC 5869 with HMAC written out (RFC 2104), 32 bytes."""
+
+    def mac(key: bytes, text: bytes) -> bytes:
+        key = (hashlib.sha256(key).digest() if len(key) > 64 else key).ljust(64, b"\0")
+        inner = hashlib.sha256(bytes(k ^ 0x36 for k in key) + text).digest()
+        return hashlib.sha256(bytes(k ^ 0x5C for k in key) + inner).digest()
+
+    return mac(mac(salt, secret), info + b"\x01")
+
+
+def _times(a: int, b: int) -> int:
+    """A product in GF(2^8) of AES."""
+    result = 0
+    while b:
+        result ^= a if b & 1 else 0
+        a, b = (a << 1) ^ (0x11B if a & 0x80 else 0), b >> 1
+    return result
+
+
+def _sbox() -> list[int]:
+    inverse = [0] + [next(b for b in range(256) if _times(a, b) == 1) for a in range(1, 256)]
+    turned = [[(x << n | x >> (8 - n)) & 255 for n in range(5)] for x in inverse]
+    return [a ^ b ^ c ^ d ^ e ^ 0x63 for a, b, c, d, e in turned]
+
+
+SBOX = _sbox()
+
+
+def aes256(key: bytes, block: bytes) -> bytes:
+    """FIPS 197, one block."""
+    words, constant = [list(key[i : i + 4]) for i in range(0, 32, 4)], 1
+    for i in range(8, 60):
+        word = list(words[-1])
+        if i % 8 == 0:
+            word = [SBOX[b] for b in word[1:] + word[:1]]
+            word[0] ^= constant
+            constant = _times(constant, 2)
+        elif i % 8 == 4:
+            word = [SBOX[b] for b in word]
+        words.append([a ^ b for a, b in zip(word, words[-8], strict=True)])
+    keys = [[byte for word in words[4 * r : 4 * r + 4] for byte in word] for r in range(15)]
+    state = [a ^ b for a, b in zip(block, keys[0], strict=True)]
+    for number in range(1, 15):
+        state = [SBOX[state[(i + 4 * (i % 4)) % 16]] for i in range(16)]
+        if number < 14:
+            mixed = []
+            for c in range(0, 16, 4):
+                s = state[c : c + 4]
+                for r in range(4):
+                    mixed.append(
+                        _times(s[r], 2) ^ _times(s[(r + 1) % 4], 3) ^ s[(r + 2) % 4] ^ s[(r + 3) % 4]
+                    )
+            state = mixed
+        state = [a ^ b for a, b in zip(state, keys[number], strict=True)]
+    return bytes(state)
+
+
+def aes_ctr(key: bytes, length: int) -> bytes:
+    """The key stream from counter 0."""
+    blocks = (aes256(key, counter.to_bytes(16, "big")) for counter in range((length + 15) // 16))
+    return b"".join(blocks)[:length]
+
+
+def _chacha_block(key: bytes, counter: int) -> bytes:
+    def turn(s: list[int], a: int, b: int, c: int, d: int) -> None:
+        for x, y, z, bits in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
+            s[x] = (s[x] + s[y]) & 0xFFFFFFFF
+            s[z] ^= s[x]
+            s[z] = (s[z] << bits | s[z] >> (32 - bits)) & 0xFFFFFFFF
+
+    words = [int.from_bytes(b"expand 32-byte k"[i : i + 4], "little") for i in range(0, 16, 4)]
+    words += [int.from_bytes(key[i : i + 4], "little") for i in range(0, 32, 4)] + [counter, 0, 0, 0]
+    state = list(words)
+    for _ in range(10):
+        for column in range(4):
+            turn(state, column, column + 4, column + 8, column + 12)
+        for a, b, c, d in ((0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14)):
+            turn(state, a, b, c, d)
+    mixed = zip(state, words, strict=True)
+    return b"".join(((a + b) & 0xFFFFFFFF).to_bytes(4, "little") for a, b in mixed)
+
+
+def chacha20_poly1305(key: bytes, text: bytes, bound_to: bytes) -> bytes:
+    """RFC 8439 with nonce 0: ciphertext and tag."""
+    stream = b"".join(_chacha_block(key, 1 + i) for i in range((len(text) + 63) // 64))
+    cipher = bytes(a ^ b for a, b in zip(text, stream, strict=False))
+    one_time = _chacha_block(key, 0)[:32]
+    r = int.from_bytes(one_time[:16], "little") & 0x0FFFFFFC0FFFFFFC0FFFFFFC0FFFFFFF
+    padded = [part + bytes(-len(part) % 16) for part in (bound_to, cipher)]
+    data = b"".join(padded) + len(bound_to).to_bytes(8, "little") + len(cipher).to_bytes(8, "little")
+    total = 0
+    for i in range(0, len(data), 16):
+        total = (total + int.from_bytes(data[i : i + 16], "little") + (1 << 128)) * r % (2**130 - 5)
+    tag = (total + int.from_bytes(one_time[16:], "little")) & (1 << 128) - 1
+    return cipher + tag.to_bytes(16, "little")
+
+
+class CountedDraws:
+    """ "Random" bytes of a test: SHA-256 of a label and a counter."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.count = label, 0
+
+    def __call__(self, size: int) -> bytes:
+        self.count += 1
+        return hashlib.sha256(f"{self.label} {self.count}".encode()).digest()[:size]
+
+
+def merkle_root_of(leaves: list[bytes]) -> bytes:
+    """By recursion: the largest power of two below the count is the left side's, for leaves paired from the left."""
+    if len(leaves) == 1:
+        return leaves[0]
+    left = 1
+    while 2 * left < len(leaves):
+        left *= 2
+    tag = "fedlora-secagg-1 node"
+    return framed_hash(tag, merkle_root_of(leaves[:left]), merkle_root_of(leaves[left:]))
+
+
+def secure_round(case: dict[str, Any]) -> dict[str, Any]:
+    """One whole epoch of one attempt without drop-outs, from the inputs of a known-answer case."""
+    names, values = case["names"], case["values"]
+    n, bits = len(names), case["bits"]
+    t, one = 2 * n // 3 + 1, (1).to_bytes(8, "big")
+    federation, run = case["federation"].encode(), case["run"].encode()
+    tag = "fedlora-secagg-1 "
+    epoch = framed_hash(tag + "epoch", federation, run, one, one, one)
+    setup = framed_hash(tag + "setup", epoch, one)
+    context = framed_hash(tag + "input", setup, one, case["adapter"].encode(), case["base"].encode())
+    draws = {name: CountedDraws(name) for name in names}
+    c: dict[str, bytes] = {}
+    b: dict[str, bytes] = {}
+    s: dict[str, bytes] = {}
+    for name in names:
+        c[name], b[name], s[name] = (draws[name](32) for _ in range(3))
+    members = [
+        framed_bytes(b"member", name.encode(), bytes.fromhex(key), x25519(c[name]), x25519(s[name]))
+        for name, key in zip(names, case["identities"], strict=True)
+    ]
+    cohort = framed_hash(tag + "cohort", epoch, *members)
+    entries, sealed = [], {}
+    for name in names:
+        parts = {}
+        for kind, secret in (("b", b[name]), ("s", s[name])):
+            terms = [
+                int.from_bytes(each, "big") for each in [secret, *(draws[name](32) for _ in range(t - 1))]
+            ]
+            parts[kind] = [sum(a * x**i for i, a in enumerate(terms)) % P256 for x in range(1, n + 1)]
+        leaves = []
+        for place, other in enumerate(names):
+            mine = {kind: parts[kind][place].to_bytes(32, "big") for kind in "bs"}
+            label = (cohort, name.encode(), other.encode(), one)
+            hashes = [framed_hash(tag + "share", *label, kind.encode(), mine[kind]) for kind in "bs"]
+            leaves.append(framed_hash(tag + "leaf", b"".join(hashes)))
+            if other != name:
+                secret = x25519(c[name], x25519(c[other]))
+                info = framed_bytes(b"share", name.encode(), other.encode())
+                key = hkdf_sha256(secret, framed_bytes(b"salt", cohort), info)
+                bound = framed_bytes((tag + "sealed").encode(), cohort, name.encode(), other.encode())
+                sealed[f"{name} to {other}"] = chacha20_poly1305(key, mine["b"] + mine["s"], bound).hex()
+        seeds = framed_hash(tag + "seed", cohort, name.encode(), one, b[name])
+        entries.append(framed_bytes(b"dealer", name.encode(), merkle_root_of(leaves), seeds))
+    dealers = framed_hash(tag + "dealers", cohort, *entries)
+    survivors = framed_hash(tag + "survivors", context, dealers, *(name.encode() for name in names))
+    vectors = {}
+    weights = aes_ctr(framed_hash(tag + "check", context), 8 * len(values[0]))
+    size, width = len(values[0]), bits // 8
+    for index, name in enumerate(names):
+        linear = sum(
+            int.from_bytes(weights[8 * k : 8 * k + 8], "little") * value
+            for k, value in enumerate(values[index])
+        )
+        words = [*values[index], 1, linear]
+        salts = framed_bytes(b"salt", context, dealers), framed_bytes(b"salt", context, cohort, dealers)
+        masks = [(1, hkdf_sha256(b[name], salts[0], b"seed"))]
+        for other in names:
+            if other != name:
+                low, high = sorted((name, other))
+                info = framed_bytes(b"mask", low.encode(), high.encode())
+                secret = x25519(s[name], x25519(s[other]))
+                masks.append((1 if name < other else -1, hkdf_sha256(secret, salts[1], info)))
+        for sign, key in masks:
+            stream = aes_ctr(key, size * width + 16)
+            for k in range(size + 2):
+                at, step = (k * width, width) if k < size else (size * width + 8 * (k - size), 8)
+                words[k] += sign * int.from_bytes(stream[at : at + step], "little")
+        body = b"".join((word % (1 << bits)).to_bytes(width, "little") for word in words[:size])
+        tail = b"".join((word % (1 << 64)).to_bytes(8, "little") for word in words[size:])
+        vectors[name] = (body + tail).hex()
+    return {
+        "context": context.hex(),
+        "cohort": cohort.hex(),
+        "dealers": dealers.hex(),
+        "survivors": survivors.hex(),
+        "sealed": sealed,
+        "vectors": vectors,
+        "sum": [sum(column) for column in zip(*values, strict=True)],
+    }

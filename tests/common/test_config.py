@@ -91,13 +91,13 @@ BAD = {
         ],
     ),
     "cfg-several-faults": (
-        'seed = -1\n[lora]\nrank = 0\n[privacy]\nmod = "none"\nclip = -1.0\n[aggregation]\nsecure = true',
+        'seed = -1\n[lora]\nrank = 0\n[privacy]\nmod = "none"\nclip = -1.0\n[federation]\nclients = 4\n[aggregation]\nsecure = true',
         [
             "run.toml seed = -1: expected an integer >= 0 and <= 9223372036854775807",
             "run.toml [lora] rank = 0: expected an integer >= 1 and <= 1024",
             'run.toml [privacy] mod: unknown key; did you mean "mode"?',
             "run.toml [privacy] clip = -1.0: expected a finite number > 0 and <= 1e+06",
-            "run.toml [aggregation] secure = true: not built yet; expected false",
+            "run.toml [aggregation] minimum_cohort = 5: expected at most the 4 institutions of a round",
         ],
     ),
     "cfg-items": (
@@ -230,7 +230,17 @@ def test_the_contract_of_design() -> None:
     """Names and defaults that users write down."""
     assert parse_config("") == Config()
     config = Config()
-    assert SECTIONS == ["model", "lora", "data", "federation", "training", "privacy", "aggregation", "server"]
+    assert SECTIONS == [
+        "model",
+        "lora",
+        "data",
+        "federation",
+        "training",
+        "privacy",
+        "aggregation",
+        "server",
+        "faults",
+    ]
     assert (config.seed, config.model.base, config.model.max_length) == (7, "minilm", 64)
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16.0, ("query", "value"))
     assert (config.data.validation, config.data.text, config.data.label) == (0.03, "text", "label")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.identity import Identity, PublicIdentity, Signed, framed
+from fedlora.common.identity import Identity, PublicIdentity, Signed, digest, framed
 
 FIELDS = st.lists(st.binary(max_size=12), max_size=4)
 
@@ -21,6 +22,7 @@ def test_different_fields_never_frame_to_the_same_bytes(
 ) -> None:
     same = framed(tag, *fields) == framed(other, *others)
     assert same == ((tag, fields) == (other, others))
+    assert digest(tag, *fields) == hashlib.sha256(framed(tag, *fields)).digest()
 
 
 def test_a_signature_counts_for_its_tag_fields_and_key_only() -> None:

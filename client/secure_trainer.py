@@ -1,0 +1,77 @@
+"""A trainer whose updates leave under masks: answers one stage at a time, and trains between the checks.
+
+    offer, deal     an epoch's keys and shares                          (client.secagg)
+    input           accept U2; may this attempt be masked at all?  Only then policy, ledger and training
+                    (client.trainer); encode, mask, keep, answer
+    confirm, open   U3, and one share of each
+
+An input that was made before is answered by the same bytes, whatever else happened since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from fedlora.client.secagg import SecureNode
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.messages import RoundPlan, RunManifest, Update
+from fedlora.common.secagg import cohort, requests
+from fedlora.common.state import AdapterState
+
+
+class Trains(Protocol):
+    """What is needed of a `Trainer`."""
+
+    def train(self, plan: RoundPlan, state: AdapterState) -> Update:
+        """One attempt at one round."""
+
+
+class SecureTrainer:
+    """One institution in one run. Refused where the manifest's terms are not what its own policy takes."""
+
+    def __init__(self, node: SecureNode, manifest: RunManifest) -> None:
+        if manifest.secure is None:
+            raise Refused("manifest secure: found none, expected the terms of secure aggregation")
+        if manifest.secure.threshold != cohort.THRESHOLD_RULE:
+            raise Refused(
+                f"manifest secure threshold: found {manifest.secure.threshold!r}, "
+                f"expected {cohort.THRESHOLD_RULE!r}"
+            )
+        for phase in range(len(manifest.phases)):
+            requests.encoding_of(manifest.secure, phase, 1)
+        self._node, self._manifest, self._terms = node, manifest, manifest.secure
+
+    def answer(
+        self, stage: str, message: bytes, plan: RoundPlan, state: AdapterState, trainer: Callable[[], Trains]
+    ) -> bytes:
+        """The answer to one stage; BadInput or Refused with the reason. `trainer` is made when all checks hold."""
+        node = self._node
+        if stage == requests.OFFER:
+            return node.offer(requests.epoch_from_bytes(message))
+        if stage == requests.DEAL:
+            return node.deal(message)
+        if stage == requests.CONFIRM:
+            return node.confirm(plan.attempt, message)
+        if stage == requests.OPEN:
+            return node.open(plan.attempt, message)
+        if stage != requests.INPUT:
+            raise BadInput(f"stage: found {stage!r}, expected one of {', '.join(requests.STAGES)}")
+        return self._input(message, plan, state, trainer)
+
+    def _input(
+        self, delivery: bytes, plan: RoundPlan, state: AdapterState, trainer: Callable[[], Trains]
+    ) -> bytes:
+        sent = self._node.sent(plan.round, plan.attempt)
+        if sent is not None:
+            return sent
+        if delivery and not self._node.accepted:
+            self._node.accept(delivery)
+        slot = requests.slot_of(plan, self._manifest.base_digest)
+        encoding = requests.encoding_of(self._terms, plan.phase, state.spec.size)
+        self._node.check(slot, encoding)
+        if state.digest != plan.adapter:
+            raise BadInput(f"plan adapter: found {state.digest}, expected {plan.adapter}")
+        update = trainer().train(plan, state)
+        update.check(plan, state.spec.size)
+        return self._node.mask(slot, encoding, encoding.encode(update.delta))

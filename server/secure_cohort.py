@@ -1,0 +1,216 @@
+"""A `Cohort` that learns sums only: the round loop's seam over `server.secagg`.
+
+    an epoch      offer -> deal                               when the last one is used up, or a round was lost
+    an attempt    input -> confirm -> open                    the three exchanges of a steady round
+
+An `Exchange` carries bytes to institutions and back: in one process, through Flower's grid, or between machines.
+Whoever does not answer, or answers what does not count, is a drop-out of that stage.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fedlora.common.errors import BadInput, QuorumLost, Refused
+from fedlora.common.identity import PublicIdentity
+from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms, Update
+from fedlora.common.secagg import requests
+from fedlora.common.secagg.requests import CONFIRM, DEAL, INPUT, OFFER, OPEN
+from fedlora.common.secagg.wire import Epoch
+from fedlora.common.state import AdapterState
+from fedlora.server.bound import update_bound
+from fedlora.server.rounds import CohortSum, Failure, SecureRecord
+from fedlora.server.secagg import Listed, SecureSum, ServerAttempt, ServerEpoch
+
+log = logging.getLogger(__name__)
+
+
+class Exchange(Protocol):
+    """Whoever carries one request to each institution and brings its answer, or why there is none."""
+
+    def ask(
+        self, stage: str, messages: Mapping[str, bytes], plan: RoundPlan, state: AdapterState
+    ) -> Iterator[tuple[str, bytes | Failure]]:
+        """Each name once, as the answers come in. The stage `input` carries plan and state beside the bytes."""
+
+
+@dataclass(eq=False)
+class _EpochInUse:
+    """An epoch whose U2 is fixed, and to whom it still has to be delivered."""
+
+    listed: Listed
+    deliver: Callable[[str], bytes]
+    undelivered: set[str]
+
+
+class SecureCohort:
+    """Asks `choose(plan)` and gives the sum of their updates; single updates it can't give."""
+
+    def __init__(
+        self,
+        manifest: RunManifest,
+        identities: Mapping[str, PublicIdentity],
+        exchange: Exchange,
+        choose: Callable[[RoundPlan], Sequence[str]],
+    ) -> None:
+        if manifest.secure is None:
+            raise BadInput("manifest secure: found none, expected the terms of secure aggregation")
+        self._manifest, self._terms = manifest, manifest.secure
+        self._identities, self._exchange, self._choose = dict(identities), exchange, choose
+        self._last_epoch = 0
+        self._epoch: _EpochInUse | None = None
+        self._seen_keys: set[bytes] = set()
+        self._liars: set[str] = set()  # proven by their signatures: left out of later epochs
+
+    def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
+        """The sum of one attempt; without replies where too few stayed, and then nothing was unmasked."""
+        started = time.monotonic()
+        asked, failures = list(self._choose(plan)), _Failures()
+        total, record, replies = np.zeros(state.spec.size, dtype=np.float64), None, 0
+        if asked:
+            try:
+                epoch = self._epoch_for(plan, state, asked, failures)
+                result = self._attempt(epoch, plan, state, failures)
+                total = self._decoded(result, plan, state.spec.size)
+                replies = len(result.members)
+                record = SecureRecord(
+                    result.cohort,
+                    replies,
+                    result.threshold,
+                    self._terms.max_colluders,
+                    len(result.dropped),
+                    result.liars,
+                )
+            except (QuorumLost, BadInput) as error:
+                self._epoch = None  # whoever is left meets in a new one
+                failures.add(Failure("cohort", str(error)), counts=False)
+        seconds = time.monotonic() - started
+        return CohortSum(total, replies, len(asked), failures.found(), seconds, None, record)
+
+    def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
+        """Refused: a strategy that needs each update and secure aggregation exclude each other."""
+        raise Refused(
+            "secure aggregation: found a strategy that needs every update in clear, expected one of sums"
+        )
+
+    def _epoch_for(
+        self, plan: RoundPlan, state: AdapterState, asked: Sequence[str], failures: _Failures
+    ) -> _EpochInUse:
+        """The epoch that this attempt belongs to; a new one where there is none."""
+        if self._epoch is not None and plan.attempt in self._epoch.listed.epoch.attempts:
+            return self._epoch
+        # Wall time: above every number that an earlier process used, as a node's memory may outlive this one.
+        self._last_epoch = max(self._last_epoch + 1, int(time.time() * 1000))
+        manifest = self._manifest
+        last = sum(phase.attempts for phase in manifest.phases)
+        count = max(1, min(self._terms.epoch_attempts, last - plan.attempt + 1))
+        epoch = Epoch(manifest.federation, manifest.digest, self._last_epoch, plan.attempt, count)
+        server = ServerEpoch(epoch, self._identities, manifest.minimum_cohort, self._seen_keys)
+        request = requests.epoch_to_bytes(epoch)
+        for liar in sorted(self._liars & set(asked)):
+            failures.add(Failure(liar, "left out: it signed a lie in an earlier attempt of this run"))
+        others = [name for name in asked if name not in self._liars]
+        here = self._collect(OFFER, dict.fromkeys(others, request), plan, state, server.add_offer, failures)
+        members = server.close_offers()
+        self._collect(DEAL, dict.fromkeys(here, members), plan, state, server.add_deal, failures)
+        listed = server.close_deals()
+        self._epoch = _EpochInUse(listed, server.delivery, set(listed.deals))
+        return self._epoch
+
+    def _attempt(
+        self, epoch: _EpochInUse, plan: RoundPlan, state: AdapterState, failures: _Failures
+    ) -> SecureSum:
+        """Stages 3 to 6, over all of U2: who drops out of one attempt may be back in the next."""
+        slot = requests.slot_of(plan, self._manifest.base_digest)
+        encoding = requests.encoding_of(self._terms, plan.phase, state.spec.size)
+        server = ServerAttempt(epoch.listed, slot, encoding)
+        messages = {
+            name: epoch.deliver(name) if name in epoch.undelivered else b"" for name in epoch.listed.deals
+        }
+
+        def add_input(data: bytes) -> str:
+            name = server.add_input(data)
+            epoch.undelivered.discard(name)
+            return name
+
+        here = self._collect(INPUT, messages, plan, state, add_input, failures)
+        survivors = server.close_inputs()
+        here = self._collect(
+            CONFIRM, dict.fromkeys(here, survivors), plan, state, server.add_confirmation, failures
+        )
+        agreement = server.agreement()
+        self._collect(OPEN, dict.fromkeys(here, agreement), plan, state, server.add_opening, failures)
+        try:
+            return server.result()
+        finally:
+            for liar in server.liars:
+                log.warning(
+                    "round %d: %s dealt or opened a share that is not what was signed", plan.round, liar
+                )
+                self._liars.add(liar)
+
+    def _collect(
+        self,
+        stage: str,
+        messages: Mapping[str, bytes],
+        plan: RoundPlan,
+        state: AdapterState,
+        take: Callable[[bytes], str],
+        failures: _Failures,
+    ) -> list[str]:
+        """Ask, check and take each answer; who counted, in the order of the answers."""
+        counted = []
+        for name, answer in self._exchange.ask(stage, messages, plan, state):
+            if isinstance(answer, Failure):
+                failures.add(answer)
+                continue
+            try:
+                signer = take(answer)
+            except (BadInput, Refused) as error:
+                failures.add(Failure(name, f"{stage}: {error}"))
+                continue
+            if signer != name:
+                log.warning("%s: %s carried what %s had signed", stage, name, signer)
+            counted.append(signer)
+        return counted
+
+    def _decoded(
+        self, result: SecureSum, plan: RoundPlan, size: int
+    ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """The sum in the adapter's units; BadInput where its mean is longer than any honest update."""
+        total = requests.encoding_of(self._terms, plan.phase, size).decode(result.levels)
+        bound = update_bound(self._manifest, plan.phase, size)
+        norm = float(np.linalg.norm(total)) / len(result.members)
+        if not norm <= bound * (1 + 1e-6):
+            raise BadInput(f"sum: found a mean update of norm {norm:.4g}, expected at most {bound:.4g}")
+        return total
+
+
+class _Failures:
+    """The first failure of each institution in an attempt."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Failure] = {}
+        self._others: list[Failure] = []
+
+    def add(self, failure: Failure, counts: bool = True) -> None:
+        if counts:
+            self._by_name.setdefault(failure.client, failure)
+        else:
+            self._others.append(failure)
+
+    def found(self) -> tuple[Failure, ...]:
+        """Refusals alone where nothing else is in the way: then the round loop ends with a refusal."""
+        first = list(self._by_name.values())
+        if first and all(failure.refused for failure in first):
+            return tuple(first)
+        return (*self._others, *first)
+
+
+__all__ = ["Exchange", "SecureCohort", "SecureTerms"]

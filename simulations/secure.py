@@ -1,0 +1,146 @@
+"""Secure aggregation in one process: the real state machines, the real bytes, and accidents by configuration.
+
+Every institution is a `SecureTrainer` of its own with its own identity, roster and secrets; the coordinator is the
+`SecureCohort` of the deployment. `[faults]` makes institutions drop out at a stage, or the coordinator attack: then
+the nodes refuse, and the round is lost instead of a secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from fedlora.client.secagg import SecureNode
+from fedlora.client.secure_outbox import MemoryOutbox
+from fedlora.client.secure_trainer import SecureTrainer, Trains
+from fedlora.common.config import Config, FaultsConfig
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.identity import Identity
+from fedlora.common.messages import RoundPlan, RunManifest
+from fedlora.common.randomness import OsRandom, Random, bernoulli
+from fedlora.common.secagg import requests, shamir, wire
+from fedlora.common.secagg.cohort import CohortPolicy, Peer
+from fedlora.common.state import AdapterState
+from fedlora.server.rounds import Failure
+
+TrainerOf = Callable[[str], Trains]
+
+
+class Institutions:
+    """An `Exchange` whose institutions live in this process. Each is made when it is first asked."""
+
+    def __init__(
+        self, names: list[str], manifest: RunManifest, config: Config, trainer_of: TrainerOf
+    ) -> None:
+        self._manifest, self._aggregation, self._faults = manifest, config.aggregation, config.faults
+        self._trainer_of = trainer_of
+        self._identities = {name: Identity.generate() for name in names}
+        self._peers = {name: Peer(name, name, key.public) for name, key in self._identities.items()}
+        self._nodes: dict[str, SecureTrainer] = {}
+        self._source: Random = OsRandom()
+        self.masked_vectors = 0
+
+    @property
+    def peers(self) -> Mapping[str, Peer]:
+        """The roster that every operator approved."""
+        return self._peers
+
+    def ask(
+        self, stage: str, messages: Mapping[str, bytes], plan: RoundPlan, state: AdapterState
+    ) -> Iterator[tuple[str, bytes | Failure]]:
+        """One institution after the other, in the order of their names."""
+        tampered = _attacked(self._faults.attack, stage, messages)
+        gone = self._drop_outs(stage, len(messages))
+        for (name, message), is_gone in zip(sorted(tampered.items()), gone, strict=True):
+            yield (
+                name,
+                (
+                    Failure(name, f"dropped out before {stage}")
+                    if is_gone
+                    else self._answer(name, stage, message, plan, state)
+                ),
+            )
+
+    def _answer(
+        self, name: str, stage: str, message: bytes, plan: RoundPlan, state: AdapterState
+    ) -> bytes | Failure:
+        try:
+            answer = self._node(name).answer(stage, message, plan, state, lambda: self._trainer_of(name))
+        except (BadInput, Refused) as error:
+            return Failure(name, f"{stage}: {error}", refused=isinstance(error, Refused))
+        self.masked_vectors += stage == requests.INPUT
+        if stage == requests.OPEN and self._faults.attack == "corrupt-share" and name == min(self._peers):
+            return _corrupted(answer)
+        return answer
+
+    def _node(self, name: str) -> SecureTrainer:
+        if name not in self._nodes:
+            settings = self._aggregation
+            policy = CohortPolicy(name, self._peers, settings.minimum_cohort, settings.max_colluders)
+            node = SecureNode(
+                self._identities[name],
+                policy,
+                self._manifest.federation,
+                self._manifest.digest,
+                MemoryOutbox(),
+                noised=self._manifest.mode != "none",
+            )
+            self._nodes[name] = SecureTrainer(node, self._manifest)
+        return self._nodes[name]
+
+    def _drop_outs(self, stage: str, count: int) -> list[bool]:
+        rate = _rates(self._faults)[stage]
+        return [bool(each) for each in bernoulli(self._source, count, rate)]
+
+
+def _rates(faults: FaultsConfig) -> dict[str, float]:
+    return {
+        requests.OFFER: faults.keys,
+        requests.DEAL: faults.shares,
+        requests.INPUT: faults.input,
+        requests.CONFIRM: faults.confirm,
+        requests.OPEN: faults.open,
+    }
+
+
+def _attacked(attack: str, stage: str, messages: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What a hostile coordinator sends instead."""
+    if attack == "sybil" and stage == requests.DEAL:
+        return {name: _with_sybil(message) for name, message in messages.items()}
+    if attack == "small-u2" and stage == requests.INPUT:
+        return {name: _alone(name, message) for name, message in messages.items()}
+    if attack == "two-lists" and stage == requests.CONFIRM:
+        return {
+            name: _without_first(message) if place % 2 else message
+            for place, (name, message) in enumerate(sorted(messages.items()))
+        }
+    return dict(messages)
+
+
+def _with_sybil(members: bytes) -> bytes:
+    offers = list(wire.cohort_from_bytes(members))
+    stranger = Identity.generate()
+    sybil = replace(offers[-1], name=offers[-1].name + "~")
+    sybil = replace(sybil, signature=stranger.sign(wire.KEYS, *sybil.signed()))
+    return wire.cohort_to_bytes([offer.to_bytes() for offer in [*offers, sybil]])
+
+
+def _alone(name: str, delivery: bytes) -> bytes:
+    if not delivery:
+        return delivery
+    whole = wire.Delivery.from_bytes(delivery)
+    kept = [place for place, dealer in enumerate(whole.dealers) if dealer.name == name]
+    dealers, sealed, paths = (
+        tuple(part[place] for place in kept) for part in (whole.dealers, whole.sealed, whole.paths)
+    )
+    return wire.Delivery(dealers, sealed, paths).to_bytes()  # type: ignore[arg-type]
+
+
+def _without_first(survivors: bytes) -> bytes:
+    return wire.survivors_to_bytes(wire.survivors_from_bytes(survivors)[1:])
+
+
+def _corrupted(opening: bytes) -> bytes:
+    """Another share than the dealt one, on its way: the node's signature no longer fits."""
+    message = wire.Opening.from_bytes(opening)
+    return replace(message, shares=shamir.to_bytes(1) + message.shares[shamir.BYTES :]).to_bytes()

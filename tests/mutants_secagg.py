@@ -1,0 +1,261 @@
+"""Mutants of the checks that secure aggregation stands on: a check removed, a comparison turned, a set widened.
+
+    python -m tests.mutants_secagg
+
+Each mutant is made in a copy of the sources; the tests must fail on it. The unchanged copy must pass them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = (
+    "tests/client/test_secagg.py",
+    "tests/client/test_secure_trainer.py",
+    "tests/server/test_secagg.py",
+    "tests/client/test_secagg_machine.py",
+)
+COPIED = ("client", "common", "server", "tests", ".typing", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In `file`, `found` (which occurs once) becomes `put`."""
+
+    name: str
+    file: str
+    found: str
+    put: str
+
+
+COHORT, NODE, SERVER = "common/secagg/cohort.py", "client/secagg.py", "server/secagg.py"
+TRAINER = "client/secure_trainer.py"
+MUTANTS = (
+    Mutant("a stranger counts", COHORT, "if name not in self.peers:", "if False:"),
+    Mutant("a revoked member counts", COHORT, "if name in self.revoked:", "if False:"),
+    Mutant("cohorts of two", COHORT, "SMALLEST_COHORT = 3", "SMALLEST_COHORT = 2"),
+    Mutant(
+        "one organisation twice", COHORT, "if len(set(organisations)) != len(organisations):", "if False:"
+    ),
+    Mutant(
+        "one identity twice", COHORT, "if len({peer.identity for peer in peers}) != len(peers):", "if False:"
+    ),
+    Mutant("no minimum cohort", COHORT, "if len(offers) < policy.minimum_cohort:", "if False:"),
+    Mutant(
+        "one below the minimum cohort",
+        COHORT,
+        "if len(offers) < policy.minimum_cohort:",
+        "if len(offers) < policy.minimum_cohort - 1:",
+    ),
+    Mutant(
+        "two quorums may be of colluders",
+        COHORT,
+        "if 2 * t - members <= colluders:",
+        "if 2 * t - members < colluders:",
+    ),
+    Mutant("no bound on colluders", COHORT, "    check_colluders(len(offers), policy.max_colluders)\n", ""),
+    Mutant("a sum of one honest input", COHORT, "if t - colluders < 2:", "if t - colluders < 1:"),
+    Mutant("a majority is enough", COHORT, "return 2 * members // 3 + 1", "return members // 2 + 1"),
+    Mutant("t by the ceiling", COHORT, "return 2 * members // 3 + 1", "return -(-2 * members // 3)"),
+    Mutant("keys of any epoch", COHORT, "if offer.epoch != epoch.digest:", "if False:"),
+    Mutant("keys unsigned", COHORT, "    identity.verify(offer.signature, wire.KEYS, *offer.signed())\n", ""),
+    Mutant("any public key", COHORT, "        keys.check_public(public, where)\n", "        pass\n"),
+    Mutant("a key may occur twice", COHORT, "if len(set(public)) != len(public):", "if False:"),
+    Mutant(
+        "only share keys are distinct",
+        COHORT,
+        "for key in (offer.share_key, *offer.mask_keys)]",
+        "for key in (offer.share_key,)]",
+    ),
+    Mutant("somebody else's entry for me", COHORT, "if own not in offers:", "if False:"),
+    Mutant("somebody else's deal for me", COHORT, "    if own not in dealers:", "    if False:"),
+    Mutant(
+        "dealers unsigned",
+        COHORT,
+        "policy.member(dealer.name).identity.verify(dealer.signature, wire.SHARES, *dealer.signed(cohort))",
+        "policy.member(dealer.name)",
+    ),
+    Mutant("U2 or U3 with strangers", COHORT, "    if strangers:\n", "    if False:\n"),
+    Mutant("U2 or U3 without me", COHORT, "if policy.me not in names:", "if False:"),
+    Mutant("U2 or U3 below t", COHORT, "    if len(names) < needed:", "    if False:"),
+    Mutant(
+        "U3 below the minimum cohort",
+        COHORT,
+        "needed = max(threshold(members), policy.minimum_cohort)",
+        "needed = threshold(members)",
+    ),
+    Mutant(
+        "U3 below t",
+        COHORT,
+        "needed = max(threshold(members), policy.minimum_cohort)",
+        "needed = policy.minimum_cohort",
+    ),
+    Mutant("a list in any order, or one twice", COHORT, "if list(names) != sorted(set(names)):", "if False:"),
+    Mutant("a signer counts twice", COHORT, "    if len(set(names)) != len(names):\n", "    if False:\n"),
+    Mutant("signers outside U3", COHORT, "if not set(names) <= set(survivors):", "if False:"),
+    Mutant("any number of signers", COHORT, "if len(names) < threshold(members):", "if False:"),
+    Mutant(
+        "signatures over anything",
+        COHORT,
+        "policy.member(each.name).identity.verify(each.signature, wire.CONFIRM, *signed)",
+        "policy.member(each.name)",
+    ),
+    Mutant(
+        "another federation or run",
+        NODE,
+        "if (epoch.federation, epoch.run) != (self._federation, self._run):",
+        "if False:",
+    ),
+    Mutant(
+        "an epoch again", NODE, "if epoch.number <= self._last_epoch:", "if epoch.number < self._last_epoch:"
+    ),
+    Mutant("an attempt again in a new epoch", NODE, "if epoch.first <= self._last_attempt:", "if False:"),
+    Mutant(
+        "restart forgets attempts", NODE, "max((attempt for _, attempt in outbox.used()), default=0)", "0"
+    ),
+    Mutant("a second U1", NODE, "        if state.cohort:\n", "        if False:\n"),
+    Mutant("keys of earlier epochs", NODE, "if public & self._seen_keys:", "if False:"),
+    Mutant(
+        "a second U2",
+        NODE,
+        "if not state.cohort or state.own is None or state.dealers:",
+        "if not state.cohort or state.own is None:",
+    ),
+    Mutant("an attempt twice", NODE, " or slot.attempt <= self._last_attempt:", ":"),
+    Mutant("a round twice without noise", NODE, "if not self._noised and any(", "if False and any("),
+    Mutant("a second U3", NODE, "        if attempt.signed:\n", "        if False:\n"),
+    Mutant(
+        "unmask without a confirmed list", NODE, "        if not attempt.signed:\n", "        if False:\n"
+    ),
+    Mutant("secrets stay after opening", NODE, "        del state.attempts[attempt_number]\n", ""),
+    Mutant(
+        "secrets of earlier attempts stay",
+        NODE,
+        "            del state.attempts[earlier]\n",
+        "            pass\n",
+    ),
+    Mutant("s of survivors too", NODE, "[0 if name in attempt.survivors else 1]", "[1]"),
+    Mutant("b of the dead", NODE, "[0 if name in attempt.survivors else 1]", "[0]"),
+    Mutant(
+        "the agreement is not looked at",
+        NODE,
+        "        cohort.check_agreement(\n            self._policy, confirmations, attempt.survivors, len(state.members), attempt.signed\n        )\n",
+        "",
+    ),
+    Mutant(
+        "no mask of one's own",
+        NODE,
+        "        masked.apply_mask(masks.seed_mask(attempt.seed, context, state.dealers), positive=True)\n",
+        "",
+    ),
+    Mutant(
+        "sealed shares are taken as they come",
+        NODE,
+        "            commit.check_path(dealer.root, commit.leaf(hashes), place, len(state.members), path, where)\n",
+        "",
+    ),
+    Mutant(
+        "a revocation waits for the next epoch",
+        NODE,
+        "if self._state is not None and name in self._state.names:",
+        "if False:",
+    ),
+    Mutant("training before the checks", TRAINER, "        self._node.check(slot, encoding)\n", ""),
+    Mutant(
+        "any threshold rule", TRAINER, "if manifest.secure.threshold != cohort.THRESHOLD_RULE:", "if False:"
+    ),
+    Mutant("an attempt is trained again", TRAINER, "        if sent is not None:\n", "        if False:\n"),
+    Mutant("no range check at the node", NODE, "        encoding.check(len(state.members))\n", ""),
+    Mutant(
+        "late inputs",
+        SERVER,
+        '        if self._survivors:\n            raise Refused(f"{where}: found it',
+        '        if False:\n            raise Refused(f"{where}: found it',
+    ),
+    Mutant("an input twice", SERVER, " or message.name in self._inputs:", ":"),
+    Mutant(
+        "inputs unsigned",
+        SERVER,
+        "        self._listed.identities[message.name].verify(message.signature, wire.INPUT, *message.signed())\n",
+        "",
+    ),
+    Mutant("a liar's share", SERVER, "        if wrong:\n", "        if False:\n"),
+    Mutant(
+        "a rebuilt seed is believed",
+        SERVER,
+        "if commit.seed_hash(self._listed.cohort, name, attempt, seed) != expected:",
+        "if False:",
+    ),
+    Mutant("unmask with fewer shares", SERVER, "if len(shares) < t:", "if len(shares) < t - 1:"),
+)
+
+
+def copy_to(folder: Path) -> None:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(
+                source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        else:
+            shutil.copy(source, folder / name)
+
+
+def fails(folder: Path) -> bool:
+    """Whether a test fails on the sources in `folder`."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not chaos",
+    ]
+    paths = {"PYTHONPATH": f"{folder / '.typing'}{os.pathsep}{folder}", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [*command, *TESTS], cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True
+    )
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stdout + done.stderr)
+    return done.returncode == 1
+
+
+def survivors() -> list[str]:
+    """The mutants that no test sees."""
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        copy_to(folder)
+        if fails(folder):
+            raise RuntimeError("the tests fail on the unchanged sources")
+        alive = []
+        for mutant in MUTANTS:
+            path = folder / mutant.file
+            text = path.read_text()
+            if text.count(mutant.found) != 1:
+                raise RuntimeError(
+                    f"{mutant.name}: found its text {text.count(mutant.found)} times, expected once"
+                )
+            path.write_text(text.replace(mutant.found, mutant.put))
+            killed = fails(folder)
+            path.write_text(text)
+            print(f"{'killed ' if killed else 'ALIVE  '} {mutant.name}", flush=True)
+            if not killed:
+                alive.append(mutant.name)
+    return alive
+
+
+if __name__ == "__main__":
+    left = survivors()
+    print(f"{len(MUTANTS) - len(left)} of {len(MUTANTS)} mutants killed")
+    sys.exit(bool(left))

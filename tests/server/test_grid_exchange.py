@@ -1,0 +1,170 @@
+"""Secure aggregation through a Flower grid: opaque envelopes, late and lying carriers, and the plain sum at the end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora.client.secagg import SecureNode
+from fedlora.client.secure_outbox import MemoryOutbox
+from fedlora.client.secure_trainer import SecureTrainer
+from fedlora.common import wire
+from fedlora.common.errors import FedloraError
+from fedlora.common.messages import RoundPlan, SecureTerms, Update
+from fedlora.common.secagg.cohort import CohortPolicy, survivors_digest
+from fedlora.common.secagg.requests import Request, slot_of
+from fedlora.common.secagg.wire import OPENING, Opening
+from fedlora.common.state import AdapterState
+from fedlora.server.app import DECLINED, SECURE, GridExchange
+from fedlora.server.rounds import CohortSum
+from fedlora.server.secure_cohort import SecureCohort
+from tests.secure_world import IDENTITIES, node_name, peers_of
+from tests.server.fakes import SPEC, START, manifest_of
+from tests.server.test_app import SUPERLINK, FakeGrid
+
+COUNT = 5
+TERMS = SecureTerms("2n/3+1", 1, 4, 32, 1 << 22, (8.0,))
+MANIFEST = replace(
+    manifest_of(9, spare=3, mode="record", noise_multiplier=1.0), secure=TERMS, minimum_cohort=3
+)
+NAMES = [node_name(number) for number in range(COUNT)]
+
+
+@pytest.fixture(autouse=True)
+def _identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_task_id", 1), ("_run_id", 7), ("_node_id", SUPERLINK)):
+        monkeypatch.setattr(TaskIdentity, name, value)
+
+
+class Institution:
+    """What a relay and its trainer do together; `mood` says how it misbehaves."""
+
+    def __init__(self, number: int) -> None:
+        self.name, self.mood, self.seconds = node_name(number), "", 1.0
+        policy = CohortPolicy(self.name, peers_of(COUNT), 3, 1)
+        node = SecureNode(IDENTITIES[number], policy, MANIFEST.federation, MANIFEST.digest, MemoryOutbox())
+        self.node = SecureTrainer(node, MANIFEST)
+        self.delta = np.random.default_rng(number).normal(size=SPEC.size).astype(np.float32)
+
+    def train(self, plan: RoundPlan, state: AdapterState) -> Update:
+        return Update(self.name, plan.manifest, plan.round, plan.attempt, self.delta)
+
+    def answers(self, message: Message) -> list[tuple[float, Message]]:
+        return [(self.seconds, Message(self.record(message.content), reply_to=message))]
+
+    def record(self, content: RecordDict) -> RecordDict:
+        kind, data = wire.read_envelope(content, 1 << 20)
+        request = Request.from_bytes(data)
+        assert (kind, request.institution) == (SECURE, self.name)
+        if self.mood == request.stage:
+            return wire.envelope_record(SECURE, b"noise")
+        if self.mood == "other kind":
+            return wire.envelope_record("update", b"")
+        if self.mood == "no envelope":
+            return RecordDict()
+        state = START
+        if request.vector:
+            state = AdapterState(SPEC, np.frombuffer(request.vector, "<f4"))
+        try:
+            answer = self.node.answer(request.stage, request.message, request.plan, state, lambda: self)
+        except FedloraError as error:
+            return wire.envelope_record(DECLINED, str(error).encode())
+        if self.mood == "lie" and request.stage == "open":
+            answer = self.lie(answer, request.plan)
+        return wire.envelope_record(SECURE, answer)
+
+    def lie(self, answer: bytes, plan: RoundPlan) -> bytes:
+        """Another share than the one that was dealt, properly signed."""
+        state = self.node._node._state
+        assert state is not None
+        context = slot_of(plan, MANIFEST.base_digest).context(state.epoch)
+        opening = Opening.from_bytes(answer)
+        wrong = replace(opening, shares=opening.shares[:-32] + bytes(32))
+        signed = wrong.signed(context, survivors_digest(context, state.dealers, NAMES))
+        signature = IDENTITIES[int(self.name[-3:])].sign(OPENING, *signed)
+        return replace(wrong, signature=signature).to_bytes()
+
+
+class Federation:
+    def __init__(self) -> None:
+        self.institutions = [Institution(number) for number in range(COUNT)]
+        self.grid = FakeGrid({10 + number: each.answers for number, each in enumerate(self.institutions)})
+        nodes = {name: 10 + number for number, name in enumerate(NAMES)}
+        exchange = GridExchange(self.grid, nodes, 60.0, self.grid.clock())
+        identities = {name: peer.identity for name, peer in peers_of(COUNT).items()}
+        self.cohort = SecureCohort(MANIFEST, identities, exchange, lambda plan: NAMES)
+
+    def round(self, number: int) -> CohortSum:
+        return self.cohort.total(RoundPlan(MANIFEST.digest, 0, number, number, START.digest), START)
+
+    def plain(self, *without: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        total = np.zeros(SPEC.size)
+        for number, each in enumerate(self.institutions):
+            if number not in without:
+                total += each.delta
+        return total
+
+
+def test_rounds_through_a_grid_give_the_plain_sum_in_three_exchanges() -> None:
+    federation = Federation()
+    for number in range(1, 5):
+        found = federation.round(number)
+        assert found.replies == COUNT and not found.failures
+        assert np.abs(found.total - federation.plain()).max() < COUNT * 8.0 / TERMS.levels
+    assert federation.grid.sent == COUNT * (2 + 4 * 3)  # one epoch of four attempts
+
+
+@pytest.mark.parametrize("mood", ["input", "other kind", "no envelope"])
+def test_a_carrier_that_answers_nonsense_is_a_drop_out(mood: str) -> None:
+    federation = Federation()
+    federation.round(1)
+    federation.institutions[2].mood = mood
+    found = federation.round(2)
+    assert found.replies == 4 and [failure.client for failure in found.failures] == [NAMES[2]]
+    assert np.abs(found.total - federation.plain(2)).max() < COUNT * 8.0 / TERMS.levels
+    assert found.secure is not None and found.secure.dropped == 1
+
+
+def test_a_late_answer_is_a_drop_out_and_is_back_in_the_next_attempt() -> None:
+    federation = Federation()
+    federation.round(1)
+    federation.institutions[0].seconds = 61.0
+    found = federation.round(2)
+    assert found.replies == 4 and "no answer within 60 s" in found.failures[0].reason
+    federation.institutions[0].seconds = 1.0
+    assert federation.round(3).replies == 5
+
+
+def test_a_nodes_reason_reaches_the_coordinator() -> None:
+    federation = Federation()
+    federation.round(1)
+    other = AdapterState(SPEC, START.vector + 1)
+    found = federation.cohort.total(RoundPlan(MANIFEST.digest, 0, 2, 2, START.digest), other)
+    assert found.replies == 0
+    assert any("plan adapter: found" in failure.reason for failure in found.failures)
+
+
+def test_a_liar_is_named_and_left_out_of_later_epochs() -> None:
+    """The round still ends with the sum of all five inputs; from the next epoch on there are four."""
+    federation = Federation()
+    federation.institutions[3].mood = "lie"
+    found = federation.round(1)
+    assert found.replies == 5 and found.secure is not None and found.secure.liars == (NAMES[3],)
+    assert np.abs(found.total - federation.plain()).max() < COUNT * 8.0 / TERMS.levels
+    federation.institutions[3].mood = ""
+    found = federation.round(5)  # beyond the epoch of attempts 1 to 4
+    assert found.replies == 4 and found.failures[0].reason.startswith("left out")
+    assert np.abs(found.total - federation.plain(3)).max() < COUNT * 8.0 / TERMS.levels
+
+
+def test_who_has_no_node_is_a_drop_out() -> None:
+    federation = Federation()
+    exchange = federation.cohort._exchange
+    assert isinstance(exchange, GridExchange)
+    del exchange._nodes[NAMES[4]]
+    found = federation.round(1)
+    assert found.replies == 4 and found.failures[0].reason == "no node answers for it"

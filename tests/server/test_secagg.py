@@ -1,0 +1,364 @@
+"""The coordinator's half: sums bit for bit, drop-outs at every stage, liars by name, and nothing below t."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
+from fedlora.common.secagg import commit, keys, shamir, wire
+from fedlora.common.secagg.cohort import borne, threshold
+from fedlora.common.secagg.wire import Deal, MaskedInput, Opening
+from fedlora.server.secagg import Listed, ServerAttempt, ServerEpoch
+from tests.secure_world import IDENTITIES, World, encoding_of, epoch_of, node_name, peers_of, slot_of
+
+STAGES = ("no_deal", "no_input", "no_confirmation", "no_opening")
+FEW = [(n, stage, drops) for n in (3, 5, 10) for stage in STAGES for drops in range(borne(n) + 1)]
+
+
+def exact(world: World, stage: str, drops: int, epochs: int = 1) -> None:
+    out = {stage: world.names[1 : 1 + drops]}
+    at_start = {key: value for key, value in out.items() if key == "no_deal"}
+    later = {key: value for key, value in out.items() if key != "no_deal"}
+    listed = world.begin(epoch_of(count=epochs), **at_start)
+    for number in range(1, epochs + 1):
+        result = world.attempt(listed, slot_of(number, number), **later)
+        gone = out[stage] if stage in ("no_deal", "no_input") else []
+        assert result.members == tuple(name for name in world.names if name not in gone)
+        assert (result.levels == world.plain_sum(result.members)).all()
+        assert result.dropped == (tuple(gone) if stage == "no_input" else ())
+        assert (result.cohort, result.threshold, result.liars) == (world.count, threshold(world.count), ())
+
+
+@pytest.mark.parametrize(("count", "stage", "drops"), FEW)
+def test_the_sum_is_exact_with_drop_outs_at_every_stage(count: int, stage: str, drops: int) -> None:
+    exact(World(count), stage, drops, epochs=2)
+
+
+def test_the_sum_of_a_hundred_is_exact() -> None:
+    """n - t = 33 drop-outs, over all stages; each number at each stage is a test of `make chaos`."""
+    world = World(100)
+    names = world.names
+    listed = world.begin(epoch_of(), no_deal=names[:11])
+    out = {"no_input": names[11:22], "no_confirmation": names[22:28], "no_opening": names[28:33]}
+    result = world.attempt(listed, slot_of(), **out)
+    assert result.members == tuple(names[22:])
+    assert (result.levels == world.plain_sum(result.members)).all()
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_the_sum_of_a_hundred_is_exact_for_every_number_of_drop_outs(stage: str) -> None:
+    """An epoch of 35 attempts: 0 … 33 drop-outs, and one too many."""
+    world = World(100, encoding=encoding_of(size=64))
+    listed = world.begin(epoch_of(count=35))
+    for drops in range(34):
+        slot, out = slot_of(drops + 1, drops + 1), world.names[:drops]
+        result = world.attempt(listed, slot, **{stage: out})
+        assert result.members == tuple(world.names[drops if stage == "no_input" else 0 :])
+        assert (result.levels == world.plain_sum(result.members)).all()
+    with pytest.raises(QuorumLost):
+        world.attempt(listed, slot_of(35, 35), **{stage: world.names[:34]})
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("drops", range(34))
+def test_a_hundred_of_whom_some_do_not_deal(drops: int) -> None:
+    exact(World(100, encoding=encoding_of(size=64)), "no_deal", drops)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_drop_outs_at_several_stages_and_both_rings(bits: int) -> None:
+    encoding = replace(encoding_of(size=33), bits=bits)
+    world = World(10, encoding=encoding)
+    listed = world.begin(epoch_of(), no_deal=[node_name(0)])
+    result = world.attempt(listed, slot_of(), no_input=[node_name(9)], no_opening=[node_name(4)])
+    assert (result.levels == world.plain_sum(world.names[1:9])).all()
+
+
+def test_losses_before_u1_shrink_the_cohort() -> None:
+    world = World(10)
+    listed = world.begin(epoch_of(), no_keys=world.names[:4])
+    assert len(listed.offers) == 6
+    assert (world.attempt(listed, slot_of()).levels == world.plain_sum(world.names[4:])).all()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("count", [3, 5, 10])
+def test_one_drop_out_too_many_aborts(count: int, stage: str) -> None:
+    """n - t + 1: QuorumLost, whatever the stage, and the sum is still under masks."""
+    world = World(count)
+    with pytest.raises(QuorumLost):
+        exact(world, stage, borne(count) + 1)
+
+
+def test_too_few_keys() -> None:
+    with pytest.raises(QuorumLost, match="expected at least 5"):
+        World(5, minimum=5).begin(epoch_of(), no_keys=[node_name(0)])
+
+
+def test_an_abort_reveals_nothing() -> None:
+    """With t - 1 openings no secret is determined, and what the coordinator holds is still uniform words.
+
+    For the b of any survivor: t - 1 shares fit every secret. The masked sum passes a chi-squared test.
+    """
+    world = World(5, encoding=encoding_of(size=20_000))
+    listed = world.begin(epoch_of())
+    server = ServerAttempt(listed, slot_of(), world.encoding)
+    for name in world.names:
+        server.add_input(world.nodes[name].mask(slot_of(), world.encoding, world.values(name)))
+    survivors = server.close_inputs()
+    for name in world.names:
+        server.add_confirmation(world.nodes[name].confirm(1, survivors))
+    agreement = server.agreement()
+    opened = [world.nodes[name].open(1, agreement) for name in world.names[: threshold(5) - 1]]
+    for opening in opened:
+        server.add_opening(opening)
+    with pytest.raises(QuorumLost, match="3 shares of node-000 were opened, expected 4"):
+        server.result()
+    words = np.frombuffer(server._sum.body.tobytes(), np.uint8)
+    counts = np.bincount(words, minlength=256)
+    chi = float(((counts - len(words) / 256) ** 2 / (len(words) / 256)).sum())
+    assert 150 < chi < 380, chi
+    first = [shamir.from_bytes(Opening.from_bytes(each).shares[:32], "share") for each in opened]
+    weights = shamir.weights_at_zero([1, 2, 3, 4])
+    for secret in (0, 1, shamir.P - 1):  # a fourth share exists for each of them
+        known = sum(w * s for w, s in zip(weights, first, strict=False))
+        fourth = (secret - known) * pow(weights[3], -1, shamir.P) % shamir.P
+        assert shamir.combine(weights, [*first, fourth]) == secret
+
+
+def test_a_wrong_u2_secret_gives_noise_not_a_sum() -> None:
+    """The linear check sees a sum that is still masked."""
+    world = World(3)
+    listed = world.begin(epoch_of())
+    server = ServerAttempt(listed, slot_of(), world.encoding)
+    for name in world.names:
+        server.add_input(world.nodes[name].mask(slot_of(), world.encoding, world.values(name)))
+    with pytest.raises(BadInput, match="sum check"):
+        server._sum.check(3, bytes(32))
+
+
+# --- messages that do not count ------------------------------------------------------------------------------
+
+
+def opened(
+    world: World, listed: Listed, no_input: tuple[str, ...] = ()
+) -> tuple[ServerAttempt, dict[str, bytes]]:
+    server = ServerAttempt(listed, slot_of(), world.encoding)
+    here = [name for name in listed.deals if name not in no_input]
+    for name in here:
+        server.add_input(world.nodes[name].mask(slot_of(), world.encoding, world.values(name)))
+    survivors = server.close_inputs()
+    for name in here:
+        server.add_confirmation(world.nodes[name].confirm(1, survivors))
+    agreement = server.agreement()
+    return server, {name: world.nodes[name].open(1, agreement) for name in here}
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_share_corrupt(dropped: bool) -> None:
+    """`share-corrupt`: a liar's share is rejected, the liar is named, and the others give the same sum."""
+    world = World(5)
+    gone = (node_name(4),) if dropped else ()
+    world_server, messages = opened(world, world.begin(epoch_of()), gone)
+    liar = node_name(2)
+    message = Opening.from_bytes(messages[liar])
+    wrong = replace(message, shares=message.shares[:-32] + shamir.to_bytes(99))
+    signed = wrong.signed(slot_of().context(epoch_of()), world_server._signed[-1])
+    forged = replace(wrong, signature=IDENTITIES[2].sign(wire.OPENING, *signed))
+    with pytest.raises(Refused, match="opening of node-002: found a share that node-004 did not deal"):
+        world_server.add_opening(forged.to_bytes())
+    for name, each in messages.items():
+        if name != liar:
+            world_server.add_opening(each)
+    if dropped:  # three openings are left of four: too few, and still nobody's update
+        with pytest.raises(QuorumLost):
+            world_server.result()
+    else:
+        result = world_server.result()
+        assert (result.levels == world.plain_sum(world.names)).all()
+    assert world_server.liars == (liar,)
+
+
+def test_a_dealer_whose_shares_do_not_rebuild_is_named() -> None:
+    """Shares of two polynomials, properly signed: the seed they give is not the one that was committed to."""
+    world = World(3)
+    epoch = epoch_of()
+    server = world.server_epoch(epoch)
+    for name in world.names:
+        server.add_offer(world.nodes[name].offer(epoch))
+    members = server.close_offers()
+    liar = node_name(1)
+    state = world.nodes[liar]._state
+    assert state is not None
+    for name in world.names:
+        if name != liar:
+            server.add_deal(world.nodes[name].deal(members))
+    honest = state.attempts[1].seed
+    state.attempts[1].seed = shamir.to_bytes(5)
+    deal = Deal.from_bytes(world.nodes[liar].deal(members))
+    seeds = commit.seed_hash(state.cohort, liar, 1, honest)
+    assert state.own is not None
+    own = replace(state.own, seeds=seeds)
+    own = replace(own, signature=IDENTITIES[1].sign(wire.SHARES, *own.signed(state.cohort)))
+    state.own = own
+    server.add_deal(replace(deal, seeds=seeds, signature=own.signature).to_bytes())
+    listed = server.close_deals()
+    for name in world.names:
+        world.nodes[name].accept(server.delivery(name))
+    attempt, messages = opened(world, listed)
+    for message in messages.values():
+        attempt.add_opening(message)
+    with pytest.raises(BadInput, match="shares of node-001 do not rebuild"):
+        attempt.result()
+    assert attempt.liars == (liar,)
+
+
+def test_inputs_that_do_not_count() -> None:
+    """`vec-short`, `vec-long`, `msg-signature-flipped`, `msg-wrong-round`, `msg-wrong-sender`, `late-input`, sent twice."""
+    world = World(5)
+    listed = world.begin(epoch_of(count=2))
+    server = ServerAttempt(listed, slot_of(), world.encoding)
+    sent = {n: world.nodes[n].mask(slot_of(), world.encoding, world.values(n)) for n in world.names}
+    message = MaskedInput.from_bytes(sent[node_name(0)])
+    vector = bytes(message.vector)
+    for changed, kind, why in (
+        (replace(message, vector=vector[:-1]), BadInput, "expected 80"),
+        (replace(message, vector=vector + b"\0"), BadInput, "expected 80"),
+        (replace(message, vector=bytes(len(vector))), Refused, "did not make"),
+        (replace(message, signature=bytes(64)), Refused, "did not make"),
+        (replace(message, name=node_name(1)), Refused, "did not make"),
+        (replace(message, name="stranger"), Refused, "not in U2"),
+        (replace(message, context=bytes(32)), Refused, "another federation, run, round"),
+        (replace(message, dealers=bytes(32)), Refused, "another federation, run, round"),
+    ):
+        with pytest.raises(kind, match=why):
+            server.add_input(changed.to_bytes())
+    for name in world.names[:4]:
+        server.add_input(sent[name])
+    with pytest.raises(Refused, match="a second one"):
+        server.add_input(sent[node_name(0)])
+    server.close_inputs()
+    with pytest.raises(Refused, match="too late"):
+        server.add_input(sent[node_name(4)])
+    with pytest.raises(BadInput):
+        server.add_input(b"noise")
+
+
+def test_steps_out_of_their_turn() -> None:
+    world = World(3)
+    epoch = epoch_of()
+    server = world.server_epoch(epoch)
+    found = {name: world.nodes[name].offer(epoch) for name in world.names}
+    for step in (server.close_deals, lambda: server.add_deal(b""), lambda: server.delivery(node_name(0))):
+        with pytest.raises(Refused):
+            step()
+    for offer in found.values():
+        server.add_offer(offer)
+    with pytest.raises(Refused, match="second offer"):
+        server.add_offer(found[node_name(0)])
+    members = server.close_offers()
+    for late in (lambda: server.add_offer(found[node_name(0)]), server.close_offers):
+        with pytest.raises(Refused):
+            late()
+    dealt = {name: world.nodes[name].deal(members) for name in world.names}
+    right = Deal.from_bytes(dealt[node_name(0)])
+    for changed, why in (
+        (replace(right, cohort=bytes(32)), "another U1"),
+        (replace(right, sealed=right.sealed[:2]), "another U1"),
+        (replace(right, name="stranger"), "not in U1"),
+        (replace(right, hashes=right.hashes[:-32] + bytes(32)), "did not make"),
+        (replace(right, hashes=right.hashes[:-32]), "bytes of hashes"),
+        (replace(right, seeds=bytes(32)), "did not make"),
+    ):
+        with pytest.raises(FedloraError, match=why):
+            server.add_deal(changed.to_bytes())
+    for deal in dealt.values():
+        server.add_deal(deal)
+    listed = server.close_deals()
+    for again in (lambda: server.add_deal(dealt[node_name(0)]), server.close_deals):
+        with pytest.raises(Refused):
+            again()
+    with pytest.raises(Refused, match="not one of its epoch"):
+        ServerAttempt(listed, slot_of(2), world.encoding)
+    attempt = ServerAttempt(listed, slot_of(), world.encoding)
+    for early in (attempt.agreement, attempt.result):
+        with pytest.raises(Refused, match="not the next step"):
+            early()
+
+
+def test_whoever_offers_an_old_key_is_left_out() -> None:
+    """Else one member could make all nodes refuse every list."""
+    world, seen = World(4), set[bytes]()
+    identities = {name: peer.identity for name, peer in peers_of(4).items()}
+    first = ServerEpoch(epoch_of(), identities, 3, seen)
+    offers = [wire.KeyOffer.from_bytes(world.nodes[name].offer(epoch_of())) for name in world.names]
+    for offer in offers:
+        first.add_offer(offer.to_bytes())
+    first.close_offers()
+    second = ServerEpoch(epoch_of(2), identities, 3, seen)
+    fresh = wire.KeyOffer.from_bytes(world.nodes[node_name(3)].offer(epoch_of(2)))
+    stale = replace(fresh, mask_keys=offers[0].mask_keys)
+    stale = replace(stale, signature=IDENTITIES[3].sign(wire.KEYS, *stale.signed()))
+    with pytest.raises(Refused, match="earlier epoch"):
+        second.add_offer(stale.to_bytes())
+    second.add_offer(fresh.to_bytes())
+
+
+def test_a_stranger_and_bad_keys_at_the_coordinator() -> None:
+    world = World(4)
+    server = World(3).server_epoch(epoch_of())
+    with pytest.raises(Refused, match="not a member"):
+        server.add_offer(world.nodes[node_name(3)].offer(epoch_of()))
+    offer = wire.KeyOffer.from_bytes(world.nodes[node_name(0)].offer(epoch_of()))
+    low = replace(offer, share_key=bytes(32))
+    with pytest.raises(Refused, match="low order"):
+        server.add_offer(replace(low, signature=IDENTITIES[0].sign(wire.KEYS, *low.signed())).to_bytes())
+    assert keys.LOW_ORDER
+
+
+# --- what the coordinator sees ---------------------------------------------------------------------------------
+
+
+def test_a_transcript_holds_allow_listed_fields_only() -> None:
+    """Every byte that leaves a node is a field of a message, and every field is on the list."""
+    classes: dict[str, Any] = {
+        each.__name__: each for each in (wire.KeyOffer, Deal, MaskedInput, wire.Confirmation, Opening)
+    }
+    assert set(classes) == set(wire.CLEAR_FIELDS)
+    for name, each in classes.items():
+        assert [field.name for field in fields(each)] == list(wire.CLEAR_FIELDS[name])
+    world = World(4)
+    transcript: list[tuple[str, bytes]] = []
+    server = world.server_epoch(epoch_of())
+    for name in world.names:
+        transcript.append(("KeyOffer", world.nodes[name].offer(epoch_of())))
+        server.add_offer(transcript[-1][1])
+    members = server.close_offers()
+    for name in world.names:
+        transcript.append(("Deal", world.nodes[name].deal(members)))
+        server.add_deal(transcript[-1][1])
+    listed = server.close_deals()
+    for name in world.names:
+        world.nodes[name].accept(server.delivery(name))
+    attempt = ServerAttempt(listed, slot_of(), world.encoding)
+    for name in world.names:
+        transcript.append(
+            ("MaskedInput", world.nodes[name].mask(slot_of(), world.encoding, world.values(name)))
+        )
+        attempt.add_input(transcript[-1][1])
+    survivors = attempt.close_inputs()
+    for name in world.names:
+        transcript.append(("Confirmation", world.nodes[name].confirm(1, survivors)))
+        attempt.add_confirmation(transcript[-1][1])
+    agreement = attempt.agreement()
+    for name in world.names:
+        transcript.append(("Opening", world.nodes[name].open(1, agreement)))
+    for kind, data in transcript:
+        assert classes[kind].from_bytes(data).to_bytes() == data
+    plain = [world.values(name).astype(world.encoding.dtype).tobytes() for name in world.names]
+    assert not any(each[:16] in data for each in plain for _, data in transcript)
