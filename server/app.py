@@ -15,26 +15,47 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.app.error import Error
-from flwr.serverapp import Grid
+from flwr.serverapp import Grid, ServerApp
 
 from fedlora.common import wire
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.messages import RoundPlan, RunManifest, Update
+from fedlora.common.protocol import MAX_REPLY_BYTES
 from fedlora.common.secagg.requests import INPUT, Request
 from fedlora.common.state import AdapterState
 from fedlora.server.rounds import CohortSum, Failure
 
 log = logging.getLogger(__name__)
 
+REQUEST = "request"  # kind of an envelope of a deployment; its answer has the same
 SECURE, DECLINED = "secure", "declined"  # kinds of envelopes: a stage's message, and a reason in UTF-8
 MAX_STAGE_BYTES = (
     1 << 26
 )  # of a stage's answer beside its vector: a thousand peers' sealed shares of an epoch
 SHORTEST_POLL, LONGEST_POLL = 0.02, 0.5  # seconds between two looks at the grid
+
+
+server_app = ServerApp()
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """`fedlora-server run`: one run of a coordinator's folder, begun or resumed; how it ended lies in its folder."""
+    from fedlora.server.deployment import outcome_of, serve
+    from fedlora.server.directory import Directory
+
+    folder, root = Path(str(context.run_config["run"])), Path(str(context.run_config["directory"]))
+
+    def work() -> None:
+        directory = Directory.open(root)
+        serve(folder, directory.coordinator(), GridCarrier(grid, directory.nodes))
+
+    outcome_of(work, folder)
 
 
 @dataclass(frozen=True)
@@ -143,6 +164,39 @@ class GridCohort:
         for client, answer in _exchange(self._grid, MessageType.TRAIN, tasks, self._deadline, self._clock):
             size = state.spec.size
             yield answer if isinstance(answer, Failure) else _judge(client, answer, plan, size)
+
+
+class GridCarrier:
+    """A deployment's `Carrier`: opaque envelopes to members' nodes; `nodes` is read anew, for members come and go."""
+
+    def __init__(
+        self, grid: Grid, nodes: Callable[[], Mapping[str, int]], clock: Clock | None = None
+    ) -> None:
+        self._grid, self._nodes, self._clock = grid, nodes, clock or Clock()
+
+    def online(self) -> set[str]:
+        connected = set(self._grid.get_node_ids())
+        return {name for name, node in self._nodes().items() if node in connected}
+
+    def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+        """Each name once, as the answers come in."""
+        nodes, tasks = self._nodes(), []
+        for name, data in requests.items():
+            if name in nodes:
+                tasks.append((name, nodes[name], wire.envelope_record(REQUEST, data)))
+            else:
+                yield name, Failure(name, "no node is registered for it")
+        for name, answer in _exchange(self._grid, MessageType.TRAIN, tasks, deadline, self._clock):
+            yield name, answer if isinstance(answer, Failure) else _carried(name, answer)
+
+
+def _carried(name: str, record: RecordDict) -> bytes | Failure:
+    """A node's bytes; a relay that reached no trainer says so in an envelope of another kind."""
+    try:
+        kind, data = wire.read_envelope(record, MAX_REPLY_BYTES)
+    except BadInput as error:
+        return Failure(name, "; ".join(error.faults))
+    return data if kind == REQUEST else Failure(name, wire.one_line(data.decode(errors="replace")))
 
 
 class GridExchange:

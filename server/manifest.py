@@ -27,13 +27,15 @@ def make_manifest(
     spec_digest: str,
     projection_digest: str = "",
     cache: Path | None = None,
+    federation: str = "simulation",
+    minimum_cohort: int = 1,
 ) -> RunManifest:
     """A new run of `config`. Calibration takes seconds and is cached in `cache`."""
     private = config.privacy.mode == "record"
     phases = _calibrated(config, public_phases(config), cache) if private else public_phases(config)
     secure = _secure_terms(config, phases) if config.aggregation.secure else None
     return RunManifest(
-        federation="simulation",
+        federation=federation,
         run=secrets.token_hex(16),
         task=config.model.task,
         labels=labels,
@@ -47,7 +49,7 @@ def make_manifest(
         delta=config.privacy.delta if private else 0.0,
         strategy=config.aggregation.strategy,
         participation=config.federation.participation,
-        minimum_cohort=1 if secure is None else config.aggregation.minimum_cohort,
+        minimum_cohort=minimum_cohort if secure is None else config.aggregation.minimum_cohort,
         seed=config.seed,
         network=Network.of(config.model, config.lora),
         phases=phases,

@@ -13,12 +13,13 @@ import torch
 
 from fedlora.common.compute import Compute, choose_compute
 from fedlora.common.config import Config, ModelConfig
-from fedlora.common.data import Records
+from fedlora.common.data import Columns, Records, read_label_set, read_records
+from fedlora.common.errors import BadInput
 from fedlora.common.features import FeatureCache, PooledTexts, Progress, pooled_features
 from fedlora.common.model import AdapterModel, build_model
 from fedlora.common.projection import Projection
 from fedlora.common.state import AdapterState
-from fedlora.common.tasks import Encoded, Task
+from fedlora.common.tasks import CausalLanguageModel, Encoded, SequenceClassification, Task
 from fedlora.server.evaluation import Evaluator
 
 PROJECTION = "projection.safetensors"
@@ -31,6 +32,46 @@ class PublicRecords:
     task: Task
     validation: Records
     test: Records
+
+
+def read_public(config: Config) -> PublicRecords:
+    """What a coordinator without private data reads; BadInput where validation is a share of a training file."""
+    data = config.data
+    if not isinstance(data.validation, str):
+        raise BadInput(
+            f"[data] validation = {data.validation:g}: expected a public file, for a coordinator has no training file"
+        )
+    labels = read_labels(config)
+    validation, test = (
+        read_records(Path(each), columns_of(config, private=False), labels)
+        for each in (data.validation, data.test)
+    )
+    return PublicRecords(task_of(config, labels), validation, test)
+
+
+def read_labels(config: Config) -> tuple[str, ...]:
+    """The public label set: as configured, or of the test file; never of a training file."""
+    if config.model.task != "sequence-classification":
+        return ()
+    return tuple(config.data.labels or read_label_set(Path(config.data.test), config.data.label))
+
+
+def task_of(config: Config, labels: tuple[str, ...]) -> Task:
+    causal = config.model.task == "causal-lm"
+    return CausalLanguageModel() if causal else SequenceClassification(labels)
+
+
+def columns_of(config: Config, private: bool) -> Columns:
+    """The columns to read; only the training file must name units and institutions."""
+    data, federation = config.data, config.federation
+    causal = config.model.task == "causal-lm"
+    return Columns(
+        text=(data.prompt or data.text) if causal else data.text,
+        response=data.response if causal else "",
+        label="" if causal else data.label,
+        unit=data.unit if private else "",
+        more=(federation.column,) if private and federation.partition == "by-column" else (),
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,6 +94,7 @@ class Rules:
     average_last: float = 0.0
     patience: int = 0
     evaluate_every: int = 1
+    minimum: int = 1  # updates in a sum, as the manifest promises to each institution
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _ask(
         attempt = checkpoint.begin_attempt(phase)
         plan = RoundPlan(manifest.digest, phase, progress.round + 1, attempt, state.digest)
         answer = _checked(cohort.total(plan, state), plan, state.spec.size)
-        if answer.replies >= _needed(answer.asked, rules.quorum):
+        if answer.replies >= _needed(answer.asked, rules.quorum, rules.minimum):
             return plan, answer
         lost = _lost(plan, answer, rules)
         if isinstance(lost, Refused) or checkpoint.attempts_begun(phase) >= manifest.phases[phase].attempts:
@@ -166,9 +167,9 @@ def _ask(
         log.warning("%s; the next attempt begins", lost)
 
 
-def _needed(asked: int, quorum: float) -> int:
+def _needed(asked: int, quorum: float, minimum: int = 1) -> int:
     """Replies that make a quorum: somebody where anybody was asked, and nobody where nobody was."""
-    return max(1, math.ceil(quorum * asked - 1e-9)) if asked else 0
+    return max(minimum, math.ceil(quorum * asked - 1e-9)) if asked else 0
 
 
 def _checked(answer: CohortSum, plan: RoundPlan, size: int) -> CohortSum:
@@ -191,7 +192,7 @@ def _lost(plan: RoundPlan, answer: CohortSum, rules: Rules) -> QuorumLost | Refu
     more = f"; and {len(answer.failures) - 5} more" if len(answer.failures) > 5 else ""
     text = (
         f"round {plan.round}: {answer.replies} of {answer.asked} asked answered, "
-        f"expected a share of {rules.quorum:g} ({reasons}{more})"
+        f"expected a share of {rules.quorum:g} and at least {rules.minimum} ({reasons}{more})"
     )
     refused = answer.failures and all(failure.refused for failure in answer.failures)
     return Refused(text) if refused else QuorumLost(text)

@@ -49,12 +49,13 @@ from fedlora.common.ledger import Ledger
 from fedlora.common.messages import RoundPlan, RunManifest
 from fedlora.server.app import Clock, GridCohort, enrol
 from fedlora.server.checkpoint import Progress
+from fedlora.server.conduct import Observe
 from fedlora.simulations.cli import packaged_config
 from fedlora.simulations.corpus import generate, write
 from fedlora.simulations.engine import choose_clients
 from fedlora.simulations.federation import Federation, client_name
 from fedlora.simulations.report import write_report
-from fedlora.simulations.run import Observe, Paths, Run, begin, finish, train
+from fedlora.simulations.run import Paths, Run, begin, finish, train
 
 QUICKSTART = "quickstart"
 MAX_NODES = 100  # Flower looks at its nodes one by one; more nodes than actors gain nothing
@@ -183,7 +184,7 @@ def _stoppable(stop: threading.Event) -> Clock:
 
 def _cohort(grid: Grid, run: Run, clock: Clock) -> GridCohort:
     """Tell the nodes how to build what the coordinator built, and wait until they have."""
-    compute, device = run.federation.compute, run.federation.model.device
+    compute, device = run.federation.public.compute, run.federation.model.device
     shared = _Shared(str(run.paths.ledger), compute.attention, compute.precision, str(device))
     write_atomically(run.paths.folder / NODES_FILE, shared.to_bytes())
     clients = run.config.federation.clients

@@ -16,16 +16,13 @@ import torch
 from fedlora.client.dpsgd import PerSampleGradients
 from fedlora.client.trainer import MomentStore, Trainer
 from fedlora.client.training import ClientData, LocalTraining
-from fedlora.common.compute import Compute
 from fedlora.common.config import Config
 from fedlora.common.data import Records, UnitIndex, unit_groups
-from fedlora.common.features import FeatureCache, PooledTexts, Progress
+from fedlora.common.features import PooledTexts, Progress
 from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import RunManifest
 from fedlora.common.model import AdapterModel
-from fedlora.common.state import AdapterState
 from fedlora.common.tasks import Encoded
-from fedlora.server.evaluation import Evaluator
 from fedlora.server.manifest import make_manifest
 from fedlora.server.public import PublicRecords, PublicSide, encode
 from fedlora.simulations.partition import Partition, partition_units
@@ -39,17 +36,12 @@ class Federation:
     """Everything that a run needs besides the round loop."""
 
     config: Config
-    model: AdapterModel
-    compute: Compute
+    public: PublicSide
     train: Encoded
     units: UnitIndex  # of the training part, dealt out by `partition`
     partition: Partition
     records: Records
     data_digest: str  # of the training file; it stays here
-    features: FeatureCache
-    validation: Evaluator
-    test: Evaluator
-    initial: AdapterState
     training: LocalTraining
 
     @classmethod
@@ -72,24 +64,23 @@ class Federation:
         gradients = PerSampleGradients(public.model)
         return cls(
             config=config,
-            model=public.model,
-            compute=public.compute,
+            public=public,
             train=encode(config, public.model, sources.train),
             units=units,
             partition=partition_units(config.federation, sources.train, units, config.seed),
             records=sources.train,
             data_digest=sources.digest,
-            features=public.features,
-            validation=public.validation,
-            test=public.test,
-            initial=public.initial,
             training=LocalTraining(gradients, public.features, config.training.micro_batch_tokens),
         )
 
     @property
+    def model(self) -> AdapterModel:
+        return self.public.model
+
+    @property
     def feature_records(self) -> int:
         """Records that a head phase puts through the frozen model once."""
-        return len(self.units.records) + len(self.validation.rows)
+        return len(self.units.records) + len(self.public.validation.rows)
 
     @property
     def clients(self) -> range:

@@ -44,13 +44,13 @@ def print_plan(config: Config, console: Console, threads: int = 0) -> None:
     size = federation.model.spec.size
     console.print(
         f"{size:,} trainable parameters; {4 * size:,} bytes to each client and back in a round; "
-        f"{federation.compute.attention} attention, {federation.compute.precision}"
+        f"{federation.public.compute.attention} attention, {federation.public.compute.precision}"
     )
 
 
 def measure(federation: Federation) -> Speed:
     """Time a forward pass and a step without privacy on the public validation part."""
-    data = federation.validation.data
+    data = federation.public.validation.data
     rows = np.arange(min(PROBE_RECORDS, len(data)), dtype=np.int64)
     units = unit_groups(None, len(rows))
     tokens = federation.config.training.micro_batch_tokens

@@ -17,10 +17,11 @@ from fedlora.common.compute import threads as with_threads
 from fedlora.common.config import Config, load_config
 from fedlora.common.errors import BadInput
 from fedlora.common.features import PooledTexts
+from fedlora.server.conduct import write_summary
 from fedlora.simulations.corpus import generate, write
 from fedlora.simulations.progress import run_progress
 from fedlora.simulations.report import write_report
-from fedlora.simulations.run import Paths, begin, finish, sequential, train, write_summary
+from fedlora.simulations.run import Paths, begin, finish, sequential, train
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.toml"
 BASELINE = "without-privacy"  # the folder of the run that privacy is compared with
@@ -55,7 +56,7 @@ def _one_run(
     with run_progress(console, config.federation.rounds) as progress:
         run = begin(config, Paths.of(folder), progress=progress.features, texts=texts)
         progress.expect_features(run.federation.feature_records)
-        before = run.federation.test.evaluate(run.federation.initial)
+        before = run.federation.public.test.evaluate(run.federation.public.initial)
         summary = finish(run, train(run, sequential(run), progress.round), synthetic=True)
     return dict(before), summary
 

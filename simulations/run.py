@@ -9,13 +9,9 @@ Everything that a later reader needs lies in the run's folder; the report reads 
 
 from __future__ import annotations
 
-import json
-import math
-import resource
-import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +21,17 @@ import torch
 from fedlora.client.trainer import MomentStore
 from fedlora.common.config import Config, config_to_toml
 from fedlora.common.errors import BadInput
-from fedlora.common.export import export_adapter
 from fedlora.common.features import PooledTexts
 from fedlora.common.features import Progress as FeatureProgress
-from fedlora.common.files import write_atomically
 from fedlora.common.ledger import Ledger
-from fedlora.common.messages import Phase, RunManifest
-from fedlora.common.privacy import Mechanism, default_cache, epsilon_of
-from fedlora.common.state import AdapterState
-from fedlora.common.statement import NOISE_SOURCE, privacy_statement, secure_statement, secure_summary
+from fedlora.common.messages import RunManifest
+from fedlora.common.privacy import default_cache
 from fedlora.server.checkpoint import Checkpoint, Progress
-from fedlora.server.rounds import Cohort, RoundRecord, Rules, run_rounds
-from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
+from fedlora.server.conduct import Conducted, Observe, conclude, conduct, write_summary, write_text
+from fedlora.server.rounds import Cohort
 from fedlora.simulations.engine import SequentialCohort, secure_cohort
 from fedlora.simulations.federation import Federation, client_name
 
-Observe = Callable[[int, Mapping[str, float | None]], None]
 OpenCohort = Callable[["Run"], Cohort]
 
 
@@ -82,6 +73,12 @@ class Run:
         return self.checkpoint.manifest
 
     @property
+    def conducted(self) -> Conducted:
+        return Conducted(
+            self.config, self.paths.folder, self.federation.public, self.checkpoint, self.engine, self.began
+        )
+
+    @property
     def moments(self) -> MomentStore:
         return MomentStore(self.paths.folder / "clients")
 
@@ -111,10 +108,10 @@ def begin(
         checkpoint = Checkpoint.open(paths.checkpoint, federation.model.spec)
     else:
         manifest = federation.manifest(default_cache())
-        checkpoint = Checkpoint.create(paths.checkpoint, manifest, federation.initial)
-        _write(paths.folder / "config.toml", config_to_toml(config))
-        _write(data, federation.data_digest + "\n")
-        _write(paths.folder / "manifest.json", manifest.to_bytes().decode() + "\n")
+        checkpoint = Checkpoint.create(paths.checkpoint, manifest, federation.public.initial)
+        write_text(paths.folder / "config.toml", config_to_toml(config))
+        write_text(data, federation.data_digest + "\n")
+        write_text(paths.folder / "manifest.json", manifest.to_bytes().decode() + "\n")
     ledger = paths.open_ledger()
     checkpoint.check_against_ledger(ledger.attempts_used(checkpoint.manifest.digest))
     return Run(config, paths, federation, checkpoint, ledger, engine)
@@ -129,165 +126,20 @@ def sequential(run: Run) -> Cohort:
 
 def train(run: Run, cohort: Cohort, observe: Observe = lambda number, figures: None) -> Progress:
     """The round loop, with a line of metrics.jsonl for each committed round."""
-    federation, config = run.federation, run.config
-    log = _MetricsLog(run, observe)
-
-    def validate(state: AdapterState, phase: int) -> Mapping[str, float]:
-        return federation.validation.evaluate(state, head_only=run.manifest.phases[phase].name == "head")
-
-    return run_rounds(
-        checkpoint=run.checkpoint,
-        cohort=cohort,
-        strategies=[_strategy(config, phase) for phase in run.manifest.phases],
-        rules=Rules(
-            quorum=config.federation.quorum,
-            average_last=config.server.average_last,
-            patience=config.federation.patience,
-            evaluate_every=config.federation.evaluate_every,
-        ),
-        validate=validate,
-        observe=log.write,
-    )
+    return conduct(run.conducted, cohort, observe)
 
 
 def finish(run: Run, progress: Progress, synthetic: bool = False) -> dict[str, Any]:
     """Score the test file, export the adapter, write summary.json; what stands in it is returned."""
-    run.federation.features.clear()
-    metrics = run.federation.test.evaluate(progress.released)
-    export_adapter(
-        run.federation.model,
-        progress.released,
-        run.config.model,
-        run.config.lora,
-        run.config.seed,
-        run.paths.folder / "adapter",
-    )
-    summary = _summary(run, progress, metrics) | {"synthetic": synthetic}
-    write_summary(run.paths.folder, summary)
-    return summary
-
-
-def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """summary.json, whole or not at all."""
-    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def epsilon_after(manifest: RunManifest, attempts: list[int]) -> float | None:
-    """ε of the attempts begun so far, by phase; None where the run is not private."""
-    if manifest.mode == "none":
-        return None
-    done = [
-        Mechanism(phase.sampling_rate, phase.noise_multiplier, phase.steps * count)
-        for phase, count in zip(manifest.phases, attempts, strict=True)
-    ]
-    return epsilon_of(done, manifest.delta)
-
-
-class _MetricsLog:
-    """Appends to metrics.jsonl; lines beyond the last commit (killed in between) are dropped first."""
-
-    def __init__(self, run: Run, observe: Observe) -> None:
-        self._run = run
-        self._observe = observe
-        self._path = run.paths.folder / "metrics.jsonl"
-        committed = run.checkpoint.load().round
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in lines if _round_of(line) <= committed]
-        _write(self._path, "".join(line + "\n" for line in kept))
-        self._earlier = max((json.loads(line)["elapsed_seconds"] for line in kept), default=0.0)
-
-    def write(self, record: RoundRecord, progress: Progress) -> None:
-        run = self._run
-        phase = next(phase for phase in run.manifest.phases if phase.name == record.phase)
-        attempts = [run.checkpoint.attempts_begun(index) for index in range(len(run.manifest.phases))]
-        line = {
-            "round": record.round,
-            "phase": record.phase,
-            "attempt": record.attempt,
-            "seconds": record.seconds,
-            "elapsed_seconds": self._earlier + time.monotonic() - run.began,
-            "epsilon": epsilon_after(run.manifest, attempts),
-            "asked": record.asked,
-            "replies": record.replies,
-            "failures": [[failure.client, failure.reason] for failure in record.failures],
-            **({} if record.secure is None else {"secure": asdict(record.secure)}),
-            # by the public normaliser: how many units were really drawn does not leave a node
-            "examples_per_second": record.replies
-            * phase.steps
-            * phase.expected_units
-            / max(record.seconds, 1e-9),
-            **dict(record.metrics.items()),
-        }
-        with self._path.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
-        self._observe(
-            record.round,
-            {name: line.get(name) for name in ("accuracy", "loss", "epsilon", "examples_per_second")},  # type: ignore[misc]
-        )
-
-
-def _strategy(config: Config, phase: Phase) -> FedAvg:
-    server = config.server
-    head = phase.name == "head"
-    name, rate = (
-        (server.head_optimizer, server.head_learning_rate)
-        if head
-        else (server.optimizer, server.learning_rate)
-    )
-    decay = phase.rounds if server.decay == "linear" else 0
-    return FedAvg(ServerOptimizer(name, rate, server.momentum, server.beta2), decay)
-
-
-def _summary(run: Run, progress: Progress, metrics: Mapping[str, float]) -> dict[str, Any]:
-    manifest, config, federation = run.manifest, run.config, run.federation
-    private = manifest.mode == "record"
-    by_client = _epsilon_by_client(run)
-    epsilon = max(by_client.values(), default=0.0) if private else None
-    lines = [json.loads(line) for line in (run.paths.folder / "metrics.jsonl").read_text().splitlines()]
-    seconds = sum(line["seconds"] for line in lines)
-    examples = sum(line["examples_per_second"] * line["seconds"] for line in lines)
-    return {
-        "task": manifest.task,
-        **metrics,
-        "epsilon": epsilon,
-        "epsilon_by_client": by_client if private else {},
-        "delta": manifest.delta if private else None,
-        "unit": manifest.unit or "record",
-        "mode": manifest.mode,
-        "schedule": [
-            {
-                "phase": phase.name,
-                "steps": phase.steps * phase.attempts,
-                "sampling_rate": phase.sampling_rate,
-                "noise_multiplier": phase.noise_multiplier,
-            }
-            for phase in manifest.phases
-        ],
-        "rounds": progress.round,
-        "clients": config.federation.clients,
-        "seconds": (lines[-1]["elapsed_seconds"] if lines else 0.0),
-        "training_seconds": seconds,
-        "examples_per_second": examples / seconds if seconds else 0.0,
-        "client_rounds_per_second": sum(line["replies"] for line in lines) / seconds if seconds else 0.0,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "trainable_parameters": federation.model.spec.size,
-        "strategy": manifest.strategy,
-        "engine": run.engine,
-        "secure_aggregation": manifest.secure is not None,
-        "secure": secure_summary(manifest, [line["secure"] for line in lines if "secure" in line]),
-        "base_digest": manifest.base_digest,
-        "adapter_digest": progress.released.digest,
-        "attention": federation.compute.attention,
-        "precision": federation.compute.precision,
+    federation = run.federation
+    summary = conclude(run.conducted, progress, _epsilon_by_client(run)) | {
         "truncated": {name: int(count) for name, count in federation.train.truncated.items()},
-        "noise_source": NOISE_SOURCE if private else None,
-        "privacy_statement": [*privacy_statement(manifest, epsilon), *secure_statement(manifest)],
-        "validation": {key: lines[-1][key] for key in metrics if lines and key in lines[-1]},
         **_by_class(run),
         "partition": federation.partition_table(),
-        "versions": versions(),
-        "config": config_to_toml(config),
+        "synthetic": synthetic,
     }
+    write_summary(run.paths.folder, summary)
+    return summary
 
 
 def _epsilon_by_client(run: Run) -> dict[str, float]:
@@ -301,7 +153,7 @@ def _epsilon_by_client(run: Run) -> dict[str, float]:
 
 def _by_class(run: Run) -> dict[str, Any]:
     """Confusion, recall, and each client's accuracy: the recall of each class, weighted by its label mix."""
-    confusion = run.federation.test.totals.get("confusion")
+    confusion = run.federation.public.test.totals.get("confusion")
     if confusion is None:
         return {"labels": []}
     total = confusion.sum(axis=1)
@@ -331,32 +183,3 @@ def _check_folder(config: Config, paths: Paths, resume: bool) -> None:
         raise BadInput(
             f"{paths.folder}/config.toml: found another configuration than the one given to --resume"
         )
-
-
-def versions() -> dict[str, str]:
-    """Of everything that can change a result."""
-    from importlib.metadata import version
-
-    names = ("fedlora", "torch", "transformers", "peft", "opacus", "numpy", "flwr")
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this program held; getrusage would count what its parent held before it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _round_of(line: str) -> float:
-    """The round of a line of metrics.jsonl; infinite where the line was cut off."""
-    try:
-        return float(json.loads(line)["round"])
-    except (ValueError, KeyError):
-        return math.inf
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())

@@ -41,7 +41,7 @@ from fedlora.common.data import Columns, read_records, unit_groups
 from fedlora.common.model import AdapterModel, build_model
 from fedlora.common.randomness import OsRandom
 from fedlora.common.tasks import Encoded, SequenceClassification
-from fedlora.simulations.run import peak_rss_bytes
+from fedlora.server.conduct import peak_rss_bytes
 
 AG_NEWS = Path("../shared/data/ag_news/train.parquet")
 MAX_LENGTH = 128

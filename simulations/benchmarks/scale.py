@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.common.config import Config, parse_config
+from fedlora.server.conduct import peak_rss_bytes
 from fedlora.simulations.partition import Partition
-from fedlora.simulations.run import Paths, begin, peak_rss_bytes, sequential, train
+from fedlora.simulations.run import Paths, begin, sequential, train
 
 SIZES = (100, 1_000, 10_000)
 RECORDS, COHORT = 32, 20
