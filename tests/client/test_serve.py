@@ -74,7 +74,7 @@ class Trainer:
 
     def entries(self, kind: str) -> int:
         ledger = self.north.folder.open_ledger(self.north.folder.load_policy())
-        found = sum(entry.body["kind"] == kind for entry in ledger.entries())
+        found = len([entry for entry in ledger.entries() if entry.body["kind"] == kind])
         ledger.close()
         return found
 
