@@ -91,6 +91,7 @@ class Resident:
         self._work = work
         self._outbox = Outbox(folder.under(policy.trainer.outbox))
         self._one = threading.Lock()
+        self._check_history()
 
     def ask(self, data: bytes) -> bytes:
         """The signed reply to a request; never raises what a request can cause."""
@@ -105,6 +106,24 @@ class Resident:
                 return self._answer(invitation, data, place)
             except Exception as error:
                 return self._declined(invitation.federation, place, error)
+
+    def _check_history(self) -> None:
+        """Refused where the ledger knows less than what this node kept of its consents and releases.
+
+        That is how a ledger and a head look that were both put back to an older day.
+        """
+        entries = [entry.body for entry in self._ledger.entries()]
+        consented = {body["manifest"] for body in entries if body["kind"] == "consent"}
+        for path in self._folder.runs.glob("*/manifest.signed"):
+            manifest = RunManifest.from_bytes(Signed.from_bytes(path.read_bytes(), path.name).body)
+            if manifest.mode != "record":
+                continue
+            left = {attempt for _, attempt, _ in self._outbox.sizes(manifest.digest)} - {0}
+            if manifest.digest not in consented or left - set(self._ledger.reservations(manifest.digest)):
+                raise Refused(
+                    f"ledger: knows less of {manifest.digest[:20]} than what was released: it and its head were "
+                    "restored from an older copy"
+                )
 
     def _answer(self, invitation: Invitation, data: bytes, place: Place) -> bytes:
         request = request_from_bytes(data, self._policy.trainer.max_message_bytes)

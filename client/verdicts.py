@@ -185,7 +185,7 @@ def _noise_reason(phase: Phase, manifest: RunManifest, policy: Policy) -> str:
     if phase.noise_multiplier >= least:
         return ""
     name = policy.data_for(manifest.task, manifest.labels, manifest.unit)
-    if not name:
+    if not name or len(manifest.phases) > MOST_PHASES:  # nobody may keep the node busy with sums
         return f"expected at least {least:g}"
     budget = policy.budgets[policy.data[name].budget]
     try:

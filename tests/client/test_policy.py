@@ -246,13 +246,14 @@ def test_no_manifest_trains_past_the_policy(
 
 
 @pytest.mark.chaos
-@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4_000, deadline=None, suppress_health_check=list(HealthCheck))
 @case
 def test_ten_thousand_manifests(rig_folder: Path, runs: list[RunManifest], moves: list[int]) -> None:
+    # 4,000 walks of one to four manifests each
     walk(rig_folder, runs, moves)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(manifests)
 def test_verdicts_alone_never_let_a_forbidden_manifest_in(run: RunManifest) -> None:
     policy = parse_policy(TEXT)

@@ -20,6 +20,14 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.wire import envelope_record, read_envelope
 from tests.client.institution import Institution
 
+
+@pytest.fixture(autouse=True)
+def a_task_of_flower(monkeypatch: pytest.MonkeyPatch) -> None:
+    # what a SuperNode sets in the process of a ClientApp, and every Message asks for
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(f"flwr.supercore.task_identity.TaskIdentity.{name}", 1)
+
+
 HEAVY = ("torch", "transformers", "peft", "opacus", "scipy", "pyarrow", "sklearn")
 
 
@@ -97,7 +105,13 @@ def test_health_answers_while_a_round_trains(tmp_path: Path) -> None:
         service.stop(1)
 
 
-def test_link_names_what_is_missing_and_starts_a_supernode(tmp_path: Path) -> None:
+def test_link_names_what_is_missing_and_starts_a_supernode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "flower-supernode").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=":")
     north = Institution(tmp_path / "node")
     link = Link(north.folder.relay, trainer_address("unix:trainer.sock", north.root))
     words = link.command()
@@ -106,7 +120,7 @@ def test_link_names_what_is_missing_and_starts_a_supernode(tmp_path: Path) -> No
     (north.folder.relay / "flower_key").chmod(0o640)
     with pytest.raises(Refused, match="others can read"):
         link.command()
-    with pytest.raises(BadInput, match="link.json"):
+    with pytest.raises(BadInput, match="found no address"):
         replace(link, folder=_with_key(tmp_path / "empty")).command()
 
 

@@ -226,3 +226,67 @@ def test_a_key_that_others_can_read_is_refused(north: Institution) -> None:  # k
     north.folder.identity.chmod(0o644)
     with pytest.raises(Refused, match="others can read"):
         north.restart()
+
+
+def test_a_ledger_restored_with_its_head_is_noticed_by_what_was_released(north: Institution) -> None:
+    import shutil
+
+    files = [north.root / "ledger.sqlite", north.folder.under("head/head.json")]
+    for steps in ([offer_of(RUN)], [task_of(RUN)]):
+        north.ledger.close()
+        for file in files:
+            shutil.copy(file, file.with_suffix(".old"))
+        north.restart()
+        for data in steps:
+            assert not isinstance(north.ask(data), Decline)
+        north.ledger.close()
+        for file in files:
+            shutil.copy(file, file.with_suffix(".new"))
+            shutil.copy(file.with_suffix(".old"), file)
+        with pytest.raises(Refused, match="older copy"):
+            north.restart()
+        north.ledger.close()
+        for file in files:
+            shutil.copy(file.with_suffix(".new"), file)
+        north.restart()
+
+
+def test_a_manifest_of_thousands_of_phases_keeps_nobody_busy(north: Institution) -> None:
+    import time
+
+    from tests.client.institution import PHASE
+
+    phases = tuple(replace(PHASE, noise_multiplier=0.3, sampling_rate=k / 9000) for k in range(1, 2000))
+    started = time.monotonic()
+    assert declined(north, offer_of(replace(RUN, phases=phases))).refused
+    assert time.monotonic() - started < 10
+
+
+def test_ledger_on_a_full_disk_trains_nothing(north: Institution, tmp_path: Path) -> None:
+    import subprocess
+
+    from fedlora.client.resident import PRIVATE_REASON
+
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here: a really full disk was not shown")
+    try:
+        full = Institution(disk / "node")
+        full.ask(offer_of(RUN))
+        full.ask(task_of(RUN))
+        filler = disk / "filler"
+        with filler.open("wb", buffering=0) as stream, pytest.raises(OSError):
+            while True:
+                stream.write(bytes(4096))
+        reply = full.ask(task_of(RUN, attempt=2))
+        assert isinstance(reply, Decline) and reply.reason == PRIVATE_REASON
+        assert len(full.work.trained) == 1
+        filler.unlink()
+        full.ledger.close()
+        full.restart()
+        assert isinstance(full.ask(task_of(RUN, attempt=3)), Answer)
+        full.ledger.close()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
