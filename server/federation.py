@@ -1,0 +1,116 @@
+"""`fedlora-server run` and `resume`: SuperLink, its nodes, one Flower run, and how it ended.
+
+What trains and decides runs in Flower's ServerApp process (`server.deployment.serve`). This process prepares the
+run's folder, keeps SuperLink alive, lets members in and revoked ones out, and watches: whatever of the two is
+killed, the checkpoint in the run's folder is what `resume` goes on from, in a new Flower run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedlora.common.config import config_to_toml, load_config
+from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
+from fedlora.common.files import write_atomically
+from fedlora.server.deployment import OUTCOME
+from fedlora.server.directory import Directory
+from fedlora.server.superlink import SuperLink
+
+LOOK = 0.5  # seconds between two looks at a run's files
+ASK_FLOWER = 10.0  # seconds between two questions to Flower whether the run still lives
+
+Watch = Callable[[Mapping[str, Any]], None]  # one line of metrics.jsonl
+
+
+def begin(directory: Directory, config: Path) -> Path:
+    """The folder of a new run, with its configuration; BadInput lists what is wrong with it."""
+    settings = load_config(config)
+    folder = directory.new_run()
+    write_atomically(folder / "config.toml", config_to_toml(settings).encode())
+    return folder
+
+
+def last(directory: Directory) -> Path:
+    """The folder of the run that `resume` goes on with."""
+    runs = directory.runs()
+    if not runs:
+        raise BadInput(f"{directory.root}: found no run to resume")
+    return runs[-1]
+
+
+def carry_out(directory: Directory, folder: Path, watch: Watch) -> dict[str, Any]:
+    """Run what lies in `folder` to its end; the summary. Raises how it ended where it did not end well."""
+    (folder / OUTCOME).unlink(missing_ok=True)
+    with SuperLink(directory.superlink_files(), directory.port) as link:
+        admit(directory, link)
+        run = link.start_run({"directory": str(directory.root), "run": str(folder)})
+        with _stopped_on_interrupt(link, run):
+            outcome = _followed(directory, link, run, folder, watch)
+    _raise(outcome)
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def admit(directory: Directory, link: SuperLink) -> None:
+    """Register active members' nodes with SuperLink, and let revoked ones in no more."""
+    registered, wanted = dict(directory.registered()), directory.flower_keys()
+    for name, (node, key) in list(registered.items()):
+        if wanted.get(name) != key:
+            link.unregister(node)
+            del registered[name]
+            directory.write_registered(registered)
+    for name, key in wanted.items():
+        if name not in registered:
+            registered[name] = (link.register(name, key), key)
+            directory.write_registered(registered)
+
+
+def _followed(
+    directory: Directory, link: SuperLink, run: str, folder: Path, watch: Watch
+) -> dict[str, Any]:
+    """How the run ended, as its process left it; what Flower says where that process left nothing."""
+    metrics, seen = folder / "metrics.jsonl", 0
+    asked = time.monotonic()
+    while not (folder / OUTCOME).exists():
+        seen = _watched(metrics, seen, watch)
+        if time.monotonic() - asked > ASK_FLOWER:
+            status, details = link.run_status(run)
+            if status.startswith("finished") and not (folder / OUTCOME).exists():
+                return {"code": 1, "message": f"Flower run {run}: {status} ({details}); resume goes on"}
+            admit(directory, link)  # a revocation or a new member counts while the run goes on
+            asked = time.monotonic()
+        time.sleep(LOOK)
+    _watched(metrics, seen, watch)
+    outcome: dict[str, Any] = json.loads((folder / OUTCOME).read_text())
+    return outcome
+
+
+def _watched(metrics: Path, seen: int, watch: Watch) -> int:
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    for line in lines[seen:]:
+        try:
+            watch(json.loads(line))
+        except ValueError:
+            return seen  # half written: the next look finds it whole
+        seen += 1
+    return seen
+
+
+def _raise(outcome: Mapping[str, Any]) -> None:
+    kinds: dict[int, type[FedloraError]] = {2: BadInput, 3: Refused, 4: QuorumLost}
+    if outcome["code"]:
+        raise kinds.get(int(outcome["code"]), FedloraError)(str(outcome["message"]))
+
+
+@contextmanager
+def _stopped_on_interrupt(link: SuperLink, run: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        link.stop_run(run)
+        raise

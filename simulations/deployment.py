@@ -1,0 +1,302 @@
+"""A whole federation on one machine, as it would run between many: one coordinator, three institutions, real processes.
+
+Everything goes through the installed commands: a coordinator's folder, enrolment, TLS and node authentication, three
+trainers, three relays with their SuperNodes, SuperLink; five rounds with privacy on; the export, verified.
+
+    python simulations/deployment.py [--out runs/federation] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.common.base import base_digest, resolve_base
+from fedlora.common.errors import FedloraError
+from fedlora.simulations.corpus import CLASSES, INSTITUTIONS, generate
+
+NAMES = ("hospital", "bank", "university")
+BIN = Path(sys.executable).parent
+START_SECONDS = 120.0
+
+TRAINING = """\
+# Written by `make federation`: the embedded corpus, three of its institutions.
+seed = 7
+[model]
+base = "minilm"
+digest = "{digest}"
+max_length = 48
+pooling = "mean"
+[lora]
+rank = 4
+targets = ["query", "value"]
+layers = [5]
+[data]
+test = "{test}"
+validation = "{validation}"
+label = "label"
+labels = {labels}
+[federation]
+clients = 3
+rounds = {rounds}
+spare_rounds = {spare}
+quorum = {quorum}
+deadline = {deadline}
+[training]
+steps = 1
+sampling_rate = 0.1
+expected_units = 80
+optimizer = "sgd"
+learning_rate = 1.0
+micro_batch_tokens = 2048
+[privacy]
+epsilon = 3.0
+delta = 1e-5
+clip = 1.0
+[aggregation]
+minimum_cohort = 3
+secure = {secure}
+max_colluders = 1
+[server]
+optimizer = "momentum"
+learning_rate = 1.0
+"""
+
+POLICY = """\
+institution = "{name}"
+
+[budgets.messages]
+epsilon = 8.0
+delta = 1e-4
+
+[data.messages]
+path = "data/messages.jsonl"
+budget = "messages"
+labels = {labels}
+
+[bases]
+"{digest}" = "minilm"
+
+[limits]
+minimum_cohort = 3
+rounds = 100
+attempts = 200
+noise_multiplier = 0.3
+delta = 1e-5
+
+[trainer]
+threads = 1
+"""
+
+
+@dataclass(eq=False)
+class Federation:
+    """The processes of one federation under `root`; `deadline` in seconds, of a round."""
+
+    root: Path
+    rounds: int = 5
+    spare: int = 3
+    quorum: float = 1.0
+    deadline: float = 120.0
+    secure: bool = False
+    port: int = field(default_factory=lambda: free_port())
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def coordinator(self) -> Path:
+        return self.root / "coordinator"
+
+    def node(self, name: str) -> Path:
+        return self.root / name
+
+    def prepare(self) -> None:
+        """Folders, keys, data, policies; every institution enrolled and joined."""
+        self.root.mkdir(parents=True)
+        run("fedlora-server", "init", str(self.coordinator), "--federation", "demo", "--port", str(self.port))
+        digest = base_digest(resolve_base("minilm"))
+        labels = json.dumps(list(CLASSES))
+        corpus = generate(7)
+        public = self.root / "public"
+        public.mkdir()
+        middle = len(corpus.test) // 2
+        write_records(public / "validation.jsonl", corpus.test[:middle])
+        write_records(public / "test.jsonl", corpus.test[middle:])
+        values = {"digest": digest, "labels": labels, "rounds": self.rounds, "spare": self.spare}
+        (self.root / "training.toml").write_text(
+            TRAINING.format(
+                test=public / "test.jsonl",
+                validation=public / "validation.jsonl",
+                quorum=self.quorum,
+                deadline=self.deadline,
+                secure=str(self.secure).lower(),
+                **values,
+            )
+        )
+        for name in NAMES:
+            self._found(name, digest, labels, [each for each in corpus.train if each["institution"] == name])
+        for name in NAMES:
+            for other in NAMES:
+                if other != name:
+                    request = str(self.node(other) / "enrolment.json")
+                    run("fedlora-node", "join", request, "--approve", "--node", str(self.node(name)))
+
+    def _found(self, name: str, digest: str, labels: str, records: list[dict[str, str]]) -> None:
+        folder = self.node(name)
+        run("fedlora-node", "init", name, "--organisation", f"The {name}", "--node", str(folder))
+        policy = folder / "node.toml"
+        policy.write_text(POLICY.format(name=name, digest=digest, labels=labels))
+        policy.chmod(0o600)
+        write_records(folder / "data" / "messages.jsonl", records)
+        run("fedlora-server", "enrol", str(folder / "enrolment.json"), "--coordinator", str(self.coordinator))
+        invitation = str(self.coordinator / "invitation.json")
+        run("fedlora-node", "join", invitation, "--node", str(folder))
+
+    def start_trainer(self, name: str) -> None:
+        socket_path = self.node(name) / "trainer.sock"
+        socket_path.unlink(missing_ok=True)
+        self._start(f"trainer {name}", "fedlora-node", "serve", "--node", str(self.node(name)))
+        wait_until(socket_path.exists, f"the trainer of {name}")
+
+    def start_relay(self, name: str) -> None:
+        relay, trainer = str(self.node(name) / "relay"), f"unix:{self.node(name) / 'trainer.sock'}"
+        command = ["link", "--relay", relay, "--trainer", trainer, "--port", str(free_port())]
+        self._start(f"relay {name}", "fedlora-node", *command)
+
+    def start_server(self, resume: bool = False) -> None:
+        command = ["resume"] if resume else ["run", str(self.root / "training.toml")]
+        self._start("server", "fedlora-server", *command, "--coordinator", str(self.coordinator))
+
+    def wait(self, seconds: float) -> int:
+        """Exit code of the server."""
+        return self.processes["server"].wait(seconds)
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """End a process and all that it started."""
+        process = self.processes.pop(name, None)
+        if process is not None:
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:
+                return
+            process.wait()
+
+    def stop(self) -> None:
+        for name in list(self.processes):
+            self.kill(name, signal.SIGTERM)
+
+    def last_run(self) -> Path:
+        return sorted((self.coordinator / "runs").iterdir(), key=lambda each: int(each.name))[-1]
+
+    def _start(self, name: str, *command: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        log = self.root / "logs" / f"{name.replace(' ', '-')}.log"
+        log.parent.mkdir(exist_ok=True)
+        with log.open("ab") as stream:
+            self.processes[name] = subprocess.Popen(
+                [str(BIN / command[0]), *command[1:]],
+                env=environment,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+
+
+@contextmanager
+def running(federation: Federation) -> Iterator[Federation]:
+    """Trainers and relays up; everything down at the end."""
+    try:
+        for name in NAMES:
+            federation.start_trainer(name)
+        federation.start_server()
+        wait_until(lambda: listens(federation.port), "SuperLink")
+        for name in NAMES:
+            federation.start_relay(name)
+        yield federation
+    finally:
+        federation.stop()
+
+
+def run(command: str, *arguments: str) -> str:
+    """What an installed command prints; FedloraError with its own words where it fails."""
+    done = subprocess.run([str(BIN / command), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip()
+        raise FedloraError(f"{command} {arguments[0]} ended with {done.returncode}: {words}")
+    return done.stdout
+
+
+def write_records(path: Path, records: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def wait_until(ready: Any, what: str, seconds: float = START_SECONDS) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > end:
+            raise FedloraError(f"{what} did not start within {seconds:g} s")
+        time.sleep(0.1)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A federation of processes on this machine.")
+    parser.add_argument("--out", type=Path, default=Path("runs/federation"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--secure", action="store_true")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    if out.exists() and not (out / "coordinator").is_dir():
+        sys.exit(f"{out}: found another folder, expected none or an earlier federation")
+    shutil.rmtree(out, ignore_errors=True)
+    federation = Federation(out, rounds=arguments.rounds, secure=arguments.secure)
+    assert set(NAMES) <= {each.name for each in INSTITUTIONS}
+    print("enrolling three institutions", flush=True)
+    federation.prepare()
+    print("starting trainers, SuperLink and relays", flush=True)
+    with running(federation):
+        code = federation.wait(1800)
+    if code:
+        sys.exit(f"the server ended with {code}; {out / 'logs'} says why")
+    conclude(federation)
+
+
+def conclude(federation: Federation) -> None:
+    """Export, verify, load; summary.json and the coordinator's public key beside the export."""
+    out, folder = federation.root, federation.last_run()
+    export = out / "export"
+    run("fedlora-server", "export", str(export), "--coordinator", str(federation.coordinator))
+    shutil.copy(folder / "summary.json", out / "summary.json")
+    shutil.copy(federation.coordinator / "coordinator.pub", out / "coordinator.pub")
+    print(run("fedlora-server", "verify", str(export), "--key", str(out / "coordinator.pub")).strip())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((out / "summary.json").read_text())
+    for line in lines:
+        print(f"round {line['round']}: {line['seconds']:.1f} s, accuracy {line.get('accuracy', 0):.3f}")
+    print(f"accuracy {summary['accuracy']:.3f} at ε = {summary['epsilon']:.3f}; export in {export}")
+
+
+if __name__ == "__main__":
+    main()
