@@ -70,9 +70,7 @@ def admit(directory: Directory, link: SuperLink) -> None:
             directory.write_registered(registered)
 
 
-def _followed(
-    directory: Directory, link: SuperLink, run: str, folder: Path, watch: Watch
-) -> dict[str, Any]:
+def _followed(directory: Directory, link: SuperLink, run: str, folder: Path, watch: Watch) -> dict[str, Any]:
     """How the run ended, as its process left it; what Flower says where that process left nothing."""
     metrics, seen = folder / "metrics.jsonl", 0
     asked = time.monotonic()
