@@ -10,13 +10,16 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo test lint types chaos mutants bench wheel clean help
+.PHONY: demo federation test lint types chaos mutants bench wheel clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
 
 demo: $(VENV)/demo  ## a private federation on a synthetic corpus, ending with a report
 	$(BIN)/fedlora-sim quickstart --out runs/quickstart
+
+federation: $(VENV)/demo  ## a coordinator and three institutions as real processes on this machine, five private rounds
+	$(BIN)/python simulations/deployment.py --out runs/federation
 
 test: $(VENV)/dev  ## linters, types, all tests but the long ones
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fedlora.common.base import base_digest, resolve_base
 from fedlora.common.errors import FedloraError
 from fedlora.simulations.corpus import CLASSES, INSTITUTIONS, generate
@@ -35,14 +37,14 @@ TRAINING = """\
 # Written by `make federation`: the embedded corpus, three of its institutions.
 seed = 7
 [model]
-base = "minilm"
+base = "{base}"
 digest = "{digest}"
 max_length = 48
 pooling = "mean"
 [lora]
 rank = 4
 targets = ["query", "value"]
-layers = [5]
+layers = {layers}
 [data]
 test = "{test}"
 validation = "{validation}"
@@ -87,7 +89,7 @@ budget = "messages"
 labels = {labels}
 
 [bases]
-"{digest}" = "minilm"
+"{digest}" = "{base}"
 
 [limits]
 minimum_cohort = 3
@@ -111,6 +113,8 @@ class Federation:
     quorum: float = 1.0
     deadline: float = 120.0
     secure: bool = False
+    base: str = "minilm"
+    layers: str = "[5]"
     port: int = field(default_factory=lambda: free_port())
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -125,7 +129,7 @@ class Federation:
         """Folders, keys, data, policies; every institution enrolled and joined."""
         self.root.mkdir(parents=True)
         run("fedlora-server", "init", str(self.coordinator), "--federation", "demo", "--port", str(self.port))
-        digest = base_digest(resolve_base("minilm"))
+        digest = base_digest(resolve_base(self.base))
         labels = json.dumps(list(CLASSES))
         corpus = generate(7)
         public = self.root / "public"
@@ -133,7 +137,10 @@ class Federation:
         middle = len(corpus.test) // 2
         write_records(public / "validation.jsonl", corpus.test[:middle])
         write_records(public / "test.jsonl", corpus.test[middle:])
-        values = {"digest": digest, "labels": labels, "rounds": self.rounds, "spare": self.spare}
+        values = {"digest": digest, "labels": labels, "rounds": self.rounds, "spare": self.spare} | {
+            "base": self.base,
+            "layers": self.layers,
+        }
         (self.root / "training.toml").write_text(
             TRAINING.format(
                 test=public / "test.jsonl",
@@ -156,7 +163,7 @@ class Federation:
         folder = self.node(name)
         run("fedlora-node", "init", name, "--organisation", f"The {name}", "--node", str(folder))
         policy = folder / "node.toml"
-        policy.write_text(POLICY.format(name=name, digest=digest, labels=labels))
+        policy.write_text(POLICY.format(name=name, base=self.base, digest=digest, labels=labels))
         policy.chmod(0o600)
         write_records(folder / "data" / "messages.jsonl", records)
         run("fedlora-server", "enrol", str(folder / "enrolment.json"), "--coordinator", str(self.coordinator))
@@ -192,9 +199,19 @@ class Federation:
                 return
             process.wait()
 
+    def kill_superlink(self) -> None:
+        """SuperLink and its executor, which outlive the command that started them when that is killed."""
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            ours = any(word.endswith(("flower-superlink", "flower-superexec")) for word in words)
+            if ours and {str(self.port), f"127.0.0.1:{self.port}"} & set(words):
+                process.kill()
+        wait_until(lambda: not listens(self.port), "the end of SuperLink")
+
     def stop(self) -> None:
         for name in list(self.processes):
             self.kill(name, signal.SIGTERM)
+        self.kill_superlink()
 
     def last_run(self) -> Path:
         return sorted((self.coordinator / "runs").iterdir(), key=lambda each: int(each.name))[-1]

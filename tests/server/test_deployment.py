@@ -1,0 +1,258 @@
+"""The deployment's cohort over a carrier in this process: what counts, what is refused and who is blamed for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedlora.common.errors import QuorumLost, Refused
+from fedlora.common.identity import Identity, PublicIdentity, Signed
+from fedlora.common.messages import RoundPlan, RunManifest
+from fedlora.common.protocol import (
+    MANIFEST_TAG,
+    PLAN_TAG,
+    Answer,
+    Consent,
+    Decline,
+    Offer,
+    Reply,
+    Task,
+    reply_to_bytes,
+    request_from_bytes,
+)
+from fedlora.server.checkpoint import Checkpoint
+from fedlora.server.deployment import Coordinator, DeploymentCohort
+from fedlora.server.rounds import Failure, Rules, run_rounds
+from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
+from tests.server.fakes import SPEC, START, manifest_of
+
+NAMES = ("east", "north", "south")
+
+
+@dataclass
+class Node:
+    """An institution that adds one to each coordinate, or does what its `habit` says."""
+
+    name: str
+    coordinator: PublicIdentity
+    identity: Identity = field(default_factory=Identity.generate)
+    habit: str = "honest"
+    sent: list[bytes] = field(default_factory=list)
+
+    def answer(self, data: bytes) -> bytes:
+        request = request_from_bytes(data)
+        if isinstance(request, Offer):
+            body = request.manifest.opened(MANIFEST_TAG, self.coordinator)
+            digest = RunManifest.from_bytes(body).digest
+            if self.habit == "declines":
+                return self._signed(Decline(self.name, digest, 0, 0, "budget spent", True))
+            return self._signed(Consent(self.name, digest, "sha256:p", 0.5, 1e-5))
+        assert isinstance(request, Task)
+        plan = RoundPlan.from_bytes(request.plan.opened(PLAN_TAG, self.coordinator))
+        return self._update(plan)
+
+    def _update(self, plan: RoundPlan) -> bytes:
+        if self.habit == "replays" and self.sent:
+            return self.sent[0]
+        vector = np.ones(SPEC.size, dtype="<f4")
+        if self.habit == "nan":
+            vector[0] = np.nan
+        if self.habit == "huge":
+            vector *= 1e9
+        if self.habit == "short":
+            vector = vector[:-1]
+        answer = Answer(self.name, plan.manifest, plan.round, plan.attempt, vector.tobytes())
+        if self.habit == "wrong round":
+            answer = replace(answer, round=plan.round + 1)
+        if self.habit == "other run":
+            answer = replace(answer, manifest="sha256:other")
+        data = self._signed(answer)
+        if self.habit == "forged":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        if self.habit == "another's key":
+            data = reply_to_bytes(Identity.generate(), "test", answer)
+        if self.habit == "consents again":
+            data = self._signed(Consent(self.name, plan.manifest, "sha256:p", 0.5, 1e-5))
+        self.sent.append(data)
+        return data
+
+    def _signed(self, reply: Reply) -> bytes:
+        return reply_to_bytes(self.identity, "test", reply)
+
+
+@dataclass
+class World:
+    """A coordinator, its members, and a carrier that loses what it is told to lose."""
+
+    folder: Path
+    key: Identity = field(default_factory=Identity.generate)
+    away: set[str] = field(default_factory=set)
+    revoked: set[str] = field(default_factory=set)
+    offers: int = 0
+
+    def __post_init__(self) -> None:
+        self.nodes = {name: Node(name, self.key.public) for name in NAMES}
+
+    @property
+    def coordinator(self) -> Coordinator:
+        return Coordinator("test", self.key, self.members)
+
+    def members(self) -> Mapping[str, PublicIdentity]:
+        return {name: node.identity.public for name, node in self.nodes.items() if name not in self.revoked}
+
+    def online(self) -> set[str]:
+        return set(self.nodes) - self.away
+
+    def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+        for name, data in requests.items():
+            assert name not in self.revoked
+            self.offers += isinstance(request_from_bytes(data), Offer)
+            if name in self.away:
+                yield name, Failure(name, "no answer")
+            else:
+                yield name, self.nodes[name].answer(data)
+
+    def cohort(self, manifest: RunManifest, expected: int = 3) -> DeploymentCohort:
+        sleep = lambda seconds: None  # noqa: E731
+        return DeploymentCohort(manifest, self.coordinator, self, self.folder, expected, 0.05, sleep)
+
+
+def manifest(rounds: int = 2, **changes: object) -> RunManifest:
+    made = manifest_of(rounds, spare=1, mode="record", learning_rate=0.5, clip=1.0)
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def plan_of(run: RunManifest, attempt: int = 1) -> RoundPlan:
+    return RoundPlan(run.digest, 0, 1, attempt, START.digest)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_the_sum_of_honest_institutions(world: World) -> None:
+    cohort = world.cohort(manifest())
+    found = cohort.total(plan_of(manifest()), START)
+    assert (found.replies, found.asked, found.failures) == (3, 3, ())
+    assert np.array_equal(found.total, np.full(SPEC.size, 3.0))
+    assert {name: consent.epsilon for name, consent in cohort.consents.items()} == dict.fromkeys(NAMES, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("habit", "reason"),
+    [
+        ("nan", "not finite"),
+        ("huge", "L2 norm"),
+        ("short", "found 24 bytes"),
+        ("wrong round", "round"),
+        ("other run", "another run"),
+        ("forged", "did not make"),
+        ("another's key", "did not make"),
+        ("consents again", "expected an update"),
+    ],
+)
+def test_what_does_not_count_is_its_senders_failure(world: World, habit: str, reason: str) -> None:
+    cohort = world.cohort(manifest())
+    cohort.total(plan_of(manifest()), START)
+    world.nodes["north"].habit = habit
+    found = cohort.total(plan_of(manifest(), 2), START)
+    assert np.array_equal(found.total, np.full(SPEC.size, 2.0)) and found.replies == 2
+    assert [failure.client for failure in found.failures] == ["north"]
+    assert reason in found.failures[0].reason
+
+
+def test_an_answer_to_another_attempt_is_refused(world: World) -> None:
+    """msg-replayed and late-input: the very bytes of attempt 1 do not count in attempt 2."""
+    cohort = world.cohort(manifest())
+    cohort.total(plan_of(manifest()), START)
+    world.nodes["south"].habit = "replays"
+    found = cohort.total(plan_of(manifest(), 2), START)
+    assert found.replies == 2 and "attempt" in found.failures[0].reason
+
+
+def test_a_decline_is_told_apart_from_a_failure(world: World) -> None:
+    world.nodes["east"].habit = "declines"
+    found = world.cohort(manifest(), expected=2).total(plan_of(manifest()), START)
+    assert found.replies == 2 and found.asked == 3
+    assert found.failures == (Failure("east", "budget spent", refused=True),)
+
+
+def test_a_revocation_counts_from_the_next_attempt(world: World) -> None:
+    cohort = world.cohort(manifest(), expected=2)
+    assert cohort.total(plan_of(manifest()), START).replies == 3
+    world.revoked = {"south"}
+    assert cohort.total(plan_of(manifest(), 2), START).replies == 2
+
+
+def test_who_is_away_is_no_reason_to_wait_for_the_deadline_twice(world: World) -> None:
+    cohort = world.cohort(manifest())
+    cohort.total(plan_of(manifest()), START)
+    world.away = {"east"}
+    found = cohort.total(plan_of(manifest(), 2), START)
+    assert found.replies == 2 and found.failures == (Failure("east", "not connected"),)
+
+
+def test_the_signed_plan_is_on_disk_before_it_leaves_and_stays_the_same(world: World) -> None:
+    cohort, path = world.cohort(manifest()), world.folder / "outbox" / "plan-1.signed"
+    asked = world.nodes["north"].answer
+
+    def looks(data: bytes) -> bytes:
+        request = request_from_bytes(data)
+        if isinstance(request, Task):
+            assert path.read_bytes() == request.plan.to_bytes()
+        return asked(data)
+
+    world.nodes["north"].answer = looks  # type: ignore[method-assign]
+    cohort.total(plan_of(manifest()), START)
+    before = path.read_bytes()
+    assert (
+        Signed.from_bytes(before, "plan").opened(PLAN_TAG, world.key.public) == plan_of(manifest()).to_bytes()
+    )
+    world.cohort(manifest()).total(plan_of(manifest()), START)
+    assert path.read_bytes() == before
+
+
+def test_a_resumed_run_knows_who_consented(world: World) -> None:
+    world.cohort(manifest()).total(plan_of(manifest()), START)
+    offers = world.offers
+    resumed = world.cohort(manifest())
+    assert set(resumed.consents) == set(NAMES)
+    resumed.total(plan_of(manifest(), 2), START)
+    assert world.offers == offers
+
+
+def test_a_consent_that_was_changed_on_disk_is_refused(world: World) -> None:
+    world.cohort(manifest()).total(plan_of(manifest()), START)
+    path = world.folder / "consents" / "north.reply"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(Refused):
+        world.cohort(manifest())
+
+
+@pytest.mark.parametrize(("minimum", "ends"), [(2, True), (3, False)])
+def test_fewer_than_the_promised_cohort_are_never_summed(world: World, minimum: int, ends: bool) -> None:
+    """The quorum alone would take two of three; the manifest promised `minimum`."""
+    run = manifest(minimum_cohort=minimum)
+    world.away = {"east"}
+    checkpoint = Checkpoint.create(world.folder / "checkpoint", run, START)
+    rules = Rules(quorum=0.5, minimum=run.minimum_cohort)
+    strategy = FedAvg(ServerOptimizer("none", 1.0, 0.0, 0.0))
+
+    def go() -> int:
+        return run_rounds(
+            checkpoint, world.cohort(run), [strategy], rules, lambda state, phase: {}, lambda *_: None
+        ).round
+
+    if ends:
+        assert go() == 2
+    else:
+        with pytest.raises(QuorumLost, match="at least 3"):
+            go()
+        assert checkpoint.load().round == 0

@@ -1,0 +1,119 @@
+"""A federation of real processes: TLS, node authentication, SuperLink, SuperNodes, three trainers; and kills."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fedlora.client.node import NodeFolder
+from fedlora.common.export import load_adapter
+from fedlora.common.protocol import Consent, reply_from_bytes
+from fedlora.server.directory import Directory
+from fedlora.simulations.deployment import NAMES, Federation, conclude, listens, running, wait_until
+
+SECONDS = 240.0  # for a whole run on a loaded machine
+
+
+def lines(federation: Federation) -> list[dict[str, object]]:
+    path = federation.last_run() / "metrics.jsonl"
+    found = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in found if line.endswith("}")]
+
+
+def wait_for_round(federation: Federation, number: int) -> None:
+    wait_until(lambda: len(lines(federation)) >= number, f"round {number}", SECONDS)
+
+
+def logs(federation: Federation) -> str:
+    return "\n".join(
+        path.read_text(errors="replace")[-2_000:] for path in (federation.root / "logs").iterdir()
+    )
+
+
+def check_ledgers(federation: Federation) -> None:
+    """Every update that counted was reserved before; what each node stated is what its ledger holds."""
+    folder = federation.last_run()
+    counted = [line["attempt"] for line in lines(federation)]
+    members = Directory.open(federation.coordinator).registry.active()
+    for name in NAMES:
+        node = NodeFolder(federation.node(name))
+        ledger = node.open_ledger(node.load_policy())
+        reserved = {entry.body["attempt"] for entry in ledger.entries() if entry.body["kind"] == "reserve"}
+        assert reserved >= set(counted), (name, reserved, counted)
+        reply = reply_from_bytes((folder / "consents" / f"{name}.reply").read_bytes(), "demo", members)
+        assert isinstance(reply, Consent) and ledger.spent("messages").epsilon == reply.epsilon
+        ledger.close()
+
+
+@pytest.mark.flower
+def test_killed_in_the_middle_it_goes_on_and_its_export_verifies(tiny_bert: Path, tmp_path: Path) -> None:
+    """A trainer and then the coordinator with its SuperLink are killed; the run is resumed in a new Flower run."""
+    federation = Federation(
+        tmp_path / "f", rounds=3, spare=9, base=str(tiny_bert), layers="[]", deadline=60.0
+    )
+    federation.prepare()
+    with running(federation):
+        wait_for_round(federation, 1)
+        federation.kill("trainer bank")
+        federation.start_trainer("bank")
+        wait_for_round(federation, 2)
+        federation.kill("server")
+        federation.kill_superlink()
+        committed = len(lines(federation))
+        federation.start_server(resume=True)
+        wait_until(lambda: listens(federation.port), "SuperLink", SECONDS)
+        code = federation.wait(SECONDS)
+        assert code == 0, logs(federation)
+    assert [line["round"] for line in lines(federation)] == [1, 2, 3] and committed >= 2
+    check_ledgers(federation)
+    conclude(federation)
+    labels = load_adapter(federation.root / "export" / "adapter").predict(["my laptop is broken"])
+    assert len(labels) == 1
+
+
+def _moved(federation: Federation, before: int) -> bool:
+    return len(lines(federation)) > before or federation.processes["server"].poll() is not None
+
+
+@pytest.mark.chaos
+@pytest.mark.flower
+@pytest.mark.parametrize("seed", range(20))
+def test_chaos(tiny_bert: Path, tmp_path: Path, seed: int) -> None:
+    """Five kills a run, at random moments, of any process."""
+    import random
+
+    source = random.Random(seed)
+    federation = Federation(
+        tmp_path / "f", rounds=6, spare=60, base=str(tiny_bert), layers="[]", deadline=60.0
+    )
+    federation.prepare()
+    recoveries = []
+    with running(federation):
+        for _ in range(5):
+            time.sleep(source.uniform(0.5, 12))
+            if federation.processes["server"].poll() is not None:
+                break
+            before, started = len(lines(federation)), time.monotonic()
+            name = source.choice(NAMES)
+            victim = source.choice(["trainer", "relay", "server", "superlink"])
+            if victim in ("trainer", "relay"):
+                federation.kill(f"{victim} {name}")
+                (federation.start_trainer if victim == "trainer" else federation.start_relay)(name)
+            else:
+                if victim == "server":
+                    federation.kill("server")
+                federation.kill_superlink()
+                if "server" in federation.processes:
+                    federation.wait(SECONDS)
+                assert len(lines(federation)) >= before
+                federation.start_server(resume=True)
+            wait_until(partial(_moved, federation, before), "the next round", SECONDS)
+            recoveries.append(time.monotonic() - started)
+        code = federation.wait(2 * SECONDS)
+        assert code in (0, 3), logs(federation)
+    check_ledgers(federation)
+    print(f"seed {seed}: code {code}, recoveries {[round(each, 1) for each in sorted(recoveries)]}")
