@@ -193,9 +193,8 @@ def head_clipped_sum(
 ) -> GradientSum:
     """Clipped sum for a head of linear layers on (n, width) features, without per-sample gradients.
 
-    For a linear layer with inputs a_r and output gradients b_r, the gradient of a unit is Σ b_r a_rᵀ, and its
-    squared norm with the bias Σ_{r,s} (b_r·b_s)(a_r·a_s + 1) over the unit's own records: for one record
-    |b|² (|a|² + 1). `owners` is (n,), counts units from 0 and never decreases. `bound` None: no clip.
+    For a linear layer with inputs a_r and output gradients b_r, the gradient of a unit is Σ b_r a_rᵀ over its
+    records; for one record its squared norm with the bias is |b|² (|a|² + 1). `owners` is (n,), counts units from 0 and never decreases. `bound` None: no clip.
     """
     total = torch.zeros(sum(p.numel() for p in head.parameters()), device=features.device)
     units = nonfinite = start = 0
@@ -236,34 +235,62 @@ def _head_part(
         else:
             value = layer(value)
     gradients = torch.autograd.grad(losses(value, targets).sum(), outputs)
-    squares = _unit_squares(inputs, gradients, owners)
-    finite = torch.isfinite(squares)
-    norms = squares.clamp(min=0).sqrt()
-    factors = finite.float() if bound is None else torch.where(finite, bound / norms.clamp(min=bound), 0.0)
-    kept, weight = finite[owners][:, None], factors[owners][:, None]
+    if int(owners[-1]) + 1 == len(owners):
+        return _clipped_records(inputs, gradients, bound)
+    return _clipped_units(inputs, gradients, owners, bound)
+
+
+def _clipped_records(
+    inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], bound: float | None
+) -> tuple[torch.Tensor, int]:
+    """Each record is a unit: its squared norm is |b|² (|a|² + 1), a sum of squares that can't cancel."""
+    terms = [b.square().sum(1) * (a.square().sum(1) + 1.0) for a, b in zip(inputs, gradients, strict=True)]
+    norms = torch.stack(terms).sum(dim=0).sqrt()
+    finite, factors = _factors(norms, bound)
     flat = []
     for a, b in zip(inputs, gradients, strict=True):
-        weighted = torch.where(kept, b, 0.0) * weight
-        flat += [(weighted.T @ torch.where(kept, a, 0.0)).flatten(), weighted.sum(dim=0)]
+        weighted = torch.where(finite[:, None], b, 0.0) * factors[:, None]
+        flat += [(weighted.T @ torch.where(finite[:, None], a, 0.0)).flatten(), weighted.sum(dim=0)]
     return torch.cat(flat), int((~finite).sum())
 
 
-def _unit_squares(
-    inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], owners: torch.Tensor
-) -> torch.Tensor:
-    """(units,) squared norm of each unit's gradient over all layers."""
-    units = int(owners[-1]) + 1
-    if units == len(owners):
-        terms = [
-            b.square().sum(1) * (a.square().sum(1) + 1.0) for a, b in zip(inputs, gradients, strict=True)
-        ]
-        return torch.stack(terms).sum(dim=0)
-    same = owners[:, None] == owners[None, :]
-    pairs = torch.stack([(b @ b.T) * (a @ a.T + 1.0) for a, b in zip(inputs, gradients, strict=True)]).sum(
-        dim=0
+def _clipped_units(
+    inputs: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    owners: torch.Tensor,
+    bound: float | None,
+) -> tuple[torch.Tensor, int]:
+    """Units of several records, one after the other: what is measured is the very tensor that is added.
+
+    A norm from inner products of the records would cancel where they pull against each other: in float32 it can
+    come out as 0 for a gradient far above the clip.
+    """
+    sizes = torch.bincount(owners).tolist()
+    parts = [(torch.split(a, sizes), torch.split(b, sizes)) for a, b in zip(inputs, gradients, strict=True)]
+    total: torch.Tensor | None = None
+    bad = 0
+    for unit in range(len(sizes)):
+        flat = [part for a, b in parts for part in ((b[unit].T @ a[unit]).flatten(), b[unit].sum(dim=0))]
+        gradient = torch.cat(flat)
+        finite, factor = _factors(torch.linalg.vector_norm(gradient, dtype=torch.float64)[None], bound)
+        if total is None:
+            total = torch.zeros_like(gradient)
+        if finite[0]:
+            total += gradient * factor[0].float()
+        else:
+            bad += 1
+    if total is None:
+        raise BadInput("head: found no unit to clip")
+    return total, bad
+
+
+def _factors(norms: torch.Tensor, bound: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which norms are finite, and what to multiply by: 0 where they are not."""
+    finite = torch.isfinite(norms)
+    factors = (
+        finite.to(norms.dtype) if bound is None else torch.where(finite, bound / norms.clamp(min=bound), 0.0)
     )
-    by_row = torch.where(same, pairs, 0.0).sum(dim=1)
-    return torch.zeros(units, device=owners.device).index_add_(0, owners, by_row)
+    return finite, factors
 
 
 def _layers(head: nn.Module) -> list[nn.Module]:

@@ -184,6 +184,27 @@ def test_the_head_without_hooks_is_the_batch_of_one_loop(
     assert found.units == len(sizes)
 
 
+@pytest.mark.parametrize(("scale", "bound"), [(10.0, 0.01), (10.0, 0.1), (100.0, 0.1)])
+def test_a_unit_whose_records_pull_against_each_other_is_clipped(scale: float, bound: float) -> None:
+    """2,000 texts that hardly differ, half of them of each label: a norm from inner products comes out as 0."""
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(torch.nn.Linear(384, 2))
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+    targets, owners = torch.arange(2_000) // 1_000, np.zeros(2_000, dtype=np.int64)
+
+    def losses(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits, truth, reduction="none")
+
+    largest = 0.0
+    for spread in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
+        common = torch.nn.functional.normalize(torch.randn(1, 384), dim=1)
+        near = torch.nn.functional.normalize(common + spread * torch.randn(2_000, 384), dim=1) * scale
+        found = head_clipped_sum(head, losses, near, targets, owners, bound)
+        largest = max(largest, float(np.linalg.norm(found.vector.astype(np.float64))))
+    assert 0.5 * bound < largest <= bound * (1 + 1e-5)
+
+
 def test_noise_has_the_claimed_scale_in_each_group_and_not_another(case: Case) -> None:
     model = case.model
     if not model.spec.head_mask().any():

@@ -13,14 +13,16 @@ from fedlora.client.dpsgd import PerSampleGradients
 from fedlora.client.trainer import MomentStore, Trainer
 from fedlora.client.training import ClientData, LocalTraining
 from fedlora.common.config import LoraConfig, ModelConfig
-from fedlora.common.data import Records, unit_groups
+from fedlora.common.data import Records, UnitIndex, unit_groups
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.features import FeatureCache
+from fedlora.common.features import FeatureCache, pooled_features
 from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import Network, Phase, RoundPlan, RunManifest
-from fedlora.common.model import AdapterModel, build_model
+from fedlora.common.model import AdapterModel, build_head, build_model
+from fedlora.common.randomness import OsRandom
 from fedlora.common.state import AdapterState
 from fedlora.common.tasks import SequenceClassification
+from tests.oracles import head_clipped_sum_by_ones
 
 PHASE = Phase("adapter", 3, 4, 2, 0.5, 4.0, 3.0, 1.0, 0.0, "adamw", 0.01, True, 0.0)
 
@@ -73,6 +75,33 @@ def test_an_update_is_reserved_then_committed(trainer: Trainer, ledger: Ledger, 
     update.check(plan(run, state), model.spec.size)
     kinds = [entry.body["kind"] for entry in ledger.entries()]
     assert kinds == ["open", "consent", "reserve", "commit"]
+
+
+def test_the_head_phase_clips_each_unit_once(
+    model: AdapterModel, training: LocalTraining, data: ClientData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rate 1 and noise switched off here alone: the released mean is the batch-of-one oracle's."""
+    units = UnitIndex(np.array([0, 3, 6, 8]), np.arange(8))
+    grouped = ClientData("grouped", data.encoded, units)
+    phase = replace(
+        PHASE, name="head", sampling_rate=1.0, clip=0.05, optimizer="sgd", steps=1, learning_rate=1.0
+    )
+    monkeypatch.setattr("fedlora.client.dpsgd.gaussian", lambda source, n, std: np.zeros(n))
+    state = model.state()
+    result = training.update(grouped, phase, state, {}, OsRandom(), private=True)
+    features = pooled_features(model, data.encoded, np.arange(8))
+
+    def losses(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits, truth, reduction="none")
+
+    targets, owners = torch.from_numpy(data.encoded.targets), np.repeat(np.arange(3), [3, 3, 2])
+    head = build_head(features.shape[1], 0, 2)  # the model's own is hooked
+    head.load_state_dict(model.head.state_dict())
+    expected = head_clipped_sum_by_ones(head, losses, features, targets, owners, 0.05)
+    moved = -result.delta[model.spec.head_mask()] * phase.expected_units
+    assert np.linalg.norm(moved - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert not result.delta[~model.spec.head_mask()].any()
+    assert 0 < np.linalg.norm(expected) <= 3 * 0.05 * (1 + 1e-6)
 
 
 def test_data_is_not_touched_before_the_reservation(
