@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.messages import RoundPlan, RunManifest, Update
-from fedlora.common.privacy import default_cache
+from fedlora.common.privacy import default_cache, stated_epsilon
 from fedlora.common.protocol import (
     MANIFEST_TAG,
     PLAN_TAG,
@@ -55,6 +55,7 @@ from fedlora.server.rounds import CohortSum, Failure, participants
 log = logging.getLogger(__name__)
 
 LOOK = 1.0  # seconds between two looks at who is connected
+SAME = 1e-6  # relative: the last bits of an ε differ between machines
 OUTCOME = "outcome.json"  # how a run's process ended, for who started it
 
 Members = Callable[[], Mapping[str, PublicIdentity]]
@@ -94,6 +95,7 @@ class DeploymentCohort:
     ) -> None:
         self._manifest, self._coordinator, self._carrier = manifest, coordinator, carrier
         self._folder, self._expected, self._deadline, self._sleep = folder, expected, deadline, sleep
+        self._cost = stated_epsilon(manifest) if manifest.mode == "record" else 0.0
         self._consents: dict[str, Consent] = {}
         self._declined: dict[str, Failure] = {}
         self._read_consents()
@@ -112,6 +114,10 @@ class DeploymentCohort:
             sorted(set(self._consents) & set(members)), self._manifest.participation, OsRandom()
         )
         total, replies = np.zeros(state.spec.size, dtype=np.float64), 0
+        if len(asked) < self._manifest.minimum_cohort:
+            reason = f"{len(asked)} take part, expected at least {self._manifest.minimum_cohort}"
+            failures.append(Failure("cohort", reason))
+            asked = []  # nobody trains for a sum that may not be made
         for name, answer in self._answers(plan, state, asked):
             found = (
                 answer if isinstance(answer, Failure) else self._judged(name, answer, plan, state, members)
@@ -216,11 +222,11 @@ class DeploymentCohort:
             except (BadInput, Refused) as error:
                 self._declined[name] = Failure(name, one_line(str(error)))
                 continue
-            if isinstance(reply, Consent) and reply.manifest == self._manifest.digest:
+            if self._is_consent(reply):
                 self._keep(name, answer, reply)
             else:
                 reason = (
-                    reply.reason if isinstance(reply, Decline) else "answered an offer with something else"
+                    reply.reason if isinstance(reply, Decline) else "consents to another run or another ε"
                 )
                 self._declined[name] = Failure(name, reason, refused=True)
                 log.warning("%s declines: %s", name, reason)
@@ -237,8 +243,14 @@ class DeploymentCohort:
         for path in sorted((self._folder / "consents").glob("*.reply")):
             if path.stem in members:
                 reply = self._opened(path.stem, path.read_bytes(), members)
-                if isinstance(reply, Consent) and reply.manifest == self._manifest.digest:
+                if self._is_consent(reply):
                     self._consents[path.stem] = reply
+
+    def _is_consent(self, reply: Reply) -> TypeGuard[Consent]:
+        """To this run, and at no less than its schedule costs: what is released states the largest of them."""
+        if not isinstance(reply, Consent) or reply.manifest != self._manifest.digest:
+            return False
+        return reply.epsilon >= self._cost * (1 - SAME) and reply.delta >= self._manifest.delta * (1 - SAME)
 
 
 def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str, Any]:

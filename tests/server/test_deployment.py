@@ -12,6 +12,7 @@ import pytest
 from fedlora.common.errors import QuorumLost, Refused
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.messages import RoundPlan, RunManifest
+from fedlora.common.privacy import stated_epsilon
 from fedlora.common.protocol import (
     MANIFEST_TAG,
     PLAN_TAG,
@@ -50,7 +51,8 @@ class Node:
             digest = RunManifest.from_bytes(body).digest
             if self.habit == "declines":
                 return self._signed(Decline(self.name, digest, 0, 0, "budget spent", True))
-            return self._signed(Consent(self.name, digest, "sha256:p", 0.5, 1e-5))
+            epsilon = 0.01 if self.habit == "understates" else COST
+            return self._signed(Consent(self.name, digest, "sha256:p", epsilon, 1e-5))
         assert isinstance(request, Task)
         plan = RoundPlan.from_bytes(request.plan.opened(PLAN_TAG, self.coordinator))
         return self._update(plan)
@@ -122,8 +124,11 @@ class World:
 
 
 def manifest(rounds: int = 2, **changes: object) -> RunManifest:
-    made = manifest_of(rounds, spare=1, mode="record", learning_rate=0.5, clip=1.0)
+    made = manifest_of(rounds, spare=1, mode="record", learning_rate=0.5, clip=1.0, noise_multiplier=2.0)
     return replace(made, **changes)  # type: ignore[arg-type]
+
+
+COST = stated_epsilon(manifest())
 
 
 def plan_of(run: RunManifest, attempt: int = 1) -> RoundPlan:
@@ -140,7 +145,7 @@ def test_the_sum_of_honest_institutions(world: World) -> None:
     found = cohort.total(plan_of(manifest()), START)
     assert (found.replies, found.asked, found.failures) == (3, 3, ())
     assert np.array_equal(found.total, np.full(SPEC.size, 3.0))
-    assert {name: consent.epsilon for name, consent in cohort.consents.items()} == dict.fromkeys(NAMES, 0.5)
+    assert {name: consent.epsilon for name, consent in cohort.consents.items()} == dict.fromkeys(NAMES, COST)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +185,22 @@ def test_a_decline_is_told_apart_from_a_failure(world: World) -> None:
     found = world.cohort(manifest(), expected=2).total(plan_of(manifest()), START)
     assert found.replies == 2 and found.asked == 3
     assert found.failures == (Failure("east", "budget spent", refused=True),)
+
+
+def test_a_consent_below_what_the_schedule_costs_is_none(world: World) -> None:
+    """Who understates its own ε would make the release understate it."""
+    world.nodes["east"].habit = "understates"
+    cohort = world.cohort(manifest(), expected=2)
+    found = cohort.total(plan_of(manifest()), START)
+    assert "another ε" in found.failures[0].reason and set(cohort.consents) == {"north", "south"}
+
+
+def test_nobody_trains_for_a_sum_that_may_not_be_made(world: World) -> None:
+    world.nodes["east"].habit = "declines"
+    run = manifest(minimum_cohort=3)
+    found = world.cohort(run).total(plan_of(run), START)
+    assert found.replies == 0 and not world.nodes["north"].sent
+    assert found.failures[-1] == Failure("cohort", "2 take part, expected at least 3")
 
 
 def test_a_revocation_counts_from_the_next_attempt(world: World) -> None:
