@@ -135,6 +135,8 @@ class PrivacyConfig:
     head_clip: float = _number(0.0, 0, 1e6)  # adapter phase: a clip of the head's own; 0: one for all
     head_phase_clip: float = _number(1.0, 0, 1e6, open_low=True)
     head_epsilon_share: float = _number(0.5, 0, 1, open_low=True)  # of ε that the head phase may use
+    # The population that data.train is drawn from: in a shared ledger, all runs on it charge one budget.
+    population: str = _text("population", NAME)
 
 
 @dataclass(frozen=True)

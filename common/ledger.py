@@ -79,6 +79,7 @@ class Ledger:
         self._phases: dict[tuple[str, str], dict[int, tuple[int, int]]] = {}  # attempt -> (phase, round)
         self._committed: set[tuple[str, str, int]] = set()
         self._chain: Chain
+        self.id = ""  # drawn when the ledger was begun: which ledger this is
 
     @classmethod
     def open(cls, path: Path, head: Path, key: Path) -> Ledger:
@@ -210,6 +211,7 @@ class Ledger:
         if kind == "open":
             if body["schema"] != SCHEMA:
                 raise Refused(f"ledger: found schema {body['schema']}, expected {SCHEMA}")
+            self.id = str(body["id"])
             return
         key = (body["budget"], body["manifest"])
         if kind == "consent" and key not in self._consents:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.common.errors import BadInput, FedloraError
+from fedlora.common.statement import shown_epsilon
 
 app = typer.Typer(
     help="Private federated fine-tuning of LoRA adapters, simulated on one machine.",
@@ -52,7 +53,7 @@ def run(
 
     path = packaged_config(config)
     folder = out or Path("runs") / path.stem
-    settings = _load(path, set_, folder, resume)
+    settings = _load(path, set_)
     summary = run_to_report(
         settings, folder, console, engine=engine, resume=resume, ledger=ledger, device=device, threads=threads
     )
@@ -149,20 +150,24 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        again = [*sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])]
-        errors.print(
-            f"\nstopped at the last committed round; go on with: fedlora-sim {shlex.join(again)}",
-            markup=False,
-        )
+        errors.print(f"\n{_stopped(sys.argv[1:])}", markup=False)
         sys.exit(1)
+    except OSError as error:
+        errors.print(f"fedlora-sim: {error.filename}: {error.strerror}", markup=False, soft_wrap=True)
+        sys.exit(2)
 
 
-def _load(path: Path, overrides: list[str] | None, folder: Path | None = None, resume: bool = False) -> Any:
+def _stopped(words: list[str]) -> str:
+    """What a person who pressed Ctrl-C can do next."""
+    if not words or words[0] != "run":
+        return "stopped; the same command begins again"
+    again = words if "--resume" in words else [*words, "--resume"]
+    return f"stopped at the last committed round; go on with: fedlora-sim {shlex.join(again)}"
+
+
+def _load(path: Path, overrides: list[str] | None) -> Any:
     from fedlora.common.config import load_config
 
-    written = folder / "config.toml" if folder is not None else None
-    if resume and written is not None and written.is_file() and not overrides:
-        return load_config(written)
     return load_config(path, overrides or [])
 
 
@@ -181,7 +186,8 @@ def _print_summary(summary: Mapping[str, Any], folder: Path) -> None:
     for name in ("accuracy", "macro_f1", "perplexity", "loss", "epsilon", "delta", "rounds", "seconds"):
         if summary.get(name) is not None:
             value = summary[name]
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+            table.add_row(name, shown_epsilon(value) if name == "epsilon" else shown)
     table.add_row("adapter", str(folder / "adapter"))
     table.add_row("report", str(folder / "report.html"))
     console.print(table)

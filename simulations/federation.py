@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from fedlora.client.dpsgd import PerSampleGradients
-from fedlora.client.trainer import MomentStore, Trainer
+from fedlora.client.trainer import MomentStore, Trainer, schedule_epsilon
 from fedlora.client.training import ClientData, LocalTraining
 from fedlora.common.config import Config
 from fedlora.common.data import Records, UnitIndex, unit_groups
@@ -22,6 +22,7 @@ from fedlora.common.features import PooledTexts, Progress
 from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import RunManifest
 from fedlora.common.model import AdapterModel
+from fedlora.common.privacy import Spend
 from fedlora.common.tasks import Encoded
 from fedlora.server.manifest import make_manifest
 from fedlora.server.public import PublicRecords, PublicSide, encode
@@ -106,8 +107,20 @@ class Federation:
         trainer.consent(manifest)
         return trainer
 
+    def charge(self, manifest: RunManifest, ledger: Ledger) -> None:
+        """Reserve the run's ε for the whole population, once; Refused past its cap, before anything trains.
+
+        A partition is not a population: with other clients or another seed, the same record is another client's.
+        A record is at one client, so that the run costs it what it costs a client.
+        """
+        if manifest.mode == "record":
+            privacy = self.config.privacy
+            budget = Budget(f"population {privacy.population}", privacy.epsilon, privacy.delta)
+            spend = Spend(schedule_epsilon(manifest), manifest.delta)
+            ledger.consent(budget, manifest.digest, spend, [phase.attempts for phase in manifest.phases])
+
     def budget_name(self, client: int) -> str:
-        """A budget belongs to a population: whoever's records these are, whatever the file is called next."""
+        """What a client's own part of a run charges beside the population's budget."""
         return client_name(client)
 
     def label_counts(self) -> Ints:

@@ -19,6 +19,7 @@ from fedlora.common.data import unit_groups
 from fedlora.common.features import pooled_features
 from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import Mechanism, default_cache, epsilon_of
+from fedlora.common.statement import shown_epsilon
 from fedlora.simulations.federation import Federation
 
 PROBE_RECORDS = 48  # of the public validation part
@@ -95,9 +96,11 @@ def _epsilon_by_round(manifest: RunManifest) -> Table:
     table = Table("round", "ε", box=None)
     shown = sorted({round(share * manifest.rounds) for share in np.linspace(0.1, 1.0, 10)} - {0})
     for number in shown:
-        table.add_row(str(number), f"{epsilon_of(_history(manifest, number), manifest.delta):.3f}")
+        table.add_row(str(number), shown_epsilon(epsilon_of(_history(manifest, number), manifest.delta)))
     whole = [Mechanism(p.sampling_rate, p.noise_multiplier, p.steps * p.attempts) for p in manifest.phases]
-    table.add_row("all attempts", f"{epsilon_of(whole, manifest.delta):.3f} at δ = {manifest.delta:g}")
+    table.add_row(
+        "all attempts", f"{shown_epsilon(epsilon_of(whole, manifest.delta))} at δ = {manifest.delta:g}"
+    )
     return table
 
 

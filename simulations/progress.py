@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fedlora.common.statement import shown_epsilon
+
 
 class RunProgress:
     """Two bars: records whose features are computed (head phase), and rounds."""
@@ -56,4 +58,6 @@ def run_progress(console: Console, rounds: int) -> Iterator[RunProgress]:
 def _figure(name: str, value: float) -> str:
     names = {"epsilon": "ε", "examples_per_second": "examples/s"}
     shown = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    if name == "epsilon":
+        shown = shown_epsilon(value)
     return f"{names.get(name, name)} {shown}"

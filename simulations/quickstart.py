@@ -5,7 +5,6 @@ It shows what a run leaves behind, not how good the method is: the corpus is syn
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,17 @@ from fedlora.simulations.run import Paths, begin, finish, sequential, train
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.toml"
 BASELINE = "without-privacy"  # the folder of the run that privacy is compared with
+MARK = "quickstart.txt"
+WRITTEN = (
+    BASELINE,
+    "data",
+    "adapter",
+    "checkpoint",
+    "clients",
+    *("config.toml", "data.sha256", "ledger.id", "manifest.json", "metrics.jsonl", "projection.safetensors"),
+    *("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger.sqlite.lock"),
+    *("summary.json", "report.html"),
+)
 
 
 def run_quickstart(folder: Path, console: Console, threads: int = 0) -> dict[str, Any]:
@@ -67,13 +77,15 @@ def _with_corpus(config: Config, folder: Path) -> Config:
 
 
 def _make_room(folder: Path) -> None:
-    """A finished quickstart may be run again in place; any other run's folder is left alone."""
-    if not (folder / "checkpoint").exists():
-        return
-    try:
-        again = json.loads((folder / "summary.json").read_text()).get("synthetic") is True
-    except (OSError, ValueError):
-        again = (folder / BASELINE).is_dir()
-    if not again:
-        raise BadInput(f"{folder}: found another run, expected an empty folder or an earlier quickstart")
-    shutil.rmtree(folder)
+    """A quickstart, finished or not, may be run again in place: what it wrote goes, and nothing else."""
+    if not folder.exists() or not any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not (folder / MARK).exists():
+        raise BadInput(f"{folder}: found other files, expected an empty folder or an earlier quickstart")
+    for name in WRITTEN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    (folder / MARK).write_text("made by fedlora-sim quickstart, which may be run here again\n")

@@ -10,7 +10,6 @@ Everything that a later reader needs lies in the run's folder; the report reads 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 
 from fedlora.client.trainer import MomentStore
 from fedlora.common.config import Config, config_to_toml
-from fedlora.common.errors import BadInput
+from fedlora.common.errors import BadInput, Refused
 from fedlora.common.features import PooledTexts
 from fedlora.common.features import Progress as FeatureProgress
 from fedlora.common.ledger import Ledger
@@ -32,7 +31,7 @@ from fedlora.server.rounds import Cohort
 from fedlora.simulations.engine import SequentialCohort, secure_cohort
 from fedlora.simulations.federation import Federation, client_name
 
-OpenCohort = Callable[["Run"], Cohort]
+DATA, LEDGER = "data.sha256", "ledger.id"  # in a run's folder: which data and which ledger it began with
 
 
 @dataclass(frozen=True)
@@ -92,29 +91,47 @@ def begin(
     device: torch.device | None = None,
     texts: PooledTexts | None = None,
 ) -> Run:
-    """Build everything; `texts` are shared with other runs of this process. BadInput where the folder holds another run, or, with `resume`, none."""
+    """Build everything; `texts` are shared with other runs of this process.
+
+    BadInput where the folder holds another run, or, with `resume`, none; Refused without the run's own ledger.
+    """
+    began = time.monotonic()
     _check_folder(config, paths, resume)
     if engine == "ray" and config.aggregation.secure:
         raise BadInput(
             "--engine ray: [aggregation] secure = true is not built yet there; expected sequential"
         )
     federation = Federation.build(config, paths.folder, progress, device, texts)
-    data = paths.folder / "data.sha256"
     if resume:
-        if data.read_text().strip() != federation.data_digest:
-            raise BadInput(
-                f"{config.data.train}: found other bytes than the run began with, expected the same file"
-            )
+        _check_kept(paths.folder / DATA, federation.data_digest, f"{config.data.train}: found other bytes")
         checkpoint = Checkpoint.open(paths.checkpoint, federation.model.spec)
+        ledger = _same_ledger(paths)
     else:
-        manifest = federation.manifest(default_cache())
-        checkpoint = Checkpoint.create(paths.checkpoint, manifest, federation.public.initial)
+        manifest, ledger = federation.manifest(default_cache()), paths.open_ledger()
         write_text(paths.folder / "config.toml", config_to_toml(config))
-        write_text(data, federation.data_digest + "\n")
+        write_text(paths.folder / DATA, federation.data_digest + "\n")
+        write_text(paths.folder / LEDGER, ledger.id + "\n")
         write_text(paths.folder / "manifest.json", manifest.to_bytes().decode() + "\n")
-    ledger = paths.open_ledger()
+        # last: from here on it is a run, and can be resumed
+        checkpoint = Checkpoint.create(paths.checkpoint, manifest, federation.public.initial)
     checkpoint.check_against_ledger(ledger.attempts_used(checkpoint.manifest.digest))
-    return Run(config, paths, federation, checkpoint, ledger, engine)
+    federation.charge(checkpoint.manifest, ledger)
+    return Run(config, paths, federation, checkpoint, ledger, engine, began)
+
+
+def _same_ledger(paths: Paths) -> Ledger:
+    """The ledger that the run began with; Refused where it is another one, or gone."""
+    if not paths.ledger.exists():
+        raise Refused(f"{paths.ledger}: found no ledger, expected the one that the run began with")
+    ledger = paths.open_ledger()
+    if (paths.folder / LEDGER).read_text().strip() != ledger.id:
+        raise Refused(f"{paths.ledger}: found another ledger than the run began with")
+    return ledger
+
+
+def _check_kept(path: Path, found: str, what: str) -> None:
+    if path.read_text().strip() != found:
+        raise BadInput(f"{what} than the run began with, expected the same file")
 
 
 def sequential(run: Run) -> Cohort:

@@ -10,11 +10,13 @@ from rich.console import Console
 
 from fedlora.common.compute import threads as with_threads
 from fedlora.common.config import Config
-from fedlora.common.errors import BadInput
+from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
 from fedlora.common.features import PooledTexts
+from fedlora.server.checkpoint import Progress
+from fedlora.server.conduct import Observe
 from fedlora.simulations.progress import run_progress
 from fedlora.simulations.report import write_report
-from fedlora.simulations.run import Paths, begin, finish, sequential, train
+from fedlora.simulations.run import Paths, Run, begin, finish, sequential, train
 
 ENGINES = ("sequential", "ray")
 
@@ -31,7 +33,7 @@ def run_to_report(
     synthetic: bool = False,
     texts: PooledTexts | None = None,
 ) -> dict[str, Any]:
-    """Train, finish and report; returns the summary."""
+    """Train, finish and report; returns the summary. A run that ends early leaves its last adapter, and raises why."""
     if engine == "batched":
         raise BadInput("--engine batched: not built yet; expected sequential or ray")
     if engine not in ENGINES:
@@ -40,15 +42,25 @@ def run_to_report(
     with with_threads(threads), run_progress(console, config.federation.rounds) as progress:
         run = begin(config, paths, resume, engine, progress.features, torch_device(device), texts)
         progress.expect_features(run.federation.feature_records)
+        done, ended = _trained(run, engine, progress.round)
+        if ended is None or done.round:
+            summary = finish(run, done, synthetic)
+            write_report(paths.folder)
+    if ended is not None:
+        raise ended
+    return summary
+
+
+def _trained(run: Run, engine: str, observe: Observe) -> tuple[Progress, FedloraError | None]:
+    """Where the run got to, and what it ended with: attempts that are spent leave the last adapter."""
+    try:
         if engine == "ray":
             from fedlora.simulations.cluster import train_on_ray
 
-            done = train_on_ray(run, progress.round)
-        else:
-            done = train(run, sequential(run), progress.round)
-        summary = finish(run, done, synthetic)
-    write_report(paths.folder)
-    return summary
+            return train_on_ray(run, observe), None
+        return train(run, sequential(run), observe), None
+    except (Refused, QuorumLost) as error:
+        return run.checkpoint.load(), error
 
 
 def torch_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedlora.common.config import load_config
+from fedlora.common.config import config_to_toml, load_config
 from fedlora.common.errors import BadInput
 from fedlora.common.features import PooledTexts
 from fedlora.common.files import write_atomically
@@ -33,12 +33,15 @@ def run_sweep(
     """Run `config` once for each value; sweep.json and sweep.html under `folder`. Finished values are kept."""
     key, values = _values(over)
     trials, texts = [], PooledTexts()
-    for value in values:
+    # all of them first: a bad value is named before anything runs
+    configured = [(value, load_config(config, [*overrides, f"{key}={value}"])) for value in values]
+    for value, settings in configured:
         setting = f"{key}={value}"
-        target = folder / f"{key}={value}".replace("/", "_")
-        settings = load_config(config, [*overrides, setting])  # a bad value is named before anything runs
+        target = folder / setting.replace("/", "_")
         done = target / "summary.json"
         if done.is_file():
+            if (target / "config.toml").read_text() != config_to_toml(settings):
+                raise BadInput(f"{target}: found a trial of another configuration, expected another --out")
             summary = json.loads(done.read_text())
         else:
             console.print(f"[bold]{setting}[/bold]")

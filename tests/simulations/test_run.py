@@ -24,6 +24,7 @@ from fedlora.common.errors import BadInput, QuorumLost, Refused
 from fedlora.common.ledger import Budget
 from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import Spend, epsilon_of, history_of
+from fedlora.server.checkpoint import Checkpoint
 from fedlora.simulations.run import Paths, Run, begin, finish, sequential, train
 from tests.conftest import WORDS
 
@@ -124,7 +125,7 @@ def test_a_private_run_leaves_what_the_contract_says(tiny_bert: Path, data: Path
     peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
     assert summary["epsilon"] == epsilon_of(history_of(run.manifest), 1e-4) <= 8.0
     kinds = [entry.body["kind"] for entry in run.ledger.entries()]
-    assert kinds.count("consent") == 3 and kinds.count("reserve") == kinds.count("commit") == 12
+    assert kinds.count("consent") == 1 + 3 and kinds.count("reserve") == kinds.count("commit") == 12
 
 
 def test_a_run_without_privacy_repeats_itself_and_learns(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -162,10 +163,12 @@ def test_a_shared_ledger_ends_at_its_cap(tiny_bert: Path, data: Path, tmp_path: 
     settings, ledger = config(tiny_bert, data, "record"), tmp_path / "shared" / "ledger.sqlite"
     first = begin(settings, Paths.of(tmp_path / "a", ledger))
     train(first, sequential(first))
-    second = begin(settings, Paths.of(tmp_path / "b", ledger))
-    with pytest.raises(Refused, match="past its cap"):
-        train(second, sequential(second))
-    assert second.ledger.spent("client-0") == first.ledger.spent("client-0")
+    spent = first.ledger.entries()
+    moved = replace(settings, seed=12, federation=replace(settings.federation, clients=4))
+    for name, again in (("b", settings), ("c", moved)):  # other clients hold the same records
+        with pytest.raises(Refused, match="past its cap"):
+            begin(again, Paths.of(tmp_path / name, ledger))
+    assert first.ledger.entries() == spent
 
 
 @pytest.mark.parametrize("name", ["ledger.sqlite", "checkpoint/ledger-head.json", "checkpoint/ledger.key"])
@@ -178,8 +181,40 @@ def test_a_run_whose_ledger_was_deleted_does_not_go_on(
     run.ledger.consent(budget, run.manifest.digest, Spend(1.0, 1e-5), [1])
     run.ledger.close()
     (tmp_path / "run" / name).unlink()
-    with pytest.raises(Refused, match="deleted or moved"):
+    with pytest.raises(Refused, match=r"deleted or moved|found no ledger"):
         begin(settings, Paths.of(tmp_path / "run"), resume=True)
+
+
+def test_a_run_goes_on_with_the_ledger_that_it_began_with(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """Neither with a fresh one, after all three files of it were deleted, nor with somebody else's."""
+    settings, ledger = config(tiny_bert, data, "record"), tmp_path / "shared" / "ledger.sqlite"
+    begin(settings, Paths.of(tmp_path / "run", ledger)).ledger.close()
+    with pytest.raises(Refused, match="found no ledger"):
+        begin(settings, Paths.of(tmp_path / "run"), resume=True)
+    Paths.of(tmp_path / "run").open_ledger().close()
+    with pytest.raises(Refused, match="another ledger"):
+        begin(settings, Paths.of(tmp_path / "run"), resume=True)
+    for path in ledger.parent.iterdir():
+        path.unlink()
+    with pytest.raises(Refused, match="found no ledger"):
+        begin(settings, Paths.of(tmp_path / "run", ledger), resume=True)
+
+
+def test_a_beginning_that_was_killed_begins_again(
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tiny_bert, data, "record")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "create", killed)
+    with pytest.raises(KeyboardInterrupt):
+        begin(settings, Paths.of(tmp_path / "run"))
+    monkeypatch.undo()
+    begin(settings, Paths.of(tmp_path / "run"))
 
 
 def test_checkpoint_older_than_ledger(tiny_bert: Path, data: Path, tmp_path: Path) -> None:

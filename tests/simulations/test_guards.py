@@ -1,0 +1,91 @@
+"""Nothing of a user's is lost, no result is shown for another, and no ε is printed below what it is."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedlora.common.errors import BadInput, QuorumLost
+from fedlora.simulations import quickstart, session, sweep
+from fedlora.simulations.cli import _stopped
+from fedlora.simulations.progress import _figure
+from tests.simulations.test_run import config, data  # noqa: F401  (a fixture)
+
+SILENT = Console(file=io.StringIO())
+
+
+def test_quickstart_removes_what_it_wrote_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    quickstart._make_room(folder)
+    for name in quickstart.WRITTEN:
+        (folder / name).write_text("x")
+    (folder / "thesis.tex").write_text("years")
+    quickstart._make_room(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [quickstart.MARK, "thesis.tex"]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years")
+    with pytest.raises(BadInput, match="found other files"):
+        quickstart._make_room(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [("epsilon", 2.9949, "2.995"), ("epsilon", 1.00049, "1.001"), ("loss", 0.1239, "loss 0.124")],
+)
+def test_a_printed_epsilon_is_never_rounded_down(name: str, value: float, shown: str) -> None:
+    assert _figure(name, value).endswith(shown)
+
+
+def test_what_a_stopped_command_says_can_be_done() -> None:
+    assert _stopped(["run", "ag_news"]).endswith("fedlora-sim run ag_news --resume")
+    assert _stopped(["run", "ag_news", "--resume"]).count("--resume") == 1
+    assert "--resume" not in _stopped(["quickstart", "--out", "qs"])
+
+
+def test_a_sweep_names_bad_values_first_and_never_shows_another_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[data]\ntrain = "t.jsonl"\ntest = "t.jsonl"\n')
+    ran: list[object] = []
+    monkeypatch.setattr(sweep, "run_to_report", lambda *words, **more: ran.append(words))
+    with pytest.raises(BadInput, match="nan"):
+        sweep.run_sweep(path, "federation.rounds=1,nan", [], tmp_path / "s", SILENT)
+    assert not ran
+    done = tmp_path / "s" / "federation.rounds=1"
+    done.mkdir(parents=True)
+    (done / "summary.json").write_text(json.dumps({"accuracy": 1.0, "epsilon": 0.1}))
+    (done / "config.toml").write_text("seed = 9\n")
+    with pytest.raises(BadInput, match="another configuration"):
+        sweep.run_sweep(path, "federation.rounds=1", [], tmp_path / "s", SILENT)
+
+
+def test_spent_attempts_leave_the_last_adapter(
+    tiny_bert: Path,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = config(tiny_bert, data, "none")
+
+    def fails_later(run, cohort, observe):  # type: ignore[no-untyped-def]
+        def stop(number: int, figures: object) -> None:
+            if number == 2:
+                raise QuorumLost("round 3: nobody answered")
+
+        from fedlora.server.conduct import conduct
+
+        return conduct(run.conducted, cohort, stop)
+
+    monkeypatch.setattr(session, "train", fails_later)
+    with pytest.raises(QuorumLost, match="round 3"):
+        session.run_to_report(settings, tmp_path / "run", SILENT)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["rounds"] == 1  # the observer stopped it before round 2 was committed
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "report.html").is_file()
