@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,133 +10,182 @@ from typing import Annotated, Any
 import click
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.identity import PublicIdentity
 from fedlora.common.statement import shown_epsilon
 
 app = typer.Typer(
-    help="A federation's coordinator: it plans rounds, adds what institutions send, and can see nobody's text.",
+    help="A federation's coordinator: it plans rounds, adds what institutions send, and signs what it releases.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C
+SOON = 30  # days before a certificate's end from which every look at the members says so
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False)
 
+Folder = Annotated[Path, typer.Option("--dir", help="The coordinator's folder.")]
 HERE = Path("coordinator")
-Folder = Annotated[Path, typer.Option("--coordinator", help="The coordinator's folder.")]
 
 
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
     federation: Annotated[str, typer.Option(help="The federation's short name.")],
-    host: Annotated[str, typer.Option(help="Where institutions reach this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port that they connect to.")] = 9443,
-    superlink_port: Annotated[
-        int, typer.Option(help="SuperLink's own port, behind a proxy; 0: no proxy, the same port.")
-    ] = 0,
+    host: Annotated[str, typer.Option(help="The name or address that institutions dial.")],
+    port: Annotated[int, typer.Option(help="The port that they dial.")] = 9443,
+    superlink_port: Annotated[int, typer.Option(help="SuperLink's own port, on loopback.")] = 9300,
 ) -> None:
-    """Make a working coordinator's folder: keys, authority, certificates, invitation, examples."""
-    from fedlora.server.directory import Directory, Settings
+    """Make a working coordinator's folder: keys, authority, certificate, invitation, examples."""
+    from fedlora.server.directory import INVITATION, Directory
 
-    directory = Directory.create(folder, Settings(federation, host, port, superlink_port or port))
-    console.print(f"hand {folder / 'invitation.json'} to institutions, and read out on the telephone:")
-    console.print(f"  coordinator: {directory.identity.public.fingerprint}", markup=False)
-
-
-@app.command()
-def renew(coordinator: Folder = HERE) -> None:
-    """A new server certificate from the same authority; start SuperLink again to use it."""
-    from fedlora.server.directory import Directory
-
-    Directory.open(coordinator, expired=True).renew()
+    made = Directory.create(folder, federation, host, port, superlink_port)
+    _say(f"made         {made.root}")
+    _say(f"hand out     {made.root / INVITATION}")
+    _say(f"coordinator  {made.identity.public.fingerprint}")
+    _say("Institutions compare this fingerprint with you by telephone when they join.")
 
 
 @app.command()
 def enrol(
-    request: Annotated[Path, typer.Argument(help="An institution's enrolment.json.")],
-    coordinator: Folder = HERE,
+    request: Annotated[Path, typer.Argument(help="An institution's enrolment request.")],
+    dir_: Folder = HERE,
+    yes: Annotated[bool, typer.Option("--yes", help="The fingerprint was compared already.")] = False,
 ) -> None:
-    """Make an institution a member; compare its fingerprint by telephone first."""
+    """Make an institution a member, once its fingerprint was compared by telephone."""
+    from fedlora.common.enrolment import request_from_text
     from fedlora.server.directory import Directory
+    from fedlora.server.runs import read_text
 
-    found = Directory.open(coordinator).registry.enrol(_text(request), request.name)
-    console.print(f"{found.name} ({found.organisation}): {found.identity.fingerprint}", markup=False)
+    directory, text = Directory.open(dir_), read_text(request)
+    found = request_from_text(text, request.name)
+    _say(f"name         {found.name}")
+    _say(f"organisation {found.organisation}")
+    _say(f"fingerprint  {found.identity.fingerprint}")
+    if not yes:
+        _confirm("Did the institution read out this fingerprint?")
+    directory.registry.enrol(text, request.name)
+    _say(f"enrolled     {found.name}")
 
 
 @app.command()
-def revoke(name: Annotated[str, typer.Argument(help="A member's name.")], coordinator: Folder = HERE) -> None:
-    """Remove a member; it counts from the next attempt on."""
-    from fedlora.server.directory import Directory
-
-    Directory.open(coordinator).registry.revoke(name)
-
-
-@app.command()
-def run(
-    config: Annotated[Path, typer.Argument(help="The run's configuration; see training.toml.")],
-    coordinator: Folder = HERE,
+def rotate(
+    rotation: Annotated[Path, typer.Argument(help="A member's new request under its old key's signature.")],
+    dir_: Folder = HERE,
 ) -> None:
-    """Carry out a new run."""
-    from fedlora.server import federation
+    """Replace a member's key by the one that its old key names; it counts from the next round."""
     from fedlora.server.directory import Directory
+    from fedlora.server.runs import read_text
 
-    directory = Directory.open(coordinator)
-    _carry_out(directory, federation.begin(directory, config))
+    member = Directory.open(dir_).registry.rotate(read_text(rotation), rotation.name)
+    _say(f"rotated      {member.name}")
+    _say(f"fingerprint  {member.identity.fingerprint}")
 
 
 @app.command()
-def resume(coordinator: Folder = HERE) -> None:
-    """Go on with the last run from its last committed round, in a new Flower run."""
-    from fedlora.server import federation
+def revoke(name: Annotated[str, typer.Argument(help="A member's name.")], dir_: Folder = HERE) -> None:
+    """End a membership; it counts from the next round, and its key never comes back."""
     from fedlora.server.directory import Directory
 
-    directory = Directory.open(coordinator)
-    _carry_out(directory, federation.last(directory))
+    _say(f"revoked      {Directory.open(dir_).registry.revoke(name).name}")
 
 
 @app.command()
-def status(
-    coordinator: Folder = HERE,
-    follow: Annotated[bool, typer.Option("--follow", help="Stay, and show what changes.")] = False,
+def members(dir_: Folder = HERE) -> None:
+    """Who is a member, who was, and by which keys."""
+    from fedlora.server.directory import Directory
+
+    directory = Directory.open(dir_)
+    for each in directory.registry.members():
+        ended = f", {each.reason} {each.ended[:10]}" if each.ended else ""
+        _say(f"{each.name}  {each.organisation}, enrolled {each.enrolled[:10]}{ended}")
+        _say(f"  {each.identity.fingerprint}")
+    _warn_of_expiry(directory)
+
+
+@app.command()
+def renew(
+    dir_: Folder = HERE,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Replace the server's key too.")] = False,
 ) -> None:
-    """Rounds, members, and the ε that each of them states."""
+    """A new server certificate from the same authority: institutions need not do anything."""
     from fedlora.server.directory import Directory
-    from fedlora.server.status import show
 
-    show(Directory.open(coordinator), console, follow)
+    directory = Directory.open(dir_)
+    directory.renew(new_key=new_key)
+    _say(f"renewed      {directory.root / 'tls' / 'server.crt'}; restart SuperLink and nginx to use it")
+
+
+@app.command()
+def invite(dir_: Folder = HERE) -> None:
+    """Print the invitation that institutions join with."""
+    from fedlora.server.directory import Directory
+
+    sys.stdout.write(Directory.open(dir_).invitation())
 
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="The folder to make.")], coordinator: Folder = HERE
+    target: Annotated[Path, typer.Argument(help="The folder to make.")],
+    dir_: Folder = HERE,
+    run_: Annotated[
+        int | None, typer.Option("--run", help="A run's number; the last one, if left out.")
+    ] = None,
+    reports: Annotated[Path | None, typer.Option(help="A folder of the institutions' own reports.")] = None,
 ) -> None:
-    """Write the last run's adapter with a model card and every institution's signed statement."""
+    """Write a run's adapter with model card and every institution's signed statement."""
     from fedlora.server.directory import Directory
-    from fedlora.server.release import write_release
+    from fedlora.server.runs import export_run, find_run
 
-    directory = Directory.open(coordinator)
-    write_release(directory, directory.runs()[-1] if directory.runs() else None, folder)
-    console.print(f"export  {folder}")
+    directory = Directory.open(dir_)
+    for line in export_run(directory, find_run(directory, run_), target, reports):
+        _say(line)
+    _say(f"export       {target}")
 
 
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="An export.")],
     key: Annotated[
-        Path | None, typer.Option(help="The coordinator's public key, from a source that you trust.")
+        Path | None, typer.Option(help="The coordinator's public key, from a trusted source.")
     ] = None,
 ) -> None:
-    """Check an export offline: every file, every signature."""
-    from fedlora.server.release import check_release
+    """Check an export offline: every file by its digest, every signature."""
+    from fedlora.server.release import verify as checked
+    from fedlora.server.runs import read_text
 
-    expected = PublicIdentity.from_text(_text(key), key.name) if key is not None else None
-    for line in check_release(folder, expected):
-        console.print(line, markup=False)
+    expected = None if key is None else PublicIdentity.from_text(read_text(key, 1 << 12), key.name)
+    for line in checked(folder, expected):
+        _say(line)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="The run's configuration; see training.toml.")],
+    dir_: Folder = HERE,
+) -> None:
+    """Carry out a new run."""
+    _carry_out(dir_, config)
+
+
+@app.command()
+def resume(dir_: Folder = HERE) -> None:
+    """Go on with the last run from its last committed round, in a new Flower run."""
+    _carry_out(dir_, None)
+
+
+@app.command()
+def status(
+    dir_: Folder = HERE,
+    follow: Annotated[bool, typer.Option("--follow", help="Stay, and show what changes.")] = False,
+) -> None:
+    """Rounds, institutions, and the ε that each of them states."""
+    from fedlora.server.directory import Directory
+    from fedlora.server.status import show
+
+    show(Directory.open(dir_), console, follow)
 
 
 def main() -> None:
@@ -155,42 +203,56 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        words = sys.argv[sys.argv.index("--coordinator") :][:2] if "--coordinator" in sys.argv else []
-        again = shlex.join(["fedlora-server", "resume", *words])
-        errors.print(f"\nstopped at the last committed round; go on with: {again}", markup=False)
+        errors.print("\nstopped; what was committed stays: fedlora-server resume goes on with a run")
         sys.exit(1)
 
 
-def _carry_out(directory: Any, folder: Path) -> None:
-    from fedlora.server.federation import carry_out
+def _carry_out(folder: Path, config: Path | None) -> None:
+    from fedlora.server import federation
+    from fedlora.server.directory import Directory
 
-    console.print(f"run     {folder}")
-    summary = carry_out(directory, folder, _print_round)
-    table = Table(show_header=False, box=None, pad_edge=False)
+    directory = Directory.open(folder)
+    directory.check_certificate()  # before institutions are asked for anything
+    place = federation.last(directory) if config is None else federation.begin(directory, config)
+    _say(f"run     {place}")
+    summary = federation.carry_out(directory, place, _print_round)
     for name in ("accuracy", "perplexity", "loss", "rounds", "seconds"):
         if summary.get(name) is not None:
             value = summary[name]
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+            _say(f"{name:8}{value:.4g}" if isinstance(value, float) else f"{name:8}{value}")
     if summary.get("epsilon") is not None:
-        table.add_row("epsilon", shown_epsilon(summary["epsilon"]))
-    console.print(table)
+        _say(f"{'epsilon':8}{shown_epsilon(summary['epsilon'])}")
 
 
 def _print_round(line: Mapping[str, Any]) -> None:
     shown = {name: line[name] for name in ("accuracy", "loss") if isinstance(line.get(name), float)}
     figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
     epsilon = f"  ε {shown_epsilon(line['epsilon'])}" if line.get("epsilon") is not None else ""
-    answered = f"{line['replies']} of {line['asked']}"
-    console.print(f"round {line['round']:4d}  {answered} in {line['seconds']:.1f} s  {figures}{epsilon}")
+    _say(
+        f"round {line['round']:4d}  {line['replies']} of {line['asked']} in {line['seconds']:.1f} s  {figures}{epsilon}"
+    )
     for name, reason in line.get("failures") or ():
-        console.print(f"            {name}: {reason}", markup=False)
+        _say(f"            {name}: {reason}")
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: can't be read as UTF-8 text ({error})") from error
+def _confirm(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise BadInput("enrol: found no terminal to ask on, expected --yes once the fingerprint was compared")
+    typer.confirm(question, abort=True)
+
+
+def _warn_of_expiry(directory: Any) -> None:
+    from fedlora.server.certificates import days_left, read_certificate
+
+    left = days_left(read_certificate(directory.root / "tls" / "server.crt"))
+    if left < SOON:
+        errors.print(
+            f"fedlora-server: the server's certificate ends in {left:.0f} days: fedlora-server renew"
+        )
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,68 @@
-"""A coordinator's folder.
+"""A coordinator's folder: everything that a federation's server needs, made in one go or not at all.
 
-coordinator.toml    the federation's name, its address, SuperLink's port
-coordinator.pub     the public key that institutions pin, and that `verify` asks for
-invitation.json     what to hand to institutions
-members.json        who is enrolled (server.registry)
-training.toml       a run to start from
-nginx.conf          a proxy that lets institutions reach Flower's Fleet API, and nothing else
-keys/ ca/ tls/      private keys of mode 0600, and their certificates
-superlink/          Flower's database, secret and logs
-runs/N/             one folder for each run
+coordinator.toml     federation, address, ports
+coordinator.pub      the public key that manifests and exports are verified with
+invitation.json      what institutions join with; signed
+keys/coordinator.pem Ed25519, 0600: who has it speaks for the federation
+ca/, tls/            certificate authority; the server's certificate
+members.json         who is a member; signed
+training.toml        a commented example of a run's configuration
+nginx.conf           lets institutions reach the Fleet API, and nothing else
+superlink/           SuperLink's database and secrets
+runs/N/              config, checkpoint, consents, metrics, summary and adapter of run N
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from fedlora.common.enrolment import Invitation, invitation_to_text
 from fedlora.common.errors import BadInput
-from fedlora.common.files import write_atomically
+from fedlora.common.files import sync_folder, write_atomically
 from fedlora.common.identity import Identity
-from fedlora.common.toml import Bounds, Pattern, Table, literal, read_fields, read_table
-from fedlora.server.certificates import check_server, issue_server, make_authority
-from fedlora.server.deployment import Coordinator
+from fedlora.common.toml import Bounds, Pattern, literal, read_fields, read_table
+from fedlora.server.certificates import (
+    SERVER_DAYS,
+    Authority,
+    check_server,
+    issue_server,
+    read_certificate,
+)
 from fedlora.server.registry import Registry
 from fedlora.server.superlink import Files
 
+if TYPE_CHECKING:
+    from fedlora.server.deployment import Coordinator
+
+SETTINGS, MEMBERS, KEY = "coordinator.toml", "members.json", "keys/coordinator.pem"
+PUBLIC_KEY, INVITATION = "coordinator.pub", "invitation.json"
 TEMPLATES = Path(__file__).parent / "templates"
-MAX_TOML_BYTES = 1 << 16
+MAX_SETTINGS_BYTES = 1 << 16
+LOOPBACK = ("localhost", "127.0.0.1")  # nginx and the run's own processes reach SuperLink there
+PORT = {"rule": Bounds(1, 65535)}
+HOST = Pattern(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}|[0-9A-Fa-f:]{2,39}", "a host name or an IP address")
+
+
+@dataclass(frozen=True)
+class Address:
+    host: str = field(default="", metadata={"rule": HOST})
+    port: int = field(default=9443, metadata=PORT)
+
+    @property
+    def text(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class SuperLinkPort:
+    port: int = field(default=9300, metadata=PORT)
 
 
 @dataclass(frozen=True)
@@ -37,13 +70,11 @@ class Settings:
     """coordinator.toml."""
 
     federation: str = field(
-        default="", metadata={"rule": Pattern(r"[a-z0-9][a-z0-9.-]{0,62}", "a short name")}
+        default="",
+        metadata={"rule": Pattern(r"[a-z0-9][a-z0-9.-]{0,62}", "lower-case letters, digits, '.', '-'")},
     )
-    host: str = field(
-        default="127.0.0.1", metadata={"rule": Pattern(r"[A-Za-z0-9.:-]{1,253}", "a host name or address")}
-    )
-    port: int = field(default=9443, metadata={"rule": Bounds(1, 65535)})  # where institutions connect
-    superlink_port: int = field(default=9443, metadata={"rule": Bounds(1, 65535)})  # on loopback
+    address: Address = field(default_factory=Address)
+    superlink: SuperLinkPort = field(default_factory=SuperLinkPort)
 
 
 @dataclass(frozen=True)
@@ -55,74 +86,94 @@ class Directory:
     identity: Identity
 
     @classmethod
-    def create(cls, root: Path, settings: Settings) -> Directory:
-        """Keys, authority, certificates, invitation and examples in a new folder; BadInput where one lies there."""
-        if (root / "coordinator.toml").exists():
-            raise BadInput(f"{root}: found a coordinator's folder, expected none")
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        identity = Identity.create(root / "keys" / "coordinator.pem")
-        directory = cls(root.resolve(), settings, identity)
-        make_authority(settings.federation, directory.authority[0], directory.authority[1])
-        directory.renew()
-        _write(root / "coordinator.pub", identity.public.text + "\n")
-        _write(root / "invitation.json", invitation_to_text(identity, directory.invitation()))
-        for name in ("training.toml", "nginx.conf"):
-            _write(root / name, _filled(TEMPLATES / name, directory))
-        values = "".join(f"{name} = {literal(value)}\n" for name, value in vars(settings).items())
-        _write(root / "coordinator.toml", "# A federation's coordinator.\n" + values)  # last: now it is one
-        return directory
+    def create(
+        cls, path: Path, federation: str, host: str, port: int = 9443, superlink_port: int = 9300
+    ) -> Directory:
+        """A new folder at `path`, whole or not at all; BadInput where a name is none or something lies there."""
+        path = path.absolute()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise BadInput(f"{path}: found something there, expected no folder or an empty one")
+        if not re.fullmatch(r"[\w/.@+ -]+", str(path)):
+            raise BadInput(f"{str(path)!r}: found a path that nginx.conf can't name, expected plain letters")
+        text = _filled(SETTINGS, {
+            "FEDERATION": literal(federation),
+            "HOST": literal(host),
+            "PORT": str(port),
+            "SUPERLINK_PORT": str(superlink_port),
+        })  # fmt: skip
+        settings = _settings(text)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            scratch.mkdir(parents=True)
+            _fill(scratch, path, settings, text)
+            scratch.rename(path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        sync_folder(path.parent)
+        return cls.open(path)
 
     @classmethod
-    def open(cls, root: Path, expired: bool = False) -> Directory:
-        """BadInput or Refused names what is wrong with the folder; `expired` certificates only where they may be."""
-        path = root / "coordinator.toml"
+    def open(cls, path: Path) -> Directory:
+        """BadInput where it is no coordinator's folder, Refused where others can read its key."""
+        path = path.absolute()
         try:
-            data = path.read_bytes()[:MAX_TOML_BYTES]
+            with (path / SETTINGS).open("rb") as stream:
+                data = stream.read(MAX_SETTINGS_BYTES + 1)
         except OSError as error:
-            raise BadInput(f"{path}: found none; fedlora-server init makes a coordinator's folder") from error
-        settings, faults = read_fields(
-            Settings, Table(read_table(data.decode(errors="replace"), path.name).values, path.name)
-        )
-        if faults:
-            raise BadInput(list(faults.values()))
-        directory = cls(root.resolve(), settings, Identity.load(root / "keys" / "coordinator.pem"))
-        if not expired:
-            check_server(*directory.tls, directory.authority[0])
-        return directory
-
-    @property
-    def authority(self) -> tuple[Path, Path]:
-        return self.root / "ca" / "ca.crt", self.root / "ca" / "ca.key"
-
-    @property
-    def tls(self) -> tuple[Path, Path]:
-        return self.root / "tls" / "server.crt", self.root / "tls" / "server.key"
-
-    @property
-    def port(self) -> int:
-        return self.settings.superlink_port
+            raise BadInput(
+                f"{path}: found no {SETTINGS}, expected a folder of fedlora-server init"
+            ) from error
+        if len(data) > MAX_SETTINGS_BYTES:
+            raise BadInput(f"{SETTINGS}: found more than {MAX_SETTINGS_BYTES} bytes")
+        try:
+            settings = _settings(data.decode())
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{SETTINGS}: found bytes that are not UTF-8") from error
+        return cls(path, settings, Identity.load(path / KEY))
 
     @property
     def registry(self) -> Registry:
-        return Registry(self.root / "members.json", self.identity)
+        return Registry(self.root / MEMBERS, self.identity)
 
-    def invitation(self) -> Invitation:
-        address = f"{self.settings.host}:{self.settings.port}"
-        certificate = self.authority[0].read_text()
-        return Invitation(self.settings.federation, address, certificate, self.identity.public)
+    @property
+    def authority(self) -> Authority:
+        return Authority.load(self.root / "ca")
 
-    def renew(self) -> None:
-        """A new server certificate from the same authority."""
-        hosts = list(dict.fromkeys((self.settings.host, "localhost", "127.0.0.1")))
-        issue_server(hosts, self.authority, *self.tls)
+    def invitation(self) -> str:
+        """What institutions join with: address, authority and coordinator's key, signed."""
+        return _invitation(self.settings, self.identity, self.authority)
+
+    def check_certificate(self) -> None:
+        """BadInput where institutions would not accept the server's certificate."""
+        authority = read_certificate(self.root / "ca" / "ca.crt")
+        check_server(self.root / "tls", authority, self.settings.address.host)
+
+    def renew(self, days: int = SERVER_DAYS, new_key: bool = False) -> None:
+        """A new server certificate, invitation and proxy configuration for the address in the settings."""
+        authority, host = self.authority, self.settings.address.host
+        issue_server(authority, self.root / "tls", _hosts(host), days=days, new_key=new_key)
+        write_atomically(self.root / INVITATION, self.invitation().encode())
+        write_atomically(self.root / "nginx.conf", _proxy(self.root, self.settings).encode())
+
+    @property
+    def port(self) -> int:
+        """SuperLink's, on loopback."""
+        return self.settings.superlink.port
 
     def coordinator(self) -> Coordinator:
+        """Who speaks in a run, and to whom: members are read anew each time they are asked for."""
+        from fedlora.server.deployment import Coordinator  # not above: it loads torch
+
         return Coordinator(self.settings.federation, self.identity, self.registry.active)
 
     def superlink_files(self) -> Files:
-        return Files(self.authority[0], *self.tls, self.root / "superlink")
+        tls = self.root / "tls"
+        return Files(
+            self.root / "ca" / "ca.crt", tls / "server.crt", tls / "server.key", self.root / "superlink"
+        )
 
     def flower_keys(self) -> Mapping[str, str]:
+        """The OpenSSH keys of the active members' nodes, by name."""
         return self.registry.flower_keys()
 
     def nodes(self) -> dict[str, int]:
@@ -138,35 +189,81 @@ class Directory:
         return {name: (int(node), str(key)) for name, (node, key) in json.loads(path.read_text()).items()}
 
     def write_registered(self, nodes: Mapping[str, tuple[int, str]]) -> None:
-        _write(self.root / "superlink" / "nodes.json", json.dumps(nodes, indent=1) + "\n")
+        text = json.dumps(nodes, indent=1) + "\n"
+        write_atomically(self.root / "superlink" / "nodes.json", text.encode())
 
     def runs(self) -> list[Path]:
-        """Folders of runs, the oldest first."""
-        folder = self.root / "runs"
-        found = [each for each in folder.iterdir() if each.name.isdecimal()] if folder.is_dir() else []
-        return sorted(found, key=lambda each: int(each.name))
+        """Folders of the runs that were begun, oldest first."""
+        found = [path for path in (self.root / "runs").iterdir() if path.name.isdecimal() and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name))
 
     def new_run(self) -> Path:
+        """The folder of the next run, made."""
         runs = self.runs()
         folder = self.root / "runs" / str(int(runs[-1].name) + 1 if runs else 1)
-        folder.mkdir(parents=True)
+        folder.mkdir()
         return folder
 
 
-def _filled(template: Path, directory: Directory) -> str:
-    text = template.read_text()
-    for name, value in (
-        ("@PORT@", str(directory.settings.port)),
-        ("@SUPERLINK_PORT@", str(directory.settings.superlink_port)),
-        ("@HOST@", directory.settings.host),
-        ("@CERTIFICATE@", str(directory.tls[0])),
-        ("@KEY@", str(directory.tls[1])),
-        ("@AUTHORITY@", str(directory.authority[0])),
-    ):
-        text = text.replace(name, value)
+def _fill(scratch: Path, path: Path, settings: Settings, text: str) -> None:
+    """Everything that `path` will hold, written to `scratch`."""
+    for name in ("keys", "ca", "tls", "superlink"):
+        (scratch / name).mkdir(mode=0o700)
+    for name in ("runs", "nginx-temp", "public"):
+        (scratch / name).mkdir()
+    identity = Identity.create(scratch / KEY)
+    authority = Authority.create(scratch / "ca", settings.federation)
+    issue_server(authority, scratch / "tls", _hosts(settings.address.host))
+    Registry.create(scratch / MEMBERS, identity)
+    for name, content in {
+        SETTINGS: text,
+        PUBLIC_KEY: identity.public.text + "\n",
+        INVITATION: _invitation(settings, identity, authority),
+        "training.toml": _filled("training.toml", {}),
+        "nginx.conf": _proxy(path, settings),
+    }.items():
+        write_atomically(scratch / name, content.encode())
+
+
+def _settings(text: str) -> Settings:
+    table = read_table(text, SETTINGS)
+    settings, faults = read_fields(Settings, table)
+    found = cast(Settings, settings)
+    if not found.federation:
+        faults.setdefault("federation", f"{SETTINGS} federation: missing, expected a short name")
+    if not found.address.host:
+        faults.setdefault(
+            "address.host", f"{SETTINGS} [address] host: missing, expected a name or an address"
+        )
+    if faults:
+        raise BadInput(list(faults.values()))
+    return found
+
+
+def _invitation(settings: Settings, identity: Identity, authority: Authority) -> str:
+    address = settings.address.text
+    return invitation_to_text(
+        identity, Invitation(settings.federation, address, authority.pem, identity.public)
+    )
+
+
+def _proxy(root: Path, settings: Settings) -> str:
+    host, port = settings.address.host, settings.address.port
+    values: dict[str, Any] = {
+        "ROOT": root,
+        "LISTEN": f"[::]:{port}" if ":" in host else port,
+        "SERVER_NAME": f'"{host}"' if ":" not in host else '""',
+        "SUPERLINK_PORT": settings.superlink.port,
+    }
+    return _filled("nginx.conf", values)
+
+
+def _filled(name: str, values: dict[str, Any]) -> str:
+    text = (TEMPLATES / name).read_text(encoding="utf-8")
+    for key, value in values.items():
+        text = text.replace(f"@{key}@", str(value))
     return text
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
+def _hosts(host: str) -> list[str]:
+    return list(dict.fromkeys((host, *LOOPBACK)))

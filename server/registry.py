@@ -1,96 +1,183 @@
-"""Who is a member: enrolled institutions, signed by the coordinator, read anew whenever it matters.
+"""Who is a member: `members.json`, signed by the coordinator's identity and read anew whenever somebody asks.
 
-A name, an organisation and a key each occur once among the active members. A request is used once; a revoked
-name may enrol again, with another request. Nodes keep a roster of their own: this one can remove a peer there,
-never add one.
+A request enrols once. One name, one organisation, one identity and one Flower key belong to one member: two of a
+kind would let one organisation count twice in a cohort. An identity that was ever a member's never comes back
+under another name, and a revoked one never comes back at all. An entry is closed, never deleted.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from fedlora.common.enrolment import EnrolmentRequest, request_from_text
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import Identity, PublicIdentity
+from fedlora.common.rotation import rotation_from_text
 from fedlora.common.sealed import seal, unseal
 
-TAG = "fedlora-members-1"
+MEMBERS_TAG = "fedlora-members-1"
+VERSION = 1
+REVOKED, ROTATED = "revoked", "rotated"
 
 
 @dataclass(frozen=True)
 class Member:
-    """An institution as it was enrolled; `request` is the digest of the text that it enrolled with."""
+    """One key of one institution, from its enrolment to its end."""
 
     name: str
     organisation: str
-    identity: str  # PublicIdentity.text
+    identity: PublicIdentity
     flower_key: str
-    request: str
-    revoked: bool = False
+    request: str  # SHA-256 of the request's text
+    enrolled: str  # ISO 8601, UTC
+    ended: str = ""  # when; "" while it is active
+    reason: str = ""  # REVOKED or ROTATED
+
+    @property
+    def active(self) -> bool:
+        return not self.ended
 
 
-@dataclass(frozen=True)
 class Registry:
-    """The list at `path`, signed by `coordinator`."""
+    """The members of a federation, in one signed file."""
 
-    path: Path
-    coordinator: Identity
+    def __init__(self, path: Path, coordinator: Identity) -> None:
+        self._path, self._coordinator = path, coordinator
+
+    @classmethod
+    def create(cls, path: Path, coordinator: Identity) -> Registry:
+        """Nobody is a member yet; BadInput where a registry lies there."""
+        if path.exists():
+            raise BadInput(f"{path}: found a registry, expected none")
+        registry = cls(path, coordinator)
+        registry._write(())
+        return registry
 
     def members(self) -> tuple[Member, ...]:
-        """Everybody who was ever enrolled; Refused where another key signed the list."""
-        if not self.path.exists():
-            return ()
-        text = self.path.read_text(encoding="utf-8")
-        sealed = unseal(text, TAG, self.path.name, self.coordinator.public)
-        return tuple(Member(**each) for each in sealed.body["members"])
+        """Every entry, ended ones too, in the order of enrolment; Refused where the coordinator did not sign it."""
+        try:
+            text = self._path.read_bytes().decode()
+        except OSError as error:
+            raise BadInput(
+                f"{self._path}: can't be read ({error.strerror}), expected the registry"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{self._path}: found bytes that are not UTF-8") from error
+        sealed = unseal(text, MEMBERS_TAG, self._path.name, self._coordinator.public)
+        if sealed.body.get("version") != VERSION:
+            raise BadInput(f"{self._path.name} version: expected {VERSION}")
+        return tuple(_member(row, self._path.name) for row in sealed.body.get("members", []))
 
     def active(self) -> Mapping[str, PublicIdentity]:
-        """The identities of those who are members now, by name."""
-        return {
-            each.name: PublicIdentity.from_text(each.identity, self.path.name)
-            for each in self.members()
-            if not each.revoked
-        }
+        """By name, as of now: the round loop asks before every round, so that a revocation counts from the next."""
+        return {member.name: member.identity for member in self.members() if member.active}
 
     def flower_keys(self) -> Mapping[str, str]:
-        """The OpenSSH keys of the active members' nodes, by name."""
-        return {each.name: each.flower_key for each in self.members() if not each.revoked}
+        """By name: the OpenSSH line that SuperLink admits each active member's node by."""
+        return {member.name: member.flower_key for member in self.members() if member.active}
 
-    def enrol(self, text: str, where: str) -> EnrolmentRequest:
-        """Add a member; Refused for a request that was used, or a name, organisation or key that is taken."""
-        request = request_from_text(text, where)
-        used = hashlib.sha256(text.encode()).hexdigest()
-        members = self.members()
-        if any(each.request == used for each in members):
-            raise Refused(f"{where}: found a request that was used, expected a new one")
-        new = Member(request.name, request.organisation, request.identity.text, request.flower_key, used)
-        for each in members:
-            if not each.revoked:
-                self._check_apart(each, new, where)
-            elif new.identity == each.identity:
-                raise Refused(f"{where} identity: found a key that was revoked with {each.name}")
-        self._write((*members, new))
-        return request
+    def enrol(self, request: str, where: str) -> Member:
+        """The member that a request's text makes; Refused where it was used, or collides with another member."""
+        with self._locked():
+            members = self.members()
+            new = _entry(request_from_text(request, where), request)
+            _check_new(members, new, where)
+            self._write((*members, new))
+            return new
 
-    def revoke(self, name: str) -> None:
-        """From the next attempt on, `name` is no member; BadInput where it is none now."""
-        members = self.members()
-        if not any(each.name == name and not each.revoked for each in members):
-            raise BadInput(f"{self.path.name}: found no active member {name!r}")
-        self._write(tuple(replace(each, revoked=True) if each.name == name else each for each in members))
+    def revoke(self, name: str) -> Member:
+        """End the active member `name`; BadInput where there is none."""
+        with self._locked():
+            members = self.members()
+            found = _active(members, name)
+            ended = replace(found, ended=_now(), reason=REVOKED)
+            self._write(tuple(ended if member is found else member for member in members))
+            return ended
 
-    def _check_apart(self, old: Member, new: Member, where: str) -> None:
-        for field in ("name", "organisation", "identity", "flower_key"):
-            if getattr(old, field) == getattr(new, field):
+    def rotate(self, rotation: str, where: str) -> Member:
+        """Replace a member's key by the one that its old key names; `rotation` is common.rotation's text."""
+        with self._locked():
+            members, found = self.members(), rotation_from_text(rotation, where)
+            old = _active(members, found.request.name)
+            if old.identity != found.old:
                 raise Refused(
-                    f"{where} {field}: found that of the active member {old.name}; revoke it first, "
-                    "or to rotate its keys"
+                    f"{where}: found the signature of {found.old.text}, expected {old.identity.text}"
                 )
+            if _folded(old.organisation) != _folded(found.request.organisation):
+                raise Refused(
+                    f"{where} organisation: found {found.request.organisation!r}, expected {old.organisation!r}"
+                )
+            ended = replace(old, ended=_now(), reason=ROTATED)
+            new = _entry(found.request, found.text)
+            kept = tuple(ended if member is old else member for member in members)
+            _check_new(kept, new, where, predecessor=ended)
+            self._write((*kept, new))
+            return new
 
-    def _write(self, members: tuple[Member, ...]) -> None:
-        body = {"members": [asdict(each) for each in members]}
-        write_atomically(self.path, seal(self.coordinator, TAG, body).encode())
+    def _write(self, members: Sequence[Member]) -> None:
+        rows = [asdict(member) | {"identity": member.identity.text} for member in members]
+        text = seal(self._coordinator, MEMBERS_TAG, {"version": VERSION, "members": rows})
+        write_atomically(self._path, text.encode())
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Two operators at once change it one after the other."""
+        with self._path.with_suffix(".lock").open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+
+def _entry(request: EnrolmentRequest, text: str) -> Member:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Member(request.name, request.organisation, request.identity, request.flower_key, digest, _now())
+
+
+def _check_new(members: Sequence[Member], new: Member, where: str, predecessor: Member | None = None) -> None:
+    """Refused where `new` would be somebody twice; a `predecessor` may leave its Flower key behind."""
+    if any(member.request == new.request for member in members):
+        raise Refused(f"{where}: found a request that was used already, expected a new one")
+    for member in members:
+        if member.identity == new.identity:
+            raise Refused(f"{where}: found the identity of {member.name}, which was enrolled before")
+        if member.flower_key == new.flower_key and member != predecessor:
+            raise Refused(f"{where} flower_key: found the key of {member.name}, expected one of its own")
+        if not member.active:
+            continue
+        if member.name == new.name:
+            raise Refused(f"{where} name: found {new.name}, which is a member; rotate its key, or revoke it")
+        if _folded(member.organisation) == _folded(new.organisation):
+            raise Refused(
+                f"{where} organisation: found {new.organisation!r}, which is the member {member.name}"
+            )
+
+
+def _active(members: Sequence[Member], name: str) -> Member:
+    for member in members:
+        if member.active and member.name == name:
+            return member
+    names = ", ".join(sorted(member.name for member in members if member.active)) or "nobody"
+    raise BadInput(f"member: found {name[:80]!r}, expected one of {names}"[:400])
+
+
+def _member(row: object, where: str) -> Member:
+    names = {field.name for field in fields(Member)}
+    if not isinstance(row, dict) or set(row) != names or not all(isinstance(v, str) for v in row.values()):
+        raise BadInput(f"{where}: found a member with other fields than {', '.join(sorted(names))}")
+    return Member(**(row | {"identity": PublicIdentity.from_text(row["identity"], f"{where} identity")}))
+
+
+def _folded(organisation: str) -> str:
+    """The same for spellings of one organisation that differ in case, width or white space only."""
+    return " ".join(unicodedata.normalize("NFKC", organisation).casefold().split())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

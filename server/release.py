@@ -1,204 +1,288 @@
 """The released adapter: what a receiver needs to use it, and to check where it came from without asking anybody.
 
     adapter/            PEFT's files, and the head where it is ours
-    README.md           the model card
-    summary.json        the run's figures
-    manifest.signed     everything public about the run, signed by the coordinator
+    README.md           the model card, with the privacy statement
+    manifest.json       everything public about the run, signed by the coordinator as the nodes received it
+    members.json        the institutions' keys as they were enrolled, signed by the coordinator
     statements/         what each institution signed for itself: what it reserved, under which policy
-    release.json        the digest of every file above, the institutions' keys; signed by the coordinator
+    reports/            an institution's own report, where it gave one
+    release.json        the SHA-256 of every file above, signed by the coordinator
 
 Every byte is covered: a file that was changed, added or removed is named. Without the coordinator's key from
-elsewhere, that shows integrity only: that the folder is as whoever made it left it.
+elsewhere that shows integrity only: that the folder is as whoever made it left it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import stat
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.files import write_atomically
-from fedlora.common.identity import PublicIdentity, Signed
-from fedlora.common.messages import RunManifest
+from fedlora.common.files import sync_folder, write_atomically
+from fedlora.common.identity import Identity, PublicIdentity
+from fedlora.common.messages import MAX_MESSAGE_BYTES, RunManifest
 from fedlora.common.protocol import MANIFEST_TAG, Consent, reply_from_bytes
-from fedlora.common.sealed import seal, unseal
+from fedlora.common.sealed import MAX_TEXT_BYTES, Sealed, seal, unseal
 from fedlora.common.statement import shown_epsilon
-from fedlora.server.directory import Directory
+from fedlora.server.card import model_card, statement_row
+from fedlora.server.statements import Statement, read_statement, statement_text
 
-TAG = "fedlora-release-1"
-INDEX = "release.json"
-MAX_FILE_BYTES = 4 << 30
-
-
-def write_release(directory: Directory, run: Path | None, target: Path) -> None:
-    """The finished run in the folder `run` as a release; BadInput where it is not finished or `target` is not empty."""
-    if run is None or not (run / "summary.json").is_file():
-        raise BadInput(f"{run or directory.root}: found no finished run to export")
-    if target.exists() and any(target.iterdir()):
-        raise BadInput(f"{target}: found files, expected an empty folder")
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(run / "adapter", target / "adapter", dirs_exist_ok=True)
-    shutil.copy(run / "summary.json", target / "summary.json")
-    shutil.copy(run / "manifest.signed", target / "manifest.signed")
-    statements = target / "statements"
-    statements.mkdir()
-    for path in sorted((run / "consents").glob("*.reply")):
-        shutil.copy(path, statements / path.name)
-    summary = json.loads((run / "summary.json").read_text())
-    members = {each.name: each for each in directory.registry.members()}
-    consented = [path.stem for path in sorted(statements.glob("*.reply"))]
-    keys = {name: members[name].identity for name in consented}
-    card = _card(summary, directory, {name: members[name].organisation for name in consented})
-    write_atomically(target / "README.md", card.encode())
-    body = {
-        "federation": directory.settings.federation,
-        "adapter_digest": summary["adapter_digest"],
-        "institutions": keys,
-        "files": {name: _digest(target / name) for name in _files(target)},
-    }
-    write_atomically(target / INDEX, seal(directory.identity, TAG, body).encode())
+RELEASE_TAG = "fedlora-release-1"
+EXPORT_MEMBERS_TAG = "fedlora-release-members-1"
+REPORT_TAG = "fedlora-node-report-1"
+VERSION = 1
+INDEX, MANIFEST, MEMBERS, CARD = "release.json", "manifest.json", "members.json", "README.md"
+ADAPTER, STATEMENTS, REPORTS = "adapter", "statements", "reports"
+MAX_FILES = 10_000
 
 
-def check_release(folder: Path, key: PublicIdentity | None) -> list[str]:
-    """What was checked, a line each; Refused or BadInput names the first thing that is not as it was signed."""
-    index = folder / INDEX
+@dataclass(frozen=True)
+class Institution:
+    """A member that took part, as it was enrolled."""
+
+    organisation: str
+    identity: PublicIdentity
+
+
+@dataclass(frozen=True)
+class Release:
+    """What an export is made of. `statements` are the exact bytes that each institution signed (protocol.Consent)."""
+
+    manifest: RunManifest
+    institutions: Mapping[str, Institution]
+    statements: Mapping[str, bytes]
+    figures: Mapping[str, Any] = field(default_factory=dict)  # of summary.json; what a card shows of them
+    reports: Mapping[str, str] = field(default_factory=dict)  # sealed texts of `fedlora-node report`
+
+
+def export(folder: Path, coordinator: Identity, release: Release, adapter: Path) -> list[str]:
+    """Write `folder` and verify it; BadInput where it exists, or a statement is none. `adapter` is a PEFT folder."""
+    folder = folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder}: found something there, expected no folder or an empty one")
+    if not (adapter / "adapter_config.json").is_file():
+        raise BadInput(f"{adapter}: found no adapter_config.json, expected an exported adapter")
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        text = index.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{index}: found no release, expected what fedlora-server export writes") from error
-    sealed = unseal(text, TAG, INDEX, key)
-    body = sealed.body
-    try:
-        expected = {str(name): str(value) for name, value in body["files"].items()}
-        members = {
-            str(name): PublicIdentity.from_text(str(text), f"{INDEX} institutions")
-            for name, text in body["institutions"].items()
-        }
-        federation, adapter = str(body["federation"]), str(body["adapter_digest"])
-    except (KeyError, AttributeError) as error:
-        raise BadInput(f"{INDEX}: found another table than an export writes") from error
+        scratch.mkdir(parents=True)
+        _fill(scratch, coordinator, release, adapter)
+        checked = verify(scratch, coordinator.public)  # nothing is handed out that nobody could verify
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    sync_folder(folder.parent)
+    return checked
+
+
+def verify(folder: Path, key: PublicIdentity | None = None) -> list[str]:
+    """What was checked, a line each, offline; Refused or BadInput names the first file that is not as it was signed."""
+    index = _sealed(folder, INDEX, RELEASE_TAG, key)
+    expected = _index(index.body)
     _check_files(folder, expected)
-    manifest = _manifest(folder, sealed.signer)
-    summary = json.loads((folder / "summary.json").read_text())
-    if summary.get("adapter_digest") != adapter:
-        raise Refused("summary.json adapter_digest: found another than the release names")
-    largest = _check_statements(folder, federation, members, manifest)
-    if summary.get("epsilon") is not None and summary["epsilon"] < largest:
-        raise Refused("summary.json epsilon: found less than an institution's own statement")
-    signer = f"signed by {sealed.signer.fingerprint}"
-    checked = f"{len(expected)} files, {len(members)} statements; ε at most {shown_epsilon(largest)}"
+    signer = index.signer
+    body = _sealed(folder, MANIFEST, MANIFEST_TAG, signer).body
+    manifest = RunManifest.from_bytes(json.dumps(body).encode())
+    institutions = _institutions(_sealed(folder, MEMBERS, EXPORT_MEMBERS_TAG, signer).body)
+    statements = _statements(folder, manifest, institutions, expected)
+    reports = _reports(folder, institutions, expected)
+    _check_card(folder, institutions, statements)
+    _check_adapter(folder, manifest)
+    largest = max((statement.epsilon for statement in statements.values()), default=0.0)
+    checked = [
+        f"files        {len(expected)} as they were signed, none added, none missing",
+        f"manifest     {manifest.digest} of {manifest.federation}, {manifest.rounds} rounds",
+        f"statements   {len(statements)}, each signed by its institution; ε at most {shown_epsilon(largest)}",
+        *([f"reports      {len(reports)}, each signed by its institution"] if reports else []),
+        f"signed by    {signer.fingerprint}",
+    ]
     if key is None:
-        return [checked, signer, "integrity only: compare this fingerprint with the coordinator's own"]
-    return [checked, signer, "verified"]
+        return [*checked, "integrity only: compare this fingerprint with the coordinator's own"]
+    return [*checked, "verified with the coordinator's key"]
+
+
+def _fill(folder: Path, coordinator: Identity, release: Release, adapter: Path) -> None:
+    shutil.copytree(adapter, folder / ADAPTER, symlinks=True)  # a link is refused, not followed
+    for name in (STATEMENTS, *([REPORTS] if release.reports else [])):
+        (folder / name).mkdir()
+    if unknown := sorted({*release.statements, *release.reports} - set(release.institutions)):
+        raise BadInput(f"{STATEMENTS}: found {unknown[0]!r}, expected members only")
+    manifest, keys = release.manifest, {n: each.identity for n, each in release.institutions.items()}
+    statements: dict[str, Consent] = {}
+    for name, data in release.statements.items():
+        statements[name] = _consent(data, name, manifest, keys)
+        _write(folder / STATEMENTS / f"{name}.json", statement_text(statements[name], data))
+    for name, text in release.reports.items():
+        _write(folder / REPORTS / f"{name}.json", text)
+    members = {
+        name: {"organisation": each.organisation, "identity": each.identity.text}
+        for name, each in release.institutions.items()
+    }
+    body = {"version": VERSION, "institutions": members}
+    _write(folder / MANIFEST, seal(coordinator, MANIFEST_TAG, json.loads(manifest.to_bytes())))
+    _write(folder / MEMBERS, seal(coordinator, EXPORT_MEMBERS_TAG, body))
+    organisations = {name: each.organisation for name, each in release.institutions.items()}
+    _write(folder / CARD, model_card(manifest, organisations, statements, release.figures))
+    files = {name: _digest(folder / name) for name in _files(folder)}
+    _write(folder / INDEX, seal(coordinator, RELEASE_TAG, {"version": VERSION, "files": files}))
+
+
+def _index(body: Mapping[str, Any]) -> dict[str, str]:
+    """Digests by path; BadInput where it is another table than `export` writes."""
+    files = body.get("files")
+    if set(body) != {"version", "files"} or body["version"] != VERSION or not isinstance(files, dict):
+        raise BadInput(f"{INDEX}: found another table than version {VERSION} of an export")
+    if not all(isinstance(digest, str) for digest in files.values()):
+        raise BadInput(f"{INDEX} files: expected a digest for each")
+    if missing := {MANIFEST, MEMBERS, CARD} - set(files):
+        raise BadInput(f"{INDEX} files: found no {sorted(missing)[0]}")
+    return dict(files)
 
 
 def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
     found = _files(folder)
-    for name in sorted(set(found) - set(expected)):
+    for name in sorted(found - set(expected)):
         raise Refused(f"{name}: found a file that was not released")
     for name, digest in sorted(expected.items()):
         if name not in found:
-            raise Refused(f"{name}: missing")
+            raise Refused(f"{name}: missing, expected the file that was released")
         if _digest(folder / name) != digest:
             raise Refused(f"{name}: found other bytes than were released")
+    for place, folders, files in os.walk(folder):
+        if not folders and not files:
+            raise Refused(
+                f"{Path(place).relative_to(folder).as_posix()}: found an empty folder, expected none"
+            )
 
 
-def _check_statements(
-    folder: Path, federation: str, members: Mapping[str, PublicIdentity], manifest: RunManifest
-) -> float:
-    """The largest ε that an institution states for this run."""
-    stated = [0.0]
-    for name, identity in members.items():
-        path = folder / "statements" / f"{name}.reply"
-        reply = reply_from_bytes(path.read_bytes(), federation, {name: identity})
-        if not isinstance(reply, Consent) or reply.manifest != manifest.digest:
-            raise Refused(f"statements/{path.name}: found a statement about another run")
-        stated.append(reply.epsilon)
-    return max(stated)
+def _files(folder: Path) -> set[str]:
+    """Every file but the index, by path; Refused where something is neither a file nor a folder of files."""
+    found: set[str] = set()
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place) / name
+            shown, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise Refused(f"{shown}: found a link or a device, expected plain files")
+            if stat.S_ISREG(mode):
+                found.add(shown)
+        if len(found) > MAX_FILES:
+            raise Refused(f"{folder}: found more than {MAX_FILES} files")
+    return found - {INDEX}
 
 
-def _manifest(folder: Path, signer: PublicIdentity) -> RunManifest:
-    signed = Signed.from_bytes((folder / "manifest.signed").read_bytes(), "manifest.signed")
-    return RunManifest.from_bytes(signed.opened(MANIFEST_TAG, signer))
-
-
-def _files(folder: Path) -> list[str]:
-    """Every file but the index; Refused where something is neither a file nor a folder of them."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise Refused(f"{name}: found a link or a device, expected plain files")
-        if path.is_dir() and not any(path.iterdir()):
-            raise Refused(f"{name}: found an empty folder, expected files")
-        if path.is_file() and name != INDEX:
-            found.append(name)
+def _institutions(body: Mapping[str, Any]) -> dict[str, Institution]:
+    rows = body.get("institutions")
+    if body.get("version") != VERSION or not isinstance(rows, dict):
+        raise BadInput(f"{MEMBERS}: found another table than version {VERSION} of an export")
+    found = {}
+    for name, row in rows.items():
+        if not isinstance(row, dict) or set(row) != {"organisation", "identity"}:
+            raise BadInput(f"{MEMBERS} {name}: expected organisation and identity")
+        identity = PublicIdentity.from_text(str(row["identity"]), f"{MEMBERS} {name} identity")
+        found[name] = Institution(str(row["organisation"]), identity)
+    if len({each.identity for each in found.values()}) != len(found):
+        raise Refused(f"{MEMBERS}: found one key for two institutions")
     return found
 
 
+def _statements(
+    folder: Path, manifest: RunManifest, institutions: Mapping[str, Institution], files: Mapping[str, str]
+) -> dict[str, Consent]:
+    """Every institution's own statement about this run."""
+    names = {name.removeprefix(f"{STATEMENTS}/") for name in files if name.startswith(f"{STATEMENTS}/")}
+    if other := names ^ {f"{name}.json" for name in institutions}:
+        raise Refused(f"{STATEMENTS}/{sorted(other)[0]}: expected one statement of each institution")
+    keys = {name: each.identity for name, each in institutions.items()}
+    found = {}
+    for name in institutions:
+        where = f"{STATEMENTS}/{name}.json"
+        statement: Statement = read_statement(_text(folder, where), where)
+        found[name] = _consent(statement.signed, name, manifest, keys)
+        if statement_text(found[name], statement.signed) != statement.text:
+            raise Refused(f"{where}: found other words than were signed")
+    return found
+
+
+def _consent(data: bytes, name: str, manifest: RunManifest, keys: Mapping[str, PublicIdentity]) -> Consent:
+    where = f"{STATEMENTS}/{name}.json"
+    reply = reply_from_bytes(data, manifest.federation, keys)
+    if not isinstance(reply, Consent) or reply.institution != name:
+        raise Refused(f"{where}: found no consent of {name}")
+    if reply.manifest != manifest.digest:
+        raise Refused(f"{where}: found a statement about {reply.manifest}, expected {manifest.digest}")
+    if manifest.mode != "none" and not reply.epsilon > 0:
+        raise Refused(f"{where} epsilon: found {reply.epsilon:g}, expected what a private run costs")
+    return reply
+
+
+def _reports(folder: Path, institutions: Mapping[str, Institution], files: Mapping[str, str]) -> list[str]:
+    found = [name for name in sorted(files) if name.startswith(f"{REPORTS}/")]
+    for where in found:
+        name = where.removeprefix(f"{REPORTS}/").removesuffix(".json")
+        if name not in institutions:
+            raise Refused(f"{where}: found a report of nobody who took part")
+        unseal(_text(folder, where), REPORT_TAG, where, institutions[name].identity)
+    return found
+
+
+def _check_card(
+    folder: Path, institutions: Mapping[str, Institution], statements: Mapping[str, Consent]
+) -> None:
+    """A coordinator can't write another ε into the card than an institution signed."""
+    lines = _text(folder, CARD).splitlines()
+    for name, each in institutions.items():
+        if statement_row(each.organisation, statements[name]) not in lines:
+            raise Refused(f"{CARD}: found other figures for {name} than it signed")
+
+
+def _check_adapter(folder: Path, manifest: RunManifest) -> None:
+    where = f"{ADAPTER}/fedlora.json"
+    if not (folder / where).is_file():
+        return
+    try:
+        found = json.loads(_text(folder, where))["base_digest"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadInput(f"{where}: found no description of an adapter") from error
+    if found != manifest.base_digest:
+        raise Refused(f"{where} base_digest: found {str(found)[:80]}, expected {manifest.base_digest}")
+
+
+def _sealed(folder: Path, name: str, tag: str, expected: PublicIdentity | None) -> Sealed:
+    try:
+        return unseal(_text(folder, name), tag, name, expected)
+    except Refused as error:
+        fault = str(error)
+        raise Refused(fault if name in fault else f"{name}: {fault}") from error
+
+
+def _text(folder: Path, name: str) -> str:
+    limit = MAX_MESSAGE_BYTES if name == MANIFEST else MAX_TEXT_BYTES
+    path = folder / name
+    try:
+        if path.is_symlink():
+            raise Refused(f"{name}: found a link or a device, expected plain files")
+        with path.open("rb") as stream:
+            data = stream.read(limit + 1)
+        if len(data) > limit:
+            raise BadInput(f"{name}: found more than {limit} bytes")
+        return data.decode()
+    except OSError as error:
+        raise BadInput(f"{name}: can't be read ({error.strerror}), expected what an export has") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{name}: found bytes that are not UTF-8") from error
+
+
 def _digest(path: Path) -> str:
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise Refused(f"{path.name}: found more than {MAX_FILE_BYTES} bytes")
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _card(summary: Mapping[str, Any], directory: Directory, organisations: Mapping[str, str]) -> str:
-    """The model card, with the privacy statement in plain words."""
-    metrics = [
-        f"| {name} | {summary[name]:.4g} |"
-        for name in ("accuracy", "macro_f1", "perplexity", "loss")
-        if isinstance(summary.get(name), float)
-    ]
-    stated = summary.get("epsilon_by_client", {})
-    rows = [
-        f"| {name} | {_cell(organisations[name])} | {shown_epsilon(stated.get(name, 0.0))} |"
-        for name in organisations
-    ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: peft",
-            "tags: [lora, federated-learning, differential-privacy]",
-            "---",
-            f"# An adapter of the federation {directory.settings.federation}",
-            "",
-            f"A LoRA adapter for {summary['task']}, trained over {summary['rounds']} rounds by "
-            f"{len(organisations)} institutions that shared no text. Base model: `{summary['base_digest']}`.",
-            "",
-            "## Privacy",
-            "",
-            *[f"* {sentence}" for sentence in summary["privacy_statement"]],
-            "",
-            "| institution | organisation | ε it reserved |",
-            "|---|---|---|",
-            *rows,
-            "",
-            "Each figure is what the institution signed for itself; `statements/` holds the signed bytes.",
-            "",
-            "## Figures, on the coordinator's public test file",
-            "",
-            "| metric | value |",
-            "|---|---|",
-            *metrics,
-            "",
-            "## Use",
-            "",
-            "```python",
-            "from fedlora.common.export import load_adapter",
-            "",
-            'model = load_adapter("adapter")',
-            "```",
-            "",
-            "Check it first: `fedlora-server verify . --key coordinator.pub`.",
-            "",
-        ]
-    )
-
-
-def _cell(text: str) -> str:
-    return "".join(letter if letter.isprintable() and letter not in "|<>[]`" else " " for letter in text)
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, text.encode())

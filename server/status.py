@@ -61,7 +61,7 @@ def _members(directory: Directory, folder: Path) -> Table:
             for name, reason in line["failures"]
             if name == each.name
         ]
-        state = "revoked" if each.revoked else "member"
+        state = each.reason if each.ended else "member"
         epsilon = _stated(directory, folder, each.name)
         answered = [
             line["round"] for line in lines if epsilon and all(n != each.name for n, _ in line["failures"])

@@ -128,7 +128,9 @@ class Federation:
     def prepare(self) -> None:
         """Folders, keys, data, policies; every institution enrolled and joined."""
         self.root.mkdir(parents=True)
-        run("fedlora-server", "init", str(self.coordinator), "--federation", "demo", "--port", str(self.port))
+        ports = ("--port", str(self.port), "--superlink-port", str(self.port))  # no proxy on one machine
+        where = ("--federation", "demo", "--host", "127.0.0.1")
+        run("fedlora-server", "init", str(self.coordinator), *where, *ports)
         digest = base_digest(resolve_base(self.base))
         labels = json.dumps(list(CLASSES))
         corpus = generate(7)
@@ -166,7 +168,9 @@ class Federation:
         policy.write_text(POLICY.format(name=name, base=self.base, digest=digest, labels=labels))
         policy.chmod(0o600)
         write_records(folder / "data" / "messages.jsonl", records)
-        run("fedlora-server", "enrol", str(folder / "enrolment.json"), "--coordinator", str(self.coordinator))
+        run(
+            "fedlora-server", "enrol", str(folder / "enrolment.json"), "--yes", "--dir", str(self.coordinator)
+        )
         invitation = str(self.coordinator / "invitation.json")
         run("fedlora-node", "join", invitation, "--node", str(folder))
 
@@ -183,7 +187,7 @@ class Federation:
 
     def start_server(self, resume: bool = False) -> None:
         command = ["resume"] if resume else ["run", str(self.root / "training.toml")]
-        self._start("server", "fedlora-server", *command, "--coordinator", str(self.coordinator))
+        self._start("server", "fedlora-server", *command, "--dir", str(self.coordinator))
 
     def wait(self, seconds: float) -> int:
         """Exit code of the server."""
@@ -304,7 +308,7 @@ def conclude(federation: Federation) -> None:
     """Export, verify, load; summary.json and the coordinator's public key beside the export."""
     out, folder = federation.root, federation.last_run()
     export = out / "export"
-    run("fedlora-server", "export", str(export), "--coordinator", str(federation.coordinator))
+    run("fedlora-server", "export", str(export), "--dir", str(federation.coordinator))
     shutil.copy(folder / "summary.json", out / "summary.json")
     shutil.copy(federation.coordinator / "coordinator.pub", out / "coordinator.pub")
     print(run("fedlora-server", "verify", str(export), "--key", str(out / "coordinator.pub")).strip())

@@ -43,6 +43,7 @@ LIGHT = (
     "protocol",
     "sealed",
     "enrolment",
+    "rotation",
 )
 HEAVY = {"torch", "transformers", "peft", "opacus", "sklearn"}
 

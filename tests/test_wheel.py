@@ -32,7 +32,7 @@ def test_the_wheel_holds_every_module_and_configuration(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     for name in CODE:
         for path in (ROOT / name).rglob("*"):
-            if path.suffix in (".py", ".toml", ".html") and "__pycache__" not in path.parts:
+            if path.suffix in (".py", ".toml", ".html", ".conf") and "__pycache__" not in path.parts:
                 assert f"fedlora/{path.relative_to(ROOT)}" in inside
     assert not any(name.split("/")[0] in (*CODE, "tests") for name in inside)
 

@@ -1,0 +1,82 @@
+"""The model card of a released adapter: what it is, what is guaranteed, and what each institution signed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedlora.common.messages import RunManifest
+from fedlora.common.protocol import Consent
+from fedlora.common.statement import privacy_statement, shown_epsilon
+
+FIGURES = ("accuracy", "macro_f1", "perplexity", "loss")
+
+
+def model_card(
+    manifest: RunManifest,
+    organisations: Mapping[str, str],
+    statements: Mapping[str, Consent],
+    figures: Mapping[str, Any],
+) -> str:
+    """Markdown; the largest ε that an institution states is the run's."""
+    largest = max((consent.epsilon for consent in statements.values()), default=None)
+    epsilon = None if manifest.mode == "none" else largest
+    rows = [statement_row(organisations[name], statements[name]) for name in statements]
+    parts = [_head(manifest), _introduction(manifest, len(organisations))]
+    parts += ["## Privacy", "\n".join(f"- {line}" for line in privacy_statement(manifest, epsilon))]
+    parts += ["\n".join(["| institution | organisation | ε | δ | policy |", "|---|---|---|---|---|", *rows])]
+    parts += ["The figures are each institution's own; `statements/` has them as it signed them."]
+    measured = [f"| {n} | {figures[n]:.4g} |" for n in FIGURES if isinstance(figures.get(n), float)]
+    if measured:
+        parts += ["## Measured on public data", "\n".join(["| figure | value |", "|---|---|", *measured])]
+    return "\n\n".join([*parts, USE]) + "\n"
+
+
+def statement_row(organisation: str, consent: Consent) -> str:
+    """One line of the card's table; `verify` looks for it."""
+    cells = (
+        _cell(consent.institution),
+        _cell(organisation),
+        shown_epsilon(consent.epsilon),
+        f"{consent.delta:g}",
+        f"`{_cell(consent.policy_digest)}`",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def _head(manifest: RunManifest) -> str:
+    return "\n".join(
+        [
+            "---",
+            "library_name: peft",
+            "tags: [lora, federated-learning, differential-privacy]",
+            "---",
+            "",
+            f"# Adapter of the federation {_cell(manifest.federation)}",
+        ]
+    )
+
+
+def _introduction(manifest: RunManifest, institutions: int) -> str:
+    labels = f" over {len(manifest.labels)} labels" if manifest.labels else ""
+    return (
+        f"A LoRA adapter (rank {manifest.network.rank}) for {manifest.task}{labels}, trained in {manifest.rounds} "
+        f"rounds by {institutions} institutions on texts that never left them. Run `{manifest.digest}`, base model "
+        f"`{_cell(manifest.base_digest)}`."
+    )
+
+
+def _cell(text: str) -> str:
+    """Text from outside that can't end a cell, a line or a code span, nor bring a link or a tag."""
+    return "".join(letter if letter.isprintable() and letter not in "|<>[]`\\" else " " for letter in text)
+
+
+USE = """## Use
+
+```python
+from fedlora.common.export import load_adapter
+
+classifier = load_adapter("adapter")
+```
+
+Verify first, with the coordinator's key from a source that you trust: `fedlora-server verify . --key coordinator.pub`."""

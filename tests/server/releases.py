@@ -1,0 +1,93 @@
+"""A small release to take apart: two institutions, a manifest, and files in the adapter's place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora.common.config import LoraConfig, ModelConfig
+from fedlora.common.identity import Identity
+from fedlora.common.messages import Network, Phase, RunManifest
+from fedlora.common.protocol import Consent, reply_to_bytes
+from fedlora.common.sealed import seal
+from fedlora.server.directory import Directory
+from fedlora.server.release import REPORT_TAG, Institution, Release, export
+
+BASE = "sha256:" + "1" * 64
+
+
+@dataclass(frozen=True)
+class Party:
+    coordinator: Identity
+    members: Mapping[str, Identity]
+
+
+def party() -> Party:
+    return Party(Identity.generate(), {name: Identity.generate() for name in ("north", "south")})
+
+
+def manifest(mode: str = "record", run: str = "r1") -> RunManifest:
+    phase = Phase("adapter", 3, 4, 1, 0.1, 64.0, 1.2, 0.5, 0.0, "sgd", 1.0, False, 0.0)
+    return RunManifest(
+        federation="bank-intents",
+        run=run,
+        task="sequence-classification",
+        labels=("card", "loan"),
+        base_digest=BASE,
+        spec_digest="sha256:" + "2" * 64,
+        projection_digest="",
+        max_length=64,
+        mode=mode,
+        unit="",
+        epsilon=3.0 if mode != "none" else 0.0,
+        delta=1e-5 if mode != "none" else 0.0,
+        strategy="fedavg",
+        participation=1.0,
+        minimum_cohort=3,
+        seed=7,
+        network=Network.of(ModelConfig(), LoraConfig()),
+        phases=(phase,),
+    )
+
+
+def consent(who: Identity, name: str, of: RunManifest, epsilon: float = 2.9981) -> bytes:
+    statement = Consent(name, of.digest, "sha256:" + "3" * 64, epsilon, of.delta)
+    return reply_to_bytes(who, of.federation, statement)
+
+
+def release(of: Party, run: RunManifest | None = None) -> Release:
+    found = run or manifest()
+    return Release(
+        manifest=found,
+        institutions={n: Institution(f"{n} | <b>clinic</b>", each.public) for n, each in of.members.items()},
+        statements={name: consent(each, name, found) for name, each in of.members.items()},
+        figures={"accuracy": 0.8123, "rounds": 3},
+        reports={"north": seal(of.members["north"], REPORT_TAG, {"institution": "north"})},
+    )
+
+
+def adapter(folder: Path, base: str = BASE) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}\n")
+    (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 8)
+    (folder / "fedlora.json").write_text(json.dumps({"base_digest": base}))
+    return folder
+
+
+def exported(folder: Path, of: Party) -> Path:
+    export(folder / "export", of.coordinator, release(of), adapter(folder / "adapter"))
+    return folder / "export"
+
+
+def finished_run(directory: Directory, members: Mapping[str, Identity]) -> None:
+    """What the round loop leaves."""
+    run, found = directory.new_run(), manifest()
+    (run / "checkpoint").mkdir()
+    (run / "checkpoint" / "manifest.json").write_bytes(found.to_bytes())
+    (run / "consents").mkdir()
+    for name, identity in members.items():
+        (run / "consents" / f"{name}.reply").write_bytes(consent(identity, name, found))
+    (run / "summary.json").write_text(json.dumps({"accuracy": 0.5}))
+    adapter(run / "adapter")

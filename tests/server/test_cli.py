@@ -1,0 +1,116 @@
+"""The coordinator's commands as a person runs them: results, one-line faults, exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedlora.common.errors import QuorumLost
+from fedlora.common.identity import Identity
+from fedlora.common.rotation import rotation_to_text
+from fedlora.server import cli
+from fedlora.server.directory import Directory
+from tests.server.enrolments import request
+from tests.server.releases import finished_run
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedlora-server", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        found = capsys.readouterr()
+        return int(ended.value.code or 0), found.out, found.err
+
+    return call
+
+
+@pytest.fixture
+def made(command: Command, tmp_path: Path) -> Directory:
+    code, out, _ = command("init", "coordinator", "--federation", "bank-intents", "--host", "127.0.0.1")
+    directory = Directory.open(tmp_path / "coordinator")
+    assert code == 0 and directory.identity.public.fingerprint in out
+    return directory
+
+
+def test_from_init_to_verify(command: Command, made: Directory, tmp_path: Path) -> None:
+    members = {"north": Identity.generate(), "south": Identity.generate()}
+    for name, identity in members.items():
+        (tmp_path / f"{name}.json").write_text(request(identity, name))
+        code, out, _ = command("enrol", f"{name}.json", "--yes")
+        assert code == 0 and identity.public.fingerprint in out and f"enrolled     {name}" in out
+    finished_run(made, members)
+    new = Identity.generate()  # its statement stays what its old key signed
+    (tmp_path / "r.json").write_text(rotation_to_text(members["north"], request(new, "north")))
+    assert command("rotate", "r.json")[0] == 0
+    assert command("revoke", "south")[0] == 0
+    code, out, _ = command("members")
+    assert code == 0 and "revoked" in out and "rotated" in out and new.public.fingerprint in out
+    code, out, err = command("export", "export")
+    assert code == 0, err
+    code, out, _ = command("verify", "export", "--key", "coordinator/coordinator.pub")
+    assert code == 0 and "verified with the coordinator's key" in out
+    code, out, _ = command("verify", "export")
+    assert code == 0 and "integrity only" in out and made.identity.public.fingerprint in out
+    path = tmp_path / "export" / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    code, _, err = command("verify", "export")
+    assert (code, len(err.splitlines())) == (3, 1) and "adapter_model.safetensors" in err
+
+
+def test_faults_are_one_line_and_a_code(command: Command, made: Directory, tmp_path: Path) -> None:
+    (tmp_path / "north.json").write_text(request(Identity.generate(), "north"))
+    (tmp_path / "no.pub").write_text("rsa:AAAA")
+    assert command("enrol", "north.json", "--yes")[0] == 0
+    for arguments, code, fault in (
+        (("enrol", "north.json", "--yes"), 3, "used already"),
+        (("enrol", "north.json"), 2, "--yes"),
+        (("enrol", "absent.json"), 2, "can't be read"),
+        (("revoke", "east"), 2, "expected one of north"),
+        (("rotate", "north.json"), 3, "fedlora-rotation-1"),
+        (("members", "--dir", "elsewhere"), 2, "fedlora-server init"),
+        (("export", "x"), 2, "found no run"),
+        (("verify", "coordinator", "--key", "no.pub"), 2, "no.pub"),
+        (("verify", "coordinator"), 2, "release.json"),
+        (("init", "coordinator", "--federation", "f", "--host", "h"), 2, "found something there"),
+        (("init", "x", "--federation", "f", "--host", "h", "--port", "0"), 2, "port = 0"),
+    ):
+        found, out, err = command(*arguments)
+        assert (found, len(err.splitlines())) == (code, 1), (arguments, err)
+        assert fault in err and "Traceback" not in err + out, (arguments, err)
+
+
+def test_renewal_and_invitation(command: Command, made: Directory) -> None:
+    before = (made.root / "tls" / "server.crt").read_bytes()
+    assert command("renew")[0] == 0
+    assert (made.root / "tls" / "server.crt").read_bytes() != before
+    assert command("invite")[1] == (made.root / "invitation.json").read_text()
+
+
+def test_runs_are_handed_on(command: Command, made: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = command("resume")
+    assert code == 2 and "found no run to resume" in err
+    calls: list[Path] = []
+
+    def carry_out(directory: Directory, folder: Path, watch: object) -> dict[str, object]:
+        calls.append(folder)
+        raise QuorumLost("round 1: 0 of 3")
+
+    monkeypatch.setattr("fedlora.server.federation.carry_out", carry_out)
+    training = str(made.root / "training.toml")
+    code, _, err = command("run", training)
+    assert code == 4 and "round 1: 0 of 3" in err
+    assert command("resume")[0] == 4
+    assert calls == [made.root / "runs" / "1"] * 2
+    text = (made.root / "coordinator.toml").read_text()
+    (made.root / "coordinator.toml").write_text(text.replace('"127.0.0.1"', '"moved.example"'))
+    code, _, err = command("run", training)
+    assert code == 2 and "moved.example" in err and len(calls) == 2

@@ -1,0 +1,209 @@
+"""A coordinator's folder works as it was made, or is not there; the proxy lets the Fleet API through and no more."""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fedlora.common.config import load_config
+from fedlora.common.enrolment import invitation_from_text
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.identity import PublicIdentity
+from fedlora.server import directory as module
+from fedlora.server.directory import Directory
+
+NGINX = shutil.which("nginx") or ("/usr/sbin/nginx" if Path("/usr/sbin/nginx").exists() else "")
+needs_nginx = pytest.mark.skipif(not NGINX, reason="nginx is not installed: the proxy was not shown")
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Directory:
+    return Directory.create(tmp_path / "coordinator", "bank-intents", "127.0.0.1", free_port(), free_port())
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_a_new_folder_is_whole_and_opens(made: Directory) -> None:
+    opened = Directory.open(made.root)
+    assert opened.settings == made.settings
+    assert opened.registry.active() == {}
+    opened.check_certificate()
+    key = PublicIdentity.from_text((made.root / "coordinator.pub").read_text(), "coordinator.pub")
+    text = (made.root / "invitation.json").read_text()
+    invitation = invitation_from_text(text, "invitation.json")
+    assert opened.invitation() == text and invitation.coordinator == key == opened.identity.public
+    assert invitation.address == f"127.0.0.1:{made.settings.address.port}"
+    assert load_config(made.root / "training.toml").federation.clients == 3
+    private = [path for path in made.root.rglob("*") if path.suffix in (".pem", ".key")]
+    assert len(private) == 3 and all(path.stat().st_mode & 0o077 == 0 for path in private)
+    assert [path.name for path in made.root.parent.iterdir()] == ["coordinator"]
+    assert (made.new_run().name, made.new_run().name, len(made.runs())) == ("1", "2", 2)
+
+
+def test_nothing_is_left_of_a_folder_that_could_not_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, settings: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_proxy", full)
+    with pytest.raises(OSError, match="No space"):
+        Directory.create(tmp_path / "coordinator", "f", "a.example")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_lies_there_stays(made: Directory, tmp_path: Path) -> None:
+    before = (made.root / "keys" / "coordinator.pem").read_bytes()
+    with pytest.raises(BadInput, match="found something there"):
+        Directory.create(made.root, "f", "a.example")
+    assert (made.root / "keys" / "coordinator.pem").read_bytes() == before
+    with pytest.raises(BadInput, match="nginx"):
+        Directory.create(tmp_path / 'a";b', "f", "a.example")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ('federation = "bank-intents"', 'federation = "Bank\\n"', "federation"),
+        ('federation = "bank-intents"', "", "federation: missing"),
+        ('host = "127.0.0.1"', "", r"\[address\] host: missing"),
+        ('host = "127.0.0.1"', 'host = "a b"', "host name or an IP address"),
+        ("[superlink]", "[superlinks]", "did you mean"),
+        ("[superlink] ", "[superlink]\nport = 0 #", "port"),
+        ("federation", "\udcff", "UTF-8"),
+    ],
+)
+def test_faults_of_the_settings_are_named(made: Directory, old: str, new: str, fault: str) -> None:
+    path = made.root / "coordinator.toml"
+    text = path.read_text().replace(old, new, 1)
+    if "port = 0" in new:
+        text = text[: text.index("port = 0") + 8]
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(BadInput, match=fault):
+        Directory.open(made.root)
+
+
+def test_folders_that_are_none_and_open_keys_are_refused(made: Directory, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="fedlora-server init"):
+        Directory.open(tmp_path)
+    (made.root / "keys" / "coordinator.pem").chmod(0o644)
+    with pytest.raises(Refused, match="others can read"):  # key-file-readable-by-others
+        Directory.open(made.root)
+
+
+def test_a_changed_host_needs_a_renewal(made: Directory) -> None:
+    path = made.root / "coordinator.toml"
+    path.write_text(path.read_text().replace('"127.0.0.1"', '"fl.example.org"'))
+    moved = Directory.open(made.root)
+    with pytest.raises(BadInput, match=r"expected fl\.example\.org"):
+        moved.check_certificate()
+    moved.renew()
+    moved.check_certificate()
+    assert "fl.example.org" in (made.root / "invitation.json").read_text()
+    assert "fl.example.org" in (made.root / "nginx.conf").read_text()
+
+
+class Upstream(http.server.BaseHTTPRequestHandler):
+    """What stands where SuperLink would: it says which path reached it."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.path.encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent."""
+
+
+@contextmanager
+def behind_nginx(made: Directory) -> Iterator[int]:
+    """nginx as configured, before an upstream with the coordinator's own certificate; its port."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", made.settings.superlink.port), Upstream)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made.root / "tls" / "server.crt", made.root / "tls" / "server.key")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    command = [NGINX, "-p", str(made.root), "-c", "nginx.conf", "-g", "daemon off;"]
+    proxy = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        _wait(made.settings.address.port)
+        yield made.settings.address.port
+    finally:
+        proxy.terminate()
+        proxy.communicate(timeout=10)
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _wait(port: int) -> None:
+    for _ in range(100):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise TimeoutError(f"nothing listens on {port}")
+
+
+@needs_nginx
+def test_nginx_accepts_its_configuration(made: Directory) -> None:
+    command = [NGINX, "-t", "-p", str(made.root), "-c", "nginx.conf"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_nginx
+def test_institutions_reach_the_fleet_api_and_nothing_else(made: Directory) -> None:
+    context = ssl.create_default_context(cafile=str(made.root / "ca" / "ca.crt"))
+    with behind_nginx(made) as port:
+
+        def ask(path: str, method: str = "POST", body: bytes = b"x") -> tuple[int, str]:
+            connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
+            try:
+                connection.request(method, path, body=body)
+                answer = connection.getresponse()
+                return answer.status, answer.read().decode(errors="replace")
+            finally:
+                connection.close()
+
+        assert ask("/v1/fleet/pull-messages") == (200, "/v1/fleet/pull-messages")
+        assert ask("/v1/control/../fleet/pull-messages") == (200, "/v1/fleet/pull-messages")  # as checked
+        for path in (
+            "/v1/control/start-run",
+            "/v1/runtime/acquire-task",
+            "/v1/fleet/../control/start-run",
+            "/v1/fleet/%2e%2e/control/start-run",
+            "/v1/fleet/..%2fcontrol/start-run",
+            "//v1/control/start-run",
+            "/v1/FLEET/x",
+            "/docs",
+            "/",
+        ):
+            assert ask(path)[0] in (400, 404), path
+        assert ask("/v1/fleet/x", method="GET")[0] == 403
+        connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
+        connection.putrequest("POST", "/v1/fleet/x")
+        connection.putheader("Content-Length", str(300 << 20))
+        connection.endheaders()
+        assert connection.getresponse().status == 413  # before a byte of the 300 MB was sent
+        connection.close()

@@ -1,0 +1,203 @@
+"""Nothing about an export can change unnoticed: not a byte, not a file, not an institution's word."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedlora.common.errors import BadInput, FedloraError, Refused
+from fedlora.common.identity import Identity
+from fedlora.common.sealed import seal, unseal
+from fedlora.server.release import INDEX, RELEASE_TAG, Release, _digest, _files, export, verify
+from tests.server.releases import Party, adapter, consent, exported, manifest, party, release
+
+
+@pytest.fixture
+def of() -> Party:
+    return party()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, of: Party) -> Path:
+    return exported(tmp_path, of)
+
+
+def test_an_export_verifies_as_it_was_written(folder: Path, of: Party) -> None:
+    lines = verify(folder, of.coordinator.public)
+    assert lines[-1] == "verified with the coordinator's key"
+    assert lines[0].startswith("files        9 ") and "2, each signed" in lines[2] and "2.999" in lines[2]
+    assert {path.name for path in folder.parent.iterdir()} == {"adapter", "export"}
+    card = (folder / "README.md").read_text()
+    assert "| north | north    b clinic /b  | 2.999 | 1e-05 |" in card and "0.8123" in card
+    assert "(2.999, 1e-05)-differentially private" in card
+
+
+def test_without_a_key_only_integrity_is_claimed(folder: Path, of: Party) -> None:
+    lines = verify(folder)
+    assert of.coordinator.public.fingerprint in lines[-2] and "integrity only" in lines[-1]
+    with pytest.raises(Refused, match=r"release\.json: found the key"):
+        verify(folder, Identity.generate().public)
+
+
+def test_two_hundred_flipped_bytes_are_two_hundred_detected(folder: Path, of: Party) -> None:
+    """Over each file in turn, at random places and bits."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(files) == 10
+    chance = random.Random(3)
+    for change in range(200):
+        path = files[change % len(files)]
+        data = path.read_bytes()
+        place, bit = chance.randrange(len(data)), 1 << chance.randrange(8)
+        path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+        for key in (of.coordinator.public, None):
+            with pytest.raises(FedloraError, match=re.escape(path.name)):
+                verify(folder, key)
+        path.write_bytes(data)
+    verify(folder, of.coordinator.public)
+
+
+@pytest.mark.parametrize(
+    "place", ["extra.txt", "adapter/evil.py", "statements/west.json", ".hidden", "new/x"]
+)
+def test_an_added_file_is_named(folder: Path, of: Party, place: str) -> None:
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).write_text("x")
+    with pytest.raises(Refused, match=re.escape(place)):
+        verify(folder, of.coordinator.public)
+
+
+def test_every_removed_file_is_named(folder: Path, of: Party) -> None:
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        path.unlink()
+        with pytest.raises(FedloraError, match=re.escape(path.name)):
+            verify(folder, of.coordinator.public)
+        path.write_bytes(data)
+
+
+def test_links_and_empty_folders_are_refused(folder: Path, of: Party, tmp_path: Path) -> None:
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        shutil.copy(path, tmp_path / "same")  # the same bytes, elsewhere
+        data = path.read_bytes()
+        path.unlink()
+        path.symlink_to(tmp_path / "same")
+        with pytest.raises(Refused, match=re.escape(path.name) + ": found a link"):
+            verify(folder, of.coordinator.public)
+        path.unlink()
+        path.write_bytes(data)
+    (folder / "adapter").rename(tmp_path / "moved")
+    (folder / "adapter").symlink_to(tmp_path / "moved")
+    with pytest.raises(Refused, match="adapter: found a link"):
+        verify(folder, of.coordinator.public)
+    (folder / "adapter").unlink()
+    (tmp_path / "moved").rename(folder / "adapter")
+    (folder / "empty").mkdir()
+    with pytest.raises(Refused, match="empty"):
+        verify(folder, of.coordinator.public)
+
+
+def resigned(folder: Path, of: Party) -> None:
+    """What a dishonest coordinator can do: sign the digests of whatever it wrote."""
+    files = {name: _digest(folder / name) for name in _files(folder)}
+    (folder / INDEX).write_text(seal(of.coordinator, RELEASE_TAG, {"version": 1, "files": files}))
+
+
+def smaller_epsilon_in_the_card(folder: Path, of: Party) -> None:
+    path = folder / "README.md"
+    path.write_text(path.read_text().replace("2.999", "0.5"))
+
+
+def smaller_epsilon_in_a_statement(folder: Path, of: Party) -> None:
+    path = folder / "statements" / "north.json"
+    path.write_text(path.read_text().replace("2.9981", "0.5"))
+
+
+def statement_of_another_run(folder: Path, of: Party) -> None:
+    path, other = folder / "statements" / "north.json", manifest(run="r2")
+    table = json.loads(path.read_text())
+    table["signed"] = base64.b64encode(consent(of.members["north"], "north", other)).decode()
+    path.write_text(json.dumps(table))
+
+
+def anothers_statement(folder: Path, of: Party) -> None:
+    shutil.copy(folder / "statements" / "south.json", folder / "statements" / "north.json")
+
+
+def a_statement_less(folder: Path, of: Party) -> None:
+    (folder / "statements" / "north.json").unlink()
+
+
+def anothers_report(folder: Path, of: Party) -> None:
+    (folder / "reports" / "north.json").rename(folder / "reports" / "south.json")
+
+
+def another_base(folder: Path, of: Party) -> None:
+    (folder / "adapter" / "fedlora.json").write_text('{"base_digest": "sha256:0"}')
+
+
+def another_manifest(folder: Path, of: Party) -> None:
+    path = folder / "manifest.json"
+    body = dict(unseal(path.read_text(), "fedlora-manifest-1", "m").body) | {"epsilon": 0.5}
+    path.write_text(seal(of.coordinator, "fedlora-manifest-1", body))
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        smaller_epsilon_in_the_card,
+        smaller_epsilon_in_a_statement,
+        statement_of_another_run,
+        anothers_statement,
+        a_statement_less,
+        anothers_report,
+        another_base,
+        another_manifest,
+    ],
+)
+def test_a_coordinator_can_not_speak_for_an_institution(
+    folder: Path, of: Party, lie: Callable[[Path, Party], None]
+) -> None:
+    resigned(folder, of)
+    verify(folder, of.coordinator.public)  # the control: signing anew alone changes nothing
+    lie(folder, of)
+    resigned(folder, of)
+    with pytest.raises(FedloraError):
+        verify(folder, of.coordinator.public)
+
+
+def test_faulty_releases_are_not_written(tmp_path: Path, of: Party) -> None:
+    whole, files = release(of), adapter(tmp_path / "adapter")
+
+    def refused(wrong: Release, fault: str, source: Path = files) -> None:
+        with pytest.raises(FedloraError, match=fault):
+            export(tmp_path / "export", of.coordinator, wrong, source)
+        assert not (tmp_path / "export").exists()
+
+    forged = dict(whole.statements) | {"north": consent(of.members["south"], "north", whole.manifest)}
+    refused(replace(whole, statements=forged), "signature")
+    unpaid = dict(whole.statements) | {"north": consent(of.members["north"], "north", whole.manifest, 0.0)}
+    refused(replace(whole, statements=unpaid), "epsilon")
+    missing = {"north": whole.statements["north"]}
+    refused(replace(whole, statements=missing), "south")
+    refused(replace(whole, reports={"east": ""}), "members only")
+    refused(whole, "adapter_config", tmp_path)
+    refused(whole, "base_digest", adapter(tmp_path / "other", "sha256:0"))
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "x").write_text("")
+    with pytest.raises(BadInput, match="found something there"):
+        export(tmp_path / "export", of.coordinator, whole, files)
+
+
+def test_a_run_without_privacy_says_so(tmp_path: Path, of: Party) -> None:
+    run = manifest("none")
+    plain = replace(release(of, run), statements={n: consent(i, n, run, 0.0) for n, i in of.members.items()})
+    export(tmp_path / "export", of.coordinator, plain, adapter(tmp_path / "adapter"))
+    assert "without privacy" in (tmp_path / "export" / "README.md").read_text()
