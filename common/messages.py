@@ -132,7 +132,7 @@ class RunManifest:
         phases = table.get("phases")
         if not isinstance(phases, list):
             raise BadInput("manifest phases: missing, expected a list")
-        table["phases"] = tuple(_build(Phase, phase, "manifest phase") for phase in phases)
+        table["phases"] = tuple(build_strictly(Phase, phase, "manifest phase") for phase in phases)
         labels = table.get("labels")
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
             raise BadInput("manifest labels: expected a list of strings")
@@ -140,7 +140,7 @@ class RunManifest:
         if table.get("secure") is not None:
             table["secure"] = _secure_terms(table["secure"])
         table["network"] = _network(table.get("network"))
-        manifest = _build(cls, table, "manifest")
+        manifest = build_strictly(cls, table, "manifest")
         if manifest.version != VERSION:
             raise BadInput(f"manifest version: found {manifest.version}, expected {VERSION}")
         return manifest
@@ -178,7 +178,7 @@ class RoundPlan:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RoundPlan:
-        return _build(cls, _table(data, "plan"), "plan")
+        return build_strictly(cls, _table(data, "plan"), "plan")
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +232,7 @@ def _network(table: Any) -> Network:
             table[name] = tuple(found)
     if faults:
         raise BadInput(faults)
-    return _build(Network, table, "manifest network")
+    return build_strictly(Network, table, "manifest network")
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:
@@ -258,15 +258,17 @@ def _secure_terms(table: Any) -> SecureTerms:
     bounds = table.get("update_bounds") if isinstance(table, dict) else None
     if not isinstance(bounds, list) or not all(_is(bound, "float") and bound > 0 for bound in bounds):
         raise BadInput("manifest secure update_bounds: expected a list of finite numbers > 0")
-    return _build(SecureTerms, {**table, "update_bounds": tuple(map(float, bounds))}, "manifest secure")
+    return build_strictly(
+        SecureTerms, {**table, "update_bounds": tuple(map(float, bounds))}, "manifest secure"
+    )
 
 
 T = TypeVar("T")
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 
 
-def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Construct a message dataclass from outside data; every missing, extra or mistyped field is named."""
+def build_strictly(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """Construct a frozen dataclass from outside data; every missing, extra or mistyped field is named."""
     if not isinstance(table, Mapping):
         raise BadInput(f"{where}: found {type(table).__name__}, expected a table")
     names = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]

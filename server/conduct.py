@@ -71,6 +71,7 @@ def conduct(run: Conducted, cohort: Cohort, observe: Observe = lambda number, fi
 
 def conclude(run: Conducted, progress: Progress, epsilon_by_client: Mapping[str, float]) -> dict[str, Any]:
     """Score the test file, export the adapter; the summary that every run has."""
+    started = time.monotonic()
     run.public.features.clear()
     metrics = run.public.test.evaluate(progress.released)
     config = run.config
@@ -82,7 +83,9 @@ def conclude(run: Conducted, progress: Progress, epsilon_by_client: Mapping[str,
         config.seed,
         run.folder / "adapter",
     )
-    return _summary(run, progress, metrics, epsilon_by_client)
+    summary = _summary(run, progress, metrics, epsilon_by_client)
+    summary["seconds"] += time.monotonic() - started
+    return summary
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
