@@ -205,6 +205,8 @@ class Resident:
             if name:
                 reserved = self._ledger.reserved_for(self._policy.data[name].budget, manifest.digest)
         allow(judge(manifest, self._policy, invitation.federation, spent, reserved))
+        if manifest.secure is not None:  # what is promised to be masked must not leave in clear
+            raise Refused("manifest secure: this node sends updates in clear only, expected no secure terms")
         if consented and manifest.mode == "record" and reserved is None:
             raise Refused(f"plan manifest: nothing was consented to for {manifest.digest[:20]}")
         return projected(manifest)

@@ -256,6 +256,8 @@ class DeploymentCohort:
 def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str, Any]:
     """Begin the run in `folder`, or go on with it, to its summary; raises what the round loop raises."""
     config = load_config(folder / "config.toml")
+    if config.aggregation.secure:
+        raise BadInput("[aggregation] secure = true: not built yet between machines; expected false")
     if config.federation.clients < config.aggregation.minimum_cohort:
         raise BadInput(
             f"[federation] clients = {config.federation.clients}: expected at least the "

@@ -69,8 +69,6 @@ delta = 1e-5
 clip = 1.0
 [aggregation]
 minimum_cohort = 3
-secure = {secure}
-max_colluders = 1
 [server]
 optimizer = "momentum"
 learning_rate = 1.0
@@ -112,7 +110,6 @@ class Federation:
     spare: int = 3
     quorum: float = 1.0
     deadline: float = 120.0
-    secure: bool = False
     base: str = "minilm"
     layers: str = "[5]"
     port: int = field(default_factory=lambda: free_port())
@@ -149,7 +146,6 @@ class Federation:
                 validation=public / "validation.jsonl",
                 quorum=self.quorum,
                 deadline=self.deadline,
-                secure=str(self.secure).lower(),
                 **values,
             )
         )
@@ -286,13 +282,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A federation of processes on this machine.")
     parser.add_argument("--out", type=Path, default=Path("runs/federation"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--secure", action="store_true")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     if out.exists() and not (out / "coordinator").is_dir():
         sys.exit(f"{out}: found another folder, expected none or an earlier federation")
     shutil.rmtree(out, ignore_errors=True)
-    federation = Federation(out, rounds=arguments.rounds, secure=arguments.secure)
+    federation = Federation(out, rounds=arguments.rounds)
     assert set(NAMES) <= {each.name for each in INSTITUTIONS}
     print("enrolling three institutions", flush=True)
     federation.prepare()
