@@ -115,7 +115,7 @@ class _MetricsLog:
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in lines if _round_of(line) <= committed]
         write_text(self._path, "".join(line + "\n" for line in kept))
-        self._earlier = max((json.loads(line)["elapsed_seconds"] for line in kept), default=0.0)
+        self._earlier = max((json.loads(line).get("elapsed_seconds", 0.0) for line in kept), default=0.0)
 
     def write(self, record: RoundRecord, progress: Progress) -> None:
         run = self._run

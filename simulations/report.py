@@ -316,7 +316,13 @@ def _curve(trials: Lines, metric: str) -> Markup | None:
 
 def _counts(summary: Summary) -> tables.Matrix:
     table = summary["partition"]
-    return np.array(table["counts"], dtype=np.float64).reshape(len(table["clients"]), len(table["labels"]))
+    try:
+        counts = np.array(table["counts"], dtype=np.float64)
+        return counts.reshape(len(table["clients"]), len(table["labels"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(
+            "summary.json partition counts: expected a number for each client and label"
+        ) from error
 
 
 def _number(value: Any) -> float | None:

@@ -13,6 +13,7 @@ from fedlora.common.errors import BadInput, QuorumLost
 from fedlora.simulations import quickstart, session, sweep
 from fedlora.simulations.cli import _stopped
 from fedlora.simulations.progress import _figure
+from fedlora.simulations.report import write_report
 from tests.simulations.test_run import config, data  # noqa: F401  (a fixture)
 
 SILENT = Console(file=io.StringIO())
@@ -89,3 +90,11 @@ def test_spent_attempts_leave_the_last_adapter(
     assert summary["rounds"] == 1  # the observer stopped it before round 2 was committed
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_counts_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    table = {"task": "t", "clients": 1, "rounds": 1, "privacy_statement": [], "labels": []}
+    broken = {"clients": ["a"], "labels": ["x", "y"], "counts": [["many", 1]]}
+    (tmp_path / "summary.json").write_text(json.dumps(table | {"partition": broken}))
+    with pytest.raises(BadInput, match="partition counts"):
+        write_report(tmp_path)
