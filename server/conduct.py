@@ -115,7 +115,7 @@ class _MetricsLog:
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in lines if _round_of(line) <= committed]
         write_text(self._path, "".join(line + "\n" for line in kept))
-        self._earlier = max((json.loads(line).get("elapsed_seconds", 0.0) for line in kept), default=0.0)
+        self._earlier = max((json.loads(line)["elapsed_seconds"] for line in kept), default=0.0)
 
     def write(self, record: RoundRecord, progress: Progress) -> None:
         run = self._run
@@ -234,8 +234,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _round_of(line: str) -> float:
-    """The round of a line of metrics.jsonl; infinite where the line was cut off."""
+    """The round of a line of metrics.jsonl; infinite where the line was cut off, or is none that was written."""
     try:
-        return float(json.loads(line)["round"])
-    except (ValueError, KeyError):
+        table = json.loads(line)
+        figures = [
+            float(table[name]) for name in ("elapsed_seconds", "seconds", "examples_per_second", "replies")
+        ]
+        return float(table["round"]) if all(map(math.isfinite, figures)) else math.inf
+    except (ValueError, KeyError, TypeError):
         return math.inf

@@ -263,8 +263,10 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
             f"[federation] clients = {config.federation.clients}: expected at least the "
             f"[aggregation] minimum_cohort = {config.aggregation.minimum_cohort}"
         )
-    public = PublicSide.build(config, read_public(config), folder)
     path = folder / "checkpoint"
+    if not (path / "manifest.json").exists():
+        (folder / PROJECTION).unlink(missing_ok=True)  # of a beginning that was killed
+    public = PublicSide.build(config, read_public(config), folder)
     if (path / "manifest.json").exists():
         checkpoint = Checkpoint.open(path, public.model.spec)
     else:

@@ -27,6 +27,7 @@ from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import default_cache
 from fedlora.server.checkpoint import Checkpoint, Progress
 from fedlora.server.conduct import Conducted, Observe, conclude, conduct, write_summary, write_text
+from fedlora.server.public import PROJECTION
 from fedlora.server.rounds import Cohort
 from fedlora.simulations.engine import SequentialCohort, secure_cohort
 from fedlora.simulations.federation import Federation, client_name
@@ -101,6 +102,9 @@ def begin(
         raise BadInput(
             "--engine ray: [aggregation] secure = true is not built yet there; expected sequential"
         )
+    if not resume:
+        # Of a beginning that was killed: fitted on what was public then, and may be private in this run.
+        (paths.folder / PROJECTION).unlink(missing_ok=True)
     federation = Federation.build(config, paths.folder, progress, device, texts)
     if resume:
         _check_kept(paths.folder / DATA, federation.data_digest, f"{config.data.train}: found other bytes")
@@ -112,10 +116,10 @@ def begin(
         write_text(paths.folder / DATA, federation.data_digest + "\n")
         write_text(paths.folder / LEDGER, ledger.id + "\n")
         write_text(paths.folder / "manifest.json", manifest.to_bytes().decode() + "\n")
+        federation.charge(manifest, ledger)
         # last: from here on it is a run, and can be resumed
         checkpoint = Checkpoint.create(paths.checkpoint, manifest, federation.public.initial)
     checkpoint.check_against_ledger(ledger.attempts_used(checkpoint.manifest.digest))
-    federation.charge(checkpoint.manifest, ledger)
     return Run(config, paths, federation, checkpoint, ledger, engine, began)
 
 
@@ -146,14 +150,18 @@ def train(run: Run, cohort: Cohort, observe: Observe = lambda number, figures: N
     return conduct(run.conducted, cohort, observe)
 
 
-def finish(run: Run, progress: Progress, synthetic: bool = False) -> dict[str, Any]:
-    """Score the test file, export the adapter, write summary.json; what stands in it is returned."""
+def finish(run: Run, progress: Progress, synthetic: bool = False, ended: str = "") -> dict[str, Any]:
+    """Score the test file, export the adapter, write summary.json; what stands in it is returned.
+
+    `ended` says why a run that did not reach its last round stopped where it did.
+    """
     federation = run.federation
     summary = conclude(run.conducted, progress, _epsilon_by_client(run)) | {
         "truncated": {name: int(count) for name, count in federation.train.truncated.items()},
         **_by_class(run),
         "partition": federation.partition_table(),
         "synthetic": synthetic,
+        "ended": ended,
     }
     write_summary(run.paths.folder, summary)
     return summary

@@ -44,7 +44,7 @@ def run_to_report(
         progress.expect_features(run.federation.feature_records)
         done, ended = _trained(run, engine, progress.round)
         if ended is None or done.round:
-            summary = finish(run, done, synthetic)
+            summary = finish(run, done, synthetic, str(ended or ""))
             write_report(paths.folder)
     if ended is not None:
         raise ended

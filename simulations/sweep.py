@@ -43,6 +43,10 @@ def run_sweep(
             if (target / "config.toml").read_text() != config_to_toml(settings):
                 raise BadInput(f"{target}: found a trial of another configuration, expected another --out")
             summary = json.loads(done.read_text())
+            if summary.get("ended"):
+                raise BadInput(
+                    f"{target}: found a trial that ended early ({summary['ended']}), expected another --out"
+                )
         else:
             console.print(f"[bold]{setting}[/bold]")
             resume = (target / "checkpoint" / "manifest.json").exists()

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from fedlora.common.config import config_to_toml, load_config
 from fedlora.common.errors import BadInput, QuorumLost
+from fedlora.server.conduct import _round_of
 from fedlora.simulations import quickstart, session, sweep
 from fedlora.simulations.cli import _stopped
 from fedlora.simulations.progress import _figure
 from fedlora.simulations.report import write_report
+from fedlora.simulations.run import Paths, begin
 from tests.simulations.test_run import config, data  # noqa: F401  (a fixture)
 
 SILENT = Console(file=io.StringIO())
@@ -64,6 +69,10 @@ def test_a_sweep_names_bad_values_first_and_never_shows_another_trial(
     (done / "config.toml").write_text("seed = 9\n")
     with pytest.raises(BadInput, match="another configuration"):
         sweep.run_sweep(path, "federation.rounds=1", [], tmp_path / "s", SILENT)
+    (done / "config.toml").write_text(config_to_toml(load_config(path, ["federation.rounds=1"])))
+    (done / "summary.json").write_text(json.dumps({"accuracy": 1.0, "ended": "round 1: nobody answered"}))
+    with pytest.raises(BadInput, match="ended early"):
+        sweep.run_sweep(path, "federation.rounds=1", [], tmp_path / "s", SILENT)
 
 
 def test_spent_attempts_leave_the_last_adapter(
@@ -87,6 +96,7 @@ def test_spent_attempts_leave_the_last_adapter(
     with pytest.raises(QuorumLost, match="round 3"):
         session.run_to_report(settings, tmp_path / "run", SILENT)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["ended"] == "round 3: nobody answered"
     assert summary["rounds"] == 1  # the observer stopped it before round 2 was committed
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "run" / "report.html").is_file()
@@ -98,3 +108,29 @@ def test_counts_that_are_no_numbers_are_named(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(table | {"partition": broken}))
     with pytest.raises(BadInput, match="partition counts"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("line", ['{"round": 1}', "5", "null", '{"round": null}', '{"rou'])
+def test_lines_that_nobody_wrote_are_dropped(line: str) -> None:
+    assert _round_of(line) == math.inf
+
+
+def test_a_projection_of_a_killed_beginning_is_not_used(
+    tiny_bert: Path,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was fitted on what was public then: with another seed those are a client's records."""
+    settings = config(tiny_bert, data, "none", "model.projection=4", "model.pooling=layers")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fedlora.simulations.run.Checkpoint.create", killed)
+        begin(settings, Paths.of(tmp_path / "run"))
+    other = replace(settings, seed=99)
+    again = begin(other, Paths.of(tmp_path / "run"))
+    fresh = begin(other, Paths.of(tmp_path / "fresh"))
+    assert again.manifest.projection_digest == fresh.manifest.projection_digest != ""
