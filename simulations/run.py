@@ -116,10 +116,11 @@ def begin(
         write_text(paths.folder / DATA, federation.data_digest + "\n")
         write_text(paths.folder / LEDGER, ledger.id + "\n")
         write_text(paths.folder / "manifest.json", manifest.to_bytes().decode() + "\n")
-        federation.charge(manifest, ledger)
         # last: from here on it is a run, and can be resumed
         checkpoint = Checkpoint.create(paths.checkpoint, manifest, federation.public.initial)
     checkpoint.check_against_ledger(ledger.attempts_used(checkpoint.manifest.digest))
+    # After the checkpoint: a kill in between must not spend the budget of a run that then never was.
+    federation.charge(checkpoint.manifest, ledger)
     return Run(config, paths, federation, checkpoint, ledger, engine, began)
 
 
