@@ -55,7 +55,7 @@ def main(grid: Grid, context: Context) -> None:
         directory = Directory.open(root)
         serve(folder, directory.coordinator(), GridCarrier(grid, directory.nodes))
 
-    outcome_of(work, folder)
+    outcome_of(work, folder, str(context.run_config["token"]))
 
 
 @dataclass(frozen=True)

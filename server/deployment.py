@@ -12,10 +12,12 @@ member is read anew for each attempt, so that a revocation counts from the next 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
@@ -55,6 +57,7 @@ from fedlora.server.rounds import CohortSum, Failure, participants
 log = logging.getLogger(__name__)
 
 LOOK = 1.0  # seconds between two looks at who is connected
+LOCK_TRIES = 60  # looks at a run that another process still holds
 SAME = 1e-6  # relative: the last bits of an ε differ between machines
 OUTCOME = "outcome.json"  # how a run's process ended, for who started it
 
@@ -285,17 +288,36 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
     return summary
 
 
-def outcome_of(work: Callable[[], object], folder: Path) -> None:
-    """Run `work` and leave in `folder` how it ended: the exit code, and one line to a fault."""
+def outcome_of(work: Callable[[], object], folder: Path, token: str) -> None:
+    """Run `work` and leave in `folder` how it ended: the exit code, and one line to a fault.
+
+    One process works on a run at a time; `token` says which one, for one whose SuperLink was killed may end late.
+    """
     try:
-        work()
+        with _only_process(folder):
+            work()
         found = {"code": 0, "message": ""}
     except FedloraError as error:
         found = {"code": error.exit_code, "message": str(error)}
     except BaseException as error:
         log.exception("the run ended unexpectedly")
         found = {"code": 1, "message": f"{type(error).__name__}: {error}"}
-    write_atomically(folder / OUTCOME, json.dumps(found).encode())
+    write_atomically(folder / f"outcome-{token}.json", json.dumps(found).encode())
+
+
+@contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    """The run's own lock; FedloraError where another process does not give it up."""
+    with (folder / "lock").open("a") as lock:
+        for _ in range(LOCK_TRIES):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(LOOK)
+        else:
+            raise FedloraError(f"{folder}: found another process that carries this run out, expected none")
+        yield
 
 
 def _manifest(config: Config, public: PublicSide, coordinator: Coordinator) -> RunManifest:

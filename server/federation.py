@@ -8,6 +8,7 @@ killed, the checkpoint in the run's folder is what `resume` goes on from, in a n
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,9 +49,11 @@ def carry_out(directory: Directory, folder: Path, watch: Watch) -> dict[str, Any
     (folder / OUTCOME).unlink(missing_ok=True)
     with SuperLink(directory.superlink_files(), directory.port) as link:
         admit(directory, link)
-        run = link.start_run({"directory": str(directory.root), "run": str(folder)})
+        token = secrets.token_hex(8)
+        run = link.start_run({"directory": str(directory.root), "run": str(folder), "token": token})
         with _stopped_on_interrupt(link, run):
-            outcome = _followed(directory, link, run, folder, watch)
+            outcome = _followed(directory, link, run, folder, token, watch)
+    write_atomically(folder / OUTCOME, json.dumps(outcome).encode())
     _raise(outcome)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary
@@ -70,21 +73,24 @@ def admit(directory: Directory, link: SuperLink) -> None:
             directory.write_registered(registered)
 
 
-def _followed(directory: Directory, link: SuperLink, run: str, folder: Path, watch: Watch) -> dict[str, Any]:
+def _followed(
+    directory: Directory, link: SuperLink, run: str, folder: Path, token: str, watch: Watch
+) -> dict[str, Any]:
     """How the run ended, as its process left it; what Flower says where that process left nothing."""
-    metrics, seen = folder / "metrics.jsonl", 0
+    metrics, seen, ending = folder / "metrics.jsonl", 0, folder / f"outcome-{token}.json"
     asked = time.monotonic()
-    while not (folder / OUTCOME).exists():
+    while not ending.exists():
         seen = _watched(metrics, seen, watch)
         if time.monotonic() - asked > ASK_FLOWER:
             status, details = link.run_status(run)
-            if status.startswith("finished") and not (folder / OUTCOME).exists():
+            if status.startswith("finished") and not ending.exists():
                 return {"code": 1, "message": f"Flower run {run}: {status} ({details}); resume goes on"}
             admit(directory, link)  # a revocation or a new member counts while the run goes on
             asked = time.monotonic()
         time.sleep(LOOK)
     _watched(metrics, seen, watch)
-    outcome: dict[str, Any] = json.loads((folder / OUTCOME).read_text())
+    outcome: dict[str, Any] = json.loads(ending.read_text())
+    ending.unlink()
     return outcome
 
 

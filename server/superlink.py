@@ -62,6 +62,7 @@ clientapp = "fedlora.client.relay:app"
 [tool.flwr.app.config]
 directory = ""
 run = ""
+token = ""
 """
 
 

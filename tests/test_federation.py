@@ -25,7 +25,15 @@ def lines(federation: Federation) -> list[dict[str, object]]:
 
 
 def wait_for_round(federation: Federation, number: int) -> None:
-    wait_until(lambda: len(lines(federation)) >= number, f"round {number}", SECONDS)
+    """Until the round is committed; an early end of the server fails at once, with every log."""
+
+    def committed() -> bool:
+        assert federation.processes["server"].poll() is None or len(lines(federation)) >= number, logs(
+            federation
+        )
+        return len(lines(federation)) >= number
+
+    wait_until(committed, f"round {number}", SECONDS)
 
 
 def logs(federation: Federation) -> str:
