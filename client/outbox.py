@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlora.client.secure_outbox import FolderOutbox
 from fedlora.common.errors import Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.messages import RoundPlan
@@ -44,12 +45,19 @@ class Outbox:
         mark = hashlib.sha256(request).digest() + hashlib.sha256(reply).digest()
         write_atomically(path, mark + reply, mode=0o600)
 
+    def masked(self, manifest: str) -> FolderOutbox:
+        """The masked inputs of a run, beside its consent."""
+        return FolderOutbox(self._path(manifest, 0, 0).parent)
+
     def sizes(self, manifest: str) -> Iterator[tuple[int, int, int]]:
-        """(round, attempt, bytes) of each reply of a run, oldest first."""
+        """(round, attempt, bytes) of each release of a run, oldest first."""
         folder = self._path(manifest, 0, 0).parent
-        for path in sorted(folder.glob("*.reply")) if folder.is_dir() else ():
-            number, attempt = path.stem.split("-")
-            yield int(number), int(attempt), path.stat().st_size - 64
+        paths = sorted(folder.iterdir(), key=lambda path: path.stem) if folder.is_dir() else ()
+        for path in paths:
+            if path.suffix in (".reply", ".masked"):
+                number, attempt = path.stem.split("-")
+                mark = 64 if path.suffix == ".reply" else 0
+                yield int(number), int(attempt), path.stat().st_size - mark
 
     def _path(self, manifest: str, round_number: int, attempt: int) -> Path:
         name = hashlib.sha256(manifest.encode()).hexdigest()

@@ -71,6 +71,8 @@ class Limits:
     targets: tuple[str, ...] = _ruled((), Each(NAME))  # empty: any
     layers: tuple[int, ...] = _ruled((), Each(LAYER))  # empty: any
     allow_unnoised: bool = False
+    require_secure: bool = False  # updates leave this node under masks only
+    max_colluders: int = _ruled(1, Bounds(0, 1000))  # peers that may side with the coordinator
     metrics: tuple[str, ...] = _ruled((), Each(NAME))
 
 
@@ -303,6 +305,8 @@ rank = 64
 targets = []                   # empty: any
 layers = []
 allow_unnoised = false
+require_secure = false         # true: updates leave under the masks of secure aggregation only
+max_colluders = 1              # peers that may side with the coordinator, in such a run
 metrics = []
 [trainer]
 listen = "unix:trainer.sock"

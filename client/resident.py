@@ -7,6 +7,7 @@
     5.         the policy once more, for it may have become stricter
     6.         the attempt is reserved, trained, committed                          (client.trainer)
     7.         the signed bytes are on disk; then they leave
+    8. a stage: the same, where updates leave under masks only                      (client.secure_trainer)
 
 What the policy or a signature says no to is told to the coordinator. What goes wrong once data are in sight is
 told to the log alone: a message about a record is about somebody.
@@ -26,6 +27,7 @@ from typing import Protocol
 from fedlora.client.node import NodeFolder, append_line, pinned_invitation
 from fedlora.client.outbox import Outbox, Plans
 from fedlora.client.policy import Policy
+from fedlora.client.secure_runs import SecureRuns
 from fedlora.client.verdicts import allow, judge, projected
 from fedlora.common.enrolment import Invitation
 from fedlora.common.errors import BadInput, FedloraError, Refused
@@ -38,16 +40,22 @@ from fedlora.common.protocol import (
     MANIFEST_TAG,
     MAX_NUMBER,
     PLAN_TAG,
+    STAGE_TAG,
     Answer,
     Consent,
     Decline,
     Offer,
     Reply,
+    Stage,
+    Staged,
     Task,
     one_line,
     reply_to_bytes,
     request_from_bytes,
+    vector_from_bytes,
 )
+from fedlora.common.secagg.requests import INPUT, OFFER, Request
+from fedlora.common.state import Vector
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +98,7 @@ class Resident:
         self._ledger = ledger
         self._work = work
         self._outbox = Outbox(folder.under(policy.trainer.outbox))
+        self._secure = SecureRuns(folder, policy, identity, self._outbox)
         self._one = threading.Lock()
         self._check_history()
 
@@ -129,12 +138,16 @@ class Resident:
         request = request_from_bytes(data, self._policy.trainer.max_message_bytes)
         if isinstance(request, Offer):
             return self._consent(invitation, request, data, place)
+        if isinstance(request, Stage):
+            return self._stage(invitation, request, place)
         return self._train(invitation, request, data, place)
 
     def _consent(self, invitation: Invitation, offer: Offer, data: bytes, place: Place) -> bytes:
         manifest = self._manifest(invitation, offer.manifest)
         place.manifest = manifest.digest
         spend = self._judged(invitation, manifest)
+        if manifest.secure is not None:
+            self._secure.check(manifest)
         _check_projection(manifest, offer.projection)
         kept = self._outbox.read(manifest.digest, 0, 0, data)
         if kept is not None:
@@ -155,35 +168,76 @@ class Resident:
         plan = RoundPlan.from_bytes(task.plan.opened(PLAN_TAG, invitation.coordinator))
         if plan.manifest != task.manifest_digest:
             raise BadInput("task manifest: found another than its plan's")
-        if not (0 < plan.round <= MAX_NUMBER and 0 < plan.attempt <= MAX_NUMBER):
-            raise BadInput("plan: found a round or attempt out of range, expected 1 or more")
-        place.manifest, place.round, place.attempt = plan.manifest, plan.round, plan.attempt
-        manifest = self._known(invitation, plan.manifest)
+        manifest = self._planned(invitation, plan, place)
+        if manifest.secure is not None:  # what is promised to be masked must not leave in clear
+            raise Refused("task: found a run whose updates leave under masks only, expected a stage of it")
         kept = self._outbox.read(plan.manifest, plan.round, plan.attempt, data)
         if kept is not None:
             return kept
-        if manifest.phase_of(plan.round) != plan.phase:
-            raise BadInput(f"plan phase: found {plan.phase}, expected {manifest.phase_of(plan.round)}")
+        self._judged(invitation, manifest, consented=True)
+        update = self._trained(manifest, plan, task.vector)
+        reply = Answer(self._policy.institution, plan.manifest, plan.round, plan.attempt, update)
+        return self._released(invitation.federation, reply, (plan.round, plan.attempt), data)
+
+    def _stage(self, invitation: Invitation, stage: Stage, place: Place) -> bytes:
+        """One step of secure aggregation. What its checks refuse is this attempt's alone: a later epoch may do."""
+        request = Request.from_bytes(stage.request.opened(STAGE_TAG, invitation.coordinator))
+        plan, size = request.plan, len(request.vector) // 4
+        manifest = self._planned(invitation, plan, place)
+        if request.institution != self._policy.institution:
+            raise BadInput(
+                f"stage institution: found {request.institution}, expected {self._policy.institution}"
+            )
+        if manifest.secure is None:
+            raise Refused("stage: found a run without secure aggregation, expected a task of it")
+        with _private():
+            trainer = self._secure.trainer(manifest)
+            kept = trainer.sent(plan) if request.stage == INPUT else None
+        if kept is None and request.stage in (OFFER, INPUT):
+            self._judged(invitation, manifest, consented=True)
+
+        def train() -> Vector:
+            update = self._trained(manifest, plan, request.vector)
+            with _private():
+                return vector_from_bytes(update, size, "own update")
+
+        try:
+            message = kept or trainer.answer(request.stage, request.message, plan, size, train)
+        except Refused as error:
+            raise BadInput(f"{request.stage}: {error}") from error
+        reply = Staged(self._policy.institution, plan.manifest, plan.round, plan.attempt, message)
+        return reply_to_bytes(self._identity, invitation.federation, reply)
+
+    def _trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> bytes:
+        """The update of an attempt that goes on from all before it: reserved, trained and committed."""
         folder = self._folder.run(plan.manifest)
         plans = Plans(folder / "plans")
         with _private():
             reserved = self._ledger.reservations(plan.manifest)
         plans.check(plan, reserved)
-        self._judged(invitation, manifest, consented=True)
         with _private():
             plans.write(plan)
             update, digest = self._work.train(
-                manifest, folder / "projection.safetensors", self._budget(manifest), plan, task.vector
+                manifest, folder / "projection.safetensors", self._budget(manifest), plan, vector
             )
             self._note_data(folder, digest)
-        reply = Answer(self._policy.institution, plan.manifest, plan.round, plan.attempt, update)
-        return self._released(invitation.federation, reply, (plan.round, plan.attempt), data)
+        return update
 
     def _manifest(self, invitation: Invitation, signed: Signed) -> RunManifest:
         body = signed.opened(MANIFEST_TAG, invitation.coordinator)
         manifest = RunManifest.from_bytes(body)
         if manifest.to_bytes() != body:
             raise BadInput("manifest: found another spelling than its canonical bytes")
+        return manifest
+
+    def _planned(self, invitation: Invitation, plan: RoundPlan, place: Place) -> RunManifest:
+        """The manifest that `plan` belongs to; BadInput or Refused where it can't be a plan of it."""
+        if not (0 < plan.round <= MAX_NUMBER and 0 < plan.attempt <= MAX_NUMBER):
+            raise BadInput("plan: found a round or attempt out of range, expected 1 or more")
+        place.manifest, place.round, place.attempt = plan.manifest, plan.round, plan.attempt
+        manifest = self._known(invitation, plan.manifest)
+        if manifest.phase_of(plan.round) != plan.phase:
+            raise BadInput(f"plan phase: found {plan.phase}, expected {manifest.phase_of(plan.round)}")
         return manifest
 
     def _known(self, invitation: Invitation, digest: str) -> RunManifest:
@@ -205,8 +259,6 @@ class Resident:
             if name:
                 reserved = self._ledger.reserved_for(self._policy.data[name].budget, manifest.digest)
         allow(judge(manifest, self._policy, invitation.federation, spent, reserved))
-        if manifest.secure is not None:  # what is promised to be masked must not leave in clear
-            raise Refused("manifest secure: this node sends updates in clear only, expected no secure terms")
         if consented and manifest.mode == "record" and reserved is None:
             raise Refused(f"plan manifest: nothing was consented to for {manifest.digest[:20]}")
         return projected(manifest)

@@ -95,6 +95,11 @@ class SecureNode:
         self._state: _EpochState | None = None
 
     @property
+    def policy(self) -> CohortPolicy:
+        """What this node asks of any cohort."""
+        return self._policy
+
+    @property
     def bad_dealers(self) -> tuple[str, ...]:
         """Peers whose shares for this node did not open, or were not what they had signed."""
         return tuple(self._state.bad_dealers) if self._state else ()
@@ -228,10 +233,10 @@ class SecureNode:
         signed = message.signed(attempt.context, attempt.signed[-1])
         return replace(message, signature=self._identity.sign(wire.OPENING, *signed)).to_bytes()
 
-    def revoke(self, name: str) -> None:
-        """A member is no longer one: an epoch that it is part of ends here."""
-        self._policy = replace(self._policy, revoked=self._policy.revoked | {name})
-        if self._state is not None and name in self._state.names:
+    def adopt(self, policy: CohortPolicy) -> None:
+        """The roster as its operator keeps it now: an epoch with a member that is no longer on it ends here."""
+        state, before, self._policy = self._state, self._policy.peers, policy
+        if state is not None and any(policy.peers.get(name) != before.get(name) for name in state.names):
             self._state = None
 
     def _deal(self, state: _EpochState) -> bytes:

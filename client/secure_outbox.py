@@ -28,7 +28,7 @@ class FolderOutbox:
     """One file for each attempt; whole and on disk before `put` returns."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
 
     def put(self, round_number: int, attempt: int, data: bytes) -> None:
@@ -45,7 +45,7 @@ class FolderOutbox:
         return sorted((int(round_number), int(attempt)) for round_number, attempt in found)
 
     def _path(self, round_number: int, attempt: int) -> Path:
-        return self._folder / f"{round_number}-{attempt}.masked"
+        return self._folder / f"{round_number:06d}-{attempt:06d}.masked"
 
 
 @dataclass

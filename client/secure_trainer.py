@@ -11,20 +11,15 @@ An input that was made before is answered by the same bytes, whatever else happe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from fedlora.client.secagg import SecureNode
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.messages import RoundPlan, RunManifest, Update
+from fedlora.common.messages import RoundPlan, RunManifest
 from fedlora.common.secagg import cohort, requests
-from fedlora.common.state import AdapterState
+from fedlora.common.secagg.cohort import CohortPolicy
+from fedlora.common.state import Vector
 
-
-class Trains(Protocol):
-    """What is needed of a `Trainer`."""
-
-    def train(self, plan: RoundPlan, state: AdapterState) -> Update:
-        """One attempt at one round."""
+Train = Callable[[], Vector]  # reserves and trains one attempt, and gives its noised update
 
 
 class SecureTrainer:
@@ -42,10 +37,19 @@ class SecureTrainer:
             requests.encoding_of(manifest.secure, phase, 1)
         self._node, self._manifest, self._terms = node, manifest, manifest.secure
 
-    def answer(
-        self, stage: str, message: bytes, plan: RoundPlan, state: AdapterState, trainer: Callable[[], Trains]
-    ) -> bytes:
-        """The answer to one stage; BadInput or Refused with the reason. `trainer` is made when all checks hold."""
+    def adopt(self, policy: CohortPolicy) -> None:
+        """The operator's roster and limits as they are now."""
+        self._node.adopt(policy)
+
+    def sent(self, plan: RoundPlan) -> bytes | None:
+        """The masked input that was made for this attempt, or None."""
+        return self._node.sent(plan.round, plan.attempt)
+
+    def answer(self, stage: str, message: bytes, plan: RoundPlan, size: int, train: Train) -> bytes:
+        """The answer to one stage; BadInput or Refused with the reason.
+
+        `size` is of the adapter that the plan starts from. `train` is called when all checks hold, at most once.
+        """
         node = self._node
         if stage == requests.OFFER:
             return node.offer(requests.epoch_from_bytes(message))
@@ -57,21 +61,15 @@ class SecureTrainer:
             return node.open(plan.attempt, message)
         if stage != requests.INPUT:
             raise BadInput(f"stage: found {stage!r}, expected one of {', '.join(requests.STAGES)}")
-        return self._input(message, plan, state, trainer)
+        return self._input(message, plan, size, train)
 
-    def _input(
-        self, delivery: bytes, plan: RoundPlan, state: AdapterState, trainer: Callable[[], Trains]
-    ) -> bytes:
-        sent = self._node.sent(plan.round, plan.attempt)
+    def _input(self, delivery: bytes, plan: RoundPlan, size: int, train: Train) -> bytes:
+        sent = self.sent(plan)
         if sent is not None:
             return sent
         if delivery and not self._node.accepted:
             self._node.accept(delivery)
         slot = requests.slot_of(plan, self._manifest.base_digest)
-        encoding = requests.encoding_of(self._terms, plan.phase, state.spec.size)
+        encoding = requests.encoding_of(self._terms, plan.phase, size)
         self._node.check(slot, encoding)
-        if state.digest != plan.adapter:
-            raise BadInput(f"plan adapter: found {state.digest}, expected {plan.adapter}")
-        update = trainer().train(plan, state)
-        update.check(plan, state.spec.size)
-        return self._node.mask(slot, encoding, encoding.encode(update.delta))
+        return self._node.mask(slot, encoding, encoding.encode(train()))

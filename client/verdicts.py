@@ -54,7 +54,7 @@ def judge(
         *phases,
         *_spend_verdicts(manifest, policy, spent, reserved, all(each.allowed for each in phases)),
         _least("minimum_cohort", manifest.minimum_cohort, policy.limits.minimum_cohort),
-        _secure_verdict(manifest),
+        _secure_verdict(manifest, policy),
         *_free_verdicts(manifest),
     ]
 
@@ -251,11 +251,12 @@ def _free_verdicts(manifest: RunManifest) -> list[Verdict]:
     return [Verdict(name, str(getattr(manifest, name))[:80]) for name in names]
 
 
-def _secure_verdict(manifest: RunManifest) -> Verdict:
+def _secure_verdict(manifest: RunManifest, policy: Policy) -> Verdict:
     """Who colludes and how small a cohort may be is the node's own: `client.secagg` checks both in every epoch."""
     terms = manifest.secure
     if terms is None:
-        return Verdict("secure", "updates are sent in clear")
+        reason = "expected secure aggregation; require_secure is true" if policy.limits.require_secure else ""
+        return Verdict("secure", "updates are sent in clear", reason)
     found = f"sums of {terms.bits}-bit words, t = {terms.threshold}"
     if terms.threshold != THRESHOLD_RULE:
         return Verdict("secure", found, f"expected t = {THRESHOLD_RULE}")

@@ -31,12 +31,11 @@ from fedlora.common.errors import BadInput
 from fedlora.common.features import length_batches
 from fedlora.common.messages import build_strictly
 from fedlora.common.model import PEFT_ADAPTER, AdapterModel, PooledClassifier, build_model
-from fedlora.common.projection import Projection
+from fedlora.common.projection import PROJECTION, Projection
 from fedlora.common.state import HEAD_PREFIX, AdapterState, check_safetensors_header
 from fedlora.common.tasks import TASKS, CausalLanguageModel, SequenceClassification, Task
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-PROJECTION = "projection.safetensors"
 DESCRIPTION = "fedlora.json"  # what PEFT's own configuration has no place for
 
 

@@ -26,6 +26,8 @@ from fedlora.common.errors import BadInput
 from fedlora.common.files import write_atomically
 from fedlora.common.state import check_safetensors_header
 
+PROJECTION = "projection.safetensors"  # in a run's folder, and in what is exported
+
 Floats = npt.NDArray[np.float32]
 LEADING = 256  # directions whose mean variance a ridge is relative to
 SMALLEST = 1e-6  # eigenvalues of a kernel matrix below it are rounding

@@ -2,8 +2,10 @@
 
     offer    coordinator -> node   the signed manifest, and the projection that it names
     task     coordinator -> node   a signed plan, and the adapter that it starts from
+    stage    coordinator -> node   one signed step of secure aggregation (common.secagg.requests)
     consent  node -> coordinator   what the node reserved, under which policy
     answer   node -> coordinator   the noised update
+    staged   node -> coordinator   the node's own message of that step
     decline  node -> coordinator   why there is none
 
 A message is a mark, a version, a kind and its parts, each behind its length as 8 bytes, big-endian. Manifest and
@@ -35,6 +37,7 @@ MAX_NUMBER = 1 << 31  # of a round or an attempt
 
 MANIFEST_TAG = "fedlora-manifest-1"
 PLAN_TAG = "fedlora-plan-1"
+STAGE_TAG = "fedlora-stage-1"
 REPLY_TAG = "fedlora-reply-1"
 
 
@@ -53,6 +56,13 @@ class Task:
     manifest_digest: str
     plan: Signed
     vector: bytes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of secure aggregation: the bytes of a `secagg.requests.Request`, signed under STAGE_TAG."""
+
+    request: Signed
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,17 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Staged:
+    """The answer to a stage: a message of `secagg.wire`, which its node signed for the stage."""
+
+    institution: str
+    manifest: str
+    round: int
+    attempt: int
+    message: bytes
+
+
+@dataclass(frozen=True)
 class Decline:
     """Why there is no consent (round and attempt 0) or no update. `refused`: asking again is vain."""
 
@@ -89,8 +110,8 @@ class Decline:
     refused: bool
 
 
-Request = Offer | Task
-Reply = Consent | Answer | Decline
+Request = Offer | Task | Stage
+Reply = Consent | Answer | Staged | Decline
 
 
 def request_to_bytes(request: Request) -> bytes:
@@ -98,6 +119,8 @@ def request_to_bytes(request: Request) -> bytes:
         return _joined(b"offer", request.manifest.to_bytes(), request.projection)
     if isinstance(request, Task):
         return _joined(b"task", request.manifest_digest.encode(), request.plan.to_bytes(), request.vector)
+    if isinstance(request, Stage):
+        return _joined(b"stage", request.request.to_bytes())
     raise TypeError(f"{type(request).__name__} is no request")
 
 
@@ -110,7 +133,9 @@ def request_from_bytes(data: bytes, limit: int = MAX_REQUEST_BYTES) -> Request:
     if kind == "task":
         digest, plan, vector = _exactly(parts, 3, "task")
         return Task(_line(digest, "task manifest"), Signed.from_bytes(plan, "task plan"), vector)
-    raise BadInput(f"request kind: found {kind!r}, expected offer or task")
+    if kind == "stage":
+        return Stage(Signed.from_bytes(_exactly(parts, 1, "stage")[0], "stage request"))
+    raise BadInput(f"request kind: found {kind!r}, expected offer, task or stage")
 
 
 def reply_to_bytes(identity: Identity, federation: str, reply: Reply) -> bytes:
@@ -183,6 +208,8 @@ def _described(reply: Reply) -> tuple[str, tuple[int, int], bytes]:
         return "consent", (0, 0), _json(body)
     if isinstance(reply, Answer):
         return "answer", (reply.round, reply.attempt), reply.vector
+    if isinstance(reply, Staged):
+        return "staged", (reply.round, reply.attempt), reply.message
     if isinstance(reply, Decline):
         body = {"reason": one_line(reply.reason), "refused": reply.refused}
         return "decline", (reply.round, reply.attempt), _json(body)
@@ -204,6 +231,10 @@ def _read_answer(place: _Place, body: bytes) -> Answer:
     return Answer(place.institution, place.manifest, place.round, place.attempt, body)
 
 
+def _read_staged(place: _Place, body: bytes) -> Staged:
+    return Staged(place.institution, place.manifest, place.round, place.attempt, body)
+
+
 def _read_decline(place: _Place, body: bytes) -> Decline:
     table = _table(body, "decline", {"reason": str, "refused": bool})
     reason = one_line(table["reason"])
@@ -213,6 +244,7 @@ def _read_decline(place: _Place, body: bytes) -> Decline:
 _READERS: dict[str, Callable[[_Place, bytes], Reply]] = {
     "consent": _read_consent,
     "answer": _read_answer,
+    "staged": _read_staged,
     "decline": _read_decline,
 }
 

@@ -28,6 +28,7 @@ from fedlora.common.messages import RoundPlan, RunManifest, Update
 from fedlora.common.protocol import MAX_REPLY_BYTES
 from fedlora.common.secagg.requests import INPUT, Request
 from fedlora.common.state import AdapterState
+from fedlora.server.outcome import outcome_of
 from fedlora.server.rounds import CohortSum, Failure
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ server_app = ServerApp()
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """`fedlora-server run`: one run of a coordinator's folder, begun or resumed; how it ended lies in its folder."""
-    from fedlora.server.deployment import outcome_of, serve
+    from fedlora.server.deployment import serve
     from fedlora.server.directory import Directory
 
     folder, root = Path(str(context.run_config["run"])), Path(str(context.run_config["directory"]))

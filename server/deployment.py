@@ -1,126 +1,72 @@
 """A run between real machines: the round loop of the simulator over institutions that answer for themselves.
 
-    1. who takes part: active members whose node is connected get the signed manifest, and consent or decline
-    2. one signed plan an attempt; its exact bytes are on disk before they are sent
-    3. a reply counts where its institution signed it, for this run, round and attempt, and it is finite,
-       of the right shape, and within the public bound on its norm
+    1. who takes part                                                                (server.participants)
+    2. in clear: one signed plan an attempt; its exact bytes are on disk before they are sent. A reply counts
+       where its institution signed it, for this run, round and attempt, and it is finite, of the right shape,
+       and within the public bound on its norm
+    3. under masks: one signed request a stage; what comes back is for the state machines of server.secagg
     4. all else is the simulator's: the loop, the checkpoint, the strategies, the summary
 
-A `Carrier` takes bytes to members and brings bytes back; Flower's grid is one, the tests have another. Who is a
-member is read anew for each attempt, so that a revocation counts from the next one on.
+A `Carrier` takes bytes to members and brings bytes back; Flower's grid is one, the tests have another.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any
 
 import numpy as np
 
 from fedlora.common.config import Config, load_config
-from fedlora.common.errors import BadInput, FedloraError, Refused
+from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import write_atomically
-from fedlora.common.identity import Identity, PublicIdentity, Signed
+from fedlora.common.identity import PublicIdentity, Signed
 from fedlora.common.messages import RoundPlan, RunManifest, Update
-from fedlora.common.privacy import default_cache, stated_epsilon
+from fedlora.common.privacy import default_cache
+from fedlora.common.projection import PROJECTION
 from fedlora.common.protocol import (
     MANIFEST_TAG,
     PLAN_TAG,
+    STAGE_TAG,
     Answer,
-    Consent,
     Decline,
-    Offer,
-    Reply,
+    Stage,
+    Staged,
     Task,
     one_line,
-    reply_from_bytes,
     request_to_bytes,
     vector_from_bytes,
     vector_to_bytes,
 )
-from fedlora.common.randomness import OsRandom
+from fedlora.common.secagg.requests import INPUT, Request
 from fedlora.common.state import AdapterState
 from fedlora.server.bound import check_norm, update_bound
 from fedlora.server.checkpoint import Checkpoint
 from fedlora.server.conduct import Conducted, conclude, conduct, write_summary
 from fedlora.server.manifest import make_manifest
-from fedlora.server.public import PROJECTION, PublicSide, read_public
-from fedlora.server.rounds import CohortSum, Failure, participants
+from fedlora.server.participants import Carrier, Coordinator, Participants
+from fedlora.server.public import PublicSide, read_public
+from fedlora.server.rounds import Cohort, CohortSum, Failure
+from fedlora.server.secure_cohort import SecureCohort
 
-log = logging.getLogger(__name__)
-
-LOOK = 1.0  # seconds between two looks at who is connected
-LOCK_TRIES = 60  # looks at a run that another process still holds
-SAME = 1e-6  # relative: the last bits of an ε differ between machines
-OUTCOME = "outcome.json"  # how a run's process ended, for who started it
-
-Members = Callable[[], Mapping[str, PublicIdentity]]
+QUICK = 30.0  # seconds at most for a stage in which nobody trains
 
 
-class Carrier(Protocol):
-    """Takes a request to each member named, and brings the answer, or why there is none."""
+class ClearCohort:
+    """A `Cohort` of institutions that sign what they say, and send their noised updates as they are."""
 
-    def online(self) -> set[str]:
-        """Names of the members whose node is connected."""
-
-    def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
-        """Each name once, as the answers come in, within `deadline` seconds."""
-
-
-@dataclass(frozen=True)
-class Coordinator:
-    """Who speaks for a federation, and to whom."""
-
-    federation: str
-    identity: Identity
-    members: Members  # the active ones, at this moment
-
-
-class DeploymentCohort:
-    """A `Cohort` of institutions that sign what they say. `folder` is the run's."""
-
-    def __init__(
-        self,
-        manifest: RunManifest,
-        coordinator: Coordinator,
-        carrier: Carrier,
-        folder: Path,
-        expected: int,
-        deadline: float,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._manifest, self._coordinator, self._carrier = manifest, coordinator, carrier
-        self._folder, self._expected, self._deadline, self._sleep = folder, expected, deadline, sleep
-        self._cost = stated_epsilon(manifest) if manifest.mode == "record" else 0.0
-        self._consents: dict[str, Consent] = {}
-        self._declined: dict[str, Failure] = {}
-        self._read_consents()
-
-    @property
-    def consents(self) -> Mapping[str, Consent]:
-        """By institution: what each reserved for this run, under which policy."""
-        return dict(self._consents)
+    def __init__(self, who: Participants) -> None:
+        self._who = who
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
         """The sum of the updates that count, added as they come."""
         started = time.monotonic()
-        members = self._gather()
-        failures = [failure for name, failure in self._declined.items() if name in members]
-        asked = participants(
-            sorted(set(self._consents) & set(members)), self._manifest.participation, OsRandom()
-        )
+        members = self._who.gather()
+        asked, failures = self._who.asked(members)
         total, replies = np.zeros(state.spec.size, dtype=np.float64), 0
-        if len(asked) < self._manifest.minimum_cohort:
-            reason = f"{len(asked)} take part, expected at least {self._manifest.minimum_cohort}"
-            failures.append(Failure("cohort", reason))
-            asked = []  # nobody trains for a sum that may not be made
         for name, answer in self._answers(plan, state, asked):
             found = (
                 answer if isinstance(answer, Failure) else self._judged(name, answer, plan, state, members)
@@ -135,9 +81,8 @@ class DeploymentCohort:
 
     def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
         """The updates that count, one by one."""
-        members = self._gather()
-        asked = sorted(set(self._consents) & set(members))
-        for name, answer in self._answers(plan, state, asked):
+        members = self._who.gather()
+        for name, answer in self._answers(plan, state, self._who.asked(members)[0]):
             if isinstance(answer, bytes):
                 found = self._judged(name, answer, plan, state, members)
                 if isinstance(found, Update):
@@ -146,17 +91,13 @@ class DeploymentCohort:
     def _answers(
         self, plan: RoundPlan, state: AdapterState, asked: list[str]
     ) -> Iterator[tuple[str, bytes | Failure]]:
-        online = self._carrier.online()
-        for name in asked:
-            if name not in online:
-                yield name, Failure(name, "not connected")
         request = request_to_bytes(Task(plan.manifest, self._signed(plan), vector_to_bytes(state.vector)))
-        yield from self._carrier.ask({name: request for name in asked if name in online}, self._deadline)
+        yield from self._who.take(dict.fromkeys(asked, request), self._who.deadline)
 
     def _signed(self, plan: RoundPlan) -> Signed:
         """The plan as it leaves: signed once, durable first, and the same bytes ever after."""
-        path = self._folder / "outbox" / f"plan-{plan.attempt}.signed"
-        signed = Signed.by(self._coordinator.identity, PLAN_TAG, plan.to_bytes())
+        path = self._who.folder / "outbox" / f"plan-{plan.attempt}.signed"
+        signed = Signed.by(self._who.coordinator.identity, PLAN_TAG, plan.to_bytes())
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, signed.to_bytes())
         return signed
@@ -171,7 +112,7 @@ class DeploymentCohort:
     ) -> Update | Failure:
         """The update, if it is this member's own answer to this plan, or why it does not count."""
         try:
-            reply = self._opened(name, data, members)
+            reply = self._who.opened(name, data, members)
             if isinstance(reply, Decline):
                 return Failure(name, reply.reason, reply.refused)
             if not isinstance(reply, Answer):
@@ -179,88 +120,81 @@ class DeploymentCohort:
             vector = vector_from_bytes(reply.vector, state.spec.size, f"update of {name}")
             update = Update(name, reply.manifest, reply.round, reply.attempt, vector)
             update.check(plan, state.spec.size)
-            check_norm(update, update_bound(self._manifest, plan.phase, state.spec.size))
+            check_norm(update, update_bound(self._who.manifest, plan.phase, state.spec.size))
         except (BadInput, Refused) as error:
             return Failure(name, one_line(str(error)))
         return update
 
-    def _opened(self, name: str, data: bytes, members: Mapping[str, PublicIdentity]) -> Reply:
-        reply = reply_from_bytes(data, self._coordinator.federation, {name: members[name]})
-        if reply.manifest not in ("", self._manifest.digest):
-            raise BadInput(f"{name}: found an answer for another run")
-        return reply
 
-    def _gather(self) -> Mapping[str, PublicIdentity]:
-        """Members, once as many as are expected have consented and are connected, or the deadline has passed."""
-        end = time.monotonic() + self._deadline
-        while True:
-            members, online = self._coordinator.members(), self._carrier.online()
-            self._offer({name: key for name, key in members.items() if name in online})
-            here = set(self._consents) & set(members) & online
-            settled = set(self._declined) | here
-            if len(here) >= self._expected or (settled >= set(members) and len(here) >= self._needed):
-                return members
-            if time.monotonic() >= end or settled >= set(members):
-                return members
-            self._sleep(LOOK)
+class SignedStages:
+    """An `Exchange` of secure aggregation between machines: each request signed, each answer its member's own."""
 
-    @property
-    def _needed(self) -> int:
-        return self._manifest.minimum_cohort
+    def __init__(self, who: Participants) -> None:
+        self._who = who
 
-    def _offer(self, members: Mapping[str, PublicIdentity]) -> None:
-        """Offer the run to who has not answered yet; a consent is kept as the bytes that its institution signed."""
-        unasked = [name for name in members if name not in self._consents and name not in self._declined]
-        if not unasked:
-            return
-        offer = Signed.by(self._coordinator.identity, MANIFEST_TAG, self._manifest.to_bytes())
-        path = self._folder / PROJECTION
-        request = request_to_bytes(Offer(offer, path.read_bytes() if path.is_file() else b""))
-        for name, answer in self._carrier.ask(dict.fromkeys(unasked, request), self._deadline):
-            if isinstance(answer, Failure):
-                log.warning("%s: %s", name, answer.reason)
-                continue
-            try:
-                reply = self._opened(name, answer, members)
-            except (BadInput, Refused) as error:
-                self._declined[name] = Failure(name, one_line(str(error)))
-                continue
-            if self._is_consent(reply):
-                self._keep(name, answer, reply)
-            else:
-                reason = (
-                    reply.reason if isinstance(reply, Decline) else "consents to another run or another ε"
-                )
-                self._declined[name] = Failure(name, reason, refused=True)
-                log.warning("%s declines: %s", name, reason)
+    def ask(
+        self, stage: str, messages: Mapping[str, bytes], plan: RoundPlan, state: AdapterState
+    ) -> Iterator[tuple[str, bytes | Failure]]:
+        """Each name once, as the answers come in."""
+        members = self._who.coordinator.members()
+        vector = vector_to_bytes(state.vector) if stage == INPUT else b""
+        requests = {}
+        for name, message in messages.items():
+            body = Request(stage, name, plan, message, vector).to_bytes()
+            requests[name] = request_to_bytes(
+                Stage(Signed.by(self._who.coordinator.identity, STAGE_TAG, body))
+            )
+        deadline = self._who.deadline if stage == INPUT else min(QUICK, self._who.deadline)
+        for name, answer in self._who.take(requests, deadline):
+            yield (
+                name,
+                answer if isinstance(answer, Failure) else self._message(name, answer, plan, members),
+            )
 
-    def _keep(self, name: str, data: bytes, consent: Consent) -> None:
-        folder = self._folder / "consents"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{name}.reply", data)
-        self._consents[name] = consent
+    def _message(
+        self, name: str, data: bytes, plan: RoundPlan, members: Mapping[str, PublicIdentity]
+    ) -> bytes | Failure:
+        """What the node says to the stage; whom and what it binds is checked by `server.secagg`."""
+        try:
+            reply = self._who.opened(name, data, members)
+        except (BadInput, Refused) as error:
+            return Failure(name, one_line(str(error)))
+        if isinstance(reply, Decline):
+            return Failure(name, reply.reason, reply.refused)
+        if not isinstance(reply, Staged) or (reply.round, reply.attempt) != (plan.round, plan.attempt):
+            return Failure(name, f"found a {type(reply).__name__.lower()} of another attempt or kind")
+        return reply.message
 
-    def _read_consents(self) -> None:
-        """Of a run that is resumed."""
-        members = self._coordinator.members()
-        for path in sorted((self._folder / "consents").glob("*.reply")):
-            if path.stem in members:
-                reply = self._opened(path.stem, path.read_bytes(), members)
-                if self._is_consent(reply):
-                    self._consents[path.stem] = reply
 
-    def _is_consent(self, reply: Reply) -> TypeGuard[Consent]:
-        """To this run, and at no less than its schedule costs: what is released states the largest of them."""
-        if not isinstance(reply, Consent) or reply.manifest != self._manifest.digest:
-            return False
-        return reply.epsilon >= self._cost * (1 - SAME) and reply.delta >= self._manifest.delta * (1 - SAME)
+class MaskedCohort:
+    """A `Cohort` of institutions whose updates leave them under masks; single ones are known to nobody."""
+
+    def __init__(self, who: Participants) -> None:
+        self._who = who
+        self._asked: list[str] = []
+        members = who.coordinator.members
+        self._sums = SecureCohort(who.manifest, members, SignedStages(who), lambda plan: self._asked)
+
+    def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
+        """The sum of one attempt; without replies where too few stayed, and then nothing was unmasked."""
+        self._asked, failures = self._who.asked(self._who.gather())
+        found = self._sums.total(plan, state)
+        count = max(found.asked, found.replies + len(failures) + len(found.failures))
+        return replace(found, asked=count, failures=(*failures, *found.failures))
+
+    def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
+        """Refused: nobody has them."""
+        return self._sums.each(plan, state)
+
+
+def cohort_of(who: Participants) -> Cohort:
+    """What the manifest promised to the institutions, and nothing less."""
+    return ClearCohort(who) if who.manifest.secure is None else MaskedCohort(who)
 
 
 def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str, Any]:
     """Begin the run in `folder`, or go on with it, to its summary; raises what the round loop raises."""
     config = load_config(folder / "config.toml")
-    if config.aggregation.secure:
-        raise BadInput("[aggregation] secure = true: not built yet between machines; expected false")
     if config.federation.clients < config.aggregation.minimum_cohort:
         raise BadInput(
             f"[federation] clients = {config.federation.clients}: expected at least the "
@@ -277,47 +211,15 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
     signed = Signed.by(coordinator.identity, MANIFEST_TAG, checkpoint.manifest.to_bytes())
     write_atomically(folder / "manifest.signed", signed.to_bytes())
     federation = config.federation
-    cohort = DeploymentCohort(
+    who = Participants(
         checkpoint.manifest, coordinator, carrier, folder, federation.clients, federation.deadline
     )
     run = Conducted(config, folder, public, checkpoint, "flower")
-    progress = conduct(run, cohort)
-    stated = {name: consent.epsilon for name, consent in cohort.consents.items()}
+    progress = conduct(run, cohort_of(who))
+    stated = {name: consent.epsilon for name, consent in who.consents.items()}
     summary = conclude(run, progress, stated) | {"institutions": sorted(stated)}
     write_summary(folder, summary)
     return summary
-
-
-def outcome_of(work: Callable[[], object], folder: Path, token: str) -> None:
-    """Run `work` and leave in `folder` how it ended: the exit code, and one line to a fault.
-
-    One process works on a run at a time; `token` says which one, for one whose SuperLink was killed may end late.
-    """
-    try:
-        with _only_process(folder):
-            work()
-        found = {"code": 0, "message": ""}
-    except FedloraError as error:
-        found = {"code": error.exit_code, "message": str(error)}
-    except BaseException as error:
-        log.exception("the run ended unexpectedly")
-        found = {"code": 1, "message": f"{type(error).__name__}: {error}"}
-    write_atomically(folder / f"outcome-{token}.json", json.dumps(found).encode())
-
-
-@contextmanager
-def _only_process(folder: Path) -> Iterator[None]:
-    """The run's own lock; FedloraError where another process does not give it up."""
-    with (folder / "lock").open("a") as lock:
-        for _ in range(LOCK_TRIES):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(LOOK)
-        else:
-            raise FedloraError(f"{folder}: found another process that carries this run out, expected none")
-        yield
 
 
 def _manifest(config: Config, public: PublicSide, coordinator: Coordinator) -> RunManifest:

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from fedlora.common.enrolment import Invitation, invitation_to_text
 from fedlora.common.errors import BadInput
@@ -35,11 +35,9 @@ from fedlora.server.certificates import (
     issue_server,
     read_certificate,
 )
+from fedlora.server.participants import Coordinator
 from fedlora.server.registry import Registry
 from fedlora.server.superlink import Files
-
-if TYPE_CHECKING:
-    from fedlora.server.deployment import Coordinator
 
 SETTINGS, MEMBERS, KEY = "coordinator.toml", "members.json", "keys/coordinator.pem"
 PUBLIC_KEY, INVITATION = "coordinator.pub", "invitation.json"
@@ -162,8 +160,6 @@ class Directory:
 
     def coordinator(self) -> Coordinator:
         """Who speaks in a run, and to whom: members are read anew each time they are asked for."""
-        from fedlora.server.deployment import Coordinator  # not above: it loads torch
-
         return Coordinator(self.settings.federation, self.identity, self.registry.active)
 
     def superlink_files(self) -> Files:

@@ -18,8 +18,8 @@ from typing import Any
 from fedlora.common.config import config_to_toml, load_config
 from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
 from fedlora.common.files import write_atomically
-from fedlora.server.deployment import OUTCOME
 from fedlora.server.directory import Directory
+from fedlora.server.outcome import OUTCOME, outcome_path
 from fedlora.server.superlink import SuperLink
 
 LOOK = 0.5  # seconds between two looks at a run's files
@@ -77,7 +77,7 @@ def _followed(
     directory: Directory, link: SuperLink, run: str, folder: Path, token: str, watch: Watch
 ) -> dict[str, Any]:
     """How the run ended, as its process left it; what Flower says where that process left nothing."""
-    metrics, seen, ending = folder / "metrics.jsonl", 0, folder / f"outcome-{token}.json"
+    metrics, seen, ending = folder / "metrics.jsonl", 0, outcome_path(folder, token)
     asked = time.monotonic()
     while not ending.exists():
         seen = _watched(metrics, seen, watch)

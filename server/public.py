@@ -17,12 +17,10 @@ from fedlora.common.data import Columns, Records, read_label_set, read_records
 from fedlora.common.errors import BadInput
 from fedlora.common.features import FeatureCache, PooledTexts, Progress, pooled_features
 from fedlora.common.model import AdapterModel, build_model
-from fedlora.common.projection import Projection
+from fedlora.common.projection import PROJECTION, Projection
 from fedlora.common.state import AdapterState
 from fedlora.common.tasks import CausalLanguageModel, Encoded, SequenceClassification, Task
 from fedlora.server.evaluation import Evaluator
-
-PROJECTION = "projection.safetensors"
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,19 +50,22 @@ class _EpochInUse:
 
 
 class SecureCohort:
-    """Asks `choose(plan)` and gives the sum of their updates; single updates it can't give."""
+    """Asks `choose(plan)` and gives the sum of their updates; single updates it can't give.
+
+    `members` are the identities that count, read anew for each attempt.
+    """
 
     def __init__(
         self,
         manifest: RunManifest,
-        identities: Mapping[str, PublicIdentity],
+        members: Callable[[], Mapping[str, PublicIdentity]],
         exchange: Exchange,
         choose: Callable[[RoundPlan], Sequence[str]],
     ) -> None:
         if manifest.secure is None:
             raise BadInput("manifest secure: found none, expected the terms of secure aggregation")
         self._manifest, self._terms = manifest, manifest.secure
-        self._identities, self._exchange, self._choose = dict(identities), exchange, choose
+        self._members, self._exchange, self._choose = members, exchange, choose
         self._last_epoch = 0
         self._epoch: _EpochInUse | None = None
         self._seen_keys: set[bytes] = set()
@@ -103,7 +106,8 @@ class SecureCohort:
         self, plan: RoundPlan, state: AdapterState, asked: Sequence[str], failures: _Failures
     ) -> _EpochInUse:
         """The epoch that this attempt belongs to; a new one where there is none."""
-        if self._epoch is not None and plan.attempt in self._epoch.listed.epoch.attempts:
+        members = self._members()
+        if self._epoch is not None and self._goes_on(self._epoch.listed, plan, members):
             return self._epoch
         # Wall time: above every number that an earlier process used, as a node's memory may outlive this one.
         self._last_epoch = max(self._last_epoch + 1, int(time.time() * 1000))
@@ -111,17 +115,23 @@ class SecureCohort:
         last = sum(phase.attempts for phase in manifest.phases)
         count = max(1, min(self._terms.epoch_attempts, last - plan.attempt + 1))
         epoch = Epoch(manifest.federation, manifest.digest, self._last_epoch, plan.attempt, count)
-        server = ServerEpoch(epoch, self._identities, manifest.minimum_cohort, self._seen_keys)
+        server = ServerEpoch(epoch, members, manifest.minimum_cohort, self._seen_keys)
         request = requests.epoch_to_bytes(epoch)
         for liar in sorted(self._liars & set(asked)):
             failures.add(Failure(liar, "left out: it signed a lie in an earlier attempt of this run"))
         others = [name for name in asked if name not in self._liars]
         here = self._collect(OFFER, dict.fromkeys(others, request), plan, state, server.add_offer, failures)
-        members = server.close_offers()
-        self._collect(DEAL, dict.fromkeys(here, members), plan, state, server.add_deal, failures)
+        cohort_list = server.close_offers()
+        self._collect(DEAL, dict.fromkeys(here, cohort_list), plan, state, server.add_deal, failures)
         listed = server.close_deals()
         self._epoch = _EpochInUse(listed, server.delivery, set(listed.deals))
         return self._epoch
+
+    @staticmethod
+    def _goes_on(listed: Listed, plan: RoundPlan, members: Mapping[str, PublicIdentity]) -> bool:
+        """Not where the attempt is beyond the epoch, nor where one of its cohort was revoked or has a new key."""
+        same = all(members.get(name) == listed.identities[name] for name in listed.offers)
+        return same and plan.attempt in listed.epoch.attempts
 
     def _attempt(
         self, epoch: _EpochInUse, plan: RoundPlan, state: AdapterState, failures: _Failures

@@ -14,8 +14,8 @@ from rich.table import Table
 from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.protocol import Consent, reply_from_bytes
 from fedlora.common.statement import shown_epsilon
-from fedlora.server.deployment import OUTCOME
 from fedlora.server.directory import Directory
+from fedlora.server.outcome import OUTCOME
 
 LAST = 8  # rounds shown
 LOOK = 1.0  # seconds

@@ -81,7 +81,7 @@ def secure_cohort(
     def choose(plan: RoundPlan) -> list[str]:
         return [client_name(client) for client in choose_clients(manifest, federation, plan)]
 
-    return SecureCohort(manifest, identities, institutions, choose)
+    return SecureCohort(manifest, lambda: identities, institutions, choose)
 
 
 def choose_clients(manifest: RunManifest, federation: Federation, plan: RoundPlan) -> list[int]:

@@ -25,9 +25,9 @@ from fedlora.common.features import Progress as FeatureProgress
 from fedlora.common.ledger import Ledger
 from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import default_cache
+from fedlora.common.projection import PROJECTION
 from fedlora.server.checkpoint import Checkpoint, Progress
 from fedlora.server.conduct import Conducted, Observe, conclude, conduct, write_summary, write_text
-from fedlora.server.public import PROJECTION
 from fedlora.server.rounds import Cohort
 from fedlora.simulations.engine import SequentialCohort, secure_cohort
 from fedlora.simulations.federation import Federation, client_name

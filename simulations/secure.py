@@ -9,19 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Protocol
 
 from fedlora.client.secagg import SecureNode
 from fedlora.client.secure_outbox import MemoryOutbox
-from fedlora.client.secure_trainer import SecureTrainer, Trains
+from fedlora.client.secure_trainer import SecureTrainer
 from fedlora.common.config import Config, FaultsConfig
+from fedlora.common.enrolment import Peer
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import Identity
-from fedlora.common.messages import RoundPlan, RunManifest
+from fedlora.common.messages import RoundPlan, RunManifest, Update
 from fedlora.common.randomness import OsRandom, Random, bernoulli
 from fedlora.common.secagg import requests, shamir, wire
-from fedlora.common.secagg.cohort import CohortPolicy, Peer
-from fedlora.common.state import AdapterState
+from fedlora.common.secagg.cohort import CohortPolicy
+from fedlora.common.state import AdapterState, Vector
 from fedlora.server.rounds import Failure
+
+
+class Trains(Protocol):
+    """What is needed of a `Trainer`."""
+
+    def train(self, plan: RoundPlan, state: AdapterState) -> Update:
+        """One attempt at one round."""
+
 
 TrainerOf = Callable[[str], Trains]
 
@@ -64,8 +74,13 @@ class Institutions:
     def _answer(
         self, name: str, stage: str, message: bytes, plan: RoundPlan, state: AdapterState
     ) -> bytes | Failure:
+        def train() -> Vector:
+            update = self._trainer_of(name).train(plan, state)
+            update.check(plan, state.spec.size)
+            return update.delta
+
         try:
-            answer = self._node(name).answer(stage, message, plan, state, lambda: self._trainer_of(name))
+            answer = self._node(name).answer(stage, message, plan, state.spec.size, train)
         except (BadInput, Refused) as error:
             return Failure(name, f"{stage}: {error}", refused=isinstance(error, Refused))
         self.masked_vectors += stage == requests.INPUT

@@ -39,7 +39,7 @@ COHORT, NODE, SERVER = "common/secagg/cohort.py", "client/secagg.py", "server/se
 TRAINER = "client/secure_trainer.py"
 MUTANTS = (
     Mutant("a stranger counts", COHORT, "if name not in self.peers:", "if False:"),
-    Mutant("a revoked member counts", COHORT, "if name in self.revoked:", "if False:"),
+    Mutant("an epoch outlives a member's removal", NODE, "for name in state.names):", "for name in ()):"),
     Mutant("cohorts of two", COHORT, "SMALLEST_COHORT = 3", "SMALLEST_COHORT = 2"),
     Mutant(
         "one organisation twice", COHORT, "if len(set(organisations)) != len(organisations):", "if False:"

@@ -6,15 +6,16 @@ Tests take single steps of it and lie in between.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from fedlora.client.secagg import SecureNode
 from fedlora.client.secure_outbox import MemoryOutbox
+from fedlora.common.enrolment import Peer
 from fedlora.common.identity import Identity
-from fedlora.common.secagg.cohort import CohortPolicy, Peer
+from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.secagg.ring import Encoding
 from fedlora.common.secagg.wire import Epoch, Slot
 from fedlora.server.secagg import Listed, SecureSum, ServerAttempt, ServerEpoch
@@ -34,6 +35,12 @@ def peers_of(count: int) -> dict[str, Peer]:
         node_name(number): Peer(node_name(number), f"organisation-{number}", IDENTITIES[number].public)
         for number in range(count)
     }
+
+
+def remove(node: SecureNode, name: str) -> None:
+    """The node's operator takes a peer off the roster."""
+    peers = {each: peer for each, peer in node.policy.peers.items() if each != name}
+    node.adopt(replace(node.policy, peers=peers))
 
 
 def slot_of(attempt: int = 1, round_number: int = 1, adapter: str = ADAPTER) -> Slot:

@@ -12,8 +12,9 @@ for the c colluders that its policy assumes beside the coordinator.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from fedlora.common.enrolment import Peer
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import PublicIdentity, digest, framed
 from fedlora.common.secagg import keys, wire
@@ -42,15 +43,6 @@ def most_colluders(members: int) -> int:
 
 
 @dataclass(frozen=True)
-class Peer:
-    """An institution whose identity this node's operator approved."""
-
-    name: str
-    organisation: str
-    identity: PublicIdentity
-
-
-@dataclass(frozen=True)
 class CohortPolicy:
     """What one institution asks of any cohort that it joins. `peers` is its own list, itself included."""
 
@@ -58,7 +50,6 @@ class CohortPolicy:
     peers: Mapping[str, Peer]
     minimum_cohort: int = DEFAULT_COHORT
     max_colluders: int = DEFAULT_COLLUDERS
-    revoked: frozenset[str] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
         faults = []
@@ -76,9 +67,7 @@ class CohortPolicy:
             raise BadInput(faults)
 
     def member(self, name: str) -> Peer:
-        """The approved peer of that name; Refused for a stranger or a revoked one."""
-        if name in self.revoked:
-            raise Refused(f"cohort: {name} was revoked")
+        """The approved peer of that name; Refused for a stranger."""
         if name not in self.peers:
             raise Refused(f"cohort: {name} was not approved by this institution's operator")
         return self.peers[name]

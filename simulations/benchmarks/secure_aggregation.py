@@ -31,8 +31,9 @@ from rich.table import Table
 
 from fedlora.client.secagg import SecureNode
 from fedlora.client.secure_outbox import MemoryOutbox
+from fedlora.common.enrolment import Peer
 from fedlora.common.identity import Identity, PublicIdentity
-from fedlora.common.secagg.cohort import CohortPolicy, Peer, threshold
+from fedlora.common.secagg.cohort import CohortPolicy, threshold
 from fedlora.common.secagg.ring import Encoding
 from fedlora.common.secagg.wire import Epoch, Slot
 from fedlora.server.secagg import ServerAttempt, ServerEpoch

@@ -102,6 +102,7 @@ class FakeWork:
     ledger: Ledger
     trained: list[RoundPlan] = field(default_factory=list)
     during: Callable[[], None] = nothing
+    update: bytes = b""  # what it answers; empty: a number that counts its trainings
     turn: threading.Lock = field(default_factory=threading.Lock)
 
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
@@ -120,7 +121,7 @@ class FakeWork:
         self.during()
         if manifest.mode == "record":
             self.ledger.commit(*place, plan.round, plan.attempt, "sha256:u")
-        return len(self.trained).to_bytes(8, "little"), "sha256:data"
+        return self.update or len(self.trained).to_bytes(8, "little"), "sha256:data"
 
 
 @dataclass
@@ -128,6 +129,8 @@ class Institution:
     """A joined node in `root`; `restart` is a new process on the same disk."""
 
     root: Path
+    name: str = "north"
+    organisation: str = "Nord Klinik"
     resident: Resident = field(init=False)
     work: FakeWork = field(init=False)
     ledger: Ledger = field(init=False)
@@ -135,8 +138,8 @@ class Institution:
     def __post_init__(self) -> None:
         self.folder = NodeFolder(self.root)
         if not self.folder.identity.exists():
-            nodes.init(self.folder, "north", "Nord Klinik")
-            self.set_policy(POLICY.format(base=BASE, folder="base"))
+            nodes.init(self.folder, self.name, self.organisation)
+            self.set_policy(POLICY.format(base=BASE, folder="base").replace('"north"', f'"{self.name}"'))
             invitation = Invitation("f", "127.0.0.1:9092", CERTIFICATE, COORDINATOR.public)
             nodes.join(self.folder, invitation_to_text(COORDINATOR, invitation), "invitation")
         self.restart()
@@ -156,4 +159,4 @@ class Institution:
         return self.read(self.resident.ask(data))
 
     def read(self, data: bytes) -> Reply:
-        return reply_from_bytes(data, "f", {"north": self.identity.public})
+        return reply_from_bytes(data, "f", {self.name: self.identity.public})

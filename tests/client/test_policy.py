@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -164,7 +165,7 @@ class Rig:
 
     def __init__(self, root: Path) -> None:
         self.north = Institution(root)
-        self.trained = 0
+        self.answered: Counter[str] = Counter()
         self.runs: dict[str, RunManifest] = {}
 
     def allowed(self, run: RunManifest) -> bool:
@@ -190,7 +191,8 @@ class Rig:
 
     def train(self, run: RunManifest, attempt: int) -> None:
         if isinstance(self.north.ask(task_of(run, 1, attempt, phase=0)), Answer):
-            assert run.digest in self.runs and attempt <= run.phases[0].attempts
+            self.answered[run.digest] += 1
+            assert run.digest in self.runs and self.answered[run.digest] <= run.phases[0].attempts
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +211,7 @@ def walk(folder: Path, runs: list[RunManifest], moves: list[int]) -> None:
         rig.offer(run)
     for number, move in enumerate(moves, start=1):
         if move == 0:
+            rig.north.ledger.close()
             rig.north.restart()
         elif move == 1 and rig.runs:
             _restore(rig, folder / "old.sqlite")

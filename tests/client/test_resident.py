@@ -15,9 +15,8 @@ from fedlora.client import outbox
 from fedlora.client.node import NodeFolder, only_trainer
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import Identity, Signed
-from fedlora.common.messages import RoundPlan, SecureTerms
+from fedlora.common.messages import RoundPlan
 from fedlora.common.protocol import PLAN_TAG, Answer, Consent, Decline, Task, request_to_bytes
-from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from tests.client.institution import (
     BASE,
     COORDINATOR,
@@ -291,11 +290,3 @@ def test_ledger_on_a_full_disk_trains_nothing(north: Institution, tmp_path: Path
         full.ledger.close()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
-
-
-def test_what_is_promised_to_be_masked_does_not_leave_in_clear(tmp_path: Path) -> None:
-    north = Institution(tmp_path / "n")
-    terms = SecureTerms(THRESHOLD_RULE, 1, 4, 32, 1 << 10, (1.0,))
-    reply = north.ask(offer_of(manifest_of(secure=terms)))
-    assert isinstance(reply, Decline) and "secure" in reply.reason
-    assert not north.work.trained and [entry.body["kind"] for entry in north.ledger.entries()] == ["open"]

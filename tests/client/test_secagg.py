@@ -11,10 +11,11 @@ import pytest
 
 from fedlora.client.secagg import SecureNode
 from fedlora.client.secure_outbox import FolderOutbox, MemoryOutbox
+from fedlora.common.enrolment import Peer
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import Identity
 from fedlora.common.secagg import commit, keys, masks, shamir, wire
-from fedlora.common.secagg.cohort import CohortPolicy, Peer, threshold
+from fedlora.common.secagg.cohort import CohortPolicy, threshold
 from fedlora.common.secagg.ring import key_stream
 from fedlora.common.secagg.wire import Confirmation, Deal, Dealer, Delivery, KeyOffer, Opening
 from fedlora.server.secagg import Listed, ServerAttempt
@@ -28,6 +29,7 @@ from tests.secure_world import (
     epoch_of,
     node_name,
     peers_of,
+    remove,
     slot_of,
 )
 
@@ -270,18 +272,18 @@ def test_two_names_one_identity() -> None:
 def test_a_revoked_member() -> None:
     world = World(5)
     found = offers(world)
-    world.nodes[VICTIM].revoke(node_name(4))
-    with pytest.raises(Refused, match="revoked"):
+    remove(world.nodes[VICTIM], node_name(4))
+    with pytest.raises(Refused, match="not approved"):
         world.nodes[VICTIM].deal(as_list(found.values()))
 
 
 def test_a_revocation_ends_the_epoch() -> None:
     world = World(5)
     begun(world)
-    world.nodes[VICTIM].revoke(node_name(4))
+    remove(world.nodes[VICTIM], node_name(4))
     with pytest.raises(Refused, match="joins the next"):
         world.nodes[VICTIM].check(slot_of(), encoding_of())
-    world.nodes[node_name(1)].revoke("node-777")  # of another cohort: nothing happens
+    remove(world.nodes[node_name(1)], "node-777")  # of another cohort: nothing happens
     world.nodes[node_name(1)].check(slot_of(), encoding_of())
 
 

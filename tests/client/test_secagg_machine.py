@@ -34,7 +34,7 @@ from fedlora.common.identity import Identity
 from fedlora.common.secagg import commit, keys, shamir, wire
 from fedlora.common.secagg.cohort import dealers_digest, survivors_digest, threshold
 from fedlora.common.secagg.wire import Confirmation, Deal, Dealer, Delivery, Epoch, KeyOffer, Opening, Slot
-from tests.secure_world import ADAPTER, FEDERATION, IDENTITIES, RUN, World, encoding_of, slot_of
+from tests.secure_world import ADAPTER, FEDERATION, IDENTITIES, RUN, World, encoding_of, remove, slot_of
 
 T = TypeVar("T")
 REACHED: Counter[str] = Counter()  # what the random coordinators got as far as; the tests below look at it
@@ -307,8 +307,8 @@ class HostileCoordinator(RuleBasedStateMachine):
 
     def revoke(self) -> None:
         if self.rng.random() < 0.3:
-            name, gone = self.rng.choice(self.names), self.rng.choice(self.names)
-            self.world.nodes[name].revoke(gone)
+            name, gone = self.rng.sample(self.names, 2)
+            remove(self.world.nodes[name], gone)
             self.revoked[name].add(gone)
 
     # --- what must hold ---

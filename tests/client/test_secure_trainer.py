@@ -9,13 +9,13 @@ import pytest
 
 from fedlora.client.secagg import SecureNode
 from fedlora.client.secure_outbox import MemoryOutbox
-from fedlora.client.secure_trainer import SecureTrainer, Trains
+from fedlora.client.secure_trainer import SecureTrainer
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms, Update
+from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms
 from fedlora.common.secagg import requests
 from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.secagg.wire import Epoch
-from fedlora.common.state import AdapterState
+from fedlora.common.state import Vector
 from fedlora.server.secagg import ServerEpoch
 from tests.secure_world import IDENTITIES, node_name, peers_of
 from tests.server.fakes import SPEC, START, manifest_of
@@ -25,15 +25,14 @@ NAMES = [node_name(number) for number in range(3)]
 
 
 class Counting:
-    """A trainer that counts how often its data was touched."""
+    """Training that counts how often its data was touched."""
 
     def __init__(self, value: float = 0.5) -> None:
         self.calls, self.value = 0, value
 
-    def train(self, plan: RoundPlan, state: AdapterState) -> Update:
+    def __call__(self) -> Vector:
         self.calls += 1
-        delta = np.full(SPEC.size, self.value, dtype=np.float32)
-        return Update("x", plan.manifest, plan.round, plan.attempt, delta)
+        return np.full(SPEC.size, self.value, dtype=np.float32)
 
 
 def manifest(secure: SecureTerms | None = TERMS) -> RunManifest:
@@ -54,7 +53,7 @@ def plan_of(attempt: int = 1, **changes: object) -> RoundPlan:
     return replace(RoundPlan(manifest().digest, 0, 1, attempt, START.digest), **changes)  # type: ignore[arg-type]
 
 
-def never() -> Trains:
+def never() -> Vector:
     raise AssertionError("data was touched")
 
 
@@ -64,10 +63,10 @@ def begun(made: dict[str, SecureTrainer]) -> dict[str, bytes]:
     server = ServerEpoch(epoch, {name: peer.identity for name, peer in peers_of(3).items()}, 3)
     offer = requests.epoch_to_bytes(epoch)
     for each in made.values():
-        server.add_offer(each.answer("offer", offer, plan_of(), START, never))
+        server.add_offer(each.answer("offer", offer, plan_of(), SPEC.size, never))
     members = server.close_offers()
     for each in made.values():
-        server.add_deal(each.answer("deal", members, plan_of(), START, never))
+        server.add_deal(each.answer("deal", members, plan_of(), SPEC.size, never))
     server.close_deals()
     return {name: server.delivery(name) for name in made}
 
@@ -76,12 +75,12 @@ def test_an_attempt_is_trained_once_and_answered_by_the_same_bytes() -> None:
     made = trainers()
     delivered, counting = begun(made), Counting()
     node = made[NAMES[0]]
-    first = node.answer("input", delivered[NAMES[0]], plan_of(), START, lambda: counting)
-    again = node.answer("input", b"", plan_of(), START, never)
+    first = node.answer("input", delivered[NAMES[0]], plan_of(), SPEC.size, counting)
+    again = node.answer("input", b"", plan_of(), SPEC.size, never)
     assert first == again and counting.calls == 1
     with pytest.raises(Refused):
-        node.answer("input", b"", plan_of(round=2), START, never)
-    node.answer("input", b"", plan_of(2, round=2), START, lambda: counting)
+        node.answer("input", b"", plan_of(round=2), SPEC.size, never)
+    node.answer("input", b"", plan_of(2, round=2), SPEC.size, counting)
     assert counting.calls == 2
 
 
@@ -89,18 +88,16 @@ def test_data_is_touched_after_the_checks_only() -> None:
     made = trainers()
     delivered = begun(made)
     node = made[NAMES[0]]
-    other = AdapterState(SPEC, np.ones(SPEC.size, dtype=np.float32))
-    for message, plan, state, kind in (
-        (b"", plan_of(), START, Refused),  # no U2 yet
-        (b"noise", plan_of(), START, BadInput),
-        (delivered[NAMES[1]], plan_of(3), START, Refused),  # not of this epoch
-        (b"", plan_of(phase=1), START, BadInput),
-        (b"", plan_of(), other, BadInput),
+    for message, plan, kind in (
+        (b"", plan_of(), Refused),  # no U2 yet
+        (b"noise", plan_of(), BadInput),
+        (delivered[NAMES[1]], plan_of(3), Refused),  # not of this epoch
+        (b"", plan_of(phase=1), BadInput),
     ):
         with pytest.raises(kind):
-            node.answer("input", message, plan, state, never)
+            node.answer("input", message, plan, SPEC.size, never)
     with pytest.raises(BadInput, match="expected one of offer"):
-        node.answer("unmask", b"", plan_of(), START, never)
+        node.answer("unmask", b"", plan_of(), SPEC.size, never)
 
 
 def test_a_cohort_too_large_for_the_ring_is_refused_before_training() -> None:
@@ -110,13 +107,13 @@ def test_a_cohort_too_large_for_the_ring_is_refused_before_training() -> None:
     epoch = Epoch(run.federation, run.digest, 1, 1, 2)
     server = ServerEpoch(epoch, {name: peer.identity for name, peer in peers_of(3).items()}, 3)
     for each in made.values():
-        server.add_offer(each.answer("offer", requests.epoch_to_bytes(epoch), plan_of(), START, never))
+        server.add_offer(each.answer("offer", requests.epoch_to_bytes(epoch), plan_of(), SPEC.size, never))
     members = server.close_offers()
     for each in made.values():
-        server.add_deal(each.answer("deal", members, plan_of(), START, never))
+        server.add_deal(each.answer("deal", members, plan_of(), SPEC.size, never))
     server.close_deals()
     with pytest.raises(BadInput, match="do not fit half of"):
-        made[NAMES[0]].answer("input", server.delivery(NAMES[0]), plan_of(), START, never)
+        made[NAMES[0]].answer("input", server.delivery(NAMES[0]), plan_of(), SPEC.size, never)
 
 
 def test_terms_that_a_node_does_not_take() -> None:

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from fedlora.client.secagg import SecureNode
 from fedlora.client.secure_outbox import MemoryOutbox
+from fedlora.common.enrolment import Peer
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.identity import Identity
 from fedlora.common.messages import RoundPlan
 from fedlora.common.secagg import cohort, commit, keys, masks, shamir, wire
-from fedlora.common.secagg.cohort import CohortPolicy, Peer
+from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.secagg.requests import Request, epoch_from_bytes, epoch_to_bytes
 from fedlora.common.secagg.ring import Encoding, Masked, key_stream, linear_check
 from fedlora.server.secagg import ServerAttempt, ServerEpoch

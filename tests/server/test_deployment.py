@@ -26,7 +26,8 @@ from fedlora.common.protocol import (
     request_from_bytes,
 )
 from fedlora.server.checkpoint import Checkpoint
-from fedlora.server.deployment import Coordinator, DeploymentCohort
+from fedlora.server.deployment import ClearCohort
+from fedlora.server.participants import Coordinator, Participants
 from fedlora.server.rounds import Failure, Rules, run_rounds
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 from tests.server.fakes import SPEC, START, manifest_of
@@ -118,9 +119,10 @@ class World:
             else:
                 yield name, self.nodes[name].answer(data)
 
-    def cohort(self, manifest: RunManifest, expected: int = 3) -> DeploymentCohort:
+    def cohort(self, manifest: RunManifest, expected: int = 3) -> ClearCohort:
         sleep = lambda seconds: None  # noqa: E731
-        return DeploymentCohort(manifest, self.coordinator, self, self.folder, expected, 0.05, sleep)
+        self.who = Participants(manifest, self.coordinator, self, self.folder, expected, 0.05, sleep)
+        return ClearCohort(self.who)
 
 
 def manifest(rounds: int = 2, **changes: object) -> RunManifest:
@@ -145,7 +147,9 @@ def test_the_sum_of_honest_institutions(world: World) -> None:
     found = cohort.total(plan_of(manifest()), START)
     assert (found.replies, found.asked, found.failures) == (3, 3, ())
     assert np.array_equal(found.total, np.full(SPEC.size, 3.0))
-    assert {name: consent.epsilon for name, consent in cohort.consents.items()} == dict.fromkeys(NAMES, COST)
+    assert {name: consent.epsilon for name, consent in world.who.consents.items()} == dict.fromkeys(
+        NAMES, COST
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,7 +196,7 @@ def test_a_consent_below_what_the_schedule_costs_is_none(world: World) -> None:
     world.nodes["east"].habit = "understates"
     cohort = world.cohort(manifest(), expected=2)
     found = cohort.total(plan_of(manifest()), START)
-    assert "another ε" in found.failures[0].reason and set(cohort.consents) == {"north", "south"}
+    assert "another ε" in found.failures[0].reason and set(world.who.consents) == {"north", "south"}
 
 
 def test_nobody_trains_for_a_sum_that_may_not_be_made(world: World) -> None:
@@ -242,7 +246,7 @@ def test_a_resumed_run_knows_who_consented(world: World) -> None:
     world.cohort(manifest()).total(plan_of(manifest()), START)
     offers = world.offers
     resumed = world.cohort(manifest())
-    assert set(resumed.consents) == set(NAMES)
+    assert set(world.who.consents) == set(NAMES)
     resumed.total(plan_of(manifest(), 2), START)
     assert world.offers == offers
 

@@ -14,11 +14,10 @@ from fedlora.client.secure_outbox import MemoryOutbox
 from fedlora.client.secure_trainer import SecureTrainer
 from fedlora.common import wire
 from fedlora.common.errors import FedloraError
-from fedlora.common.messages import RoundPlan, SecureTerms, Update
+from fedlora.common.messages import RoundPlan, SecureTerms
 from fedlora.common.secagg.cohort import CohortPolicy, survivors_digest
 from fedlora.common.secagg.requests import Request, slot_of
 from fedlora.common.secagg.wire import OPENING, Opening
-from fedlora.common.state import AdapterState
 from fedlora.server.app import DECLINED, SECURE, GridExchange
 from fedlora.server.rounds import CohortSum
 from fedlora.server.secure_cohort import SecureCohort
@@ -50,9 +49,6 @@ class Institution:
         self.node = SecureTrainer(node, MANIFEST)
         self.delta = np.random.default_rng(number).normal(size=SPEC.size).astype(np.float32)
 
-    def train(self, plan: RoundPlan, state: AdapterState) -> Update:
-        return Update(self.name, plan.manifest, plan.round, plan.attempt, self.delta)
-
     def answers(self, message: Message) -> list[tuple[float, Message]]:
         return [(self.seconds, Message(self.record(message.content), reply_to=message))]
 
@@ -66,11 +62,10 @@ class Institution:
             return wire.envelope_record("update", b"")
         if self.mood == "no envelope":
             return RecordDict()
-        state = START
-        if request.vector:
-            state = AdapterState(SPEC, np.frombuffer(request.vector, "<f4"))
+        plan, size = request.plan, len(request.vector) // 4
+        assert size == (SPEC.size if request.stage == "input" else 0)
         try:
-            answer = self.node.answer(request.stage, request.message, request.plan, state, lambda: self)
+            answer = self.node.answer(request.stage, request.message, plan, size, lambda: self.delta)
         except FedloraError as error:
             return wire.envelope_record(DECLINED, str(error).encode())
         if self.mood == "lie" and request.stage == "open":
@@ -96,7 +91,7 @@ class Federation:
         nodes = {name: 10 + number for number, name in enumerate(NAMES)}
         exchange = GridExchange(self.grid, nodes, 60.0, self.grid.clock())
         identities = {name: peer.identity for name, peer in peers_of(COUNT).items()}
-        self.cohort = SecureCohort(MANIFEST, identities, exchange, lambda plan: NAMES)
+        self.cohort = SecureCohort(MANIFEST, lambda: identities, exchange, lambda plan: NAMES)
 
     def round(self, number: int) -> CohortSum:
         return self.cohort.total(RoundPlan(MANIFEST.digest, 0, number, number, START.digest), START)
@@ -142,10 +137,9 @@ def test_a_late_answer_is_a_drop_out_and_is_back_in_the_next_attempt() -> None:
 def test_a_nodes_reason_reaches_the_coordinator() -> None:
     federation = Federation()
     federation.round(1)
-    other = AdapterState(SPEC, START.vector + 1)
-    found = federation.cohort.total(RoundPlan(MANIFEST.digest, 0, 2, 2, START.digest), other)
+    found = federation.cohort.total(RoundPlan(MANIFEST.digest, 0, 2, 1, START.digest), START)
     assert found.replies == 0
-    assert any("plan adapter: found" in failure.reason for failure in found.failures)
+    assert any("is not open at this node" in failure.reason for failure in found.failures)
 
 
 def test_a_liar_is_named_and_left_out_of_later_epochs() -> None:

@@ -69,7 +69,9 @@ class Federation:
         self.trainers = {name: Trainer(name) for name in self.names}
         self.institutions = Institutions(self.names, self.manifest, settings, self.trainers.__getitem__)
         identities = {name: peer.identity for name, peer in self.institutions.peers.items()}
-        self.cohort = SecureCohort(self.manifest, identities, self.institutions, lambda plan: self.names)
+        self.cohort = SecureCohort(
+            self.manifest, lambda: identities, self.institutions, lambda plan: self.names
+        )
 
     def round(self, number: int, attempt: int) -> CohortSum:
         return self.cohort.total(RoundPlan(self.manifest.digest, 0, number, attempt, START.digest), START)
@@ -165,7 +167,7 @@ def test_a_single_update_is_never_given() -> None:
     with pytest.raises(Refused, match="every update in clear"):
         federation.cohort.each(RoundPlan("", 0, 1, 1, ""), START)
     with pytest.raises(BadInput, match="expected the terms"):
-        SecureCohort(manifest_of(1), {}, federation.institutions, lambda plan: [])
+        SecureCohort(manifest_of(1), lambda: {}, federation.institutions, lambda plan: [])
 
 
 def test_nobody_is_asked() -> None:

@@ -1,0 +1,175 @@
+"""Who takes part in a run: active members whose node is connected get the signed manifest, and consent or decline.
+
+A consent is kept as the bytes that its institution signed, so a resumed run knows who gave one. Who is a member is
+read anew for each attempt: a revocation or a new key counts from the next one on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeGuard
+
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.files import write_atomically
+from fedlora.common.identity import Identity, PublicIdentity, Signed
+from fedlora.common.messages import RunManifest
+from fedlora.common.privacy import stated_epsilon
+from fedlora.common.projection import PROJECTION
+from fedlora.common.protocol import (
+    MANIFEST_TAG,
+    Consent,
+    Decline,
+    Offer,
+    Reply,
+    one_line,
+    reply_from_bytes,
+    request_to_bytes,
+)
+from fedlora.common.randomness import OsRandom
+from fedlora.server.rounds import Failure, participants
+
+log = logging.getLogger(__name__)
+
+LOOK = 1.0  # seconds between two looks at who is connected
+SAME = 1e-6  # relative: the last bits of an ε differ between machines
+
+Members = Callable[[], Mapping[str, PublicIdentity]]
+
+
+class Carrier(Protocol):
+    """Takes a request to each member named, and brings the answer, or why there is none."""
+
+    def online(self) -> set[str]:
+        """Names of the members whose node is connected."""
+
+    def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+        """Each name once, as the answers come in, within `deadline` seconds."""
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """Who speaks for a federation, and to whom."""
+
+    federation: str
+    identity: Identity
+    members: Members  # the active ones, at this moment
+
+
+class Participants:
+    """The institutions of one run. `folder` is the run's, `expected` how many are waited for, up to `deadline` s."""
+
+    def __init__(
+        self,
+        manifest: RunManifest,
+        coordinator: Coordinator,
+        carrier: Carrier,
+        folder: Path,
+        expected: int,
+        deadline: float,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.manifest, self.coordinator, self.carrier = manifest, coordinator, carrier
+        self.folder, self.deadline = folder, deadline
+        self._expected, self._sleep = expected, sleep
+        self._cost = stated_epsilon(manifest) if manifest.mode == "record" else 0.0
+        self._consents: dict[str, Consent] = {}
+        self._declined: dict[str, Failure] = {}
+        self._read_consents()
+
+    @property
+    def consents(self) -> Mapping[str, Consent]:
+        """By institution: what each reserved for this run, under which policy."""
+        return dict(self._consents)
+
+    def gather(self) -> Mapping[str, PublicIdentity]:
+        """Members, once as many as are expected have consented and are connected, or the deadline has passed."""
+        end = time.monotonic() + self.deadline
+        while True:
+            members, online = self.coordinator.members(), self.carrier.online()
+            self._offer({name: key for name, key in members.items() if name in online})
+            here = set(self._consents) & set(members) & online
+            settled = set(self._declined) | here
+            if len(here) >= self._expected or settled >= set(members):
+                return members
+            if time.monotonic() >= end:
+                return members
+            self._sleep(LOOK)
+
+    def asked(self, members: Mapping[str, PublicIdentity]) -> tuple[list[str], list[Failure]]:
+        """Whom to ask for an attempt, and who is none of them; nobody where no sum could be made of them."""
+        failures = [failure for name, failure in self._declined.items() if name in members]
+        consented = sorted(set(self._consents) & set(members))
+        asked = participants(consented, self.manifest.participation, OsRandom())
+        if len(asked) >= self.manifest.minimum_cohort:
+            return asked, failures
+        reason = f"{len(asked)} take part, expected at least {self.manifest.minimum_cohort}"
+        return [], [*failures, Failure("cohort", reason)]
+
+    def take(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+        """Carry a request to each who is connected; each name once."""
+        online = self.carrier.online()
+        for name in requests:
+            if name not in online:
+                yield name, Failure(name, "not connected")
+        here = {name: data for name, data in requests.items() if name in online}
+        yield from self.carrier.ask(here, deadline)
+
+    def opened(self, name: str, data: bytes, members: Mapping[str, PublicIdentity]) -> Reply:
+        """What this member signed for this run; Refused or BadInput where it is anything else."""
+        if name not in members:
+            raise Refused(f"{name}: is no member any more")
+        reply = reply_from_bytes(data, self.coordinator.federation, {name: members[name]})
+        if reply.manifest not in ("", self.manifest.digest):
+            raise BadInput(f"{name}: found an answer for another run")
+        return reply
+
+    def _offer(self, members: Mapping[str, PublicIdentity]) -> None:
+        """Offer the run to who has not answered yet."""
+        unasked = [name for name in members if name not in self._consents and name not in self._declined]
+        if not unasked:
+            return
+        offer = Signed.by(self.coordinator.identity, MANIFEST_TAG, self.manifest.to_bytes())
+        path = self.folder / PROJECTION
+        request = request_to_bytes(Offer(offer, path.read_bytes() if path.is_file() else b""))
+        for name, answer in self.carrier.ask(dict.fromkeys(unasked, request), self.deadline):
+            if isinstance(answer, Failure):
+                log.warning("%s: %s", name, answer.reason)
+                continue
+            try:
+                reply = self.opened(name, answer, members)
+            except (BadInput, Refused) as error:
+                self._declined[name] = Failure(name, one_line(str(error)))
+                continue
+            if self._is_consent(reply):
+                self._keep(name, answer, reply)
+            else:
+                reason = (
+                    reply.reason if isinstance(reply, Decline) else "consents to another run or another ε"
+                )
+                self._declined[name] = Failure(name, reason, refused=True)
+                log.warning("%s declines: %s", name, reason)
+
+    def _keep(self, name: str, data: bytes, consent: Consent) -> None:
+        folder = self.folder / "consents"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{name}.reply", data)
+        self._consents[name] = consent
+
+    def _read_consents(self) -> None:
+        """Of a run that is resumed."""
+        members = self.coordinator.members()
+        for path in sorted((self.folder / "consents").glob("*.reply")):
+            if path.stem in members:
+                reply = self.opened(path.stem, path.read_bytes(), members)
+                if self._is_consent(reply):
+                    self._consents[path.stem] = reply
+
+    def _is_consent(self, reply: Reply) -> TypeGuard[Consent]:
+        """To this run, and at no less than its schedule costs: what is released states the largest of them."""
+        if not isinstance(reply, Consent) or reply.manifest != self.manifest.digest:
+            return False
+        return reply.epsilon >= self._cost * (1 - SAME) and reply.delta >= self.manifest.delta * (1 - SAME)
