@@ -35,6 +35,7 @@ from fedlora.server.rounds import Failure, participants
 log = logging.getLogger(__name__)
 
 LOOK = 1.0  # seconds between two looks at who is connected
+DOUBT = 30.0  # seconds at most for who failed in the last attempt to show that it is there again
 SAME = 1e-6  # relative: the last bits of an ε differ between machines
 
 Members = Callable[[], Mapping[str, PublicIdentity]]
@@ -78,6 +79,7 @@ class Participants:
         self._cost = stated_epsilon(manifest) if manifest.mode == "record" else 0.0
         self._consents: dict[str, Consent] = {}
         self._declined: dict[str, Failure] = {}
+        self._doubtful: set[str] = set()  # gave no answer to the last attempt that asked them
         self._read_consents()
 
     @property
@@ -86,16 +88,20 @@ class Participants:
         return dict(self._consents)
 
     def gather(self) -> Mapping[str, PublicIdentity]:
-        """Members, once as many as are expected have consented and are connected, or the deadline has passed."""
-        end = time.monotonic() + self.deadline
+        """Members, once as many as are expected have consented and are connected, or the deadline has passed.
+
+        Who failed in the last attempt is offered the run again, which its node answers with the consent that it
+        gave: an attempt costs all others a part of their budget, and is not begun while one of them starts anew.
+        """
+        began = time.monotonic()
         while True:
             members, online = self.coordinator.members(), self.carrier.online()
             self._offer({name: key for name, key in members.items() if name in online})
             here = set(self._consents) & set(members) & online
-            settled = set(self._declined) | here
-            if len(here) >= self._expected or settled >= set(members):
-                return members
-            if time.monotonic() >= end:
+            enough = len(here) >= self._expected or (set(self._declined) | here) >= set(members)
+            waited = time.monotonic() - began
+            doubt = bool(self._doubtful & here) and waited < min(self.deadline, DOUBT)
+            if (enough and not doubt) or waited >= self.deadline:
                 return members
             self._sleep(LOOK)
 
@@ -116,7 +122,9 @@ class Participants:
             if name not in online:
                 yield name, Failure(name, "not connected")
         here = {name: data for name, data in requests.items() if name in online}
-        yield from self.carrier.ask(here, deadline)
+        for name, answer in self.carrier.ask(here, deadline):
+            (self._doubtful.add if isinstance(answer, Failure) else self._doubtful.discard)(name)
+            yield name, answer
 
     def opened(self, name: str, data: bytes, members: Mapping[str, PublicIdentity]) -> Reply:
         """What this member signed for this run; Refused or BadInput where it is anything else."""
@@ -128,16 +136,21 @@ class Participants:
         return reply
 
     def _offer(self, members: Mapping[str, PublicIdentity]) -> None:
-        """Offer the run to who has not answered yet."""
-        unasked = [name for name in members if name not in self._consents and name not in self._declined]
+        """Offer the run to who has not answered yet, and to who may be gone."""
+        known = (set(self._consents) | set(self._declined)) - self._doubtful
+        unasked = [name for name in members if name not in known]
         if not unasked:
             return
         offer = Signed.by(self.coordinator.identity, MANIFEST_TAG, self.manifest.to_bytes())
         path = self.folder / PROJECTION
         request = request_to_bytes(Offer(offer, path.read_bytes() if path.is_file() else b""))
-        for name, answer in self.carrier.ask(dict.fromkeys(unasked, request), self.deadline):
+        patience = min(self.deadline, DOUBT) if self._doubtful & set(unasked) else self.deadline
+        for name, answer in self.carrier.ask(dict.fromkeys(unasked, request), patience):
             if isinstance(answer, Failure):
                 log.warning("%s: %s", name, answer.reason)
+                continue
+            self._doubtful.discard(name)
+            if name in self._consents or name in self._declined:
                 continue
             try:
                 reply = self.opened(name, answer, members)

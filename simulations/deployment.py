@@ -3,7 +3,7 @@
 Everything goes through the installed commands: a coordinator's folder, enrolment, TLS and node authentication, three
 trainers, three relays with their SuperNodes, SuperLink; five rounds with privacy on; the export, verified.
 
-    python simulations/deployment.py [--out runs/federation] [--rounds 5]
+    python simulations/deployment.py [--out runs/federation] [--rounds 5] [--secure]
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ delta = 1e-5
 clip = 1.0
 [aggregation]
 minimum_cohort = 3
+secure = {secure}
 [server]
 optimizer = "momentum"
 learning_rate = 1.0
@@ -112,6 +113,7 @@ class Federation:
     deadline: float = 120.0
     base: str = "minilm"
     layers: str = "[5]"
+    secure: bool = False  # updates leave under masks
     port: int = field(default_factory=lambda: free_port())
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -146,6 +148,7 @@ class Federation:
                 validation=public / "validation.jsonl",
                 quorum=self.quorum,
                 deadline=self.deadline,
+                secure=str(self.secure).lower(),
                 **values,
             )
         )
@@ -282,12 +285,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A federation of processes on this machine.")
     parser.add_argument("--out", type=Path, default=Path("runs/federation"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--secure", action="store_true", help="updates leave under the masks of secure aggregation")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     if out.exists() and not (out / "coordinator").is_dir():
         sys.exit(f"{out}: found another folder, expected none or an earlier federation")
     shutil.rmtree(out, ignore_errors=True)
-    federation = Federation(out, rounds=arguments.rounds)
+    federation = Federation(out, rounds=arguments.rounds, secure=arguments.secure)
     assert set(NAMES) <= {each.name for each in INSTITUTIONS}
     print("enrolling three institutions", flush=True)
     federation.prepare()

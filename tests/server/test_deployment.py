@@ -95,7 +95,10 @@ class World:
     key: Identity = field(default_factory=Identity.generate)
     away: set[str] = field(default_factory=set)
     revoked: set[str] = field(default_factory=set)
+    down: set[str] = field(default_factory=set)  # connected, and nobody behind it
+    tasks: int = 0
     offers: int = 0
+    looks: int = 0
 
     def __post_init__(self) -> None:
         self.nodes = {name: Node(name, self.key.public) for name in NAMES}
@@ -114,14 +117,21 @@ class World:
         for name, data in requests.items():
             assert name not in self.revoked
             self.offers += isinstance(request_from_bytes(data), Offer)
-            if name in self.away:
+            self.tasks += isinstance(request_from_bytes(data), Task)
+            if name in self.away | self.down:
                 yield name, Failure(name, "no answer")
             else:
                 yield name, self.nodes[name].answer(data)
 
-    def cohort(self, manifest: RunManifest, expected: int = 3) -> ClearCohort:
-        sleep = lambda seconds: None  # noqa: E731
-        self.who = Participants(manifest, self.coordinator, self, self.folder, expected, 0.05, sleep)
+    def sleep(self) -> None:
+        self.looks += 1
+        if self.looks == 3:
+            self.down.clear()
+
+    def cohort(self, manifest: RunManifest, expected: int = 3, deadline: float = 0.05) -> ClearCohort:
+        self.who = Participants(
+            manifest, self.coordinator, self, self.folder, expected, deadline, lambda _: self.sleep()
+        )
         return ClearCohort(self.who)
 
 
@@ -220,6 +230,17 @@ def test_who_is_away_is_no_reason_to_wait_for_the_deadline_twice(world: World) -
     world.away = {"east"}
     found = cohort.total(plan_of(manifest(), 2), START)
     assert found.replies == 2 and found.failures == (Failure("east", "not connected"),)
+
+
+def test_no_attempt_begins_while_one_that_failed_starts_anew(world: World) -> None:
+    """An attempt costs all others a part of their budget; the offer that asks meanwhile costs nobody anything."""
+    cohort = world.cohort(manifest(), deadline=60.0)
+    cohort.total(plan_of(manifest()), START)
+    world.down, world.looks = {"east"}, 0
+    assert cohort.total(plan_of(manifest(), 2), START).replies == 2
+    asked = world.tasks
+    found = cohort.total(plan_of(manifest(), 3), START)
+    assert found.replies == 3 and world.looks == 3 and world.tasks == asked + 3
 
 
 def test_the_signed_plan_is_on_disk_before_it_leaves_and_stays_the_same(world: World) -> None:
