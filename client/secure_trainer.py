@@ -61,15 +61,21 @@ class SecureTrainer:
             return node.open(plan.attempt, message)
         if stage != requests.INPUT:
             raise BadInput(f"stage: found {stage!r}, expected one of {', '.join(requests.STAGES)}")
-        return self._input(message, plan, size, train)
+        return self.prepare(message, plan, size) or self.mask(plan, train())
 
-    def _input(self, delivery: bytes, plan: RoundPlan, size: int, train: Train) -> bytes:
+    def prepare(self, delivery: bytes, plan: RoundPlan, size: int) -> bytes | None:
+        """Accept U2, and see that the attempt may be masked: before data are touched. What was sent for it, if it was."""
         sent = self.sent(plan)
         if sent is not None:
             return sent
         if delivery and not self._node.accepted:
             self._node.accept(delivery)
         slot = requests.slot_of(plan, self._manifest.base_digest)
-        encoding = requests.encoding_of(self._terms, plan.phase, size)
-        self._node.check(slot, encoding)
-        return self._node.mask(slot, encoding, encoding.encode(train()))
+        self._node.check(slot, requests.encoding_of(self._terms, plan.phase, size))
+        return None
+
+    def mask(self, plan: RoundPlan, update: Vector) -> bytes:
+        """The masked input of an attempt, durable before it is returned."""
+        slot = requests.slot_of(plan, self._manifest.base_digest)
+        encoding = requests.encoding_of(self._terms, plan.phase, update.size)
+        return self._node.mask(slot, encoding, encoding.encode(update))

@@ -40,16 +40,21 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from fedlora.client.trainer import MomentStore
+from fedlora.client.trainer import MomentStore, Trainer
 from fedlora.common import wire
 from fedlora.common.config import Config, load_config
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.ledger import Ledger
 from fedlora.common.messages import RoundPlan, RunManifest
-from fedlora.server.app import Clock, GridCohort, enrol
+from fedlora.common.protocol import vector_from_bytes
+from fedlora.common.secagg.requests import Request
+from fedlora.common.state import AdapterState, Vector
+from fedlora.server.app import DECLINED, MAX_STAGE_BYTES, SECURE, Clock, GridCohort, GridExchange, enrol
 from fedlora.server.checkpoint import Progress
 from fedlora.server.conduct import Observe
+from fedlora.server.rounds import Cohort
+from fedlora.server.secure_cohort import SecureCohort
 from fedlora.simulations.cli import packaged_config
 from fedlora.simulations.corpus import generate, write
 from fedlora.simulations.engine import choose_clients
@@ -182,7 +187,7 @@ def _stoppable(stop: threading.Event) -> Clock:
     return Clock(now, sleep)
 
 
-def _cohort(grid: Grid, run: Run, clock: Clock) -> GridCohort:
+def _cohort(grid: Grid, run: Run, clock: Clock) -> Cohort:
     """Tell the nodes how to build what the coordinator built, and wait until they have."""
     compute, device = run.federation.public.compute, run.federation.model.device
     shared = _Shared(str(run.paths.ledger), compute.attention, compute.precision, str(device))
@@ -193,7 +198,14 @@ def _cohort(grid: Grid, run: Run, clock: Clock) -> GridCohort:
     def choose(plan: RoundPlan) -> list[str]:
         return [client_name(client) for client in choose_clients(run.manifest, run.federation, plan)]
 
-    return GridCohort(grid, enrolled.nodes, choose, run.config.federation.deadline, clock)
+    deadline = run.config.federation.deadline
+    if run.manifest.secure is None:
+        return GridCohort(grid, enrolled.nodes, choose, deadline, clock)
+    from fedlora.simulations.secure_ray import Keeper  # Flower has started Ray by now
+
+    keeper = Keeper.start(list(enrolled.nodes), run.manifest, run.config.aggregation)
+    exchange = GridExchange(grid, enrolled.nodes, deadline, clock)
+    return SecureCohort(run.manifest, keeper.identities, exchange, choose)
 
 
 @dataclass(frozen=True)
@@ -222,6 +234,11 @@ class _Resident:
     ledger: Ledger
     moments: MomentStore
     numbers: Mapping[str, int]  # of clients, by name
+
+    def trainer(self, client: str) -> Trainer:
+        if client not in self.numbers:
+            raise BadInput(f"plan client: found {client}, which is not in this federation")
+        return self.federation.trainer(self.numbers[client], self.manifest, self.ledger, self.moments)
 
 
 def _resident(folder: Path) -> _Resident:
@@ -263,19 +280,35 @@ def _answer_offer(message: Message, context: Context, folder: Path) -> Message:
 def _answer_plan(message: Message, folder: Path) -> Message:
     """Train the client that the plan names; a plan that can't be read is Flower's to report."""
     resident = _resident(folder)
+    if resident.manifest.secure is not None:
+        return Message(_staged(resident, message.content), reply_to=message)
     task = wire.read_plan(message.content, resident.federation.model.spec)
     return Message(_trained(resident, task), reply_to=message)
 
 
 def _trained(resident: _Resident, task: wire.Task) -> RecordDict:
     try:
-        if task.client not in resident.numbers:
-            raise BadInput(f"plan client: found {task.client}, which is not in this federation")
-        number = resident.numbers[task.client]
-        trainer = resident.federation.trainer(number, resident.manifest, resident.ledger, resident.moments)
-        return wire.update_record(trainer.train(task.plan, task.state))
+        return wire.update_record(resident.trainer(task.client).train(task.plan, task.state))
     except FedloraError as error:
         return wire.refusal_record(task.client, error)
+
+
+def _staged(resident: _Resident, record: RecordDict) -> RecordDict:
+    """A stage of secure aggregation: the secrets are with the run's keeper, the training is here."""
+    from fedlora.simulations.secure_ray import Keeper
+
+    spec = resident.federation.model.spec
+    data = wire.read_envelope(record, MAX_STAGE_BYTES + 4 * spec.size)[1]
+    request = Request.from_bytes(data)
+
+    def train() -> Vector:
+        state = AdapterState(spec, vector_from_bytes(request.vector, spec.size, "stage"))
+        return resident.trainer(request.institution).train(request.plan, state).delta
+
+    try:
+        return wire.envelope_record(SECURE, Keeper.find(resident.manifest).answer(data, train))
+    except FedloraError as error:
+        return wire.envelope_record(DECLINED, wire.one_line(str(error)).encode())
 
 
 def _config(name: str, overrides: Sequence[str], folder: Path) -> Config:

@@ -285,7 +285,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A federation of processes on this machine.")
     parser.add_argument("--out", type=Path, default=Path("runs/federation"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--secure", action="store_true", help="updates leave under the masks of secure aggregation")
+    parser.add_argument(
+        "--secure", action="store_true", help="updates leave under the masks of secure aggregation"
+    )
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     if out.exists() and not (out / "coordinator").is_dir():

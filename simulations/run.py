@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fedlora.client.trainer import MomentStore
-from fedlora.common.config import Config, config_to_toml
+from fedlora.common.config import Config, FaultsConfig, config_to_toml
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.features import PooledTexts
 from fedlora.common.features import Progress as FeatureProgress
@@ -98,10 +98,8 @@ def begin(
     """
     began = time.monotonic()
     _check_folder(config, paths, resume)
-    if engine == "ray" and config.aggregation.secure:
-        raise BadInput(
-            "--engine ray: [aggregation] secure = true is not built yet there; expected sequential"
-        )
+    if engine == "ray" and config.faults != FaultsConfig():
+        raise BadInput("--engine ray: [faults] are made up by the sequential engine only, expected none")
     if not resume:
         # Of a beginning that was killed: fitted on what was public then, and may be private in this run.
         (paths.folder / PROJECTION).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from typing import Protocol
 from fedlora.client.secagg import SecureNode
 from fedlora.client.secure_outbox import MemoryOutbox
 from fedlora.client.secure_trainer import SecureTrainer
-from fedlora.common.config import Config, FaultsConfig
+from fedlora.common.config import AggregationConfig, Config, FaultsConfig
 from fedlora.common.enrolment import Peer
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import Identity
@@ -36,16 +36,36 @@ class Trains(Protocol):
 TrainerOf = Callable[[str], Trains]
 
 
+class Roster:
+    """Identities of a simulated federation, each approved by every operator."""
+
+    def __init__(self, names: list[str], manifest: RunManifest, settings: AggregationConfig) -> None:
+        self._manifest, self._settings = manifest, settings
+        self._identities = {name: Identity.generate() for name in names}
+        self.peers = {name: Peer(name, name, key.public) for name, key in self._identities.items()}
+
+    def trainer(self, name: str) -> SecureTrainer:
+        """A node of that name that has just started."""
+        policy = CohortPolicy(name, self.peers, self._settings.minimum_cohort, self._settings.max_colluders)
+        node = SecureNode(
+            self._identities[name],
+            policy,
+            self._manifest.federation,
+            self._manifest.digest,
+            MemoryOutbox(),
+            noised=self._manifest.mode != "none",
+        )
+        return SecureTrainer(node, self._manifest)
+
+
 class Institutions:
     """An `Exchange` whose institutions live in this process. Each is made when it is first asked."""
 
     def __init__(
         self, names: list[str], manifest: RunManifest, config: Config, trainer_of: TrainerOf
     ) -> None:
-        self._manifest, self._aggregation, self._faults = manifest, config.aggregation, config.faults
-        self._trainer_of = trainer_of
-        self._identities = {name: Identity.generate() for name in names}
-        self._peers = {name: Peer(name, name, key.public) for name, key in self._identities.items()}
+        self._faults, self._trainer_of = config.faults, trainer_of
+        self._roster = Roster(names, manifest, config.aggregation)
         self._nodes: dict[str, SecureTrainer] = {}
         self._source: Random = OsRandom()
         self.masked_vectors = 0
@@ -53,7 +73,7 @@ class Institutions:
     @property
     def peers(self) -> Mapping[str, Peer]:
         """The roster that every operator approved."""
-        return self._peers
+        return self._roster.peers
 
     def ask(
         self, stage: str, messages: Mapping[str, bytes], plan: RoundPlan, state: AdapterState
@@ -84,23 +104,13 @@ class Institutions:
         except (BadInput, Refused) as error:
             return Failure(name, f"{stage}: {error}", refused=isinstance(error, Refused))
         self.masked_vectors += stage == requests.INPUT
-        if stage == requests.OPEN and self._faults.attack == "corrupt-share" and name == min(self._peers):
+        if stage == requests.OPEN and self._faults.attack == "corrupt-share" and name == min(self.peers):
             return _corrupted(answer)
         return answer
 
     def _node(self, name: str) -> SecureTrainer:
         if name not in self._nodes:
-            settings = self._aggregation
-            policy = CohortPolicy(name, self._peers, settings.minimum_cohort, settings.max_colluders)
-            node = SecureNode(
-                self._identities[name],
-                policy,
-                self._manifest.federation,
-                self._manifest.digest,
-                MemoryOutbox(),
-                noised=self._manifest.mode != "none",
-            )
-            self._nodes[name] = SecureTrainer(node, self._manifest)
+            self._nodes[name] = self._roster.trainer(name)
         return self._nodes[name]
 
     def _drop_outs(self, stage: str, count: int) -> list[bool]:

@@ -210,16 +210,21 @@ def test_nodes_answer_for_the_run_in_their_folder_only(folder: Path, tmp_path: P
 
 
 @pytest.mark.flower
-def test_ray_equals_the_sequential_engine(folder: Path, reference: Path, tmp_path: Path) -> None:
-    found = tmp_path / "ray"
+def test_ray_equals_the_sequential_engine_under_masks(folder: Path, tmp_path: Path) -> None:
+    """In clear, `flwr run` below shows it."""
+    found, changes = tmp_path / "ray", ["aggregation.secure=true", "federation.participation=1.0"]
+    run = begin(load_config(folder / "config.toml", changes), Paths.of(tmp_path / "sequential"))
+    finish(run, train(run, sequential(run)))
+    options = [word for change in changes for word in ("--set", change)]
     subprocess.run(
-        ["fedlora-sim", "run", folder / "config.toml", "--engine", "ray", "--out", found],
+        ["fedlora-sim", "run", folder / "config.toml", "--engine", "ray", "--out", found, *options],
         check=True,
         timeout=PATIENCE,
         env=_environment(tmp_path),
     )
-    _assert_same_run(found, reference)
-    assert json.loads((found / "summary.json").read_text())["engine"] == "ray"
+    _assert_same_run(found, tmp_path / "sequential")
+    summary = json.loads((found / "summary.json").read_text())
+    assert summary["engine"] == "ray" and summary["secure"]["rounds"] == 4
 
 
 @pytest.mark.flower

@@ -228,9 +228,12 @@ def test_a_secure_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_
     assert summary["rounds"] == 4 and summary["secure"]["rounds"] == 4  # type: ignore[index]
 
 
-def test_on_ray_it_is_refused_before_anything_is_read(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="not built yet there"):
-        begin(config(tiny_bert, data, "record", *SECURE), Paths.of(tmp_path / "run"), engine="ray")
+def test_faults_on_ray_are_refused_before_anything_is_read(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = config(tiny_bert, data, "record", *SECURE, "faults.input=0.5")
+    with pytest.raises(BadInput, match="sequential engine only"):
+        begin(settings, Paths.of(tmp_path / "run"), engine="ray")
 
 
 def test_a_run_below_t_ends_with_the_reason(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
