@@ -24,7 +24,7 @@ from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import accountant_name, history_of
 from fedlora.common.protocol import MANIFEST_TAG
 from fedlora.common.sealed import Sealed, seal, unseal
-from fedlora.common.statement import NOISE_SOURCE, privacy_statement
+from fedlora.common.statement import NOISE_SOURCE, privacy_statement, secure_statement
 
 REPORT_TAG = "fedlora-node-report-1"
 PACKAGES = ("fedlora", "flwr", "grpcio", "opacus", "torch", "transformers", "peft", "cryptography")
@@ -137,7 +137,9 @@ def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) 
         "data": list(_lines(folder.run(digest) / "data.jsonl")),
         "base_digest": manifest.base_digest,
         "spec_digest": manifest.spec_digest,
-        "statement": privacy_statement(manifest, epsilon)
+        "aggregation": "updates left in clear" if manifest.secure is None else "updates left under masks",
+        "unmasked": list(_lines(folder.run(digest) / "secure.jsonl")),
+        "statement": [*privacy_statement(manifest, epsilon), *secure_statement(manifest)]
         if epsilon is not None or manifest.mode == "none"
         else [],
     }

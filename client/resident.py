@@ -20,6 +20,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
@@ -54,7 +55,7 @@ from fedlora.common.protocol import (
     request_from_bytes,
     vector_from_bytes,
 )
-from fedlora.common.secagg.requests import INPUT, OFFER, Request
+from fedlora.common.secagg.requests import INPUT, OFFER, OPEN, Request
 from fedlora.common.state import Vector
 
 log = logging.getLogger(__name__)
@@ -205,6 +206,9 @@ class Resident:
             message = kept or trainer.answer(request.stage, request.message, plan, size, train)
         except Refused as error:
             raise BadInput(f"{request.stage}: {error}") from error
+        if request.stage == OPEN and trainer.unmasked is not None:
+            with _private():
+                append_line(self._folder.run(plan.manifest) / "secure.jsonl", asdict(trainer.unmasked))
         reply = Staged(self._policy.institution, plan.manifest, plan.round, plan.attempt, message)
         return reply_to_bytes(self._identity, invitation.federation, reply)
 

@@ -43,6 +43,7 @@ class _Attempt:
     mask_key: keys.KeyPair
     shares: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # by dealer: of its b, of its s
     context: bytes = _NEVER
+    round: int = 0
     survivors: tuple[str, ...] = ()
     signed: tuple[bytes, ...] = ()  # context, H(U1), H(U2), H(U3): set when this node has confirmed
 
@@ -65,6 +66,18 @@ class _EpochState:
     @property
     def names(self) -> list[str]:
         return [offer.name for offer in self.members]
+
+
+@dataclass(frozen=True)
+class Unmasked:
+    """An attempt that this node helped to unmask: for its own report."""
+
+    round: int
+    attempt: int
+    cohort: int  # |U1|
+    threshold: int
+    colluders: int  # that this node assumed
+    dropped: int  # dealt, and are not in the sum
 
 
 class SecureNode:
@@ -93,6 +106,7 @@ class SecureNode:
         self._last_attempt = max((attempt for _, attempt in outbox.used()), default=0)
         self._seen_keys: set[bytes] = set()
         self._state: _EpochState | None = None
+        self.unmasked: Unmasked | None = None  # the last one
 
     @property
     def policy(self) -> CohortPolicy:
@@ -195,7 +209,7 @@ class SecureNode:
         self._drop_before(state, slot.attempt)
         self._last_attempt = slot.attempt  # used, even where the disk fails in the next line
         self._outbox.put(slot.round, slot.attempt, data)
-        attempt.context = context
+        attempt.context, attempt.round = context, slot.round
         return data
 
     def sent(self, round_number: int, attempt: int) -> bytes | None:
@@ -224,6 +238,15 @@ class SecureNode:
             self._policy, confirmations, attempt.survivors, len(state.members), attempt.signed
         )
         del state.attempts[attempt_number]
+        members, dealt = len(state.members), len(state.dealer_names)
+        self.unmasked = Unmasked(
+            attempt.round,
+            attempt_number,
+            members,
+            cohort.threshold(members),
+            self._policy.max_colluders,
+            dealt - len(attempt.survivors),
+        )
         missing = (wire.NO_SHARE, wire.NO_SHARE)
         opened = [
             attempt.shares.get(name, missing)[0 if name in attempt.survivors else 1]

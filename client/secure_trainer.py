@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedlora.client.secagg import SecureNode
+from fedlora.client.secagg import SecureNode, Unmasked
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.messages import RoundPlan, RunManifest
 from fedlora.common.secagg import cohort, requests
@@ -40,6 +40,11 @@ class SecureTrainer:
     def adopt(self, policy: CohortPolicy) -> None:
         """The operator's roster and limits as they are now."""
         self._node.adopt(policy)
+
+    @property
+    def unmasked(self) -> Unmasked | None:
+        """The last attempt that this node helped to unmask."""
+        return self._node.unmasked
 
     def sent(self, plan: RoundPlan) -> bytes | None:
         """The masked input that was made for this attempt, or None."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedlora.common.messages import RunManifest
 from fedlora.common.protocol import Consent
-from fedlora.common.statement import privacy_statement, shown_epsilon
+from fedlora.common.statement import privacy_statement, secure_statement, shown_epsilon
 
 FIGURES = ("accuracy", "macro_f1", "perplexity", "loss")
 
@@ -23,13 +23,27 @@ def model_card(
     epsilon = None if manifest.mode == "none" else largest
     rows = [statement_row(organisations[name], statements[name]) for name in statements]
     parts = [_head(manifest), _introduction(manifest, len(organisations))]
-    parts += ["## Privacy", "\n".join(f"- {line}" for line in privacy_statement(manifest, epsilon))]
+    lines = [*privacy_statement(manifest, epsilon), *secure_statement(manifest), *_masked(figures)]
+    parts += ["## Privacy", "\n".join(f"- {line}" for line in lines)]
     parts += ["\n".join(["| institution | organisation | ε | δ | policy |", "|---|---|---|---|---|", *rows])]
     parts += ["The figures are each institution's own; `statements/` has them as it signed them."]
     measured = [f"| {n} | {figures[n]:.4g} |" for n in FIGURES if isinstance(figures.get(n), float)]
     if measured:
         parts += ["## Measured on public data", "\n".join(["| figure | value |", "|---|---|", *measured])]
     return "\n\n".join([*parts, USE]) + "\n"
+
+
+def _masked(figures: Mapping[str, Any]) -> list[str]:
+    """How the rounds were added under masks, as the coordinator recorded it."""
+    secure = figures.get("secure")
+    if not isinstance(secure, Mapping):
+        return []
+    (fewest, most), (low, high) = secure["cohort"], secure["threshold"]
+    return [
+        f"{secure['rounds']} rounds were added under masks: cohorts of {fewest} to {most}, t of {low} to {high}, "
+        f"at most {secure['colluders']} colluders assumed, {secure['dropouts']} drop-outs, sums of at least "
+        f"{secure['smallest_sum']} updates."
+    ]
 
 
 def statement_row(organisation: str, consent: Consent) -> str:

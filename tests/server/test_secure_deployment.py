@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 
 from fedlora.client import node as nodes
 from fedlora.client.outbox import Outbox
+from fedlora.client.report import write_report
 from fedlora.common.errors import Refused
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms
@@ -31,6 +32,8 @@ from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.secagg.requests import Request
 from fedlora.common.secagg.wire import MaskedInput
 from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
+from fedlora.common.statement import secure_summary
+from fedlora.server.card import model_card
 from fedlora.server.deployment import MaskedCohort, cohort_of
 from fedlora.server.participants import Coordinator, Participants
 from fedlora.server.rounds import CohortSum, Failure
@@ -137,6 +140,28 @@ def test_a_drop_out_at_any_stage(world: World, stage: str) -> None:
     assert np.abs(found.total - np.sum(here, axis=0, dtype=np.float64)).max() < 1e-5
     world.away.clear()
     assert world.total(2).replies == (3 if stage in ("offer", "deal") else 4)  # an epoch's cohort is fixed
+
+
+def test_report_and_card_say_how_it_was_added(world: World, tmp_path: Path) -> None:
+    world.total(1)
+    world.away["input"] = {"west"}
+    found = [record for attempt in (1, 2) if (record := world.total(attempt + 1).secure) is not None]
+    north = world.nodes["north"]
+    body = write_report(
+        north.folder, north.folder.load_policy(), north.identity, north.ledger, tmp_path / "out"
+    )
+    (run,) = body["runs"]
+    assert run["aggregation"] == "updates left under masks" and "aggregated securely" in " ".join(
+        run["statement"]
+    )
+    said = [(each["round"], each["cohort"], each["threshold"], each["dropped"]) for each in run["unmasked"]]
+    assert said == [(1, 4, 3, 0), (2, 4, 3, 1), (3, 4, 3, 1)]
+    figures = {"secure": secure_summary(RUN, [asdict(record) for record in found])}
+    card = model_card(RUN, dict.fromkeys(NAMES, "Org"), dict(world.who.consents), figures)
+    assert "aggregated securely" in card and "2 rounds were added under masks: cohorts of 4 to 4" in card
+    assert "2 drop-outs" in card
+    clear = model_card(replace(RUN, secure=None), dict.fromkeys(NAMES, "Org"), dict(world.who.consents), {})
+    assert "securely" not in clear and "masks" not in clear
 
 
 def test_too_few_end_the_attempt_and_not_the_run(world: World) -> None:
