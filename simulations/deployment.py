@@ -114,6 +114,7 @@ class Federation:
     base: str = "minilm"
     layers: str = "[5]"
     secure: bool = False  # updates leave under masks
+    prefix: tuple[str, ...] = ()  # of every process of the run; {name} is which one: to watch them
     port: int = field(default_factory=lambda: free_port())
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -223,9 +224,10 @@ class Federation:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         log = self.root / "logs" / f"{name.replace(' ', '-')}.log"
         log.parent.mkdir(exist_ok=True)
+        prefix = [word.replace("{name}", log.stem) for word in self.prefix]
         with log.open("ab") as stream:
             self.processes[name] = subprocess.Popen(
-                [str(BIN / command[0]), *command[1:]],
+                [*prefix, str(BIN / command[0]), *command[1:]],
                 env=environment,
                 stdout=stream,
                 stderr=stream,

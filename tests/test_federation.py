@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from fedlora.common.protocol import Consent, reply_from_bytes
 from fedlora.server.directory import Directory
 from fedlora.simulations.deployment import NAMES, Federation, conclude, listens, running, wait_until
 
+ADDRESS = re.compile(r'(?:inet_addr|inet_pton)\((?:AF_INET6, )?"([^"]+)"')  # as strace writes one
 SECONDS = 240.0  # for a whole run on a loaded machine
 
 
@@ -84,6 +89,35 @@ def test_killed_in_the_middle_it_goes_on_and_its_export_verifies(tiny_bert: Path
     conclude(federation)
     labels = load_adapter(federation.root / "export" / "adapter").predict(["my laptop is broken"])
     assert len(labels) == 1
+
+
+def traced() -> bool:
+    """Whether system calls can be recorded here."""
+    words = ["strace", "-f", "--seccomp-bpf", "-e", "trace=connect", "true"]
+    return (
+        bool(shutil.which("strace"))
+        and subprocess.run(words, capture_output=True, check=False).returncode == 0
+    )
+
+
+@pytest.mark.flower
+def test_nothing_calls_out(tiny_bert: Path, tmp_path: Path) -> None:
+    """Every connection that any process of a run attempts, recorded by the kernel: none leaves the machine."""
+    if not traced():
+        pytest.skip("system calls can't be recorded here: that nothing calls out was not shown")
+    calls = tmp_path / "calls"
+    calls.mkdir()
+    watch = ("strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg")
+    federation = Federation(
+        tmp_path / "f", rounds=1, base=str(tiny_bert), layers="[]", prefix=(*watch, "-o", f"{calls}/{{name}}")
+    )
+    federation.prepare()
+    with running(federation):
+        assert federation.wait(SECONDS) == 0, logs(federation)
+    found = [line for path in calls.iterdir() for line in path.read_text(errors="replace").splitlines()]
+    addresses = Counter(address for line in found for address in ADDRESS.findall(line))
+    assert len(list(calls.iterdir())) == 7 and addresses["127.0.0.1"] >= 10, addresses
+    assert set(addresses) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, addresses
 
 
 def _moved(federation: Federation, before: int) -> bool:
