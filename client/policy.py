@@ -71,6 +71,7 @@ class Limits:
     targets: tuple[str, ...] = _ruled((), Each(NAME))  # empty: any
     layers: tuple[int, ...] = _ruled((), Each(LAYER))  # empty: any
     allow_unnoised: bool = False
+    client_level: bool = False  # runs whose noise is shared between institutions, under masks
     metrics: tuple[str, ...] = _ruled((), Each(NAME))
 
 
@@ -303,6 +304,7 @@ rank = 64
 targets = []                   # empty: any
 layers = []
 allow_unnoised = false
+client_level = false           # true: runs in mode "client", whose noise the institutions share under masks
 metrics = []
 [trainer]
 listen = "unix:trainer.sock"
