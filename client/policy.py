@@ -73,6 +73,7 @@ class Limits:
     allow_unnoised: bool = False
     require_secure: bool = False  # updates leave this node under masks only
     max_colluders: int = _ruled(1, Bounds(0, 1000))  # peers that may side with the coordinator
+    client_level: bool = False  # runs whose noise is shared between institutions, under masks
     metrics: tuple[str, ...] = _ruled((), Each(NAME))
 
 
@@ -307,6 +308,7 @@ layers = []
 allow_unnoised = false
 require_secure = false         # true: updates leave under the masks of secure aggregation only
 max_colluders = 1              # peers that may side with the coordinator, in such a run
+client_level = false           # true: runs in mode "client", whose noise the institutions share under masks
 metrics = []
 [trainer]
 listen = "unix:trainer.sock"

@@ -24,9 +24,13 @@ from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import accountant_name, history_of
 from fedlora.common.protocol import MANIFEST_TAG
 from fedlora.common.sealed import Sealed, seal, unseal
-from fedlora.common.statement import NOISE_SOURCE, privacy_statement, secure_statement
+from fedlora.common.statement import NOISE_SOURCE, privacy_statement, secure_statement, unit_of
 
 REPORT_TAG = "fedlora-node-report-1"
+MECHANISMS = {
+    "record": "Poisson-subsampled Gaussian, per-unit clip",
+    "client": "clip of the whole update, Skellam noise shared under secure aggregation",
+}
 PACKAGES = ("fedlora", "flwr", "grpcio", "opacus", "torch", "transformers", "peft", "cryptography")
 
 
@@ -110,9 +114,9 @@ def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) 
         "federation": manifest.federation,
         "coordinator": signed.signer.text,
         "task": manifest.task,
-        "unit": manifest.unit or "record",
+        "unit": unit_of(manifest),
         "mode": manifest.mode,
-        "mechanism": "Poisson-subsampled Gaussian, per-unit clip" if manifest.mode == "record" else "none",
+        "mechanism": MECHANISMS.get(manifest.mode, "none"),
         "budget": [str(body["budget"]) for body in consents],
         "epsilon": epsilon,
         "delta": manifest.delta,

@@ -29,6 +29,7 @@ from fedlora.client.node import NodeFolder, append_line, pinned_invitation
 from fedlora.client.outbox import Outbox, Plans
 from fedlora.client.policy import Policy
 from fedlora.client.secure_runs import SecureRuns
+from fedlora.client.secure_trainer import SecureTrainer
 from fedlora.client.verdicts import allow, judge, projected
 from fedlora.common.enrolment import Invitation
 from fedlora.common.errors import BadInput, FedloraError, Refused
@@ -56,7 +57,7 @@ from fedlora.common.protocol import (
     vector_from_bytes,
 )
 from fedlora.common.secagg.requests import INPUT, OFFER, OPEN, Request
-from fedlora.common.state import Vector
+from fedlora.common.state import AdapterSpec, Vector
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,9 @@ class Work(Protocol):
 
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
         """Check the network, reserve the schedule; the digest of the data set."""
+
+    def spec(self, manifest: RunManifest, projection: Path) -> AdapterSpec:
+        """Which coordinates the run's adapter has."""
 
     def train(
         self, manifest: RunManifest, projection: Path, budget: Budget, plan: RoundPlan, vector: bytes
@@ -183,7 +187,7 @@ class Resident:
     def _stage(self, invitation: Invitation, stage: Stage, place: Place) -> bytes:
         """One step of secure aggregation. What its checks refuse is this attempt's alone: a later epoch may do."""
         request = Request.from_bytes(stage.request.opened(STAGE_TAG, invitation.coordinator))
-        plan, size = request.plan, len(request.vector) // 4
+        plan = request.plan
         manifest = self._planned(invitation, plan, place)
         if request.institution != self._policy.institution:
             raise BadInput(
@@ -196,14 +200,11 @@ class Resident:
             kept = trainer.sent(plan) if request.stage == INPUT else None
         if kept is None and request.stage in (OFFER, INPUT):
             self._judged(invitation, manifest, consented=True)
-
-        def train() -> Vector:
-            update = self._trained(manifest, plan, request.vector)
-            with _private():
-                return vector_from_bytes(update, size, "own update")
-
         try:
-            message = kept or trainer.answer(request.stage, request.message, plan, size, train)
+            if request.stage == INPUT:
+                message = kept or self._input(trainer, manifest, request)
+            else:
+                message = trainer.answer(request.stage, request.message, plan)
         except Refused as error:
             raise BadInput(f"{request.stage}: {error}") from error
         if request.stage == OPEN and trainer.unmasked is not None:
@@ -211,6 +212,18 @@ class Resident:
                 append_line(self._folder.run(plan.manifest) / "secure.jsonl", asdict(trainer.unmasked))
         reply = Staged(self._policy.institution, plan.manifest, plan.round, plan.attempt, message)
         return reply_to_bytes(self._identity, invitation.federation, reply)
+
+    def _input(self, trainer: SecureTrainer, manifest: RunManifest, request: Request) -> bytes:
+        with _private():
+            projection = self._folder.run(manifest.digest) / "projection.safetensors"
+            spec = self._work.spec(manifest, projection)
+
+        def train() -> Vector:
+            update = self._trained(manifest, request.plan, request.vector)
+            with _private():
+                return vector_from_bytes(update, spec.size, "own update")
+
+        return trainer.input(request.message, request.plan, spec, train)
 
     def _trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> bytes:
         """The update of an attempt that goes on from all before it: reserved, trained and committed."""

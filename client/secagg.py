@@ -174,6 +174,11 @@ class SecureNode:
         """Whether this node has a U2 that it checked."""
         return self._state is not None and bool(self._state.dealers)
 
+    @property
+    def members(self) -> int:
+        """|U1| of this node's epoch, which it checked; Refused where there is none."""
+        return len(self._epoch().members)
+
     def check(self, slot: Slot, encoding: Encoding) -> None:
         """Refused unless an input may be made for this attempt: before data or budget are touched."""
         state = self._epoch()

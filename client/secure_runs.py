@@ -9,6 +9,7 @@ from fedlora.client.node import NodeFolder, read_peers, read_text
 from fedlora.client.outbox import Outbox
 from fedlora.client.policy import Policy
 from fedlora.client.secagg import SecureNode
+from fedlora.client.secure_outbox import FolderOutbox, MemoryOutbox
 from fedlora.client.secure_trainer import SecureTrainer
 from fedlora.common.enrolment import Peer, request_from_text
 from fedlora.common.errors import Refused
@@ -25,13 +26,14 @@ class SecureRuns:
         self._trainers: dict[str, SecureTrainer] = {}
 
     def check(self, manifest: RunManifest) -> None:
-        """Refused where no cohort of approved peers could ever be large enough."""
+        """Refused where no cohort of approved peers could ever be large enough, or the terms are not this node's."""
         asked = self._asked(manifest)
         if len(asked.peers) < asked.minimum_cohort:
             raise Refused(
                 f"manifest minimum_cohort = {asked.minimum_cohort}: this node's operator approved "
                 f"{len(asked.peers) - 1} peers, expected at least {asked.minimum_cohort - 1}"
             )
+        self._started(manifest, asked, MemoryOutbox())  # are the terms such that it could?
 
     def trainer(self, manifest: RunManifest) -> SecureTrainer:
         """The run's state machine, under the roster of this moment; a new one, without secrets, after a restart."""
@@ -40,10 +42,15 @@ class SecureRuns:
         if known is not None:
             known.adopt(asked)
             return known
-        outbox = self._outbox.masked(manifest.digest)
+        made = self._started(manifest, asked, self._outbox.masked(manifest.digest))
+        return self._trainers.setdefault(manifest.digest, made)
+
+    def _started(
+        self, manifest: RunManifest, asked: CohortPolicy, outbox: FolderOutbox | MemoryOutbox
+    ) -> SecureTrainer:
         noised = manifest.mode != "none"
         node = SecureNode(self._identity, asked, manifest.federation, manifest.digest, outbox, noised)
-        return self._trainers.setdefault(manifest.digest, SecureTrainer(node, manifest))
+        return SecureTrainer(node, manifest)
 
     def _asked(self, manifest: RunManifest) -> CohortPolicy:
         """The stricter of what this node's policy and the manifest ask of a cohort."""

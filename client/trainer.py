@@ -3,6 +3,7 @@
     1. consent: is the manifest for the model and adapter that lie here? reserve its whole ε and δ, or refuse
     2. train:   is the plan bound to that manifest and to this very state? reserve the attempt, durably
     3.          draw, clip, noise, step                                      (client.training)
+                in mode "client": train without noise, clip the whole update; noise follows with the mask
     4.          commit the digest of what leaves; hand it out
 
 Whatever a coordinator sends can only ask. In simulation the same object is called in process.
@@ -22,8 +23,9 @@ from fedlora.client.training import ClientData, LocalTraining, Moments
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import RoundPlan, RunManifest, Update
-from fedlora.common.privacy import Spend, stated_epsilon
+from fedlora.common.privacy import Spend, charged_epsilon, stated_epsilon
 from fedlora.common.randomness import OsRandom, Random, SeededRandom
+from fedlora.common.skellam import clipped
 from fedlora.common.state import AdapterState
 
 
@@ -67,7 +69,11 @@ class MomentStore:
 
 
 class Trainer:
-    """An institution's side of a run. `ledger` None is for runs without privacy only."""
+    """An institution's side of a run. `ledger` None is for runs without privacy only.
+
+    `masked`: its updates leave under masks, which is where the noise of mode "client" is added; else such a run is
+    refused.
+    """
 
     def __init__(
         self,
@@ -76,7 +82,9 @@ class Trainer:
         ledger: Ledger | None,
         budget: Budget,
         moments: MomentStore,
+        masked: bool = False,
     ) -> None:
+        self._masked = masked
         self._data = data
         self._training = training
         self._ledger = ledger
@@ -95,13 +103,16 @@ class Trainer:
         ):
             if found != expected:
                 raise BadInput(f"manifest {name}: found {found}, expected {expected}")
-        if manifest.mode == "record":
-            spend = Spend(schedule_epsilon(manifest), manifest.delta)
+        if manifest.mode == "client" and not self._masked:
+            raise Refused(
+                "manifest mode: found client, whose updates leave under masks only, expected record"
+            )
+        if manifest.mode in ("record", "client"):
             self._required_ledger().consent(
-                self._budget, manifest.digest, spend, [phase.attempts for phase in manifest.phases]
+                self._budget, manifest.digest, charge(manifest), [phase.attempts for phase in manifest.phases]
             )
         elif manifest.mode != "none":
-            raise BadInput(f"manifest mode: found {manifest.mode!r}, expected record or none")
+            raise BadInput(f"manifest mode: found {manifest.mode!r}, expected record, client or none")
         self._manifest = manifest
 
     def train(self, plan: RoundPlan, state: AdapterState) -> Update:
@@ -118,7 +129,9 @@ class Trainer:
         ledger = self._required_ledger()
         ledger.reserve(self._budget.name, plan.manifest, plan.phase, plan.round, plan.attempt)
         update = self._update(manifest, plan, state, private=True)
-        ledger.commit(self._budget.name, plan.manifest, plan.round, plan.attempt, _digest(update))
+        # The chain of hashes may leave, so nothing of an update that has no noise yet goes into it.
+        released = plan.to_bytes() if manifest.mode == "client" else _bytes(update)
+        ledger.commit(self._budget.name, plan.manifest, plan.round, plan.attempt, _digest(released))
         return update
 
     def _update(self, manifest: RunManifest, plan: RoundPlan, state: AdapterState, private: bool) -> Update:
@@ -128,14 +141,23 @@ class Trainer:
         source: Random = OsRandom() if private else SeededRandom(manifest.seed, "train", owner, plan.round)
         phase = manifest.phases[plan.phase]
         moments = self._moments.read(owner, plan.phase, plan.round)
-        result = self._training.update(self._data, phase, state, moments, source, private)
+        by_step = manifest.mode == "record"
+        result = self._training.update(self._data, phase, state, moments, source, by_step)
         self._moments.write(owner, plan.phase, plan.round, result.moments)
-        return Update(owner, plan.manifest, plan.round, plan.attempt, result.delta)
+        delta = clipped(result.delta, phase.clip) if manifest.mode == "client" else result.delta
+        return Update(owner, plan.manifest, plan.round, plan.attempt, delta)
 
     def _required_ledger(self) -> Ledger:
         if self._ledger is None:
             raise Refused("ledger: found none, expected one: nothing private trains without it")
         return self._ledger
+
+
+@lru_cache(maxsize=64)
+def charge(manifest: RunManifest) -> Spend:
+    """What a run with this manifest costs a budget; Refused where it claims less than its schedule costs."""
+    stated = schedule_epsilon(manifest)
+    return Spend(charged_epsilon(manifest) if manifest.mode == "client" else stated, manifest.delta)
 
 
 @lru_cache(maxsize=64)
@@ -147,5 +169,9 @@ def schedule_epsilon(manifest: RunManifest) -> float:
     return stated
 
 
-def _digest(update: Update) -> str:
-    return "sha256:" + hashlib.sha256(update.delta.astype("<f4", copy=False).tobytes()).hexdigest()
+def _bytes(update: Update) -> bytes:
+    return update.delta.astype("<f4", copy=False).tobytes()
+
+
+def _digest(released: bytes) -> str:
+    return "sha256:" + hashlib.sha256(released).hexdigest()

@@ -78,7 +78,8 @@ class LocalTraining:
         """`phase.steps` steps from `state`. Every step counts, also one whose draw is empty."""
         weights = torch.nn.Parameter(torch.from_numpy(state.vector.astype(np.float32)))
         optimizer = _optimizer(phase, weights, moments)
-        trained = self._trained_mask(phase)
+        # noise elsewhere is dropped, its values are constant
+        trained = self._model.spec.moved_by(phase.name)
         examples = nonfinite = 0
         for _ in range(phase.steps):
             at = AdapterState(state.spec, weights.detach().numpy().copy())
@@ -134,14 +135,6 @@ class LocalTraining:
         if phase.name == "head" or phase.head_clip == 0:
             return ClipGroups.flat(self._model.spec, phase.clip)
         return ClipGroups.split(self._model.spec, phase.clip, phase.head_clip)
-
-    def _trained_mask(self, phase: Phase) -> npt.NDArray[np.bool_]:
-        """(size,) the coordinates that the phase moves: noise elsewhere is dropped, its values are constant."""
-        if phase.name == "head":
-            return self._model.spec.head_mask()
-        if phase.name == "adapter":
-            return np.ones(self._model.spec.size, dtype=bool)
-        raise BadInput(f"manifest phase name: found {phase.name!r}, expected head or adapter")
 
 
 def _optimizer(phase: Phase, weights: torch.nn.Parameter, moments: Moments) -> torch.optim.Optimizer:

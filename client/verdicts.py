@@ -15,7 +15,15 @@ from fedlora.client.policy import Policy
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger import Budget, exceeded
 from fedlora.common.messages import Phase, RunManifest
-from fedlora.common.privacy import Mechanism, Spend, epsilon_of, history_of
+from fedlora.common.privacy import (
+    Mechanism,
+    Spend,
+    charged_epsilon,
+    epsilon_of,
+    history_of,
+    releases_of,
+    stated_epsilon,
+)
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
 
 SLACK = 1 + 1e-6  # relative: the last bits of an ε differ between machines
@@ -55,6 +63,7 @@ def judge(
         *_spend_verdicts(manifest, policy, spent, reserved, all(each.allowed for each in phases)),
         _least("minimum_cohort", manifest.minimum_cohort, policy.limits.minimum_cohort),
         _secure_verdict(manifest, policy),
+        _skellam_verdict(manifest),
         *_free_verdicts(manifest),
     ]
 
@@ -69,7 +78,9 @@ def allow(verdicts: list[Verdict]) -> None:
 
 
 def projected(manifest: RunManifest) -> Spend:
-    """What the whole schedule costs, all attempts of all phases; ε is infinite where nothing bounds it."""
+    """What the whole schedule costs a budget, all attempts; ε is infinite where nothing bounds it."""
+    if manifest.mode == "client":
+        return Spend(charged_epsilon(manifest), manifest.delta)
     if manifest.mode != "record":
         return Spend(0.0, 0.0)
     return Spend(_epsilon(manifest), manifest.delta)
@@ -175,7 +186,7 @@ def _mechanism(name: str, phase: Phase, manifest: RunManifest, policy: Policy) -
     verdicts.append(
         Verdict(f"{name}.optimizer", phase.optimizer[:40], "" if known else "expected sgd or adamw")
     )
-    reason = _noise_reason(phase, manifest, policy) if manifest.mode == "record" else ""
+    reason = _noise_reason(phase, manifest, policy) if manifest.mode != "none" else ""
     return [*verdicts, Verdict(f"{name}.noise_multiplier", f"{phase.noise_multiplier:g}", reason)]
 
 
@@ -185,7 +196,9 @@ def _noise_reason(phase: Phase, manifest: RunManifest, policy: Policy) -> str:
     if phase.noise_multiplier >= least:
         return ""
     name = policy.data_for(manifest.task, manifest.labels, manifest.unit)
-    if not name or len(manifest.phases) > MOST_PHASES:  # nobody may keep the node busy with sums
+    if (
+        not name or manifest.mode != "record" or len(manifest.phases) > MOST_PHASES
+    ):  # nobody may keep the node busy with sums
         return f"expected at least {least:g}"
     budget = policy.budgets[policy.data[name].budget]
     try:
@@ -216,33 +229,44 @@ def _spend_verdicts(
     reserved: Spend | None,
     sound: bool,
 ) -> list[Verdict]:
-    if manifest.mode != "record":
+    if manifest.mode not in ("record", "client"):
         return [Verdict("epsilon", f"{manifest.epsilon:g}"), Verdict("delta", f"{manifest.delta:g}")]
     delta = _at_most("delta", manifest.delta, policy.limits.delta)
     if manifest.delta <= 0:
         delta = replace(delta, reason="expected > 0")
     name = policy.data_for(manifest.task, manifest.labels, manifest.unit)
+    if manifest.mode == "client":
+        sound = sound and _skellam_verdict(manifest).allowed
     if not name or not sound or not delta.allowed:
         reason = "can't be projected before the other fields are allowed"
         return [Verdict("epsilon", f"{manifest.epsilon:g}", reason), delta]
-    cost = _epsilon(manifest)
+    shared = manifest.mode == "client"
+    cost = stated_epsilon(manifest) if shared else _epsilon(manifest)
+    charged = charged_epsilon(manifest) if shared else cost
     budget = policy.budgets[policy.data[name].budget]
     return [
-        Verdict("epsilon", f"{manifest.epsilon:g}", _cost_reason(manifest, cost, budget, spent, reserved)),
+        Verdict(
+            "epsilon", f"{manifest.epsilon:g}", _cost_reason(manifest, cost, charged, budget, spent, reserved)
+        ),
         delta,
     ]
 
 
 def _cost_reason(
-    manifest: RunManifest, cost: float, budget: Budget, spent: Mapping[str, Spend], reserved: Spend | None
+    manifest: RunManifest,
+    cost: float,
+    charged: float,
+    budget: Budget,
+    spent: Mapping[str, Spend],
+    reserved: Spend | None,
 ) -> str:
-    if not math.isfinite(cost):
+    if not math.isfinite(charged):
         return "its schedule has no bound on ε that is known to hold"
     if cost > manifest.epsilon * SLACK:
         return f"its schedule costs {cost:.4f}"
     if reserved is not None:
         return ""  # it was let in before, and reserves nothing more
-    return exceeded(budget, spent.get(budget.name, Spend(0.0, 0.0)), Spend(cost, manifest.delta))
+    return exceeded(budget, spent.get(budget.name, Spend(0.0, 0.0)), Spend(charged, manifest.delta))
 
 
 def _free_verdicts(manifest: RunManifest) -> list[Verdict]:
@@ -265,6 +289,20 @@ def _secure_verdict(manifest: RunManifest, policy: Policy) -> Verdict:
     return Verdict("secure", found)
 
 
+def _skellam_verdict(manifest: RunManifest) -> Verdict:
+    """Whether the terms of shared noise are whole; `client.secure_trainer` holds the cohort and the adapter to them."""
+    terms = manifest.skellam
+    if manifest.mode != "client":
+        reason = "" if terms is None else 'expected none but in mode "client"'
+        return Verdict("skellam", "no shared noise" if terms is None else "terms of shared noise", reason)
+    try:
+        releases_of(manifest)
+    except BadInput as error:
+        return Verdict("skellam", "terms of shared noise", error.faults[0])
+    carriers = 0 if terms is None else terms.carriers
+    return Verdict("skellam", f"noise carried by {carriers} honest institutions at least")
+
+
 def _mode(manifest: RunManifest, policy: Policy) -> str:
     if manifest.mode == "record":
         return ""
@@ -274,7 +312,9 @@ def _mode(manifest: RunManifest, policy: Policy) -> str:
             if policy.limits.allow_unnoised
             else "updates would leave without noise; allow_unnoised is false"
         )
-    return "expected record"
+    if manifest.mode == "client":
+        return "" if policy.limits.client_level else "its noise is shared with others; client_level is false"
+    return "expected record, client or none"
 
 
 def _same(field: str, found: str, expected: str) -> Verdict:

@@ -12,7 +12,7 @@ from fedlora.common.compute import threads
 from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import RoundPlan, RunManifest
 from fedlora.common.protocol import vector_from_bytes, vector_to_bytes
-from fedlora.common.state import AdapterState
+from fedlora.common.state import AdapterSpec, AdapterState
 
 
 class Workshop:
@@ -30,6 +30,10 @@ class Workshop:
             self._trainer(manifest, projection, budget)
         return prepared.data_digest
 
+    def spec(self, manifest: RunManifest, projection: Path) -> AdapterSpec:
+        with threads(self._threads):
+            return self._bench.prepare(manifest, projection).training.gradients.model.spec
+
     def train(
         self, manifest: RunManifest, projection: Path, budget: Budget, plan: RoundPlan, vector: bytes
     ) -> tuple[bytes, str]:
@@ -44,6 +48,13 @@ class Workshop:
         """A trainer that has consented; the same consent again reserves nothing more."""
         prepared = self._bench.prepare(manifest, projection)
         moments = MomentStore(self._folder.run(manifest.digest) / "moments")
-        trainer = Trainer(prepared.data, prepared.training, self._ledger, budget, moments)
+        trainer = Trainer(
+            prepared.data,
+            prepared.training,
+            self._ledger,
+            budget,
+            moments,
+            masked=manifest.secure is not None,
+        )
         trainer.consent(manifest)
         return trainer

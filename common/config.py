@@ -128,7 +128,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    mode: str = _choice("record", "record", "none", later=("client",))
+    mode: str = _choice("record", "record", "client", "none")
     epsilon: float = _number(3.0, 0, 1e4, open_low=True)
     delta: float = _number(1e-5, 0, 0.5, open_low=True)
     clip: float = _number(1.0, 0, 1e6, open_low=True)
@@ -256,6 +256,8 @@ def _together(config: Config) -> Iterator[Fault]:
         yield from _secure(config)
     elif config.faults != FaultsConfig():
         yield ("aggregation.secure",), "[faults]: expected none without [aggregation] secure = true"
+    if config.privacy.mode == "client":
+        yield from _client_level(config)
     if federation.partition == "by-column" and not federation.column:
         paths = ("federation.partition", "federation.column")
         yield paths, '[federation] column = "": expected a column, since partition = "by-column"'
@@ -318,6 +320,22 @@ def _secure(config: Config) -> Iterator[Fault]:
         yield (
             (*paths, "aggregation.epoch_rounds"),
             f"{found}: expected 1 with participation < 1: an epoch's cohort is fixed ahead",
+        )
+
+
+def _client_level(config: Config) -> Iterator[Fault]:
+    """What noise that is shared between institutions can't be combined with, and why."""
+    if not config.aggregation.secure:
+        found = '[privacy] mode = "client"'
+        yield (
+            ("privacy.mode", "aggregation.secure"),
+            f"{found}: expected [aggregation] secure = true: a single update has but a share of the noise",
+        )
+    if config.privacy.head_clip > 0:
+        found = f"[privacy] head_clip = {config.privacy.head_clip:g}"
+        yield (
+            ("privacy.mode", "privacy.head_clip"),
+            f'{found}: expected 0 with mode = "client": one clip for all',
         )
 
 

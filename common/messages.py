@@ -65,6 +65,18 @@ class SecureTerms:
 
 
 @dataclass(frozen=True)
+class SkellamTerms:
+    """What `mode = "client"` rests on beside the secure terms and each phase's clip and noise multiplier.
+
+    The clip is of a whole update and equals its phase's update bound. The noise multiplier is that of a sum: each
+    institution adds its variance over (t - max_colluders), with the t of the cohort that it finds.
+    """
+
+    coordinates: tuple[int, ...]  # that a phase moves, and noises: one number for each phase
+    carriers: int  # t - max_colluders of the smallest cohort: honest institutions in any sum, at least
+
+
+@dataclass(frozen=True)
 class Network:
     """What a node needs, beside the frozen base, to build the very network of a run; fields as in a configuration."""
 
@@ -121,6 +133,7 @@ class RunManifest:
     network: Network
     phases: tuple[Phase, ...]
     secure: SecureTerms | None = None  # None: updates are sent in clear
+    skellam: SkellamTerms | None = None  # in mode "client", and there alone
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
@@ -139,6 +152,8 @@ class RunManifest:
         table["labels"] = tuple(labels)
         if table.get("secure") is not None:
             table["secure"] = _secure_terms(table["secure"])
+        if table.get("skellam") is not None:
+            table["skellam"] = _skellam_terms(table["skellam"])
         table["network"] = _network(table.get("network"))
         manifest = build_strictly(cls, table, "manifest")
         if manifest.version != VERSION:
@@ -183,7 +198,10 @@ class RoundPlan:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """An institution's answer to a plan: new adapter minus old one, float32 (spec.size,), already noised."""
+    """An institution's answer to a plan: new adapter minus old one, float32 (spec.size,).
+
+    Already noised, but for mode "client": there it is clipped, and noised as whole numbers before it is masked.
+    """
 
     client: str
     manifest: str
@@ -261,6 +279,13 @@ def _secure_terms(table: Any) -> SecureTerms:
     return build_strictly(
         SecureTerms, {**table, "update_bounds": tuple(map(float, bounds))}, "manifest secure"
     )
+
+
+def _skellam_terms(table: Any) -> SkellamTerms:
+    counts = table.get("coordinates") if isinstance(table, dict) else None
+    if not isinstance(counts, list) or not all(_is(count, "int") and count > 0 for count in counts):
+        raise BadInput("manifest skellam coordinates: expected a list of whole numbers > 0")
+    return build_strictly(SkellamTerms, {**table, "coordinates": tuple(counts)}, "manifest skellam")
 
 
 T = TypeVar("T")

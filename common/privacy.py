@@ -2,7 +2,8 @@
 
 Neighbouring data sets differ by adding or removing one unit. ε is the upper end of Opacus' PRV accountant
 (Gopi, Lee and Wutschitz 2021), which composes the pair "removed"; tests hold it against dp-accounting's PLD,
-which composes both pairs and takes the worse. Outside the range where its arithmetic is known to hold, ε is
+which composes both pairs and takes the worse. With `mode = "client"` a round is one release with distributed
+Skellam noise instead (`common.skellam`). Outside the range where its arithmetic is known to hold, ε is
 infinite: never something smaller than the truth. Everything here is a function of public numbers, so that
 anybody can run it and check it.
 """
@@ -16,7 +17,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,8 @@ from typing import Any
 from fedlora.common.errors import BadInput
 from fedlora.common.files import write_atomically
 from fedlora.common.messages import RunManifest
+from fedlora.common.secagg.cohort import threshold
+from fedlora.common.skellam import Release, epsilon_of_releases
 
 CALIBRATION = 1e-3  # relative tolerance of a calibrated noise multiplier
 ACCURACY = 1.5e-3  # of a tail bound of ε: what the accountant may add for its discretisation
@@ -102,11 +105,51 @@ def history_of(manifest: RunManifest) -> list[Mechanism]:
     return [Mechanism(p.sampling_rate, p.noise_multiplier, p.steps * p.attempts) for p in manifest.phases]
 
 
-def stated_epsilon(manifest: RunManifest) -> float:
-    """ε of a manifest's whole schedule; infinite where any of its steps has no noise."""
+def releases_of(manifest: RunManifest) -> list[Release]:
+    """Every release of a manifest in mode "client", one kind a phase; BadInput where its terms are not whole."""
+    faults = _skellam_faults(manifest)
+    if faults or manifest.secure is None or manifest.skellam is None:
+        raise BadInput([f"manifest {fault}" for fault in faults])
+    return [
+        Release(phase.noise_multiplier, manifest.secure.levels, coordinates, phase.attempts)
+        for phase, coordinates in zip(manifest.phases, manifest.skellam.coordinates, strict=True)
+    ]
+
+
+def epsilon_of_attempts(manifest: RunManifest, attempts: Sequence[int]) -> float:
+    """ε of so many attempts of each phase; infinite where any of their steps has no noise."""
+    if manifest.mode == "client":
+        pairs = zip(releases_of(manifest), attempts, strict=True)
+        return epsilon_of_releases([replace(each, times=count) for each, count in pairs], manifest.delta)
     if manifest.mode != "record":  # whatever such a run does to its updates, it is not what is composed here
-        raise BadInput(f"manifest mode: found {manifest.mode!r}, expected record: only there is ε defined")
-    return epsilon_of(history_of(manifest), manifest.delta)
+        raise BadInput(
+            f"manifest mode: found {manifest.mode!r}, expected record or client: there ε is defined"
+        )
+    phases = [replace(phase, attempts=count) for phase, count in zip(manifest.phases, attempts, strict=True)]
+    return epsilon_of(history_of(replace(manifest, phases=tuple(phases))), manifest.delta)
+
+
+def stated_epsilon(manifest: RunManifest) -> float:
+    """ε of a manifest's whole schedule, for the unit that its mode protects."""
+    return epsilon_of_attempts(manifest, [phase.attempts for phase in manifest.phases])
+
+
+def charged_epsilon(manifest: RunManifest) -> float:
+    """What the schedule costs a budget of records: never less than `stated_epsilon`.
+
+    In mode "client" ε is stated for an update that is there or zero. One record more or less makes it any other
+    update, which is twice as far: a budget that also pays for records would be charged too little by the former.
+    """
+    if manifest.mode == "client":
+        return epsilon_of_releases(releases_of(manifest), manifest.delta, moved=2)
+    return stated_epsilon(manifest)
+
+
+def member_noise(manifest: RunManifest, phase: int) -> float:
+    """The standard deviation of what a member adds to its update after encoding, in levels; at most."""
+    if manifest.mode != "client" or manifest.skellam is None:
+        return 0.0
+    return math.sqrt(releases_of(manifest)[phase].share(manifest.skellam.carriers))
 
 
 def calibrate(
@@ -131,7 +174,7 @@ def calibrate(
     known = _cached(cache, key)
     if known is not None and 0.9 * epsilon <= cost(known) <= epsilon:
         return known
-    sigma = _search(cost, epsilon)
+    sigma = smallest_noise(cost, epsilon)
     _remember(cache, key, sigma)
     return sigma
 
@@ -194,6 +237,29 @@ def _discretisation(tail: float, steps: int, delta: float) -> float:
     return error
 
 
+def _skellam_faults(manifest: RunManifest) -> list[str]:
+    """What is missing or does not fit between the terms of distributed noise and the rest of a manifest."""
+    secure, terms, phases = manifest.secure, manifest.skellam, manifest.phases
+    if manifest.mode != "client" or secure is None or terms is None:
+        return [f"mode: found {manifest.mode!r}, expected client with secure and skellam terms"]
+    faults = []
+    if not len(secure.update_bounds) == len(terms.coordinates) == len(phases):
+        faults.append(
+            f"skellam: expected a bound and a number of coordinates for each of {len(phases)} phases"
+        )
+    elif any(
+        phase.clip != bound or phase.head_clip
+        for phase, bound in zip(phases, secure.update_bounds, strict=True)
+    ):
+        faults.append("secure update_bounds: found others than the clips, which they are in mode client")
+    carriers = threshold(manifest.minimum_cohort) - secure.max_colluders
+    if terms.carriers != carriers or carriers < 2:
+        faults.append(
+            f"skellam carriers: found {terms.carriers}, expected t - max_colluders = {carriers}, at least 2"
+        )
+    return faults
+
+
 def _check_request(sampling_rate: float, steps: int, epsilon: float) -> None:
     faults = []
     if not 0 < sampling_rate <= 1:
@@ -206,7 +272,8 @@ def _check_request(sampling_rate: float, steps: int, epsilon: float) -> None:
         raise BadInput([f"calibration {fault}" for fault in faults])
 
 
-def _search(cost: Callable[[float], float], epsilon: float) -> float:
+def smallest_noise(cost: Callable[[float], float], epsilon: float) -> float:
+    """The smallest noise multiplier, to 0.1 %, whose `cost` is at most ε; BadInput where there is none."""
     from scipy.optimize import brentq
 
     def excess(log_sigma: float) -> float:  # close to a straight line; bounded, where ε is infinite

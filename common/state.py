@@ -64,6 +64,14 @@ class AdapterSpec:
             mask[place] = tensor.name.startswith(HEAD_PREFIX)
         return mask
 
+    def moved_by(self, phase: str) -> npt.NDArray[np.bool_]:
+        """(size,) true where a phase of that name moves a coordinate; BadInput for an unknown name."""
+        if phase == "head":
+            return self.head_mask()
+        if phase == "adapter":
+            return np.ones(self.size, dtype=bool)
+        raise BadInput(f"manifest phase name: found {phase!r}, expected head or adapter")
+
     @cached_property
     def digest(self) -> str:
         """sha256 over names and shapes."""

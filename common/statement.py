@@ -7,15 +7,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.common.messages import RunManifest
-from fedlora.common.privacy import accountant_name
+from fedlora.common.privacy import accountant_name, charged_epsilon, stated_epsilon
 
 NOISE_SOURCE = "continuous Gaussian in floating point"
+SKELLAM_SOURCE = "Skellam on whole numbers, shared between the institutions"
+
+
+def noise_source(manifest: RunManifest) -> str:
+    """What the noise of a private run is."""
+    return SKELLAM_SOURCE if manifest.mode == "client" else NOISE_SOURCE
+
+
+def unit_of(manifest: RunManifest) -> str:
+    """Whom ε is stated for."""
+    return "institution" if manifest.mode == "client" else manifest.unit or "record"
 
 
 def privacy_statement(manifest: RunManifest, epsilon: float | None) -> list[str]:
     """The guarantee of a run that reserved `epsilon`, and what it rests on."""
     if manifest.mode == "none":
         return ["This run trained without privacy: nothing is guaranteed to anybody whose records it used."]
+    if manifest.mode == "client" and epsilon is not None:
+        return _client_statement(manifest)
     if manifest.mode != "record" or epsilon is None:
         raise ValueError(f"no statement is known for mode {manifest.mode!r}")
     unit = (
@@ -37,6 +50,37 @@ def privacy_statement(manifest: RunManifest, epsilon: float | None) -> list[str]
         "Assumed: a unit occurs at one institution only (otherwise its ε and δ add up), the base model, the label "
         "set and the configuration were chosen without looking at the private records, and validation and test "
         "files are public.",
+        "Not covered: who took part and when, how long training took, and how the hyperparameters were found.",
+    ]
+
+
+def _client_statement(manifest: RunManifest) -> list[str]:
+    """ε is computed from the manifest: what was reserved of a budget is the larger one, of a record."""
+    secure, terms = manifest.secure, manifest.skellam
+    if secure is None or terms is None:
+        raise ValueError("no statement is known for mode 'client' without its terms")
+    releases = "; ".join(
+        f"phase {phase.name}, {phase.attempts} sums of {count} coordinates with noise multiplier "
+        f"{phase.noise_multiplier:.4g} and clip {phase.clip:g}"
+        for phase, count in zip(manifest.phases, terms.coordinates, strict=True)
+    )
+    return [
+        f"The sums of updates that left the institutions are ({shown_epsilon(stated_epsilon(manifest))}, "
+        f"{manifest.delta:g})-differentially private. The unit is an institution, with all its records; neighbours differ in whether "
+        "its update is added or zero, in a cohort that is fixed.",
+        f"One record more or less at an institution changes its update to any other: for it the same run is "
+        f"({shown_epsilon(charged_epsilon(manifest))}, {manifest.delta:g})-differentially private, and that is what "
+        "budgets are charged.",
+        "ε covers every attempt that was consented to, also where the run stopped earlier. It was computed with the "
+        f"Rényi bound of the Skellam mechanism (Agarwal, Kairouz and Liu 2021): {releases}.",
+        "Each institution trains without noise, clips its whole update, rounds it to whole numbers and adds a share "
+        f"of integer noise from the operating system's generator. The noise is {SKELLAM_SOURCE}: an update by "
+        "itself is protected by its mask, not by ε.",
+        "This holds only with secure aggregation whose sums have at least t = ⌊2n/3⌋ + 1 of the n institutions of a "
+        f"round, of which at most c = {secure.max_colluders} side with the coordinator or leave their noise out: any "
+        f"t - c others, at least {terms.carriers}, carry all of the noise. It is computational, as masks are.",
+        "Assumed: base model, label set and configuration were chosen without looking at the private records, and "
+        "validation and test files are public.",
         "Not covered: who took part and when, how long training took, and how the hyperparameters were found.",
     ]
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from fedlora.common.errors import BadInput
 from fedlora.common.messages import Phase, RunManifest, Update
+from fedlora.common.privacy import member_noise
 
 MAX_DRAW_RATIO = 100.0
 NOISE_TAIL = 10.0  # a Gaussian vector's norm passes its root mean square by this many deviations: never seen
@@ -38,13 +39,17 @@ def check_norm(update: Update, bound: float) -> None:
 def update_bound(manifest: RunManifest, phase: int, size: int) -> float:
     """The largest L2 norm that an update of (size,) coordinates may have in a phase. Public."""
     recipe = manifest.phases[phase]
+    if manifest.mode == "client" and manifest.secure is not None:  # clipped whole, rounded, noised after that
+        levels = manifest.secure.levels
+        noise = member_noise(manifest, phase) * (math.sqrt(size) + NOISE_TAIL)
+        return recipe.clip * (levels + math.sqrt(size) / 2 + noise) / levels
     if recipe.optimizer == "adamw":
         return recipe.steps * ADAM_STEP * recipe.learning_rate * math.sqrt(size)
     if recipe.optimizer != "sgd":
         raise BadInput(f"manifest phase optimizer: found {recipe.optimizer!r}, expected sgd or adamw")
     if manifest.mode == "none":
         return PLAIN_RMS * math.sqrt(size)
-    if manifest.mode != "record":
+    if manifest.mode != "record":  # nor "client" without secure aggregation
         raise BadInput(f"manifest mode: found {manifest.mode!r}, expected record or none")
     growth = (1 + recipe.learning_rate * recipe.proximal_mu) ** recipe.steps
     return recipe.steps * recipe.learning_rate * _gradient_bound(recipe, size) * growth
@@ -55,8 +60,11 @@ def coordinate_bound(phase: Phase, mode: str) -> float:
 
     Not the clip: a noised update is longer. A drawn sum of twice the expected units whose gradients all lie in this
     one coordinate fits, and so do NOISE_TAIL deviations of its noise; what is beyond is cut off, not refused.
+    In mode "client" the whole update is clipped and its noise added after this: there, and only there, it is the clip.
     """
     recipe = phase
+    if mode == "client":
+        return recipe.clip
     if recipe.optimizer == "adamw":
         return recipe.steps * ADAM_STEP * recipe.learning_rate
     if recipe.optimizer != "sgd":

@@ -19,9 +19,15 @@ from fedlora.common.config import Config, config_to_toml
 from fedlora.common.export import export_adapter
 from fedlora.common.files import write_atomically
 from fedlora.common.messages import Phase, RunManifest
-from fedlora.common.privacy import Mechanism, epsilon_of
+from fedlora.common.privacy import charged_epsilon, epsilon_of_attempts
 from fedlora.common.state import AdapterState
-from fedlora.common.statement import NOISE_SOURCE, privacy_statement, secure_statement, secure_summary
+from fedlora.common.statement import (
+    noise_source,
+    privacy_statement,
+    secure_statement,
+    secure_summary,
+    unit_of,
+)
 from fedlora.server.checkpoint import Checkpoint, Progress
 from fedlora.server.public import PublicSide
 from fedlora.server.rounds import Cohort, RoundRecord, Rules, run_rounds
@@ -95,13 +101,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 def epsilon_after(manifest: RunManifest, attempts: list[int]) -> float | None:
     """ε of the attempts begun so far, by phase; None where the run is not private."""
-    if manifest.mode == "none":
-        return None
-    done = [
-        Mechanism(phase.sampling_rate, phase.noise_multiplier, phase.steps * count)
-        for phase, count in zip(manifest.phases, attempts, strict=True)
-    ]
-    return epsilon_of(done, manifest.delta)
+    return None if manifest.mode == "none" else epsilon_of_attempts(manifest, attempts)
 
 
 class _MetricsLog:
@@ -166,7 +166,7 @@ def _summary(
     by_client: Mapping[str, float],
 ) -> dict[str, Any]:
     manifest, config, public = run.manifest, run.config, run.public
-    private = manifest.mode == "record"
+    private, whole = manifest.mode != "none", manifest.mode == "client"
     epsilon = max(by_client.values(), default=0.0) if private else None
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(line["seconds"] for line in lines)
@@ -177,13 +177,14 @@ def _summary(
         "epsilon": epsilon,
         "epsilon_by_client": dict(by_client) if private else {},
         "delta": manifest.delta if private else None,
-        "unit": manifest.unit or "record",
+        "epsilon_charged": charged_epsilon(manifest) if whole else epsilon,
+        "unit": unit_of(manifest),
         "mode": manifest.mode,
         "schedule": [
             {
                 "phase": phase.name,
-                "steps": phase.steps * phase.attempts,
-                "sampling_rate": phase.sampling_rate,
+                "steps": phase.attempts if whole else phase.steps * phase.attempts,
+                "sampling_rate": 1.0 if whole else phase.sampling_rate,
                 "noise_multiplier": phase.noise_multiplier,
             }
             for phase in manifest.phases
@@ -204,7 +205,7 @@ def _summary(
         "adapter_digest": progress.released.digest,
         "attention": public.compute.attention,
         "precision": public.compute.precision,
-        "noise_source": NOISE_SOURCE if private else None,
+        "noise_source": noise_source(manifest),
         "privacy_statement": [*privacy_statement(manifest, epsilon), *secure_statement(manifest)],
         "validation": {key: lines[-1][key] for key in metrics if lines and key in lines[-1]},
         "versions": versions(),

@@ -6,15 +6,19 @@
 
 from __future__ import annotations
 
+import math
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from fedlora.common.config import Config
-from fedlora.common.messages import Network, Phase, RunManifest, SecureTerms
-from fedlora.common.privacy import Mechanism, calibrate
-from fedlora.common.secagg.cohort import THRESHOLD_RULE
+from fedlora.common.errors import BadInput
+from fedlora.common.messages import Network, Phase, RunManifest, SecureTerms, SkellamTerms
+from fedlora.common.privacy import Mechanism, calibrate, smallest_noise
+from fedlora.common.secagg.cohort import THRESHOLD_RULE, threshold
 from fedlora.common.secagg.ring import Encoding
+from fedlora.common.skellam import Release, epsilon_of_releases
 from fedlora.server.bound import coordinate_bound
 
 LEVELS = 1 << 22  # of a coordinate: as fine as float32 for a value at the bound; 511 institutions in 32 bits
@@ -29,11 +33,18 @@ def make_manifest(
     cache: Path | None = None,
     federation: str = "simulation",
     minimum_cohort: int = 1,
+    moved: Mapping[str, int] | None = None,
 ) -> RunManifest:
-    """A new run of `config`. Calibration takes seconds and is cached in `cache`."""
-    private = config.privacy.mode == "record"
-    phases = _calibrated(config, public_phases(config), cache) if private else public_phases(config)
-    secure = _secure_terms(config, phases) if config.aggregation.secure else None
+    """A new run of `config`. Calibration takes seconds and is cached in `cache`.
+
+    `moved`: by a phase's name, how many coordinates it moves; mode "client" noises these.
+    """
+    private, phases, skellam = config.privacy.mode != "none", public_phases(config), None
+    if config.privacy.mode == "record":
+        phases = _calibrated(config, phases, cache)
+    elif config.privacy.mode == "client":
+        phases, skellam = _shared_noise(config, phases, moved)
+    secure = _secure_terms(config, phases, skellam) if config.aggregation.secure else None
     return RunManifest(
         federation=federation,
         run=secrets.token_hex(16),
@@ -54,13 +65,18 @@ def make_manifest(
         network=Network.of(config.model, config.lora),
         phases=phases,
         secure=secure,
+        skellam=skellam,
     )
 
 
-def _secure_terms(config: Config, phases: tuple[Phase, ...]) -> SecureTerms:
-    """The ring that holds a sum of all institutions; BadInput where none does."""
+def _secure_terms(config: Config, phases: tuple[Phase, ...], skellam: SkellamTerms | None) -> SecureTerms:
+    """The ring that holds a sum of all institutions, and its noise; BadInput where none does."""
     bounds = tuple(coordinate_bound(phase, config.privacy.mode) for phase in phases)
-    ring = Encoding.fitting(1, max(bounds), LEVELS, config.federation.clients)
+    noise = 0.0
+    if skellam is not None:
+        releases = _releases(phases, skellam.coordinates)
+        noise = max(math.sqrt(each.share(skellam.carriers)) for each in releases)
+    ring = Encoding.fitting(1, max(bounds), LEVELS, config.federation.clients, noise)
     return SecureTerms(
         threshold=THRESHOLD_RULE,
         max_colluders=config.aggregation.max_colluders,
@@ -115,6 +131,35 @@ def _adapter_phase(config: Config, rounds: int) -> Phase:
         carry_optimizer=training.carry_optimizer,
         proximal_mu=training.proximal_mu,
     )
+
+
+def _shared_noise(
+    config: Config, phases: tuple[Phase, ...], moved: Mapping[str, int] | None
+) -> tuple[tuple[Phase, ...], SkellamTerms]:
+    """Phases with the noise of a sum, and how it is shared; one release an attempt, no amplification."""
+    if moved is None or not config.aggregation.secure:
+        raise BadInput(
+            '[privacy] mode = "client": not built yet here; expected a simulation with secure = true'
+        )
+    settings, privacy, done = config.aggregation, config.privacy, list[Phase]()
+    coordinates = tuple(moved[phase.name] for phase in phases)
+    for phase, count in zip(phases, coordinates, strict=True):
+        share = 1.0 if phase is phases[-1] else privacy.head_epsilon_share
+        spent, one = _releases(done, coordinates), Release(1.0, LEVELS, count, phase.attempts)
+        sigma = smallest_noise(
+            lambda noise, spent=spent, one=one: epsilon_of_releases(  # type: ignore[misc]
+                [*spent, replace(one, noise_multiplier=noise)], privacy.delta
+            ),
+            share * privacy.epsilon,
+        )
+        done.append(replace(phase, noise_multiplier=sigma))
+    return tuple(done), SkellamTerms(coordinates, threshold(settings.minimum_cohort) - settings.max_colluders)
+
+
+def _releases(phases: Sequence[Phase], coordinates: Sequence[int]) -> list[Release]:
+    """Of the first phases, in order."""
+    pairs = zip(phases, coordinates, strict=False)
+    return [Release(phase.noise_multiplier, LEVELS, count, phase.attempts) for phase, count in pairs]
 
 
 def _calibrated(config: Config, phases: tuple[Phase, ...], cache: Path | None) -> tuple[Phase, ...]:

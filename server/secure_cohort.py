@@ -20,8 +20,10 @@ import numpy as np
 from fedlora.common.errors import BadInput, QuorumLost, Refused
 from fedlora.common.identity import PublicIdentity
 from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms, Update
+from fedlora.common.privacy import member_noise
 from fedlora.common.secagg import requests
 from fedlora.common.secagg.requests import CONFIRM, DEAL, INPUT, OFFER, OPEN
+from fedlora.common.secagg.ring import Encoding
 from fedlora.common.secagg.wire import Epoch
 from fedlora.common.state import AdapterState
 from fedlora.server.bound import update_bound
@@ -138,7 +140,7 @@ class SecureCohort:
     ) -> SecureSum:
         """Stages 3 to 6, over all of U2: who drops out of one attempt may be back in the next."""
         slot = requests.slot_of(plan, self._manifest.base_digest)
-        encoding = requests.encoding_of(self._terms, plan.phase, state.spec.size)
+        encoding = self._encoding(plan, state.spec.size)
         server = ServerAttempt(epoch.listed, slot, encoding)
         messages = {
             name: epoch.deliver(name) if name in epoch.undelivered else b"" for name in epoch.listed.deals
@@ -190,11 +192,15 @@ class SecureCohort:
             counted.append(signer)
         return counted
 
+    def _encoding(self, plan: RoundPlan, size: int) -> Encoding:
+        noise = member_noise(self._manifest, plan.phase)
+        return requests.encoding_of(self._terms, plan.phase, size, noise)
+
     def _decoded(
         self, result: SecureSum, plan: RoundPlan, size: int
     ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """The sum in the adapter's units; BadInput where its mean is longer than any honest update."""
-        total = requests.encoding_of(self._terms, plan.phase, size).decode(result.levels)
+        total = self._encoding(plan, size).decode(result.levels)
         bound = update_bound(self._manifest, plan.phase, size)
         norm = float(np.linalg.norm(total)) / len(result.members)
         if not norm <= bound * (1 + 1e-6):

@@ -238,7 +238,9 @@ class _Resident:
     def trainer(self, client: str) -> Trainer:
         if client not in self.numbers:
             raise BadInput(f"plan client: found {client}, which is not in this federation")
-        return self.federation.trainer(self.numbers[client], self.manifest, self.ledger, self.moments)
+        secure = self.manifest.secure is not None
+        number = self.numbers[client]
+        return self.federation.trainer(number, self.manifest, self.ledger, self.moments, masked=secure)
 
 
 def _resident(folder: Path) -> _Resident:
@@ -306,7 +308,7 @@ def _staged(resident: _Resident, record: RecordDict) -> RecordDict:
         return resident.trainer(request.institution).train(request.plan, state).delta
 
     try:
-        return wire.envelope_record(SECURE, Keeper.find(resident.manifest).answer(data, train))
+        return wire.envelope_record(SECURE, Keeper.find(resident.manifest).answer(data, spec, train))
     except FedloraError as error:
         return wire.envelope_record(DECLINED, wire.one_line(str(error)).encode())
 

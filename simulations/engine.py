@@ -74,7 +74,7 @@ def secure_cohort(
         list(numbers),
         manifest,
         federation.config,
-        lambda name: federation.trainer(numbers[name], manifest, ledger, moments),
+        lambda name: federation.trainer(numbers[name], manifest, ledger, moments, masked=True),
     )
     identities = {name: peer.identity for name, peer in institutions.peers.items()}
 

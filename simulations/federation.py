@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from fedlora.client.dpsgd import PerSampleGradients
-from fedlora.client.trainer import MomentStore, Trainer, schedule_epsilon
+from fedlora.client.trainer import MomentStore, Trainer, charge
 from fedlora.client.training import ClientData, LocalTraining
 from fedlora.common.config import Config
 from fedlora.common.data import Records, UnitIndex, unit_groups
@@ -22,7 +22,6 @@ from fedlora.common.features import PooledTexts, Progress
 from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import RunManifest
 from fedlora.common.model import AdapterModel
-from fedlora.common.privacy import Spend
 from fedlora.common.tasks import Encoded
 from fedlora.server.manifest import make_manifest
 from fedlora.server.public import PublicRecords, PublicSide, encode
@@ -93,17 +92,27 @@ class Federation:
         model = self.model
         projection = "" if model.projection is None else model.projection.digest
         return make_manifest(
-            self.config, task.labels, model.base_digest, model.spec.digest, projection, cache
+            self.config,
+            task.labels,
+            model.base_digest,
+            model.spec.digest,
+            projection,
+            cache,
+            moved={name: int(model.spec.moved_by(name).sum()) for name in ("head", "adapter")},
         )
 
     def trainer(
-        self, client: int, manifest: RunManifest, ledger: Ledger | None, moments: MomentStore
+        self,
+        client: int,
+        manifest: RunManifest,
+        ledger: Ledger | None,
+        moments: MomentStore,
+        masked: bool = False,
     ) -> Trainer:
         """The trainer of one institution, which has consented to `manifest`; Refused where it may not."""
-        privacy = self.config.privacy
-        budget = Budget(self.budget_name(client), privacy.epsilon, privacy.delta)
+        budget = self._budget(self.budget_name(client), manifest)
         data = ClientData(client_name(client), self.train, self._units_of(client))
-        trainer = Trainer(data, self.training, ledger, budget, moments)
+        trainer = Trainer(data, self.training, ledger, budget, moments, masked)
         trainer.consent(manifest)
         return trainer
 
@@ -113,15 +122,20 @@ class Federation:
         A partition is not a population: with other clients or another seed, the same record is another client's.
         A record is at one client, so that the run costs it what it costs a client.
         """
-        if manifest.mode == "record":
-            privacy = self.config.privacy
-            budget = Budget(f"population {privacy.population}", privacy.epsilon, privacy.delta)
-            spend = Spend(schedule_epsilon(manifest), manifest.delta)
-            ledger.consent(budget, manifest.digest, spend, [phase.attempts for phase in manifest.phases])
+        if manifest.mode != "none":
+            budget = self._budget(f"population {self.config.privacy.population}", manifest)
+            attempts = [phase.attempts for phase in manifest.phases]
+            ledger.consent(budget, manifest.digest, charge(manifest), attempts)
 
     def budget_name(self, client: int) -> str:
         """What a client's own part of a run charges beside the population's budget."""
         return client_name(client)
+
+    def _budget(self, name: str, manifest: RunManifest) -> Budget:
+        """A budget that one run of this configuration fits into; in mode "client" its ε is the institutions'."""
+        privacy = self.config.privacy
+        cap = charge(manifest).epsilon if manifest.mode == "client" else privacy.epsilon
+        return Budget(name, cap, privacy.delta)
 
     def label_counts(self) -> Ints:
         """(clients, labels) records of each label that each client holds; the researcher's own data."""

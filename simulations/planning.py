@@ -18,8 +18,8 @@ from fedlora.common.config import Config
 from fedlora.common.data import unit_groups
 from fedlora.common.features import pooled_features
 from fedlora.common.messages import RunManifest
-from fedlora.common.privacy import Mechanism, default_cache, epsilon_of
-from fedlora.common.statement import shown_epsilon
+from fedlora.common.privacy import default_cache, epsilon_of_attempts, stated_epsilon
+from fedlora.common.statement import shown_epsilon, unit_of
 from fedlora.simulations.federation import Federation
 
 PROBE_RECORDS = 48  # of the public validation part
@@ -40,7 +40,7 @@ def print_plan(config: Config, console: Console, threads: int = 0) -> None:
         manifest = federation.manifest(default_cache())
         speed = measure(federation)
     console.print(_schedule(federation, manifest, speed))
-    if manifest.mode == "record":
+    if manifest.mode != "none":
         console.print(_epsilon_by_round(manifest))
     size = federation.model.spec.size
     console.print(
@@ -96,21 +96,19 @@ def _epsilon_by_round(manifest: RunManifest) -> Table:
     table = Table("round", "ε", box=None)
     shown = sorted({round(share * manifest.rounds) for share in np.linspace(0.1, 1.0, 10)} - {0})
     for number in shown:
-        table.add_row(str(number), shown_epsilon(epsilon_of(_history(manifest, number), manifest.delta)))
-    whole = [Mechanism(p.sampling_rate, p.noise_multiplier, p.steps * p.attempts) for p in manifest.phases]
-    table.add_row(
-        "all attempts", f"{shown_epsilon(epsilon_of(whole, manifest.delta))} at δ = {manifest.delta:g}"
-    )
+        table.add_row(str(number), shown_epsilon(epsilon_of_attempts(manifest, _taken(manifest, number))))
+    whole = shown_epsilon(stated_epsilon(manifest))
+    table.add_row("all attempts", f"{whole} at δ = {manifest.delta:g}, for one {unit_of(manifest)}")
     return table
 
 
-def _history(manifest: RunManifest, rounds: int) -> list[Mechanism]:
-    history, left = [], rounds
+def _taken(manifest: RunManifest, rounds: int) -> list[int]:
+    """Rounds of each phase among the first `rounds`."""
+    taken, left = [], rounds
     for phase in manifest.phases:
-        taken = min(left, phase.rounds)
-        history.append(Mechanism(phase.sampling_rate, phase.noise_multiplier, phase.steps * taken))
-        left -= taken
-    return history
+        taken.append(min(left, phase.rounds))
+        left -= taken[-1]
+    return taken
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -24,7 +24,7 @@ from fedlora.common.features import PooledTexts
 from fedlora.common.features import Progress as FeatureProgress
 from fedlora.common.ledger import Ledger
 from fedlora.common.messages import RunManifest
-from fedlora.common.privacy import default_cache
+from fedlora.common.privacy import default_cache, stated_epsilon
 from fedlora.common.projection import PROJECTION
 from fedlora.server.checkpoint import Checkpoint, Progress
 from fedlora.server.conduct import Conducted, Observe, conclude, conduct, write_summary, write_text
@@ -172,6 +172,8 @@ def _epsilon_by_client(run: Run) -> dict[str, float]:
     for client in run.federation.clients:
         spend = run.ledger.reserved_for(run.federation.budget_name(client), run.manifest.digest)
         result[client_name(client)] = 0.0 if spend is None else spend.epsilon
+    if run.manifest.mode == "client":  # charged for records, stated for institutions
+        return {name: stated_epsilon(run.manifest) if spent else 0.0 for name, spent in result.items()}
     return result
 
 

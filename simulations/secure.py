@@ -100,7 +100,12 @@ class Institutions:
             return update.delta
 
         try:
-            answer = self._node(name).answer(stage, message, plan, state.spec.size, train)
+            node = self._node(name)
+            answer = (
+                node.input(message, plan, state.spec, train)
+                if stage == requests.INPUT
+                else node.answer(stage, message, plan)
+            )
         except (BadInput, Refused) as error:
             return Failure(name, f"{stage}: {error}", refused=isinstance(error, Refused))
         self.masked_vectors += stage == requests.INPUT

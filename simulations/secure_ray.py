@@ -18,7 +18,7 @@ from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.identity import PublicIdentity
 from fedlora.common.messages import RunManifest
 from fedlora.common.secagg.requests import INPUT, Request
-from fedlora.common.state import Vector
+from fedlora.common.state import AdapterSpec, Vector
 from fedlora.simulations.secure import Roster
 
 
@@ -32,17 +32,17 @@ class _Keeper:
     def identities(self) -> dict[str, bytes]:
         return {name: peer.identity.key for name, peer in self._roster.peers.items()}
 
-    def prepare(self, request: bytes) -> _Said:
+    def prepare(self, request: bytes, spec: AdapterSpec) -> _Said:
         """The answer to a stage; None where an update is to be trained and handed to `mask` first."""
         asked = Request.from_bytes(request)
         node = self._node(asked.institution)
         if asked.stage == INPUT:
-            return _said(lambda: node.prepare(asked.message, asked.plan, len(asked.vector) // 4))
-        return _said(lambda: node.answer(asked.stage, asked.message, asked.plan, 0, _never))
+            return _said(lambda: node.prepare(asked.message, asked.plan, spec))
+        return _said(lambda: node.answer(asked.stage, asked.message, asked.plan))
 
-    def mask(self, request: bytes, update: Vector) -> _Said:
+    def mask(self, request: bytes, spec: AdapterSpec, update: Vector) -> _Said:
         asked = Request.from_bytes(request)
-        return _said(lambda: self._node(asked.institution).mask(asked.plan, update))
+        return _said(lambda: self._node(asked.institution).mask(asked.plan, spec, update))
 
     def _node(self, name: str) -> SecureTrainer:
         if name not in self._trainers:
@@ -73,11 +73,11 @@ class Keeper:
         found = cast("dict[str, bytes]", ray.get(self._actor.identities.remote()))
         return {name: PublicIdentity(key) for name, key in found.items()}
 
-    def answer(self, request: bytes, train: Train) -> bytes:
+    def answer(self, request: bytes, spec: AdapterSpec, train: Train) -> bytes:
         """The node's answer to a stage; BadInput or Refused with its reason."""
-        answer = _heard(ray.get(self._actor.prepare.remote(request)))
+        answer = _heard(ray.get(self._actor.prepare.remote(request, spec)))
         if answer is None:
-            answer = _heard(ray.get(self._actor.mask.remote(request, train())))
+            answer = _heard(ray.get(self._actor.mask.remote(request, spec, train())))
         if answer is None:
             raise FedloraError("secure aggregation: found no answer to a stage")
         return answer
@@ -99,7 +99,3 @@ def _heard(said: _Said) -> bytes | None:
     if reason:
         raise Refused(reason) if refused else BadInput(reason)
     return answer
-
-
-def _never() -> Vector:
-    raise FedloraError("secure aggregation: found a stage that trains and is no input")

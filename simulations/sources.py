@@ -48,4 +48,6 @@ def read_sources(config: Config) -> Sources:
         train, validation = whole.take(kept), whole.take(aside, f"{whole.where} (validation part)")
     if config.privacy.mode == "record":
         check_delta(config.privacy.delta, len(unit_groups(train.units, len(train))), whole.where)
+    if config.privacy.mode == "client":
+        check_delta(config.privacy.delta, config.federation.clients, "[federation] clients:")
     return Sources(task_of(config, labels), train, validation, test, file_digest(Path(data.train)))

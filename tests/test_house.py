@@ -29,6 +29,7 @@ LIGHT = (
     "files",
     "ledger",
     "privacy",
+    "skellam",
     "randomness",
     "wire",
     "secagg/cohort",

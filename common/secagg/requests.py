@@ -39,13 +39,13 @@ def slot_of(plan: RoundPlan, base: str) -> Slot:
     return Slot(plan.round, plan.attempt, plan.adapter, base)
 
 
-def encoding_of(terms: SecureTerms, phase: int, size: int) -> Encoding:
-    """The fixed point of a phase; BadInput where the terms have no such phase."""
+def encoding_of(terms: SecureTerms, phase: int, size: int, noise: float = 0.0) -> Encoding:
+    """The fixed point of a phase; BadInput where the terms have no such phase. `noise`: of a member, in levels."""
     if not 0 <= phase < len(terms.update_bounds):
         raise BadInput(
             f"secure aggregation phase: found {phase}, expected 0 to {len(terms.update_bounds) - 1}"
         )
-    return Encoding(size, terms.bits, terms.update_bounds[phase], terms.levels)
+    return Encoding(size, terms.bits, terms.update_bounds[phase], terms.levels, noise)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,9 @@ class Encoding:
     bits: int
     bound: float  # a coordinate saturates at ± this; a public value of its own, not the privacy clip
     levels: int  # integer steps from 0 to the bound
+    noise: float = (
+        0.0  # standard deviation, in levels, of what a member adds beyond the bound; an upper bound
+    )
 
     def __post_init__(self) -> None:
         faults = []
@@ -52,28 +55,34 @@ class Encoding:
             faults.append(f"update_bound: found {self.bound}, expected a finite number > 0")
         if not 1 <= self.levels <= MOST_LEVELS:
             faults.append(f"levels: found {self.levels}, expected 1 to {MOST_LEVELS}")
+        if not (math.isfinite(self.noise) and self.noise >= 0):
+            faults.append(f"noise: found {self.noise}, expected a finite number >= 0")
         if faults:
             raise BadInput([f"secure aggregation {fault}" for fault in faults])
 
     @classmethod
     def fitting(cls, size: int, bound: float, levels: int, members: int, noise: float = 0.0) -> Encoding:
         """The narrower ring in which a sum of `members` words is exact; BadInput where neither is wide enough."""
-        narrow = cls(size, 32, bound, levels)
-        if narrow.fits(members, noise):
+        narrow = cls(size, 32, bound, levels, noise)
+        if narrow.fits(members):
             return narrow
-        wide = cls(size, 64, bound, levels)
-        wide.check(members, noise)
+        wide = cls(size, 64, bound, levels, noise)
+        wide.check(members)
         return wide
 
-    def fits(self, members: int, noise: float = 0.0) -> bool:
-        """Whether no sum of `members` words can wrap; `noise` is each member's standard deviation, in levels."""
-        return members * self.levels + NOISE_TAIL * noise * math.sqrt(members) < 1 << (self.bits - 1)
+    def reach(self, members: int) -> float:
+        """The most levels that a coordinate of a sum of `members` has."""
+        return members * self.levels + NOISE_TAIL * self.noise * math.sqrt(members)
 
-    def check(self, members: int, noise: float = 0.0) -> None:
+    def fits(self, members: int) -> bool:
+        """Whether no sum of `members` words can wrap."""
+        return self.reach(members) < 1 << (self.bits - 1)
+
+    def check(self, members: int) -> None:
         """BadInput where a sum could wrap."""
-        if not self.fits(members, noise):
+        if not self.fits(members):
             raise BadInput(
-                f"secure aggregation range: {members} members of {self.levels} levels with noise {noise:g} do "
+                f"secure aggregation range: {members} members of {self.levels} levels with noise {self.noise:g} do "
                 f"not fit half of 2^{self.bits}: expected fewer members or levels"
             )
 
@@ -169,10 +178,10 @@ class Masked:
         if linear != linear_check(check_key, values):
             raise BadInput("sum check: found words that do not belong to their linear check")
         largest = max(int(values.max()), -int(values.min()))
-        if largest > members * self.encoding.levels:
+        if largest > self.encoding.reach(members):
             raise BadInput(
                 f"sum range: found a coordinate of {largest} levels, expected at most "
-                f"{members} times {self.encoding.levels}"
+                f"{members} times {self.encoding.levels} and noise of {self.encoding.noise:g}"
             )
         return values
 

@@ -32,11 +32,13 @@ from fedlora.common.protocol import (
     reply_from_bytes,
     request_to_bytes,
 )
+from fedlora.common.state import AdapterSpec, TensorSpec
 
 BASE = "sha256:" + "b" * 64
 PHASE = Phase("adapter", 3, 4, 2, 0.05, 4.0, 3.0, 1.0, 0.0, "sgd", 0.01, True, 0.0)
 COORDINATOR = Identity.generate()
 ADAPTER = b"\x00" * 8
+ADAPTER_SPEC = AdapterSpec((TensorSpec("lora.a", (2,)),))
 
 POLICY = """\
 institution = "north"
@@ -102,6 +104,7 @@ class FakeWork:
     ledger: Ledger
     trained: list[RoundPlan] = field(default_factory=list)
     during: Callable[[], None] = nothing
+    adapter: AdapterSpec = ADAPTER_SPEC
     update: bytes = b""  # what it answers; empty: a number that counts its trainings
     turn: threading.Lock = field(default_factory=threading.Lock)
 
@@ -110,6 +113,9 @@ class FakeWork:
             attempts = [phase.attempts for phase in manifest.phases]
             self.ledger.consent(budget, manifest.digest, projected(manifest), attempts)
         return "sha256:data"
+
+    def spec(self, manifest: RunManifest, projection: Path) -> AdapterSpec:
+        return self.adapter
 
     def train(
         self, manifest: RunManifest, projection: Path, budget: Budget, plan: RoundPlan, vector: bytes

@@ -103,7 +103,7 @@ STRANGER = Identity.generate()
         pytest.param(offer_of(replace(RUN, minimum_cohort=2)), "at least 3", id="cohort-below-minimum"),
         pytest.param(offer_of(replace(RUN, epsilon=0.01)), "its schedule costs", id="understated-epsilon"),
         pytest.param(offer_of(replace(RUN, mode="none")), "without noise", id="unnoised"),
-        pytest.param(offer_of(replace(RUN, mode="client")), "expected record", id="client-mode"),
+        pytest.param(offer_of(replace(RUN, mode="client")), "client_level is false", id="client-mode"),
         pytest.param(offer_of(replace(RUN, base_digest="sha256:0")), "base_digest", id="unpinned-base"),
         pytest.param(offer_of(replace(RUN, labels=("b", "a"))), "labels", id="other-labels"),
         pytest.param(offer_of(replace(RUN, unit="patient")), "unit", id="other-unit"),

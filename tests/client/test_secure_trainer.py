@@ -63,10 +63,10 @@ def begun(made: dict[str, SecureTrainer]) -> dict[str, bytes]:
     server = ServerEpoch(epoch, {name: peer.identity for name, peer in peers_of(3).items()}, 3)
     offer = requests.epoch_to_bytes(epoch)
     for each in made.values():
-        server.add_offer(each.answer("offer", offer, plan_of(), SPEC.size, never))
+        server.add_offer(each.answer("offer", offer, plan_of()))
     members = server.close_offers()
     for each in made.values():
-        server.add_deal(each.answer("deal", members, plan_of(), SPEC.size, never))
+        server.add_deal(each.answer("deal", members, plan_of()))
     server.close_deals()
     return {name: server.delivery(name) for name in made}
 
@@ -75,12 +75,12 @@ def test_an_attempt_is_trained_once_and_answered_by_the_same_bytes() -> None:
     made = trainers()
     delivered, counting = begun(made), Counting()
     node = made[NAMES[0]]
-    first = node.answer("input", delivered[NAMES[0]], plan_of(), SPEC.size, counting)
-    again = node.answer("input", b"", plan_of(), SPEC.size, never)
+    first = node.input(delivered[NAMES[0]], plan_of(), SPEC, counting)
+    again = node.input(b"", plan_of(), SPEC, never)
     assert first == again and counting.calls == 1
     with pytest.raises(Refused):
-        node.answer("input", b"", plan_of(round=2), SPEC.size, never)
-    node.answer("input", b"", plan_of(2, round=2), SPEC.size, counting)
+        node.input(b"", plan_of(round=2), SPEC, never)
+    node.input(b"", plan_of(2, round=2), SPEC, counting)
     assert counting.calls == 2
 
 
@@ -95,9 +95,9 @@ def test_data_is_touched_after_the_checks_only() -> None:
         (b"", plan_of(phase=1), BadInput),
     ):
         with pytest.raises(kind):
-            node.answer("input", message, plan, SPEC.size, never)
+            node.input(message, plan, SPEC, never)
     with pytest.raises(BadInput, match="expected one of offer"):
-        node.answer("unmask", b"", plan_of(), SPEC.size, never)
+        node.answer("unmask", b"", plan_of())
 
 
 def test_a_cohort_too_large_for_the_ring_is_refused_before_training() -> None:
@@ -107,13 +107,13 @@ def test_a_cohort_too_large_for_the_ring_is_refused_before_training() -> None:
     epoch = Epoch(run.federation, run.digest, 1, 1, 2)
     server = ServerEpoch(epoch, {name: peer.identity for name, peer in peers_of(3).items()}, 3)
     for each in made.values():
-        server.add_offer(each.answer("offer", requests.epoch_to_bytes(epoch), plan_of(), SPEC.size, never))
+        server.add_offer(each.answer("offer", requests.epoch_to_bytes(epoch), plan_of()))
     members = server.close_offers()
     for each in made.values():
-        server.add_deal(each.answer("deal", members, plan_of(), SPEC.size, never))
+        server.add_deal(each.answer("deal", members, plan_of()))
     server.close_deals()
     with pytest.raises(BadInput, match="do not fit half of"):
-        made[NAMES[0]].answer("input", server.delivery(NAMES[0]), plan_of(), SPEC.size, never)
+        made[NAMES[0]].input(server.delivery(NAMES[0]), plan_of(), SPEC, never)
 
 
 def test_terms_that_a_node_does_not_take() -> None:

@@ -160,6 +160,8 @@ def test_a_private_run_without_a_ledger_does_not_train(
     with pytest.raises(Refused, match="ledger: found none"):
         alone.consent(manifest(model))
     with pytest.raises(BadInput, match="mode"):
+        alone.consent(manifest(model, mode="other"))
+    with pytest.raises(Refused, match="under masks only"):
         alone.consent(manifest(model, mode="client"))
 
 

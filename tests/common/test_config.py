@@ -111,7 +111,14 @@ BAD = {
     ),
     "cfg-mode-client": (
         '[privacy]\nmode = "client"',
-        ['run.toml [privacy] mode = "client": not built yet; expected one of record, none'],
+        [
+            'run.toml [privacy] mode = "client": expected [aggregation] secure = true: a single update has but a '
+            "share of the noise"
+        ],
+    ),
+    "cfg-mode-client-head-clip": (
+        '[privacy]\nmode = "client"\nhead_clip = 0.5\n[aggregation]\nsecure = true',
+        ['run.toml [privacy] head_clip = 0.5: expected 0 with mode = "client": one clip for all'],
     ),
     "cfg-strategy-later": (
         '[aggregation]\nstrategy = "svd"',

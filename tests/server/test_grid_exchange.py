@@ -65,7 +65,11 @@ class Institution:
         plan, size = request.plan, len(request.vector) // 4
         assert size == (SPEC.size if request.stage == "input" else 0)
         try:
-            answer = self.node.answer(request.stage, request.message, plan, size, lambda: self.delta)
+            answer = (
+                self.node.input(request.message, plan, SPEC, lambda: self.delta)
+                if request.stage == "input"
+                else self.node.answer(request.stage, request.message, plan)
+            )
         except FedloraError as error:
             return wire.envelope_record(DECLINED, str(error).encode())
         if self.mood == "lie" and request.stage == "open":

@@ -56,7 +56,7 @@ class World:
         source = np.random.default_rng(3)
         self.updates = {name: source.uniform(-0.05, 0.05, SPEC.size).astype("<f4") for name in NAMES}
         for name, node in self.nodes.items():
-            node.work.update = self.updates[name].tobytes()
+            node.work.update, node.work.adapter = self.updates[name].tobytes(), SPEC
             for other in NAMES:
                 if other != name:
                     nodes.approve(node.folder, (root / other / "enrolment.json").read_text(), other)
@@ -88,7 +88,7 @@ class World:
         node = self.nodes[name]
         node.ledger.close()
         node.restart()
-        node.work.update = self.updates[name].tobytes()
+        node.work.update, node.work.adapter = self.updates[name].tobytes(), SPEC
 
     def total(self, attempt: int, round_number: int | None = None) -> CohortSum:
         plan = RoundPlan(self.run.digest, 0, round_number or attempt, attempt, START.digest)

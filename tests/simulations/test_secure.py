@@ -279,5 +279,6 @@ def test_the_bound_of_a_coordinate_is_not_the_clip() -> None:
     bound = coordinate_bound(phase, "record")
     deviation = phase.learning_rate * phase.noise_multiplier * phase.clip / phase.expected_units
     assert bound == pytest.approx(phase.learning_rate * 2 * phase.clip + 10 * deviation)
+    assert coordinate_bound(phase, "client") == phase.clip  # there noise is added to the whole numbers
     with pytest.raises(BadInput, match="expected record or none"):
-        coordinate_bound(phase, "client")
+        coordinate_bound(phase, "other")
