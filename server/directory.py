@@ -164,7 +164,8 @@ class Directory:
         """Who speaks in a run, and to whom: members are read anew each time they are asked for."""
         from fedlora.server.deployment import Coordinator  # not above: it loads torch
 
-        return Coordinator(self.settings.federation, self.identity, self.registry.active)
+        registry = self.registry
+        return Coordinator(self.settings.federation, self.identity, registry.active, registry.former)
 
     def superlink_files(self) -> Files:
         tls = self.root / "tls"
