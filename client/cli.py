@@ -39,22 +39,30 @@ def init(
     organisation: Annotated[str, typer.Option(help="The organisation's full name.")],
     node: Folder = HERE,
     rotate: Annotated[
-        bool, typer.Option("--rotate", help="New keys for an existing node; enrol again.")
+        bool, typer.Option("--rotate", help="New keys for an existing node, handed over by the old ones.")
     ] = False,
 ) -> None:
     """Make the node's folder, its keys and its enrolment request."""
     from fedlora.client import node as nodes
 
     folder = NodeFolder(node)
-    request = nodes.rotate(folder) if rotate else nodes.init(folder, name, organisation)
-    console.print(f"hand {folder.request} to the coordinator, and read out on the telephone:", markup=False)
+    request = (nodes.rotate if rotate else nodes.init)(folder, name, organisation)
+    file = folder.rotation if rotate else folder.request
+    console.print(f"hand {file} to the coordinator, and read out on the telephone:", markup=False)
     console.print(f"  {request.name}: {request.identity.fingerprint}", markup=False)
+    if rotate:
+        console.print("Peers approve the same file: fedlora-node join rotation.json --approve", markup=False)
+        console.print(
+            f"Once the coordinator has taken it: restart the trainer, and the relay with {folder.relay}",
+            markup=False,
+        )
 
 
 @app.command()
 def join(
     file: Annotated[
-        Path, typer.Argument(help="The coordinator's invitation; with --approve a peer's request.")
+        Path,
+        typer.Argument(help="The coordinator's invitation; with --approve a peer's request or rotation."),
     ],
     node: Folder = HERE,
     approve: Annotated[bool, typer.Option("--approve", help="Admit a peer to this node's roster.")] = False,

@@ -3,6 +3,7 @@
 node.toml          the policy, the operator's to write
 identity.pem       Ed25519, 0600: what answers are signed with
 enrolment.json     the request to hand to the coordinator
+rotation.json      after `init --rotate`: that request under the old key's signature
 federation.json    the invitation, as pinned by `join`
 peers.toml         the roster; `join --approve` alone adds to it
 ledger.sqlite, ledger.key, and the head where the policy says
@@ -40,6 +41,7 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import Identity, PublicIdentity
 from fedlora.common.ledger import Ledger
+from fedlora.common.rotation import is_rotation, rotation_from_text, rotation_to_text
 from fedlora.common.toml import literal
 
 MAX_TEXT_BYTES = 1 << 16
@@ -62,6 +64,10 @@ class NodeFolder:
     @property
     def request(self) -> Path:
         return self.root / "enrolment.json"
+
+    @property
+    def rotation(self) -> Path:
+        return self.root / "rotation.json"
 
     @property
     def federation(self) -> Path:
@@ -115,16 +121,31 @@ def init(folder: NodeFolder, name: str, organisation: str) -> EnrolmentRequest:
     return request
 
 
-def rotate(folder: NodeFolder) -> EnrolmentRequest:
-    """New keys and a new request; the old identity is kept beside them, for what it signed. Enrol again."""
-    old = request_from_text(read_text(folder.request), folder.request.name)
-    kept = folder.identity.with_name(f"identity-{datetime.now(UTC):%Y%m%dT%H%M%S}.pem")
+def rotate(folder: NodeFolder, name: str, organisation: str) -> EnrolmentRequest:
+    """New keys, and rotation.json: their request under the signature of the old key.
+
+    The old identity is kept beside them, for what it signed, and so is an earlier rotation, for a coordinator that
+    has not taken it yet. BadInput where this node is another one than `name`.
+    """
+    known = request_from_text(read_text(folder.request), folder.request.name)
+    for field, found, expected in (
+        ("name", name, known.name),
+        ("organisation", organisation, known.organisation),
+    ):
+        if found != expected:
+            raise BadInput(f"{field}: found {found[:200]!r}, expected {expected!r}, whose keys are rotated")
+    stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    kept = folder.identity.with_name(f"identity-{stamp}.pem")
     if kept.exists():
         raise BadInput(f"{kept}: found a key, expected none")
-    Identity.load(folder.identity).write(kept)
+    old = Identity.load(folder.identity)
+    old.write(kept)
+    if folder.rotation.exists():
+        folder.rotation.rename(folder.rotation.with_name(f"rotation-{stamp}.json"))
     identity = Identity.generate()
-    request = _request(folder, identity, old.name, old.organisation, _flower_key(folder))
-    identity.write(folder.identity)
+    request = _request(folder, identity, name, organisation, _flower_key(folder))
+    write_atomically(folder.rotation, rotation_to_text(old, read_text(folder.request)).encode())
+    identity.write(folder.identity)  # last: a killed rotation begins again, under the key that is known
     return request
 
 
@@ -164,10 +185,22 @@ def pinned_invitation(folder: NodeFolder) -> Invitation:
 
 
 def approve(folder: NodeFolder, text: str, where: str) -> Peer:
-    """Admit a peer to this node's own roster: the only way in. Name, key and organisation occur once each."""
-    request = request_from_text(text, where)
-    peer = Peer(request.name, request.organisation, request.identity)
+    """Admit a peer to this node's own roster: the only way in. Name, key and organisation occur once each.
+
+    `text` is a peer's request, or its rotation: a new request under the signature of the key that was approved.
+    """
     roster = read_peers(folder)
+    if is_rotation(text):
+        rotation = rotation_from_text(text, where)
+        request, held = rotation.request, roster.pop(rotation.request.name, None)
+        if held is None or (held.identity, held.organisation) != (rotation.old, request.organisation):
+            raise Refused(
+                f"{where}: found {request.name} of {request.organisation!r} under the signature of "
+                f"{rotation.old.text}, expected that of a peer's approved key"
+            )
+    else:
+        request = request_from_text(text, where)
+    peer = Peer(request.name, request.organisation, request.identity)
     own = Identity.load(folder.identity).public
     for each in (*roster.values(), Peer("", "", own)):
         if each.identity == peer.identity and each != peer:
@@ -177,7 +210,9 @@ def approve(folder: NodeFolder, text: str, where: str) -> Peer:
                 f"{where}: found a second key of {peer.organisation!r}, which is {each.name} already"
             )
     if roster.get(peer.name, peer) != peer:
-        raise Refused(f"{where}: found another key of {peer.name}; remove the old one first")
+        raise Refused(
+            f"{where}: found another key of {peer.name}, expected its rotation.json; or remove the old one first"
+        )
     _write_peers(folder, {**roster, peer.name: peer})
     return peer
 

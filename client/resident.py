@@ -52,6 +52,7 @@ from fedlora.common.protocol import (
     Staged,
     Task,
     one_line,
+    reply_from_bytes,
     reply_to_bytes,
     request_from_bytes,
     vector_from_bytes,
@@ -155,7 +156,7 @@ class Resident:
             self._secure.check(manifest)
         _check_projection(manifest, offer.projection)
         kept = self._outbox.read(manifest.digest, 0, 0, data)
-        if kept is not None:
+        if kept is not None and self._is_ours(invitation, kept):
             return kept
         folder = self._folder.run(manifest.digest)
         with _private():
@@ -290,6 +291,14 @@ class Resident:
             signed = reply_to_bytes(self._identity, federation, reply)
             self._outbox.write(reply.manifest, *at, data, signed)
         return signed
+
+    def _is_ours(self, invitation: Invitation, kept: bytes) -> bool:
+        """Whether today's key signed it: a consent holds no noise, and after a rotation it is signed anew."""
+        try:
+            reply_from_bytes(kept, invitation.federation, {self._policy.institution: self._identity.public})
+        except Refused:
+            return False
+        return True
 
     def _note_data(self, folder: Path, digest: str) -> None:
         append_line(folder / "data.jsonl", {"time": _now(), "data": digest})

@@ -6,6 +6,7 @@ old key is lost, there is no rotation: the member is revoked and enrols anew, wi
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from fedlora.common.enrolment import MAX_TEXT, EnrolmentRequest, request_from_text
@@ -30,6 +31,14 @@ def rotation_to_text(old: Identity, request: str) -> str:
     text = seal(old, ROTATION_TAG, {"request": request})
     rotation_from_text(text, "rotation")
     return text
+
+
+def is_rotation(text: str) -> bool:
+    """Whether a signed text is meant as a rotation, and not as a request; who signed it is not asked."""
+    try:
+        return bool(json.loads(text[: 2 * MAX_TEXT])["body"].keys() == {"request"})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
 
 
 def rotation_from_text(text: str, where: str) -> Rotation:

@@ -160,7 +160,8 @@ class Directory:
 
     def coordinator(self) -> Coordinator:
         """Who speaks in a run, and to whom: members are read anew each time they are asked for."""
-        return Coordinator(self.settings.federation, self.identity, self.registry.active)
+        registry = self.registry
+        return Coordinator(self.settings.federation, self.identity, registry.active, registry.former)
 
     def superlink_files(self) -> Files:
         tls = self.root / "tls"

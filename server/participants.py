@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeGuard
@@ -58,6 +59,7 @@ class Coordinator:
     federation: str
     identity: Identity
     members: Members  # the active ones, at this moment
+    former: Callable[[str], Sequence[PublicIdentity]] = lambda name: ()  # keys that a member had before
 
 
 class Participants:
@@ -173,13 +175,27 @@ class Participants:
         self._consents[name] = consent
 
     def _read_consents(self) -> None:
-        """Of a run that is resumed."""
+        """Of a run that is resumed. What a former key signed is asked for anew; what nobody signed is refused."""
         members = self.coordinator.members()
         for path in sorted((self.folder / "consents").glob("*.reply")):
             if path.stem in members:
-                reply = self.opened(path.stem, path.read_bytes(), members)
+                data = path.read_bytes()
+                try:
+                    reply = self.opened(path.stem, data, members)
+                except Refused:
+                    if not self._by_former(path.stem, data):
+                        raise
+                    continue
                 if self._is_consent(reply):
                     self._consents[path.stem] = reply
+
+    def _by_former(self, name: str, data: bytes) -> bool:
+        """Whether a key signed it that `name` had before it rotated."""
+        for key in self.coordinator.former(name):
+            with suppress(Refused):
+                self.opened(name, data, {name: key})
+                return True
+        return False
 
     def _is_consent(self, reply: Reply) -> TypeGuard[Consent]:
         """To this run, and at no less than its schedule costs: what is released states the largest of them."""

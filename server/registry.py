@@ -80,6 +80,12 @@ class Registry:
         """By name, as of now: the round loop asks before every round, so that a revocation counts from the next."""
         return {member.name: member.identity for member in self.members() if member.active}
 
+    def former(self, name: str) -> tuple[PublicIdentity, ...]:
+        """The keys that ended under this name: rotated, or revoked before the name was enrolled anew."""
+        return tuple(
+            member.identity for member in self.members() if member.name == name and not member.active
+        )
+
     def flower_keys(self) -> Mapping[str, str]:
         """By name: the OpenSSH line that SuperLink admits each active member's node by."""
         return {member.name: member.flower_key for member in self.members() if member.active}

@@ -215,7 +215,7 @@ def test_peers_join_by_the_operators_hand_once_each(north: Institution, tmp_path
 
 def test_new_keys_are_new_and_the_old_ones_are_kept(north: Institution) -> None:
     old, flower = north.identity.public, (north.folder.relay / "flower_key.pub").read_text()
-    request = nodes.rotate(north.folder)
+    request = nodes.rotate(north.folder, "north", "Nord Klinik")
     assert Identity.load(north.folder.identity).public == request.identity != old
     assert (north.folder.relay / "flower_key.pub").read_text() != flower
     (kept,) = north.folder.root.glob("identity-*.pem")
