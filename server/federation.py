@@ -8,7 +8,6 @@ killed, the checkpoint in the run's folder is what `resume` goes on from, in a n
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from fedlora.common.config import config_to_toml, load_config
 from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
 from fedlora.common.files import write_atomically
 from fedlora.server.directory import Directory
-from fedlora.server.outcome import OUTCOME, outcome_path
+from fedlora.server.outcome import OUTCOME, appoint, outcome_path
 from fedlora.server.superlink import SuperLink
 
 LOOK = 0.5  # seconds between two looks at a run's files
@@ -49,7 +48,7 @@ def carry_out(directory: Directory, folder: Path, watch: Watch) -> dict[str, Any
     (folder / OUTCOME).unlink(missing_ok=True)
     with SuperLink(directory.superlink_files(), directory.port) as link:
         admit(directory, link)
-        token = secrets.token_hex(8)
+        token = appoint(folder)
         run = link.start_run({"directory": str(directory.root), "run": str(folder), "token": token})
         with _stopped_on_interrupt(link, run):
             outcome = _followed(directory, link, run, folder, token, watch)

@@ -1,10 +1,17 @@
-"""How a run's process ended, left in the run's folder for who started it; and that there is one such process."""
+"""Which process carries a run out, and how it ended: files in the run's folder, for who started it.
+
+A process whose SuperLink or whose starter was killed may live on, and find its way back to a SuperLink that is
+started again. So each is appointed by name, one works at a time, and one that is no longer appointed ends itself.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import logging
+import os
+import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,18 +23,27 @@ from fedlora.common.files import write_atomically
 log = logging.getLogger(__name__)
 
 OUTCOME = "outcome.json"  # of the last process that somebody waited for
-LOCK_TRIES, LOCK_PAUSE = 60, 1.0  # looks at a run that another process still holds, and seconds between them
+APPOINTED = "appointed"
+LOCK_TRIES, PAUSE = 60, 1.0  # looks at a run that another process still holds, and seconds between two looks
+SUPERSEDED = 75  # exit status of a process that another one replaced
+
+
+def appoint(folder: Path) -> str:
+    """A new token: whoever was started with another one ends."""
+    token = secrets.token_hex(8)
+    write_atomically(folder / APPOINTED, token.encode())
+    return token
 
 
 def outcome_path(folder: Path, token: str) -> Path:
-    """Where the process that was started with `token` leaves its ending: one whose SuperLink was killed ends late."""
+    """Where the process that was started with `token` leaves its ending."""
     return folder / f"outcome-{token}.json"
 
 
 def outcome_of(work: Callable[[], object], folder: Path, token: str) -> None:
     """Run `work`, alone in its folder, and leave how it ended: the exit code, and one line to a fault."""
     try:
-        with _only_process(folder):
+        with _only_while_appointed(folder, token), _only_process(folder):
             work()
         found = {"code": 0, "message": ""}
     except FedloraError as error:
@@ -39,6 +55,26 @@ def outcome_of(work: Callable[[], object], folder: Path, token: str) -> None:
 
 
 @contextmanager
+def _only_while_appointed(folder: Path, token: str) -> Iterator[None]:
+    """End this process once another is appointed. All that it writes is whole or absent, so any moment will do."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(PAUSE):
+            if (folder / APPOINTED).read_text() != token:
+                log.warning("%s: another process was appointed; this one ends", folder)
+                os._exit(SUPERSEDED)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+@contextmanager
 def _only_process(folder: Path) -> Iterator[None]:
     """The run's own lock; FedloraError where another process does not give it up."""
     with (folder / "lock").open("a") as lock:
@@ -47,7 +83,7 @@ def _only_process(folder: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                time.sleep(LOCK_PAUSE)
+                time.sleep(PAUSE)
         else:
             raise FedloraError(f"{folder}: found another process that carries this run out, expected none")
         yield
