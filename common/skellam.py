@@ -153,8 +153,8 @@ def poisson(source: Random, n: int, rate: float) -> Ints:
     stays with probability p(k) / (M q(k)), by a uniform of 64 bits. p falls away from its mode, so M is the largest
     ratio at the blocks' inner ends: no ratio is above 1.
 
-    Error: log p is right to 1e-12, so each probability is up to a factor 1 ± 1e-12, wherever p(k) / (M q(k)) is
-    above 2^-64 (some nine standard deviations); what lies beyond has less than 1e-18 of the mass in all.
+    Error: log p is right to 1e-12, so each probability is to a factor 1 ± 1e-12; and the last uniform has 64 bits,
+    so up to 2^-64 M q(k) of it is missing, which is less than 1e-18 of the mass in all.
     """
     if not 0 < rate <= LARGEST_RATE:  # also refuses nan
         raise BadInput(f"Poisson rate: found {rate}, expected above 0 and at most 2^50")

@@ -21,6 +21,8 @@ TESTS = (
     "tests/client/test_secure_trainer.py",
     "tests/server/test_secagg.py",
     "tests/client/test_secagg_machine.py",
+    "tests/client/test_shared_noise.py",
+    "tests/common/test_skellam.py",
 )
 COPIED = ("client", "common", "server", "tests", ".typing", "pyproject.toml")
 
@@ -36,7 +38,8 @@ class Mutant:
 
 
 COHORT, NODE, SERVER = "common/secagg/cohort.py", "client/secagg.py", "server/secagg.py"
-TRAINER = "client/secure_trainer.py"
+TRAINER, VERDICTS = "client/secure_trainer.py", "client/verdicts.py"
+SKELLAM, PRIVACY = "common/skellam.py", "common/privacy.py"
 MUTANTS = (
     Mutant("a stranger counts", COHORT, "if name not in self.peers:", "if False:"),
     Mutant("an epoch outlives a member's removal", NODE, "for name in state.names):", "for name in ()):"),
@@ -194,6 +197,40 @@ MUTANTS = (
         "if False:",
     ),
     Mutant("unmask with fewer shares", SERVER, "if len(shares) < t:", "if len(shares) < t - 1:"),
+    Mutant(
+        "noise as if all who stay were honest",
+        TRAINER,
+        "carriers = cohort.threshold(self._node.members) - colluders",
+        "carriers = cohort.threshold(self._node.members)",
+    ),
+    Mutant(
+        "more colluders than the others share for", TRAINER, "if colluders < node.max_colluders:", "if False:"
+    ),
+    Mutant("fewer carriers than promised", TRAINER, "if carriers < promised.carriers:", "if carriers < 2:"),
+    Mutant(
+        "a cohort whose lists may be two",
+        TRAINER,
+        "        cohort.check_colluders(self._node.members, colluders)\n",
+        "",
+    ),
+    Mutant("other coordinates", TRAINER, "if promised.coordinates[phase] != moved:", "if False:"),
+    Mutant("no opt-in", VERDICTS, '"" if policy.limits.client_level else', '"" if True else'),
+    Mutant(
+        "rounding is free", SKELLAM, "self.levels + math.sqrt(self.coordinates) / 2", "float(self.levels)"
+    ),
+    Mutant("releases are one", SKELLAM, "each.times * each.renyi", "each.renyi"),
+    Mutant("Skellam is Gaussian", SKELLAM, "/ (2 * mu) + rest", "/ (2 * mu)"),
+    Mutant("the clip is not checked", SKELLAM, "if not norm <= release.sensitivity:", "if False:"),
+    Mutant("a phase moves anything", SKELLAM, "if levels[~moved].any():", "if False:"),
+    Mutant("an update that is no number", SKELLAM, "if not math.isfinite(norm):", "if False:"),
+    Mutant("zero twice", SKELLAM, "self.middle - 1 - place", "self.middle - place"),
+    Mutant("proposals below the probabilities", SKELLAM, "ratios.max())", "ratios.max()) - 0.3"),
+    Mutant(
+        "shares too small", SKELLAM, "return self.variance / carriers", "return self.variance / carriers**2"
+    ),
+    Mutant("a record is charged as an institution", PRIVACY, "manifest.delta, moved=2", "manifest.delta"),
+    Mutant("any bound", PRIVACY, "phase.clip != bound or phase.head_clip", "phase.head_clip"),
+    Mutant("any carriers", PRIVACY, "if terms.carriers != carriers or", "if"),
 )
 
 

@@ -117,6 +117,23 @@ def test_epsilon_is_never_below_the_truth(shift: int, mu: float, times: int) -> 
     assert truth <= bound <= (1.5 if mu > 5 else 3) * truth
 
 
+def test_the_bound_by_hand() -> None:
+    """α Δ2²/2μ + min(((2α-1) Δ2² + 6 Δ1)/4μ², 3 Δ1/2μ): either part of the minimum, and Δ1 <= √d Δ2 or Δ2²."""
+    assert release_of((1,), 4.0).renyi(2) == pytest.approx(2 / 8 + (3 + 6) / 64)
+    assert release_of((1,), 0.25).renyi(2) == pytest.approx(2 / 0.5 + 3 / 0.5)
+    assert release_of((3,), 4.0).renyi(2) == pytest.approx(18 / 8 + (27 + 18) / 64)
+    assert release_of((1, 1, 1, 1), 4.0).renyi(3, moved=2) == pytest.approx(
+        3 * 16 / 8 + min((5 * 16 + 6 * 8) / 64, 24 / 8)
+    )
+    mixed = [release_of((1,), 4.0, 2), release_of((2,), 9.0, 3)]
+    costs = {
+        order: 2 * mixed[0].renyi(order) + 3 * mixed[1].renyi(order)
+        + (math.log(1e5) + (order - 1) * math.log(1 - 1 / order) - math.log(order)) / (order - 1)
+        for order in range(2, 60)
+    }  # fmt: skip
+    assert epsilon_of_releases(mixed, 1e-5) == pytest.approx(min(costs.values()))
+
+
 def test_with_fine_levels_it_is_the_gaussian_cost() -> None:
     """zCDP of 1/2σ²; the terms of Skellam and of rounding vanish against it."""
     release = Release(4.0, 1 << 22, 20_000, 1)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from fedlora.client.trainer import MomentStore, Trainer, charge
 from fedlora.common.errors import BadInput, Refused
@@ -16,6 +19,7 @@ from fedlora.common.secagg.cohort import threshold
 from fedlora.common.skellam import Release, epsilon_of_releases
 from fedlora.server.manifest import LEVELS, make_manifest
 from fedlora.simulations.engine import SequentialCohort
+from fedlora.simulations.planning import print_plan
 from fedlora.simulations.report import write_report
 from fedlora.simulations.run import Paths, begin, sequential, train
 from tests.simulations.test_run import config, data, run_whole
@@ -147,6 +151,12 @@ def test_noise_is_calibrated_for_all_phases_together(tiny_bert: Path, data: Path
         32,
         64,
     )  # ten deviations of its noise need the wider ring
+
+
+def test_a_plan_says_whose_epsilon_it_is(tiny_bert: Path, data: Path) -> None:
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_plan(config(tiny_bert, data, "client", *CLIENT), console)
+    assert re.search(r"all attempts +(8|7\.9\d*) at δ = 0.0001, for one institution", console.export_text())
 
 
 def test_what_cannot_be(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
