@@ -131,7 +131,7 @@ class Resident:
         consented = {body["manifest"] for body in entries if body["kind"] == "consent"}
         for path in self._folder.runs.glob("*/manifest.signed"):
             manifest = RunManifest.from_bytes(Signed.from_bytes(path.read_bytes(), path.name).body)
-            if manifest.mode != "record":
+            if manifest.mode == "none":
                 continue
             left = {attempt for _, attempt, _ in self._outbox.sizes(manifest.digest)} - {0}
             if manifest.digest not in consented or left - set(self._ledger.reservations(manifest.digest)):
@@ -277,7 +277,7 @@ class Resident:
             if name:
                 reserved = self._ledger.reserved_for(self._policy.data[name].budget, manifest.digest)
         allow(judge(manifest, self._policy, invitation.federation, spent, reserved))
-        if consented and manifest.mode == "record" and reserved is None:
+        if consented and manifest.mode != "none" and reserved is None:
             raise Refused(f"plan manifest: nothing was consented to for {manifest.digest[:20]}")
         return projected(manifest)
 

@@ -18,7 +18,7 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.messages import RunManifest
-from fedlora.common.privacy import stated_epsilon
+from fedlora.common.privacy import charged_epsilon
 from fedlora.common.projection import PROJECTION
 from fedlora.common.protocol import (
     MANIFEST_TAG,
@@ -78,7 +78,7 @@ class Participants:
         self.manifest, self.coordinator, self.carrier = manifest, coordinator, carrier
         self.folder, self.deadline = folder, deadline
         self._expected, self._sleep = expected, sleep
-        self._cost = stated_epsilon(manifest) if manifest.mode == "record" else 0.0
+        self._cost = charged_epsilon(manifest) if manifest.mode != "none" else 0.0
         self._consents: dict[str, Consent] = {}
         self._declined: dict[str, Failure] = {}
         self._doubtful: set[str] = set()  # gave no answer to the last attempt that asked them
