@@ -165,12 +165,13 @@ MUTANTS = (
         "",
     ),
     Mutant(
-        "a revocation waits for the next epoch",
-        NODE,
-        "if self._state is not None and name in self._state.names:",
-        "if False:",
+        "training before the checks",
+        TRAINER,
+        "        self._node.check(\n"
+        "            requests.slot_of(plan, self._manifest.base_digest), self._encoding(plan.phase, spec.size)\n"
+        "        )\n",
+        "",
     ),
-    Mutant("training before the checks", TRAINER, "        self._node.check(slot, encoding)\n", ""),
     Mutant(
         "any threshold rule", TRAINER, "if manifest.secure.threshold != cohort.THRESHOLD_RULE:", "if False:"
     ),
@@ -204,7 +205,10 @@ MUTANTS = (
         "carriers = cohort.threshold(self._node.members)",
     ),
     Mutant(
-        "more colluders than the others share for", TRAINER, "if colluders < node.max_colluders:", "if False:"
+        "more colluders than the others share for",
+        TRAINER,
+        "if colluders < policy.max_colluders:",
+        "if False:",
     ),
     Mutant("fewer carriers than promised", TRAINER, "if carriers < promised.carriers:", "if carriers < 2:"),
     Mutant(
