@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -95,10 +96,12 @@ class DeploymentCohort:
         folder: Path,
         expected: int,
         deadline: float,
+        quorum: float = 1.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._manifest, self._coordinator, self._carrier = manifest, coordinator, carrier
         self._folder, self._expected, self._deadline, self._sleep = folder, expected, deadline, sleep
+        self._needed = max(manifest.minimum_cohort, math.ceil(quorum * expected))
         self._cost = stated_epsilon(manifest) if manifest.mode == "record" else 0.0
         self._consents: dict[str, Consent] = {}
         self._declined: dict[str, Failure] = {}
@@ -110,19 +113,23 @@ class DeploymentCohort:
         return dict(self._consents)
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
-        """The sum of the updates that count, added as they come."""
+        """The sum of the updates that count, added as they come; within the deadline, waiting for members included."""
         started = time.monotonic()
         members = self._gather()
+        left = max(self._deadline - (time.monotonic() - started), self._deadline / 2)
         failures = [failure for name, failure in self._declined.items() if name in members]
         asked = participants(
             sorted(set(self._consents) & set(members)), self._manifest.participation, OsRandom()
         )
         total, replies = np.zeros(state.spec.size, dtype=np.float64), 0
+        online = self._carrier.online()
+        failures += [Failure(name, "not connected") for name in asked if name not in online]
+        asked = [name for name in asked if name in online]
         if len(asked) < self._manifest.minimum_cohort:
             reason = f"{len(asked)} take part, expected at least {self._manifest.minimum_cohort}"
             failures.append(Failure("cohort", reason))
             asked = []  # nobody trains for a sum that may not be made
-        for name, answer in self._answers(plan, state, asked):
+        for name, answer in self._answers(plan, state, asked, left):
             found = (
                 answer if isinstance(answer, Failure) else self._judged(name, answer, plan, state, members)
             )
@@ -137,22 +144,18 @@ class DeploymentCohort:
     def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
         """The updates that count, one by one."""
         members = self._gather()
-        asked = sorted(set(self._consents) & set(members))
-        for name, answer in self._answers(plan, state, asked):
+        asked = sorted(set(self._consents) & set(members) & self._carrier.online())
+        for name, answer in self._answers(plan, state, asked, self._deadline):
             if isinstance(answer, bytes):
                 found = self._judged(name, answer, plan, state, members)
                 if isinstance(found, Update):
                     yield found
 
     def _answers(
-        self, plan: RoundPlan, state: AdapterState, asked: list[str]
+        self, plan: RoundPlan, state: AdapterState, asked: list[str], seconds: float
     ) -> Iterator[tuple[str, bytes | Failure]]:
-        online = self._carrier.online()
-        for name in asked:
-            if name not in online:
-                yield name, Failure(name, "not connected")
         request = request_to_bytes(Task(plan.manifest, self._signed(plan), vector_to_bytes(state.vector)))
-        yield from self._carrier.ask({name: request for name in asked if name in online}, self._deadline)
+        yield from self._carrier.ask(dict.fromkeys(asked, request), seconds)
 
     def _signed(self, plan: RoundPlan) -> Signed:
         """The plan as it leaves: signed once, durable first, and the same bytes ever after."""
@@ -192,22 +195,20 @@ class DeploymentCohort:
         return reply
 
     def _gather(self) -> Mapping[str, PublicIdentity]:
-        """Members, once as many as are expected have consented and are connected, or the deadline has passed."""
+        """Members, once as many as are expected have consented and are connected, or the deadline has passed.
+
+        Where enough for a quorum are there, the others are waited for until half of it: who is there needs the rest.
+        """
         end = time.monotonic() + self._deadline
         while True:
             members, online = self._coordinator.members(), self._carrier.online()
             self._offer({name: key for name, key in members.items() if name in online})
             here = set(self._consents) & set(members) & online
-            settled = set(self._declined) | here
-            if len(here) >= self._expected or (settled >= set(members) and len(here) >= self._needed):
-                return members
-            if time.monotonic() >= end or settled >= set(members):
+            settled, now = set(self._declined) | here >= set(members), time.monotonic()
+            half = now >= end - self._deadline / 2 and len(here) >= self._needed
+            if len(here) >= self._expected or settled or half or now >= end:
                 return members
             self._sleep(LOOK)
-
-    @property
-    def _needed(self) -> int:
-        return self._manifest.minimum_cohort
 
     def _offer(self, members: Mapping[str, PublicIdentity]) -> None:
         """Offer the run to who has not answered yet; a consent is kept as the bytes that its institution signed."""
@@ -217,7 +218,9 @@ class DeploymentCohort:
         offer = Signed.by(self._coordinator.identity, MANIFEST_TAG, self._manifest.to_bytes())
         path = self._folder / PROJECTION
         request = request_to_bytes(Offer(offer, path.read_bytes() if path.is_file() else b""))
-        for name, answer in self._carrier.ask(dict.fromkeys(unasked, request), self._deadline):
+        enough = len(set(self._consents) & set(members)) >= self._needed
+        seconds = self._deadline / 2 if enough else self._deadline
+        for name, answer in self._carrier.ask(dict.fromkeys(unasked, request), seconds):
             if isinstance(answer, Failure):
                 log.warning("%s: %s", name, answer.reason)
                 continue
@@ -283,6 +286,8 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
         )
     path = folder / "checkpoint"
     if not (path / "manifest.json").exists():
+        if (folder / "manifest.signed").exists():  # offered to institutions: a new one would be charged anew
+            raise BadInput(f"{path / 'manifest.json'}: missing, expected that of the run that was begun")
         (folder / PROJECTION).unlink(missing_ok=True)  # of a beginning that was killed
     public = PublicSide.build(config, read_public(config), folder)
     if (path / "manifest.json").exists():
@@ -293,7 +298,13 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
     write_atomically(folder / "manifest.signed", signed.to_bytes())
     federation = config.federation
     cohort = DeploymentCohort(
-        checkpoint.manifest, coordinator, carrier, folder, federation.clients, federation.deadline
+        checkpoint.manifest,
+        coordinator,
+        carrier,
+        folder,
+        federation.clients,
+        federation.deadline,
+        federation.quorum,
     )
     run = Conducted(config, folder, public, checkpoint, "flower")
     progress = conduct(run, cohort)

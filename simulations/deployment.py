@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ validation = "{validation}"
 label = "label"
 labels = {labels}
 [federation]
-clients = 3
+clients = {clients}
 rounds = {rounds}
 spare_rounds = {spare}
 quorum = {quorum}
@@ -112,6 +112,7 @@ class Federation:
     deadline: float = 120.0
     base: str = "minilm"
     layers: str = "[5]"
+    names: tuple[str, ...] = NAMES  # "bank-2" has the records of "bank"
     port: int = field(default_factory=lambda: free_port())
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -144,15 +145,17 @@ class Federation:
             TRAINING.format(
                 test=public / "test.jsonl",
                 validation=public / "validation.jsonl",
+                clients=len(self.names),
                 quorum=self.quorum,
                 deadline=self.deadline,
                 **values,
             )
         )
-        for name in NAMES:
-            self._found(name, digest, labels, [each for each in corpus.train if each["institution"] == name])
-        for name in NAMES:
-            for other in NAMES:
+        for name in self.names:
+            kind = name.partition("-")[0]
+            self._found(name, digest, labels, [each for each in corpus.train if each["institution"] == kind])
+        for name in self.names:
+            for other in self.names:
                 if other != name:
                     request = str(self.node(other) / "enrolment.json")
                     run("fedlora-node", "join", request, "--approve", "--node", str(self.node(name)))
@@ -174,7 +177,10 @@ class Federation:
         socket_path = self.node(name) / "trainer.sock"
         socket_path.unlink(missing_ok=True)
         self._start(f"trainer {name}", "fedlora-node", "serve", "--node", str(self.node(name)))
-        wait_until(socket_path.exists, f"the trainer of {name}")
+        process = self.processes[f"trainer {name}"]
+        wait_until(lambda: socket_path.exists() or process.poll() is not None, f"the trainer of {name}")
+        if process.poll() is not None:
+            raise FedloraError(f"the trainer of {name} ended: {self.root / 'logs'} says why")
 
     def start_relay(self, name: str) -> None:
         relay, trainer = str(self.node(name) / "relay"), f"unix:{self.node(name) / 'trainer.sock'}"
@@ -201,16 +207,33 @@ class Federation:
 
     def kill_superlink(self) -> None:
         """SuperLink and its executor, which outlive the command that started them when that is killed."""
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            ours = any(word.endswith(("flower-superlink", "flower-superexec")) for word in words)
-            if ours and {str(self.port), f"127.0.0.1:{self.port}"} & set(words):
-                process.kill()
+        self._kill_flower(("flower-superlink", "flower-superexec"), f"127.0.0.1:{self.port}", str(self.port))
         wait_until(lambda: not listens(self.port), "the end of SuperLink")
+
+    def kill_supernode(self, name: str) -> None:
+        """The SuperNode that a relay keeps, not the relay."""
+        self._kill_flower(("flower-supernode",), str(self.node(name) / "relay" / "flower_key"))
+
+    def kill_server_app(self) -> bool:
+        """The process that carries the run out, alone; whether one was there."""
+        return self._kill_flower(("flwr-serverapp",), f"127.0.0.1:{self.port}")
+
+    def _kill_flower(self, programs: tuple[str, ...], *words: str) -> bool:
+        """SIGKILL for each of Flower's `programs` with one of `words` on its command line."""
+        found = False
+        for process in psutil.process_iter(["cmdline"]):
+            line = process.info["cmdline"] or []
+            if any(word.endswith(programs) for word in line[:2]) and set(words) & set(line):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+                    found = True
+        return found
 
     def stop(self) -> None:
         for name in list(self.processes):
             self.kill(name, signal.SIGTERM)
+        for name in self.names:
+            self.kill_supernode(name)  # of a relay that was killed
         self.kill_superlink()
 
     def last_run(self) -> Path:
@@ -234,11 +257,11 @@ class Federation:
 def running(federation: Federation) -> Iterator[Federation]:
     """Trainers and relays up; everything down at the end."""
     try:
-        for name in NAMES:
+        for name in federation.names:
             federation.start_trainer(name)
         federation.start_server()
         wait_until(lambda: listens(federation.port), "SuperLink")
-        for name in NAMES:
+        for name in federation.names:
             federation.start_relay(name)
         yield federation
     finally:

@@ -74,7 +74,7 @@ class Federation:
         """As `resume` makes it: from the coordinator's folder alone."""
         coordinator = Directory.open(self.root / "coordinator").coordinator()
         run = self.root / "coordinator" / "runs" / "1"
-        return DeploymentCohort(RUN, coordinator, self, run, 3, 0.05, lambda seconds: None)
+        return DeploymentCohort(RUN, coordinator, self, run, 3, 0.05, sleep=lambda seconds: None)
 
     def online(self) -> set[str]:
         return set(NAMES)

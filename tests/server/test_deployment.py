@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -120,7 +121,7 @@ class World:
 
     def cohort(self, manifest: RunManifest, expected: int = 3) -> DeploymentCohort:
         sleep = lambda seconds: None  # noqa: E731
-        return DeploymentCohort(manifest, self.coordinator, self, self.folder, expected, 0.05, sleep)
+        return DeploymentCohort(manifest, self.coordinator, self, self.folder, expected, 0.05, 1.0, sleep)
 
 
 def manifest(rounds: int = 2, **changes: object) -> RunManifest:
@@ -277,3 +278,40 @@ def test_fewer_than_the_promised_cohort_are_never_summed(world: World, minimum: 
         with pytest.raises(QuorumLost, match="at least 3"):
             go()
         assert checkpoint.load().round == 0
+
+
+def test_a_round_ends_with_its_deadline_also_where_members_are_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the deadline for who is away, the rest for who is there; a silent newcomer costs no more."""
+    now, asked = [0.0], []
+
+    def ask(requests: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
+        for name, data in requests.items():
+            offer = isinstance(request_from_bytes(data), Offer)
+            asked.append((name, "offer" if offer else "task", seconds))
+            if name == "silent":
+                now[0] += seconds
+                yield name, Failure(name, "no answer")
+            else:
+                yield name, world.nodes[name].answer(data)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(world, "ask", ask)
+    run = manifest(minimum_cohort=2)
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    cohort = DeploymentCohort(run, world.coordinator, world, world.folder, 3, 20.0, 0.6, sleep)
+    assert cohort.total(plan_of(run), START).replies == 3 and now == [0.0]
+    world.away = {"east"}
+    assert cohort.total(plan_of(run, 2), START).replies == 2 and now == [10.0]
+    assert asked[-1] == ("south", "task", 10.0)
+    world.nodes["silent"] = Node("silent", world.key.public)
+    assert cohort.total(plan_of(run, 3), START).replies == 2 and now == [20.0]
+    world.away, trained = {"east", "south"}, len(world.nodes["north"].sent)
+    found = cohort.total(
+        plan_of(run, 4), START
+    )  # the quorum is away: nobody trains, all of the deadline is waited
+    assert found.replies == 0 and now[0] <= 45.0 and len(world.nodes["north"].sent) == trained
