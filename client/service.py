@@ -25,7 +25,9 @@ from fedlora.common.identity import read_private
 
 log = logging.getLogger(__name__)
 
-WAITING = 4  # requests that may wait for the one that trains; more are told to come back
+WAITING = 2  # requests, the one at hand included; more are told to come back, unread
+CALLS = 16  # at once, of one connection and of all
+READ_SECONDS = 20.0  # that a body may take to come in
 GRACE = 30.0  # seconds that a stop leaves to the round that is being trained
 
 Ask = Callable[[bytes], bytes]
@@ -41,7 +43,7 @@ class Service:
         self._health = health.HealthServicer()
         self._server = grpc.server(
             ThreadPoolExecutor(WAITING + 4, "grpc"),
-            maximum_concurrent_rpcs=4 * WAITING,
+            maximum_concurrent_rpcs=CALLS,
             options=_options(settings),
         )
         self._server.add_generic_rpc_handlers((self._handlers(),))
@@ -68,14 +70,17 @@ class Service:
         asked.wait()
 
     def _handlers(self) -> grpc.GenericRpcHandler:
-        method = grpc.unary_unary_rpc_method_handler(self._handle)
+        # Unary to who asks. As a stream, a body is read when its turn comes: one is in memory, not all.
+        method = grpc.stream_unary_rpc_method_handler(self._handle)
         return grpc.method_handlers_generic_handler(SERVICE, {"Ask": method})
 
-    def _handle(self, data: bytes, context: grpc.ServicerContext) -> bytes:
+    def _handle(self, bodies: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         if not self._room.acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the trainer is busy; ask again later")
         try:
-            return self._worker.submit(self._ask, data).result()
+            return self._worker.submit(lambda: self._ask(_body(bodies, context))).result()
+        except grpc.RpcError:
+            raise
         except Exception:  # an answer that could not even be signed: say nothing about why
             log.exception("a request could not be answered")
             context.abort(grpc.StatusCode.INTERNAL, "the trainer failed; its own log says why")
@@ -84,11 +89,21 @@ class Service:
         raise AssertionError("abort raises")
 
 
+def _body(bodies: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+    """The one body of a request; who sends none, or too slowly, is hung up on."""
+    hang_up = threading.Timer(READ_SECONDS, context.cancel)
+    hang_up.start()
+    try:
+        return next(bodies)
+    finally:
+        hang_up.cancel()
+
+
 def _options(settings: TrainerPolicy) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
-        ("grpc.max_concurrent_streams", 4 * WAITING),
+        ("grpc.max_concurrent_streams", CALLS),
         ("grpc.max_connection_idle_ms", 60_000),
         ("grpc.so_reuseport", 0),
         ("grpc.max_metadata_size", 16 << 10),

@@ -73,7 +73,10 @@ class Checkpoint:
         if not path.is_file():
             raise BadInput(f"{folder}: found no run to resume, expected a checkpoint")
         data = path.read_bytes()
-        manifest = RunManifest.from_bytes(data)
+        try:
+            manifest = RunManifest.from_bytes(data)
+        except BadInput as error:
+            raise BadInput([f"{path}: {fault}" for fault in error.faults]) from error
         if manifest.to_bytes() != data:
             raise BadInput(f"{path}: found other bytes than were written")
         if manifest.spec_digest != spec.digest:

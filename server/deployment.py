@@ -52,7 +52,8 @@ from fedlora.server.public import PublicSide, read_public
 from fedlora.server.rounds import Cohort, CohortSum, Failure
 from fedlora.server.secure_cohort import SecureCohort
 
-QUICK = 30.0  # seconds at most for a stage in which nobody trains
+QUICK = 30.0  # seconds at most for a stage in which nobody trains, and
+PART = 0.125  # of the deadline at most: four of them and waiting leave a quarter to training
 
 
 class ClearCohort:
@@ -62,7 +63,7 @@ class ClearCohort:
         self._who = who
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
-        """The sum of the updates that count, added as they come."""
+        """The sum of the updates that count, added as they come; within the deadline, waiting for members included."""
         started = time.monotonic()
         members = self._who.gather()
         asked, failures = self._who.asked(members)
@@ -92,7 +93,7 @@ class ClearCohort:
         self, plan: RoundPlan, state: AdapterState, asked: list[str]
     ) -> Iterator[tuple[str, bytes | Failure]]:
         request = request_to_bytes(Task(plan.manifest, self._signed(plan), vector_to_bytes(state.vector)))
-        yield from self._who.take(dict.fromkeys(asked, request), self._who.deadline)
+        yield from self._who.take(dict.fromkeys(asked, request), self._who.left)
 
     def _signed(self, plan: RoundPlan) -> Signed:
         """The plan as it leaves: signed once, durable first, and the same bytes ever after."""
@@ -144,7 +145,8 @@ class SignedStages:
             requests[name] = request_to_bytes(
                 Stage(Signed.by(self._who.coordinator.identity, STAGE_TAG, body))
             )
-        deadline = self._who.deadline if stage == INPUT else min(QUICK, self._who.deadline)
+        quick = min(QUICK, PART * self._who.deadline)
+        deadline = self._who.left - 2 * quick if stage == INPUT else min(quick, self._who.left)
         for name, answer in self._who.take(requests, deadline):
             yield (
                 name,
@@ -202,6 +204,8 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
         )
     path = folder / "checkpoint"
     if not (path / "manifest.json").exists():
+        if (folder / "manifest.signed").exists():  # offered to institutions: a new one would be charged anew
+            raise BadInput(f"{path / 'manifest.json'}: missing, expected that of the run that was begun")
         (folder / PROJECTION).unlink(missing_ok=True)  # of a beginning that was killed
     public = PublicSide.build(config, read_public(config), folder)
     if (path / "manifest.json").exists():
@@ -212,7 +216,13 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
     write_atomically(folder / "manifest.signed", signed.to_bytes())
     federation = config.federation
     who = Participants(
-        checkpoint.manifest, coordinator, carrier, folder, federation.clients, federation.deadline
+        checkpoint.manifest,
+        coordinator,
+        carrier,
+        folder,
+        federation.clients,
+        federation.deadline,
+        federation.quorum,
     )
     run = Conducted(config, folder, public, checkpoint, "flower")
     progress = conduct(run, cohort_of(who))

@@ -7,6 +7,7 @@ read anew for each attempt: a revocation or a new key counts from the next one o
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 LOOK = 1.0  # seconds between two looks at who is connected
 DOUBT = 30.0  # seconds at most for who failed in the last attempt to show that it is there again
+PATIENCE = 0.25  # of the deadline, for who is away while a quorum is here: who is here needs the rest
 SAME = 1e-6  # relative: the last bits of an ε differ between machines
 
 Members = Callable[[], Mapping[str, PublicIdentity]]
@@ -63,7 +65,10 @@ class Coordinator:
 
 
 class Participants:
-    """The institutions of one run. `folder` is the run's, `expected` how many are waited for, up to `deadline` s."""
+    """The institutions of one run. `folder` is the run's, `expected` how many are waited for.
+
+    An attempt ends `deadline` seconds after its `gather`, waiting included; `left` is what remains of them.
+    """
 
     def __init__(
         self,
@@ -73,11 +78,13 @@ class Participants:
         folder: Path,
         expected: int,
         deadline: float,
+        quorum: float = 1.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.manifest, self.coordinator, self.carrier = manifest, coordinator, carrier
         self.folder, self.deadline = folder, deadline
-        self._expected, self._sleep = expected, sleep
+        self._expected, self._quorum, self._sleep = expected, quorum, sleep
+        self._began = 0.0
         self._cost = charged_epsilon(manifest) if manifest.mode != "none" else 0.0
         self._consents: dict[str, Consent] = {}
         self._declined: dict[str, Failure] = {}
@@ -90,32 +97,42 @@ class Participants:
         return dict(self._consents)
 
     def gather(self) -> Mapping[str, PublicIdentity]:
-        """Members, once as many as are expected have consented and are connected, or the deadline has passed.
+        """Members, once as many as are expected have consented and are connected, or waiting is vain.
 
-        Who failed in the last attempt is offered the run again, which its node answers with the consent that it
+        Where a quorum is here, the others are waited for until a part of the deadline has passed, otherwise until
+        all of it has. Who failed in the last attempt is offered the run again, which its node answers with the consent that it
         gave: an attempt costs all others a part of their budget, and is not begun while one of them starts anew.
         """
-        began = time.monotonic()
+        self._began = time.monotonic()
         while True:
             members, online = self.coordinator.members(), self.carrier.online()
             self._offer({name: key for name, key in members.items() if name in online})
             here = set(self._consents) & set(members) & online
-            enough = len(here) >= self._expected or (set(self._declined) | here) >= set(members)
-            waited = time.monotonic() - began
-            doubt = bool(self._doubtful & here) and waited < min(self.deadline, DOUBT)
-            if (enough and not doubt) or waited >= self.deadline:
+            complete = len(here) >= self._expected or (set(self._declined) | here) >= set(members)
+            patience = self._patience(len(here), len(members))
+            doubt = bool(self._doubtful & here) and self._waited < min(patience, DOUBT)
+            if (complete and not doubt) or self._waited >= patience:
                 return members
             self._sleep(LOOK)
 
+    @property
+    def left(self) -> float:
+        """Seconds until the attempt at hand ends."""
+        return max(0.0, self.deadline - self._waited)
+
     def asked(self, members: Mapping[str, PublicIdentity]) -> tuple[list[str], list[Failure]]:
-        """Whom to ask for an attempt, and who is none of them; nobody where no sum could be made of them."""
+        """Whom to ask for an attempt, and who is none of them; nobody where the sum could not count anyway."""
         failures = [failure for name, failure in self._declined.items() if name in members]
         consented = sorted(set(self._consents) & set(members))
         asked = participants(consented, self.manifest.participation, OsRandom())
-        if len(asked) >= self.manifest.minimum_cohort:
+        away = [Failure(name, "not connected") for name in asked if name not in self.carrier.online()]
+        here, needed = len(asked) - len(away), self._needed(len(asked) + len(failures))
+        if here >= needed and self.left:
             return asked, failures
-        reason = f"{len(asked)} take part, expected at least {self.manifest.minimum_cohort}"
-        return [], [*failures, Failure("cohort", reason)]
+        final = bool(failures) and not away and set(members) <= set(self._consents) | set(self._declined)
+        found = f"{here} take part" if here < needed else "no time is left"
+        failure = Failure("cohort", f"{found}, expected at least {needed}", refused=final and here < needed)
+        return [], [*failures, *away, failure]
 
     def take(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
         """Carry a request to each who is connected; each name once."""
@@ -137,6 +154,18 @@ class Participants:
             raise BadInput(f"{name}: found an answer for another run")
         return reply
 
+    @property
+    def _waited(self) -> float:
+        return time.monotonic() - self._began
+
+    def _needed(self, of: int) -> int:
+        return max(self.manifest.minimum_cohort, math.ceil(self._quorum * of - 1e-9))
+
+    def _patience(self, here: int, members: int) -> float:
+        """Seconds that who is away is waited for."""
+        quorum = here >= self._needed(min(self._expected, members))
+        return self.deadline * (PATIENCE if quorum else 1.0)
+
     def _offer(self, members: Mapping[str, PublicIdentity]) -> None:
         """Offer the run to who has not answered yet, and to who may be gone."""
         known = (set(self._consents) | set(self._declined)) - self._doubtful
@@ -146,8 +175,10 @@ class Participants:
         offer = Signed.by(self.coordinator.identity, MANIFEST_TAG, self.manifest.to_bytes())
         path = self.folder / PROJECTION
         request = request_to_bytes(Offer(offer, path.read_bytes() if path.is_file() else b""))
-        patience = min(self.deadline, DOUBT) if self._doubtful & set(unasked) else self.deadline
-        for name, answer in self.carrier.ask(dict.fromkeys(unasked, request), patience):
+        patience = self._patience(len(set(self._consents) & set(members)), len(members)) - self._waited
+        if self._doubtful & set(unasked):
+            patience = min(patience, DOUBT)
+        for name, answer in self.carrier.ask(dict.fromkeys(unasked, request), max(patience, LOOK)):
             if isinstance(answer, Failure):
                 log.warning("%s: %s", name, answer.reason)
                 continue

@@ -51,7 +51,7 @@ validation = "{validation}"
 label = "label"
 labels = {labels}
 [federation]
-clients = 3
+clients = {clients}
 rounds = {rounds}
 spare_rounds = {spare}
 quorum = {quorum}
@@ -114,6 +114,7 @@ class Federation:
     base: str = "minilm"
     layers: str = "[5]"
     secure: bool = False  # updates leave under masks
+    names: tuple[str, ...] = NAMES  # "bank-2" has the records of "bank"
     prefix: tuple[str, ...] = ()  # of every process of the run; {name} is which one: to watch them
     port: int = field(default_factory=lambda: free_port())
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -149,14 +150,16 @@ class Federation:
                 validation=public / "validation.jsonl",
                 quorum=self.quorum,
                 deadline=self.deadline,
+                clients=len(self.names),
                 secure=str(self.secure).lower(),
                 **values,
             )
         )
-        for name in NAMES:
-            self._found(name, digest, labels, [each for each in corpus.train if each["institution"] == name])
-        for name in NAMES:
-            for other in NAMES:
+        for name in self.names:
+            kind = name.partition("-")[0]
+            self._found(name, digest, labels, [each for each in corpus.train if each["institution"] == kind])
+        for name in self.names:
+            for other in self.names:
                 if other != name:
                     request = str(self.node(other) / "enrolment.json")
                     run("fedlora-node", "join", request, "--approve", "--node", str(self.node(name)))
@@ -178,7 +181,10 @@ class Federation:
         socket_path = self.node(name) / "trainer.sock"
         socket_path.unlink(missing_ok=True)
         self._start(f"trainer {name}", "fedlora-node", "serve", "--node", str(self.node(name)))
-        wait_until(socket_path.exists, f"the trainer of {name}")
+        process = self.processes[f"trainer {name}"]
+        wait_until(lambda: socket_path.exists() or process.poll() is not None, f"the trainer of {name}")
+        if process.poll() is not None:
+            raise FedloraError(f"the trainer of {name} ended: {self.root / 'logs'} says why")
 
     def start_relay(self, name: str) -> None:
         relay, trainer = str(self.node(name) / "relay"), f"unix:{self.node(name) / 'trainer.sock'}"
@@ -239,11 +245,11 @@ class Federation:
 def running(federation: Federation) -> Iterator[Federation]:
     """Trainers and relays up; everything down at the end."""
     try:
-        for name in NAMES:
+        for name in federation.names:
             federation.start_trainer(name)
         federation.start_server()
         wait_until(lambda: listens(federation.port), "SuperLink")
-        for name in NAMES:
+        for name in federation.names:
             federation.start_relay(name)
         yield federation
     finally:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,12 +23,13 @@ from fedlora.common.export import load_adapter
 from fedlora.common.protocol import Consent, reply_from_bytes
 from fedlora.server.directory import Directory
 from fedlora.simulations.deployment import NAMES, Federation, conclude, listens, running, wait_until
+from tests.proxy import Line
 
 ADDRESS = re.compile(r'(?:inet_addr|inet_pton)\((?:AF_INET6, )?"([^"]+)"')  # as strace writes one
 SECONDS = 240.0  # for a whole run on a loaded machine
 
 
-def lines(federation: Federation) -> list[dict[str, object]]:
+def lines(federation: Federation) -> list[dict[str, Any]]:
     path = federation.last_run() / "metrics.jsonl"
     found = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in found if line.endswith("}")]
@@ -54,11 +56,11 @@ def logs(federation: Federation) -> str:
 def check_ledgers(federation: Federation) -> None:
     """Every update that counted was reserved before; what each node stated is what its ledger holds."""
     folder = federation.last_run()
-    counted = [line["attempt"] for line in lines(federation)]
     members = Directory.open(federation.coordinator).registry.active()
-    for name in NAMES:
+    for name in federation.names:
         node = NodeFolder(federation.node(name))
         ledger = node.open_ledger(node.load_policy())
+        counted = [line["attempt"] for line in lines(federation) if name not in dict(line["failures"])]
         reserved = {entry.body["attempt"] for entry in ledger.entries() if entry.body["kind"] == "reserve"}
         assert reserved >= set(counted), (name, reserved, counted)
         reply = reply_from_bytes((folder / "consents" / f"{name}.reply").read_bytes(), "demo", members)
@@ -122,6 +124,75 @@ def test_nothing_calls_out(tiny_bert: Path, tmp_path: Path) -> None:
     addresses = Counter(address for line in found for address in ADDRESS.findall(line))
     assert len(list(calls.iterdir())) == 7 and addresses["127.0.0.1"] >= 10, addresses
     assert set(addresses) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, addresses
+
+
+def attempts_begun(federation: Federation) -> int:
+    path = federation.last_run() / "checkpoint" / "attempts.json"
+    return int(json.loads(json.loads(path.read_text())["body"])["total"]) if path.exists() else 0
+
+
+def follow(federation: Federation, until: float) -> list[tuple[float, str]]:
+    """(seconds, how it ended) of each attempt that ends, until `until` on the clock."""
+    ended: list[tuple[float, str]] = []
+    begun, rounds = attempts_begun(federation), len(lines(federation))
+    last = lines(federation)[-1]["attempt"] if rounds else 0
+    started = time.monotonic() if begun > last else None  # of the attempt that is under way
+    while time.monotonic() < until:
+        assert federation.processes["server"].poll() is None, logs(federation)
+        if len(lines(federation)) > rounds and started is not None:
+            rounds = len(lines(federation))
+            ended.append((time.monotonic() - started, "committed"))
+            started = None
+        if attempts_begun(federation) > begun:
+            begun = attempts_begun(federation)
+            if started is not None:
+                ended.append((time.monotonic() - started, "aborted"))
+            started = time.monotonic()
+        time.sleep(0.05)
+    return ended
+
+
+@pytest.mark.chaos
+@pytest.mark.flower
+def test_partition(tiny_bert: Path, tmp_path: Path) -> None:
+    """60 s without three of six: commits with the quorum; 60 s without four: aborts. Each within deadline + 5 s."""
+    deadline = 30.0
+    names = (*NAMES, *(f"{name}-2" for name in NAMES))
+    federation = Federation(
+        tmp_path / "f",
+        rounds=40,
+        spare=60,
+        quorum=0.5,
+        deadline=deadline,
+        base=str(tiny_bert),
+        layers="[]",
+        names=names,
+    )
+    federation.prepare()
+    half, one = Line(federation.port), Line(federation.port)
+    for name, line in zip(names[:4], (half, half, half, one), strict=True):
+        link = {"superlink": f"127.0.0.1:{line.port}"}
+        (federation.node(name) / "relay" / "link.json").write_text(json.dumps(link))
+    with running(federation):
+        wait_for_round(federation, 1)
+        for lost, outcome in (((half,), "committed"), ((half, one), "aborted")):
+            for line in lost:
+                line.cut()
+            ended = follow(federation, time.monotonic() + 60)
+            for line in lost:
+                line.mend()
+            print(
+                f"{2 + len(lost)} of 6 away for 60 s:", [(round(seconds, 1), how) for seconds, how in ended]
+            )
+            mended = time.monotonic()
+            wait_for_round(federation, len(lines(federation)) + 1)
+            print(f"  next round {time.monotonic() - mended:.1f} s after the line was mended")
+            assert {how for _, how in ended[1:]} == {outcome}, ended  # the first may have had its answers
+            assert max(seconds for seconds, _ in ended) <= deadline + 5, ended
+            wait_for_round(federation, len(lines(federation)) + 2)
+    half.close()
+    one.close()
+    check_ledgers(federation)
 
 
 VICTIMS = ("trainer", "link", "SuperNode", "server", "SuperLink", "executor", "server app")
@@ -195,7 +266,7 @@ def test_chaos(tiny_bert: Path, tmp_path: Path, seed: int, recoveries: list[tupl
         spare=60,
         base=str(tiny_bert),
         layers="[]",
-        deadline=60.0,
+        deadline=120.0 if seed % 2 else 60.0,
         secure=seed % 2 == 1,
     )
     federation.prepare()

@@ -75,7 +75,7 @@ class Federation:
         """As `resume` makes it: from the coordinator's folder alone."""
         coordinator = Directory.open(self.root / "coordinator").coordinator()
         run = self.root / "coordinator" / "runs" / "1"
-        self.who = Participants(RUN, coordinator, self, run, 3, 0.05, lambda seconds: None)
+        self.who = Participants(RUN, coordinator, self, run, 3, 5.0, sleep=lambda seconds: None)
         return ClearCohort(self.who)
 
     def online(self) -> set[str]:

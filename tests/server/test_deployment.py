@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -128,9 +129,11 @@ class World:
         if self.looks == 3:
             self.down.clear()
 
-    def cohort(self, manifest: RunManifest, expected: int = 3, deadline: float = 0.05) -> ClearCohort:
+    def cohort(
+        self, manifest: RunManifest, expected: int = 3, deadline: float = 0.05, quorum: float = 0.6
+    ) -> ClearCohort:
         self.who = Participants(
-            manifest, self.coordinator, self, self.folder, expected, deadline, lambda _: self.sleep()
+            manifest, self.coordinator, self, self.folder, expected, deadline, quorum, lambda _: self.sleep()
         )
         return ClearCohort(self.who)
 
@@ -214,7 +217,7 @@ def test_nobody_trains_for_a_sum_that_may_not_be_made(world: World) -> None:
     run = manifest(minimum_cohort=3)
     found = world.cohort(run).total(plan_of(run), START)
     assert found.replies == 0 and not world.nodes["north"].sent
-    assert found.failures[-1] == Failure("cohort", "2 take part, expected at least 3")
+    assert found.failures[-1] == Failure("cohort", "2 take part, expected at least 3", refused=True)
 
 
 def test_a_revocation_counts_from_the_next_attempt(world: World) -> None:
@@ -302,3 +305,49 @@ def test_fewer_than_the_promised_cohort_are_never_summed(world: World, minimum: 
         with pytest.raises(QuorumLost, match="at least 3"):
             go()
         assert checkpoint.load().round == 0
+
+
+def test_a_round_ends_with_its_deadline_also_where_members_are_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of the deadline for who is away, the rest for who is there; a silent newcomer costs no more."""
+    now, asked = [0.0], []
+
+    def ask(requests: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:
+        for name, data in requests.items():
+            offer = isinstance(request_from_bytes(data), Offer)
+            asked.append((name, "offer" if offer else "task", seconds))
+            if name == "silent":
+                now[0] += seconds
+                yield name, Failure(name, "no answer")
+            else:
+                yield name, world.nodes[name].answer(data)
+
+    def sleep() -> None:
+        now[0] += 1.0
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(world, "ask", ask)
+    monkeypatch.setattr(world, "sleep", sleep)
+    run = manifest(minimum_cohort=2)
+    cohort = world.cohort(run, 3, 20.0)
+    assert cohort.total(plan_of(run), START).replies == 3 and now == [0.0]
+    world.away = {"east"}
+    assert cohort.total(plan_of(run, 2), START).replies == 2 and now == [5.0]
+    assert asked[-1] == ("south", "task", 15.0)
+    world.nodes["silent"] = Node("silent", world.key.public)
+    assert cohort.total(plan_of(run, 3), START).replies == 2 and now == [10.0]
+    world.away, trained = {"east", "south"}, len(world.nodes["north"].sent)
+    found = cohort.total(
+        plan_of(run, 4), START
+    )  # the quorum is away: waited for to the end, and nobody trains
+    assert found.replies == 0 and now == [30.0] and len(world.nodes["north"].sent) == trained
+
+
+def test_an_attempt_that_can_not_reach_its_quorum_costs_nobody_anything(world: World) -> None:
+    cohort = world.cohort(manifest(), quorum=1.0)
+    assert cohort.total(plan_of(manifest()), START).replies == 3
+    world.away, tasks = {"east"}, world.tasks
+    found = cohort.total(plan_of(manifest(), 2), START)
+    assert found.replies == 0 and world.tasks == tasks
+    assert found.failures[0] == Failure("east", "not connected") and not found.failures[-1].refused

@@ -65,7 +65,7 @@ class World:
         self.carried: list[tuple[str, Reply]] = []
         sleep = lambda seconds: None  # noqa: E731
         coordinator = Coordinator("f", COORDINATOR, self.members)
-        self.who = Participants(run, coordinator, self, self.folder, len(NAMES), 5.0, sleep)
+        self.who = Participants(run, coordinator, self, self.folder, len(NAMES), 5.0, sleep=sleep)
         self.cohort = cohort_of(self.who)
 
     def members(self) -> Mapping[str, PublicIdentity]:

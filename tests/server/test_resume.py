@@ -1,0 +1,153 @@
+"""`fedlora-server resume` over a damaged checkpoint: it is refused by name, whichever file it is, and goes on once mended."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedlora.common.base import base_digest
+from fedlora.common.errors import FedloraError
+from fedlora.common.identity import Identity
+from fedlora.common.messages import RoundPlan, RunManifest
+from fedlora.common.privacy import stated_epsilon
+from fedlora.common.protocol import (
+    MANIFEST_TAG,
+    PLAN_TAG,
+    Answer,
+    Consent,
+    Offer,
+    Task,
+    reply_to_bytes,
+    request_from_bytes,
+)
+from fedlora.server import cli, federation
+from fedlora.server.deployment import serve
+from fedlora.server.directory import Directory
+from fedlora.server.outcome import outcome_of
+from fedlora.server.rounds import Failure
+from fedlora.simulations.deployment import TRAINING
+from tests.server.enrolments import request
+
+NAMES = ("east", "north", "south")
+FILES = ("attempts.json", "manifest.json", "progress.json", "state-1.safetensors")
+
+
+@dataclass
+class Hands:
+    """A carrier to institutions that consent and add a thousandth; cut after the round `last`."""
+
+    directory: Directory
+    identities: Mapping[str, Identity]
+    last: int = 1
+
+    def online(self) -> set[str]:
+        return set(self.identities)
+
+    def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+        key = self.directory.identity.public
+        for name, data in requests.items():
+            asked = request_from_bytes(data)
+            if isinstance(asked, Offer):
+                run = RunManifest.from_bytes(asked.manifest.opened(MANIFEST_TAG, key))
+                reply: Answer | Consent = Consent(
+                    name, run.digest, "sha256:p", stated_epsilon(run), run.delta
+                )
+            else:
+                assert isinstance(asked, Task)
+                plan = RoundPlan.from_bytes(asked.plan.opened(PLAN_TAG, key))
+                if plan.round > self.last:
+                    raise FedloraError("the line was cut")
+                vector = np.full(len(asked.vector) // 4, 1e-3, dtype="<f4").tobytes()
+                reply = Answer(name, plan.manifest, plan.round, plan.attempt, vector)
+            yield name, reply_to_bytes(self.identities[name], "demo", reply)
+
+
+class Here:
+    """A SuperLink that starts the ServerApp's work in this process; `hands` are its grid."""
+
+    hands: Hands
+
+    def __init__(self, files: object, port: int) -> None:
+        """As SuperLink's."""
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was started."""
+
+    def register(self, name: str, key: str) -> int:
+        return 1
+
+    def start_run(self, settings: Mapping[str, str]) -> str:
+        folder = Path(settings["run"])
+        coordinator = Directory.open(Path(settings["directory"])).coordinator()
+        outcome_of(lambda: serve(folder, coordinator, self.hands), folder, settings["token"])
+        return "1"
+
+
+@pytest.fixture
+def begun(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> Directory:
+    """A run of two rounds whose second one was cut off."""
+    directory = Directory.create(tmp_path / "coordinator", "demo", "127.0.0.1")
+    identities = {name: Identity.generate() for name in NAMES}
+    for name, identity in identities.items():
+        directory.registry.enrol(request(identity, name), name)
+    rows = "".join(json.dumps({"text": f"w{k} good", "label": "ab"[k % 2]}) + "\n" for k in range(20))
+    (tmp_path / "public.jsonl").write_text(rows)
+    text = TRAINING.format(
+        base=tiny_bert, digest=base_digest(tiny_bert), layers="[]", labels='["a", "b"]', clients=3,
+        test=tmp_path / "public.jsonl", validation=tmp_path / "public.jsonl", rounds=2, spare=3, quorum=1.0,
+        deadline=5.0, secure="false",
+    )  # fmt: skip
+    (tmp_path / "training.toml").write_text(text)
+    Here.hands = Hands(directory, identities)
+    monkeypatch.setattr(federation, "SuperLink", Here)
+    with pytest.raises(FedloraError, match="the line was cut"):
+        folder = federation.begin(directory, tmp_path / "training.toml")
+        federation.carry_out(directory, folder, lambda line: None)
+    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == list(FILES)
+    return directory
+
+
+def resume(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["fedlora-server", "resume", "--dir", str(directory.root)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0), capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_never_gone_on_from(
+    begun: Directory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte flipped in the middle and at the end of each file, and each file removed."""
+    folder = begun.root / "runs" / "1"
+    shutil.copytree(folder, begun.root.parent / "good")
+    for name in FILES:
+        path = folder / "checkpoint" / name
+        good = path.read_bytes()
+        places = (len(good) // 2, len(good) - 1)
+        flips = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in places]
+        for damaged in (*flips, None):
+            if damaged is None:
+                path.unlink()
+            else:
+                path.write_bytes(damaged)
+            code, err = resume(begun, monkeypatch, capsys)
+            assert code == 2 and err and all(name in line for line in err.splitlines()), (name, code, err)
+            path.write_bytes(good)
+    for other in sorted((begun.root.parent / "good" / "checkpoint").iterdir()):
+        assert (folder / "checkpoint" / other.name).read_bytes() == other.read_bytes()
+    Here.hands.last = 2
+    assert resume(begun, monkeypatch, capsys)[0] == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2] and lines[1]["attempt"] == 3
