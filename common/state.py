@@ -72,6 +72,11 @@ class AdapterSpec:
             return np.ones(self.size, dtype=bool)
         raise BadInput(f"manifest phase name: found {phase!r}, expected head or adapter")
 
+    @property
+    def moved(self) -> dict[str, int]:
+        """By a phase's name, how many coordinates it moves."""
+        return {name: int(self.moved_by(name).sum()) for name in ("head", "adapter")}
+
     @cached_property
     def digest(self) -> str:
         """sha256 over names and shapes."""

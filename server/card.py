@@ -25,7 +25,8 @@ def model_card(
     parts = [_head(manifest), _introduction(manifest, len(organisations))]
     lines = [*privacy_statement(manifest, epsilon), *secure_statement(manifest), *_masked(figures)]
     parts += ["## Privacy", "\n".join(f"- {line}" for line in lines)]
-    parts += ["\n".join(["| institution | organisation | ε | δ | policy |", "|---|---|---|---|---|", *rows])]
+    heading = f"| institution | organisation | {'ε of a record' if manifest.mode == 'client' else 'ε'} | δ | policy |"
+    parts += ["\n".join([heading, "|---|---|---|---|---|", *rows])]
     parts += ["The figures are each institution's own; `statements/` has them as it signed them."]
     measured = [f"| {n} | {figures[n]:.4g} |" for n in FIGURES if isinstance(figures.get(n), float)]
     if measured:

@@ -25,13 +25,14 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import PublicIdentity, Signed
 from fedlora.common.messages import RoundPlan, RunManifest, Update
-from fedlora.common.privacy import default_cache
+from fedlora.common.privacy import default_cache, stated_epsilon
 from fedlora.common.projection import PROJECTION
 from fedlora.common.protocol import (
     MANIFEST_TAG,
     PLAN_TAG,
     STAGE_TAG,
     Answer,
+    Consent,
     Decline,
     Stage,
     Staged,
@@ -226,10 +227,15 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
     )
     run = Conducted(config, folder, public, checkpoint, "flower")
     progress = conduct(run, cohort_of(who))
-    stated = {name: consent.epsilon for name, consent in who.consents.items()}
+    stated = {name: _stated(checkpoint.manifest, consent) for name, consent in who.consents.items()}
     summary = conclude(run, progress, stated) | {"institutions": sorted(stated)}
     write_summary(folder, summary)
     return summary
+
+
+def _stated(manifest: RunManifest, consent: Consent) -> float:
+    """ε for the unit of this run's mode: for an institution it is less than what a consent charges for records."""
+    return stated_epsilon(manifest) if manifest.mode == "client" else consent.epsilon
 
 
 def _manifest(config: Config, public: PublicSide, coordinator: Coordinator) -> RunManifest:
@@ -244,4 +250,5 @@ def _manifest(config: Config, public: PublicSide, coordinator: Coordinator) -> R
         default_cache(),
         coordinator.federation,
         config.aggregation.minimum_cohort,
+        moved=model.spec.moved,
     )

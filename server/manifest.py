@@ -139,7 +139,7 @@ def _shared_noise(
     """Phases with the noise of a sum, and how it is shared; one release an attempt, no amplification."""
     if moved is None or not config.aggregation.secure:
         raise BadInput(
-            '[privacy] mode = "client": not built yet here; expected a simulation with secure = true'
+            '[privacy] mode = "client": expected [aggregation] secure = true, and what each phase moves'
         )
     settings, privacy, done = config.aggregation, config.privacy, list[Phase]()
     coordinates = tuple(moved[phase.name] for phase in phases)

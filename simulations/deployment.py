@@ -64,6 +64,7 @@ optimizer = "sgd"
 learning_rate = 1.0
 micro_batch_tokens = 2048
 [privacy]
+mode = "{mode}"
 epsilon = 3.0
 delta = 1e-5
 clip = 1.0
@@ -79,7 +80,7 @@ POLICY = """\
 institution = "{name}"
 
 [budgets.messages]
-epsilon = 8.0
+epsilon = {cap}
 delta = 1e-4
 
 [data.messages]
@@ -96,6 +97,7 @@ rounds = 100
 attempts = 200
 noise_multiplier = 0.3
 delta = 1e-5
+client_level = {client_level}
 
 [trainer]
 threads = 1
@@ -114,6 +116,7 @@ class Federation:
     base: str = "minilm"
     layers: str = "[5]"
     secure: bool = False  # updates leave under masks
+    mode: str = "record"  # "client": privacy of whole institutions
     names: tuple[str, ...] = NAMES  # "bank-2" has the records of "bank"
     prefix: tuple[str, ...] = ()  # of every process of the run; {name} is which one: to watch them
     port: int = field(default_factory=lambda: free_port())
@@ -152,6 +155,7 @@ class Federation:
                 deadline=self.deadline,
                 clients=len(self.names),
                 secure=str(self.secure).lower(),
+                mode=self.mode,
                 **values,
             )
         )
@@ -168,7 +172,10 @@ class Federation:
         folder = self.node(name)
         run("fedlora-node", "init", name, "--organisation", f"The {name}", "--node", str(folder))
         policy = folder / "node.toml"
-        policy.write_text(POLICY.format(name=name, base=self.base, digest=digest, labels=labels))
+        policy.write_text(POLICY.format(
+            name=name, base=self.base, digest=digest, labels=labels,
+            cap=30.0 if self.mode == "client" else 8.0, client_level=str(self.mode == "client").lower(),
+        ))  # fmt: skip
         policy.chmod(0o600)
         write_records(folder / "data" / "messages.jsonl", records)
         run(

@@ -98,7 +98,7 @@ class Federation:
             model.spec.digest,
             projection,
             cache,
-            moved={name: int(model.spec.moved_by(name).sum()) for name in ("head", "adapter")},
+            moved=model.spec.moved,
         )
 
     def trainer(

@@ -109,7 +109,7 @@ class FakeWork:
     turn: threading.Lock = field(default_factory=threading.Lock)
 
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
-        if manifest.mode == "record":
+        if manifest.mode != "none":
             attempts = [phase.attempts for phase in manifest.phases]
             self.ledger.consent(budget, manifest.digest, projected(manifest), attempts)
         return "sha256:data"
@@ -121,11 +121,11 @@ class FakeWork:
         self, manifest: RunManifest, projection: Path, budget: Budget, plan: RoundPlan, vector: bytes
     ) -> tuple[bytes, str]:
         place = (budget.name, plan.manifest)
-        if manifest.mode == "record":
+        if manifest.mode != "none":
             self.ledger.reserve(*place, plan.phase, plan.round, plan.attempt)
         self.trained.append(plan)
         self.during()
-        if manifest.mode == "record":
+        if manifest.mode != "none":
             self.ledger.commit(*place, plan.round, plan.attempt, "sha256:u")
         return self.update or len(self.trained).to_bytes(8, "little"), "sha256:data"
 

@@ -14,7 +14,8 @@ from fedlora.client.outbox import Outbox
 from fedlora.client.report import write_report
 from fedlora.common.errors import Refused
 from fedlora.common.identity import Identity, PublicIdentity, Signed
-from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms
+from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms, SkellamTerms
+from fedlora.common.privacy import charged_epsilon, stated_epsilon
 from fedlora.common.protocol import (
     STAGE_TAG,
     Answer,
@@ -32,7 +33,7 @@ from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.secagg.requests import Request
 from fedlora.common.secagg.wire import MaskedInput
 from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
-from fedlora.common.statement import secure_summary
+from fedlora.common.statement import secure_summary, shown_epsilon
 from fedlora.server.card import model_card
 from fedlora.server.deployment import MaskedCohort, cohort_of
 from fedlora.server.participants import Coordinator, Participants
@@ -44,6 +45,13 @@ SPEC = AdapterSpec((TensorSpec("lora.a", (16, 64)),))
 START = AdapterState(SPEC, np.linspace(-1, 1, SPEC.size, dtype=np.float32))
 TERMS = SecureTerms(THRESHOLD_RULE, 1, 4, 32, 1 << 20, (2.0,))
 RUN = manifest_of(spec_digest=SPEC.digest, secure=TERMS)
+SHARED = replace(
+    RUN,
+    mode="client",
+    epsilon=60.0,
+    phases=(replace(RUN.phases[0], clip=2.0, noise_multiplier=3.0),),
+    skellam=SkellamTerms((SPEC.size,), 2),
+)  # privacy of whole institutions: each adds a share of the noise
 
 
 class World:
@@ -291,3 +299,39 @@ def test_a_restored_ledger_is_noticed_by_what_left_masked(world: World, tmp_path
             path.with_name(path.name + suffix).unlink(missing_ok=True)
     with pytest.raises(Refused, match="restored from an older copy"):
         north.restart()
+
+
+def opted_in(root: Path, run: RunManifest) -> World:
+    """A world whose policies take shared noise, and pay for it."""
+    world = World(root, run)
+    for node in world.nodes.values():
+        text = node.folder.policy.read_text().replace("epsilon = 2.0", "epsilon = 90.0")
+        node.set_policy(text.replace("[limits]", "[limits]\nclient_level = true"))
+        node.ledger.close()
+        node.restart()
+    for name in NAMES:
+        world.nodes[name].work.update, world.nodes[name].work.adapter = world.updates[name].tobytes(), SPEC
+    return world
+
+
+def test_privacy_of_whole_institutions(tmp_path: Path) -> None:
+    """The noise of the sum is at least what ε was computed for; a record is charged, an institution stated."""
+    world = opted_in(tmp_path, SHARED)
+    found = world.total(1)
+    assert found.replies == 4 and not found.failures
+    noise = found.total - np.sum(list(world.updates.values()), axis=0, dtype=np.float64)
+    least = SHARED.phases[0].noise_multiplier * SHARED.phases[0].clip
+    assert 0.95 * least * np.sqrt(4 / 2) < noise.std() < 1.05 * least * np.sqrt(4 / 2)  # any two carry it all
+    cost = charged_epsilon(SHARED)
+    assert {name: each.epsilon for name, each in world.who.consents.items()} == dict.fromkeys(NAMES, cost)
+    assert world.nodes["east"].ledger.spent("people").epsilon == cost > stated_epsilon(SHARED)
+    card = model_card(SHARED, dict.fromkeys(NAMES, "Org"), dict(world.who.consents), {})
+    assert f"({shown_epsilon(stated_epsilon(SHARED))}, 1e-05)" in card and "ε of a record" in card
+    assert f"| east | Org | {shown_epsilon(cost)} |" in card
+
+
+def test_nobody_shares_noise_who_did_not_opt_in(tmp_path: Path) -> None:
+    world = World(tmp_path, SHARED)
+    found = world.total(1)
+    assert found.replies == 0 and all(failure.refused for failure in found.failures)
+    assert "client_level is false" in found.failures[0].reason and not world.trained("east")

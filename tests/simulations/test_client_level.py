@@ -162,8 +162,8 @@ def test_a_plan_says_whose_epsilon_it_is(tiny_bert: Path, data: Path) -> None:
 def test_what_cannot_be(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     settings = config(tiny_bert, data, "client", *CLIENT)
     with pytest.raises(
-        BadInput, match='mode = "client": not built yet here'
-    ):  # a deployment has no such call
+        BadInput, match='mode = "client": expected'
+    ):  # nothing is noised that is not known to move
         make_manifest(settings, ("a", "b"), "b", "s")
     with pytest.raises(BadInput, match=r"\[privacy\] delta = 0.3: expected less than 1/5"):
         begin(config(tiny_bert, data, "client", *CLIENT, "privacy.delta=0.3"), Paths.of(tmp_path / "delta"))
