@@ -25,7 +25,7 @@ from fedlora.common.identity import read_private
 
 log = logging.getLogger(__name__)
 
-WAITING = 2  # requests, the one at hand included; more are told to come back, unread
+WAITING = 4  # requests, the one at hand included; more are told to come back, unread
 CALLS = 16  # at once, of one connection and of all
 READ_SECONDS = 20.0  # that a body may take to come in
 GRACE = 30.0  # seconds that a stop leaves to the round that is being trained
@@ -107,6 +107,7 @@ def _options(settings: TrainerPolicy) -> list[tuple[str, int]]:
         ("grpc.max_connection_idle_ms", 60_000),
         ("grpc.so_reuseport", 0),
         ("grpc.max_metadata_size", 16 << 10),
+        ("grpc.http2.bdp_probe", 0),  # windows stay small: what is not read stays with who sends it
     ]
 
 
