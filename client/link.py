@@ -27,7 +27,7 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-LONGEST_PAUSE = 60.0
+LONGEST_PAUSE = 10.0  # SuperLink turns a SuperNode away for the 60 s that it takes the killed one for alive
 STEADY = 60.0  # seconds after which a SuperNode counts as having run well
 
 

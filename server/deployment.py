@@ -42,7 +42,7 @@ from fedlora.common.protocol import (
     vector_from_bytes,
     vector_to_bytes,
 )
-from fedlora.common.secagg.requests import INPUT, Request
+from fedlora.common.secagg.requests import CONFIRM, DEAL, INPUT, OFFER, OPEN, Request
 from fedlora.common.state import AdapterState
 from fedlora.server.bound import check_norm, update_bound
 from fedlora.server.checkpoint import Checkpoint
@@ -54,7 +54,7 @@ from fedlora.server.rounds import Cohort, CohortSum, Failure
 from fedlora.server.secure_cohort import SecureCohort
 
 QUICK = 30.0  # seconds at most for a stage in which nobody trains, and
-PART = 0.125  # of the deadline at most: four of them and waiting leave a quarter to training
+PARTS = {OFFER: 0.25, DEAL: 0.25, CONFIRM: 0.5, OPEN: 1.0}  # of what is left of the attempt's deadline
 
 
 class ClearCohort:
@@ -146,13 +146,16 @@ class SignedStages:
             requests[name] = request_to_bytes(
                 Stage(Signed.by(self._who.coordinator.identity, STAGE_TAG, body))
             )
-        quick = min(QUICK, PART * self._who.deadline)
-        deadline = self._who.left - 2 * quick if stage == INPUT else min(quick, self._who.left)
-        for name, answer in self._who.take(requests, deadline):
+        for name, answer in self._who.take(requests, self._seconds(stage)):
             yield (
                 name,
                 answer if isinstance(answer, Failure) else self._message(name, answer, plan, members),
             )
+
+    def _seconds(self, stage: str) -> float:
+        """Training may use all that the two stages after it need not."""
+        left = self._who.left
+        return left - 2 * min(QUICK, left / 5) if stage == INPUT else min(QUICK, PARTS[stage] * left)
 
     def _message(
         self, name: str, data: bytes, plan: RoundPlan, members: Mapping[str, PublicIdentity]

@@ -109,9 +109,10 @@ class Participants:
             self._offer({name: key for name, key in members.items() if name in online})
             here = set(self._consents) & set(members) & online
             complete = len(here) >= self._expected or (set(self._declined) | here) >= set(members)
-            patience = self._patience(len(here), len(members))
-            doubt = bool(self._doubtful & here) and self._waited < min(patience, DOUBT)
-            if (complete and not doubt) or self._waited >= patience:
+            patience = self._patience(len(here - self._doubtful), len(members))
+            doubt = min(patience, DOUBT) if patience < self.deadline else patience
+            sure = not self._doubtful & here or self._waited >= doubt
+            if (complete and sure) or self._waited >= patience:
                 return members
             self._sleep(LOOK)
 
@@ -125,7 +126,8 @@ class Participants:
         failures = [failure for name, failure in self._declined.items() if name in members]
         consented = sorted(set(self._consents) & set(members))
         asked = participants(consented, self.manifest.participation, OsRandom())
-        away = [Failure(name, "not connected") for name in asked if name not in self.carrier.online()]
+        online = self.carrier.online()
+        away = [Failure(name, "not connected") for name in asked if name not in online]
         here, needed = len(asked) - len(away), self._needed(len(asked) + len(failures))
         if here >= needed and self.left:
             return asked, failures

@@ -246,6 +246,26 @@ def test_no_attempt_begins_while_one_that_failed_starts_anew(world: World) -> No
     assert found.replies == 3 and world.looks == 3 and world.tasks == asked + 3
 
 
+def test_an_attempt_waits_for_those_without_whom_it_is_vain(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than for one that the quorum can do without, up to the deadline."""
+    now = [0.0]
+
+    def sleep() -> None:
+        now[0] += 1.0
+        if now[0] == 50.0:
+            world.down.clear()
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(world, "sleep", sleep)
+    cohort = world.cohort(manifest(), deadline=60.0, quorum=1.0)
+    cohort.total(plan_of(manifest()), START)
+    world.down = {"east"}
+    assert cohort.total(plan_of(manifest(), 2), START).replies == 2 and now == [0.0]
+    assert cohort.total(plan_of(manifest(), 3), START).replies == 3 and now == [50.0]
+
+
 def test_the_signed_plan_is_on_disk_before_it_leaves_and_stays_the_same(world: World) -> None:
     cohort, path = world.cohort(manifest()), world.folder / "outbox" / "plan-1.signed"
     asked = world.nodes["north"].answer

@@ -321,7 +321,7 @@ def test_privacy_of_whole_institutions(tmp_path: Path) -> None:
     assert found.replies == 4 and not found.failures
     noise = found.total - np.sum(list(world.updates.values()), axis=0, dtype=np.float64)
     least = SHARED.phases[0].noise_multiplier * SHARED.phases[0].clip
-    assert 0.95 * least * np.sqrt(4 / 2) < noise.std() < 1.05 * least * np.sqrt(4 / 2)  # any two carry it all
+    assert 0.87 < noise.std() / (least * np.sqrt(4 / 2)) < 1.13  # six deviations; any two carry it all
     cost = charged_epsilon(SHARED)
     assert {name: each.epsilon for name, each in world.who.consents.items()} == dict.fromkeys(NAMES, cost)
     assert world.nodes["east"].ledger.spent("people").epsilon == cost > stated_epsilon(SHARED)
