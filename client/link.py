@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 LONGEST_PAUSE = 10.0  # SuperLink turns a SuperNode away for the 60 s that it takes the killed one for alive
+PDEATHSIG = 1  # of prctl(2): the signal that a child gets when its parent dies
 STEADY = 60.0  # seconds after which a SuperNode counts as having run well
 
 
@@ -88,7 +90,7 @@ def supervise(command: Sequence[str], stop: threading.Event) -> None:
     while not stop.is_set():
         started = time.monotonic()
         # a group of its own: its children go with it
-        process = subprocess.Popen(command, env=environment(), start_new_session=True)  # noqa: S603
+        process = subprocess.Popen(command, env=environment(), start_new_session=True, preexec_fn=_leash())  # noqa: S603
         while process.poll() is None and not stop.wait(0.2):
             pass
         if stop.is_set():
@@ -106,6 +108,14 @@ def stop_on_signals() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return stop
+
+
+def _leash() -> Callable[[], object] | None:
+    """What ties a child's life to this thread's: a link that is killed leaves no SuperNode that goes on without it."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(PDEATHSIG, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,10 +106,11 @@ class Participants:
         self._began = time.monotonic()
         while True:
             members, online = self.coordinator.members(), self.carrier.online()
-            self._offer({name: key for name, key in members.items() if name in online})
-            here = set(self._consents) & set(members) & online
+            connected = {name: key for name, key in members.items() if name in online}
+            self._offer(connected, self._patience(connected, len(members)) - self._waited)
+            here = set(self._consents) & set(connected)
             complete = len(here) >= self._expected or (set(self._declined) | here) >= set(members)
-            patience = self._patience(len(here - self._doubtful), len(members))
+            patience = self._patience(connected, len(members))
             doubt = min(patience, DOUBT) if patience < self.deadline else patience
             sure = not self._doubtful & here or self._waited >= doubt
             if (complete and sure) or self._waited >= patience:
@@ -163,12 +164,13 @@ class Participants:
     def _needed(self, of: int) -> int:
         return max(self.manifest.minimum_cohort, math.ceil(self._quorum * of - 1e-9))
 
-    def _patience(self, here: int, members: int) -> float:
-        """Seconds that who is away is waited for."""
-        quorum = here >= self._needed(min(self._expected, members))
+    def _patience(self, connected: Iterable[str], members: int) -> float:
+        """Seconds that others are waited for: all there are, where those who surely answer are no quorum."""
+        sure = (set(self._consents) & set(connected)) - self._doubtful
+        quorum = len(sure) >= self._needed(min(self._expected, members))
         return self.deadline * (PATIENCE if quorum else 1.0)
 
-    def _offer(self, members: Mapping[str, PublicIdentity]) -> None:
+    def _offer(self, members: Mapping[str, PublicIdentity], seconds: float) -> None:
         """Offer the run to who has not answered yet, and to who may be gone."""
         known = (set(self._consents) | set(self._declined)) - self._doubtful
         unasked = [name for name in members if name not in known]
@@ -177,10 +179,9 @@ class Participants:
         offer = Signed.by(self.coordinator.identity, MANIFEST_TAG, self.manifest.to_bytes())
         path = self.folder / PROJECTION
         request = request_to_bytes(Offer(offer, path.read_bytes() if path.is_file() else b""))
-        patience = self._patience(len(set(self._consents) & set(members)), len(members)) - self._waited
         if self._doubtful & set(unasked):
-            patience = min(patience, DOUBT)
-        for name, answer in self.carrier.ask(dict.fromkeys(unasked, request), max(patience, LOOK)):
+            seconds = min(seconds, DOUBT)
+        for name, answer in self.carrier.ask(dict.fromkeys(unasked, request), max(seconds, LOOK)):
             if isinstance(answer, Failure):
                 log.warning("%s: %s", name, answer.reason)
                 continue

@@ -70,26 +70,25 @@ def check_ledgers(federation: Federation) -> None:
 
 @pytest.mark.flower
 def test_killed_in_the_middle_it_goes_on_and_its_export_verifies(tiny_bert: Path, tmp_path: Path) -> None:
-    """A process of each institution, then the coordinator with its SuperLink are killed; it goes on in a new Flower run.
+    """A process of each institution and the coordinator with its SuperLink are killed at once; a new Flower run goes on.
 
     Updates leave under masks: with three institutions no drop-out is borne, so a killed one costs an attempt.
     """
     federation = Federation(
-        tmp_path / "f", rounds=3, spare=9, base=str(tiny_bert), layers="[]", deadline=90.0, secure=True
+        tmp_path / "f", rounds=2, spare=9, base=str(tiny_bert), layers="[]", deadline=90.0, secure=True
     )
     federation.prepare()
     with running(federation):
         wait_for_round(federation, 1)
         for victim, name in (("trainer", "bank"), ("link", "hospital"), ("SuperNode", "university")):
             _kill(federation, victim, name)
-        wait_for_round(federation, 2)
         _kill(federation, "server", "")
         committed = len(lines(federation))
         federation.start_server(resume=True)
         wait_until(lambda: listens(federation.port), "SuperLink", SECONDS)
         code = federation.wait(SECONDS)
         assert code == 0, logs(federation)
-    assert [line["round"] for line in lines(federation)] == [1, 2, 3] and committed >= 2
+    assert [line["round"] for line in lines(federation)] == [1, 2] and committed >= 1
     check_ledgers(federation)
     conclude(federation)
     labels = load_adapter(federation.root / "export" / "adapter").predict(["my laptop is broken"])

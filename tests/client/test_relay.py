@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,3 +142,31 @@ def test_a_process_that_dies_is_started_again_until_it_is_stopped(tmp_path: Path
     stop.set()
     running.join(10)
     assert len(mark.read_text()) >= 2 and not running.is_alive()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a Linux parent-death signal: not shown here")
+def test_a_link_that_is_killed_leaves_no_relay_behind(tmp_path: Path) -> None:
+    """It would go on without its link, and SuperLink would turn the next one away for as long."""
+    mark = tmp_path / "mark"
+    child = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    link = f"import sys, threading; from fedlora.client.link import supervise; supervise([sys.executable, '-c', {child!r}], threading.Event())"
+    process = subprocess.Popen([sys.executable, "-c", link])
+    _wait_for(lambda: mark.exists() and mark.read_text() != "")
+    number = int(mark.read_text())
+    process.kill()
+    process.wait(10)
+    _wait_for(lambda: not _runs(number))
+
+
+def _runs(process: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "nothing happened within 20 s"
+        time.sleep(0.05)
