@@ -81,8 +81,8 @@ class Bench:
         if file_digest(path) != digest:
             raise BadInput(f"{path.name}: changed while it was read")
         units = unit_groups(records.units, len(records))
-        if manifest.mode == "record":
-            check_delta(manifest.delta, len(units), path.name)
+        # by the policy's δ, whatever the manifest's: a consent must not tell how many units there are
+        check_delta(self._policy.limits.delta, len(units), f"{path.name}, by [limits] delta:")
         model = gradients.model
         encoded = model.task.encode(records, model.tokenizer, manifest.max_length)
         training = LocalTraining(gradients, FeatureCache(model), self._policy.trainer.micro_batch_tokens)

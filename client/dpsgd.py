@@ -27,7 +27,7 @@ from torch.nn import functional
 from fedlora.client.sampling import MicroBatch
 from fedlora.common.errors import BadInput
 from fedlora.common.model import AdapterModel
-from fedlora.common.privacy import group_scales
+from fedlora.common.privacy import SMALLEST_CLIP, group_scales
 from fedlora.common.randomness import Random, gaussian
 from fedlora.common.state import AdapterSpec
 from fedlora.common.tasks import Encoded
@@ -45,12 +45,12 @@ class ClipGroups:
     @classmethod
     def flat(cls, spec: AdapterSpec, clip: float) -> ClipGroups:
         """One bound for all coordinates."""
-        return cls(np.zeros(spec.size, dtype=np.int64), (_positive(clip),))
+        return cls(np.zeros(spec.size, dtype=np.int64), (_checked_clip(clip),))
 
     @classmethod
     def split(cls, spec: AdapterSpec, clip: float, head_clip: float) -> ClipGroups:
         """LoRA coordinates clipped to `clip`, head coordinates to `head_clip`."""
-        return cls(spec.head_mask().astype(np.int64), (_positive(clip), _positive(head_clip)))
+        return cls(spec.head_mask().astype(np.int64), (_checked_clip(clip), _checked_clip(head_clip)))
 
     def noise_std(self, noise_multiplier: float) -> npt.NDArray[np.float64]:
         """(size,) standard deviation of the noise on each coordinate of the sum."""
@@ -98,8 +98,21 @@ class PerSampleGradients:
         for batch in batches:
             self._backward(data, batch)
             samples = [self._take(name) for name in self._names]
+            if not all(bool(torch.isfinite(each.sum())) for each in samples):
+                samples = self._one_by_one(data, batch)
             total.add(samples, batch)
         return total.result()
+
+    def _one_by_one(self, data: Encoded, batch: MicroBatch) -> list[torch.Tensor]:
+        """Each record without padding: a padded place that overflows must not zero the records beside it.
+
+        Else one long record, which pads the others, would move the sum by all of them.
+        """
+        alone = []
+        for place in range(len(batch.rows)):
+            self._backward(data, MicroBatch(batch.rows[[place]], batch.owners[[place]], False))
+            alone.append([self._take(name) for name in self._names])
+        return [torch.cat(each) for each in zip(*alone, strict=True)]
 
     def plain_sum(self, data: Encoded, batches: Iterable[MicroBatch]) -> GradientSum:
         """Σ of gradients without a clip: training without privacy, at the cost of training without privacy."""
@@ -196,6 +209,8 @@ def head_clipped_sum(
     For a linear layer with inputs a_r and output gradients b_r, the gradient of a unit is Σ b_r a_rᵀ over its
     records; for one record its squared norm with the bias is |b|² (|a|² + 1). `owners` is (n,), counts units from 0 and never decreases. `bound` None: no clip.
     """
+    if bound is not None:
+        _checked_clip(bound)
     total = torch.zeros(sum(p.numel() for p in head.parameters()), device=features.device)
     units = nonfinite = start = 0
     while start < len(features):
@@ -243,13 +258,19 @@ def _head_part(
 def _clipped_records(
     inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], bound: float | None
 ) -> tuple[torch.Tensor, int]:
-    """Each record is a unit: its squared norm is |b|² (|a|² + 1), a sum of squares that can't cancel."""
-    terms = [b.square().sum(1) * (a.square().sum(1) + 1.0) for a, b in zip(inputs, gradients, strict=True)]
+    """Each record is a unit: its squared norm is |b|² (|a|² + 1), a sum of squares that can't cancel.
+
+    In float64: whoever chooses the weights can make b so small and a so large that |b|² is 0 in float32, and b aᵀ is not.
+    """
+    terms = [
+        b.double().square().sum(1) * (a.double().square().sum(1) + 1.0)
+        for a, b in zip(inputs, gradients, strict=True)
+    ]
     norms = torch.stack(terms).sum(dim=0).sqrt()
     finite, factors = _factors(norms, bound)
     flat = []
     for a, b in zip(inputs, gradients, strict=True):
-        weighted = torch.where(finite[:, None], b, 0.0) * factors[:, None]
+        weighted = torch.where(finite[:, None], b, 0.0) * factors[:, None].float()
         flat += [(weighted.T @ torch.where(finite[:, None], a, 0.0)).flatten(), weighted.sum(dim=0)]
     return torch.cat(flat), int((~finite).sum())
 
@@ -310,7 +331,7 @@ def _by_owner(samples: torch.Tensor, owners: torch.Tensor, units: int) -> torch.
     return summed.index_add_(0, owners, samples)
 
 
-def _positive(clip: float) -> float:
-    if not 0 < clip < float("inf"):
-        raise BadInput(f"clip: found {clip}, expected a finite number > 0")
+def _checked_clip(clip: float) -> float:
+    if not SMALLEST_CLIP <= clip < float("inf"):
+        raise BadInput(f"clip: found {clip}, expected a finite number of at least {SMALLEST_CLIP:g}")
     return clip

@@ -33,6 +33,7 @@ from fedlora.common.enrolment import (
     Invitation,
     Peer,
     certificate_fingerprint,
+    folded,
     invitation_from_text,
     request_from_text,
     request_to_text,
@@ -134,6 +135,12 @@ def rotate(folder: NodeFolder, name: str, organisation: str) -> EnrolmentRequest
     ):
         if found != expected:
             raise BadInput(f"{field}: found {found[:200]!r}, expected {expected!r}, whose keys are rotated")
+    coming = folder.identity.with_name("identity-next.pem")
+    if coming.exists() and folder.rotation.exists():  # a killed rotation: its key may be known by now
+        begun = rotation_from_text(read_text(folder.rotation), folder.rotation.name)
+        if begun.request.identity == Identity.load(coming).public:
+            coming.rename(folder.identity)
+            return begun.request
     stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
     kept = folder.identity.with_name(f"identity-{stamp}.pem")
     if kept.exists():
@@ -143,9 +150,10 @@ def rotate(folder: NodeFolder, name: str, organisation: str) -> EnrolmentRequest
     if folder.rotation.exists():
         folder.rotation.rename(folder.rotation.with_name(f"rotation-{stamp}.json"))
     identity = Identity.generate()
+    identity.write(coming)  # durable before anybody can hear of it
     request = _request(folder, identity, name, organisation, _flower_key(folder))
     write_atomically(folder.rotation, rotation_to_text(old, read_text(folder.request)).encode())
-    identity.write(folder.identity)  # last: a killed rotation begins again, under the key that is known
+    coming.rename(folder.identity)
     return request
 
 
@@ -201,13 +209,13 @@ def approve(folder: NodeFolder, text: str, where: str) -> Peer:
     else:
         request = request_from_text(text, where)
     peer = Peer(request.name, request.organisation, request.identity)
-    own = Identity.load(folder.identity).public
-    for each in (*roster.values(), Peer("", "", own)):
+    own = request_from_text(read_text(folder.request), folder.request.name)
+    for each in (*roster.values(), Peer("", own.organisation, Identity.load(folder.identity).public)):
         if each.identity == peer.identity and each != peer:
             raise Refused(f"{where}: found a key that {each.name or 'this node'} holds already")
-        if each.organisation == peer.organisation and each.name != peer.name:
+        if folded(each.organisation) == folded(peer.organisation) and each.name != peer.name:
             raise Refused(
-                f"{where}: found a second key of {peer.organisation!r}, which is {each.name} already"
+                f"{where}: found a second key of {peer.organisation!r}, which is {each.name or 'this node'} already"
             )
     if roster.get(peer.name, peer) != peer:
         raise Refused(

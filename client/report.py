@@ -70,7 +70,8 @@ def report_body(folder: NodeFolder, policy: Policy, identity: Identity, ledger: 
         "policy_digest": policy.digest,
         "budgets": _budgets(policy, ledger),
         "runs": [_run(folder, policy, entries, digest) for digest in _runs(folder)],
-        "refusals": list(_lines(folder.refusals)),
+        # as they were told; the details, which may quote a record, stay in the node's own log
+        "refusals": [{k: v for k, v in line.items() if k != "detail"} for line in _lines(folder.refusals)],
         "ledger": {"id": entries[0].body["id"], "entries": last.number, "head": last.hash},
         "accountant": accountant_name(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
@@ -138,7 +139,7 @@ def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) 
         "attempts_reserved": sum(body["kind"] == "reserve" for body in mine),
         "updates_committed": sum(body["kind"] == "commit" for body in mine),
         "sent": sent,
-        "data": list(_lines(folder.run(digest) / "data.jsonl")),
+        "data": _versions(folder.run(digest) / "data.jsonl"),
         "base_digest": manifest.base_digest,
         "spec_digest": manifest.spec_digest,
         "aggregation": "updates left in clear" if manifest.secure is None else "updates left under masks",
@@ -147,6 +148,13 @@ def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) 
         if epsilon is not None or manifest.mode == "none"
         else [],
     }
+
+
+def _versions(path: Path) -> list[dict[str, Any]]:
+    """When data were used, and whether they had changed; a digest would tell two guesses at them apart."""
+    lines = list(_lines(path))
+    known = list(dict.fromkeys(str(line["data"]) for line in lines))
+    return [{"time": line["time"], "version": 1 + known.index(str(line["data"]))} for line in lines]
 
 
 def _second(manifest: RunManifest) -> float | None:

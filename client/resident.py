@@ -58,7 +58,7 @@ from fedlora.common.protocol import (
     vector_from_bytes,
 )
 from fedlora.common.secagg.requests import INPUT, OFFER, OPEN, Request
-from fedlora.common.state import AdapterSpec, Vector
+from fedlora.common.state import AdapterSpec
 
 log = logging.getLogger(__name__)
 
@@ -219,12 +219,12 @@ class Resident:
             projection = self._folder.run(manifest.digest) / "projection.safetensors"
             spec = self._work.spec(manifest, projection)
 
-        def train() -> Vector:
-            update = self._trained(manifest, request.plan, request.vector)
-            with _private():
-                return vector_from_bytes(update, spec.size, "own update")
-
-        return trainer.input(request.message, request.plan, spec, train)
+        sent = trainer.prepare(request.message, request.plan, spec)
+        if sent is not None:
+            return sent
+        update = self._trained(manifest, request.plan, request.vector)
+        with _private():  # what is wrong with an update that has no mask yet is nobody's business
+            return trainer.mask(request.plan, spec, vector_from_bytes(update, spec.size, "own update"))
 
     def _trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> bytes:
         """The update of an attempt that goes on from all before it: reserved, trained and committed."""

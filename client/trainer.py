@@ -28,6 +28,10 @@ from fedlora.common.randomness import OsRandom, Random, SeededRandom
 from fedlora.common.skellam import clipped
 from fedlora.common.state import AdapterState
 
+LARGEST_VALUE = (
+    1e3  # of a broadcast adapter: attention's scores stay far below what a mask subtracts from padding
+)
+
 
 @dataclass(frozen=True)
 class MomentStore:
@@ -126,6 +130,11 @@ class Trainer:
             raise BadInput(f"plan adapter: found {state.digest}, expected {plan.adapter}")
         if manifest.mode == "none":
             return self._update(manifest, plan, state, private=False)
+        largest = float(np.abs(state.vector).max(initial=0.0))
+        if largest > LARGEST_VALUE:
+            raise BadInput(
+                f"plan adapter: found a value of size {largest:g}, expected at most {LARGEST_VALUE:g}"
+            )
         ledger = self._required_ledger()
         ledger.reserve(self._budget.name, plan.manifest, plan.phase, plan.round, plan.attempt)
         update = self._update(manifest, plan, state, private=True)

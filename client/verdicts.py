@@ -16,6 +16,7 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger import Budget, exceeded
 from fedlora.common.messages import Phase, RunManifest
 from fedlora.common.privacy import (
+    SMALLEST_CLIP,
     Mechanism,
     Spend,
     charged_epsilon,
@@ -28,6 +29,16 @@ from fedlora.common.secagg.cohort import THRESHOLD_RULE
 
 SLACK = 1 + 1e-6  # relative: the last bits of an ε differ between machines
 MOST_PHASES = 16
+STEEPEST = 64.0  # alpha / rank, and the scale of pooled features: with bounded adapters nothing overflows
+SHORTEST = 4  # tokens of a record, as in a configuration
+RANGES = (
+    ("sampling_rate", 1e-9, 1.0),
+    ("clip", SMALLEST_CLIP, 1e6),
+    ("head_clip", SMALLEST_CLIP, 1e6),  # or 0: one clip for all
+    ("expected_units", 1e-3, 1e9),
+    ("learning_rate", 1e-12, 1e3),
+    ("proximal_mu", 0.0, 1e3),
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ def judge(
         *_data_verdicts(manifest, policy),
         _one_of("base_digest", manifest.base_digest, policy.bases),
         *_network_verdicts(manifest, policy),
-        _at_most("max_length", manifest.max_length, policy.limits.max_length),
+        _max_length(manifest, policy),
         *phases,
         *_spend_verdicts(manifest, policy, spent, reserved, all(each.allowed for each in phases)),
         _least("minimum_cohort", manifest.minimum_cohort, policy.limits.minimum_cohort),
@@ -125,6 +136,8 @@ def _network_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
     return [
         Verdict("network", network.variant, shape),
         _at_most("network.rank", network.rank, limits.rank),
+        _at_most("network.alpha", network.alpha, STEEPEST * network.rank),
+        _at_most("network.head_scale", network.head_scale, STEEPEST),
         Verdict("network.targets", ", ".join(network.targets)[:80], _beyond(targets, limits.targets)),
         Verdict(
             "network.layers",
@@ -168,19 +181,12 @@ def _phase_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
 
 
 def _mechanism(name: str, phase: Phase, manifest: RunManifest, policy: Policy) -> list[Verdict]:
-    positive = (("sampling_rate", 1.0), ("clip", 1e6), ("expected_units", 1e9), ("learning_rate", 1e3))
     verdicts = []
-    for field, most in positive:
+    for field, least, most in RANGES:
         value = float(getattr(phase, field))
+        allowed = least <= value <= most or (field == "head_clip" and value == 0)
         verdicts.append(
-            Verdict(
-                f"{name}.{field}", f"{value:g}", "" if 0 < value <= most else f"expected > 0 and <= {most:g}"
-            )
-        )
-    for field, most in (("head_clip", 1e6), ("proximal_mu", 1e3)):
-        value = float(getattr(phase, field))
-        verdicts.append(
-            Verdict(f"{name}.{field}", f"{value:g}", "" if 0 <= value <= most else f"expected 0 to {most:g}")
+            Verdict(f"{name}.{field}", f"{value:g}", "" if allowed else f"expected {least:g} to {most:g}")
         )
     known = phase.optimizer in ("sgd", "adamw")
     verdicts.append(
@@ -271,8 +277,16 @@ def _cost_reason(
 
 def _free_verdicts(manifest: RunManifest) -> list[Verdict]:
     """What a policy need not bound: it changes neither what leaves nor what it costs."""
-    names = ("spec_digest", "projection_digest", "strategy", "participation", "seed", "version")
-    return [Verdict(name, str(getattr(manifest, name))[:80]) for name in names]
+    names = ("spec_digest", "projection_digest", "strategy", "participation", "version")
+    seed = Verdict("seed", str(manifest.seed), "" if manifest.seed >= 0 else "expected at least 0")
+    return [seed, *(Verdict(name, str(getattr(manifest, name))[:80]) for name in names)]
+
+
+def _max_length(manifest: RunManifest, policy: Policy) -> Verdict:
+    """At least what any record fits into: else whether a record is left at all would say how long it is."""
+    found = manifest.max_length
+    verdict = _at_most("max_length", found, policy.limits.max_length)
+    return verdict if found >= SHORTEST else replace(verdict, reason=f"expected at least {SHORTEST}")
 
 
 def _secure_verdict(manifest: RunManifest, policy: Policy) -> Verdict:

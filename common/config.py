@@ -131,9 +131,9 @@ class PrivacyConfig:
     mode: str = _choice("record", "record", "client", "none")
     epsilon: float = _number(3.0, 0, 1e4, open_low=True)
     delta: float = _number(1e-5, 0, 0.5, open_low=True)
-    clip: float = _number(1.0, 0, 1e6, open_low=True)
+    clip: float = _number(1.0, 1e-6, 1e6)
     head_clip: float = _number(0.0, 0, 1e6)  # adapter phase: a clip of the head's own; 0: one for all
-    head_phase_clip: float = _number(1.0, 0, 1e6, open_low=True)
+    head_phase_clip: float = _number(1.0, 1e-6, 1e6)
     head_epsilon_share: float = _number(0.5, 0, 1, open_low=True)  # of ε that the head phase may use
     # The population that data.train is drawn from: in a shared ledger, all runs on it charge one budget.
     population: str = _text("population", NAME)

@@ -8,6 +8,7 @@ institution's roster by its own operator, from a peer's request; a coordinator c
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -26,6 +27,11 @@ INVITATION_TAG = "fedlora-invitation-1"
 VERSION = 1
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,62}[a-z0-9])?")  # safe as a file name, in a log and on a line
 MAX_TEXT = 1 << 16
+
+
+def folded(organisation: str) -> str:
+    """The same for spellings of one organisation that differ in case, width or white space only."""
+    return " ".join(unicodedata.normalize("NFKC", organisation).casefold().split())
 
 
 @dataclass(frozen=True)

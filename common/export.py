@@ -251,7 +251,7 @@ def _description(folder: Path) -> Description:
         raise BadInput(f"{path}: missing, expected the description of an exported adapter")
     try:
         table = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: found a description that can't be read ({error})") from error
     if not isinstance(table, dict):
         raise BadInput(f"{path}: found {type(table).__name__}, expected a table")

@@ -112,6 +112,9 @@ def _pooled(model: AdapterModel, data: Encoded, rows: Rows, progress: Progress |
     result: torch.Tensor | None = None
     for chosen in length_batches(data.lengths[rows], FEATURE_TOKENS):
         part = model.pooled(data.batch(rows[chosen], model.pad, model.device))
+        if not torch.isfinite(part).all():  # of one record, and its padding of the others: each by itself
+            alone = [model.pooled(data.batch(rows[[place]], model.pad, model.device)) for place in chosen]
+            part = torch.cat(alone)
         if result is None:
             result = torch.empty(len(rows), part.shape[1], dtype=torch.float32, device=model.device)
         result[torch.from_numpy(chosen)] = part

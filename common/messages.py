@@ -312,4 +312,10 @@ def build_strictly(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 def _is(value: Any, kind: str) -> bool:
     if isinstance(value, bool):
         return kind == "bool"
-    return isinstance(value, _KINDS[kind]) and (not isinstance(value, int | float) or math.isfinite(value))
+    if isinstance(value, str):
+        return kind == "str" and not any(
+            0xD800 <= ord(letter) < 0xE000 for letter in value
+        )  # can't be written
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        return False
+    return isinstance(value, _KINDS[kind]) and (not isinstance(value, float) or math.isfinite(value))

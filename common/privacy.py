@@ -37,6 +37,9 @@ MOST_MECHANISMS = 16  # distinct ones; a manifest from outside must not keep a n
 LARGEST_EPSILON = 200.0  # exp(-ε) and exp(ε) stay far inside double precision
 SMALLEST_DELTA = 1e-10  # below it rounding errors of the Fourier transform are no longer small against δ
 SMALLEST_RATE = 1e-9  # below it exp(t) + q - 1 cancels; a larger rate only costs more
+SMALLEST_CLIP = (
+    1e-6  # far above the norm of all coordinates whose squares are 0 in float32: 1e-15 of 10⁸ of them
+)
 LARGEST_NOISE = 1e4  # above it the loss is narrower than the mesh; less noise only costs more
 
 

@@ -321,7 +321,11 @@ def _table(body: bytes, where: str, kinds: Mapping[str, type]) -> dict[str, Any]
     if not isinstance(table, dict) or set(table) != set(kinds):
         raise BadInput(f"{where}: found another body than {', '.join(kinds)}")
     for name, kind in kinds.items():
-        value = float(table[name]) if kind is float and type(table[name]) is int else table[name]
+        value = table[name]
+        if type(value) is int and abs(value) >= 1 << 63:
+            raise BadInput(f"{where} {name}: found a number out of range")
+        if kind is float and type(value) is int:
+            value = float(value)
         if type(value) is not kind:
             raise BadInput(f"{where} {name}: found {type(value).__name__}, expected {kind.__name__}")
         table[name] = value

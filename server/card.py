@@ -10,6 +10,7 @@ from fedlora.common.protocol import Consent
 from fedlora.common.statement import privacy_statement, secure_statement, shown_epsilon
 
 FIGURES = ("accuracy", "macro_f1", "perplexity", "loss")
+PAIRS, COUNTS = ("cohort", "threshold"), ("rounds", "colluders", "dropouts", "smallest_sum")
 
 
 def model_card(
@@ -21,7 +22,7 @@ def model_card(
     """Markdown; the largest ε that an institution states is the run's."""
     largest = max((consent.epsilon for consent in statements.values()), default=None)
     epsilon = None if manifest.mode == "none" else largest
-    rows = [statement_row(organisations[name], statements[name]) for name in statements]
+    rows = [_row(organisations[name], statements[name]) for name in statements]
     parts = [_head(manifest), _introduction(manifest, len(organisations))]
     lines = [*privacy_statement(manifest, epsilon), *secure_statement(manifest), *_masked(figures)]
     parts += ["## Privacy", "\n".join(f"- {line}" for line in lines)]
@@ -32,6 +33,19 @@ def model_card(
     if measured:
         parts += ["## Measured on public data", "\n".join(["| figure | value |", "|---|---|", *measured])]
     return "\n\n".join([*parts, USE]) + "\n"
+
+
+def shown_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card shows of a run's figures, as JSON holds it; anything else is left out."""
+    shown: dict[str, Any] = {name: figures[name] for name in FIGURES if isinstance(figures.get(name), float)}
+    secure = figures.get("secure")
+    if isinstance(secure, Mapping):
+        pairs = {name: list(secure[name]) for name in PAIRS if isinstance(secure.get(name), list | tuple)}
+        counts = {name: secure[name] for name in COUNTS if type(secure.get(name)) is int}
+        ends = [end for pair in pairs.values() for end in pair]
+        if (len(pairs), len(counts), len(ends)) == (2, 4, 4) and all(type(end) is int for end in ends):
+            shown["secure"] = pairs | counts
+    return shown
 
 
 def _masked(figures: Mapping[str, Any]) -> list[str]:
@@ -47,8 +61,7 @@ def _masked(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def statement_row(organisation: str, consent: Consent) -> str:
-    """One line of the card's table; `verify` looks for it."""
+def _row(organisation: str, consent: Consent) -> str:
     cells = (
         _cell(consent.institution),
         _cell(organisation),

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedlora.common.enrolment import EnrolmentRequest, request_from_text
+from fedlora.common.enrolment import EnrolmentRequest, folded, request_from_text
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import Identity, PublicIdentity
@@ -81,7 +80,7 @@ class Registry:
         return {member.name: member.identity for member in self.members() if member.active}
 
     def former(self, name: str) -> tuple[PublicIdentity, ...]:
-        """The keys that ended under this name: rotated, or revoked before the name was enrolled anew."""
+        """The keys that ended under this name, of the same organisation: a name never goes to another one."""
         return tuple(
             member.identity for member in self.members() if member.name == name and not member.active
         )
@@ -117,7 +116,7 @@ class Registry:
                 raise Refused(
                     f"{where}: found the signature of {found.old.text}, expected {old.identity.text}"
                 )
-            if _folded(old.organisation) != _folded(found.request.organisation):
+            if folded(old.organisation) != folded(found.request.organisation):
                 raise Refused(
                     f"{where} organisation: found {found.request.organisation!r}, expected {old.organisation!r}"
                 )
@@ -155,11 +154,15 @@ def _check_new(members: Sequence[Member], new: Member, where: str, predecessor: 
             raise Refused(f"{where}: found the identity of {member.name}, which was enrolled before")
         if member.flower_key == new.flower_key and member != predecessor:
             raise Refused(f"{where} flower_key: found the key of {member.name}, expected one of its own")
+        if member.name == new.name and folded(member.organisation) != folded(new.organisation):
+            raise Refused(
+                f"{where} name: found {new.name}, which is or was {member.organisation!r}; statements go by names"
+            )
         if not member.active:
             continue
         if member.name == new.name:
             raise Refused(f"{where} name: found {new.name}, which is a member; rotate its key, or revoke it")
-        if _folded(member.organisation) == _folded(new.organisation):
+        if folded(member.organisation) == folded(new.organisation):
             raise Refused(
                 f"{where} organisation: found {new.organisation!r}, which is the member {member.name}"
             )
@@ -178,11 +181,6 @@ def _member(row: object, where: str) -> Member:
     if not isinstance(row, dict) or set(row) != names or not all(isinstance(v, str) for v in row.values()):
         raise BadInput(f"{where}: found a member with other fields than {', '.join(sorted(names))}")
     return Member(**(row | {"identity": PublicIdentity.from_text(row["identity"], f"{where} identity")}))
-
-
-def _folded(organisation: str) -> str:
-    """The same for spellings of one organisation that differ in case, width or white space only."""
-    return " ".join(unicodedata.normalize("NFKC", organisation).casefold().split())
 
 
 def _now() -> str:

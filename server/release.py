@@ -1,8 +1,9 @@
 """The released adapter: what a receiver needs to use it, and to check where it came from without asking anybody.
 
     adapter/            PEFT's files, and the head where it is ours
-    README.md           the model card, with the privacy statement
-    manifest.json       everything public about the run, signed by the coordinator as the nodes received it
+    README.md           the model card, with the privacy statement: it follows from the other files, word for word
+    figures.json        what the coordinator measured on public data, as the card shows it
+    manifest.json       everything public about the run, signed by the coordinator
     members.json        the institutions' keys as they were enrolled, signed by the coordinator
     statements/         what each institution signed for itself: what it reserved, under which policy
     reports/            an institution's own report, where it gave one
@@ -28,19 +29,25 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import sync_folder, write_atomically
 from fedlora.common.identity import Identity, PublicIdentity
 from fedlora.common.messages import MAX_MESSAGE_BYTES, RunManifest
-from fedlora.common.protocol import MANIFEST_TAG, Consent, reply_from_bytes
+from fedlora.common.privacy import charged_epsilon
+from fedlora.common.protocol import Consent, reply_from_bytes
 from fedlora.common.sealed import MAX_TEXT_BYTES, Sealed, seal, unseal
 from fedlora.common.statement import shown_epsilon
-from fedlora.server.card import model_card, statement_row
+from fedlora.server.card import model_card, shown_figures
 from fedlora.server.statements import Statement, read_statement, statement_text
 
 RELEASE_TAG = "fedlora-release-1"
+RELEASE_MANIFEST_TAG = (
+    "fedlora-release-manifest-1"  # no offer: whoever has an export can't make a node consent
+)
 EXPORT_MEMBERS_TAG = "fedlora-release-members-1"
 REPORT_TAG = "fedlora-node-report-1"
 VERSION = 1
 INDEX, MANIFEST, MEMBERS, CARD = "release.json", "manifest.json", "members.json", "README.md"
+FIGURES = "figures.json"
 ADAPTER, STATEMENTS, REPORTS = "adapter", "statements", "reports"
 MAX_FILES = 10_000
+SAME = 1e-6  # relative: the last bits of an ε differ between machines
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,12 @@ def verify(folder: Path, key: PublicIdentity | None = None) -> list[str]:
     expected = _index(index.body)
     _check_files(folder, expected)
     signer = index.signer
-    body = _sealed(folder, MANIFEST, MANIFEST_TAG, signer).body
+    body = _sealed(folder, MANIFEST, RELEASE_MANIFEST_TAG, signer).body
     manifest = RunManifest.from_bytes(json.dumps(body).encode())
     institutions = _institutions(_sealed(folder, MEMBERS, EXPORT_MEMBERS_TAG, signer).body)
     statements = _statements(folder, manifest, institutions, expected)
     reports = _reports(folder, institutions, expected)
-    _check_card(folder, institutions, statements)
+    _check_card(folder, manifest, institutions, statements)
     _check_adapter(folder, manifest)
     largest = max((statement.epsilon for statement in statements.values()), default=0.0)
     checked = [
@@ -125,10 +132,11 @@ def _fill(folder: Path, coordinator: Identity, release: Release, adapter: Path) 
         for name, each in release.institutions.items()
     }
     body = {"version": VERSION, "institutions": members}
-    _write(folder / MANIFEST, seal(coordinator, MANIFEST_TAG, json.loads(manifest.to_bytes())))
+    _write(folder / MANIFEST, seal(coordinator, RELEASE_MANIFEST_TAG, json.loads(manifest.to_bytes())))
     _write(folder / MEMBERS, seal(coordinator, EXPORT_MEMBERS_TAG, body))
-    organisations = {name: each.organisation for name, each in release.institutions.items()}
-    _write(folder / CARD, model_card(manifest, organisations, statements, release.figures))
+    figures = shown_figures(release.figures)
+    _write(folder / FIGURES, json.dumps(figures, indent=1, sort_keys=True) + "\n")
+    _write(folder / CARD, _card(manifest, release.institutions, statements, figures))
     files = {name: _digest(folder / name) for name in _files(folder)}
     _write(folder / INDEX, seal(coordinator, RELEASE_TAG, {"version": VERSION, "files": files}))
 
@@ -140,7 +148,7 @@ def _index(body: Mapping[str, Any]) -> dict[str, str]:
         raise BadInput(f"{INDEX}: found another table than version {VERSION} of an export")
     if not all(isinstance(digest, str) for digest in files.values()):
         raise BadInput(f"{INDEX} files: expected a digest for each")
-    if missing := {MANIFEST, MEMBERS, CARD} - set(files):
+    if missing := {MANIFEST, MEMBERS, CARD, FIGURES} - set(files):
         raise BadInput(f"{INDEX} files: found no {sorted(missing)[0]}")
     return dict(files)
 
@@ -199,6 +207,8 @@ def _statements(
     names = {name.removeprefix(f"{STATEMENTS}/") for name in files if name.startswith(f"{STATEMENTS}/")}
     if other := names ^ {f"{name}.json" for name in institutions}:
         raise Refused(f"{STATEMENTS}/{sorted(other)[0]}: expected one statement of each institution")
+    if manifest.mode != "none" and len(institutions) < manifest.minimum_cohort:
+        raise Refused(f"{MEMBERS}: found {len(institutions)}, expected at least {manifest.minimum_cohort}")
     keys = {name: each.identity for name, each in institutions.items()}
     found = {}
     for name in institutions:
@@ -217,8 +227,12 @@ def _consent(data: bytes, name: str, manifest: RunManifest, keys: Mapping[str, P
         raise Refused(f"{where}: found no consent of {name}")
     if reply.manifest != manifest.digest:
         raise Refused(f"{where}: found a statement about {reply.manifest}, expected {manifest.digest}")
-    if manifest.mode != "none" and not reply.epsilon > 0:
-        raise Refused(f"{where} epsilon: found {reply.epsilon:g}, expected what a private run costs")
+    if manifest.mode != "none":
+        cost = charged_epsilon(manifest)
+        if not (reply.epsilon >= cost * (1 - SAME) and reply.delta >= manifest.delta * (1 - SAME)):
+            raise Refused(
+                f"{where} epsilon: found {reply.epsilon:g}, expected at least {cost:g}: its schedule's"
+            )
     return reply
 
 
@@ -233,13 +247,30 @@ def _reports(folder: Path, institutions: Mapping[str, Institution], files: Mappi
 
 
 def _check_card(
-    folder: Path, institutions: Mapping[str, Institution], statements: Mapping[str, Consent]
+    folder: Path,
+    manifest: RunManifest,
+    institutions: Mapping[str, Institution],
+    statements: Mapping[str, Consent],
 ) -> None:
-    """A coordinator can't write another ε into the card than an institution signed."""
-    lines = _text(folder, CARD).splitlines()
-    for name, each in institutions.items():
-        if statement_row(each.organisation, statements[name]) not in lines:
-            raise Refused(f"{CARD}: found other figures for {name} than it signed")
+    """The card is the text that follows from what was signed: a coordinator can't write another ε into it."""
+    try:
+        figures = json.loads(_text(folder, FIGURES))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{FIGURES}: found no JSON") from error
+    if not isinstance(figures, dict) or figures != shown_figures(figures):
+        raise BadInput(f"{FIGURES}: found other figures than a card shows")
+    if _text(folder, CARD) != _card(manifest, institutions, statements, figures):
+        raise Refused(f"{CARD}: found another text than follows from what the institutions signed")
+
+
+def _card(
+    manifest: RunManifest,
+    institutions: Mapping[str, Institution],
+    statements: Mapping[str, Consent],
+    figures: Mapping[str, Any],
+) -> str:
+    organisations = {name: each.organisation for name, each in sorted(institutions.items())}
+    return model_card(manifest, organisations, dict(sorted(statements.items())), figures)
 
 
 def _check_adapter(folder: Path, manifest: RunManifest) -> None:

@@ -90,7 +90,7 @@ def _summary(run: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: missing, expected a run that ended; see fedlora-server status")
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: found no JSON") from error
     if not isinstance(found, dict):
         raise BadInput(f"{path}: expected a table")

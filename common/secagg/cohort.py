@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedlora.common.enrolment import Peer
+from fedlora.common.enrolment import Peer, folded
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import PublicIdentity, digest, framed
 from fedlora.common.secagg import keys, wire
@@ -100,7 +100,7 @@ def check_cohort(policy: CohortPolicy, epoch: Epoch, offers: Sequence[KeyOffer],
     if own not in offers:
         raise Refused("cohort: found another entry for this node than the one that it sent")
     peers = [policy.member(name) for name in names]
-    organisations = [peer.organisation for peer in peers]
+    organisations = [folded(peer.organisation) for peer in peers]
     if len(set(organisations)) != len(organisations):
         raise Refused("cohort: found two members of one organisation")
     if len({peer.identity for peer in peers}) != len(peers):

@@ -96,7 +96,7 @@ BAD = {
             "run.toml seed = -1: expected an integer >= 0 and <= 9223372036854775807",
             "run.toml [lora] rank = 0: expected an integer >= 1 and <= 1024",
             'run.toml [privacy] mod: unknown key; did you mean "mode"?',
-            "run.toml [privacy] clip = -1.0: expected a finite number > 0 and <= 1e+06",
+            "run.toml [privacy] clip = -1.0: expected a finite number >= 1e-06 and <= 1e+06",
             "run.toml [aggregation] minimum_cohort = 5: expected at most the 4 institutions of a round",
         ],
     ),

@@ -45,7 +45,7 @@ def manifest(mode: str = "record", run: str = "r1") -> RunManifest:
         delta=1e-5 if mode != "none" else 0.0,
         strategy="fedavg",
         participation=1.0,
-        minimum_cohort=3,
+        minimum_cohort=2,
         seed=7,
         network=Network.of(ModelConfig(), LoraConfig()),
         phases=(phase,),

@@ -15,8 +15,20 @@ import pytest
 
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.identity import Identity
+from fedlora.common.protocol import MANIFEST_TAG, Consent, reply_from_bytes
 from fedlora.common.sealed import seal, unseal
-from fedlora.server.release import INDEX, RELEASE_TAG, Release, _digest, _files, export, verify
+from fedlora.server.release import (
+    EXPORT_MEMBERS_TAG,
+    INDEX,
+    RELEASE_MANIFEST_TAG,
+    RELEASE_TAG,
+    Release,
+    _digest,
+    _files,
+    export,
+    verify,
+)
+from fedlora.server.statements import statement_text
 from tests.server.releases import Party, adapter, consent, exported, manifest, party, release
 
 
@@ -33,7 +45,7 @@ def folder(tmp_path: Path, of: Party) -> Path:
 def test_an_export_verifies_as_it_was_written(folder: Path, of: Party) -> None:
     lines = verify(folder, of.coordinator.public)
     assert lines[-1] == "verified with the coordinator's key"
-    assert lines[0].startswith("files        9 ") and "2, each signed" in lines[2] and "2.999" in lines[2]
+    assert lines[0].startswith("files        10 ") and "2, each signed" in lines[2] and "2.999" in lines[2]
     assert {path.name for path in folder.parent.iterdir()} == {"adapter", "export"}
     card = (folder / "README.md").read_text()
     assert "| north | north    b clinic /b  | 2.999 | 1e-05 |" in card and "0.8123" in card
@@ -50,7 +62,7 @@ def test_without_a_key_only_integrity_is_claimed(folder: Path, of: Party) -> Non
 def test_two_hundred_flipped_bytes_are_two_hundred_detected(folder: Path, of: Party) -> None:
     """Over each file in turn, at random places and bits."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    assert len(files) == 10
+    assert len(files) == 11
     chance = random.Random(3)
     for change in range(200):
         path = files[change % len(files)]
@@ -120,6 +132,28 @@ def smaller_epsilon_in_a_statement(folder: Path, of: Party) -> None:
     path.write_text(path.read_text().replace("2.9981", "0.5"))
 
 
+def another_promise_in_the_card(folder: Path, of: Party) -> None:
+    path = folder / "README.md"
+    path.write_text(
+        path.read_text() + "\nEach institution's updates are (0.05, 1e-12)-differentially private.\n"
+    )
+
+
+def a_smaller_epsilon_that_was_signed(folder: Path, of: Party) -> None:
+    """An institution that understates what its schedule costs, or sides with the coordinator."""
+    signed = consent(of.members["north"], "north", manifest(), 0.01)
+    said = reply_from_bytes(signed, "bank-intents", {"north": of.members["north"].public})
+    assert isinstance(said, Consent)
+    (folder / "statements" / "north.json").write_text(statement_text(said, signed))
+
+
+def nobody_at_all(folder: Path, of: Party) -> None:
+    shutil.rmtree(folder / "statements")
+    shutil.rmtree(folder / "reports")
+    body = {"version": 1, "institutions": {}}
+    (folder / "members.json").write_text(seal(of.coordinator, EXPORT_MEMBERS_TAG, body))
+
+
 def statement_of_another_run(folder: Path, of: Party) -> None:
     path, other = folder / "statements" / "north.json", manifest(run="r2")
     table = json.loads(path.read_text())
@@ -145,8 +179,8 @@ def another_base(folder: Path, of: Party) -> None:
 
 def another_manifest(folder: Path, of: Party) -> None:
     path = folder / "manifest.json"
-    body = dict(unseal(path.read_text(), "fedlora-manifest-1", "m").body) | {"epsilon": 0.5}
-    path.write_text(seal(of.coordinator, "fedlora-manifest-1", body))
+    body = dict(unseal(path.read_text(), RELEASE_MANIFEST_TAG, "m").body) | {"epsilon": 0.5}
+    path.write_text(seal(of.coordinator, RELEASE_MANIFEST_TAG, body))
 
 
 @pytest.mark.parametrize(
@@ -154,6 +188,9 @@ def another_manifest(folder: Path, of: Party) -> None:
     [
         smaller_epsilon_in_the_card,
         smaller_epsilon_in_a_statement,
+        another_promise_in_the_card,
+        a_smaller_epsilon_that_was_signed,
+        nobody_at_all,
         statement_of_another_run,
         anothers_statement,
         a_statement_less,
@@ -201,3 +238,9 @@ def test_a_run_without_privacy_says_so(tmp_path: Path, of: Party) -> None:
     plain = replace(release(of, run), statements={n: consent(i, n, run, 0.0) for n, i in of.members.items()})
     export(tmp_path / "export", of.coordinator, plain, adapter(tmp_path / "adapter"))
     assert "without privacy" in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_an_export_is_no_offer(folder: Path, of: Party) -> None:
+    """Else whoever has one could make a node that was never asked reserve the run's ε."""
+    with pytest.raises(Refused):
+        unseal((folder / "manifest.json").read_text(), MANIFEST_TAG, "manifest.json", of.coordinator.public)

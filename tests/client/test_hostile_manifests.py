@@ -1,0 +1,162 @@
+"""What a coordinator may choose must not undo the clip, nor ask the data a question that costs nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from fedlora.client.dpsgd import ClipGroups, PerSampleGradients, head_clipped_sum
+from fedlora.client.report import report_body
+from fedlora.client.sampling import micro_batches
+from fedlora.client.verdicts import judge
+from fedlora.common.config import LoraConfig, ModelConfig
+from fedlora.common.data import Records, unit_groups
+from fedlora.common.errors import BadInput
+from fedlora.common.features import pooled_features
+from fedlora.common.messages import RunManifest
+from fedlora.common.model import AdapterModel, build_model
+from fedlora.common.state import AdapterState
+from fedlora.common.tasks import Encoded, SequenceClassification
+from tests.client.institution import PHASE, Institution, manifest_of
+
+SHORT, LONG = "w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6"
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("clip", (1e-40, 9e-7, 0.0, float("nan"))),  # squares of what it should bound are 0 in float32
+        ("head_clip", (1e-40, -1.0)),
+        ("expected_units", (1e-40, 0.0)),
+        ("learning_rate", (1e-40, 1e4)),
+        ("sampling_rate", (0.0, 1.5)),
+    ],
+)
+def test_what_would_undo_the_clip_is_not_allowed(
+    tmp_path: Path, field: str, values: tuple[float, ...]
+) -> None:
+    policy = Institution(tmp_path / "n").folder.load_policy()
+    for value in values:
+        run = manifest_of(replace(PHASE, **{field: value}))  # type: ignore[arg-type]
+        (verdict,) = [each for each in judge(run, policy, "f", {}, None) if each.field.endswith(f".{field}")]
+        assert not verdict.allowed, value
+
+
+def test_what_would_ask_the_data_is_not_allowed(tmp_path: Path) -> None:
+    """A length below that of any record would be consented to or declined by the shortest one there is."""
+    policy = Institution(tmp_path / "n").folder.load_policy()
+    for changes in ({"max_length": -9}, {"max_length": 3}, {"seed": -1}):
+        verdicts = judge(manifest_of(**changes), policy, "f", {}, None)
+        (field,) = changes
+        assert not next(each for each in verdicts if each.field == field).allowed
+    network = replace(manifest_of().network, alpha=1e6)
+    verdicts = judge(manifest_of(network=network), policy, "f", {}, None)
+    assert not next(each for each in verdicts if each.field == "network.alpha").allowed
+
+
+@pytest.mark.parametrize("text", ['"seed":%s' % (10**400), '"run":"\\ud800"'])
+def test_numbers_and_texts_that_nothing_can_hold_are_bad_input(text: str) -> None:
+    table = json.loads(manifest_of().to_bytes())
+    name = text.split(":")[0].strip('"')
+    del table[name]
+    data = json.dumps(table)[:-1] + "," + text + "}"
+    with pytest.raises(BadInput, match=name):
+        RunManifest.from_bytes(data.encode())
+
+
+def test_a_clip_below_what_float32_can_measure_is_refused(tiny_bert: Path) -> None:
+    spec = model_of(tiny_bert).spec
+    with pytest.raises(BadInput, match="clip: found 1e-07"):
+        ClipGroups.flat(spec, 1e-7)
+    with pytest.raises(BadInput, match="clip: found 1e-07"):
+        ClipGroups.split(spec, 1.0, 1e-7)
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e-6])
+def test_huge_features_with_tiny_errors_are_clipped(clip: float) -> None:
+    """|b|² is 0 in float32 where b aᵀ is far above the clip."""
+    head = torch.nn.Linear(4, 2)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+        head.weight[0, 0] = 52.7 / 0.9e19
+    features = torch.full((1, 4), 0.9e19)
+    found = head_clipped_sum(
+        head, lambda out, to: functional.cross_entropy(out, to, reduction="none"), features,
+        torch.tensor([0]), np.array([0]), clip,
+    )  # fmt: skip
+    assert float(np.linalg.norm(found.vector.astype(np.float64))) <= clip * (1 + 1e-5)
+
+
+def model_of(base: Path) -> AdapterModel:
+    lora = LoraConfig(rank=1, targets=("query", "key"), layers=(0,), alpha=1.0)
+    return build_model(
+        ModelConfig(base=str(base), pooling="mean"), lora, SequenceClassification(("a", "b")), 5
+    )
+
+
+def hostile(model: AdapterModel) -> AdapterState:
+    """Attention whose score of a padded place is +inf, and of every other one 0: known from the public base."""
+    embeddings: Any = model.network.backbone.base_model.model.embeddings  # type: ignore[union-attr]
+    ids = model.tokenizer([SHORT, LONG], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        seen = embeddings(ids["input_ids"])
+    mask = ids["attention_mask"].bool()
+    real, pad = seen[mask].double().numpy(), seen[~mask].double().numpy()
+    both = np.concatenate([real, pad])
+    query = np.linalg.lstsq(both, np.ones(len(both)), rcond=None)[0]
+    key = np.linalg.lstsq(both, np.r_[np.zeros(len(real)), np.ones(len(pad))], rcond=None)[0]
+    vector = model.state().vector.copy()
+    for tensor, place in model.spec.slices():
+        for part, values in (("query.lora_A", query), ("key.lora_A", key)):
+            if part in tensor.name:
+                vector[place] = values
+        for part, value in (("query.lora_B", 1e19), ("key.lora_B", 1e20)):
+            if part in tensor.name:
+                vector[place] = value
+    return AdapterState(model.spec, vector)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_record_that_pads_the_others_moves_the_sum_by_one_clip(tiny_bert: Path, attention: str) -> None:
+    model = model_of(tiny_bert)
+    gradients = PerSampleGradients(model)
+    model.load(hostile(model))
+    model.set_attention(attention)
+
+    def encoded(texts: list[str]) -> Encoded:
+        records = Records(texts, None, np.zeros(len(texts), dtype=np.int64), None, {}, "x")
+        return model.task.encode(records, model.tokenizer, 16)
+
+    sums, features = [], []
+    for texts in ([SHORT] * 40, [SHORT] * 40 + [LONG]):
+        data, units = encoded(texts), unit_groups(None, len(texts))
+        batches = micro_batches(units, np.arange(len(texts)), data.lengths, 4096)
+        sums.append(gradients.clipped_sum(data, batches, ClipGroups.flat(model.spec, 1.0)))
+        features.append(pooled_features(model, data, np.arange(40)).numpy())
+    moved = np.linalg.norm(sums[0].vector.astype(np.float64) - sums[1].vector)
+    assert sums[0].nonfinite == 0 and moved <= 1 + 1e-4
+    together = pooled_features(model, encoded([SHORT] * 4 + [LONG]), np.arange(5)).numpy()
+    assert np.array_equal(np.isfinite(together[:4]), np.isfinite(features[0][:4]))
+
+
+def test_a_report_quotes_no_record_and_tells_no_two_guesses_apart(tmp_path: Path) -> None:
+    node = Institution(tmp_path / "n")
+    line = {
+        "time": "t",
+        "manifest": "",
+        "round": 0,
+        "attempt": 0,
+        "reason": "private",
+        "detail": "HIV positive",
+    }
+    node.folder.refusals.write_text(json.dumps(line) + "\n")
+    body = report_body(node.folder, node.folder.load_policy(), node.identity, node.ledger)
+    assert "HIV" not in json.dumps(body) and body["refusals"][0]["reason"] == "private"
