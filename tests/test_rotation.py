@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 
 from fedlora.client import cli as node_cli
+from fedlora.client import node as nodes
 from fedlora.client.node import NodeFolder, read_peers
 from fedlora.client.outbox import Outbox
 from fedlora.client.resident import Resident
+from fedlora.common.errors import Refused
 from fedlora.common.identity import Identity
 from fedlora.common.ledger import Budget
 from fedlora.common.messages import RoundPlan, RunManifest
-from fedlora.common.rotation import ROTATION_TAG, rotation_to_text
+from fedlora.common.rotation import ROTATION_TAG, rotation_from_text, rotation_to_text
 from fedlora.common.sealed import seal
 from fedlora.server import cli as server_cli
 from fedlora.server.deployment import ClearCohort
@@ -222,3 +224,32 @@ def test_a_rotation_brings_nobody_in(federation: Federation) -> None:
         code, _, err = federation.command("fedlora-node", "join", file, "--approve", "--node", "south")
         assert code == 3 and "approved key" in err
     assert not read_peers(NodeFolder(federation.root / "south"))
+
+
+def test_a_rotation_that_was_killed_goes_on_with_the_key_that_may_be_known(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between rotation.json and the key: the next call ends it, and makes no third key."""
+    rename = Path.rename
+
+    def dies(self: Path, target: Path) -> Path:
+        if target.name == "identity.pem":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    folder = NodeFolder(federation.root / "north")
+    monkeypatch.setattr(Path, "rename", dies)
+    with pytest.raises(KeyboardInterrupt):
+        nodes.rotate(folder, "north", "The north")
+    monkeypatch.setattr(Path, "rename", rename)
+    begun = rotation_from_text(folder.rotation.read_text(), "r").request.identity
+    assert nodes.rotate(folder, "north", "The north").identity == begun
+    assert Identity.load(folder.identity).public == begun and not list(folder.root.glob("rotation-*"))
+
+
+def test_one_organisation_is_one_peer_however_it_is_spelt(federation: Federation) -> None:
+    folder = NodeFolder(federation.root / "north")
+    nodes.approve(folder, (federation.root / "east" / "enrolment.json").read_text(), "e")
+    for name, organisation in (("west", "THE  east"), ("west", "the North")):
+        with pytest.raises(Refused, match="second key"):
+            nodes.approve(folder, request(Identity.generate(), name, organisation), "w")

@@ -53,7 +53,7 @@ class Node:
             digest = RunManifest.from_bytes(body).digest
             if self.habit == "declines":
                 return self._signed(Decline(self.name, digest, 0, 0, "budget spent", True))
-            epsilon = 0.01 if self.habit == "understates" else COST
+            epsilon = {"understates": 0.01, "exceeds": 10**400}.get(self.habit, COST)
             return self._signed(Consent(self.name, digest, "sha256:p", epsilon, 1e-5))
         assert isinstance(request, Task)
         plan = RoundPlan.from_bytes(request.plan.opened(PLAN_TAG, self.coordinator))
@@ -210,6 +210,13 @@ def test_a_consent_below_what_the_schedule_costs_is_none(world: World) -> None:
     cohort = world.cohort(manifest(), expected=2)
     found = cohort.total(plan_of(manifest()), START)
     assert "another ε" in found.failures[0].reason and set(world.who.consents) == {"north", "south"}
+
+
+def test_a_number_that_nothing_can_hold_is_its_senders_failure(world: World) -> None:
+    world.nodes["east"].habit = "exceeds"
+    cohort = world.cohort(manifest(), expected=2)
+    found = cohort.total(plan_of(manifest()), START)
+    assert found.replies == 2 and "out of range" in found.failures[0].reason
 
 
 def test_nobody_trains_for_a_sum_that_may_not_be_made(world: World) -> None:

@@ -48,6 +48,8 @@ def test_a_request_is_used_once_also_after_revocation(registry: Registry) -> Non
         registry.enrol(text, "r")
     with pytest.raises(Refused, match="enrolled before"):
         registry.enrol(request(NORTH, "north"), "r")
+    with pytest.raises(Refused, match="is or was 'north clinic'"):  # its statements would be another's
+        registry.enrol(request(Identity.generate(), "north", "Another clinic"), "r")
     registry.enrol(request(Identity.generate(), "north"), "r")  # a new key, after a telephone call
 
 

@@ -12,6 +12,7 @@ import pytest
 from fedlora.client import node as nodes
 from fedlora.client.outbox import Outbox
 from fedlora.client.report import write_report
+from fedlora.client.resident import PRIVATE_REASON
 from fedlora.common.errors import Refused
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms, SkellamTerms
@@ -335,3 +336,12 @@ def test_nobody_shares_noise_who_did_not_opt_in(tmp_path: Path) -> None:
     found = world.total(1)
     assert found.replies == 0 and all(failure.refused for failure in found.failures)
     assert "client_level is false" in found.failures[0].reason and not world.trained("east")
+
+
+def test_what_is_wrong_with_an_update_before_its_noise_is_not_told(tmp_path: Path) -> None:
+    """An update longer than its clip: the coordinator learns that a node failed, and not how long it was."""
+    world = opted_in(tmp_path, SHARED)
+    world.nodes["north"].work.update = (100 * world.updates["north"]).astype("<f4").tobytes()
+    found = world.total(1)
+    (failure,) = found.failures
+    assert found.replies == 3 and failure.client == "north" and failure.reason == PRIVATE_REASON
