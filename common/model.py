@@ -221,10 +221,20 @@ def build_model(
     digest = check_digest(folder, model.digest)
     tokenizer = load_tokenizer(folder)
     network = _network(model, folder, task, tokenizer, lora)
+    _check_positions(network, model.max_length)
     _switch_dropout_off(network)
     _initialise(network, seed)
     network.train()  # Opacus' hooks record in training mode only; without dropout the modes compute the same
     return AdapterModel(network, task, tokenizer, digest, device or torch.device("cpu"))
+
+
+def _check_positions(network: PooledClassifier | OwnHead, max_length: int) -> None:
+    """BadInput where a record of `max_length` tokens could not be embedded: here, not once the first long one comes."""
+    most = getattr(network.backbone.config, "max_position_embeddings", None)
+    if isinstance(most, int) and 0 < most < max_length:
+        raise BadInput(
+            f"[model] max_length = {max_length}: expected at most the base model's {most} positions"
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -283,3 +283,13 @@ def test_base_digest_mismatch(tiny_bert: Path, tmp_path: Path) -> None:
 def test_lora_targets_that_do_not_exist_are_named(tiny_bert: Path) -> None:
     with pytest.raises(BadInput, match=r"\[lora\] targets"):
         classifier(tiny_bert, "mean", lora=LoraConfig(targets=("q_proj",)))
+
+
+def test_more_tokens_than_the_base_has_positions_are_refused(tiny_bert: Path) -> None:
+    with pytest.raises(BadInput, match="max_length = 513: expected at most the base model's"):
+        build_model(
+            ModelConfig(base=str(tiny_bert), pooling="mean", max_length=513),
+            LoraConfig(rank=1),
+            SequenceClassification(("a", "b")),
+            5,
+        )
