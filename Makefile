@@ -36,6 +36,7 @@ bench: $(VENV)/dev  ## the benchmarks whose figures docs/ quotes
 	$(BIN)/python simulations/benchmarks/private_step.py --json runs/bench/private_step.json
 	$(BIN)/python simulations/benchmarks/scale.py --json runs/bench/scale.json
 	$(BIN)/python simulations/benchmarks/secure_aggregation.py --json runs/bench/secure_aggregation.json
+	$(BIN)/python simulations/benchmarks/federation.py --json runs/bench/federation.json
 
 wheel: $(VENV)/dev  ## build the wheel, install it into an empty environment, import and run it
 	$(BIN)/python -m pytest tests/test_wheel.py
