@@ -14,8 +14,10 @@ runs/N/              config, checkpoint, consents, metrics, summary and adapter 
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import pwd
 import re
 import shutil
 from collections.abc import Mapping
@@ -251,8 +253,19 @@ def _proxy(root: Path, settings: Settings) -> str:
         "LISTEN": f"[::]:{port}" if ":" in host else port,
         "SERVER_NAME": f'"{host}"' if ":" not in host else '""',
         "SUPERLINK_PORT": settings.superlink.port,
+        "USER": _worker(),
     }
     return _filled("nginx.conf", values)
+
+
+def _worker() -> str:
+    """Where root starts nginx, its worker must be able to write a body into this folder: it is the owner's."""
+    try:
+        owner = pwd.getpwuid(os.geteuid())
+        group = grp.getgrgid(owner.pw_gid)
+    except KeyError:  # a container's user without a name
+        return "# user NAME;  # whose this folder is, where root starts nginx"
+    return f'user "{owner.pw_name}" "{group.gr_name}";  # counts where root starts nginx'
 
 
 def _filled(name: str, values: dict[str, Any]) -> str:

@@ -1,17 +1,8 @@
-"""A coordinator's folder works as it was made, or is not there; the proxy lets the Fleet API through and no more."""
+"""A coordinator's folder works as it was made, or is not there."""
 
 from __future__ import annotations
 
-import http.client
-import http.server
-import shutil
 import socket
-import ssl
-import subprocess
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,9 +13,6 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import PublicIdentity
 from fedlora.server import directory as module
 from fedlora.server.directory import Directory
-
-NGINX = shutil.which("nginx") or ("/usr/sbin/nginx" if Path("/usr/sbin/nginx").exists() else "")
-needs_nginx = pytest.mark.skipif(not NGINX, reason="nginx is not installed: the proxy was not shown")
 
 
 @pytest.fixture
@@ -116,94 +104,3 @@ def test_a_changed_host_needs_a_renewal(made: Directory) -> None:
     moved.check_certificate()
     assert "fl.example.org" in (made.root / "invitation.json").read_text()
     assert "fl.example.org" in (made.root / "nginx.conf").read_text()
-
-
-class Upstream(http.server.BaseHTTPRequestHandler):
-    """What stands where SuperLink would: it says which path reached it."""
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = self.path.encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Silent."""
-
-
-@contextmanager
-def behind_nginx(made: Directory) -> Iterator[int]:
-    """nginx as configured, before an upstream with the coordinator's own certificate; its port."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", made.settings.superlink.port), Upstream)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(made.root / "tls" / "server.crt", made.root / "tls" / "server.key")
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    command = [NGINX, "-p", str(made.root), "-c", "nginx.conf", "-g", "daemon off;"]
-    proxy = subprocess.Popen(command, stderr=subprocess.PIPE)
-    try:
-        _wait(made.settings.address.port)
-        yield made.settings.address.port
-    finally:
-        proxy.terminate()
-        proxy.communicate(timeout=10)
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def _wait(port: int) -> None:
-    for _ in range(100):
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise TimeoutError(f"nothing listens on {port}")
-
-
-@needs_nginx
-def test_nginx_accepts_its_configuration(made: Directory) -> None:
-    command = [NGINX, "-t", "-p", str(made.root), "-c", "nginx.conf"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 0, done.stderr
-
-
-@needs_nginx
-def test_institutions_reach_the_fleet_api_and_nothing_else(made: Directory) -> None:
-    context = ssl.create_default_context(cafile=str(made.root / "ca" / "ca.crt"))
-    with behind_nginx(made) as port:
-
-        def ask(path: str, method: str = "POST", body: bytes = b"x") -> tuple[int, str]:
-            connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
-            try:
-                connection.request(method, path, body=body)
-                answer = connection.getresponse()
-                return answer.status, answer.read().decode(errors="replace")
-            finally:
-                connection.close()
-
-        assert ask("/v1/fleet/pull-messages") == (200, "/v1/fleet/pull-messages")
-        assert ask("/v1/control/../fleet/pull-messages") == (200, "/v1/fleet/pull-messages")  # as checked
-        for path in (
-            "/v1/control/start-run",
-            "/v1/runtime/acquire-task",
-            "/v1/fleet/../control/start-run",
-            "/v1/fleet/%2e%2e/control/start-run",
-            "/v1/fleet/..%2fcontrol/start-run",
-            "//v1/control/start-run",
-            "/v1/FLEET/x",
-            "/docs",
-            "/",
-        ):
-            assert ask(path)[0] in (400, 404), path
-        assert ask("/v1/fleet/x", method="GET")[0] == 403
-        connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
-        connection.putrequest("POST", "/v1/fleet/x")
-        connection.putheader("Content-Length", str(300 << 20))
-        connection.endheaders()
-        assert connection.getresponse().status == 413  # before a byte of the 300 MB was sent
-        connection.close()
