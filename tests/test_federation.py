@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -202,37 +203,51 @@ PROGRAMS = {  # words of a command line, of whose process it is
 }
 
 
+@dataclass(frozen=True)
+class Kill:
+    """One kill of several at a time, and how long after it the next round was committed."""
+
+    victim: str
+    together: int
+    seconds: float
+
+
 @pytest.fixture(scope="session")
-def recoveries(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, float]]]:
-    """Of each kill: the victim, and the seconds to the next committed round. Printed when all are done."""
-    found: list[tuple[str, float]] = []
+def kills(request: pytest.FixtureRequest) -> Iterator[list[Kill]]:
+    """Of all runs; printed when all are done."""
+    found: list[Kill] = []
     yield found
-    times = sorted(seconds for _, seconds in found)
-    if times:
-        ranks = {name: times[min(len(times) - 1, int(len(times) * part))] for name, part in QUANTILES.items()}
-        text = ", ".join(f"{name} {value:.1f} s" for name, value in ranks.items())
-        kills = Counter(victim for victim, _ in found)
+    if found:
         with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print(f"\n{len(times)} kills ({dict(kills)}): to the next committed round {text}")
+            print(f"\n{len(found)} kills {dict(Counter(kill.victim for kill in found))}")
+            for size in (0, *BURSTS):
+                times = sorted(kill.seconds for kill in found if size in (0, kill.together))
+                ranks = [times[min(len(times) - 1, len(times) * part // 100)] for part in (50, 95)]
+                print(f"{f'{size} together' if size else 'all'}: p50 {ranks[0]:.1f} s, p95 {ranks[1]:.1f} s")
 
 
-QUANTILES = {"p50": 0.5, "p95": 0.95}
+def _kill(federation: Federation, victim: str, name: str) -> bool:
+    """One process, or the command that an operator started; a trainer and a link are started again, as systemd would.
 
-
-def _kill(federation: Federation, victim: str, name: str) -> None:
-    """One process, or the command that an operator started; a trainer and a link are started again, as systemd would."""
+    False: there is none just now.
+    """
     if victim in ("trainer", "link"):
         federation.kill(f"{'relay' if victim == 'link' else victim} {name}")
         (federation.start_trainer if victim == "trainer" else federation.start_relay)(name)
-    elif victim == "server":
+        return True
+    if victim == "server":
+        there = "server" in federation.processes
         federation.kill("server")
         federation.kill_superlink()
-    else:
-        parent = federation.processes[f"relay {name}" if victim == "SuperNode" else "server"]
-        for process in psutil.Process(parent.pid).children(recursive=True):
-            with suppress(psutil.Error):
-                if any(PROGRAMS[victim] in word for word in process.cmdline()):
-                    process.kill()
+        return there
+    parent = federation.processes.get(f"relay {name}" if victim == "SuperNode" else "server")
+    there = False
+    with suppress(psutil.Error):
+        for process in psutil.Process(parent.pid).children(recursive=True) if parent else ():
+            if any(PROGRAMS[victim] in word for word in process.cmdline()):
+                process.kill()
+                there = True
+    return there
 
 
 def _moved(federation: Federation, before: int) -> bool:
@@ -252,16 +267,30 @@ def _releases(federation: Federation) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in paths if path.suffix in (".reply", ".masked")}
 
 
+BURSTS = (1, 2, 3, 4, 5)
+
+
+def _burst(federation: Federation, source: random.Random, size: int) -> list[tuple[str, float]]:
+    """`size` kills within seconds of each other: what was killed, and when."""
+    done: list[tuple[str, float]] = []
+    while len(done) < size:
+        victim = source.choice(VICTIMS)
+        if _kill(federation, victim, source.choice(NAMES)):
+            done.append((victim, time.monotonic()))
+        time.sleep(source.uniform(0, 2))
+    return done
+
+
 @pytest.mark.chaos
 @pytest.mark.flower
-@pytest.mark.parametrize("seed", range(20))
-def test_chaos(tiny_bert: Path, tmp_path: Path, seed: int, recoveries: list[tuple[str, float]]) -> None:
-    """Five kills a run, at random moments, of any process; every second run under masks."""
+@pytest.mark.parametrize("seed", range(7))
+def test_chaos(tiny_bert: Path, tmp_path: Path, seed: int, kills: list[Kill]) -> None:
+    """Fifteen kills a run, at random moments, of any process, up to five at a time; every second run under masks."""
     source = random.Random(seed)
     federation = Federation(
         tmp_path / "f",
-        rounds=8,
-        spare=60,
+        rounds=16,
+        spare=100,
         base=str(tiny_bert),
         layers="[]",
         deadline=120.0 if seed % 2 else 60.0,
@@ -270,18 +299,17 @@ def test_chaos(tiny_bert: Path, tmp_path: Path, seed: int, recoveries: list[tupl
     federation.prepare()
     released: dict[Path, bytes] = {}
     with running(federation):
-        for _ in range(5):
+        wait_for_round(federation, 1)
+        for size in source.sample(BURSTS, len(BURSTS)):
             time.sleep(source.uniform(0.5, 12))
-            if federation.processes["server"].poll() is not None:
-                break
-            before, started = lines(federation), time.monotonic()
-            victim = source.choice(VICTIMS)
-            _kill(federation, victim, source.choice(NAMES))
-            wait_until(
-                partial(_moved, federation, len(before)), f"a round after the end of {victim}", 2 * SECONDS
-            )
-            recoveries.append((victim, time.monotonic() - started))
-            assert lines(federation)[: len(before)] == before, "a committed round was lost"
+            if len(lines(federation)) >= federation.rounds - 2:
+                break  # what is left is too little for another burst
+            committed = lines(federation)
+            killed = _burst(federation, source, size)
+            before = len(lines(federation))
+            wait_until(partial(_moved, federation, before), f"a round after {killed}", 2 * SECONDS)
+            kills += [Kill(victim, size, time.monotonic() - at) for victim, at in killed]
+            assert lines(federation)[: len(committed)] == committed, "a committed round was lost"
             now = _releases(federation)
             assert all(now.get(path) == data for path, data in released.items()), (
                 "other bytes for one attempt"
