@@ -8,7 +8,7 @@ federation.json    the invitation, as pinned by `join`
 peers.toml         the roster; `join --approve` alone adds to it
 ledger.sqlite, ledger.key, and the head where the policy says
 runs/, outbox/     what was consented to, and the exact bytes that left
-refusals.jsonl     every refusal
+refusals.jsonl     every refusal of what the coordinator signed; strangers.jsonl: of all else
 relay/             all that the relay needs, to be given to its user: Flower's key, CA, address
 """
 
@@ -81,6 +81,11 @@ class NodeFolder:
     @property
     def refusals(self) -> Path:
         return self.root / "refusals.jsonl"
+
+    @property
+    def strangers(self) -> Path:
+        """A log of its own: whoever reaches the trainer may fill it, and its older lines make room."""
+        return self.root / "strangers.jsonl"
 
     @property
     def relay(self) -> Path:

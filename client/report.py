@@ -71,7 +71,7 @@ def report_body(folder: NodeFolder, policy: Policy, identity: Identity, ledger: 
         "budgets": _budgets(policy, ledger),
         "runs": [_run(folder, policy, entries, digest) for digest in _runs(folder)],
         # as they were told; the details, which may quote a record, stay in the node's own log
-        "refusals": [{k: v for k, v in line.items() if k != "detail"} for line in _lines(folder.refusals)],
+        "refusals": _refusals(folder),
         "ledger": {"id": entries[0].body["id"], "entries": last.number, "head": last.hash},
         "accountant": accountant_name(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
@@ -150,11 +150,19 @@ def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) 
     }
 
 
+def _refusals(folder: NodeFolder) -> list[dict[str, Any]]:
+    lines = [line for path in (folder.strangers, folder.refusals) for line in _lines(path, "time", "reason")]
+    return [
+        {k: v for k, v in line.items() if k != "detail"}
+        for line in sorted(lines, key=lambda line: line["time"])
+    ]
+
+
 def _versions(path: Path) -> list[dict[str, Any]]:
     """When data were used, and whether they had changed; a digest would tell two guesses at them apart."""
-    lines = list(_lines(path))
-    known = list(dict.fromkeys(str(line["data"]) for line in lines))
-    return [{"time": line["time"], "version": 1 + known.index(str(line["data"]))} for line in lines]
+    lines = list(_lines(path, "time", "data"))
+    known = list(dict.fromkeys(line["data"] for line in lines))
+    return [{"time": line["time"], "version": 1 + known.index(line["data"])} for line in lines]
 
 
 def _second(manifest: RunManifest) -> float | None:
@@ -177,18 +185,18 @@ def _runs(folder: NodeFolder) -> Iterator[str]:
         yield f"sha256:{path.parent.name}"
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """A log's lines, its older generation first; a line that a kill cut short is left out."""
+def _lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
+    """A log's lines, its older generation first; one that a kill or a fault spoilt says so, where `keys` should be."""
     for each in (path.with_suffix(".1.jsonl"), path):
-        if not each.is_file():
-            continue
-        for line in each.read_text(encoding="utf-8").splitlines():
+        for line in each.read_bytes().splitlines() if each.is_file() else ():
             try:
                 table = json.loads(line)
             except ValueError:
-                continue
-            if isinstance(table, dict):
+                table = None
+            if isinstance(table, dict) and all(isinstance(table.get(key), str) for key in keys):
                 yield table
+            else:
+                yield dict.fromkeys(keys or ("line",), "unreadable")
 
 
 def _version(name: str) -> str:

@@ -86,7 +86,7 @@ class _Private(FedloraError):
 
 
 class Place:
-    """What a request was about, as far as it was understood: for the reply and the log."""
+    """What a request was about, for the reply and the log; without a manifest the coordinator did not sign it."""
 
     def __init__(self) -> None:
         self.manifest, self.round, self.attempt = "", 0, 0
@@ -321,7 +321,7 @@ class Resident:
         if not public:
             log.error("a request failed", exc_info=inner)
         try:
-            append_line(self._folder.refusals, line)
+            append_line(self._folder.refusals if place.manifest else self._folder.strangers, line)
         except OSError as full:
             log.error("a refusal could not be logged (%s): %s", full, json.dumps(line))
         name = self._policy.institution

@@ -13,6 +13,7 @@ import pytest
 from fedlora.client import node as nodes
 from fedlora.client import outbox
 from fedlora.client.node import NodeFolder, only_trainer
+from fedlora.client.report import report_body
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import Identity, Signed
 from fedlora.common.messages import RoundPlan
@@ -38,8 +39,8 @@ def north(tmp_path: Path) -> Institution:
 def declined(north: Institution, data: bytes) -> Decline:
     reply = north.ask(data)
     assert isinstance(reply, Decline), reply
-    logged = json.loads(north.folder.refusals.read_text().splitlines()[-1])
-    assert logged["reason"] == reply.reason
+    log = north.folder.refusals if reply.manifest else north.folder.strangers
+    assert json.loads(log.read_text().splitlines()[-1])["reason"] == reply.reason
     return reply
 
 
@@ -147,6 +148,19 @@ def test_a_fault_in_sight_of_data_is_told_to_the_log_alone(north: Institution) -
     north.work.during = lambda: None
     assert "used before" in declined(north, task_of(RUN)).reason  # the attempt is spent
     assert isinstance(north.ask(task_of(RUN, attempt=2)), Answer)
+
+
+def test_junk_has_a_log_of_its_own_and_a_spoilt_line_is_told(north: Institution, tmp_path: Path) -> None:
+    """Whoever reaches the trainer can fill a log until it makes room: not the one of what the coordinator signed."""
+    assert declined(north, offer_of(replace(RUN, minimum_cohort=1))).manifest
+    kept = north.folder.refusals.read_bytes()
+    assert not declined(north, b"x").manifest
+    assert north.folder.refusals.read_bytes() == kept and len(north.folder.strangers.read_bytes()) > 10
+    with north.folder.refusals.open("ab") as stream:
+        stream.write(b'{"time": "2026\xff\n[1]\n{"reason": 3}\n')
+    policy = north.folder.load_policy()
+    found = report_body(north.folder, policy, north.identity, north.ledger)["refusals"]
+    assert [line["reason"] == "unreadable" for line in found] == [False, False, True, True, True]
 
 
 def test_a_stricter_policy_stops_a_run_that_was_consented_to(north: Institution) -> None:
