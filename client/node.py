@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -307,15 +306,3 @@ def _write_peers(folder: NodeFolder, roster: dict[str, Peer]) -> None:
         for name, peer in sorted(roster.items())
     ]
     write_atomically(folder.peers, "\n".join(tables).encode(), mode=0o600)
-
-
-def append_line(path: Path, table: dict[str, object], limit: int = 8 << 20) -> None:
-    """Add one JSON line, durably; a log past `limit` makes room, with one older generation kept."""
-    if path.exists() and path.stat().st_size > limit:
-        path.replace(path.with_suffix(".1.jsonl"))
-    line = json.dumps(table, sort_keys=True, ensure_ascii=True) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(line.encode())
-        stream.flush()
-        os.fsync(descriptor)

@@ -143,7 +143,7 @@ def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) 
         "base_digest": manifest.base_digest,
         "spec_digest": manifest.spec_digest,
         "aggregation": "updates left in clear" if manifest.secure is None else "updates left under masks",
-        "unmasked": list(_lines(folder.run(digest) / "secure.jsonl")),
+        "sums": list(_lines(folder.run(digest) / "secure.jsonl")),
         "statement": [*privacy_statement(manifest, epsilon), *secure_statement(manifest)]
         if epsilon is not None or manifest.mode == "none"
         else [],

@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from fedlora.client.node import NodeFolder, append_line, pinned_invitation
+from fedlora.client.node import NodeFolder, pinned_invitation
 from fedlora.client.outbox import Outbox, Plans
 from fedlora.client.policy import Policy
 from fedlora.client.secure_runs import SecureRuns
@@ -33,7 +33,7 @@ from fedlora.client.secure_trainer import SecureTrainer
 from fedlora.client.verdicts import allow, judge, projected
 from fedlora.common.enrolment import Invitation
 from fedlora.common.errors import BadInput, FedloraError, Refused
-from fedlora.common.files import write_atomically
+from fedlora.common.files import append_line, write_atomically
 from fedlora.common.identity import Identity, Signed
 from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import RoundPlan, RunManifest
@@ -57,7 +57,7 @@ from fedlora.common.protocol import (
     request_from_bytes,
     vector_from_bytes,
 )
-from fedlora.common.secagg.requests import INPUT, OFFER, OPEN, Request
+from fedlora.common.secagg.requests import CONFIRM, INPUT, OFFER, Request
 from fedlora.common.state import AdapterSpec
 
 log = logging.getLogger(__name__)
@@ -208,9 +208,9 @@ class Resident:
                 message = trainer.answer(request.stage, request.message, plan)
         except Refused as error:
             raise BadInput(f"{request.stage}: {error}") from error
-        if request.stage == OPEN and trainer.unmasked is not None:
+        if request.stage == CONFIRM and trainer.confirmed is not None:
             with _private():
-                append_line(self._folder.run(plan.manifest) / "secure.jsonl", asdict(trainer.unmasked))
+                append_line(self._folder.run(plan.manifest) / "secure.jsonl", asdict(trainer.confirmed))
         reply = Staged(self._policy.institution, plan.manifest, plan.round, plan.attempt, message)
         return reply_to_bytes(self._identity, invitation.federation, reply)
 

@@ -69,15 +69,16 @@ class _EpochState:
 
 
 @dataclass(frozen=True)
-class Unmasked:
-    """An attempt that this node helped to unmask: for its own report."""
+class Confirmed:
+    """A sum with this node's input that t signatures make legible, also to who does not ask this node: for its report."""
 
     round: int
     attempt: int
     cohort: int  # |U1|
     threshold: int
     colluders: int  # that this node assumed
-    dropped: int  # dealt, and are not in the sum
+    members: int  # whose inputs are in the sum
+    dropped: int  # dealt, and are not in it
 
 
 class SecureNode:
@@ -106,7 +107,7 @@ class SecureNode:
         self._last_attempt = max((attempt for _, attempt in outbox.used()), default=0)
         self._seen_keys: set[bytes] = set()
         self._state: _EpochState | None = None
-        self.unmasked: Unmasked | None = None  # the last one
+        self.confirmed: Confirmed | None = None  # the last one
 
     @property
     def policy(self) -> CohortPolicy:
@@ -161,9 +162,10 @@ class SecureNode:
             raise Refused("dealers: not the next step of this epoch")
         read = Delivery.from_bytes(delivery)
         dealers = cohort.check_dealers(self._policy, state.cohort, state.names, read.dealers, state.own)
-        for dealer, sealed, path in zip(read.dealers, read.sealed, read.paths, strict=True):
+        for dealer in read.dealers:
             if len(dealer.seeds) != commit.DIGEST_BYTES * state.epoch.count:
                 raise BadInput(f"dealers: found {len(dealer.seeds)} bytes of seed hashes of {dealer.name}")
+        for dealer, sealed, path in zip(read.dealers, read.sealed, read.paths, strict=True):
             if dealer.name != self._policy.me:
                 self._take_shares(state, dealer, sealed, path)
         state.dealer_names = tuple(dealer.name for dealer in read.dealers)
@@ -230,6 +232,16 @@ class SecureNode:
         cohort.check_subset(self._policy, "survivors", names, state.dealer_names, len(state.members))
         listed = cohort.survivors_digest(attempt.context, state.dealers, names)
         attempt.survivors, attempt.signed = names, (attempt.context, state.cohort, state.dealers, listed)
+        members, dealt = len(state.members), len(state.dealer_names)
+        self.confirmed = Confirmed(
+            attempt.round,
+            attempt_number,
+            members,
+            cohort.threshold(members),
+            self._policy.max_colluders,
+            len(names),
+            dealt - len(names),
+        )
         signature = self._identity.sign(wire.CONFIRM, *attempt.signed)
         return Confirmation(self._policy.me, signature).to_bytes()
 
@@ -243,15 +255,6 @@ class SecureNode:
             self._policy, confirmations, attempt.survivors, len(state.members), attempt.signed
         )
         del state.attempts[attempt_number]
-        members, dealt = len(state.members), len(state.dealer_names)
-        self.unmasked = Unmasked(
-            attempt.round,
-            attempt_number,
-            members,
-            cohort.threshold(members),
-            self._policy.max_colluders,
-            dealt - len(attempt.survivors),
-        )
         missing = (wire.NO_SHARE, wire.NO_SHARE)
         opened = [
             attempt.shares.get(name, missing)[0 if name in attempt.survivors else 1]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedlora.client.secagg import SecureNode, Unmasked
+from fedlora.client.secagg import Confirmed, SecureNode
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.messages import RoundPlan, RunManifest
 from fedlora.common.privacy import member_noise, releases_of
@@ -45,9 +45,9 @@ class SecureTrainer:
         self._node, self._manifest, self._terms = node, manifest, manifest.secure
 
     @property
-    def unmasked(self) -> Unmasked | None:
+    def confirmed(self) -> Confirmed | None:
         """The last attempt that this node helped to unmask."""
-        return self._node.unmasked
+        return self._node.confirmed
 
     def adopt(self, policy: CohortPolicy) -> None:
         """The operator's roster and limits as they are now."""

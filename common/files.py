@@ -1,9 +1,12 @@
-"""Files that are either whole or not there, whatever dies while they are written."""
+"""Files that are either whole or not there, and logs whose lines are, whatever dies while they are written."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -29,3 +32,19 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def append_line(path: Path, table: Mapping[str, Any], limit: int = 8 << 20) -> None:
+    """Add one JSON line, durably; a log past `limit` bytes makes room, with one older generation kept."""
+    if path.exists() and path.stat().st_size > limit:
+        path.replace(path.with_suffix(".1.jsonl"))
+    line = json.dumps(table, sort_keys=True, ensure_ascii=True) + "\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(descriptor, "ab") as stream:
+        size = os.fstat(descriptor).st_size
+        cut_short = (
+            size and os.pread(descriptor, 1, size - 1) != b"\n"
+        )  # by a kill: that line is lost, not this one
+        stream.write(b"\n" * bool(cut_short) + line.encode())
+        stream.flush()
+        os.fsync(descriptor)

@@ -9,6 +9,14 @@ from typing import Any
 from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import accountant_name, charged_epsilon, stated_epsilon
 
+# At each stage of an attempt: who was there before it, and who after it.
+DROP_OUTS = (
+    ("keys", "asked", "cohort"),
+    ("shares", "cohort", "dealt"),
+    ("input", "dealt", "members"),
+    ("confirm", "members", "confirmed"),
+    ("open", "confirmed", "opened"),
+)
 NOISE_SOURCE = "continuous Gaussian in floating point"
 SKELLAM_SOURCE = "Skellam on whole numbers, shared between the institutions"
 
@@ -98,28 +106,33 @@ def secure_statement(manifest: RunManifest) -> list[str]:
     ]
 
 
-def secure_summary(manifest: RunManifest, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """How a run was aggregated, from what its rounds recorded; None where it was not securely."""
+def secure_summary(manifest: RunManifest, sums: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How a run was aggregated, from what was noted of each sum that was or may have been learnt.
+
+    A sum that did not count in the end is one of them. None where the run was not aggregated securely.
+    """
     if manifest.secure is None:
         return None
     return {
         "minimum_cohort": manifest.minimum_cohort,
         "colluders": manifest.secure.max_colluders,
         "threshold_rule": manifest.secure.threshold,
-        "cohort": [
-            min((r["cohort"] for r in rounds), default=0),
-            max((r["cohort"] for r in rounds), default=0),
-        ],
-        "threshold": [
-            min((r["threshold"] for r in rounds), default=0),
-            max((r["threshold"] for r in rounds), default=0),
-        ],
-        "smallest_sum": min((r["members"] for r in rounds), default=0),
-        "dropouts": sum(r["dropped"] for r in rounds),
-        "liars": sorted({name for r in rounds for name in r["liars"]}),
-        "rounds": len(rounds),
+        "cohort": _range(sums, "cohort"),
+        "threshold": _range(sums, "threshold"),
+        "smallest_sum": _range(sums, "members")[0],
+        "dropouts": {
+            stage: sum(max(each[before] - each[after], 0) for each in sums)
+            for stage, before, after in DROP_OUTS
+        },
+        "liars": sorted({name for each in sums for name in each["liars"]}),
+        "sums": len(sums),
         "bits": manifest.secure.bits,
     }
+
+
+def _range(sums: Sequence[Mapping[str, Any]], name: str) -> list[int]:
+    values = [each[name] for each in sums] or [0]
+    return [min(values), max(values)]
 
 
 def shown_epsilon(epsilon: float) -> str:

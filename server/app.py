@@ -34,7 +34,8 @@ from fedlora.server.rounds import CohortSum, Failure
 log = logging.getLogger(__name__)
 
 REQUEST = "request"  # kind of an envelope of a deployment; its answer has the same
-SECURE, DECLINED = "secure", "declined"  # kinds of envelopes: a stage's message, and a reason in UTF-8
+# Kinds of envelopes: a stage's message; why there is none, in UTF-8, for this attempt, and for any.
+SECURE, DECLINED, REFUSED = "secure", "declined", "refused"
 MAX_STAGE_BYTES = (
     1 << 26
 )  # of a stage's answer beside its vector: a thousand peers' sealed shares of an epoch
@@ -233,8 +234,8 @@ def _opened(name: str, record: RecordDict, limit: int) -> bytes | Failure:
     """The bytes of an answer, or why there are none: a node that declines says so in an envelope of its own."""
     try:
         kind, data = wire.read_envelope(record, limit)
-        if kind == DECLINED:
-            return Failure(name, wire.one_line(data.decode(errors="replace")), refused=True)
+        if kind in (DECLINED, REFUSED):
+            return Failure(name, wire.one_line(data.decode(errors="replace")), refused=kind == REFUSED)
         if kind != SECURE:
             raise BadInput(f"envelope kind: found {kind}, expected {SECURE}")
     except BadInput as error:

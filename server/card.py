@@ -7,10 +7,10 @@ from typing import Any
 
 from fedlora.common.messages import RunManifest
 from fedlora.common.protocol import Consent
-from fedlora.common.statement import privacy_statement, secure_statement, shown_epsilon
+from fedlora.common.statement import DROP_OUTS, privacy_statement, secure_statement, shown_epsilon
 
 FIGURES = ("accuracy", "macro_f1", "perplexity", "loss")
-PAIRS, COUNTS = ("cohort", "threshold"), ("rounds", "colluders", "dropouts", "smallest_sum")
+PAIRS, COUNTS = ("cohort", "threshold"), ("sums", "colluders", "smallest_sum")
 
 
 def model_card(
@@ -43,21 +43,26 @@ def shown_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
         pairs = {name: list(secure[name]) for name in PAIRS if isinstance(secure.get(name), list | tuple)}
         counts = {name: secure[name] for name in COUNTS if type(secure.get(name)) is int}
         ends = [end for pair in pairs.values() for end in pair]
-        if (len(pairs), len(counts), len(ends)) == (2, 4, 4) and all(type(end) is int for end in ends):
-            shown["secure"] = pairs | counts
+        lost = secure.get("dropouts")
+        lost = lost if isinstance(lost, Mapping) else {}
+        known = [stage for stage, *_ in DROP_OUTS]
+        whole = (len(pairs), len(counts), len(ends), set(lost)) == (2, len(COUNTS), 4, set(known))
+        if whole and all(type(each) is int for each in (*ends, *lost.values())):
+            shown["secure"] = pairs | counts | {"dropouts": {stage: lost[stage] for stage in known}}
     return shown
 
 
 def _masked(figures: Mapping[str, Any]) -> list[str]:
-    """How the rounds were added under masks, as the coordinator recorded it."""
+    """What was learnt under masks, as the coordinator recorded it: sums that did not count in the end included."""
     secure = figures.get("secure")
     if not isinstance(secure, Mapping):
         return []
     (fewest, most), (low, high) = secure["cohort"], secure["threshold"]
+    lost = ", ".join(f"{stage} {secure['dropouts'][stage]}" for stage, *_ in DROP_OUTS)
     return [
-        f"{secure['rounds']} rounds were added under masks: cohorts of {fewest} to {most}, t of {low} to {high}, "
-        f"at most {secure['colluders']} colluders assumed, {secure['dropouts']} drop-outs, sums of at least "
-        f"{secure['smallest_sum']} updates."
+        f"{secure['sums']} sums were learnt under masks: cohorts of {fewest} to {most}, t of {low} to {high}, at most "
+        f"{secure['colluders']} colluders assumed, at least {secure['smallest_sum']} updates in each. Drop-outs by "
+        f"stage: {lost}."
     ]
 
 

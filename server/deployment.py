@@ -52,6 +52,7 @@ from fedlora.server.participants import Carrier, Coordinator, Participants
 from fedlora.server.public import PublicSide, read_public
 from fedlora.server.rounds import Cohort, CohortSum, Failure
 from fedlora.server.secure_cohort import SecureCohort
+from fedlora.server.secure_log import note_in
 
 QUICK = 30.0  # seconds at most for a stage in which nobody trains, and
 PARTS = {OFFER: 0.25, DEAL: 0.25, CONFIRM: 0.5, OPEN: 1.0}  # of what is left of the attempt's deadline
@@ -178,12 +179,20 @@ class MaskedCohort:
     def __init__(self, who: Participants) -> None:
         self._who = who
         self._asked: list[str] = []
-        members = who.coordinator.members
-        self._sums = SecureCohort(who.manifest, members, SignedStages(who), lambda plan: self._asked)
+        self._declined = 0
+        self._sums = SecureCohort(
+            who.manifest,
+            who.coordinator.members,
+            SignedStages(who),
+            lambda plan: self._asked,
+            lambda asked: who.needed(asked + self._declined),
+            note_in(who.folder),
+        )
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
         """The sum of one attempt; without replies where too few stayed, and then nothing was unmasked."""
         self._asked, failures = self._who.asked(self._who.gather())
+        self._declined = len(failures)
         found = self._sums.total(plan, state)
         count = max(found.asked, found.replies + len(failures) + len(found.failures))
         return replace(found, asked=count, failures=(*failures, *found.failures))

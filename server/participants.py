@@ -129,7 +129,7 @@ class Participants:
         asked = participants(consented, self.manifest.participation, OsRandom())
         online = self.carrier.online()
         away = [Failure(name, "not connected") for name in asked if name not in online]
-        here, needed = len(asked) - len(away), self._needed(len(asked) + len(failures))
+        here, needed = len(asked) - len(away), self.needed(len(asked) + len(failures))
         if here >= needed and self.left:
             return asked, failures
         final = bool(failures) and not away and set(members) <= set(self._consents) | set(self._declined)
@@ -161,13 +161,14 @@ class Participants:
     def _waited(self) -> float:
         return time.monotonic() - self._began
 
-    def _needed(self, of: int) -> int:
+    def needed(self, of: int) -> int:
+        """Replies without which an attempt at `of` institutions does not count."""
         return max(self.manifest.minimum_cohort, math.ceil(self._quorum * of - 1e-9))
 
     def _patience(self, connected: Iterable[str], members: int) -> float:
         """Seconds that others are waited for: all there are, where those who surely answer are no quorum."""
         sure = (set(self._consents) & set(connected)) - self._doubtful
-        quorum = len(sure) >= self._needed(min(self._expected, members))
+        quorum = len(sure) >= self.needed(min(self._expected, members))
         return self.deadline * (PATIENCE if quorum else 1.0)
 
     def _offer(self, members: Mapping[str, PublicIdentity], seconds: float) -> None:

@@ -49,14 +49,19 @@ class Failure:
 
 @dataclass(frozen=True)
 class SecureRecord:
-    """How a round was aggregated securely; all of it public."""
+    """An attempt that was or may have been unmasked: who was in it, stage by stage; all of it public."""
 
-    cohort: int  # |U1|
-    members: int  # |U3|, the inputs in the sum
+    round: int
+    attempt: int
+    asked: int
+    cohort: int  # |U1|: gave keys
+    dealt: int  # |U2|: gave shares
+    members: int  # |U3|: the inputs in the sum
+    confirmed: int
+    opened: int
     threshold: int
     colluders: int  # assumed, beside the coordinator
-    dropped: int  # dealt shares and sent no input that counts
-    liars: tuple[str, ...]
+    liars: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +164,7 @@ def _ask(
         attempt = checkpoint.begin_attempt(phase)
         plan = RoundPlan(manifest.digest, phase, progress.round + 1, attempt, state.digest)
         answer = _checked(cohort.total(plan, state), plan, state.spec.size)
-        if answer.replies >= _needed(answer.asked, rules.quorum, rules.minimum):
+        if answer.replies >= replies_needed(answer.asked, rules.quorum, rules.minimum):
             return plan, answer
         lost = _lost(plan, answer, rules)
         if isinstance(lost, Refused) or checkpoint.attempts_begun(phase) >= manifest.phases[phase].attempts:
@@ -167,7 +172,7 @@ def _ask(
         log.warning("%s; the next attempt begins", lost)
 
 
-def _needed(asked: int, quorum: float, minimum: int = 1) -> int:
+def replies_needed(asked: int, quorum: float, minimum: int = 1) -> int:
     """Replies that make a quorum: somebody where anybody was asked, and nobody where nobody was."""
     return max(minimum, math.ceil(quorum * asked - 1e-9)) if asked else 0
 

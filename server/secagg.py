@@ -42,6 +42,7 @@ class Listed:
     cohort: bytes
     deals: Mapping[str, Deal]  # U2, in order
     dealers: bytes
+    colluders: int  # assumed, beside the coordinator
 
     @property
     def names(self) -> list[str]:
@@ -68,6 +69,7 @@ class ServerEpoch:
     """Keys and shares of one epoch. `identities` are the registry's, `minimum` the manifest's minimum cohort.
 
     `seen` are the keys of earlier epochs: nodes refuse a list with one of them, so whoever offers one is left out.
+    `colluders` are assumed at most, beside the coordinator.
     """
 
     def __init__(
@@ -76,10 +78,11 @@ class ServerEpoch:
         identities: Mapping[str, PublicIdentity],
         minimum: int,
         seen: set[bytes] | None = None,
+        colluders: int = 1,
     ) -> None:
         self._epoch, self._identities = epoch, dict(identities)
         self._minimum = max(minimum, cohort.SMALLEST_COHORT)
-        self._seen = set() if seen is None else seen
+        self._seen, self._colluders = set() if seen is None else seen, colluders
         self._offers: dict[str, KeyOffer] = {}
         self._cohort = b""
         self._deals: dict[str, Deal] = {}
@@ -126,6 +129,10 @@ class ServerEpoch:
         size = 2 * commit.DIGEST_BYTES * count
         if len(deal.hashes) != members * size or len(deal.seeds) != commit.DIGEST_BYTES * count:
             raise BadInput(f"shares of {deal.name}: found {len(deal.hashes)} bytes of hashes")
+        full = keys.TAG_BYTES + 2 * shamir.BYTES * count
+        expected = [0 if name == deal.name else full for name in self._offers]
+        if [len(part) for part in deal.sealed] != expected:
+            raise BadInput(f"shares of {deal.name}: found sealed parts of another size than {full} bytes")
         parts = [deal.hashes[at : at + size] for at in range(0, len(deal.hashes), size)]
         tree = commit.MerkleTree([commit.leaf(part) for part in parts])
         dealer = Dealer(deal.name, tree.root, deal.seeds, deal.signature)
@@ -153,6 +160,7 @@ class ServerEpoch:
             self._cohort,
             self._deals,
             cohort.dealers_digest(self._cohort, self._dealers),
+            self._colluders,
         )
         return self._listed
 
@@ -167,14 +175,15 @@ class ServerEpoch:
 
 
 class ServerAttempt:
-    """One attempt of an epoch: from masked inputs to the sum."""
+    """One attempt of an epoch: from masked inputs to the sum. With fewer inputs than `needed` nothing is unmasked."""
 
-    def __init__(self, listed: Listed, slot: Slot, encoding: Encoding) -> None:
+    def __init__(self, listed: Listed, slot: Slot, encoding: Encoding, needed: int = 0) -> None:
         if slot.attempt not in listed.epoch.attempts:
             raise Refused(f"attempt {slot.attempt}: not one of its epoch's")
         encoding.check(len(listed.offers))
         self._listed, self._slot, self._encoding = listed, slot, encoding
         self._context = slot.context(listed.epoch)
+        self._needed = max(listed.threshold, listed.minimum, needed)
         self._sum = Masked.zeros(encoding)
         self._inputs: set[str] = set()
         self._survivors: tuple[str, ...] = ()
@@ -184,10 +193,12 @@ class ServerAttempt:
         self._openers: set[str] = set()
         self._liars: set[str] = set()
         self._shares: dict[str, dict[int, int]] = {name: {} for name in listed.deals}  # by dealer and place
+        self._without = dict.fromkeys(listed.deals, 0)  # openers who had no share of that dealer
+        self._unmasked = False
 
     @property
     def liars(self) -> tuple[str, ...]:
-        """Who opened what its dealer did not sign, or dealt what does not rebuild."""
+        """Who opened what its dealer did not sign, dealt what does not rebuild, or dealt nothing to too many."""
         return tuple(sorted(self._liars))
 
     def add_input(self, data: bytes) -> str:
@@ -210,9 +221,8 @@ class ServerAttempt:
         """U3, for all its members."""
         if self._survivors:
             raise Refused("survivors: U3 is fixed already")
-        needed = max(self._listed.threshold, self._listed.minimum)
-        if len(self._inputs) < needed:
-            raise QuorumLost(f"input: {len(self._inputs)} nodes answered, expected at least {needed}")
+        if len(self._inputs) < self._needed:
+            raise QuorumLost(f"input: {len(self._inputs)} nodes answered, expected at least {self._needed}")
         self._survivors = tuple(sorted(self._inputs))
         listed = cohort.survivors_digest(self._context, self._listed.dealers, self._survivors)
         self._signed = (self._context, self._listed.cohort, self._listed.dealers, listed)
@@ -259,12 +269,13 @@ class ServerAttempt:
         return message.name
 
     def result(self) -> SecureSum:
-        """Unmask; QuorumLost with too few shares, BadInput where a dealer lied or a check word is off."""
-        if not self._agreed:
+        """Unmask, once; QuorumLost with too few shares, BadInput where a dealer lied or a check word is off."""
+        if not self._agreed or self._unmasked:
             raise Refused("result: not the next step of this attempt")
         weights: dict[tuple[int, ...], list[int]] = {}
-        for name in self._listed.deals:
-            secret = shamir.to_bytes(self._rebuilt(name, weights))
+        secrets = {name: shamir.to_bytes(self._rebuilt(name, weights)) for name in self._listed.deals}
+        self._unmasked = True
+        for name, secret in secrets.items():
             if name in self._survivors:
                 self._remove_seed_mask(name, secret)
             else:
@@ -285,11 +296,13 @@ class ServerAttempt:
         place = self._listed.names.index(message.name)
         for index, (name, deal) in enumerate(self._listed.deals.items()):
             share = message.shares[shamir.BYTES * index : shamir.BYTES * (index + 1)]
-            if share == NO_SHARE:
-                continue
-            if commit.share_hash(*self._labels(name, message.name), share) != self._signed_hash(
+            as_signed = commit.share_hash(*self._labels(name, message.name), share) == self._signed_hash(
                 deal, place, name
-            ):
+            )
+            if share == NO_SHARE and not as_signed:
+                self._without[name] += 1
+                continue
+            if not as_signed:
                 return name
             try:
                 self._shares[name][place + 1] = shamir.from_bytes(share, f"share of {name}")
@@ -310,6 +323,8 @@ class ServerAttempt:
     def _rebuilt(self, name: str, weights: dict[tuple[int, ...], list[int]]) -> int:
         shares, t = self._shares[name], self._listed.threshold
         if len(shares) < t:
+            if self._without[name] > self._listed.colluders:  # more than can have conspired against it
+                self._liars.add(name)
             raise QuorumLost(f"unmask: {len(shares)} shares of {name} were opened, expected {t}")
         places = tuple(sorted(shares)[:t])
         if places not in weights:

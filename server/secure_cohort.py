@@ -1,6 +1,6 @@
 """A `Cohort` that learns sums only: the round loop's seam over `server.secagg`.
 
-    an epoch      offer -> deal                               when the last one is used up, or a round was lost
+    an epoch      offer -> deal                               when the last one is used up, or an attempt was lost
     an attempt    input -> confirm -> open                    the three exchanges of a steady round
 
 An `Exchange` carries bytes to institutions and back: in one process, through Flower's grid, or between machines.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from fedlora.common.errors import BadInput, QuorumLost, Refused
 from fedlora.common.identity import PublicIdentity
 from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms, Update
 from fedlora.common.privacy import member_noise
+from fedlora.common.protocol import one_line
 from fedlora.common.secagg import requests
 from fedlora.common.secagg.requests import CONFIRM, DEAL, INPUT, OFFER, OPEN
 from fedlora.common.secagg.ring import Encoding
@@ -54,7 +55,8 @@ class _EpochInUse:
 class SecureCohort:
     """Asks `choose(plan)` and gives the sum of their updates; single updates it can't give.
 
-    `members` are the identities that count, read anew for each attempt.
+    `members` are the identities that count, read anew for each attempt. `needed` says how many of those asked must
+    be in a sum that counts: a smaller one is not unmasked. `note` keeps what is about to be learnt.
     """
 
     def __init__(
@@ -63,12 +65,14 @@ class SecureCohort:
         members: Callable[[], Mapping[str, PublicIdentity]],
         exchange: Exchange,
         choose: Callable[[RoundPlan], Sequence[str]],
+        needed: Callable[[int], int] = lambda asked: 1,
+        note: Callable[[SecureRecord], None] = lambda record: None,
     ) -> None:
         if manifest.secure is None:
             raise BadInput("manifest secure: found none, expected the terms of secure aggregation")
         self._manifest, self._terms = manifest, manifest.secure
         self._members, self._exchange, self._choose = members, exchange, choose
-        self._last_epoch = 0
+        self._needed, self._note = needed, note
         self._epoch: _EpochInUse | None = None
         self._seen_keys: set[bytes] = set()
         self._liars: set[str] = set()  # proven by their signatures: left out of later epochs
@@ -81,20 +85,12 @@ class SecureCohort:
         if asked:
             try:
                 epoch = self._epoch_for(plan, state, asked, failures)
-                result = self._attempt(epoch, plan, state, failures)
+                result, record = self._attempt(epoch, plan, state, len(asked), failures)
                 total = self._decoded(result, plan, state.spec.size)
                 replies = len(result.members)
-                record = SecureRecord(
-                    result.cohort,
-                    replies,
-                    result.threshold,
-                    self._terms.max_colluders,
-                    len(result.dropped),
-                    result.liars,
-                )
             except (QuorumLost, BadInput) as error:
                 self._epoch = None  # whoever is left meets in a new one
-                failures.add(Failure("cohort", str(error)), counts=False)
+                failures.add(Failure("cohort", one_line(str(error))), counts=False)
         seconds = time.monotonic() - started
         return CohortSum(total, replies, len(asked), failures.found(), seconds, None, record)
 
@@ -108,16 +104,16 @@ class SecureCohort:
         self, plan: RoundPlan, state: AdapterState, asked: Sequence[str], failures: _Failures
     ) -> _EpochInUse:
         """The epoch that this attempt belongs to; a new one where there is none."""
-        members = self._members()
-        if self._epoch is not None and self._goes_on(self._epoch.listed, plan, members):
+        members, needed = self._members(), self._needed(len(asked))
+        if self._epoch is not None and self._goes_on(self._epoch.listed, plan, members, needed):
             return self._epoch
-        # Wall time: above every number that an earlier process used, as a node's memory may outlive this one.
-        self._last_epoch = max(self._last_epoch + 1, int(time.time() * 1000))
         manifest = self._manifest
         last = sum(phase.attempts for phase in manifest.phases)
         count = max(1, min(self._terms.epoch_attempts, last - plan.attempt + 1))
-        epoch = Epoch(manifest.federation, manifest.digest, self._last_epoch, plan.attempt, count)
-        server = ServerEpoch(epoch, members, manifest.minimum_cohort, self._seen_keys)
+        # Numbered by its first attempt: above every epoch that nodes remember, whatever was restarted.
+        epoch = Epoch(manifest.federation, manifest.digest, plan.attempt, plan.attempt, count)
+        smallest = max(manifest.minimum_cohort, needed)
+        server = ServerEpoch(epoch, members, smallest, self._seen_keys, self._terms.max_colluders)
         request = requests.epoch_to_bytes(epoch)
         for liar in sorted(self._liars & set(asked)):
             failures.add(Failure(liar, "left out: it signed a lie in an earlier attempt of this run"))
@@ -130,18 +126,18 @@ class SecureCohort:
         return self._epoch
 
     @staticmethod
-    def _goes_on(listed: Listed, plan: RoundPlan, members: Mapping[str, PublicIdentity]) -> bool:
-        """Not where the attempt is beyond the epoch, nor where one of its cohort was revoked or has a new key."""
+    def _goes_on(listed: Listed, plan: RoundPlan, members: Mapping[str, PublicIdentity], needed: int) -> bool:
+        """Not beyond the epoch, nor where too few dealt, nor where one of its cohort was revoked or has a new key."""
         same = all(members.get(name) == listed.identities[name] for name in listed.offers)
-        return same and plan.attempt in listed.epoch.attempts
+        return same and len(listed.deals) >= needed and plan.attempt in listed.epoch.attempts
 
     def _attempt(
-        self, epoch: _EpochInUse, plan: RoundPlan, state: AdapterState, failures: _Failures
-    ) -> SecureSum:
+        self, epoch: _EpochInUse, plan: RoundPlan, state: AdapterState, asked: int, failures: _Failures
+    ) -> tuple[SecureSum, SecureRecord]:
         """Stages 3 to 6, over all of U2: who drops out of one attempt may be back in the next."""
         slot = requests.slot_of(plan, self._manifest.base_digest)
         encoding = self._encoding(plan, state.spec.size)
-        server = ServerAttempt(epoch.listed, slot, encoding)
+        server = ServerAttempt(epoch.listed, slot, encoding, self._needed(asked))
         messages = {
             name: epoch.deliver(name) if name in epoch.undelivered else b"" for name in epoch.listed.deals
         }
@@ -151,16 +147,32 @@ class SecureCohort:
             epoch.undelivered.discard(name)
             return name
 
-        here = self._collect(INPUT, messages, plan, state, add_input, failures)
+        inside = self._collect(INPUT, messages, plan, state, add_input, failures)
         survivors = server.close_inputs()
         here = self._collect(
-            CONFIRM, dict.fromkeys(here, survivors), plan, state, server.add_confirmation, failures
+            CONFIRM, dict.fromkeys(inside, survivors), plan, state, server.add_confirmation, failures
         )
         agreement = server.agreement()
-        self._collect(OPEN, dict.fromkeys(here, agreement), plan, state, server.add_opening, failures)
+        record = SecureRecord(
+            plan.round,
+            plan.attempt,
+            asked,
+            len(epoch.listed.offers),
+            len(epoch.listed.deals),
+            len(inside),
+            len(here),
+            opened=0,
+            threshold=epoch.listed.threshold,
+            colluders=self._terms.max_colluders,
+        )
+        self._note(record)  # from here on it may be learnt
+        opened = self._collect(
+            OPEN, dict.fromkeys(here, agreement), plan, state, server.add_opening, failures
+        )
         try:
-            return server.result()
+            return server.result(), replace(record, opened=len(opened), liars=server.liars)
         finally:
+            self._note(replace(record, opened=len(opened), liars=server.liars))
             for liar in server.liars:
                 log.warning(
                     "round %d: %s dealt or opened a share that is not what was signed", plan.round, liar
@@ -185,7 +197,7 @@ class SecureCohort:
             try:
                 signer = take(answer)
             except (BadInput, Refused) as error:
-                failures.add(Failure(name, f"{stage}: {error}"))
+                failures.add(Failure(name, one_line(f"{stage}: {error}")))
                 continue
             if signer != name:
                 log.warning("%s: %s carried what %s had signed", stage, name, signer)

@@ -50,11 +50,21 @@ from fedlora.common.messages import RoundPlan, RunManifest
 from fedlora.common.protocol import vector_from_bytes
 from fedlora.common.secagg.requests import Request
 from fedlora.common.state import AdapterState, Vector
-from fedlora.server.app import DECLINED, MAX_STAGE_BYTES, SECURE, Clock, GridCohort, GridExchange, enrol
+from fedlora.server.app import (
+    DECLINED,
+    MAX_STAGE_BYTES,
+    REFUSED,
+    SECURE,
+    Clock,
+    GridCohort,
+    GridExchange,
+    enrol,
+)
 from fedlora.server.checkpoint import Progress
 from fedlora.server.conduct import Observe
-from fedlora.server.rounds import Cohort
+from fedlora.server.rounds import Cohort, replies_needed
 from fedlora.server.secure_cohort import SecureCohort
+from fedlora.server.secure_log import note_in
 from fedlora.simulations.cli import packaged_config
 from fedlora.simulations.corpus import generate, write
 from fedlora.simulations.engine import choose_clients
@@ -205,7 +215,12 @@ def _cohort(grid: Grid, run: Run, clock: Clock) -> Cohort:
 
     keeper = Keeper.start(list(enrolled.nodes), run.manifest, run.config.aggregation)
     exchange = GridExchange(grid, enrolled.nodes, deadline, clock)
-    return SecureCohort(run.manifest, keeper.identities, exchange, choose)
+    quorum, minimum = run.config.federation.quorum, run.manifest.minimum_cohort
+
+    def needed(asked: int) -> int:
+        return replies_needed(asked, quorum, minimum)
+
+    return SecureCohort(run.manifest, keeper.identities, exchange, choose, needed, note_in(run.paths.folder))
 
 
 @dataclass(frozen=True)
@@ -310,7 +325,8 @@ def _staged(resident: _Resident, record: RecordDict) -> RecordDict:
     try:
         return wire.envelope_record(SECURE, Keeper.find(resident.manifest).answer(data, spec, train))
     except FedloraError as error:
-        return wire.envelope_record(DECLINED, wire.one_line(str(error)).encode())
+        kind = REFUSED if isinstance(error, Refused) else DECLINED
+        return wire.envelope_record(kind, wire.one_line(str(error)).encode())
 
 
 def _config(name: str, overrides: Sequence[str], folder: Path) -> Config:

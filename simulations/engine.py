@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -17,8 +18,9 @@ from fedlora.common.ledger import Ledger
 from fedlora.common.messages import RoundPlan, RunManifest, Update
 from fedlora.common.randomness import OsRandom, Random, SeededRandom
 from fedlora.common.state import AdapterState
-from fedlora.server.rounds import CohortSum, Failure, participants
+from fedlora.server.rounds import CohortSum, Failure, participants, replies_needed
 from fedlora.server.secure_cohort import SecureCohort
+from fedlora.server.secure_log import note_in
 from fedlora.simulations.federation import Federation, client_name
 from fedlora.simulations.secure import Institutions
 
@@ -66,7 +68,11 @@ class SequentialCohort:
 
 
 def secure_cohort(
-    federation: Federation, manifest: RunManifest, ledger: Ledger | None, moments: MomentStore
+    federation: Federation,
+    manifest: RunManifest,
+    ledger: Ledger | None,
+    moments: MomentStore,
+    folder: Path,
 ) -> SecureCohort:
     """The same clients behind the state machines of secure aggregation: nobody adds updates in clear."""
     numbers = {client_name(client): client for client in federation.clients}
@@ -81,7 +87,10 @@ def secure_cohort(
     def choose(plan: RoundPlan) -> list[str]:
         return [client_name(client) for client in choose_clients(manifest, federation, plan)]
 
-    return SecureCohort(manifest, lambda: identities, institutions, choose)
+    def needed(asked: int) -> int:
+        return replies_needed(asked, federation.config.federation.quorum, manifest.minimum_cohort)
+
+    return SecureCohort(manifest, lambda: identities, institutions, choose, needed, note_in(folder))
 
 
 def choose_clients(manifest: RunManifest, federation: Federation, plan: RoundPlan) -> list[int]:

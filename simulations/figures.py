@@ -87,10 +87,11 @@ def cohorts(secure: Mapping[str, Any]) -> str:
     """How a run was securely aggregated: everything that a reader needs to judge it."""
     smallest, largest = secure["cohort"]
     lowest, highest = secure["threshold"]
+    lost = ", ".join(f"{stage} {count}" for stage, count in secure["dropouts"].items() if count)
     return (
-        f"{secure['rounds']} rounds of {_span(smallest, largest)} institutions with t = {_span(lowest, highest)}, "
+        f"{secure['sums']} sums of {_span(smallest, largest)} institutions with t = {_span(lowest, highest)}, "
         f"at least {secure['minimum_cohort']} demanded, {secure['smallest_sum']} in the smallest sum, "
-        f"{secure['colluders']} assumed to collude, {secure['dropouts']} drop-outs after dealing"
+        f"{secure['colluders']} assumed to collude, drop-outs: {lost or 'none'}"
     )
 
 

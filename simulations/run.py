@@ -140,7 +140,7 @@ def _check_kept(path: Path, found: str, what: str) -> None:
 def sequential(run: Run) -> Cohort:
     """The in-process engine; with secure aggregation the coordinator's part of it learns sums only."""
     if run.manifest.secure is not None:
-        return secure_cohort(run.federation, run.manifest, run.ledger, run.moments)
+        return secure_cohort(run.federation, run.manifest, run.ledger, run.moments, run.paths.folder)
     return SequentialCohort(run.federation, run.manifest, run.ledger, run.moments)
 
 

@@ -125,7 +125,7 @@ def test_a_carrier_that_answers_nonsense_is_a_drop_out(mood: str) -> None:
     found = federation.round(2)
     assert found.replies == 4 and [failure.client for failure in found.failures] == [NAMES[2]]
     assert np.abs(found.total - federation.plain(2)).max() < COUNT * 8.0 / TERMS.levels
-    assert found.secure is not None and found.secure.dropped == 1
+    assert found.secure is not None and (found.secure.dealt, found.secure.members) == (5, 4)
 
 
 def test_a_late_answer_is_a_drop_out_and_is_back_in_the_next_attempt() -> None:

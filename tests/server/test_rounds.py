@@ -21,7 +21,7 @@ from fedlora.common.messages import RoundPlan, Update
 from fedlora.common.randomness import OsRandom, SeededRandom
 from fedlora.common.state import AdapterState, Vector
 from fedlora.server.checkpoint import Checkpoint, Progress
-from fedlora.server.rounds import CohortSum, Rules, _needed, participants, run_rounds
+from fedlora.server.rounds import CohortSum, Rules, participants, replies_needed, run_rounds
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 from fedlora.server.strategies.base import ServerState
 from tests.server.fakes import SPEC, START, Behaviour, Disk, Killed, Run, full_disk, manifest_of, same, target
@@ -179,7 +179,7 @@ def test_a_quorum_is_the_exact_share_of_those_asked() -> None:
     for whole in (*range(1, 13), 100):
         for part in range(1, whole + 1):
             for asked in range(0, 121):
-                assert _needed(asked, part / whole) == -(-part * asked // whole)
+                assert replies_needed(asked, part / whole) == -(-part * asked // whole)
 
 
 @pytest.mark.parametrize(("quorum", "round_reached"), [(0.6, 2), (2 / 3, 2), (0.7, 0), (1.0, 0)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +35,11 @@ from fedlora.common.secagg.requests import Request
 from fedlora.common.secagg.wire import MaskedInput
 from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.statement import secure_summary, shown_epsilon
-from fedlora.server.card import model_card
+from fedlora.server.card import model_card, shown_figures
 from fedlora.server.deployment import MaskedCohort, cohort_of
 from fedlora.server.participants import Coordinator, Participants
 from fedlora.server.rounds import CohortSum, Failure
+from fedlora.server.secure_log import sums_of
 from tests.client.institution import COORDINATOR, Institution, manifest_of, offer_of, task_of
 
 NAMES = ("east", "north", "south", "west")
@@ -58,7 +59,7 @@ SHARED = replace(
 class World:
     """Four institutions that approved each other, and a carrier that keeps what it carries."""
 
-    def __init__(self, root: Path, run: RunManifest = RUN) -> None:
+    def __init__(self, root: Path, run: RunManifest = RUN, quorum: float = 0.75) -> None:
         self.run, self.folder = run, root / "run"
         self.folder.mkdir()
         self.nodes = {name: Institution(root / name, name, f"The {name}") for name in NAMES}
@@ -74,7 +75,7 @@ class World:
         self.carried: list[tuple[str, Reply]] = []
         sleep = lambda seconds: None  # noqa: E731
         coordinator = Coordinator("f", COORDINATOR, self.members)
-        self.who = Participants(run, coordinator, self, self.folder, len(NAMES), 5.0, sleep=sleep)
+        self.who = Participants(run, coordinator, self, self.folder, len(NAMES), 5.0, quorum, sleep)
         self.cohort = cohort_of(self.who)
 
     def members(self) -> Mapping[str, PublicIdentity]:
@@ -154,7 +155,11 @@ def test_a_drop_out_at_any_stage(world: World, stage: str) -> None:
 def test_report_and_card_say_how_it_was_added(world: World, tmp_path: Path) -> None:
     world.total(1)
     world.away["input"] = {"west"}
-    found = [record for attempt in (1, 2) if (record := world.total(attempt + 1).secure) is not None]
+    world.total(2)
+    world.away["confirm"] = {"south"}  # too few signatures are left: nothing was learnt
+    assert not world.total(3, 3).replies
+    world.away = {"open": {"east"}}
+    world.total(4, 3)
     north = world.nodes["north"]
     body = write_report(
         north.folder, north.folder.load_policy(), north.identity, north.ledger, tmp_path / "out"
@@ -163,12 +168,17 @@ def test_report_and_card_say_how_it_was_added(world: World, tmp_path: Path) -> N
     assert run["aggregation"] == "updates left under masks" and "aggregated securely" in " ".join(
         run["statement"]
     )
-    said = [(each["round"], each["cohort"], each["threshold"], each["dropped"]) for each in run["unmasked"]]
-    assert said == [(1, 4, 3, 0), (2, 4, 3, 1), (3, 4, 3, 1)]
-    figures = {"secure": secure_summary(RUN, [asdict(record) for record in found])}
+    said = [(each["round"], each["cohort"], each["threshold"], each["dropped"]) for each in run["sums"]]
+    assert said == [
+        (1, 4, 3, 0),
+        (2, 4, 3, 1),
+        (3, 4, 3, 1),
+        (3, 4, 3, 0),
+    ]  # it may, for all that this node knows
+    figures = shown_figures({"secure": secure_summary(RUN, sums_of(world.folder))})
     card = model_card(RUN, dict.fromkeys(NAMES, "Org"), dict(world.who.consents), figures)
-    assert "aggregated securely" in card and "2 rounds were added under masks: cohorts of 4 to 4" in card
-    assert "2 drop-outs" in card
+    assert "aggregated securely" in card and "3 sums were learnt under masks: cohorts of 4 to 4" in card
+    assert "at least 3 updates in each" in card and "keys 0, shares 0, input 1, confirm 0, open 1" in card
     clear = model_card(replace(RUN, secure=None), dict.fromkeys(NAMES, "Org"), dict(world.who.consents), {})
     assert "securely" not in clear and "masks" not in clear
 
@@ -192,6 +202,16 @@ def test_a_restarted_node_is_a_drop_out_until_the_next_epoch(world: World) -> No
     for attempt in (3, 4):
         assert world.total(attempt, 3).replies == 3
     assert world.trained("north") == 0  # nothing was trained for an attempt that it could not be part of
+
+
+def test_where_everybody_is_needed_a_restart_costs_one_attempt_and_nothing_is_learnt(tmp_path: Path) -> None:
+    """A sum that would be thrown away is not unmasked, and the node that was missed is in the next epoch."""
+    world = World(tmp_path, quorum=1.0)
+    assert world.total(1).replies == 4
+    world.restart("north")
+    assert world.total(2).replies == 0
+    assert [stage for stage, _ in world.carried].count("confirm") == 4 and len(sums_of(world.folder)) == 1
+    assert world.total(3, 2).replies == 4
 
 
 def test_every_node_restarted_meets_in_a_new_epoch(world: World) -> None:

@@ -224,7 +224,7 @@ def test_ray_equals_the_sequential_engine_under_masks(folder: Path, tmp_path: Pa
     )
     _assert_same_run(found, tmp_path / "sequential")
     summary = json.loads((found / "summary.json").read_text())
-    assert summary["engine"] == "ray" and summary["secure"]["rounds"] == 4
+    assert summary["engine"] == "ray" and summary["secure"]["sums"] == 4
 
 
 @pytest.mark.flower
