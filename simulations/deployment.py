@@ -17,8 +17,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,9 @@ class Federation:
     secure: bool = False  # updates leave under masks
     mode: str = "record"  # "client": privacy of whole institutions
     names: tuple[str, ...] = NAMES  # "bank-2" has the records of "bank"
-    prefix: tuple[str, ...] = ()  # of every process of the run; {name} is which one: to watch them
+    prefix: Callable[[str], Sequence[str]] = (
+        lambda name: ()
+    )  # words before a process's own, by its name: to watch it
     port: int = field(default_factory=lambda: free_port())
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -128,6 +130,14 @@ class Federation:
 
     def node(self, name: str) -> Path:
         return self.root / name
+
+    def relay(self, name: str) -> Path:
+        """All that an institution's relay needs."""
+        return self.node(name) / "relay"
+
+    def door(self, name: str) -> Path:
+        """The socket of an institution's trainer."""
+        return self.node(name) / "trainer.sock"
 
     def prepare(self) -> None:
         """Folders, keys, data, policies; every institution enrolled and joined."""
@@ -185,7 +195,7 @@ class Federation:
         run("fedlora-node", "join", invitation, "--node", str(folder))
 
     def start_trainer(self, name: str) -> None:
-        socket_path = self.node(name) / "trainer.sock"
+        socket_path = self.door(name)
         socket_path.unlink(missing_ok=True)
         self._start(f"trainer {name}", "fedlora-node", "serve", "--node", str(self.node(name)))
         process = self.processes[f"trainer {name}"]
@@ -194,8 +204,8 @@ class Federation:
             raise FedloraError(f"the trainer of {name} ended: {self.root / 'logs'} says why")
 
     def start_relay(self, name: str) -> None:
-        relay, trainer = str(self.node(name) / "relay"), f"unix:{self.node(name) / 'trainer.sock'}"
-        command = ["link", "--relay", relay, "--trainer", trainer, "--port", str(free_port())]
+        where = ["--relay", str(self.relay(name)), "--trainer", f"unix:{self.door(name)}"]
+        command = ["link", *where, "--port", str(free_port())]
         self._start(f"relay {name}", "fedlora-node", *command)
 
     def start_server(self, resume: bool = False) -> None:
@@ -210,10 +220,7 @@ class Federation:
         """End a process and all that it started."""
         process = self.processes.pop(name, None)
         if process is not None:
-            try:
-                os.killpg(process.pid, number)
-            except ProcessLookupError:
-                return
+            signal_group(process, number)
             process.wait()
 
     def kill_superlink(self) -> None:
@@ -226,9 +233,13 @@ class Federation:
         wait_until(lambda: not listens(self.port), "the end of SuperLink")
 
     def stop(self) -> None:
-        for name in list(self.processes):
-            self.kill(name, signal.SIGTERM)
+        """All ends at once: a prefix that watches the server lasts as long as SuperLink does."""
+        for process in self.processes.values():
+            signal_group(process, signal.SIGTERM)
         self.kill_superlink()
+        for process in self.processes.values():
+            process.wait()
+        self.processes.clear()
 
     def last_run(self) -> Path:
         return sorted((self.coordinator / "runs").iterdir(), key=lambda each: int(each.name))[-1]
@@ -237,10 +248,9 @@ class Federation:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         log = self.root / "logs" / f"{name.replace(' ', '-')}.log"
         log.parent.mkdir(exist_ok=True)
-        prefix = [word.replace("{name}", log.stem) for word in self.prefix]
         with log.open("ab") as stream:
             self.processes[name] = subprocess.Popen(
-                [*prefix, str(BIN / command[0]), *command[1:]],
+                [*self.prefix(log.stem), str(BIN / command[0]), *command[1:]],
                 env=environment,
                 stdout=stream,
                 stderr=stream,
@@ -261,6 +271,12 @@ def running(federation: Federation) -> Iterator[Federation]:
         yield federation
     finally:
         federation.stop()
+
+
+def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    """To a process and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def run(command: str, *arguments: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -24,6 +25,7 @@ from fedlora.common.export import load_adapter
 from fedlora.common.protocol import Consent, reply_from_bytes
 from fedlora.server.directory import Directory
 from fedlora.simulations.deployment import NAMES, Federation, conclude, listens, running, wait_until
+from tests.isolation import ALONE, NOBODY, NOT_SHOWN, as_nobody, available, public_folder
 from tests.proxy import Line
 
 ADDRESS = re.compile(r'(?:inet_addr|inet_pton)\((?:AF_INET6, )?"([^"]+)"')  # as strace writes one
@@ -105,23 +107,93 @@ def traced() -> bool:
     )
 
 
+class Apart(Federation):
+    """Each trainer in a network namespace with nothing in it; each relay under another user, in a folder of its own."""
+
+    def relay(self, name: str) -> Path:
+        return self.root / "relays" / name
+
+    def door(self, name: str) -> Path:
+        return self.root / "doors" / name / "s"
+
+    def separate(self) -> None:
+        """What an operator does after enrolment: the relay's folder to its user, and a socket that it may use."""
+        for name in self.names:
+            self.relay(name).parent.mkdir(exist_ok=True)
+            shutil.copytree(self.node(name) / "relay", self.relay(name))
+            for path in (self.relay(name), *self.relay(name).rglob("*")):
+                os.chown(path, NOBODY, NOBODY)
+            self.door(name).parent.mkdir(parents=True)
+            os.chown(self.door(name).parent, 0, NOBODY)
+            self.door(name).parent.chmod(0o2750)
+            policy = self.node(name) / "node.toml"
+            listen = f'[trainer]\nlisten = "unix:{self.door(name)}"\ngroup_may_ask = true'
+            policy.write_text(policy.read_text().replace("[trainer]", listen))
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A run whose calls the kernel recorded, with trainers and relays apart, where the machine lets a test do so."""
+
+    federation: Federation
+    apart: bool
+    calls: Path | None
+
+
+@pytest.fixture(scope="module")
+def watched(tiny_bert: Path) -> Iterator[Watched]:
+    """One run for two questions. Another user's processes need a folder that everybody may pass."""
+    apart = available()
+    with public_folder() as place, public_folder() as scratch:
+        calls = place / "calls" if traced() else None
+        trace = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg"]
+        federation = Apart(place / "f", rounds=1, base=str(tiny_bert), layers="[]")
+
+        def prefix(process: str) -> list[str]:
+            words = [*trace, "-o", str(calls / process)] if calls else []
+            kind, _, name = process.partition("-")
+            if apart and kind == "trainer":
+                words += ALONE
+            if apart and kind == "relay":
+                words += [*as_nobody(scratch), "env", f"HOME={federation.relay(name)}"]
+            return words
+
+        if calls:
+            calls.mkdir()
+        federation.prefix = prefix
+        federation.prepare()
+        federation.separate()
+        with running(federation):
+            assert federation.wait(SECONDS) == 0, logs(federation)
+        yield Watched(federation, apart, calls)
+
+
 @pytest.mark.flower
-def test_nothing_calls_out(tiny_bert: Path, tmp_path: Path) -> None:
+def test_a_run_completes_with_trainers_without_a_network_and_relays_that_cannot_read(
+    watched: Watched,
+) -> None:
+    if not watched.apart:
+        pytest.skip(NOT_SHOWN)
+    assert len(lines(watched.federation)) == 1 and lines(watched.federation)[0]["replies"] == 3
+    check_ledgers(watched.federation)
+    with public_folder() as scratch:
+        for name in NAMES:
+            for file in ("data/messages.jsonl", "identity.pem", "ledger.sqlite"):
+                path = watched.federation.node(name) / file
+                words = [*as_nobody(scratch), "cat", str(path)]
+                read = subprocess.run(words, capture_output=True, text=True, check=False)
+                assert path.is_file() and "Permission denied" in read.stderr and not read.stdout, path
+
+
+@pytest.mark.flower
+def test_nothing_calls_out(watched: Watched) -> None:
     """Every connection that any process of a run attempts, recorded by the kernel: none leaves the machine."""
-    if not traced():
+    if watched.calls is None:
         pytest.skip("system calls can't be recorded here: that nothing calls out was not shown")
-    calls = tmp_path / "calls"
-    calls.mkdir()
-    watch = ("strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg")
-    federation = Federation(
-        tmp_path / "f", rounds=1, base=str(tiny_bert), layers="[]", prefix=(*watch, "-o", f"{calls}/{{name}}")
-    )
-    federation.prepare()
-    with running(federation):
-        assert federation.wait(SECONDS) == 0, logs(federation)
-    found = [line for path in calls.iterdir() for line in path.read_text(errors="replace").splitlines()]
+    files = list(watched.calls.iterdir())
+    found = [line for path in files for line in path.read_text(errors="replace").splitlines()]
     addresses = Counter(address for line in found for address in ADDRESS.findall(line))
-    assert len(list(calls.iterdir())) == 7 and addresses["127.0.0.1"] >= 10, addresses
+    assert len(files) == 7 and addresses["127.0.0.1"] >= 10, addresses
     assert set(addresses) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, addresses
 
 

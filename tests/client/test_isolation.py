@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fedlora.common.protocol import Answer
 from tests.client.institution import BASE, POLICY, Institution, manifest_of, offer_of, task_of
-
-NOBODY = "65534"
-AS_NOBODY = ["setpriv", "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--bounding-set=-all"]
-ALONE = ["unshare", "-n"]
+from tests.isolation import ALONE, NOBODY, NOT_SHOWN, as_nobody, available, public_folder
 
 HOSTILE = """
 import json, os, sys
@@ -41,7 +37,12 @@ for path in (socket, node / "node.toml"):
         found["read"].append(f"removed {path.name}")
     except OSError:
         pass
-import grpc  # a fake fedlora is as good as the real one: the trainer only sees bytes
+import tempfile
+fake = Path(tempfile.mkdtemp())
+(fake / "fedlora.py").write_text("def may_train(*_): return True")
+sys.path.insert(0, str(fake))
+import fedlora, grpc  # a fake fedlora is as good as the real one: the trainer only sees bytes
+assert fedlora.may_train("everything")
 with grpc.insecure_channel(f"unix:{socket}") as channel:
     ask = channel.unary_unary("/fedlora.Trainer/Ask")
     for request in sorted(folder.iterdir()):
@@ -50,35 +51,18 @@ print(json.dumps(found))
 """
 
 
-def available() -> bool:
-    """Whether this machine lets a test have another user and an empty network."""
-    if os.geteuid() != 0 or not all(map(shutil.which, ("setpriv", "unshare"))):
-        return False
-    try:
-        for words in ([*ALONE, "true"], [*AS_NOBODY, sys.executable, "-c", "import grpc"]):
-            subprocess.run(words, check=True, capture_output=True, timeout=30)
-        found = subprocess.run([*AS_NOBODY, "ls", "/root"], capture_output=True, timeout=30, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return found.returncode != 0
-
-
 @pytest.fixture
 def place() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        path.chmod(0o755)
+    with public_folder() as path:
         yield path
 
 
 def test_a_hostile_bundle_under_the_relays_user_gets_nothing(place: Path) -> None:
     if not available():
-        pytest.skip(
-            "no other user or network namespace here: the isolation of trainer and relay was not shown"
-        )
+        pytest.skip(NOT_SHOWN)
     door = place / "door"
     door.mkdir()
-    os.chown(door, 0, int(NOBODY))
+    os.chown(door, 0, NOBODY)
     door.chmod(0o2750)  # the socket takes the relay's group; its user may pass, and change nothing
     north = Institution(place / "node")
     north.set_policy(
@@ -90,13 +74,15 @@ def test_a_hostile_bundle_under_the_relays_user_gets_nothing(place: Path) -> Non
     run = manifest_of()
     north.ask(offer_of(run))
     replayed = task_of(run)
-    assert north.ask(replayed)
+    answer = north.resident.ask(replayed)
+    assert isinstance(north.read(answer), Answer)
     before = [entry.hash for entry in north.ledger.entries()]
     north.ledger.close()
     requests = place / "requests"
     requests.mkdir()
     changed = replayed[:-1] + b"\x01"
-    for number, data in enumerate((b"forged", changed, task_of(run, attempt=2)[:-8] + bytes(8)[:7])):
+    cut = task_of(run, attempt=2)[:-1]
+    for number, data in enumerate((b"forged", changed, cut, replayed)):
         (requests / str(number)).write_bytes(data)
     script = place / "hostile.py"
     script.write_text(HOSTILE)
@@ -108,15 +94,17 @@ def test_a_hostile_bundle_under_the_relays_user_gets_nothing(place: Path) -> Non
             assert trainer.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.5)
-        attack = [*AS_NOBODY, sys.executable, str(script), str(north.root), str(door / "s"), str(requests)]
-        done = subprocess.run(attack, capture_output=True, text=True, timeout=120, check=False, cwd=place)
+        attack = ["env", sys.executable, str(script), str(north.root), str(door / "s"), str(requests)]
+        with public_folder() as scratch:
+            words = [*as_nobody(scratch), *attack]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, cwd=place)
         assert done.returncode == 0, done.stderr
     finally:
         trainer.terminate()
         trainer.communicate(timeout=60)
     found = json.loads(done.stdout)
     assert found["read"] == [] and (north.root / "node.toml").exists()
-    assert len(found["replies"]) == 3
+    assert len(found["replies"]) == 4 and bytes.fromhex(found["replies"][3]) == answer  # it has left before
     logs = [path.read_text() for path in (north.folder.refusals, north.folder.strangers) if path.exists()]
     assert len("".join(logs).splitlines()) == 3
     north.restart()

@@ -428,6 +428,20 @@ def test_a_share_that_was_changed_on_its_way_costs_its_dealer_only() -> None:
     assert world.nodes[VICTIM].bad_dealers == tuple(world.names[2:])
 
 
+def test_a_refused_u2_leaves_no_share_behind() -> None:
+    world = World(5)
+    found = dealt(world)
+    right = delivery(found, VICTIM, world.names, world.names)
+    node = world.nodes[VICTIM]
+    assert node._state is not None
+    short = replace(right.dealers[-1], seeds=b"")
+    short = replace(short, signature=IDENTITIES[4].sign(wire.SHARES, *short.signed(node._state.cohort)))
+    with pytest.raises(BadInput, match="seed hashes of node-004"):
+        node.accept(replace(right, dealers=(*right.dealers[:-1], short)).to_bytes())
+    assert not node.accepted
+    assert all(set(attempt.shares) == {VICTIM} for attempt in node._state.attempts.values())
+
+
 # --- input -------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -182,6 +183,79 @@ def test_share_corrupt(dropped: bool) -> None:
         result = world_server.result()
         assert (result.levels == world.plain_sum(world.names)).all()
     assert world_server.liars == (liar,)
+
+
+def with_a_dealer(world: World, liar: str, of: Callable[[Deal, str], Deal]) -> tuple[Listed, ServerEpoch]:
+    """An epoch in which one deal is another than an honest node's."""
+    epoch = epoch_of()
+    server = world.server_epoch(epoch)
+    for name in world.names:
+        server.add_offer(world.nodes[name].offer(epoch))
+    members = server.close_offers()
+    for name in world.names:
+        deal = Deal.from_bytes(world.nodes[name].deal(members))
+        server.add_deal((of(deal, name) if name == liar else deal).to_bytes())
+    listed = server.close_deals()
+    for name in listed.deals:
+        world.nodes[name].accept(server.delivery(name))
+    return listed, server
+
+
+def test_a_dealer_that_seals_garbage_for_many_is_named_and_loses_one_attempt() -> None:
+    """More nodes without a share of it than may have conspired: its own signed deal is what they could not open."""
+    world, liar = World(5), node_name(2)
+
+    def garbage(deal: Deal, name: str) -> Deal:
+        return replace(deal, sealed=tuple(bytes(len(part)) for part in deal.sealed))
+
+    listed, _ = with_a_dealer(world, liar, garbage)
+    assert all(node.bad_dealers == (liar,) for name, node in world.nodes.items() if name != liar)
+    server, messages = opened(world, listed)
+    for each in messages.values():
+        server.add_opening(each)
+    with pytest.raises(QuorumLost, match="shares of node-002"):
+        server.result()
+    assert server.liars == (liar,)
+
+
+def test_one_node_without_a_share_accuses_nobody() -> None:
+    """As many as may conspire can't have a dealer left out; and the sum does without that share."""
+    world, dealer = World(5), node_name(2)
+
+    def garbage(deal: Deal, name: str) -> Deal:
+        return replace(deal, sealed=(bytes(len(deal.sealed[0])), *deal.sealed[1:]))
+
+    listed, _ = with_a_dealer(world, dealer, garbage)
+    server, messages = opened(world, listed)
+    for each in messages.values():
+        server.add_opening(each)
+    assert (server.result().levels == world.plain_sum(world.names)).all() and server.liars == ()
+    with pytest.raises(Refused, match="not the next step"):
+        server.result()  # the masks are off already
+
+
+def test_sealed_parts_of_another_size_are_no_deal() -> None:
+    """They would lie in the coordinator's memory, and make a delivery that the receiver refuses to read."""
+
+    def long(deal: Deal, name: str) -> Deal:
+        return replace(deal, sealed=(deal.sealed[0] + bytes(1), *deal.sealed[1:]))
+
+    def own(deal: Deal, name: str) -> Deal:
+        return replace(deal, sealed=tuple(part or bytes(80) for part in deal.sealed))
+
+    for of in (long, own):
+        with pytest.raises(BadInput, match="sealed parts of another size than 80 bytes"):
+            with_a_dealer(World(5), node_name(2), of)
+
+
+def test_a_sum_that_would_not_count_is_not_unmasked() -> None:
+    world = World(5)
+    listed = world.begin(epoch_of())
+    server = ServerAttempt(listed, slot_of(), world.encoding, needed=5)
+    for name in world.names[:4]:  # t is 4
+        server.add_input(world.nodes[name].mask(slot_of(), world.encoding, world.values(name)))
+    with pytest.raises(QuorumLost, match="4 nodes answered, expected at least 5"):
+        server.close_inputs()
 
 
 def test_a_dealer_whose_shares_do_not_rebuild_is_named() -> None:

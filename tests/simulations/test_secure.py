@@ -221,7 +221,8 @@ def test_a_secure_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_
         train(run, sequential(run), stop)
     run.ledger.close()
     _, summary = run_whole(settings, tmp_path / "run", resume=True)
-    assert summary["rounds"] == 4 and summary["secure"]["sums"] == 4  # type: ignore[index]
+    assert summary["rounds"] == 4
+    assert summary["secure"]["sums"] == 5  # type: ignore[index]  # of round 2 twice: what was not committed was learnt
 
 
 def test_faults_on_ray_are_refused_before_anything_is_read(
