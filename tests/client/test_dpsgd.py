@@ -72,15 +72,25 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+DEVICES = ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(name, device) for device in DEVICES for name in CASES],
+    ids=lambda param: "-".join(param),
+)
 def case(request: pytest.FixtureRequest) -> Case:
-    fixture, pooling, targets = CASES[request.param]
+    """Where there is a GPU, also there; the loop that it is held against stays on the CPU."""
+    name, device = request.param
+    fixture, pooling, targets = CASES[name]
     folder: Path = request.getfixturevalue(fixture)
     causal = fixture == "tiny_llama"
     task: Task = CausalLanguageModel() if causal else SequenceClassification(("a", "b", "c"))
     settings_ = ModelConfig(base=str(folder), task=task.name, pooling=pooling, max_length=40)
     model, reference = (
-        build_model(settings_, LoraConfig(rank=3, targets=targets), task, seed=5) for _ in range(2)
+        build_model(settings_, LoraConfig(rank=3, targets=targets), task, 5, torch.device(where))
+        for where in (device, "cpu")
     )
     awake(model)
     awake(reference)
@@ -139,7 +149,7 @@ def test_a_record_that_is_not_finite_is_zeroed_and_counted(
 
     def with_nan(self: object, logits: torch.Tensor, batch: object) -> torch.Tensor:
         rows = losses(self, logits, batch)  # type: ignore[arg-type]
-        return rows * torch.where(torch.from_numpy(current == poisoned), torch.nan, 1.0)
+        return rows * torch.where(torch.from_numpy(current == poisoned).to(rows.device), torch.nan, 1.0)
 
     original = gradients._backward
     current = np.zeros(0, dtype=np.int64)
