@@ -14,7 +14,7 @@ obey Σ (C_g / s_g)² = 1 / noise_multiplier².
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,14 +24,17 @@ from opacus.grad_sample import GradSampleHooks
 from torch import nn
 from torch.nn import functional
 
-from fedlora.client.sampling import MicroBatch
+from fedlora.client.sampling import MicroBatch, private_batches
+from fedlora.common.data import UnitIndex
 from fedlora.common.errors import BadInput
 from fedlora.common.model import AdapterModel
 from fedlora.common.privacy import SMALLEST_CLIP, group_scales
 from fedlora.common.randomness import Random, gaussian
-from fedlora.common.state import AdapterSpec
+from fedlora.common.shapes import Shape, alike, probes
+from fedlora.common.state import AdapterSpec, AdapterState
 from fedlora.common.tasks import Encoded
 
+RECORDS = {"cpu": 4, "cuda": 32}  # of one length that are computed together: what is drawn seldom fills more
 HeadLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (n, classes), (n,) -> (n,)
 
 
@@ -59,9 +62,9 @@ class ClipGroups:
 
 @dataclass(frozen=True, eq=False)
 class GradientSum:
-    """Sum of the units' (clipped) gradients: `vector` is (size,) float32. The counts never leave the node."""
+    """Sum of the units' (clipped) gradients: `vector` is (size,) float64. The counts never leave the node."""
 
-    vector: npt.NDArray[np.float32]
+    vector: npt.NDArray[np.float64]
     units: int
     nonfinite: int
 
@@ -73,7 +76,7 @@ def private_mean(
     if noise_multiplier <= 0:
         raise BadInput(f"noise_multiplier: found {noise_multiplier}, expected > 0 where privacy is on")
     scale = groups.noise_std(noise_multiplier)
-    noised = total.vector.astype(np.float64) + gaussian(source, len(scale), 1.0) * scale
+    noised = total.vector + gaussian(source, len(scale), 1.0) * scale
     return noised / expected_units
 
 
@@ -91,28 +94,50 @@ class PerSampleGradients:
         if {id(p) for p in self._hooked} != {id(p) for p in model.parameters.values()}:
             raise BadInput("adapter: the trainable parameters are not the exported ones")
 
-    def clipped_sum(self, data: Encoded, batches: Iterable[MicroBatch], groups: ClipGroups) -> GradientSum:
-        """Σ over units of the unit's gradient, clipped once over all its records, per group."""
-        self._hooks.enable_hooks()
+    def clipped_sum(
+        self, data: Encoded, units: UnitIndex, drawn: npt.NDArray[np.int64], groups: ClipGroups, tokens: int
+    ) -> GradientSum:
+        """Σ over the drawn units of the unit's gradient, clipped once over all its records, per group.
+
+        What a unit adds depends on no other unit, to the last bit before the sum; `tokens` bounds a micro-batch.
+        """
         total = _UnitSum(self.model.spec, groups, self.model.device)
-        for batch in batches:
-            self._backward(data, batch)
-            samples = [self._take(name) for name in self._names]
-            if not all(bool(torch.isfinite(each.sum())) for each in samples):
-                samples = self._one_by_one(data, batch)
-            total.add(samples, batch)
+        for batch in self.batches(data, units, drawn, tokens):
+            total.add(self._samples(data, batch), batch)
         return total.result()
 
-    def _one_by_one(self, data: Encoded, batch: MicroBatch) -> list[torch.Tensor]:
-        """Each record without padding: a padded place that overflows must not zero the records beside it.
+    def batches(
+        self, data: Encoded, units: UnitIndex, drawn: npt.NDArray[np.int64], tokens: int
+    ) -> Iterator[MicroBatch]:
+        """The micro-batches of a private step."""
 
-        Else one long record, which pads the others, would move the sum by all of them.
-        """
-        alone = []
-        for place in range(len(batch.rows)):
-            self._backward(data, MicroBatch(batch.rows[[place]], batch.owners[[place]], False))
-            alone.append([self._take(name) for name in self._names])
-        return [torch.cat(each) for each in zip(*alone, strict=True)]
+        def records(length: int) -> int:
+            return self._records(min(RECORDS[self.model.device.type], tokens // length), length)
+
+        return private_batches(units, drawn, data.lengths, tokens, self.model.longest, records)
+
+    def _samples(self, data: Encoded, batch: MicroBatch) -> list[torch.Tensor]:
+        """(m, size) per-sample gradients of each parameter, of the batch's own records."""
+        self._hooks.enable_hooks()
+        self._backward(data, batch)
+        return [self._take(name)[: len(batch.rows)] for name in self._names]
+
+    def _records(self, wanted: int, length: int) -> int:
+        """`wanted` records of a length together, where each then gets the same bits as in any other place."""
+        shape, model = Shape(wanted, length), self.model
+
+        def try_it() -> bool:
+            before, values = model.state(), np.random.default_rng(0).normal(0, 0.05, model.spec.size)
+            model.load(
+                AdapterState(model.spec, values.astype(np.float32))
+            )  # ours: not one that hides anything
+            every = np.arange(wanted, dtype=np.int64)
+            batch = MicroBatch(every, every, False)
+            same, beside = (self._samples(each, batch) for each in probes(shape, len(model.tokenizer)))
+            model.load(before)
+            return alike(same, beside)
+
+        return model.shapes.records(("gradient", model.precision, model.attention, shape), wanted, try_it)
 
     def plain_sum(self, data: Encoded, batches: Iterable[MicroBatch]) -> GradientSum:
         """Σ of gradients without a clip: training without privacy, at the cost of training without privacy."""
@@ -121,7 +146,7 @@ class PerSampleGradients:
         for batch in batches:
             self._backward(data, batch)
             units += len(np.unique(batch.owners)) - batch.unfinished
-        vector = np.zeros(self.model.spec.size, dtype=np.float32)
+        vector = np.zeros(self.model.spec.size, dtype=np.float64)
         for (_, place), name in zip(self.model.spec.slices(), self._names, strict=True):
             parameter = self.model.parameters[name]
             if parameter.grad is not None:
@@ -130,7 +155,7 @@ class PerSampleGradients:
         return GradientSum(vector, units, 0)
 
     def _backward(self, data: Encoded, batch: MicroBatch) -> None:
-        inputs = data.batch(batch.rows, self.model.pad, self.model.device)
+        inputs = data.batch(batch.rows, self.model.pad, self.model.device, batch.shape)
         losses = self.model.task.losses(self.model.logits(inputs), inputs)
         with warnings.catch_warnings():
             # Opacus registers full backward hooks on modules whose inputs are frozen: expected with LoRA
@@ -156,8 +181,8 @@ class _UnitSum:
     def __init__(self, spec: AdapterSpec, groups: ClipGroups, device: torch.device) -> None:
         self._places = [place for _, place in spec.slices()]
         self._groups = [int(groups.group[place][0]) for place in self._places]
-        self._bounds = torch.tensor(groups.bounds, dtype=torch.float32, device=device)
-        self._total = torch.zeros(spec.size, dtype=torch.float32, device=device)
+        self._bounds = torch.tensor(groups.bounds, dtype=torch.float64, device=device)
+        self._total = torch.zeros(spec.size, dtype=torch.float64, device=device)
         self._open: list[torch.Tensor] | None = None  # the unit that goes on in the next micro-batch
         self._units = 0
         self._nonfinite = 0
@@ -175,9 +200,9 @@ class _UnitSum:
             self._clip_and_sum([each[:whole] for each in sums])
 
     def _clip_and_sum(self, sums: Sequence[torch.Tensor]) -> None:
-        squares = torch.zeros(len(self._bounds), len(sums[0]), dtype=torch.float32, device=self._total.device)
+        squares = torch.zeros(len(self._bounds), len(sums[0]), dtype=torch.float64, device=self._total.device)
         for each, group in zip(sums, self._groups, strict=True):
-            squares[group] += each.square().sum(dim=1)
+            squares[group] += each.double().square().sum(dim=1)
         finite = torch.isfinite(squares).all(dim=0)
         norms = squares.sqrt()
         # min(1, C / norm): never above the bound, and 0 where anything of the unit is not finite
@@ -185,7 +210,7 @@ class _UnitSum:
         all_finite = bool(finite.all())
         for each, group, place in zip(sums, self._groups, self._places, strict=True):
             safe = each if all_finite else torch.where(finite[:, None], each, 0.0)
-            self._total[place] += factors[group] @ safe
+            self._total[place] += factors[group] @ safe.double()
         self._units += len(finite)
         self._nonfinite += int((~finite).sum())
 
@@ -208,15 +233,21 @@ def head_clipped_sum(
 
     For a linear layer with inputs a_r and output gradients b_r, the gradient of a unit is Σ b_r a_rᵀ over its
     records; for one record its squared norm with the bias is |b|² (|a|² + 1). `owners` is (n,), counts units from 0 and never decreases. `bound` None: no clip.
+
+    All of it in float64: products of many rows round by a row's place and company, and weights that a coordinator
+    chose can make float32's rounding as large as a gradient. Features are at most 64 long and weights at most 1e3
+    each, so float64's is below 1e-9 of a clip. Whoever chooses the weights can also make b so small and a so large
+    that |b|² is 0 in float32, and b aᵀ is not.
     """
     if bound is not None:
         _checked_clip(bound)
-    total = torch.zeros(sum(p.numel() for p in head.parameters()), device=features.device)
+    size = sum(p.numel() for p in head.parameters())
+    total = torch.zeros(size, dtype=torch.float64, device=features.device)
     units = nonfinite = start = 0
     while start < len(features):
         stop = _unit_end(owners, start + rows)
         local = torch.from_numpy(owners[start:stop] - owners[start]).to(features.device)
-        part, bad = _head_part(head, losses, features[start:stop], targets[start:stop], local, bound)
+        part, bad = _head_part(head, losses, features[start:stop].double(), targets[start:stop], local, bound)
         total += part
         nonfinite += bad
         units += int(local[-1]) + 1
@@ -243,9 +274,8 @@ def _head_part(
     for layer in _layers(head):
         if isinstance(layer, nn.Linear):
             inputs.append(value.detach())
-            value = functional.linear(
-                value, layer.weight, layer.bias
-            )  # not layer(value): Opacus would record it
+            # not layer(value): Opacus would record it
+            value = functional.linear(value, layer.weight.double(), layer.bias.double())
             outputs.append(value)
         else:
             value = layer(value)
@@ -258,19 +288,13 @@ def _head_part(
 def _clipped_records(
     inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], bound: float | None
 ) -> tuple[torch.Tensor, int]:
-    """Each record is a unit: its squared norm is |b|² (|a|² + 1), a sum of squares that can't cancel.
-
-    In float64: whoever chooses the weights can make b so small and a so large that |b|² is 0 in float32, and b aᵀ is not.
-    """
-    terms = [
-        b.double().square().sum(1) * (a.double().square().sum(1) + 1.0)
-        for a, b in zip(inputs, gradients, strict=True)
-    ]
+    """Each record is a unit: its squared norm is |b|² (|a|² + 1), a sum of squares that can't cancel."""
+    terms = [b.square().sum(1) * (a.square().sum(1) + 1.0) for a, b in zip(inputs, gradients, strict=True)]
     norms = torch.stack(terms).sum(dim=0).sqrt()
     finite, factors = _factors(norms, bound)
     flat = []
     for a, b in zip(inputs, gradients, strict=True):
-        weighted = torch.where(finite[:, None], b, 0.0) * factors[:, None].float()
+        weighted = torch.where(finite[:, None], b, 0.0) * factors[:, None]
         flat += [(weighted.T @ torch.where(finite[:, None], a, 0.0)).flatten(), weighted.sum(dim=0)]
     return torch.cat(flat), int((~finite).sum())
 
@@ -283,8 +307,8 @@ def _clipped_units(
 ) -> tuple[torch.Tensor, int]:
     """Units of several records, one after the other: what is measured is the very tensor that is added.
 
-    A norm from inner products of the records would cancel where they pull against each other: in float32 it can
-    come out as 0 for a gradient far above the clip.
+    A norm from inner products of the records would cancel where they pull against each other, and come out far
+    below that of the gradient.
     """
     sizes = torch.bincount(owners).tolist()
     parts = [(torch.split(a, sizes), torch.split(b, sizes)) for a, b in zip(inputs, gradients, strict=True)]
@@ -293,11 +317,11 @@ def _clipped_units(
     for unit in range(len(sizes)):
         flat = [part for a, b in parts for part in ((b[unit].T @ a[unit]).flatten(), b[unit].sum(dim=0))]
         gradient = torch.cat(flat)
-        finite, factor = _factors(torch.linalg.vector_norm(gradient, dtype=torch.float64)[None], bound)
+        finite, factor = _factors(torch.linalg.vector_norm(gradient)[None], bound)
         if total is None:
             total = torch.zeros_like(gradient)
         if finite[0]:
-            total += gradient * factor[0].float()
+            total += gradient * factor[0]
         else:
             bad += 1
     if total is None:

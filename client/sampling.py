@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fedlora.common.data import UnitIndex
 from fedlora.common.randomness import Random, bernoulli
+from fedlora.common.shapes import Records, shaped
 
 Ints = npt.NDArray[np.int64]
 
@@ -30,6 +31,7 @@ class MicroBatch:
     rows: Ints
     owners: Ints
     unfinished: bool
+    shape: tuple[int, int] | None = None  # (records, tokens) to fill up to; None: as it comes
 
 
 def draw_units(units: int, rate: float, source: Random) -> Ints:
@@ -50,6 +52,23 @@ def micro_batches(units: UnitIndex, drawn: Ints, lengths: Ints, tokens: int) -> 
         unfinished = stop < len(rows) and owners[stop] == owners[stop - 1]
         yield MicroBatch(rows[start:stop], owners[start:stop], bool(unfinished))
         start = stop
+
+
+def private_batches(
+    units: UnitIndex, drawn: Ints, lengths: Ints, tokens: int, longest: int, records: Records
+) -> Iterator[MicroBatch]:
+    """Cut a draw into micro-batches in which no unit's gradient depends on another unit (`common.shapes`).
+
+    Units of one record go together in batches of fixed shapes. A unit of several records goes by itself, in
+    micro-batches of its own records and at most `tokens` padded tokens.
+    """
+    sizes = units.offsets[drawn + 1] - units.offsets[drawn]
+    single = units.records[units.offsets[drawn[sizes == 1]]]
+    for chosen, shape in shaped(lengths[single], longest, records):
+        owners = np.arange(len(chosen), dtype=np.int64)
+        yield MicroBatch(single[chosen], owners, False, (shape.records, shape.tokens))
+    for unit in drawn[sizes > 1]:
+        yield from micro_batches(units, np.array([unit]), lengths, tokens)
 
 
 def unit_records(units: UnitIndex, drawn: Ints) -> tuple[Ints, Ints]:

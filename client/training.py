@@ -102,15 +102,15 @@ class LocalTraining:
         if phase.name == "head":
             total = self._head_sum(data, drawn, at, groups if private else None)
         else:
-            batches = micro_batches(data.units, drawn, data.encoded.lengths, self._tokens)
             if private:
-                total = self.gradients.clipped_sum(data.encoded, batches, groups)
+                total = self.gradients.clipped_sum(data.encoded, data.units, drawn, groups, self._tokens)
             else:
+                batches = micro_batches(data.units, drawn, data.encoded.lengths, self._tokens)
                 total = self.gradients.plain_sum(data.encoded, batches)
         if private:
             mean = private_mean(total, groups, phase.noise_multiplier, phase.expected_units, source)
         else:
-            mean = total.vector.astype(np.float64) / phase.expected_units
+            mean = total.vector / phase.expected_units
         return mean, total
 
     def _head_sum(
@@ -124,7 +124,7 @@ class LocalTraining:
         targets = torch.from_numpy(data.encoded.targets[data.units.records[places]]).to(kept.device)
         bound = None if groups is None else groups.bounds[0]
         total = head_clipped_sum(self._model.head, self._losses, kept[rows], targets, owners, bound)
-        vector = np.zeros(at.spec.size, dtype=np.float32)
+        vector = np.zeros(at.spec.size, dtype=np.float64)
         vector[at.spec.head_mask()] = total.vector
         return GradientSum(vector, total.units, total.nonfinite)
 

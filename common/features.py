@@ -15,10 +15,12 @@ import numpy.typing as npt
 import torch
 
 from fedlora.common.model import AdapterModel
+from fedlora.common.shapes import Shape, alike, probes, shaped
 from fedlora.common.state import AdapterState
 from fedlora.common.tasks import Encoded
 
-FEATURE_TOKENS = 8192  # padded tokens of a forward pass without gradients
+FEATURE_TOKENS = {"cpu": 1024, "cuda": 16384}  # padded tokens of a forward pass without gradients
+FEATURE_ROWS = 64  # that are projected together
 Rows = npt.NDArray[np.int64]
 Progress = Callable[[int], None]  # called with the number of records done since the last call
 
@@ -102,25 +104,59 @@ def pooled_features(
     if not len(rows):
         return torch.empty(0, 0)
     if texts is None:
-        return model.features(_pooled(model, data, rows, progress))
+        return _projected(model, _pooled(model, data, rows, progress))
     frozen = f"{model.base_digest} {model.pooled_layers} {model.precision} {_below_head(model.state())}"
-    return model.features(texts.get(frozen, data, rows, lambda fresh: _pooled(model, data, fresh, progress)))
+    pooled = texts.get(frozen, data, rows, lambda fresh: _pooled(model, data, fresh, progress))
+    return _projected(model, pooled)
 
 
 def _pooled(model: AdapterModel, data: Encoded, rows: Rows, progress: Progress | None) -> torch.Tensor:
-    """Forward passes in batches of similar length."""
+    """Forward passes in batches of fixed shapes: what comes of a record depends on it alone."""
     result: torch.Tensor | None = None
-    for chosen in length_batches(data.lengths[rows], FEATURE_TOKENS):
-        part = model.pooled(data.batch(rows[chosen], model.pad, model.device))
-        if not torch.isfinite(part).all():  # of one record, and its padding of the others: each by itself
-            alone = [model.pooled(data.batch(rows[[place]], model.pad, model.device)) for place in chosen]
-            part = torch.cat(alone)
+    for chosen, shape in shaped(data.lengths[rows], model.longest, lambda tokens: _records(model, tokens)):
+        part = _forward(model, data, rows[chosen], shape)[: len(chosen)]
         if result is None:
             result = torch.empty(len(rows), part.shape[1], dtype=torch.float32, device=model.device)
         result[torch.from_numpy(chosen)] = part
         if progress is not None:
             progress(len(chosen))
     return torch.empty(0, 0) if result is None else result
+
+
+def _forward(model: AdapterModel, data: Encoded, rows: Rows, shape: Shape) -> torch.Tensor:
+    return model.pooled(data.batch(rows, model.pad, model.device, (shape.records, shape.tokens)))
+
+
+def _records(model: AdapterModel, tokens: int) -> int:
+    """Records of a forward pass, by their length."""
+    shape = Shape(FEATURE_TOKENS[model.device.type] // tokens, tokens)
+
+    def try_it() -> bool:
+        every = np.arange(shape.records, dtype=np.int64)
+        same, beside = (_forward(model, probe, every, shape) for probe in probes(shape, len(model.tokenizer)))
+        return alike([same], [beside])
+
+    return model.shapes.records(("pooled", model.precision, model.attention, shape), shape.records, try_it)
+
+
+def _projected(model: AdapterModel, pooled: torch.Tensor) -> torch.Tensor:
+    """What the head sees of each row, in blocks of one size, for the same reason."""
+    if model.projection is None or not len(pooled):
+        return model.features(pooled)
+
+    def block(part: torch.Tensor, rows: int) -> torch.Tensor:
+        filled = torch.cat([part, part[:1].expand(rows - len(part), -1)])
+        return model.features(filled)[: len(part)]
+
+    def try_it() -> bool:
+        beside = torch.rand(FEATURE_ROWS, pooled.shape[1], device=pooled.device)
+        same = beside[:1].expand(FEATURE_ROWS, -1).contiguous()
+        return alike([model.features(same)], [model.features(beside)])
+
+    kind = ("projected", model.projection.digest)
+    rows = model.shapes.records(kind, FEATURE_ROWS, try_it)
+    starts = range(0, len(pooled), rows)
+    return torch.cat([block(pooled[start : start + rows], rows) for start in starts])
 
 
 def length_batches(lengths: Rows, tokens: int) -> list[Rows]:

@@ -26,6 +26,7 @@ from fedlora.common.base import check_base, check_digest, resolve_base
 from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.projection import Affine, Projection
+from fedlora.common.shapes import Shapes
 from fedlora.common.state import HEAD_PREFIX, AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.tasks import Batch, Task
 
@@ -116,13 +117,17 @@ class AdapterModel:
         tokenizer: Any,
         digest: str,
         device: torch.device,
+        longest: int,
     ) -> None:
         self.network = network.to(device)
         self.task = task
         self.tokenizer = tokenizer
         self.base_digest = digest
         self.device = device
+        self.longest = longest  # tokens that a record is cut to
         self.precision = torch.float32
+        self.attention = ""  # as set; "": as loaded
+        self.shapes = Shapes()
         self.parameters: dict[str, nn.Parameter] = dict(_trainable(network))
         self.spec = AdapterSpec(tuple(TensorSpec(n, tuple(p.shape)) for n, p in self.parameters.items()))
 
@@ -210,6 +215,7 @@ class AdapterModel:
         base = self.network.backbone
         inner = base.get_base_model() if isinstance(base, peft.PeftModel) else base
         inner.set_attn_implementation(name)  # type: ignore[operator]
+        self.attention = name
 
 
 def build_model(
@@ -225,7 +231,7 @@ def build_model(
     _switch_dropout_off(network)
     _initialise(network, seed)
     network.train()  # Opacus' hooks record in training mode only; without dropout the modes compute the same
-    return AdapterModel(network, task, tokenizer, digest, device or torch.device("cpu"))
+    return AdapterModel(network, task, tokenizer, digest, device or torch.device("cpu"), model.max_length)
 
 
 def _check_positions(network: PooledClassifier | OwnHead, max_length: int) -> None:

@@ -46,18 +46,23 @@ class Encoded:
     def tokens_of(self, row: int) -> npt.NDArray[np.int32]:
         return self.tokens[self.offsets[row] : self.offsets[row + 1]]
 
-    def batch(self, rows: Ints, pad: int, device: torch.device) -> Batch:
-        """Pad the records `rows` to the longest of them."""
+    def batch(
+        self, rows: Ints, pad: int, device: torch.device, shape: tuple[int, int] | None = None
+    ) -> Batch:
+        """Pad the records `rows` to the longest of them, or fill up to `shape`: (records, tokens).
+
+        What fills up is a text of padding that is read like any other; its target is 0.
+        """
         lengths = self.offsets[rows + 1] - self.offsets[rows]
-        columns = np.arange(lengths.max())
-        real = columns[None, :] < lengths[:, None]
+        count, width = (len(rows), int(lengths.max())) if shape is None else shape
+        columns = np.arange(width)
+        ids, real = np.full((count, width), pad, dtype=np.int64), np.ones((count, width), dtype=np.int64)
+        inside = columns[None, :] < lengths[:, None]
         source = np.minimum(self.offsets[rows][:, None] + columns[None, :], len(self.tokens) - 1)
-        ids = np.where(real, self.tokens[source], pad).astype(np.int64)
-        return Batch(
-            torch.from_numpy(ids).to(device),
-            torch.from_numpy(real.astype(np.int64)).to(device),
-            torch.from_numpy(self.targets[rows]).to(device),
-        )
+        ids[: len(rows)], real[: len(rows)] = np.where(inside, self.tokens[source], pad), inside
+        targets = np.zeros(count, dtype=np.int64)
+        targets[: len(rows)] = self.targets[rows]
+        return Batch(*(torch.from_numpy(each).to(device) for each in (ids, real, targets)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +89,7 @@ class Task(Protocol):
         """Tokenise; BadInput where a record has nothing left to learn from."""
 
     def losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """(n,) float32: the loss of each example by itself."""
+        """(n,) float32, or float64 where the logits are: the loss of each example by itself."""
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> Totals:
         """Sums from which `metrics` are computed; totals of batches add up."""
@@ -111,7 +116,8 @@ class SequenceClassification:
         return _ragged(cut, records.labels, {"text": shortened})
 
     def losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+        precise = logits if logits.dtype == torch.float64 else logits.float()
+        return functional.cross_entropy(precise, batch.targets, reduction="none")
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> Totals:
         size = len(self.labels)

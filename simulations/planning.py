@@ -9,17 +9,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.client.dpsgd import ClipGroups
 from fedlora.client.sampling import micro_batches
 from fedlora.common.compute import threads as with_threads
 from fedlora.common.config import Config
-from fedlora.common.data import unit_groups
+from fedlora.common.data import UnitIndex, unit_groups
 from fedlora.common.features import pooled_features
 from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import default_cache, epsilon_of_attempts, stated_epsilon
 from fedlora.common.statement import shown_epsilon, unit_of
+from fedlora.common.tasks import Encoded
 from fedlora.simulations.federation import Federation
 
 PROBE_RECORDS = 48  # of the public validation part
@@ -50,21 +53,25 @@ def print_plan(config: Config, console: Console, threads: int = 0) -> None:
 
 
 def measure(federation: Federation) -> Speed:
-    """Time a forward pass and a step without privacy on the public validation part."""
+    """Time a forward pass and a step, as the run would make it, on the public validation part."""
     data = federation.public.validation.data
     rows = np.arange(min(PROBE_RECORDS, len(data)), dtype=np.int64)
     units = unit_groups(None, len(rows))
-    tokens = federation.config.training.micro_batch_tokens
     forward = step = 0.0
     for _ in range(2):  # the second time is measured
         if federation.config.training.head_rounds:
             forward = _seconds(lambda: pooled_features(federation.model, data, rows))
-        step = _seconds(
-            lambda: federation.training.gradients.plain_sum(
-                data, micro_batches(units, rows, data.lengths, tokens)
-            )
-        )
+        step = _seconds(lambda: _step(federation, data, units, rows))
     return Speed(forward / len(rows), step / len(rows))
+
+
+def _step(federation: Federation, data: Encoded, units: UnitIndex, rows: npt.NDArray[np.int64]) -> None:
+    gradients, config = federation.training.gradients, federation.config
+    tokens = config.training.micro_batch_tokens
+    if config.privacy.mode == "record":
+        gradients.clipped_sum(data, units, rows, ClipGroups.flat(gradients.model.spec, 1.0), tokens)
+    else:
+        gradients.plain_sum(data, micro_batches(units, rows, data.lengths, tokens))
 
 
 def _schedule(federation: Federation, manifest: RunManifest, speed: Speed) -> Table:

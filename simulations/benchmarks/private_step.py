@@ -87,10 +87,15 @@ def _private(records: int, device: torch.device, tokens: int) -> Case:
     units, drawn = unit_groups(None, records), np.arange(records, dtype=np.int64)
 
     def step() -> None:
-        total = gradients.clipped_sum(data, micro_batches(units, drawn, data.lengths, tokens), groups)
+        total = gradients.clipped_sum(data, units, drawn, groups, tokens)
         private_mean(total, groups, 1.0, float(records), OsRandom())
 
-    return Case(step, model, _padded(data, units, drawn, tokens))
+    padded = sum(
+        batch.shape[0] * batch.shape[1]
+        for batch in gradients.batches(data, units, drawn, tokens)
+        if batch.shape is not None
+    )
+    return Case(step, model, padded)
 
 
 def _plain(records: int, device: torch.device, tokens: int) -> Case:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.client.sampling import draw_units, micro_batches, unit_records
+from fedlora.client.sampling import draw_units, micro_batches, private_batches, unit_records
 from fedlora.common.data import unit_groups
 from fedlora.common.errors import BadInput
 from fedlora.common.randomness import OsRandom
@@ -47,9 +47,35 @@ def test_every_record_of_every_drawn_unit_is_there_once(
     assert len({(owner, unit_of[row]) for owner, row in zip(owners, rows, strict=True)}) == len(drawn)
 
 
+@given(
+    sizes=st.lists(st.integers(1, 4), max_size=12),
+    records=st.integers(1, 5),
+    data=st.data(),
+)
+def test_no_private_batch_has_the_records_of_two_units_but_in_a_fixed_shape(
+    sizes: list[int], records: int, data: st.DataObject
+) -> None:
+    units = unit_groups([str(unit) for unit, size in enumerate(sizes) for _ in range(size)])
+    some = st.lists(st.integers(1, 60), min_size=sum(sizes), max_size=sum(sizes))
+    lengths = np.array(data.draw(some), dtype=np.int64)
+    drawn = np.arange(len(sizes), dtype=np.int64)
+    batches = list(private_batches(units, drawn, lengths, 100, 50, lambda tokens: records))
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(sum(sizes)))
+    of = np.repeat(drawn, sizes)
+    for batch in batches:
+        if batch.shape is None:
+            assert len({of[row] for row in batch.rows}) == 1 and sizes[of[batch.rows[0]]] > 1
+            continue
+        assert len(batch.rows) <= batch.shape[0] == records and not batch.unfinished
+        for row in batch.rows:  # a function of its own length
+            own = lengths[row]
+            assert sizes[of[row]] == 1 and batch.shape[1] == min(-(-own // 8) * 8, max(own, 50))
+
+
 def test_no_units_make_no_batches() -> None:
     units, nothing = unit_groups(["a", "b"]), np.zeros(0, dtype=np.int64)
     assert list(micro_batches(units, nothing, np.array([3, 4]), 10)) == []
+    assert list(private_batches(units, nothing, np.array([3, 4]), 10, 8, lambda tokens: 4)) == []
     places, owners = unit_records(units, nothing)
     assert len(places) == len(owners) == 0
 
