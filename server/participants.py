@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeGuard
+from typing import Protocol
 
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.messages import RunManifest
-from fedlora.common.privacy import charged_epsilon
 from fedlora.common.projection import PROJECTION
 from fedlora.common.protocol import (
     MANIFEST_TAG,
@@ -33,13 +32,13 @@ from fedlora.common.protocol import (
 )
 from fedlora.common.randomness import OsRandom
 from fedlora.server.rounds import Failure, participants
+from fedlora.server.statements import consent_faults, schedule_cost
 
 log = logging.getLogger(__name__)
 
 LOOK = 1.0  # seconds between two looks at who is connected
 DOUBT = 30.0  # seconds at most for who failed in the last attempt to show that it is there again
 PATIENCE = 0.25  # of the deadline, for who is away while a quorum is here: who is here needs the rest
-SAME = 1e-6  # relative: the last bits of an ε differ between machines
 
 Members = Callable[[], Mapping[str, PublicIdentity]]
 
@@ -85,10 +84,10 @@ class Participants:
         self.folder, self.deadline = folder, deadline
         self._expected, self._quorum, self._sleep = expected, quorum, sleep
         self._began = 0.0
-        self._cost = charged_epsilon(manifest) if manifest.mode != "none" else 0.0
         self._consents: dict[str, Consent] = {}
         self._declined: dict[str, Failure] = {}
         self._doubtful: set[str] = set()  # gave no answer to the last attempt that asked them
+        schedule_cost(manifest)  # now: it takes seconds, which an attempt would lose
         self._read_consents()
 
     @property
@@ -194,12 +193,10 @@ class Participants:
             except (BadInput, Refused) as error:
                 self._declined[name] = Failure(name, one_line(str(error)))
                 continue
-            if self._is_consent(reply):
+            reason = self._refusal(reply)
+            if isinstance(reply, Consent) and not reason:
                 self._keep(name, answer, reply)
             else:
-                reason = (
-                    reply.reason if isinstance(reply, Decline) else "consents to another run or another ε"
-                )
                 self._declined[name] = Failure(name, reason, refused=True)
                 log.warning("%s declines: %s", name, reason)
 
@@ -210,7 +207,10 @@ class Participants:
         self._consents[name] = consent
 
     def _read_consents(self) -> None:
-        """Of a run that is resumed. What a former key signed is asked for anew; what nobody signed is refused."""
+        """Of a run that is resumed; Refused for what nobody signed.
+
+        What a former key signed, or is at another ε than the schedule's, is asked for anew.
+        """
         members = self.coordinator.members()
         for path in sorted((self.folder / "consents").glob("*.reply")):
             if path.stem in members:
@@ -221,7 +221,7 @@ class Participants:
                     if not self._by_former(path.stem, data):
                         raise
                     continue
-                if self._is_consent(reply):
+                if isinstance(reply, Consent) and not self._refusal(reply):
                     self._consents[path.stem] = reply
 
     def _by_former(self, name: str, data: bytes) -> bool:
@@ -232,8 +232,10 @@ class Participants:
                 return True
         return False
 
-    def _is_consent(self, reply: Reply) -> TypeGuard[Consent]:
-        """To this run, and at no less than its schedule costs: what is released states the largest of them."""
+    def _refusal(self, reply: Reply) -> str:
+        """Why it is no consent to this run at what its schedule costs; "" where it is one."""
+        if isinstance(reply, Decline):
+            return reply.reason
         if not isinstance(reply, Consent) or reply.manifest != self.manifest.digest:
-            return False
-        return reply.epsilon >= self._cost * (1 - SAME) and reply.delta >= self.manifest.delta * (1 - SAME)
+            return f"found a {type(reply).__name__.lower()}, expected a consent to this run"
+        return "; ".join(f"consent {fault}" for fault in consent_faults(reply, self.manifest))

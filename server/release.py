@@ -29,12 +29,11 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import sync_folder, write_atomically
 from fedlora.common.identity import Identity, PublicIdentity
 from fedlora.common.messages import MAX_MESSAGE_BYTES, RunManifest
-from fedlora.common.privacy import charged_epsilon
 from fedlora.common.protocol import Consent, reply_from_bytes
 from fedlora.common.sealed import MAX_TEXT_BYTES, Sealed, seal, unseal
 from fedlora.common.statement import shown_epsilon
 from fedlora.server.card import model_card, shown_figures
-from fedlora.server.statements import Statement, read_statement, statement_text
+from fedlora.server.statements import Statement, consent_faults, read_statement, statement_text
 
 RELEASE_TAG = "fedlora-release-1"
 RELEASE_MANIFEST_TAG = (
@@ -47,7 +46,6 @@ INDEX, MANIFEST, MEMBERS, CARD = "release.json", "manifest.json", "members.json"
 FIGURES = "figures.json"
 ADAPTER, STATEMENTS, REPORTS = "adapter", "statements", "reports"
 MAX_FILES = 10_000
-SAME = 1e-6  # relative: the last bits of an ε differ between machines
 
 
 @dataclass(frozen=True)
@@ -227,12 +225,8 @@ def _consent(data: bytes, name: str, manifest: RunManifest, keys: Mapping[str, P
         raise Refused(f"{where}: found no consent of {name}")
     if reply.manifest != manifest.digest:
         raise Refused(f"{where}: found a statement about {reply.manifest}, expected {manifest.digest}")
-    if manifest.mode != "none":
-        cost = charged_epsilon(manifest)
-        if not (reply.epsilon >= cost * (1 - SAME) and reply.delta >= manifest.delta * (1 - SAME)):
-            raise Refused(
-                f"{where} epsilon: found {reply.epsilon:g}, expected at least {cost:g}: its schedule's"
-            )
+    if faults := consent_faults(reply, manifest):
+        raise Refused(f"{where} {'; '.join(faults)}")
     return reply
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.identity import Identity
 from fedlora.common.messages import Network, Phase, RunManifest
+from fedlora.common.privacy import charged_epsilon
 from fedlora.common.protocol import Consent, reply_to_bytes
 from fedlora.common.sealed import seal
 from fedlora.server.directory import Directory
@@ -52,8 +54,15 @@ def manifest(mode: str = "record", run: str = "r1") -> RunManifest:
     )
 
 
-def consent(who: Identity, name: str, of: RunManifest, epsilon: float = 2.9981) -> bytes:
-    statement = Consent(name, of.digest, "sha256:" + "3" * 64, epsilon, of.delta)
+@cache
+def cost(of: RunManifest) -> float:
+    return charged_epsilon(of) if of.mode != "none" else 0.0
+
+
+def consent(who: Identity, name: str, of: RunManifest, epsilon: float | None = None) -> bytes:
+    """What `name` signs: by default at what the schedule costs."""
+    spent = cost(of) if epsilon is None else epsilon
+    statement = Consent(name, of.digest, "sha256:" + "3" * 64, spent, of.delta)
     return reply_to_bytes(who, of.federation, statement)
 
 

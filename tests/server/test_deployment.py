@@ -53,8 +53,12 @@ class Node:
             digest = RunManifest.from_bytes(body).digest
             if self.habit == "declines":
                 return self._signed(Decline(self.name, digest, 0, 0, "budget spent", True))
-            epsilon = {"understates": 0.01, "exceeds": 10**400}.get(self.habit, COST)
-            return self._signed(Consent(self.name, digest, "sha256:p", epsilon, 1e-5))
+            epsilon = {"understates": 0.01, "overstates": 1.7e308, "a little more": COST * 1.001}.get(
+                self.habit, COST
+            )
+            epsilon = 10**400 if self.habit == "exceeds" else epsilon
+            delta = 2e-5 if self.habit == "another delta" else 1e-5
+            return self._signed(Consent(self.name, digest, "sha256:p", epsilon, delta))
         assert isinstance(request, Task)
         plan = RoundPlan.from_bytes(request.plan.opened(PLAN_TAG, self.coordinator))
         return self._update(plan)
@@ -204,12 +208,27 @@ def test_a_decline_is_told_apart_from_a_failure(world: World) -> None:
     assert found.failures == (Failure("east", "budget spent", refused=True),)
 
 
-def test_a_consent_below_what_the_schedule_costs_is_none(world: World) -> None:
-    """Who understates its own ε would make the release understate it."""
-    world.nodes["east"].habit = "understates"
-    cohort = world.cohort(manifest(), expected=2)
-    found = cohort.total(plan_of(manifest()), START)
-    assert "another ε" in found.failures[0].reason and set(world.who.consents) == {"north", "south"}
+@pytest.mark.parametrize("habit", ["understates", "overstates", "a little more", "another delta"])
+def test_a_consent_at_another_price_than_the_schedule_s_is_a_decline(world: World, habit: str) -> None:
+    """The release states the largest ε: too little is a false promise, too much one member's word for all."""
+    world.nodes["east"].habit = habit
+    found = world.cohort(manifest(), expected=2).total(plan_of(manifest()), START)
+    reason = f"consent {'delta' if habit == 'another delta' else 'epsilon'}: found "
+    assert found.failures[0].client == "east" and found.failures[0].reason.startswith(reason)
+    assert found.failures[0].refused and set(world.who.consents) == {"north", "south"}
+
+
+def test_a_consent_on_disk_at_another_price_is_asked_for_anew(world: World) -> None:
+    world.cohort(manifest()).total(plan_of(manifest()), START)
+    east = world.nodes["east"]
+    absurd = Consent("east", manifest().digest, "sha256:p", 1.7e308, 1e-5)
+    (world.folder / "consents" / "east.reply").write_bytes(reply_to_bytes(east.identity, "test", absurd))
+    resumed = world.cohort(manifest())
+    assert set(world.who.consents) == {"north", "south"}
+    assert (
+        resumed.total(plan_of(manifest(), 2), START).replies == 3
+        and world.who.consents["east"].epsilon == COST
+    )
 
 
 def test_a_number_that_nothing_can_hold_is_its_senders_failure(world: World) -> None:

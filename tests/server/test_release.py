@@ -17,6 +17,7 @@ from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.identity import Identity
 from fedlora.common.protocol import MANIFEST_TAG, Consent, reply_from_bytes
 from fedlora.common.sealed import seal, unseal
+from fedlora.server.card import model_card
 from fedlora.server.release import (
     EXPORT_MEMBERS_TAG,
     INDEX,
@@ -29,7 +30,7 @@ from fedlora.server.release import (
     verify,
 )
 from fedlora.server.statements import statement_text
-from tests.server.releases import Party, adapter, consent, exported, manifest, party, release
+from tests.server.releases import Party, adapter, consent, cost, exported, manifest, party, release
 
 
 @pytest.fixture
@@ -45,11 +46,11 @@ def folder(tmp_path: Path, of: Party) -> Path:
 def test_an_export_verifies_as_it_was_written(folder: Path, of: Party) -> None:
     lines = verify(folder, of.coordinator.public)
     assert lines[-1] == "verified with the coordinator's key"
-    assert lines[0].startswith("files        10 ") and "2, each signed" in lines[2] and "2.999" in lines[2]
+    assert lines[0].startswith("files        10 ") and "2, each signed" in lines[2] and "1.52" in lines[2]
     assert {path.name for path in folder.parent.iterdir()} == {"adapter", "export"}
     card = (folder / "README.md").read_text()
-    assert "| north | north    b clinic /b  | 2.999 | 1e-05 |" in card and "0.8123" in card
-    assert "(2.999, 1e-05)-differentially private" in card
+    assert "| north | north    b clinic /b  | 1.52 | 1e-05 |" in card and "0.8123" in card
+    assert "(1.52, 1e-05)-differentially private" in card
 
 
 def test_without_a_key_only_integrity_is_claimed(folder: Path, of: Party) -> None:
@@ -124,12 +125,12 @@ def resigned(folder: Path, of: Party) -> None:
 
 def smaller_epsilon_in_the_card(folder: Path, of: Party) -> None:
     path = folder / "README.md"
-    path.write_text(path.read_text().replace("2.999", "0.5"))
+    path.write_text(path.read_text().replace("1.52", "0.5"))
 
 
 def smaller_epsilon_in_a_statement(folder: Path, of: Party) -> None:
     path = folder / "statements" / "north.json"
-    path.write_text(path.read_text().replace("2.9981", "0.5"))
+    path.write_text(path.read_text().replace("1.5199", "0.5"))
 
 
 def another_promise_in_the_card(folder: Path, of: Party) -> None:
@@ -139,12 +140,27 @@ def another_promise_in_the_card(folder: Path, of: Party) -> None:
     )
 
 
-def a_smaller_epsilon_that_was_signed(folder: Path, of: Party) -> None:
-    """An institution that understates what its schedule costs, or sides with the coordinator."""
-    signed = consent(of.members["north"], "north", manifest(), 0.01)
+def signed_at(folder: Path, of: Party, epsilon: float) -> Consent:
+    """The statement that north signs at `epsilon`, in the place of its own."""
+    signed = consent(of.members["north"], "north", manifest(), epsilon)
     said = reply_from_bytes(signed, "bank-intents", {"north": of.members["north"].public})
     assert isinstance(said, Consent)
     (folder / "statements" / "north.json").write_text(statement_text(said, signed))
+    return said
+
+
+def a_smaller_epsilon_that_was_signed(folder: Path, of: Party) -> None:
+    """An institution that understates what its schedule costs, or sides with the coordinator."""
+    signed_at(folder, of, 0.01)
+
+
+def a_larger_epsilon_that_was_signed(folder: Path, of: Party) -> None:
+    """An institution whose word would be the headline of all; the card says it too."""
+    north = signed_at(folder, of, 1e6)
+    statements = {"north": north, "south": replace(north, institution="south", epsilon=cost(manifest()))}
+    organisations = {name: each.organisation for name, each in release(of).institutions.items()}
+    figures = json.loads((folder / "figures.json").read_text())
+    (folder / "README.md").write_text(model_card(manifest(), organisations, statements, figures))
 
 
 def nobody_at_all(folder: Path, of: Party) -> None:
@@ -190,6 +206,7 @@ def another_manifest(folder: Path, of: Party) -> None:
         smaller_epsilon_in_a_statement,
         another_promise_in_the_card,
         a_smaller_epsilon_that_was_signed,
+        a_larger_epsilon_that_was_signed,
         nobody_at_all,
         statement_of_another_run,
         anothers_statement,
@@ -220,6 +237,10 @@ def test_faulty_releases_are_not_written(tmp_path: Path, of: Party) -> None:
 
     forged = dict(whole.statements) | {"north": consent(of.members["south"], "north", whole.manifest)}
     refused(replace(whole, statements=forged), "signature")
+    absurd = dict(whole.statements) | {
+        "north": consent(of.members["north"], "north", whole.manifest, 1.7e308)
+    }
+    refused(replace(whole, statements=absurd), r"north.json epsilon: found 1.7e\+308, expected 1.51997")
     unpaid = dict(whole.statements) | {"north": consent(of.members["north"], "north", whole.manifest, 0.0)}
     refused(replace(whole, statements=unpaid), "epsilon")
     missing = {"north": whole.statements["north"]}
