@@ -1,6 +1,6 @@
 """A finished run's folder as a release: what the round loop left there, and the members as they were enrolled.
 
-checkpoint/manifest.json   the run's manifest
+checkpoint/                the run's manifest, and the state that it committed last
 consents/NAME.reply        the exact bytes that NAME signed
 summary.json, adapter/     figures and the adapter, written when the run ended
 """
@@ -14,8 +14,9 @@ from typing import Any
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import PublicIdentity
-from fedlora.common.messages import RunManifest
 from fedlora.common.protocol import Consent, reply_from_bytes
+from fedlora.common.released import read_spec
+from fedlora.server.checkpoint import Checkpoint
 from fedlora.server.directory import Directory
 from fedlora.server.release import Institution, Release, export
 
@@ -23,7 +24,8 @@ from fedlora.server.release import Institution, Release, export
 def export_run(directory: Directory, run: Path, target: Path, reports: Path | None = None) -> list[str]:
     """Release the finished run in the folder `run`; `reports` holds NAME.json of `fedlora-node report`, if any."""
     summary = _summary(run)
-    manifest = RunManifest.from_bytes(_bytes(run / "checkpoint" / "manifest.json"))
+    checkpoint = Checkpoint.open(run / "checkpoint", read_spec(run / "adapter"))
+    manifest = checkpoint.manifest
     paths = sorted((run / "consents").glob("*.reply"))
     statements = {path.stem: path.read_bytes() for path in paths}
     release = Release(
@@ -33,6 +35,7 @@ def export_run(directory: Directory, run: Path, target: Path, reports: Path | No
             for name, data in statements.items()
         },
         statements=statements,
+        adapter=checkpoint.load().released.digest,
         figures=summary,
         reports=_reports(reports),
     )

@@ -11,10 +11,11 @@ import pytest
 from fedlora.common.errors import QuorumLost
 from fedlora.common.identity import Identity
 from fedlora.common.rotation import rotation_to_text
+from fedlora.common.state import AdapterState
 from fedlora.server import cli
 from fedlora.server.directory import Directory
 from tests.server.enrolments import request
-from tests.server.releases import finished_run
+from tests.server.releases import SPEC, STATE, adapter, finished_run
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -64,6 +65,27 @@ def test_from_init_to_verify(command: Command, made: Directory, tmp_path: Path) 
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     code, _, err = command("verify", "export")
     assert (code, len(err.splitlines())) == (3, 1) and "adapter_model.safetensors" in err
+
+
+def test_a_run_s_adapter_that_was_changed_is_not_released(
+    command: Command, made: Directory, tmp_path: Path
+) -> None:
+    """One bit of a weight, and then what any copy of it would say: a description that goes with it."""
+    members = {"north": Identity.generate(), "south": Identity.generate()}
+    for name, identity in members.items():
+        made.registry.enrol(request(identity, name), name)
+    finished_run(made, members)
+    path = made.root / "runs" / "1" / "adapter"
+    adapter(path, state=AdapterState(SPEC, 2 * STATE.vector))
+    code, _, err = command("export", "export")
+    assert (code, len(err.splitlines())) == (3, 1) and "which the run committed" in err
+    adapter(path)
+    weights = bytearray((path / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (path / "adapter_model.safetensors").write_bytes(bytes(weights))
+    code, _, err = command("export", "export")
+    assert (code, len(err.splitlines())) == (3, 1) and f"expected {STATE.digest}" in err
+    assert not (tmp_path / "export").exists()
 
 
 def test_faults_are_one_line_and_a_code(command: Command, made: Directory, tmp_path: Path) -> None:
