@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors.numpy import load, save
 
-from fedlora.common.errors import BadInput, FedloraError, Refused
+from fedlora.common.errors import BadInput, FedloraError, Refused, Spent
 from fedlora.common.files import write_atomically
 from fedlora.common.messages import RunManifest
 from fedlora.common.state import AdapterSpec, AdapterState, check_safetensors_header
@@ -86,21 +86,27 @@ class Checkpoint:
         return checkpoint
 
     def begin_attempt(self, phase: int) -> int:
-        """A new attempt number, durable before it is returned; Refused when the phase has none left.
+        """A new attempt number, durable before it is returned; Spent when the phase has none left.
 
         A run without privacy has nothing to protect: there the number still grows, and never ends.
         """
         attempts = self._attempts()
         by_phase = list(attempts["by_phase"])
-        recipe = self.manifest.phases[phase]
-        if self.manifest.mode != "none" and by_phase[phase] >= recipe.attempts:
-            raise Refused(
-                f"phase {recipe.name}: all {by_phase[phase]} attempts that the noise was calibrated for are "
-                "spent; the last adapter is kept"
-            )
+        if reason := self.spent(phase):
+            raise Spent(reason)
         by_phase[phase] += 1
         self._write_attempts(attempts["total"] + 1, by_phase)
         return int(attempts["total"]) + 1
+
+    def spent(self, phase: int) -> str:
+        """Why a phase has no attempt left; "" where it has one, as it always has without privacy."""
+        recipe, begun = self.manifest.phases[phase], self.attempts_begun(phase)
+        if self.manifest.mode == "none" or begun < recipe.attempts:
+            return ""
+        return (
+            f"phase {recipe.name}: all {begun} attempts that the noise was calibrated for are spent; "
+            "the last adapter is kept"
+        )
 
     def attempts_begun(self, phase: int) -> int:
         """Attempts begun in a phase, crashed ones included."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fedlora.common.config import Config, load_config
-from fedlora.common.errors import BadInput, Refused
+from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import PublicIdentity, Signed
 from fedlora.common.messages import RoundPlan, RunManifest, Update
@@ -45,8 +45,8 @@ from fedlora.common.protocol import (
 from fedlora.common.secagg.requests import CONFIRM, DEAL, INPUT, OFFER, OPEN, Request
 from fedlora.common.state import AdapterState
 from fedlora.server.bound import check_norm, update_bound
-from fedlora.server.checkpoint import Checkpoint
-from fedlora.server.conduct import Conducted, conclude, conduct, write_summary
+from fedlora.server.checkpoint import Checkpoint, Progress
+from fedlora.server.conduct import Conducted, conclude, conduct, has_result, write_summary
 from fedlora.server.manifest import make_manifest
 from fedlora.server.participants import Carrier, Coordinator, Participants
 from fedlora.server.public import PublicSide, read_public
@@ -208,7 +208,10 @@ def cohort_of(who: Participants) -> Cohort:
 
 
 def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str, Any]:
-    """Begin the run in `folder`, or go on with it, to its summary; raises what the round loop raises."""
+    """Begin the run in `folder`, or go on with it, to its summary; raises what the round loop raises.
+
+    A run that ends early leaves its last adapter and its summary all the same: an export tells what became of it.
+    """
     config = load_config(folder / "config.toml")
     if config.federation.clients < config.aggregation.minimum_cohort:
         raise BadInput(
@@ -238,11 +241,25 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
         federation.quorum,
     )
     run = Conducted(config, folder, public, checkpoint, "flower")
-    progress = conduct(run, cohort_of(who))
-    stated = {name: _stated(checkpoint.manifest, consent) for name, consent in who.consents.items()}
-    summary = conclude(run, progress, stated) | {"institutions": sorted(stated)}
-    write_summary(folder, summary)
+    progress, ended = _conducted(run, cohort_of(who))
+    if has_result(progress, ended):
+        stated = {name: _stated(checkpoint.manifest, consent) for name, consent in who.consents.items()}
+        summary = conclude(run, progress, stated) | {
+            "institutions": sorted(stated),
+            "ended": str(ended or ""),
+        }
+        write_summary(folder, summary)
+    if ended is not None:
+        raise ended
     return summary
+
+
+def _conducted(run: Conducted, cohort: Cohort) -> tuple[Progress, FedloraError | None]:
+    """Where the run got to, and what it ended with where it did not get to its last round."""
+    try:
+        return conduct(run, cohort), None
+    except (Refused, QuorumLost) as error:
+        return run.checkpoint.load(), error
 
 
 def _stated(manifest: RunManifest, consent: Consent) -> float:

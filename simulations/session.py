@@ -13,7 +13,7 @@ from fedlora.common.config import Config
 from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
 from fedlora.common.features import PooledTexts
 from fedlora.server.checkpoint import Progress
-from fedlora.server.conduct import Observe
+from fedlora.server.conduct import Observe, has_result
 from fedlora.simulations.progress import run_progress
 from fedlora.simulations.report import write_report
 from fedlora.simulations.run import Paths, Run, begin, finish, sequential, train
@@ -43,7 +43,7 @@ def run_to_report(
         run = begin(config, paths, resume, engine, progress.features, torch_device(device), texts)
         progress.expect_features(run.federation.feature_records)
         done, ended = _trained(run, engine, progress.round)
-        if ended is None or done.round:
+        if has_result(done, ended):
             summary = finish(run, done, synthetic, str(ended or ""))
             write_report(paths.folder)
     if ended is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlora.common.errors import QuorumLost, Refused
+from fedlora.common.errors import Refused, Spent
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.messages import RoundPlan, RunManifest
 from fedlora.common.privacy import stated_epsilon
@@ -348,7 +348,7 @@ def test_fewer_than_the_promised_cohort_are_never_summed(world: World, minimum: 
     if ends:
         assert go() == 2
     else:
-        with pytest.raises(QuorumLost, match="at least 3"):
+        with pytest.raises(Spent, match="at least 3"):
             go()
         assert checkpoint.load().round == 0
 
