@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from fedlora.server.strategies.base import ServerState
 
 VERSION = 1  # of these files' layout
 STATE, RELEASED, MEMORY = "state", "released", "memory."
+NAMES = r"(manifest|attempts|progress)\.json|state-\d+\.safetensors"
+WRITTEN = re.compile(rf"({NAMES})|\.({NAMES})\.\d+")  # the second: half written when a kill came
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,7 @@ class Checkpoint:
             raise BadInput(f"{path} spec_digest: found {manifest.spec_digest}, expected {spec.digest}")
         checkpoint = cls(folder, manifest, spec)
         checkpoint.load()
+        checkpoint._check_names()
         return checkpoint
 
     def begin_attempt(self, phase: int) -> int:
@@ -193,6 +197,12 @@ class Checkpoint:
                 f"{self.folder / name}: could not be written ({error.strerror}); "
                 "the last committed round is kept, and --resume goes on from there"
             ) from error
+
+    def _check_names(self) -> None:
+        """BadInput where something lies there that no run writes. What a kill leaves is known by its name."""
+        for path in sorted(self.folder.iterdir()):
+            if not WRITTEN.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+                raise BadInput(f"{path}: found what no run writes, expected a checkpoint's files only")
 
     def _clear(self, current: str) -> None:
         """Remove older states and what a kill left half written; what can't go now goes next time."""

@@ -43,7 +43,7 @@ from fedlora.common.protocol import (
     vector_to_bytes,
 )
 from fedlora.common.secagg.requests import CONFIRM, DEAL, INPUT, OFFER, OPEN, Request
-from fedlora.common.state import AdapterState
+from fedlora.common.state import AdapterSpec, AdapterState
 from fedlora.server.bound import check_norm, update_bound
 from fedlora.server.checkpoint import Checkpoint, Progress
 from fedlora.server.conduct import Conducted, conclude, conduct, has_result, write_summary
@@ -123,10 +123,19 @@ class ClearCohort:
             vector = vector_from_bytes(reply.vector, state.spec.size, f"update of {name}")
             update = Update(name, reply.manifest, reply.round, reply.attempt, vector)
             update.check(plan, state.spec.size)
+            _check_moved(update, self._who.manifest.phases[plan.phase].name, state.spec)
             check_norm(update, update_bound(self._who.manifest, plan.phase, state.spec.size))
         except (BadInput, Refused) as error:
             return Failure(name, one_line(str(error)))
         return update
+
+
+def _check_moved(update: Update, phase: str, spec: AdapterSpec) -> None:
+    """BadInput where it moves what its phase leaves alone: such a coordinate is neither clipped nor noised by anybody."""
+    if update.delta[~spec.moved_by(phase)].any():
+        raise BadInput(
+            f"update of {update.client}: found a coordinate moved that phase {phase} leaves alone, expected 0"
+        )
 
 
 class SignedStages:
@@ -195,7 +204,10 @@ class MaskedCohort:
         self._declined = len(failures)
         found = self._sums.total(plan, state)
         count = max(found.asked, found.replies + len(failures) + len(found.failures))
-        return replace(found, asked=count, failures=(*failures, *found.failures))
+        # Whose update moves what its phase leaves alone is hidden in the sum; what it moved there is left out.
+        moved = state.spec.moved_by(self._who.manifest.phases[plan.phase].name)
+        total = np.where(moved, found.total, 0.0)
+        return replace(found, total=total, asked=count, failures=(*failures, *found.failures))
 
     def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
         """Refused: nobody has them."""

@@ -12,7 +12,7 @@ import pytest
 
 from fedlora.common.errors import Refused, Spent
 from fedlora.common.identity import Identity, PublicIdentity, Signed
-from fedlora.common.messages import RoundPlan, RunManifest
+from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms
 from fedlora.common.privacy import stated_epsilon
 from fedlora.common.protocol import (
     MANIFEST_TAG,
@@ -26,10 +26,11 @@ from fedlora.common.protocol import (
     reply_to_bytes,
     request_from_bytes,
 )
+from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.server.checkpoint import Checkpoint
-from fedlora.server.deployment import ClearCohort
+from fedlora.server.deployment import ClearCohort, MaskedCohort
 from fedlora.server.participants import Coordinator, Participants
-from fedlora.server.rounds import Failure, Rules, run_rounds
+from fedlora.server.rounds import CohortSum, Failure, Rules, run_rounds
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 from tests.server.fakes import SPEC, START, manifest_of
 
@@ -71,6 +72,8 @@ class Node:
             vector[0] = np.nan
         if self.habit == "huge":
             vector *= 1e9
+        if self.habit == "head alone":
+            vector[~SPEC.head_mask()] = 0
         if self.habit == "short":
             vector = vector[:-1]
         answer = Answer(self.name, plan.manifest, plan.round, plan.attempt, vector.tobytes())
@@ -190,6 +193,32 @@ def test_what_does_not_count_is_its_senders_failure(world: World, habit: str, re
     assert np.array_equal(found.total, np.full(SPEC.size, 2.0)) and found.replies == 2
     assert [failure.client for failure in found.failures] == ["north"]
     assert reason in found.failures[0].reason
+
+
+def test_a_head_phase_moves_the_head_alone(world: World) -> None:
+    """Who moves LoRA in it is a failure; who leaves it alone counts."""
+    run = replace(manifest(), phases=(replace(manifest().phases[0], name="head"),))
+    for name in ("east", "south"):
+        world.nodes[name].habit = "head alone"
+    found = world.cohort(run).total(plan_of(run), START)
+    assert found.replies == 2 and found.total.tolist() == [0, 0, 0, 0, 2, 2, 2]
+    assert [failure.client for failure in found.failures] == ["north"]
+    assert "phase head leaves alone" in found.failures[0].reason
+
+
+def test_under_masks_a_head_phase_s_sum_is_of_the_head_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can tell who moved the rest."""
+    terms = SecureTerms(THRESHOLD_RULE, 0, 1, 32, 1 << 16, (1.0,))
+    run = replace(
+        manifest(), minimum_cohort=3, secure=terms, phases=(replace(manifest().phases[0], name="head"),)
+    )
+    world.cohort(run)
+    whole = CohortSum(np.ones(SPEC.size), 3, 3, (), 0.0)
+    monkeypatch.setattr("fedlora.server.deployment.SecureCohort.total", lambda *_: whole)
+    found = MaskedCohort(world.who).total(plan_of(run), START)
+    assert found.total.tolist() == [0, 0, 0, 0, 1, 1, 1] and found.replies == 3
 
 
 def test_an_answer_to_another_attempt_is_refused(world: World) -> None:
