@@ -47,6 +47,26 @@ class Progress:
     stale: int = 0  # evaluations since then
 
 
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands: rounds committed, and attempts begun by phase."""
+
+    manifest: RunManifest
+    round: int
+    begun: tuple[int, ...]
+
+
+def standing(folder: Path) -> Standing | None:
+    """Read from the tables alone, without the vectors; None where no run was begun."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    manifest = RunManifest.from_bytes(path.read_bytes())
+    checkpoint = Checkpoint(folder, manifest, AdapterSpec(()))
+    begun = tuple(checkpoint.attempts_begun(phase) for phase in range(len(manifest.phases)))
+    return Standing(manifest, checkpoint.round, begun)
+
+
 class Checkpoint:
     """One run's folder. Not safe for two writers: the round loop owns it."""
 
@@ -134,6 +154,11 @@ class Checkpoint:
         }
         self._write("progress.json", _sealed(table))
         self._clear(name)
+
+    @property
+    def round(self) -> int:
+        """The last one that was committed."""
+        return int(self._read("progress.json")["round"])
 
     def load(self) -> Progress:
         """The last committed progress; BadInput names the file that is damaged."""

@@ -185,7 +185,14 @@ class Directory:
         path = self.root / "superlink" / "nodes.json"
         if not path.exists():
             return {}
-        return {name: (int(node), str(key)) for name, (node, key) in json.loads(path.read_text()).items()}
+        try:
+            table = json.loads(path.read_bytes())
+            return {name: (int(node), str(key)) for name, (node, key) in table.items()}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise BadInput(
+                f"{path}: found no table of node numbers and keys, expected what was written; where it is lost, "
+                f"remove {path.parent / 'superlink.db'} too: all nodes are then registered anew"
+            ) from error
 
     def write_registered(self, nodes: Mapping[str, tuple[int, str]]) -> None:
         text = json.dumps(nodes, indent=1) + "\n"
@@ -193,14 +200,14 @@ class Directory:
 
     def runs(self) -> list[Path]:
         """Folders of the runs that were begun, oldest first."""
-        found = [path for path in (self.root / "runs").iterdir() if path.name.isdecimal() and path.is_dir()]
+        found = [path for path in (self.root / "runs").glob("*") if path.name.isdecimal() and path.is_dir()]
         return sorted(found, key=lambda path: int(path.name))
 
     def new_run(self) -> Path:
         """The folder of the next run, made."""
         runs = self.runs()
         folder = self.root / "runs" / str(int(runs[-1].name) + 1 if runs else 1)
-        folder.mkdir()
+        folder.mkdir(parents=True)
         return folder
 
 

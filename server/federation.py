@@ -19,6 +19,7 @@ from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
 from fedlora.common.files import write_atomically
 from fedlora.server.directory import Directory
 from fedlora.server.outcome import OUTCOME, appoint, outcome_path
+from fedlora.server.runs import read_summary
 from fedlora.server.superlink import SuperLink
 
 LOOK = 0.5  # seconds between two looks at a run's files
@@ -54,8 +55,7 @@ def carry_out(directory: Directory, folder: Path, watch: Watch) -> dict[str, Any
             outcome = _followed(directory, link, run, folder, token, watch)
     write_atomically(folder / OUTCOME, json.dumps(outcome).encode())
     _raise(outcome)
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return summary
+    return read_summary(folder)
 
 
 def admit(directory: Directory, link: SuperLink) -> None:

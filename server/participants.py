@@ -191,19 +191,27 @@ class Participants:
             try:
                 reply = self.opened(name, answer, members)
             except (BadInput, Refused) as error:
-                self._declined[name] = Failure(name, one_line(str(error)))
+                self._decline(Failure(name, one_line(str(error))))
                 continue
             reason = self._refusal(reply)
             if isinstance(reply, Consent) and not reason:
                 self._keep(name, answer, reply)
             else:
-                self._declined[name] = Failure(name, reason, refused=True)
-                log.warning("%s declines: %s", name, reason)
+                self._decline(Failure(name, reason, refused=True))
 
-    def _keep(self, name: str, data: bytes, consent: Consent) -> None:
+    def _decline(self, failure: Failure) -> None:
+        """For this process's life; its reason lies where `fedlora-server status` finds it."""
+        log.warning("%s declines: %s", failure.client, failure.reason)
+        self._declined[failure.client] = failure
+        write_atomically(self._consents_folder() / f"{failure.client}.declined", failure.reason.encode())
+
+    def _consents_folder(self) -> Path:
         folder = self.folder / "consents"
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{name}.reply", data)
+        return folder
+
+    def _keep(self, name: str, data: bytes, consent: Consent) -> None:
+        write_atomically(self._consents_folder() / f"{name}.reply", data)
         self._consents[name] = consent
 
     def _read_consents(self) -> None:
@@ -212,6 +220,8 @@ class Participants:
         What a former key signed, or is at another ε than the schedule's, is asked for anew.
         """
         members = self.coordinator.members()
+        for path in (self.folder / "consents").glob("*.declined"):  # of an earlier process: asked anew
+            path.unlink()
         for path in sorted((self.folder / "consents").glob("*.reply")):
             if path.stem in members:
                 data = path.read_bytes()

@@ -61,7 +61,8 @@ class Institution:
     """A member that took part, as it was enrolled."""
 
     organisation: str
-    identity: PublicIdentity
+    identity: PublicIdentity  # whose signature its statement has
+    others: tuple[PublicIdentity, ...] = ()  # its keys before and after: a later report has a later one
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,11 @@ def _fill(folder: Path, coordinator: Identity, release: Release, adapter: Path) 
     for name, text in release.reports.items():
         _write(folder / REPORTS / f"{name}.json", text)
     members = {
-        name: {"organisation": each.organisation, "identity": each.identity.text}
+        name: {
+            "organisation": each.organisation,
+            "identity": each.identity.text,
+            "others": [key.text for key in each.others],
+        }
         for name, each in release.institutions.items()
     }
     body = {"version": VERSION, "institutions": members}
@@ -208,11 +213,17 @@ def _institutions(body: Mapping[str, Any]) -> dict[str, Institution]:
         raise BadInput(f"{MEMBERS}: found another table than version {VERSION} of an export")
     found = {}
     for name, row in rows.items():
-        if not isinstance(row, dict) or set(row) != {"organisation", "identity"}:
-            raise BadInput(f"{MEMBERS} {name}: expected organisation and identity")
-        identity = PublicIdentity.from_text(str(row["identity"]), f"{MEMBERS} {name} identity")
-        found[name] = Institution(str(row["organisation"]), identity)
-    if len({each.identity for each in found.values()}) != len(found):
+        if not isinstance(row, dict) or set(row) != {"organisation", "identity", "others"}:
+            raise BadInput(f"{MEMBERS} {name}: expected organisation, identity and others")
+        if not isinstance(row["others"], list):
+            raise BadInput(f"{MEMBERS} {name} others: expected a list of keys")
+        first, *others = (
+            PublicIdentity.from_text(str(key), f"{MEMBERS} {name} identity")
+            for key in (row["identity"], *row["others"])
+        )
+        found[name] = Institution(str(row["organisation"]), first, tuple(others))
+    keys = [key for each in found.values() for key in (each.identity, *each.others)]
+    if len(set(keys)) != len(keys):
         raise Refused(f"{MEMBERS}: found one key for two institutions")
     return found
 
@@ -255,7 +266,9 @@ def _reports(folder: Path, institutions: Mapping[str, Institution], files: Mappi
         name = where.removeprefix(f"{REPORTS}/").removesuffix(".json")
         if name not in institutions:
             raise Refused(f"{where}: found a report of nobody who took part")
-        unseal(_text(folder, where), REPORT_TAG, where, institutions[name].identity)
+        signer, who = unseal(_text(folder, where), REPORT_TAG, where).signer, institutions[name]
+        if signer not in (who.identity, *who.others):
+            raise Refused(f"{where}: found the key {signer.text}, expected one of {name}'s")
     return found
 
 

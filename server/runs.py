@@ -18,12 +18,13 @@ from fedlora.common.protocol import Consent, reply_from_bytes
 from fedlora.common.released import read_spec
 from fedlora.server.checkpoint import Checkpoint
 from fedlora.server.directory import Directory
+from fedlora.server.registry import REVOKED
 from fedlora.server.release import Institution, Release, export
 
 
 def export_run(directory: Directory, run: Path, target: Path, reports: Path | None = None) -> list[str]:
     """Release the finished run in the folder `run`; `reports` holds NAME.json of `fedlora-node report`, if any."""
-    summary = _summary(run)
+    summary = read_summary(run)
     checkpoint = Checkpoint.open(run / "checkpoint", read_spec(run / "adapter"))
     manifest = checkpoint.manifest
     paths = sorted((run / "consents").glob("*.reply"))
@@ -76,7 +77,8 @@ def _institution(directory: Directory, name: str, signed: bytes, federation: str
     known = [member for member in directory.registry.members() if member.name == name]
     for member in reversed(known):
         if _signed_by(signed, federation, name, member.identity):
-            return Institution(member.organisation, member.identity)
+            others = [each.identity for each in known if each is not member and each.reason != REVOKED]
+            return Institution(member.organisation, member.identity, tuple(others))
     raise BadInput(f"consents/{name}.reply: found a signature of no key that {name} was enrolled with")
 
 
@@ -87,7 +89,8 @@ def _signed_by(data: bytes, federation: str, name: str, identity: PublicIdentity
         return False
 
 
-def _summary(run: Path) -> dict[str, Any]:
+def read_summary(run: Path) -> dict[str, Any]:
+    """What a run that ended left; BadInput where there is none."""
     path = run / "summary.json"
     if not path.is_file():
         raise BadInput(f"{path}: missing, expected a run that ended; see fedlora-server status")
