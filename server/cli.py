@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -227,13 +229,37 @@ def _carry_out(folder: Path, config: Path | None) -> None:
     directory.check_certificate()  # before institutions are asked for anything
     place = federation.last(directory) if config is None else federation.begin(directory, config)
     _say(f"{'run':12}{place}")
-    summary = federation.carry_out(directory, place, _print_round)
+    with _ends_alike_on(signal.SIGTERM):
+        try:
+            summary = federation.carry_out(directory, place, _print_round, _say)
+        except KeyboardInterrupt:
+            errors.print(
+                f"\nstopped; what was committed stays, and this goes on: fedlora-server resume --dir {folder}",
+                markup=False,
+                soft_wrap=True,
+            )
+            sys.exit(1)
     for name in ("accuracy", "perplexity", "loss", "rounds", "seconds"):
         if summary.get(name) is not None:
             value = summary[name]
             _say(f"{name:12}{value:.4g}" if isinstance(value, float) else f"{name:12}{value}")
     if summary.get("epsilon") is not None:
         _say(f"{'epsilon':12}{shown_epsilon(summary['epsilon'])}")
+
+
+@contextmanager
+def _ends_alike_on(number: signal.Signals) -> Iterator[None]:
+    """The signal is Ctrl-C here: SuperLink, which was started apart, must end with this process."""
+
+    def interrupt(*_: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would cut the ending short
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _print_round(line: Mapping[str, Any]) -> None:

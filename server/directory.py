@@ -7,6 +7,7 @@ keys/coordinator.pem Ed25519, 0600: who has it speaks for the federation
 ca/, tls/            certificate authority; the server's certificate
 members.json         who is a member; signed
 training.toml        a commented example of a run's configuration
+public/              for the public files that it names
 nginx.conf           lets institutions reach the Fleet API, and nothing else
 superlink/           SuperLink's database and secrets
 runs/N/              config, checkpoint, consents, metrics, summary and adapter of run N
@@ -42,7 +43,7 @@ from fedlora.server.registry import Registry
 from fedlora.server.superlink import Files
 
 SETTINGS, MEMBERS, KEY = "coordinator.toml", "members.json", "keys/coordinator.pem"
-PUBLIC_KEY, INVITATION = "coordinator.pub", "invitation.json"
+PUBLIC_KEY, INVITATION, TRAINING = "coordinator.pub", "invitation.json", "training.toml"
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_SETTINGS_BYTES = 1 << 16
 LOOPBACK = ("localhost", "127.0.0.1")  # nginx and the run's own processes reach SuperLink there
@@ -90,7 +91,7 @@ class Directory:
         cls, path: Path, federation: str, host: str, port: int = 9443, superlink_port: int = 9300
     ) -> Directory:
         """A new folder at `path`, whole or not at all; BadInput where a name is none or something lies there."""
-        path = path.absolute()
+        given, path = path, path.absolute()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise BadInput(f"{path}: found something there, expected no folder or an empty one")
         if not re.fullmatch(r"[\w/.@+ -]+", str(path)):
@@ -105,7 +106,7 @@ class Directory:
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             scratch.mkdir(parents=True)
-            _fill(scratch, path, settings, text)
+            _fill(scratch, path, settings, {SETTINGS: text, TRAINING: _training(given / "public")})
             scratch.rename(path)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -211,8 +212,14 @@ class Directory:
         return folder
 
 
-def _fill(scratch: Path, path: Path, settings: Settings, text: str) -> None:
-    """Everything that `path` will hold, written to `scratch`."""
+def _training(public: Path) -> str:
+    """The example, with the paths of public files as they are said in the directory that init runs in."""
+    places = {"TEST": public / "test.parquet", "VALIDATION": public / "validation.parquet"}
+    return _filled(TRAINING, {name: literal(str(path)) for name, path in places.items()})
+
+
+def _fill(scratch: Path, path: Path, settings: Settings, texts: Mapping[str, str]) -> None:
+    """Everything that `path` will hold, written to `scratch`; `texts` are files by name."""
     for name in ("keys", "ca", "tls", "superlink"):
         (scratch / name).mkdir(mode=0o700)
     for name in ("runs", "nginx-temp", "public"):
@@ -222,10 +229,9 @@ def _fill(scratch: Path, path: Path, settings: Settings, text: str) -> None:
     issue_server(authority, scratch / "tls", _hosts(settings.address.host))
     Registry.create(scratch / MEMBERS, identity)
     for name, content in {
-        SETTINGS: text,
+        **texts,
         PUBLIC_KEY: identity.public.text + "\n",
         INVITATION: _invitation(settings, identity, authority),
-        "training.toml": _filled("training.toml", {}),
         "nginx.conf": _proxy(path, settings),
     }.items():
         write_atomically(scratch / name, content.encode())

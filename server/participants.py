@@ -40,6 +40,8 @@ LOOK = 1.0  # seconds between two looks at who is connected
 DOUBT = 30.0  # seconds at most for who failed in the last attempt to show that it is there again
 PATIENCE = 0.25  # of the deadline, for who is away while a quorum is here: who is here needs the rest
 
+WAITING = "waiting"  # in the run's folder: whom it waits for; empty where it does not
+
 Members = Callable[[], Mapping[str, PublicIdentity]]
 
 
@@ -83,7 +85,7 @@ class Participants:
         self.manifest, self.coordinator, self.carrier = manifest, coordinator, carrier
         self.folder, self.deadline = folder, deadline
         self._expected, self._quorum, self._sleep = expected, quorum, sleep
-        self._began = 0.0
+        self._began, self._said = 0.0, ""
         self._consents: dict[str, Consent] = {}
         self._declined: dict[str, Failure] = {}
         self._doubtful: set[str] = set()  # gave no answer to the last attempt that asked them
@@ -113,8 +115,27 @@ class Participants:
             doubt = min(patience, DOUBT) if patience < self.deadline else patience
             sure = not self._doubtful & here or self._waited >= doubt
             if (complete and sure) or self._waited >= patience:
+                self._say("")
                 return members
+            self._say(self._missing(members, connected))
             self._sleep(LOOK)
+
+    def _missing(self, members: Iterable[str], connected: Iterable[str]) -> str:
+        """Whom an attempt waits for, in words that change only when somebody comes or goes."""
+        here = set(connected)
+        silent = sorted((here - set(self._consents) - set(self._declined)) | (here & self._doubtful))
+        parts = [f"waiting for {self._expected} members: {len(here)} connected"]
+        if away := sorted(set(members) - here):
+            parts.append(f"missing {', '.join(away)}")
+        if silent:
+            parts.append(f"without an answer {', '.join(silent)}")
+        return "; ".join(parts)
+
+    def _say(self, text: str) -> None:
+        """To who started the run: one line of a file, written when it changes."""
+        if text != self._said:
+            self._said = text
+            write_atomically(self.folder / WAITING, text.encode())
 
     @property
     def left(self) -> float:

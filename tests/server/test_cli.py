@@ -159,12 +159,25 @@ def test_runs_are_handed_on(command: Command, made: Directory, monkeypatch: pyte
     assert code == 2 and "found no run to resume" in err
     calls: list[Path] = []
 
-    def carry_out(directory: Directory, folder: Path, watch: object) -> dict[str, object]:
+    def carry_out(directory: Directory, folder: Path, *_: object) -> dict[str, object]:
         calls.append(folder)
         raise QuorumLost("round 1: 0 of 3")
 
     monkeypatch.setattr("fedlora.server.federation.carry_out", carry_out)
-    training = str(made.root / "training.toml")
+    training = "coordinator/training.toml"
+    code, _, err = command("run", training)
+    assert (
+        (code, len(err.splitlines())) == (2, 2)
+        and "coordinator/public/test.parquet" in err
+        and not made.runs()
+    )
+    for name in ("test", "validation"):
+        (made.root / "public" / f"{name}.parquet").touch()
+    code, _, err = command("run", training)
+    assert code == 3 and "found 0 active members, expected at least the minimum_cohort of 3" in err
+    assert not made.runs() and not calls
+    for name in ("north", "south", "west"):
+        made.registry.enrol(request(Identity.generate(), name), name)
     code, _, err = command("run", training)
     assert code == 4 and "round 1: 0 of 3" in err
     assert command("resume")[0] == 4

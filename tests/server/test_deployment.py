@@ -27,9 +27,10 @@ from fedlora.common.protocol import (
     request_from_bytes,
 )
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
+from fedlora.server import participants
 from fedlora.server.checkpoint import Checkpoint
 from fedlora.server.deployment import ClearCohort, MaskedCohort
-from fedlora.server.participants import Coordinator, Participants
+from fedlora.server.participants import WAITING, Coordinator, Participants
 from fedlora.server.rounds import CohortSum, Failure, Rules, run_rounds
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 from tests.server.fakes import SPEC, START, manifest_of
@@ -273,6 +274,33 @@ def test_nobody_trains_for_a_sum_that_may_not_be_made(world: World) -> None:
     found = world.cohort(run).total(plan_of(run), START)
     assert found.replies == 0 and not world.nodes["north"].sent
     assert found.failures[-1] == Failure("cohort", "2 take part, expected at least 3", refused=True)
+
+
+def test_who_is_waited_for_is_said_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    written = participants.write_atomically
+
+    def note(path: Path, data: bytes) -> None:
+        if path.name == WAITING:
+            said.append(data.decode())
+        written(path, data)
+
+    def sleep() -> None:
+        world.looks += 1
+        if world.looks == 3:
+            world.away = {"north"}
+        if world.looks == 5:
+            world.away = set()
+
+    monkeypatch.setattr(participants, "write_atomically", note)
+    monkeypatch.setattr(world, "sleep", sleep)
+    world.away = {"east", "north"}
+    assert world.cohort(manifest(), deadline=60.0).total(plan_of(manifest()), START).replies == 3
+    assert said == [
+        "waiting for 3 members: 1 connected; missing east, north",
+        "waiting for 3 members: 2 connected; missing north",
+        "",
+    ]
 
 
 def test_a_revocation_counts_from_the_next_attempt(world: World) -> None:
