@@ -5,7 +5,7 @@ coordinator.pub      the public key that manifests and exports are verified with
 invitation.json      what institutions join with; signed
 keys/coordinator.pem Ed25519, 0600: who has it speaks for the federation
 ca/, tls/            certificate authority; the server's certificate
-members.json         who is a member; signed
+members.json         who is a member; signed, and numbered: keys/members.revision has the newest one's number
 training.toml        a commented example of a run's configuration
 public/              for the public files that it names
 nginx.conf           lets institutions reach the Fleet API, and nothing else
@@ -43,6 +43,7 @@ from fedlora.server.registry import Registry
 from fedlora.server.superlink import Files
 
 SETTINGS, MEMBERS, KEY = "coordinator.toml", "members.json", "keys/coordinator.pem"
+REVISION = "keys/members.revision"
 PUBLIC_KEY, INVITATION, TRAINING = "coordinator.pub", "invitation.json", "training.toml"
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_SETTINGS_BYTES = 1 << 16
@@ -134,7 +135,7 @@ class Directory:
 
     @property
     def registry(self) -> Registry:
-        return Registry(self.root / MEMBERS, self.identity)
+        return Registry(self.root / MEMBERS, self.identity, self.root / REVISION)
 
     @property
     def authority(self) -> Authority:
@@ -227,7 +228,7 @@ def _fill(scratch: Path, path: Path, settings: Settings, texts: Mapping[str, str
     identity = Identity.create(scratch / KEY)
     authority = Authority.create(scratch / "ca", settings.federation)
     issue_server(authority, scratch / "tls", _hosts(settings.address.host))
-    Registry.create(scratch / MEMBERS, identity)
+    Registry.create(scratch / MEMBERS, identity, scratch / REVISION)
     for name, content in {
         **texts,
         PUBLIC_KEY: identity.public.text + "\n",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedlora.common.errors import Refused, Spent
+from fedlora.common.files import write_atomically
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms
 from fedlora.common.privacy import stated_epsilon
@@ -27,7 +28,6 @@ from fedlora.common.protocol import (
     request_from_bytes,
 )
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
-from fedlora.server import participants
 from fedlora.server.checkpoint import Checkpoint
 from fedlora.server.deployment import ClearCohort, MaskedCohort
 from fedlora.server.participants import WAITING, Coordinator, Participants
@@ -278,12 +278,11 @@ def test_nobody_trains_for_a_sum_that_may_not_be_made(world: World) -> None:
 
 def test_who_is_waited_for_is_said_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    written = participants.write_atomically
 
     def note(path: Path, data: bytes) -> None:
         if path.name == WAITING:
             said.append(data.decode())
-        written(path, data)
+        write_atomically(path, data)
 
     def sleep() -> None:
         world.looks += 1
@@ -292,7 +291,7 @@ def test_who_is_waited_for_is_said_once(world: World, monkeypatch: pytest.Monkey
         if world.looks == 5:
             world.away = set()
 
-    monkeypatch.setattr(participants, "write_atomically", note)
+    monkeypatch.setattr("fedlora.server.participants.write_atomically", note)
     monkeypatch.setattr(world, "sleep", sleep)
     world.away = {"east", "north"}
     assert world.cohort(manifest(), deadline=60.0).total(plan_of(manifest()), START).replies == 3
