@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fedlora.common.config import Config, load_config
-from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
+from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import PublicIdentity, Signed
 from fedlora.common.messages import RoundPlan, RunManifest, Update
@@ -45,8 +45,8 @@ from fedlora.common.protocol import (
 from fedlora.common.secagg.requests import CONFIRM, DEAL, INPUT, OFFER, OPEN, Request
 from fedlora.common.state import AdapterSpec, AdapterState
 from fedlora.server.bound import check_norm, update_bound
-from fedlora.server.checkpoint import Checkpoint, Progress
-from fedlora.server.conduct import Conducted, conclude, conduct, has_result, write_summary
+from fedlora.server.checkpoint import Checkpoint
+from fedlora.server.conduct import Conducted, conclude, conduct, has_result, to_its_end, write_summary
 from fedlora.server.manifest import make_manifest
 from fedlora.server.participants import Carrier, Coordinator, Participants
 from fedlora.server.public import PublicSide, read_public
@@ -253,7 +253,7 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
         federation.quorum,
     )
     run = Conducted(config, folder, public, checkpoint, "flower")
-    progress, ended = _conducted(run, cohort_of(who))
+    progress, ended = to_its_end(checkpoint, lambda: conduct(run, cohort_of(who)))
     if has_result(progress, ended):
         stated = {name: _stated(checkpoint.manifest, consent) for name, consent in who.consents.items()}
         summary = conclude(run, progress, stated) | {
@@ -264,14 +264,6 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
     if ended is not None:
         raise ended
     return summary
-
-
-def _conducted(run: Conducted, cohort: Cohort) -> tuple[Progress, FedloraError | None]:
-    """Where the run got to, and what it ended with where it did not get to its last round."""
-    try:
-        return conduct(run, cohort), None
-    except (Refused, QuorumLost) as error:
-        return run.checkpoint.load(), error
 
 
 def _stated(manifest: RunManifest, consent: Consent) -> float:
