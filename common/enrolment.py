@@ -7,6 +7,7 @@ institution's roster by its own operator, from a peer's request; a coordinator c
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ INVITATION_TAG = "fedlora-invitation-1"
 VERSION = 1
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,62}[a-z0-9])?")  # safe as a file name, in a log and on a line
 MAX_TEXT = 1 << 16
+REQUEST, INVITATION, ROTATION = "an enrolment request", "an invitation", "a rotation"
+FIELDS = {  # by what a text is
+    REQUEST: ("name", "organisation", "flower_key", "created"),
+    INVITATION: ("federation", "address", "ca_certificate"),
+}
 
 
 def folded(organisation: str) -> str:
@@ -82,8 +88,8 @@ def request_to_text(identity: Identity, request: EnrolmentRequest) -> str:
 
 def request_from_text(text: str, where: str) -> EnrolmentRequest:
     """BadInput where it is malformed, Refused where its own key did not sign it."""
-    sealed = _opened(text, REQUEST_TAG, where)
-    fields = _fields(sealed, ("name", "organisation", "flower_key", "created"), where)
+    sealed = _opened(text, REQUEST, REQUEST_TAG, where)
+    fields = _fields(sealed, FIELDS[REQUEST], where)
     if not NAME.fullmatch(fields["name"]):
         found = fields["name"][:80]
         raise BadInput(f"{where} name: found {found!r}, expected lower-case letters, digits, '.' and '-'")
@@ -113,8 +119,8 @@ def invitation_to_text(identity: Identity, invitation: Invitation) -> str:
 
 def invitation_from_text(text: str, where: str) -> Invitation:
     """BadInput where it is malformed, Refused where its own key did not sign it."""
-    sealed = _opened(text, INVITATION_TAG, where)
-    fields = _fields(sealed, ("federation", "address", "ca_certificate"), where)
+    sealed = _opened(text, INVITATION, INVITATION_TAG, where)
+    fields = _fields(sealed, FIELDS[INVITATION], where)
     _check_line(fields["federation"], f"{where} federation")
     host, _, port = fields["address"].rpartition(":")
     if not re.fullmatch(r"[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:]{2,39}\]", host) or not port.isdecimal():
@@ -150,9 +156,22 @@ def check_flower_key(line: str, where: str) -> None:
         raise BadInput(f"{where}: found another kind of key, {expected}")
 
 
-def _opened(text: str, tag: str, where: str) -> Sealed:
+def check_kind(text: str, expected: str, where: str) -> None:
+    """BadInput where a text is plainly one of the others: its signature would be wrong under this one's tag too."""
+    try:
+        keys = set(json.loads(text)["body"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return  # whoever opens it says what is wrong
+    kinds = {frozenset({"version", *names}): kind for kind, names in FIELDS.items()}
+    found = (kinds | {frozenset({"request"}): ROTATION}).get(frozenset(keys))
+    if found not in (None, expected):
+        raise BadInput(f"{where}: found {found}, expected {expected}")
+
+
+def _opened(text: str, kind: str, tag: str, where: str) -> Sealed:
     if len(text) > MAX_TEXT:
         raise BadInput(f"{where}: found {len(text)} characters, expected at most {MAX_TEXT}")
+    check_kind(text, kind, where)
     return unseal(text, tag, where)
 
 

@@ -1,7 +1,7 @@
 """The released adapter as files, and the way to load it again.
 
 `adapter/` is a PEFT folder: `PeftModel.from_pretrained(base, "adapter")` gives the adapted backbone. Where
-the head is ours, `head.safetensors` and `head.json` lie beside it, and three lines load both:
+the head is ours, `head.safetensors` lies beside it (`common.released` lists the files), and three lines load both:
 
     from fedlora.common.export import load_adapter
     classifier = load_adapter("runs/ag_news/adapter")
@@ -12,59 +12,33 @@ Only safetensors and JSON are read; a folder that asks for code or pickled weigh
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
-from safetensors.numpy import load, save_file
+from safetensors.numpy import save_file
 
-from fedlora.common.base import refuse_code
 from fedlora.common.config import LoraConfig, ModelConfig, check_rules
 from fedlora.common.data import Records
 from fedlora.common.errors import BadInput
 from fedlora.common.features import length_batches
-from fedlora.common.messages import build_strictly
 from fedlora.common.model import PEFT_ADAPTER, AdapterModel, PooledClassifier, build_model
-from fedlora.common.projection import PROJECTION, Projection
-from fedlora.common.state import HEAD_PREFIX, AdapterState, check_safetensors_header
+from fedlora.common.projection import PROJECTION
+from fedlora.common.released import (
+    DESCRIPTION,
+    HEAD,
+    Description,
+    check_peft_config,
+    read_description,
+    read_projection,
+    read_state,
+    write_description,
+)
+from fedlora.common.state import HEAD_PREFIX, AdapterState
 from fedlora.common.tasks import TASKS, CausalLanguageModel, SequenceClassification, Task
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-DESCRIPTION = "fedlora.json"  # what PEFT's own configuration has no place for
-
-
-@dataclass(frozen=True)
-class Description:
-    """How to build the network that an exported adapter belongs to."""
-
-    task: str
-    labels: tuple[str, ...]
-    base: str
-    base_digest: str
-    max_length: int
-    pooling: str
-    pooled_layers: tuple[int, ...]
-    head_hidden: int
-    head_scale: float
-    projection_digest: str
-    variant: str
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    layers: tuple[int, ...]
-    seed: int
-    adapter_digest: str
-
-    @property
-    def digest(self) -> str:
-        """Of all that decides what the exported files compute; it lies beside them, and is checked on load."""
-        return "sha256:" + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def export_adapter(
@@ -74,10 +48,15 @@ def export_adapter(
     model.load(state)
     folder.mkdir(parents=True, exist_ok=True)
     backbone: Any = model.network.backbone
+    config = backbone.peft_config[PEFT_ADAPTER]
+    if Path(settings.base).is_dir():  # where it lies on this machine is nobody's business
+        config.base_model_name_or_path = model.base_digest
     backbone.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    config.base_model_name_or_path = settings.base
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a card, with nothing filled in
     if isinstance(model.network, PooledClassifier):
         head = {n: np.ascontiguousarray(v) for n, v in state.named().items() if n.startswith(HEAD_PREFIX)}
-        save_file(head, folder / "head.safetensors")
+        save_file(head, folder / HEAD)
     if model.projection is not None:
         model.projection.write(folder / PROJECTION)
     description = Description(
@@ -99,8 +78,7 @@ def export_adapter(
         seed=seed,
         adapter_digest=state.digest,
     )
-    table = asdict(description) | {"digest": description.digest}
-    (folder / DESCRIPTION).write_text(json.dumps(table, indent=2) + "\n")
+    write_description(folder, description, state.spec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +130,9 @@ class LoadedAdapter:
 def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
     """Load what `export_adapter` wrote. `base` overrides where the base model lies; its digest must agree."""
     folder = Path(folder)
-    description = _description(folder)
-    _check_peft_config(folder, description)
-    projection = _projection(folder, description)
+    description = read_description(folder)
+    check_peft_config(folder, description)
+    projection = read_projection(folder, description)
     settings = ModelConfig(
         projection=0 if projection is None else projection.width,
         base=base or description.base,
@@ -176,10 +154,7 @@ def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
     model = build_model(settings, lora, task, description.seed)
     if projection is not None:
         model.projection = projection
-    state = _read_state(folder, model)
-    if state.digest != description.adapter_digest:
-        raise BadInput(f"{folder}: found adapter {state.digest}, expected {description.adapter_digest}")
-    model.load(state)
+    model.load(read_state(folder, model.spec, description))
     model.network.eval()
     return LoadedAdapter(model, description)
 
@@ -190,103 +165,3 @@ def _task(description: Description) -> Task:
     if description.task == "causal-lm":
         return CausalLanguageModel()
     raise BadInput(f"{DESCRIPTION} task: found {description.task!r}, expected {' or '.join(TASKS)}")
-
-
-def _read_state(folder: Path, model: AdapterModel) -> AdapterState:
-    named: dict[str, Any] = {}
-    for name in ("adapter_model.safetensors", "head.safetensors"):
-        path = folder / name
-        if path.is_file():
-            data = path.read_bytes()
-            check_safetensors_header(data, str(path))
-            try:
-                named.update({_spec_name(key): value for key, value in load(data).items()})
-            except Exception as error:  # the library raises several unrelated types
-                raise BadInput(f"{path}: found an unreadable safetensors file ({error})") from error
-    expected = {tensor.name for tensor in model.spec.tensors}
-    frozen_a = {
-        name for name in named if ".lora_A." in name and name not in expected
-    }  # FFA: part of the base
-    _check_frozen(folder, model, {name: named[name] for name in frozen_a})
-    return AdapterState.from_named(
-        model.spec, {name: value for name, value in named.items() if name not in frozen_a}, str(folder)
-    )
-
-
-def _projection(folder: Path, description: Description) -> Projection | None:
-    if not description.projection_digest:
-        return None
-    if not (folder / PROJECTION).is_file():
-        raise BadInput(f"{folder / PROJECTION}: missing, expected the map below the head")
-    projection = Projection.read(folder / PROJECTION)
-    if projection.digest != description.projection_digest:
-        raise BadInput(
-            f"{folder / PROJECTION}: found {projection.digest}, expected {description.projection_digest}"
-        )
-    return projection
-
-
-def _spec_name(saved: str) -> str:
-    """PEFT stores a model's own head under the module's name; a spec calls it `head.`."""
-    if saved.startswith(HEAD_PREFIX) or ".lora_" in saved:
-        return saved
-    return HEAD_PREFIX + ".".join(saved.split(".")[-2:])
-
-
-def _check_frozen(folder: Path, model: AdapterModel, found: Mapping[str, Any]) -> None:
-    """A frozen A in the file is the one that its seed gives: PEFT reads the file, and we draw it anew."""
-    built = {
-        name.removeprefix("backbone.").replace(f".{PEFT_ADAPTER}.", "."): value
-        for name, value in model.network.named_parameters()
-        if ".lora_A." in name
-    }
-    for name, value in found.items():
-        if name not in built or not np.array_equal(value, built[name].detach().cpu().numpy()):
-            raise BadInput(f"{folder / ADAPTER_FILES[1]} {name}: found another frozen A than the seed gives")
-
-
-def _description(folder: Path) -> Description:
-    path = folder / DESCRIPTION
-    if not path.is_file():
-        raise BadInput(f"{path}: missing, expected the description of an exported adapter")
-    try:
-        table = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: found a description that can't be read ({error})") from error
-    if not isinstance(table, dict):
-        raise BadInput(f"{path}: found {type(table).__name__}, expected a table")
-    digest = table.pop("digest", None)
-    for name, kind in (("labels", str), ("targets", str), ("pooled_layers", int), ("layers", int)):
-        items = table.get(name)
-        if not isinstance(items, list) or any(type(item) is not kind for item in items):
-            raise BadInput(f"{path} {name}: expected a list, each {kind.__name__}")
-        table[name] = tuple(items)
-    description = build_strictly(Description, table, str(path))
-    if description.seed < 0:
-        raise BadInput(f"{path} seed: found {description.seed}, expected 0 or more")
-    if digest != description.digest:
-        raise BadInput(f"{path} digest: found {digest}, expected {description.digest}")
-    return description
-
-
-def _check_peft_config(folder: Path, description: Description) -> None:
-    """BadInput unless PEFT would build the network that is described here."""
-    path = folder / ADAPTER_FILES[0]
-    if not path.is_file() or not (folder / ADAPTER_FILES[1]).is_file():
-        raise BadInput(f"{folder}: expected {' and '.join(ADAPTER_FILES)}; pickled weights are never opened")
-    refuse_code(path)
-    table: dict[str, Any] = json.loads(path.read_bytes())
-    targets = table.get("target_modules")
-    for name, found, expected in (
-        ("peft_type", table.get("peft_type"), peft.PeftType.LORA.value),
-        ("r", table.get("r"), description.rank),
-        ("lora_alpha", table.get("lora_alpha"), description.alpha),
-        (
-            "target_modules",
-            sorted(map(str, targets)) if isinstance(targets, list) else targets,
-            [*description.targets],
-        ),
-        ("layers_to_transform", table.get("layers_to_transform") or [], [*description.layers]),
-    ):
-        if found != expected:
-            raise BadInput(f"{path} {name}: found {found!r}, expected {expected!r}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from fedlora.common.enrolment import MAX_TEXT, EnrolmentRequest, request_from_text
+from fedlora.common.enrolment import MAX_TEXT, ROTATION, EnrolmentRequest, check_kind, request_from_text
 from fedlora.common.errors import BadInput
 from fedlora.common.identity import Identity, PublicIdentity
 from fedlora.common.sealed import seal, unseal
@@ -45,6 +45,7 @@ def rotation_from_text(text: str, where: str) -> Rotation:
     """BadInput where it is malformed, Refused where either key did not sign."""
     if len(text) > 2 * MAX_TEXT:
         raise BadInput(f"{where}: found {len(text)} characters, expected at most {2 * MAX_TEXT}")
+    check_kind(text, ROTATION, where)
     sealed = unseal(text, ROTATION_TAG, where)
     request = sealed.body.get("request")
     if set(sealed.body) != {"request"} or not isinstance(request, str):

@@ -23,7 +23,7 @@ def model_card(
     largest = max((consent.epsilon for consent in statements.values()), default=None)
     epsilon = None if manifest.mode == "none" else largest
     rows = [_row(organisations[name], statements[name]) for name in statements]
-    parts = [_head(manifest), _introduction(manifest, len(organisations))]
+    parts = [_head(manifest), _introduction(manifest, figures, len(organisations))]
     lines = [*privacy_statement(manifest, epsilon), *secure_statement(manifest), *_masked(figures)]
     parts += ["## Privacy", "\n".join(f"- {line}" for line in lines)]
     heading = f"| institution | organisation | {'ε of a record' if manifest.mode == 'client' else 'ε'} | δ | policy |"
@@ -38,6 +38,8 @@ def model_card(
 def shown_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
     """What a card shows of a run's figures, as JSON holds it; anything else is left out."""
     shown: dict[str, Any] = {name: figures[name] for name in FIGURES if isinstance(figures.get(name), float)}
+    if type(figures.get("rounds")) is int:
+        shown["rounds"] = figures["rounds"]
     secure = figures.get("secure")
     if isinstance(secure, Mapping):
         pairs = {name: list(secure[name]) for name in PAIRS if isinstance(secure.get(name), list | tuple)}
@@ -90,10 +92,12 @@ def _head(manifest: RunManifest) -> str:
     )
 
 
-def _introduction(manifest: RunManifest, institutions: int) -> str:
+def _introduction(manifest: RunManifest, figures: Mapping[str, Any], institutions: int) -> str:
+    done = figures.get("rounds", manifest.rounds)
+    rounds = f"{done}" if done == manifest.rounds else f"{done} of the planned {manifest.rounds}"
     labels = f" over {len(manifest.labels)} labels" if manifest.labels else ""
     return (
-        f"A LoRA adapter (rank {manifest.network.rank}) for {manifest.task}{labels}, trained in {manifest.rounds} "
+        f"A LoRA adapter (rank {manifest.network.rank}) for {manifest.task}{labels}, trained in {rounds} "
         f"rounds by {institutions} institutions on texts that never left them. Run `{manifest.digest}`, base model "
         f"`{_cell(manifest.base_digest)}`."
     )

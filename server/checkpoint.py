@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from typing import Any
 
 from safetensors.numpy import load, save
 
-from fedlora.common.errors import BadInput, FedloraError, Refused
+from fedlora.common.errors import BadInput, FedloraError, Refused, Spent
 from fedlora.common.files import write_atomically
 from fedlora.common.messages import RunManifest
 from fedlora.common.state import AdapterSpec, AdapterState, check_safetensors_header
@@ -30,6 +31,8 @@ from fedlora.server.strategies.base import ServerState
 
 VERSION = 1  # of these files' layout
 STATE, RELEASED, MEMORY = "state", "released", "memory."
+NAMES = r"(manifest|attempts|progress)\.json|state-\d+\.safetensors"
+WRITTEN = re.compile(rf"({NAMES})|\.({NAMES})\.\d+")  # the second: half written when a kill came
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,26 @@ class Progress:
     memory: ServerState = field(default_factory=ServerState)
     best: float | None = None  # the best validation score so far, higher is better
     stale: int = 0  # evaluations since then
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands: rounds committed, and attempts begun by phase."""
+
+    manifest: RunManifest
+    round: int
+    begun: tuple[int, ...]
+
+
+def standing(folder: Path) -> Standing | None:
+    """Read from the tables alone, without the vectors; None where no run was begun."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    manifest = RunManifest.from_bytes(path.read_bytes())
+    checkpoint = Checkpoint(folder, manifest, AdapterSpec(()))
+    begun = tuple(checkpoint.attempts_begun(phase) for phase in range(len(manifest.phases)))
+    return Standing(manifest, checkpoint.round, begun)
 
 
 class Checkpoint:
@@ -83,24 +106,31 @@ class Checkpoint:
             raise BadInput(f"{path} spec_digest: found {manifest.spec_digest}, expected {spec.digest}")
         checkpoint = cls(folder, manifest, spec)
         checkpoint.load()
+        checkpoint._check_names()
         return checkpoint
 
     def begin_attempt(self, phase: int) -> int:
-        """A new attempt number, durable before it is returned; Refused when the phase has none left.
+        """A new attempt number, durable before it is returned; Spent when the phase has none left.
 
         A run without privacy has nothing to protect: there the number still grows, and never ends.
         """
         attempts = self._attempts()
         by_phase = list(attempts["by_phase"])
-        recipe = self.manifest.phases[phase]
-        if self.manifest.mode != "none" and by_phase[phase] >= recipe.attempts:
-            raise Refused(
-                f"phase {recipe.name}: all {by_phase[phase]} attempts that the noise was calibrated for are "
-                "spent; the last adapter is kept"
-            )
+        if reason := self.spent(phase):
+            raise Spent(reason)
         by_phase[phase] += 1
         self._write_attempts(attempts["total"] + 1, by_phase)
         return int(attempts["total"]) + 1
+
+    def spent(self, phase: int) -> str:
+        """Why a phase has no attempt left; "" where it has one, as it always has without privacy."""
+        recipe, begun = self.manifest.phases[phase], self.attempts_begun(phase)
+        if self.manifest.mode == "none" or begun < recipe.attempts:
+            return ""
+        return (
+            f"phase {recipe.name}: all {begun} attempts that the noise was calibrated for are spent; "
+            "the last adapter is kept"
+        )
 
     def attempts_begun(self, phase: int) -> int:
         """Attempts begun in a phase, crashed ones included."""
@@ -124,6 +154,11 @@ class Checkpoint:
         }
         self._write("progress.json", _sealed(table))
         self._clear(name)
+
+    @property
+    def round(self) -> int:
+        """The last one that was committed."""
+        return int(self._read("progress.json")["round"])
 
     def load(self) -> Progress:
         """The last committed progress; BadInput names the file that is damaged."""
@@ -187,6 +222,12 @@ class Checkpoint:
                 f"{self.folder / name}: could not be written ({error.strerror}); "
                 "the last committed round is kept, and --resume goes on from there"
             ) from error
+
+    def _check_names(self) -> None:
+        """BadInput where something lies there that no run writes. What a kill leaves is known by its name."""
+        for path in sorted(self.folder.iterdir()):
+            if not WRITTEN.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+                raise BadInput(f"{path}: found what no run writes, expected a checkpoint's files only")
 
     def _clear(self, current: str) -> None:
         """Remove older states and what a kill left half written; what can't go now goes next time."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,7 +67,7 @@ def enrol(
     _say(f"organisation {found.organisation}")
     _say(f"fingerprint  {found.identity.fingerprint}")
     if not yes:
-        _confirm("Did the institution read out this fingerprint?")
+        _confirm("enrol", "Did the institution read out this fingerprint?")
     directory.registry.enrol(text, request.name)
     _say(f"enrolled     {found.name}")
 
@@ -74,14 +76,22 @@ def enrol(
 def rotate(
     rotation: Annotated[Path, typer.Argument(help="A member's new request under its old key's signature.")],
     dir_: Folder = HERE,
+    yes: Annotated[bool, typer.Option("--yes", help="The fingerprints were compared already.")] = False,
 ) -> None:
     """Replace a member's key by the one that its old key names; it counts from the next round."""
+    from fedlora.common.rotation import rotation_from_text
     from fedlora.server.directory import Directory
     from fedlora.server.runs import read_text
 
-    member = Directory.open(dir_).registry.rotate(read_text(rotation), rotation.name)
-    _say(f"rotated      {member.name}")
-    _say(f"fingerprint  {member.identity.fingerprint}")
+    directory, text = Directory.open(dir_), read_text(rotation)
+    found = rotation_from_text(text, rotation.name)
+    _say(f"name         {found.request.name}")
+    _say(f"old key      {found.old.fingerprint}")
+    _say(f"new key      {found.request.identity.fingerprint}")
+    if not yes:
+        _confirm("rotate", "Did the institution read out these fingerprints?")
+    directory.registry.rotate(text, rotation.name)
+    _say(f"rotated      {found.request.name}")
 
 
 @app.command()
@@ -199,6 +209,10 @@ def main() -> None:
         for line in str(error).splitlines():
             errors.print(f"fedlora-server: {line}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        errors.print(f"fedlora-server: {where}{error.strerror or error}", markup=False, soft_wrap=True)
+        sys.exit(BadInput.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -214,14 +228,38 @@ def _carry_out(folder: Path, config: Path | None) -> None:
     directory = Directory.open(folder)
     directory.check_certificate()  # before institutions are asked for anything
     place = federation.last(directory) if config is None else federation.begin(directory, config)
-    _say(f"run     {place}")
-    summary = federation.carry_out(directory, place, _print_round)
+    _say(f"{'run':12}{place}")
+    with _ends_alike_on(signal.SIGTERM):
+        try:
+            summary = federation.carry_out(directory, place, _print_round, _say)
+        except KeyboardInterrupt:
+            errors.print(
+                f"\nstopped; what was committed stays, and this goes on: fedlora-server resume --dir {folder}",
+                markup=False,
+                soft_wrap=True,
+            )
+            sys.exit(1)
     for name in ("accuracy", "perplexity", "loss", "rounds", "seconds"):
         if summary.get(name) is not None:
             value = summary[name]
-            _say(f"{name:8}{value:.4g}" if isinstance(value, float) else f"{name:8}{value}")
+            _say(f"{name:12}{value:.4g}" if isinstance(value, float) else f"{name:12}{value}")
     if summary.get("epsilon") is not None:
-        _say(f"{'epsilon':8}{shown_epsilon(summary['epsilon'])}")
+        _say(f"{'epsilon':12}{shown_epsilon(summary['epsilon'])}")
+
+
+@contextmanager
+def _ends_alike_on(number: signal.Signals) -> Iterator[None]:
+    """The signal is Ctrl-C here: SuperLink, which was started apart, must end with this process."""
+
+    def interrupt(*_: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would cut the ending short
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _print_round(line: Mapping[str, Any]) -> None:
@@ -235,9 +273,11 @@ def _print_round(line: Mapping[str, Any]) -> None:
         _say(f"            {name}: {reason}")
 
 
-def _confirm(question: str) -> None:
+def _confirm(command: str, question: str) -> None:
     if not sys.stdin.isatty():
-        raise BadInput("enrol: found no terminal to ask on, expected --yes once the fingerprint was compared")
+        raise BadInput(
+            f"{command}: found no terminal to ask on, expected --yes once fingerprints were compared"
+        )
     typer.confirm(question, abort=True)
 
 

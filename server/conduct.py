@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.common.config import Config, config_to_toml
+from fedlora.common.errors import FedloraError, QuorumLost, Refused, Spent
 from fedlora.common.export import export_adapter
 from fedlora.common.files import write_atomically
 from fedlora.common.messages import Phase, RunManifest
@@ -74,6 +75,19 @@ def conduct(run: Conducted, cohort: Cohort, observe: Observe = lambda number, fi
         validate=validate,
         observe=_MetricsLog(run, observe).write,
     )
+
+
+def to_its_end(checkpoint: Checkpoint, work: Callable[[], Progress]) -> tuple[Progress, FedloraError | None]:
+    """Where `work` got to, and what it ended with where that is not the last round."""
+    try:
+        return work(), None
+    except (Refused, QuorumLost) as error:
+        return checkpoint.load(), error
+
+
+def has_result(progress: Progress, ended: FedloraError | None) -> bool:
+    """Whether there is an adapter to leave: of a run that is done, that has committed a round, or that is over."""
+    return ended is None or progress.round > 0 or isinstance(ended, Spent)
 
 
 def conclude(run: Conducted, progress: Progress, epsilon_by_client: Mapping[str, float]) -> dict[str, Any]:

@@ -43,10 +43,10 @@ from fedlora.common.protocol import (
     vector_to_bytes,
 )
 from fedlora.common.secagg.requests import CONFIRM, DEAL, INPUT, OFFER, OPEN, Request
-from fedlora.common.state import AdapterState
+from fedlora.common.state import AdapterSpec, AdapterState
 from fedlora.server.bound import check_norm, update_bound
 from fedlora.server.checkpoint import Checkpoint
-from fedlora.server.conduct import Conducted, conclude, conduct, write_summary
+from fedlora.server.conduct import Conducted, conclude, conduct, has_result, to_its_end, write_summary
 from fedlora.server.manifest import make_manifest
 from fedlora.server.participants import Carrier, Coordinator, Participants
 from fedlora.server.public import PublicSide, read_public
@@ -123,10 +123,19 @@ class ClearCohort:
             vector = vector_from_bytes(reply.vector, state.spec.size, f"update of {name}")
             update = Update(name, reply.manifest, reply.round, reply.attempt, vector)
             update.check(plan, state.spec.size)
+            _check_moved(update, self._who.manifest.phases[plan.phase].name, state.spec)
             check_norm(update, update_bound(self._who.manifest, plan.phase, state.spec.size))
         except (BadInput, Refused) as error:
             return Failure(name, one_line(str(error)))
         return update
+
+
+def _check_moved(update: Update, phase: str, spec: AdapterSpec) -> None:
+    """BadInput where it moves what its phase leaves alone: such a coordinate is neither clipped nor noised by anybody."""
+    if update.delta[~spec.moved_by(phase)].any():
+        raise BadInput(
+            f"update of {update.client}: found a coordinate moved that phase {phase} leaves alone, expected 0"
+        )
 
 
 class SignedStages:
@@ -195,7 +204,10 @@ class MaskedCohort:
         self._declined = len(failures)
         found = self._sums.total(plan, state)
         count = max(found.asked, found.replies + len(failures) + len(found.failures))
-        return replace(found, asked=count, failures=(*failures, *found.failures))
+        # Whose update moves what its phase leaves alone is hidden in the sum; what it moved there is left out.
+        moved = state.spec.moved_by(self._who.manifest.phases[plan.phase].name)
+        total = np.where(moved, found.total, 0.0)
+        return replace(found, total=total, asked=count, failures=(*failures, *found.failures))
 
     def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
         """Refused: nobody has them."""
@@ -208,7 +220,10 @@ def cohort_of(who: Participants) -> Cohort:
 
 
 def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str, Any]:
-    """Begin the run in `folder`, or go on with it, to its summary; raises what the round loop raises."""
+    """Begin the run in `folder`, or go on with it, to its summary; raises what the round loop raises.
+
+    A run that ends early leaves its last adapter and its summary all the same: an export tells what became of it.
+    """
     config = load_config(folder / "config.toml")
     if config.federation.clients < config.aggregation.minimum_cohort:
         raise BadInput(
@@ -238,10 +253,16 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
         federation.quorum,
     )
     run = Conducted(config, folder, public, checkpoint, "flower")
-    progress = conduct(run, cohort_of(who))
-    stated = {name: _stated(checkpoint.manifest, consent) for name, consent in who.consents.items()}
-    summary = conclude(run, progress, stated) | {"institutions": sorted(stated)}
-    write_summary(folder, summary)
+    progress, ended = to_its_end(checkpoint, lambda: conduct(run, cohort_of(who)))
+    if has_result(progress, ended):
+        stated = {name: _stated(checkpoint.manifest, consent) for name, consent in who.consents.items()}
+        summary = conclude(run, progress, stated) | {
+            "institutions": sorted(stated),
+            "ended": str(ended or ""),
+        }
+        write_summary(folder, summary)
+    if ended is not None:
+        raise ended
     return summary
 
 

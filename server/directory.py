@@ -5,8 +5,9 @@ coordinator.pub      the public key that manifests and exports are verified with
 invitation.json      what institutions join with; signed
 keys/coordinator.pem Ed25519, 0600: who has it speaks for the federation
 ca/, tls/            certificate authority; the server's certificate
-members.json         who is a member; signed
+members.json         who is a member; signed, and numbered: keys/members.revision has the newest one's number
 training.toml        a commented example of a run's configuration
+public/              for the public files that it names
 nginx.conf           lets institutions reach the Fleet API, and nothing else
 superlink/           SuperLink's database and secrets
 runs/N/              config, checkpoint, consents, metrics, summary and adapter of run N
@@ -42,7 +43,8 @@ from fedlora.server.registry import Registry
 from fedlora.server.superlink import Files
 
 SETTINGS, MEMBERS, KEY = "coordinator.toml", "members.json", "keys/coordinator.pem"
-PUBLIC_KEY, INVITATION = "coordinator.pub", "invitation.json"
+REVISION = "keys/members.revision"
+PUBLIC_KEY, INVITATION, TRAINING = "coordinator.pub", "invitation.json", "training.toml"
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_SETTINGS_BYTES = 1 << 16
 LOOPBACK = ("localhost", "127.0.0.1")  # nginx and the run's own processes reach SuperLink there
@@ -90,7 +92,7 @@ class Directory:
         cls, path: Path, federation: str, host: str, port: int = 9443, superlink_port: int = 9300
     ) -> Directory:
         """A new folder at `path`, whole or not at all; BadInput where a name is none or something lies there."""
-        path = path.absolute()
+        given, path = path, path.absolute()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise BadInput(f"{path}: found something there, expected no folder or an empty one")
         if not re.fullmatch(r"[\w/.@+ -]+", str(path)):
@@ -105,7 +107,7 @@ class Directory:
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             scratch.mkdir(parents=True)
-            _fill(scratch, path, settings, text)
+            _fill(scratch, path, settings, {SETTINGS: text, TRAINING: _training(given / "public")})
             scratch.rename(path)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -133,7 +135,7 @@ class Directory:
 
     @property
     def registry(self) -> Registry:
-        return Registry(self.root / MEMBERS, self.identity)
+        return Registry(self.root / MEMBERS, self.identity, self.root / REVISION)
 
     @property
     def authority(self) -> Authority:
@@ -185,7 +187,14 @@ class Directory:
         path = self.root / "superlink" / "nodes.json"
         if not path.exists():
             return {}
-        return {name: (int(node), str(key)) for name, (node, key) in json.loads(path.read_text()).items()}
+        try:
+            table = json.loads(path.read_bytes())
+            return {name: (int(node), str(key)) for name, (node, key) in table.items()}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise BadInput(
+                f"{path}: found no table of node numbers and keys, expected what was written; where it is lost, "
+                f"remove {path.parent / 'superlink.db'} too: all nodes are then registered anew"
+            ) from error
 
     def write_registered(self, nodes: Mapping[str, tuple[int, str]]) -> None:
         text = json.dumps(nodes, indent=1) + "\n"
@@ -193,19 +202,25 @@ class Directory:
 
     def runs(self) -> list[Path]:
         """Folders of the runs that were begun, oldest first."""
-        found = [path for path in (self.root / "runs").iterdir() if path.name.isdecimal() and path.is_dir()]
+        found = [path for path in (self.root / "runs").glob("*") if path.name.isdecimal() and path.is_dir()]
         return sorted(found, key=lambda path: int(path.name))
 
     def new_run(self) -> Path:
         """The folder of the next run, made."""
         runs = self.runs()
         folder = self.root / "runs" / str(int(runs[-1].name) + 1 if runs else 1)
-        folder.mkdir()
+        folder.mkdir(parents=True)
         return folder
 
 
-def _fill(scratch: Path, path: Path, settings: Settings, text: str) -> None:
-    """Everything that `path` will hold, written to `scratch`."""
+def _training(public: Path) -> str:
+    """The example, with the paths of public files as they are said in the directory that init runs in."""
+    places = {"TEST": public / "test.parquet", "VALIDATION": public / "validation.parquet"}
+    return _filled(TRAINING, {name: literal(str(path)) for name, path in places.items()})
+
+
+def _fill(scratch: Path, path: Path, settings: Settings, texts: Mapping[str, str]) -> None:
+    """Everything that `path` will hold, written to `scratch`; `texts` are files by name."""
     for name in ("keys", "ca", "tls", "superlink"):
         (scratch / name).mkdir(mode=0o700)
     for name in ("runs", "nginx-temp", "public"):
@@ -213,12 +228,11 @@ def _fill(scratch: Path, path: Path, settings: Settings, text: str) -> None:
     identity = Identity.create(scratch / KEY)
     authority = Authority.create(scratch / "ca", settings.federation)
     issue_server(authority, scratch / "tls", _hosts(settings.address.host))
-    Registry.create(scratch / MEMBERS, identity)
+    Registry.create(scratch / MEMBERS, identity, scratch / REVISION)
     for name, content in {
-        SETTINGS: text,
+        **texts,
         PUBLIC_KEY: identity.public.text + "\n",
         INVITATION: _invitation(settings, identity, authority),
-        "training.toml": _filled("training.toml", {}),
         "nginx.conf": _proxy(path, settings),
     }.items():
         write_atomically(scratch / name, content.encode())

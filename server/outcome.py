@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 OUTCOME = "outcome.json"  # of the last process that somebody waited for
 APPOINTED = "appointed"
+LOCK = "lock"
 LOCK_TRIES, PAUSE = 60, 1.0  # looks at a run that another process still holds, and seconds between two looks
 SUPERSEDED = 75  # exit status of a process that another one replaced
 
@@ -54,6 +55,19 @@ def outcome_of(work: Callable[[], object], folder: Path, token: str) -> None:
     write_atomically(outcome_path(folder, token), json.dumps(found).encode())
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process carries the run out just now."""
+    path = folder / LOCK
+    if not path.exists():
+        return False
+    with path.open("r") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 @contextmanager
 def _only_while_appointed(folder: Path, token: str) -> Iterator[None]:
     """End this process once another is appointed. All that it writes is whole or absent, so any moment will do."""
@@ -77,7 +91,7 @@ def _only_while_appointed(folder: Path, token: str) -> Iterator[None]:
 @contextmanager
 def _only_process(folder: Path) -> Iterator[None]:
     """The run's own lock; FedloraError where another process does not give it up."""
-    with (folder / "lock").open("a") as lock:
+    with (folder / LOCK).open("a") as lock:
         for _ in range(LOCK_TRIES):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

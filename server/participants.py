@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeGuard
+from typing import Protocol
 
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.messages import RunManifest
-from fedlora.common.privacy import charged_epsilon
 from fedlora.common.projection import PROJECTION
 from fedlora.common.protocol import (
     MANIFEST_TAG,
@@ -33,13 +32,15 @@ from fedlora.common.protocol import (
 )
 from fedlora.common.randomness import OsRandom
 from fedlora.server.rounds import Failure, participants
+from fedlora.server.statements import consent_faults, schedule_cost
 
 log = logging.getLogger(__name__)
 
 LOOK = 1.0  # seconds between two looks at who is connected
 DOUBT = 30.0  # seconds at most for who failed in the last attempt to show that it is there again
 PATIENCE = 0.25  # of the deadline, for who is away while a quorum is here: who is here needs the rest
-SAME = 1e-6  # relative: the last bits of an ε differ between machines
+
+WAITING = "waiting"  # in the run's folder: whom it waits for; empty where it does not
 
 Members = Callable[[], Mapping[str, PublicIdentity]]
 
@@ -84,11 +85,11 @@ class Participants:
         self.manifest, self.coordinator, self.carrier = manifest, coordinator, carrier
         self.folder, self.deadline = folder, deadline
         self._expected, self._quorum, self._sleep = expected, quorum, sleep
-        self._began = 0.0
-        self._cost = charged_epsilon(manifest) if manifest.mode != "none" else 0.0
+        self._began, self._said = 0.0, ""
         self._consents: dict[str, Consent] = {}
         self._declined: dict[str, Failure] = {}
         self._doubtful: set[str] = set()  # gave no answer to the last attempt that asked them
+        schedule_cost(manifest)  # now: it takes seconds, which an attempt would lose
         self._read_consents()
 
     @property
@@ -114,8 +115,27 @@ class Participants:
             doubt = min(patience, DOUBT) if patience < self.deadline else patience
             sure = not self._doubtful & here or self._waited >= doubt
             if (complete and sure) or self._waited >= patience:
+                self._say("")
                 return members
+            self._say(self._missing(members, connected))
             self._sleep(LOOK)
+
+    def _missing(self, members: Iterable[str], connected: Iterable[str]) -> str:
+        """Whom an attempt waits for, in words that change only when somebody comes or goes."""
+        here = set(connected)
+        silent = sorted((here - set(self._consents) - set(self._declined)) | (here & self._doubtful))
+        parts = [f"waiting for {self._expected} members: {len(here)} connected"]
+        if away := sorted(set(members) - here):
+            parts.append(f"missing {', '.join(away)}")
+        if silent:
+            parts.append(f"without an answer {', '.join(silent)}")
+        return "; ".join(parts)
+
+    def _say(self, text: str) -> None:
+        """To who started the run: one line of a file, written when it changes."""
+        if text != self._said:
+            self._said = text
+            write_atomically(self.folder / WAITING, text.encode())
 
     @property
     def left(self) -> float:
@@ -192,26 +212,37 @@ class Participants:
             try:
                 reply = self.opened(name, answer, members)
             except (BadInput, Refused) as error:
-                self._declined[name] = Failure(name, one_line(str(error)))
+                self._decline(Failure(name, one_line(str(error))))
                 continue
-            if self._is_consent(reply):
+            reason = self._refusal(reply)
+            if isinstance(reply, Consent) and not reason:
                 self._keep(name, answer, reply)
             else:
-                reason = (
-                    reply.reason if isinstance(reply, Decline) else "consents to another run or another ε"
-                )
-                self._declined[name] = Failure(name, reason, refused=True)
-                log.warning("%s declines: %s", name, reason)
+                self._decline(Failure(name, reason, refused=True))
 
-    def _keep(self, name: str, data: bytes, consent: Consent) -> None:
+    def _decline(self, failure: Failure) -> None:
+        """For this process's life; its reason lies where `fedlora-server status` finds it."""
+        log.warning("%s declines: %s", failure.client, failure.reason)
+        self._declined[failure.client] = failure
+        write_atomically(self._consents_folder() / f"{failure.client}.declined", failure.reason.encode())
+
+    def _consents_folder(self) -> Path:
         folder = self.folder / "consents"
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"{name}.reply", data)
+        return folder
+
+    def _keep(self, name: str, data: bytes, consent: Consent) -> None:
+        write_atomically(self._consents_folder() / f"{name}.reply", data)
         self._consents[name] = consent
 
     def _read_consents(self) -> None:
-        """Of a run that is resumed. What a former key signed is asked for anew; what nobody signed is refused."""
+        """Of a run that is resumed; Refused for what nobody signed.
+
+        What a former key signed, or is at another ε than the schedule's, is asked for anew.
+        """
         members = self.coordinator.members()
+        for path in (self.folder / "consents").glob("*.declined"):  # of an earlier process: asked anew
+            path.unlink()
         for path in sorted((self.folder / "consents").glob("*.reply")):
             if path.stem in members:
                 data = path.read_bytes()
@@ -221,7 +252,7 @@ class Participants:
                     if not self._by_former(path.stem, data):
                         raise
                     continue
-                if self._is_consent(reply):
+                if isinstance(reply, Consent) and not self._refusal(reply):
                     self._consents[path.stem] = reply
 
     def _by_former(self, name: str, data: bytes) -> bool:
@@ -232,8 +263,10 @@ class Participants:
                 return True
         return False
 
-    def _is_consent(self, reply: Reply) -> TypeGuard[Consent]:
-        """To this run, and at no less than its schedule costs: what is released states the largest of them."""
+    def _refusal(self, reply: Reply) -> str:
+        """Why it is no consent to this run at what its schedule costs; "" where it is one."""
+        if isinstance(reply, Decline):
+            return reply.reason
         if not isinstance(reply, Consent) or reply.manifest != self.manifest.digest:
-            return False
-        return reply.epsilon >= self._cost * (1 - SAME) and reply.delta >= self.manifest.delta * (1 - SAME)
+            return f"found a {type(reply).__name__.lower()}, expected a consent to this run"
+        return "; ".join(f"consent {fault}" for fault in consent_faults(reply, self.manifest))

@@ -2,7 +2,8 @@
 
 A request enrols once. One name, one organisation, one identity and one Flower key belong to one member: two of a
 kind would let one organisation count twice in a cohort. An identity that was ever a member's never comes back
-under another name, and a revoked one never comes back at all. An entry is closed, never deleted.
+under another name, and a revoked one never comes back at all. An entry is closed, never deleted. Each version has
+a number that is kept in a second place, so that an older copy, in which a revoked key is alive, is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fedlora.common.enrolment import EnrolmentRequest, folded, request_from_text
 from fedlora.common.errors import BadInput, Refused
@@ -48,20 +50,30 @@ class Member:
 class Registry:
     """The members of a federation, in one signed file."""
 
-    def __init__(self, path: Path, coordinator: Identity) -> None:
+    def __init__(self, path: Path, coordinator: Identity, revision: Path | None = None) -> None:
+        """`revision`: where the number of the newest version is kept; beside `path`, if nothing else is said."""
         self._path, self._coordinator = path, coordinator
+        self._revision = revision or path.with_suffix(".revision")
 
     @classmethod
-    def create(cls, path: Path, coordinator: Identity) -> Registry:
+    def create(cls, path: Path, coordinator: Identity, revision: Path | None = None) -> Registry:
         """Nobody is a member yet; BadInput where a registry lies there."""
         if path.exists():
             raise BadInput(f"{path}: found a registry, expected none")
-        registry = cls(path, coordinator)
-        registry._write(())
+        registry = cls(path, coordinator, revision)
+        registry._replace((), 1)
         return registry
 
     def members(self) -> tuple[Member, ...]:
-        """Every entry, ended ones too, in the order of enrolment; Refused where the coordinator did not sign it."""
+        """Every entry, ended ones too, in the order of enrolment.
+
+        Refused where the coordinator did not sign it, or it is an older copy, in which ended keys count again.
+        """
+        body = self._body()
+        return tuple(_member(row, self._path.name) for row in body.get("members", []))
+
+    def _body(self) -> Mapping[str, Any]:
+        kept = self._kept()  # first: a change in between then leaves the file ahead, and not behind
         try:
             text = self._path.read_bytes().decode()
         except OSError as error:
@@ -73,7 +85,20 @@ class Registry:
         sealed = unseal(text, MEMBERS_TAG, self._path.name, self._coordinator.public)
         if sealed.body.get("version") != VERSION:
             raise BadInput(f"{self._path.name} version: expected {VERSION}")
-        return tuple(_member(row, self._path.name) for row in sealed.body.get("members", []))
+        revision = sealed.body.get("revision", 0)
+        if type(revision) is not int or revision < kept or (revision > 1 and not kept):
+            raise Refused(
+                f"{self._path.name} revision: found {revision}, expected {kept or 'the number that is kept'} "
+                f"({self._revision}): it was restored from an older copy"
+            )
+        return sealed.body
+
+    def _kept(self) -> int:
+        """The newest version's number; 0 where none was kept yet."""
+        try:
+            return int(self._revision.read_bytes()) if self._revision.exists() else 0
+        except ValueError as error:
+            raise BadInput(f"{self._revision}: found no number, expected a revision") from error
 
     def active(self) -> Mapping[str, PublicIdentity]:
         """By name, as of now: the round loop asks before every round, so that a revocation counts from the next."""
@@ -128,9 +153,16 @@ class Registry:
             return new
 
     def _write(self, members: Sequence[Member]) -> None:
+        self._replace(members, int(self._body().get("revision", 0)) + 1)
+
+    def _replace(self, members: Sequence[Member], revision: int) -> None:
+        """The file first: a kill in between leaves it ahead of the number, which is borne."""
         rows = [asdict(member) | {"identity": member.identity.text} for member in members]
-        text = seal(self._coordinator, MEMBERS_TAG, {"version": VERSION, "members": rows})
+        text = seal(
+            self._coordinator, MEMBERS_TAG, {"version": VERSION, "revision": revision, "members": rows}
+        )
         write_atomically(self._path, text.encode())
+        write_atomically(self._revision, f"{revision}\n".encode())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """The released adapter: what a receiver needs to use it, and to check where it came from without asking anybody.
 
-    adapter/            PEFT's files, and the head where it is ours
+    adapter/            PEFT's files, the head where it is ours, and what they are (common.released)
     README.md           the model card, with the privacy statement: it follows from the other files, word for word
     figures.json        what the coordinator measured on public data, as the card shows it
     manifest.json       everything public about the run, signed by the coordinator
@@ -11,6 +11,10 @@
 
 Every byte is covered: a file that was changed, added or removed is named. Without the coordinator's key from
 elsewhere that shows integrity only: that the folder is as whoever made it left it.
+
+The adapter is of the network, the labels and the base that the manifest names, and its tensors are the ones that
+its own description counts. That these values came from this run's updates nobody can compute who has not seen
+them: it rests on the coordinator's signature.
 """
 
 from __future__ import annotations
@@ -29,12 +33,14 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import sync_folder, write_atomically
 from fedlora.common.identity import Identity, PublicIdentity
 from fedlora.common.messages import MAX_MESSAGE_BYTES, RunManifest
-from fedlora.common.privacy import charged_epsilon
 from fedlora.common.protocol import Consent, reply_from_bytes
+from fedlora.common.released import FILES as ADAPTER_FILES
+from fedlora.common.released import Description, read_released
 from fedlora.common.sealed import MAX_TEXT_BYTES, Sealed, seal, unseal
+from fedlora.common.state import AdapterState
 from fedlora.common.statement import shown_epsilon
 from fedlora.server.card import model_card, shown_figures
-from fedlora.server.statements import Statement, read_statement, statement_text
+from fedlora.server.statements import Statement, consent_faults, read_statement, statement_text
 
 RELEASE_TAG = "fedlora-release-1"
 RELEASE_MANIFEST_TAG = (
@@ -45,9 +51,9 @@ REPORT_TAG = "fedlora-node-report-1"
 VERSION = 1
 INDEX, MANIFEST, MEMBERS, CARD = "release.json", "manifest.json", "members.json", "README.md"
 FIGURES = "figures.json"
+SHARED = ("pooling", "pooled_layers", "head_hidden", "head_scale", "rank", "alpha", "layers", "variant")
 ADAPTER, STATEMENTS, REPORTS = "adapter", "statements", "reports"
 MAX_FILES = 10_000
-SAME = 1e-6  # relative: the last bits of an ε differ between machines
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class Institution:
     """A member that took part, as it was enrolled."""
 
     organisation: str
-    identity: PublicIdentity
+    identity: PublicIdentity  # whose signature its statement has
+    others: tuple[PublicIdentity, ...] = ()  # its keys before and after: a later report has a later one
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class Release:
     manifest: RunManifest
     institutions: Mapping[str, Institution]
     statements: Mapping[str, bytes]
+    adapter: str  # digest of the state that the run committed last
     figures: Mapping[str, Any] = field(default_factory=dict)  # of summary.json; what a card shows of them
     reports: Mapping[str, str] = field(default_factory=dict)  # sealed texts of `fedlora-node report`
 
@@ -81,6 +89,11 @@ def export(folder: Path, coordinator: Identity, release: Release, adapter: Path)
         scratch.mkdir(parents=True)
         _fill(scratch, coordinator, release, adapter)
         checked = verify(scratch, coordinator.public)  # nothing is handed out that nobody could verify
+        found = _read_adapter(scratch)[1].digest
+        if found != release.adapter:
+            raise Refused(
+                f"{adapter}: found adapter {found}, expected {release.adapter}, which the run committed"
+            )
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -100,11 +113,12 @@ def verify(folder: Path, key: PublicIdentity | None = None) -> list[str]:
     statements = _statements(folder, manifest, institutions, expected)
     reports = _reports(folder, institutions, expected)
     _check_card(folder, manifest, institutions, statements)
-    _check_adapter(folder, manifest)
+    adapter = _check_adapter(folder, manifest)
     largest = max((statement.epsilon for statement in statements.values()), default=0.0)
     checked = [
         f"files        {len(expected)} as they were signed, none added, none missing",
         f"manifest     {manifest.digest} of {manifest.federation}, {manifest.rounds} rounds",
+        f"adapter      {adapter}, of the network in the manifest",
         f"statements   {len(statements)}, each signed by its institution; ε at most {shown_epsilon(largest)}",
         *([f"reports      {len(reports)}, each signed by its institution"] if reports else []),
         f"signed by    {signer.fingerprint}",
@@ -128,7 +142,11 @@ def _fill(folder: Path, coordinator: Identity, release: Release, adapter: Path) 
     for name, text in release.reports.items():
         _write(folder / REPORTS / f"{name}.json", text)
     members = {
-        name: {"organisation": each.organisation, "identity": each.identity.text}
+        name: {
+            "organisation": each.organisation,
+            "identity": each.identity.text,
+            "others": [key.text for key in each.others],
+        }
         for name, each in release.institutions.items()
     }
     body = {"version": VERSION, "institutions": members}
@@ -137,7 +155,7 @@ def _fill(folder: Path, coordinator: Identity, release: Release, adapter: Path) 
     figures = shown_figures(release.figures)
     _write(folder / FIGURES, json.dumps(figures, indent=1, sort_keys=True) + "\n")
     _write(folder / CARD, _card(manifest, release.institutions, statements, figures))
-    files = {name: _digest(folder / name) for name in _files(folder)}
+    files = {name: _digest(folder, name) for name in _files(folder)}
     _write(folder / INDEX, seal(coordinator, RELEASE_TAG, {"version": VERSION, "files": files}))
 
 
@@ -160,7 +178,7 @@ def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
     for name, digest in sorted(expected.items()):
         if name not in found:
             raise Refused(f"{name}: missing, expected the file that was released")
-        if _digest(folder / name) != digest:
+        if _digest(folder, name) != digest:
             raise Refused(f"{name}: found other bytes than were released")
     for place, folders, files in os.walk(folder):
         if not folders and not files:
@@ -172,13 +190,17 @@ def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
 def _files(folder: Path) -> set[str]:
     """Every file but the index, by path; Refused where something is neither a file nor a folder of files."""
     found: set[str] = set()
-    for place, folders, files in os.walk(folder):
+
+    def unlisted(error: OSError) -> None:
+        shown = Path(error.filename).relative_to(folder).as_posix()
+        raise Refused(f"{shown}: can't be listed ({error.strerror}), expected a folder of the release")
+
+    for place, folders, files in os.walk(folder, onerror=unlisted):
         for name in (*folders, *files):
             path = Path(place) / name
-            shown, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise Refused(f"{shown}: found a link or a device, expected plain files")
-            if stat.S_ISREG(mode):
+            shown = path.relative_to(folder).as_posix()
+            if not stat.S_ISDIR(path.lstat().st_mode):
+                _check_plain(path, shown)
                 found.add(shown)
         if len(found) > MAX_FILES:
             raise Refused(f"{folder}: found more than {MAX_FILES} files")
@@ -191,11 +213,17 @@ def _institutions(body: Mapping[str, Any]) -> dict[str, Institution]:
         raise BadInput(f"{MEMBERS}: found another table than version {VERSION} of an export")
     found = {}
     for name, row in rows.items():
-        if not isinstance(row, dict) or set(row) != {"organisation", "identity"}:
-            raise BadInput(f"{MEMBERS} {name}: expected organisation and identity")
-        identity = PublicIdentity.from_text(str(row["identity"]), f"{MEMBERS} {name} identity")
-        found[name] = Institution(str(row["organisation"]), identity)
-    if len({each.identity for each in found.values()}) != len(found):
+        if not isinstance(row, dict) or set(row) != {"organisation", "identity", "others"}:
+            raise BadInput(f"{MEMBERS} {name}: expected organisation, identity and others")
+        if not isinstance(row["others"], list):
+            raise BadInput(f"{MEMBERS} {name} others: expected a list of keys")
+        first, *others = (
+            PublicIdentity.from_text(str(key), f"{MEMBERS} {name} identity")
+            for key in (row["identity"], *row["others"])
+        )
+        found[name] = Institution(str(row["organisation"]), first, tuple(others))
+    keys = [key for each in found.values() for key in (each.identity, *each.others)]
+    if len(set(keys)) != len(keys):
         raise Refused(f"{MEMBERS}: found one key for two institutions")
     return found
 
@@ -227,12 +255,8 @@ def _consent(data: bytes, name: str, manifest: RunManifest, keys: Mapping[str, P
         raise Refused(f"{where}: found no consent of {name}")
     if reply.manifest != manifest.digest:
         raise Refused(f"{where}: found a statement about {reply.manifest}, expected {manifest.digest}")
-    if manifest.mode != "none":
-        cost = charged_epsilon(manifest)
-        if not (reply.epsilon >= cost * (1 - SAME) and reply.delta >= manifest.delta * (1 - SAME)):
-            raise Refused(
-                f"{where} epsilon: found {reply.epsilon:g}, expected at least {cost:g}: its schedule's"
-            )
+    if faults := consent_faults(reply, manifest):
+        raise Refused(f"{where} {'; '.join(faults)}")
     return reply
 
 
@@ -242,7 +266,9 @@ def _reports(folder: Path, institutions: Mapping[str, Institution], files: Mappi
         name = where.removeprefix(f"{REPORTS}/").removesuffix(".json")
         if name not in institutions:
             raise Refused(f"{where}: found a report of nobody who took part")
-        unseal(_text(folder, where), REPORT_TAG, where, institutions[name].identity)
+        signer, who = unseal(_text(folder, where), REPORT_TAG, where).signer, institutions[name]
+        if signer not in (who.identity, *who.others):
+            raise Refused(f"{where}: found the key {signer.text}, expected one of {name}'s")
     return found
 
 
@@ -273,16 +299,33 @@ def _card(
     return model_card(manifest, organisations, dict(sorted(statements.items())), figures)
 
 
-def _check_adapter(folder: Path, manifest: RunManifest) -> None:
-    where = f"{ADAPTER}/fedlora.json"
-    if not (folder / where).is_file():
-        return
+def _check_adapter(folder: Path, manifest: RunManifest) -> str:
+    """The adapter's digest, computed from its tensors; Refused where it is another one than the manifest's run makes."""
+    if other := sorted({path.name for path in (folder / ADAPTER).iterdir()} - set(ADAPTER_FILES)):
+        raise Refused(f"{ADAPTER}/{other[0]}: found a file that no adapter has")
+    description, state = _read_adapter(folder)
+    network = manifest.network
+    for name, found, expected in (
+        ("spec_digest", state.spec.digest, manifest.spec_digest),
+        ("base_digest", description.base_digest, manifest.base_digest),
+        ("projection_digest", description.projection_digest, manifest.projection_digest),
+        ("task", description.task, manifest.task),
+        ("labels", description.labels, manifest.labels),
+        ("max_length", description.max_length, manifest.max_length),
+        ("seed", description.seed, manifest.seed),
+        ("targets", description.targets, tuple(sorted(network.targets))),
+        *((name, getattr(description, name), getattr(network, name)) for name in SHARED),
+    ):
+        if found != expected:
+            raise Refused(f"{ADAPTER} {name}: found {str(found)[:80]}, expected {str(expected)[:80]}")
+    return state.digest
+
+
+def _read_adapter(folder: Path) -> tuple[Description, AdapterState]:
     try:
-        found = json.loads(_text(folder, where))["base_digest"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BadInput(f"{where}: found no description of an adapter") from error
-    if found != manifest.base_digest:
-        raise Refused(f"{where} base_digest: found {str(found)[:80]}, expected {manifest.base_digest}")
+        return read_released(folder / ADAPTER)
+    except BadInput as error:
+        raise Refused(str(error).replace(f"{folder}/", "")) from error
 
 
 def _sealed(folder: Path, name: str, tag: str, expected: PublicIdentity | None) -> Sealed:
@@ -297,8 +340,7 @@ def _text(folder: Path, name: str) -> str:
     limit = MAX_MESSAGE_BYTES if name == MANIFEST else MAX_TEXT_BYTES
     path = folder / name
     try:
-        if path.is_symlink():
-            raise Refused(f"{name}: found a link or a device, expected plain files")
+        _check_plain(path, name)
         with path.open("rb") as stream:
             data = stream.read(limit + 1)
         if len(data) > limit:
@@ -310,9 +352,18 @@ def _text(folder: Path, name: str) -> str:
         raise BadInput(f"{name}: found bytes that are not UTF-8") from error
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+def _check_plain(path: Path, name: str) -> None:
+    """Refused before it is opened: a pipe would never answer, and a link leads elsewhere."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise Refused(f"{name}: found a link or a device, expected plain files")
+
+
+def _digest(folder: Path, name: str) -> str:
+    try:
+        with (folder / name).open("rb") as stream:
+            return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise Refused(f"{name}: can't be read ({error.strerror}), expected what was released") from error
 
 
 def _write(path: Path, text: str) -> None:

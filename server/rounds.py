@@ -25,7 +25,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
+from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused, Spent
 from fedlora.common.messages import RoundPlan, RunManifest, Update
 from fedlora.common.randomness import Random, bernoulli
 from fedlora.common.state import AdapterState
@@ -131,7 +131,8 @@ def run_rounds(
 ) -> Progress:
     """From the last committed round to the last one, or until patience ends. `strategies` has one a phase.
 
-    Raises QuorumLost or Refused when attempts are spent; the checkpoint then holds the last adapter.
+    Raises Spent when a phase's attempts are, Refused where a refusal makes asking vain, QuorumLost where a run without
+    privacy has tried as often as it was planned to; the checkpoint then holds the last adapter.
     """
     manifest, progress = checkpoint.manifest, checkpoint.load()
     while progress.round < manifest.rounds and not _patience_is_over(manifest, progress, rules):
@@ -167,6 +168,8 @@ def _ask(
         if answer.replies >= replies_needed(answer.asked, rules.quorum, rules.minimum):
             return plan, answer
         lost = _lost(plan, answer, rules)
+        if reason := checkpoint.spent(phase):
+            raise Spent(f"{reason} ({lost})") from lost
         if isinstance(lost, Refused) or checkpoint.attempts_begun(phase) >= manifest.phases[phase].attempts:
             raise lost
         log.warning("%s; the next attempt begins", lost)

@@ -1,6 +1,6 @@
 """A finished run's folder as a release: what the round loop left there, and the members as they were enrolled.
 
-checkpoint/manifest.json   the run's manifest
+checkpoint/                the run's manifest, and the state that it committed last
 consents/NAME.reply        the exact bytes that NAME signed
 summary.json, adapter/     figures and the adapter, written when the run ended
 """
@@ -14,16 +14,19 @@ from typing import Any
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import PublicIdentity
-from fedlora.common.messages import RunManifest
 from fedlora.common.protocol import Consent, reply_from_bytes
+from fedlora.common.released import read_spec
+from fedlora.server.checkpoint import Checkpoint
 from fedlora.server.directory import Directory
+from fedlora.server.registry import REVOKED
 from fedlora.server.release import Institution, Release, export
 
 
 def export_run(directory: Directory, run: Path, target: Path, reports: Path | None = None) -> list[str]:
     """Release the finished run in the folder `run`; `reports` holds NAME.json of `fedlora-node report`, if any."""
-    summary = _summary(run)
-    manifest = RunManifest.from_bytes(_bytes(run / "checkpoint" / "manifest.json"))
+    summary = read_summary(run)
+    checkpoint = Checkpoint.open(run / "checkpoint", read_spec(run / "adapter"))
+    manifest = checkpoint.manifest
     paths = sorted((run / "consents").glob("*.reply"))
     statements = {path.stem: path.read_bytes() for path in paths}
     release = Release(
@@ -33,6 +36,7 @@ def export_run(directory: Directory, run: Path, target: Path, reports: Path | No
             for name, data in statements.items()
         },
         statements=statements,
+        adapter=checkpoint.load().released.digest,
         figures=summary,
         reports=_reports(reports),
     )
@@ -73,7 +77,8 @@ def _institution(directory: Directory, name: str, signed: bytes, federation: str
     known = [member for member in directory.registry.members() if member.name == name]
     for member in reversed(known):
         if _signed_by(signed, federation, name, member.identity):
-            return Institution(member.organisation, member.identity)
+            others = [each.identity for each in known if each is not member and each.reason != REVOKED]
+            return Institution(member.organisation, member.identity, tuple(others))
     raise BadInput(f"consents/{name}.reply: found a signature of no key that {name} was enrolled with")
 
 
@@ -84,7 +89,8 @@ def _signed_by(data: bytes, federation: str, name: str, identity: PublicIdentity
         return False
 
 
-def _summary(run: Path) -> dict[str, Any]:
+def read_summary(run: Path) -> dict[str, Any]:
+    """What a run that ended left; BadInput where there is none."""
     path = run / "summary.json"
     if not path.is_file():
         raise BadInput(f"{path}: missing, expected a run that ended; see fedlora-server status")

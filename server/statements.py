@@ -8,9 +8,14 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fedlora.common.errors import BadInput
+from fedlora.common.messages import RunManifest
+from fedlora.common.privacy import charged_epsilon
 from fedlora.common.protocol import Consent
+
+SAME = 1e-6  # relative: the last bits of an ε differ between machines
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,26 @@ class Statement:
 
     signed: bytes
     text: str
+
+
+def consent_faults(consent: Consent, manifest: RunManifest) -> list[str]:
+    """Why it states another ε or δ than the schedule costs, if it does.
+
+    What is released states the largest ε: one that understates makes it promise too much, and one that overstates
+    makes an institution's word the headline of all.
+    """
+    epsilon, delta = schedule_cost(manifest)
+    return [
+        f"{name}: found {found:g}, expected {cost:g}, what the schedule costs"
+        for name, found, cost in (("epsilon", consent.epsilon, epsilon), ("delta", consent.delta, delta))
+        if not cost * (1 - SAME) <= found <= cost * (1 + SAME)
+    ]
+
+
+@lru_cache(maxsize=8)
+def schedule_cost(manifest: RunManifest) -> tuple[float, float]:
+    """(ε, δ) that an institution reserves."""
+    return (0.0, 0.0) if manifest.mode == "none" else (charged_epsilon(manifest), manifest.delta)
 
 
 def statement_text(consent: Consent, signed: bytes) -> str:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.protocol import Consent, reply_from_bytes
 from fedlora.common.statement import shown_epsilon
+from fedlora.server.checkpoint import standing
 from fedlora.server.directory import Directory
-from fedlora.server.outcome import OUTCOME
+from fedlora.server.outcome import OUTCOME, is_held
+from fedlora.server.registry import Member
 
 LAST = 8  # rounds shown
 LOOK = 1.0  # seconds
@@ -38,50 +43,72 @@ def show(directory: Directory, console: Console, follow: bool) -> None:
 
 
 def _view(directory: Directory, folder: Path) -> Group:
-    return Group(_state(folder), _members(directory, folder), _rounds(folder))
+    where = Text(f"{directory.settings.federation}, run {folder.name}: {_progress(folder)}")
+    return Group(where, Text(_state(directory, folder)), _members(directory, folder), _rounds(folder))
 
 
-def _state(folder: Path) -> str:
+def _progress(folder: Path) -> str:
+    found = standing(folder / "checkpoint")
+    if found is None:
+        return "not begun"
+    attempts = sum(phase.attempts for phase in found.manifest.phases)
+    return f"round {found.round} of {found.manifest.rounds}, {sum(found.begun)} of {attempts} attempts used"
+
+
+def _state(directory: Directory, folder: Path) -> str:
+    if is_held(folder):
+        return "running"
     path = folder / OUTCOME
     if not path.exists():
-        return f"run {folder.name}: under way, or stopped without a word"
-    outcome = json.loads(path.read_text())
-    return f"run {folder.name}: " + (
-        "done" if not outcome["code"] else f"ended with {outcome['code']}: {outcome['message']}"
-    )
+        return f"stopped; fedlora-server resume --dir {directory.root}"
+    try:
+        outcome = json.loads(path.read_bytes())
+        code, message = int(outcome["code"]), str(outcome["message"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: found no outcome of a run") from error
+    return f"ended with {code}: {message}" if code else "done"
 
 
 def _members(directory: Directory, folder: Path) -> Table:
     table = Table("member", "state", "ε stated", "last round", "last failure", box=None)
     lines = _lines(folder)
-    for each in directory.registry.members():
+    for name, entries in _by_name(directory).items():
         failed = [
-            (line["round"], reason)
-            for line in lines
-            for name, reason in line["failures"]
-            if name == each.name
+            (line["round"], reason) for line in lines for who, reason in line["failures"] if who == name
         ]
-        state = each.reason if each.ended else "member"
-        epsilon = _stated(directory, folder, each.name)
+        epsilon = _stated(directory, folder, name, entries)
         answered = [
-            line["round"] for line in lines if epsilon and all(n != each.name for n, _ in line["failures"])
+            line["round"] for line in lines if epsilon and all(who != name for who, _ in line["failures"])
         ]
+        declined = folder / "consents" / f"{name}.declined"
         last = f"{failed[-1][0]}: {failed[-1][1]}" if failed else ""
-        table.add_row(each.name, state, epsilon, str(answered[-1]) if answered else "", last[:60])
+        last = f"declines: {declined.read_text()}" if declined.is_file() else last
+        state = entries[-1].reason or "member"
+        cells = (name, state, epsilon, str(answered[-1]) if answered else "", last)
+        table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
-def _stated(directory: Directory, folder: Path, name: str) -> str:
+def _by_name(directory: Directory) -> dict[str, list[Member]]:
+    """Each institution once, with all its keys, the one that counts now last."""
+    found: dict[str, list[Member]] = {}
+    for member in sorted(directory.registry.members(), key=lambda each: each.active):
+        found.setdefault(member.name, []).append(member)
+    return found
+
+
+def _stated(directory: Directory, folder: Path, name: str, entries: Sequence[Member]) -> str:
     """What this member's signed consent says it reserved; "" where it has not consented."""
     path = folder / "consents" / f"{name}.reply"
     if not path.exists():
         return ""
-    members = directory.registry.active()
-    try:
-        reply = reply_from_bytes(path.read_bytes(), directory.settings.federation, members)
-    except FedloraError:
-        return "not signed"
-    return shown_epsilon(reply.epsilon) if isinstance(reply, Consent) else ""
+    for member in entries:  # a consent stays what an earlier key signed
+        with suppress(FedloraError):
+            reply = reply_from_bytes(
+                path.read_bytes(), directory.settings.federation, {name: member.identity}
+            )
+            return shown_epsilon(reply.epsilon) if isinstance(reply, Consent) else ""
+    return "not signed"
 
 
 def _rounds(folder: Path) -> Table:

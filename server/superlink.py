@@ -37,6 +37,7 @@ QUIET = {
 CONNECTION = "coordinator"  # Flower's name for its own SuperLink
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
+FLWR_SECONDS = 120.0
 
 BUNDLE = """\
 # The bundle that `fedlora-server run` hands to SuperLink. It carries no code: both components are installed.
@@ -152,7 +153,7 @@ class SuperLink:
 
     def stop_run(self, run: str) -> None:
         with suppress(FedloraError):
-            self._flwr("stop", run, CONNECTION)
+            self._flwr("stop", run, CONNECTION, seconds=STOP_SECONDS)
 
     def stop(self) -> None:
         """End what was started here, the last first."""
@@ -203,12 +204,15 @@ class SuperLink:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         return {**os.environ, **QUIET, "PATH": path, "FLWR_HOME": str(self.files.state)}
 
-    def _flwr(self, *arguments: str) -> dict[str, Any]:
+    def _flwr(self, *arguments: str, seconds: float = FLWR_SECONDS) -> dict[str, Any]:
         """Flower's command line, asked for JSON; FedloraError with its own words where it fails."""
         command = [_installed("flwr"), *arguments, "--format", "json"]
-        done = subprocess.run(  # noqa: S603
-            command, env=self._environment(), capture_output=True, text=True, timeout=120, check=False
-        )
+        try:
+            done = subprocess.run(  # noqa: S603
+                command, env=self._environment(), capture_output=True, text=True, timeout=seconds, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise FedloraError(f"flwr {arguments[0]}: found no answer within {seconds:g} s") from error
         start = done.stdout.find("{")
         try:
             found: dict[str, Any] = json.loads(done.stdout[start:])

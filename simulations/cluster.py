@@ -61,7 +61,7 @@ from fedlora.server.app import (
     enrol,
 )
 from fedlora.server.checkpoint import Progress
-from fedlora.server.conduct import Observe
+from fedlora.server.conduct import Observe, has_result, to_its_end
 from fedlora.server.rounds import Cohort, replies_needed
 from fedlora.server.secure_cohort import SecureCohort
 from fedlora.server.secure_log import note_in
@@ -94,9 +94,13 @@ def serve(grid: Grid, context: Context) -> None:
     config = _config(name, shlex.split(str(settings["set"])), folder)
     paths = Paths.of(folder, Path(ledger) if ledger else None)
     run = begin(config, paths, settings["resume"] is True, engine="ray")
-    summary = finish(run, train(run, _cohort(grid, run, Clock()), _print_round), synthetic=name == QUICKSTART)
-    print(f"report  {write_report(folder)}", flush=True)
-    print(f"adapter {summary['adapter_digest']}", flush=True)
+    done, ended = to_its_end(run.checkpoint, lambda: train(run, _cohort(grid, run, Clock()), _print_round))
+    if has_result(done, ended):
+        summary = finish(run, done, synthetic=name == QUICKSTART, ended=str(ended or ""))
+        print(f"report  {write_report(folder)}", flush=True)
+        print(f"adapter {summary['adapter_digest']}", flush=True)
+    if ended is not None:
+        raise ended
 
 
 @client_app.query()

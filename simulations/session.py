@@ -10,10 +10,10 @@ from rich.console import Console
 
 from fedlora.common.compute import threads as with_threads
 from fedlora.common.config import Config
-from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
+from fedlora.common.errors import BadInput
 from fedlora.common.features import PooledTexts
 from fedlora.server.checkpoint import Progress
-from fedlora.server.conduct import Observe
+from fedlora.server.conduct import Observe, has_result, to_its_end
 from fedlora.simulations.progress import run_progress
 from fedlora.simulations.report import write_report
 from fedlora.simulations.run import Paths, Run, begin, finish, sequential, train
@@ -42,8 +42,8 @@ def run_to_report(
     with with_threads(threads), run_progress(console, config.federation.rounds) as progress:
         run = begin(config, paths, resume, engine, progress.features, torch_device(device), texts)
         progress.expect_features(run.federation.feature_records)
-        done, ended = _trained(run, engine, progress.round)
-        if ended is None or done.round:
+        done, ended = to_its_end(run.checkpoint, lambda: _trained(run, engine, progress.round))
+        if has_result(done, ended):
             summary = finish(run, done, synthetic, str(ended or ""))
             write_report(paths.folder)
     if ended is not None:
@@ -51,16 +51,12 @@ def run_to_report(
     return summary
 
 
-def _trained(run: Run, engine: str, observe: Observe) -> tuple[Progress, FedloraError | None]:
-    """Where the run got to, and what it ended with: attempts that are spent leave the last adapter."""
-    try:
-        if engine == "ray":
-            from fedlora.simulations.cluster import train_on_ray
+def _trained(run: Run, engine: str, observe: Observe) -> Progress:
+    if engine == "ray":
+        from fedlora.simulations.cluster import train_on_ray
 
-            return train_on_ray(run, observe), None
-        return train(run, sequential(run), observe), None
-    except (Refused, QuorumLost) as error:
-        return run.checkpoint.load(), error
+        return train_on_ray(run, observe)
+    return train(run, sequential(run), observe)
 
 
 def torch_device(name: str) -> torch.device:

@@ -127,7 +127,7 @@ def test_the_next_round_counts_the_new_key_and_the_old_one_no_more(federation: F
     new = Identity.load(federation.root / "north" / "identity.pem").public
     assert "rotation.json" in out and new.fingerprint in out and "restart the trainer" in out
     assert attempt(cohort, 2).replies == 3  # the coordinator has not taken it: the old key counts still
-    assert new.fingerprint in federation.ok("fedlora-server", "rotate", "north/rotation.json")
+    assert new.fingerprint in federation.ok("fedlora-server", "rotate", "north/rotation.json", "--yes")
     assert "did not make" in reasons(attempt(cohort, 3))["north"]  # whoever still signs with the old key
     federation.restart("north")
     assert attempt(cohort, 4).replies == 3
@@ -159,7 +159,7 @@ def test_rotations_that_the_old_key_did_not_sign_are_refused(federation: Federat
     for signer in ("coordinator/keys/coordinator.pem", "south/identity.pem"):
         text = rotation_to_text(Identity.load(federation.root / signer), request(new, "north", "The north"))
         path.write_text(text)
-        code, _, err = federation.command("fedlora-server", "rotate", "forged.json")
+        code, _, err = federation.command("fedlora-server", "rotate", "forged.json", "--yes")
         assert (code, len(err.splitlines())) == (3, 1) and "expected ed25519:" in err, err
     assert Directory.open(federation.root / "coordinator").registry.active() == before
 
@@ -169,11 +169,11 @@ def test_two_rotations_in_a_row_are_taken_in_their_order(federation: Federation)
     for path in federation.root.glob("north/identity-*.pem"):
         path.rename(path.with_name("identity-earlier.pem"))  # both within one second
     rotate(federation, "north")
-    code, _, err = federation.command("fedlora-server", "rotate", "north/rotation.json")
+    code, _, err = federation.command("fedlora-server", "rotate", "north/rotation.json", "--yes")
     assert code == 3 and "found the signature" in err
     (earlier,) = federation.root.glob("north/rotation-*.json")
-    federation.ok("fedlora-server", "rotate", str(earlier))
-    federation.ok("fedlora-server", "rotate", "north/rotation.json")
+    federation.ok("fedlora-server", "rotate", str(earlier), "--yes")
+    federation.ok("fedlora-server", "rotate", "north/rotation.json", "--yes")
     federation.restart("north")
     assert attempt(federation.cohort(), 1).replies == 3
 

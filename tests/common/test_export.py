@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from fedlora.common.base import base_digest, check_base
@@ -17,6 +20,8 @@ from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.export import export_adapter, load_adapter
 from fedlora.common.model import build_model
+from fedlora.common.projection import PROJECTION
+from fedlora.common.released import FILES, read_released
 from fedlora.common.tasks import SequenceClassification
 
 LABELS = ("a", "b")
@@ -73,6 +78,37 @@ def test_a_changed_adapter_is_refused_on_one_line(
     with pytest.raises(BadInput) as caught:
         load_adapter(target)
     assert all("\n" not in fault and str(target) in fault for fault in caught.value.faults)
+
+
+def test_what_is_exported_reads_without_the_network_and_names_no_folder_of_this_machine(
+    exported: Path, tiny_bert: Path
+) -> None:
+    description, state = read_released(exported)
+    assert state.digest == description.adapter_digest
+    assert sorted(path.name for path in exported.iterdir()) == sorted(set(FILES) - {PROJECTION})
+    assert str(tiny_bert) not in (exported / "adapter_config.json").read_text()
+    network = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(tiny_bert), exported)
+    assert any(".lora_B." in name for name, _ in network.named_parameters())
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_a_changed_adapter_is_refused_without_the_network(
+    exported: Path, tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    target = tmp_path / "adapter"
+    shutil.copytree(exported, target)
+    change(target)
+    with pytest.raises(BadInput, match=re.escape(str(target))):
+        read_released(target)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[[1, [2]]]", '[["a", [-1]]]', '[["a"]]', "[" * 10**5])
+def test_a_changed_spec_is_refused(exported: Path, tmp_path: Path, text: str) -> None:
+    target = tmp_path / "adapter"
+    shutil.copytree(exported, target)
+    (target / "spec.json").write_text(text)
+    with pytest.raises(BadInput, match=re.escape(str(target))):
+        read_released(target)
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.identity import Identity
 from fedlora.common.messages import Network, Phase, RunManifest
+from fedlora.common.privacy import charged_epsilon
 from fedlora.common.protocol import Consent, reply_to_bytes
+from fedlora.common.released import Description, write_description
 from fedlora.common.sealed import seal
+from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
+from fedlora.server.checkpoint import Checkpoint, Progress
 from fedlora.server.directory import Directory
 from fedlora.server.release import REPORT_TAG, Institution, Release, export
 
 BASE = "sha256:" + "1" * 64
+SPEC = AdapterSpec((TensorSpec("base.query.lora_A.weight", (2, 4)), TensorSpec("head.weight", (2, 4))))
+STATE = AdapterState(SPEC, np.linspace(-1, 1, SPEC.size, dtype=np.float32))
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ def manifest(mode: str = "record", run: str = "r1") -> RunManifest:
         task="sequence-classification",
         labels=("card", "loan"),
         base_digest=BASE,
-        spec_digest="sha256:" + "2" * 64,
+        spec_digest=SPEC.digest,
         projection_digest="",
         max_length=64,
         mode=mode,
@@ -52,8 +62,15 @@ def manifest(mode: str = "record", run: str = "r1") -> RunManifest:
     )
 
 
-def consent(who: Identity, name: str, of: RunManifest, epsilon: float = 2.9981) -> bytes:
-    statement = Consent(name, of.digest, "sha256:" + "3" * 64, epsilon, of.delta)
+@cache
+def cost(of: RunManifest) -> float:
+    return charged_epsilon(of) if of.mode != "none" else 0.0
+
+
+def consent(who: Identity, name: str, of: RunManifest, epsilon: float | None = None) -> bytes:
+    """What `name` signs: by default at what the schedule costs."""
+    spent = cost(of) if epsilon is None else epsilon
+    statement = Consent(name, of.digest, "sha256:" + "3" * 64, spent, of.delta)
     return reply_to_bytes(who, of.federation, statement)
 
 
@@ -63,16 +80,33 @@ def release(of: Party, run: RunManifest | None = None) -> Release:
         manifest=found,
         institutions={n: Institution(f"{n} | <b>clinic</b>", each.public) for n, each in of.members.items()},
         statements={name: consent(each, name, found) for name, each in of.members.items()},
+        adapter=STATE.digest,
         figures={"accuracy": 0.8123, "rounds": 3},
         reports={"north": seal(of.members["north"], REPORT_TAG, {"institution": "north"})},
     )
 
 
-def adapter(folder: Path, base: str = BASE) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text("{}\n")
-    (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 8)
-    (folder / "fedlora.json").write_text(json.dumps({"base_digest": base}))
+def described(run: RunManifest, state: AdapterState = STATE) -> Description:
+    names = {"task", "labels", "base_digest", "max_length", "projection_digest", "seed"}
+    own = {name: getattr(run, name) for name in names}
+    shared = {
+        f.name: getattr(run.network, f.name) for f in fields(Network) if f.name in Description.__annotations__
+    }
+    targets = tuple(sorted(run.network.targets))
+    return Description(**(own | shared | {"base": "b", "adapter_digest": state.digest, "targets": targets}))
+
+
+def adapter(folder: Path, base: str = BASE, state: AdapterState = STATE, **changes: object) -> Path:
+    """The files that `export_adapter` writes, for a network of two tensors; `changes` are to its description."""
+    folder.mkdir(parents=True, exist_ok=True)
+    description = replace(described(manifest(), state), base_digest=base, **changes)  # type: ignore[arg-type]
+    config = {"peft_type": "LORA", "r": description.rank, "lora_alpha": description.alpha}
+    config |= {"target_modules": description.targets, "layers_to_transform": description.layers}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    for name, part in (("adapter_model", "base."), ("head", "head.")):
+        named = {key: np.array(value) for key, value in state.named().items() if key.startswith(part)}
+        save_file(named, folder / f"{name}.safetensors")
+    write_description(folder, description, state.spec)
     return folder
 
 
@@ -84,8 +118,7 @@ def exported(folder: Path, of: Party) -> Path:
 def finished_run(directory: Directory, members: Mapping[str, Identity]) -> None:
     """What the round loop leaves."""
     run, found = directory.new_run(), manifest()
-    (run / "checkpoint").mkdir()
-    (run / "checkpoint" / "manifest.json").write_bytes(found.to_bytes())
+    Checkpoint.create(run / "checkpoint", found, AdapterState.zeros(SPEC)).commit(Progress(3, STATE, STATE))
     (run / "consents").mkdir()
     for name, identity in members.items():
         (run / "consents" / f"{name}.reply").write_bytes(consent(identity, name, found))

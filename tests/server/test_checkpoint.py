@@ -126,6 +126,34 @@ def test_a_folder_holds_one_run(run: Run, tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / "nothing", SPEC)
 
 
+@pytest.mark.parametrize(
+    "name", ["extra", ".hidden", "state-2.safetensors.bak", "progress.json.1", "state-x.safetensors"]
+)
+def test_an_added_file_is_refused(run: Run, name: str) -> None:
+    (run.folder / name).write_text("x")
+    with pytest.raises(BadInput, match=f"{name}: found what no run writes"):
+        Checkpoint.open(run.folder, SPEC)
+
+
+def test_a_folder_or_a_link_is_none_of_its_files(run: Run) -> None:
+    other = run.folder / "state-1.safetensors"
+    other.mkdir()
+    with pytest.raises(BadInput, match=r"state-1\.safetensors: found what no run writes"):
+        Checkpoint.open(run.folder, SPEC)
+    other.rmdir()
+    other.symlink_to(run.folder / "state-2.safetensors")
+    with pytest.raises(BadInput, match=r"state-1\.safetensors: found what no run writes"):
+        Checkpoint.open(run.folder, SPEC)
+
+
+def test_what_a_kill_left_half_written_is_borne_and_goes_with_the_next_round(run: Run) -> None:
+    for name in (".state-3.safetensors.77", ".progress.json.77", ".attempts.json.77", "state-1.safetensors"):
+        (run.folder / name).write_text("half")
+    checkpoint = Checkpoint.open(run.folder, SPEC)
+    checkpoint.commit(checkpoint.load())
+    assert {path.name for path in run.folder.iterdir()} == set(FILES)
+
+
 def test_an_older_round_s_files_do_not_pile_up(run: Run) -> None:
     assert {path.name for path in run.folder.iterdir()} == set(FILES)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlora.common.errors import QuorumLost, Refused
+from fedlora.common.errors import Refused, Spent
+from fedlora.common.files import write_atomically
 from fedlora.common.identity import Identity, PublicIdentity, Signed
-from fedlora.common.messages import RoundPlan, RunManifest
+from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms
 from fedlora.common.privacy import stated_epsilon
 from fedlora.common.protocol import (
     MANIFEST_TAG,
@@ -26,10 +27,11 @@ from fedlora.common.protocol import (
     reply_to_bytes,
     request_from_bytes,
 )
+from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.server.checkpoint import Checkpoint
-from fedlora.server.deployment import ClearCohort
-from fedlora.server.participants import Coordinator, Participants
-from fedlora.server.rounds import Failure, Rules, run_rounds
+from fedlora.server.deployment import ClearCohort, MaskedCohort
+from fedlora.server.participants import WAITING, Coordinator, Participants
+from fedlora.server.rounds import CohortSum, Failure, Rules, run_rounds
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 from tests.server.fakes import SPEC, START, manifest_of
 
@@ -53,8 +55,12 @@ class Node:
             digest = RunManifest.from_bytes(body).digest
             if self.habit == "declines":
                 return self._signed(Decline(self.name, digest, 0, 0, "budget spent", True))
-            epsilon = {"understates": 0.01, "exceeds": 10**400}.get(self.habit, COST)
-            return self._signed(Consent(self.name, digest, "sha256:p", epsilon, 1e-5))
+            epsilon = {"understates": 0.01, "overstates": 1.7e308, "a little more": COST * 1.001}.get(
+                self.habit, COST
+            )
+            epsilon = 10**400 if self.habit == "exceeds" else epsilon
+            delta = 2e-5 if self.habit == "another delta" else 1e-5
+            return self._signed(Consent(self.name, digest, "sha256:p", epsilon, delta))
         assert isinstance(request, Task)
         plan = RoundPlan.from_bytes(request.plan.opened(PLAN_TAG, self.coordinator))
         return self._update(plan)
@@ -67,6 +73,8 @@ class Node:
             vector[0] = np.nan
         if self.habit == "huge":
             vector *= 1e9
+        if self.habit == "head alone":
+            vector[~SPEC.head_mask()] = 0
         if self.habit == "short":
             vector = vector[:-1]
         answer = Answer(self.name, plan.manifest, plan.round, plan.attempt, vector.tobytes())
@@ -188,6 +196,32 @@ def test_what_does_not_count_is_its_senders_failure(world: World, habit: str, re
     assert reason in found.failures[0].reason
 
 
+def test_a_head_phase_moves_the_head_alone(world: World) -> None:
+    """Who moves LoRA in it is a failure; who leaves it alone counts."""
+    run = replace(manifest(), phases=(replace(manifest().phases[0], name="head"),))
+    for name in ("east", "south"):
+        world.nodes[name].habit = "head alone"
+    found = world.cohort(run).total(plan_of(run), START)
+    assert found.replies == 2 and found.total.tolist() == [0, 0, 0, 0, 2, 2, 2]
+    assert [failure.client for failure in found.failures] == ["north"]
+    assert "phase head leaves alone" in found.failures[0].reason
+
+
+def test_under_masks_a_head_phase_s_sum_is_of_the_head_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can tell who moved the rest."""
+    terms = SecureTerms(THRESHOLD_RULE, 0, 1, 32, 1 << 16, (1.0,))
+    run = replace(
+        manifest(), minimum_cohort=3, secure=terms, phases=(replace(manifest().phases[0], name="head"),)
+    )
+    world.cohort(run)
+    whole = CohortSum(np.ones(SPEC.size), 3, 3, (), 0.0)
+    monkeypatch.setattr("fedlora.server.deployment.SecureCohort.total", lambda *_: whole)
+    found = MaskedCohort(world.who).total(plan_of(run), START)
+    assert found.total.tolist() == [0, 0, 0, 0, 1, 1, 1] and found.replies == 3
+
+
 def test_an_answer_to_another_attempt_is_refused(world: World) -> None:
     """msg-replayed and late-input: the very bytes of attempt 1 do not count in attempt 2."""
     cohort = world.cohort(manifest())
@@ -204,12 +238,27 @@ def test_a_decline_is_told_apart_from_a_failure(world: World) -> None:
     assert found.failures == (Failure("east", "budget spent", refused=True),)
 
 
-def test_a_consent_below_what_the_schedule_costs_is_none(world: World) -> None:
-    """Who understates its own ε would make the release understate it."""
-    world.nodes["east"].habit = "understates"
-    cohort = world.cohort(manifest(), expected=2)
-    found = cohort.total(plan_of(manifest()), START)
-    assert "another ε" in found.failures[0].reason and set(world.who.consents) == {"north", "south"}
+@pytest.mark.parametrize("habit", ["understates", "overstates", "a little more", "another delta"])
+def test_a_consent_at_another_price_than_the_schedule_s_is_a_decline(world: World, habit: str) -> None:
+    """The release states the largest ε: too little is a false promise, too much one member's word for all."""
+    world.nodes["east"].habit = habit
+    found = world.cohort(manifest(), expected=2).total(plan_of(manifest()), START)
+    reason = f"consent {'delta' if habit == 'another delta' else 'epsilon'}: found "
+    assert found.failures[0].client == "east" and found.failures[0].reason.startswith(reason)
+    assert found.failures[0].refused and set(world.who.consents) == {"north", "south"}
+
+
+def test_a_consent_on_disk_at_another_price_is_asked_for_anew(world: World) -> None:
+    world.cohort(manifest()).total(plan_of(manifest()), START)
+    east = world.nodes["east"]
+    absurd = Consent("east", manifest().digest, "sha256:p", 1.7e308, 1e-5)
+    (world.folder / "consents" / "east.reply").write_bytes(reply_to_bytes(east.identity, "test", absurd))
+    resumed = world.cohort(manifest())
+    assert set(world.who.consents) == {"north", "south"}
+    assert (
+        resumed.total(plan_of(manifest(), 2), START).replies == 3
+        and world.who.consents["east"].epsilon == COST
+    )
 
 
 def test_a_number_that_nothing_can_hold_is_its_senders_failure(world: World) -> None:
@@ -225,6 +274,32 @@ def test_nobody_trains_for_a_sum_that_may_not_be_made(world: World) -> None:
     found = world.cohort(run).total(plan_of(run), START)
     assert found.replies == 0 and not world.nodes["north"].sent
     assert found.failures[-1] == Failure("cohort", "2 take part, expected at least 3", refused=True)
+
+
+def test_who_is_waited_for_is_said_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def note(path: Path, data: bytes) -> None:
+        if path.name == WAITING:
+            said.append(data.decode())
+        write_atomically(path, data)
+
+    def sleep() -> None:
+        world.looks += 1
+        if world.looks == 3:
+            world.away = {"north"}
+        if world.looks == 5:
+            world.away = set()
+
+    monkeypatch.setattr("fedlora.server.participants.write_atomically", note)
+    monkeypatch.setattr(world, "sleep", sleep)
+    world.away = {"east", "north"}
+    assert world.cohort(manifest(), deadline=60.0).total(plan_of(manifest()), START).replies == 3
+    assert said == [
+        "waiting for 3 members: 1 connected; missing east, north",
+        "waiting for 3 members: 2 connected; missing north",
+        "",
+    ]
 
 
 def test_a_revocation_counts_from_the_next_attempt(world: World) -> None:
@@ -329,7 +404,7 @@ def test_fewer_than_the_promised_cohort_are_never_summed(world: World, minimum: 
     if ends:
         assert go() == 2
     else:
-        with pytest.raises(QuorumLost, match="at least 3"):
+        with pytest.raises(Spent, match="at least 3"):
             go()
         assert checkpoint.load().round == 0
 

@@ -38,6 +38,50 @@ def test_a_member_is_active_from_enrolment_to_revocation(registry: Registry) -> 
         registry.revoke("north")
 
 
+def test_an_older_copy_is_refused(registry: Registry, tmp_path: Path) -> None:
+    """A revoked key would be alive in it."""
+    path, revision = tmp_path / "members.json", tmp_path / "members.revision"
+    registry.enrol(request(NORTH, "north"), "r")
+    older = path.read_bytes()
+    registry.revoke("north")
+    newer = path.read_bytes()
+    path.write_bytes(older)
+    with pytest.raises(Refused, match=r"members\.json revision: found 2, expected 3 .*older copy"):
+        registry.active()
+    with pytest.raises(Refused, match="older copy"):
+        registry.enrol(request(SOUTH, "south"), "r")
+    path.write_bytes(newer)
+    assert registry.active() == {}
+    revision.unlink()
+    with pytest.raises(Refused, match="older copy"):
+        registry.active()
+    revision.write_text("x")
+    with pytest.raises(BadInput, match="found no number"):
+        registry.active()
+    revision.write_text("2\n")  # killed between the file and its number
+    assert registry.active() == {}
+    registry.enrol(request(SOUTH, "south"), "r")
+    assert revision.read_text() == "4\n"
+
+
+def test_a_change_while_it_is_read_is_no_older_copy(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The round loop reads while an operator enrols."""
+    read = Path.read_bytes
+
+    def meanwhile(path: Path) -> bytes:
+        data = read(path)
+        if path.name == "members.json":
+            monkeypatch.setattr(Path, "read_bytes", read)
+            Registry(tmp_path / "members.json", COORDINATOR).enrol(request(NORTH, "north"), "r")
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", meanwhile)
+    assert registry.active() == {}
+    assert set(registry.active()) == {"north"}
+
+
 def test_a_request_is_used_once_also_after_revocation(registry: Registry) -> None:
     text = request(NORTH, "north")
     registry.enrol(text, "r")

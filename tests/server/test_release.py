@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.identity import Identity
 from fedlora.common.protocol import MANIFEST_TAG, Consent, reply_from_bytes
 from fedlora.common.sealed import seal, unseal
+from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
+from fedlora.server.card import model_card
 from fedlora.server.release import (
     EXPORT_MEMBERS_TAG,
     INDEX,
@@ -29,7 +32,18 @@ from fedlora.server.release import (
     verify,
 )
 from fedlora.server.statements import statement_text
-from tests.server.releases import Party, adapter, consent, exported, manifest, party, release
+from tests.server.releases import (
+    SPEC,
+    STATE,
+    Party,
+    adapter,
+    consent,
+    cost,
+    exported,
+    manifest,
+    party,
+    release,
+)
 
 
 @pytest.fixture
@@ -45,11 +59,12 @@ def folder(tmp_path: Path, of: Party) -> Path:
 def test_an_export_verifies_as_it_was_written(folder: Path, of: Party) -> None:
     lines = verify(folder, of.coordinator.public)
     assert lines[-1] == "verified with the coordinator's key"
-    assert lines[0].startswith("files        10 ") and "2, each signed" in lines[2] and "2.999" in lines[2]
+    assert lines[0].startswith("files        12 ") and "2, each signed" in lines[3] and "1.52" in lines[3]
+    assert STATE.digest in lines[2]
     assert {path.name for path in folder.parent.iterdir()} == {"adapter", "export"}
     card = (folder / "README.md").read_text()
-    assert "| north | north    b clinic /b  | 2.999 | 1e-05 |" in card and "0.8123" in card
-    assert "(2.999, 1e-05)-differentially private" in card
+    assert "| north | north    b clinic /b  | 1.52 | 1e-05 |" in card and "0.8123" in card
+    assert "(1.52, 1e-05)-differentially private" in card
 
 
 def test_without_a_key_only_integrity_is_claimed(folder: Path, of: Party) -> None:
@@ -62,7 +77,7 @@ def test_without_a_key_only_integrity_is_claimed(folder: Path, of: Party) -> Non
 def test_two_hundred_flipped_bytes_are_two_hundred_detected(folder: Path, of: Party) -> None:
     """Over each file in turn, at random places and bits."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    assert len(files) == 11
+    assert len(files) == 13
     chance = random.Random(3)
     for change in range(200):
         path = files[change % len(files)]
@@ -116,20 +131,58 @@ def test_links_and_empty_folders_are_refused(folder: Path, of: Party, tmp_path: 
         verify(folder, of.coordinator.public)
 
 
+def test_what_can_not_be_listed_is_named(folder: Path, of: Party, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that nobody may list could hide what was added."""
+    scan = os.scandir
+
+    def closed(path: str) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name == "adapter":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(Refused, match=r"^adapter: can't be listed"):
+        verify(folder, of.coordinator.public)
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter/spec.json"])
+def test_what_can_not_be_read_is_named(
+    folder: Path, of: Party, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    opened = Path.open
+
+    def closed(path: Path, mode: str = "r") -> object:
+        if path == folder / name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, mode)
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(Refused, match=f"^{name}: can't be read"):
+        verify(folder, of.coordinator.public)
+
+
+@pytest.mark.parametrize("name", ["release.json", "README.md", "adapter/spec.json"])
+def test_a_pipe_is_not_waited_for(folder: Path, of: Party, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(Refused, match=f"{name}: found a link or a device"):
+        verify(folder, of.coordinator.public)
+
+
 def resigned(folder: Path, of: Party) -> None:
     """What a dishonest coordinator can do: sign the digests of whatever it wrote."""
-    files = {name: _digest(folder / name) for name in _files(folder)}
+    files = {name: _digest(folder, name) for name in _files(folder)}
     (folder / INDEX).write_text(seal(of.coordinator, RELEASE_TAG, {"version": 1, "files": files}))
 
 
 def smaller_epsilon_in_the_card(folder: Path, of: Party) -> None:
     path = folder / "README.md"
-    path.write_text(path.read_text().replace("2.999", "0.5"))
+    path.write_text(path.read_text().replace("1.52", "0.5"))
 
 
 def smaller_epsilon_in_a_statement(folder: Path, of: Party) -> None:
     path = folder / "statements" / "north.json"
-    path.write_text(path.read_text().replace("2.9981", "0.5"))
+    path.write_text(path.read_text().replace("1.5199", "0.5"))
 
 
 def another_promise_in_the_card(folder: Path, of: Party) -> None:
@@ -139,12 +192,27 @@ def another_promise_in_the_card(folder: Path, of: Party) -> None:
     )
 
 
-def a_smaller_epsilon_that_was_signed(folder: Path, of: Party) -> None:
-    """An institution that understates what its schedule costs, or sides with the coordinator."""
-    signed = consent(of.members["north"], "north", manifest(), 0.01)
+def signed_at(folder: Path, of: Party, epsilon: float) -> Consent:
+    """The statement that north signs at `epsilon`, in the place of its own."""
+    signed = consent(of.members["north"], "north", manifest(), epsilon)
     said = reply_from_bytes(signed, "bank-intents", {"north": of.members["north"].public})
     assert isinstance(said, Consent)
     (folder / "statements" / "north.json").write_text(statement_text(said, signed))
+    return said
+
+
+def a_smaller_epsilon_that_was_signed(folder: Path, of: Party) -> None:
+    """An institution that understates what its schedule costs, or sides with the coordinator."""
+    signed_at(folder, of, 0.01)
+
+
+def a_larger_epsilon_that_was_signed(folder: Path, of: Party) -> None:
+    """An institution whose word would be the headline of all; the card says it too."""
+    north = signed_at(folder, of, 1e6)
+    statements = {"north": north, "south": replace(north, institution="south", epsilon=cost(manifest()))}
+    organisations = {name: each.organisation for name, each in release(of).institutions.items()}
+    figures = json.loads((folder / "figures.json").read_text())
+    (folder / "README.md").write_text(model_card(manifest(), organisations, statements, figures))
 
 
 def nobody_at_all(folder: Path, of: Party) -> None:
@@ -177,6 +245,42 @@ def another_base(folder: Path, of: Party) -> None:
     (folder / "adapter" / "fedlora.json").write_text('{"base_digest": "sha256:0"}')
 
 
+def no_description(folder: Path, of: Party) -> None:
+    """An adapter of any base, rank or labels."""
+    (folder / "adapter" / "fedlora.json").unlink()
+
+
+def no_spec(folder: Path, of: Party) -> None:
+    (folder / "adapter" / "spec.json").unlink()
+
+
+def other_weights(folder: Path, of: Party) -> None:
+    described = (folder / "adapter" / "fedlora.json").read_bytes()
+    adapter(folder / "adapter", state=AdapterState(SPEC, 2 * STATE.vector))
+    (folder / "adapter" / "fedlora.json").write_bytes(described)
+
+
+def another_network(folder: Path, of: Party) -> None:
+    spec = AdapterSpec((*SPEC.tensors, TensorSpec("head.bias", (2,))))
+    adapter(folder / "adapter", state=AdapterState.zeros(spec))
+
+
+def other_labels(folder: Path, of: Party) -> None:
+    adapter(folder / "adapter", labels=("loan", "card"))
+
+
+def another_rank(folder: Path, of: Party) -> None:
+    adapter(folder / "adapter", rank=9)
+
+
+def another_length(folder: Path, of: Party) -> None:
+    adapter(folder / "adapter", max_length=512)
+
+
+def code_beside_it(folder: Path, of: Party) -> None:
+    (folder / "adapter" / "modeling.py").write_text("print()")
+
+
 def another_manifest(folder: Path, of: Party) -> None:
     path = folder / "manifest.json"
     body = dict(unseal(path.read_text(), RELEASE_MANIFEST_TAG, "m").body) | {"epsilon": 0.5}
@@ -190,12 +294,21 @@ def another_manifest(folder: Path, of: Party) -> None:
         smaller_epsilon_in_a_statement,
         another_promise_in_the_card,
         a_smaller_epsilon_that_was_signed,
+        a_larger_epsilon_that_was_signed,
         nobody_at_all,
         statement_of_another_run,
         anothers_statement,
         a_statement_less,
         anothers_report,
         another_base,
+        no_description,
+        no_spec,
+        other_weights,
+        another_network,
+        other_labels,
+        another_rank,
+        another_length,
+        code_beside_it,
         another_manifest,
     ],
 )
@@ -220,6 +333,10 @@ def test_faulty_releases_are_not_written(tmp_path: Path, of: Party) -> None:
 
     forged = dict(whole.statements) | {"north": consent(of.members["south"], "north", whole.manifest)}
     refused(replace(whole, statements=forged), "signature")
+    absurd = dict(whole.statements) | {
+        "north": consent(of.members["north"], "north", whole.manifest, 1.7e308)
+    }
+    refused(replace(whole, statements=absurd), r"north.json epsilon: found 1.7e\+308, expected 1.51997")
     unpaid = dict(whole.statements) | {"north": consent(of.members["north"], "north", whole.manifest, 0.0)}
     refused(replace(whole, statements=unpaid), "epsilon")
     missing = {"north": whole.statements["north"]}
@@ -227,6 +344,8 @@ def test_faulty_releases_are_not_written(tmp_path: Path, of: Party) -> None:
     refused(replace(whole, reports={"east": ""}), "members only")
     refused(whole, "adapter_config", tmp_path)
     refused(whole, "base_digest", adapter(tmp_path / "other", "sha256:0"))
+    later = adapter(tmp_path / "later", state=AdapterState.zeros(SPEC))
+    refused(whole, f"expected {STATE.digest}, which the run committed", later)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "x").write_text("")
     with pytest.raises(BadInput, match="found something there"):

@@ -46,6 +46,7 @@ class Hands:
     directory: Directory
     identities: Mapping[str, Identity]
     last: int = 1
+    answering: bool = True  # False: consents, and answers no plan
 
     def online(self) -> set[str]:
         return set(self.identities)
@@ -62,6 +63,9 @@ class Hands:
             else:
                 assert isinstance(asked, Task)
                 plan = RoundPlan.from_bytes(asked.plan.opened(PLAN_TAG, key))
+                if not self.answering:
+                    yield name, Failure(name, "no answer")
+                    continue
                 if plan.round > self.last:
                     raise FedloraError("the line was cut")
                 vector = np.full(len(asked.vector) // 4, 1e-3, dtype="<f4").tobytes()
@@ -117,10 +121,14 @@ def begun(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> D
     return directory
 
 
-def resume(
-    directory: Directory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def command(
+    directory: Directory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *words: str,
 ) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["fedlora-server", "resume", "--dir", str(directory.root)])
+    """Exit code, and what was said of a fault."""
+    monkeypatch.setattr(sys, "argv", ["fedlora-server", *words, "--dir", str(directory.root)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return int(ended.value.code or 0), capsys.readouterr().err
@@ -142,12 +150,34 @@ def test_a_damaged_checkpoint_is_never_gone_on_from(
                 path.unlink()
             else:
                 path.write_bytes(damaged)
-            code, err = resume(begun, monkeypatch, capsys)
+            code, err = command(begun, monkeypatch, capsys, "resume")
             assert code == 2 and err and all(name in line for line in err.splitlines()), (name, code, err)
             path.write_bytes(good)
     for other in sorted((begun.root.parent / "good" / "checkpoint").iterdir()):
         assert (folder / "checkpoint" / other.name).read_bytes() == other.read_bytes()
     Here.hands.last = 2
-    assert resume(begun, monkeypatch, capsys)[0] == 0
+    assert command(begun, monkeypatch, capsys, "resume")[0] == 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2] and lines[1]["attempt"] == 3
+
+
+@pytest.mark.parametrize("committed", [1, 0])
+def test_spent_attempts_end_the_run_with_its_last_adapter(
+    begun: Directory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], committed: int
+) -> None:
+    """Exit 3 however the last attempt was lost, and again when it is resumed; what there is can be released."""
+    Here.hands.answering = False
+    if not committed:
+        federation.begin(begun, begun.root.parent / "training.toml")
+    folder = begun.runs()[-1]
+    for _ in range(2):
+        code, said = command(begun, monkeypatch, capsys, "resume")
+        assert code == 3 and "phase adapter: all 5 attempts" in said and said.count("\n") == 1, said
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["rounds"] == committed and "attempts" in summary["ended"]
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == committed
+    target = begun.root.parent / "export"
+    code, said = command(begun, monkeypatch, capsys, "export", str(target))
+    assert (
+        code == 0 and f"trained in {committed} of the planned 2 rounds" in (target / "README.md").read_text()
+    ), said

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
+from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused, Spent
 from fedlora.common.messages import RoundPlan, Update
 from fedlora.common.randomness import OsRandom, SeededRandom
 from fedlora.common.state import AdapterState, Vector
@@ -190,10 +190,10 @@ def test_below_the_quorum_the_attempts_run_out(tmp_path: Path, quorum: float, ro
         assert run.go().round == round_reached
         return
     with pytest.raises(
-        QuorumLost, match=r"round 1: 2 of 3 asked answered, expected a share of .*on fire"
+        Spent, match=r"all 3 attempts .*round 1: 2 of 3 asked answered, expected a share of .*on fire"
     ) as e:
         run.go()
-    assert e.value.exit_code == 4
+    assert e.value.exit_code == 3
     assert [plan.attempt for plan in run.cohort.plans] == [1, 2, 3]
     same(run.checkpoint().load(), Progress(0, START, START))
     with pytest.raises(Refused, match="the last adapter is kept") as spent:  # nor does --resume find one more
@@ -243,9 +243,19 @@ def test_a_refusal_is_not_asked_again(tmp_path: Path) -> None:
         run.go()
     assert len(run.cohort.plans) == 1
     run.cohort.behaviours = {0: loud, 1: refusing}  # something else stands in the way: it may go
-    with pytest.raises(QuorumLost):
+    with pytest.raises(Spent):
         run.go()
     assert len(run.cohort.plans) == 7
+
+
+def test_without_privacy_a_lost_quorum_is_no_end(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", manifest_of(2, spare=1))
+    run.cohort.behaviours = {1: loud}
+    with pytest.raises(QuorumLost) as error:
+        run.go()
+    assert error.value.exit_code == 4 and len(run.cohort.plans) == 3
+    run.cohort.behaviours = {}
+    assert run.go().round == 2
 
 
 def test_many_failures_are_one_short_line(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from fedlora.common.config import config_to_toml, load_config
-from fedlora.common.errors import BadInput, QuorumLost
+from fedlora.common.errors import BadInput, QuorumLost, Refused
 from fedlora.server.conduct import _round_of
 from fedlora.simulations import quickstart, session, sweep
 from fedlora.simulations.cli import _stopped
@@ -100,6 +100,24 @@ def test_spent_attempts_leave_the_last_adapter(
     assert summary["rounds"] == 1  # the observer stopped it before round 2 was committed
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_attempts_that_are_spent_before_the_first_round_leave_what_there_is(
+    tiny_bert: Path,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(self: object, *_: object) -> object:
+        raise BadInput("on fire")
+
+    monkeypatch.setattr("fedlora.client.training.LocalTraining.update", fails)
+    with pytest.raises(Refused, match=r"attempts .* are spent"):
+        session.run_to_report(config(tiny_bert, data, "record"), tmp_path / "run", SILENT)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["rounds"] == 0 and "on fire" in summary["ended"] and summary["epsilon"] > 0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "metrics.jsonl").is_file() and (tmp_path / "run" / "report.html").is_file()
 
 
 def test_counts_that_are_no_numbers_are_named(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 import transformers
 
 from fedlora.common.config import Config, config_to_toml, parse_config
-from fedlora.common.errors import BadInput, QuorumLost, Refused
+from fedlora.common.errors import BadInput, Refused, Spent
 from fedlora.common.ledger import Budget
 from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import Spend, epsilon_of, history_of
@@ -273,7 +273,7 @@ def test_a_client_that_fails_costs_the_quorum(
 
     monkeypatch.setattr(LocalTraining, "update", sometimes)
     strict = begin(config(tiny_bert, data, "record"), Paths.of(tmp_path / "strict"))
-    with pytest.raises(QuorumLost, match="2 of 3 asked answered"):
+    with pytest.raises(Spent, match="2 of 3 asked answered"):
         train(strict, sequential(strict))
     spent = strict.ledger.entries()
     assert (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedlora.common.config import Config, FaultsConfig, parse_config
-from fedlora.common.errors import BadInput, QuorumLost, Refused
+from fedlora.common.errors import BadInput, Refused, Spent
 from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms, Update
 from fedlora.common.secagg.cohort import borne, threshold
 from fedlora.common.state import AdapterState
@@ -234,7 +234,7 @@ def test_faults_on_ray_are_refused_before_anything_is_read(
 
 
 def test_a_run_below_t_ends_with_the_reason(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(QuorumLost, match="expected at least 4"):
+    with pytest.raises(Spent, match="expected at least 4"):
         run_whole(config(tiny_bert, data, "record", *SECURE, "faults.input=1.0"), tmp_path / "run")
 
 
