@@ -70,6 +70,11 @@ class Bench:
         built = build_model(settings, lora, task_of(manifest), manifest.seed, _device(self._policy))
         if manifest.projection_digest:
             built.projection = Projection.read(projection)
+            if built.projection.digest != manifest.projection_digest:  # before it is kept for the run
+                raise BadInput(
+                    f"manifest projection_digest: found {built.projection.digest}, expected "
+                    f"{manifest.projection_digest}"
+                )
         probe = Records([PROBE] * 12, [PROBE] * 12, np.zeros(12, dtype=np.int64), None, {}, "probe")
         choose_compute(built, built.task.encode(probe, built.tokenizer, manifest.max_length), "auto", "auto")
         return built

@@ -7,7 +7,6 @@ figures are recomputed here; a second accountant (Rényi) states its own, larger
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +16,7 @@ from typing import Any
 from fedlora.client.node import NodeFolder, pinned_invitation, read_peers
 from fedlora.client.outbox import Outbox
 from fedlora.client.policy import Policy
+from fedlora.client.refusals import read_lines, read_refusals
 from fedlora.common.errors import BadInput
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.ledger import Entry, Ledger
@@ -59,6 +59,12 @@ def report_body(folder: NodeFolder, policy: Policy, identity: Identity, ledger: 
     entries = ledger.entries()
     invitation = pinned_invitation(folder) if folder.federation.exists() else None
     last = entries[-1]
+    refusals, not_kept = read_refusals(folder.refusals)
+    strangers = [
+        {name: value for name, value in line.items() if name in ("time", "reason")}
+        for path in (folder.strangers.with_suffix(".1.jsonl"), folder.strangers)
+        for line in read_lines(path, "time", "reason")
+    ]
     return {
         "institution": policy.institution,
         "key": identity.public.text,
@@ -71,7 +77,9 @@ def report_body(folder: NodeFolder, policy: Policy, identity: Identity, ledger: 
         "budgets": _budgets(policy, ledger),
         "runs": [_run(folder, policy, entries, digest) for digest in _runs(folder)],
         # as they were told; the details, which may quote a record, stay in the node's own log
-        "refusals": _refusals(folder),
+        "refusals": refusals,
+        "refusals_not_kept": not_kept,
+        "strangers": strangers,
         "ledger": {"id": entries[0].body["id"], "entries": last.number, "head": last.hash},
         "accountant": accountant_name(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
@@ -143,24 +151,16 @@ def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) 
         "base_digest": manifest.base_digest,
         "spec_digest": manifest.spec_digest,
         "aggregation": "updates left in clear" if manifest.secure is None else "updates left under masks",
-        "sums": list(_lines(folder.run(digest) / "secure.jsonl")),
+        "sums": list(read_lines(folder.run(digest) / "secure.jsonl")),
         "statement": [*privacy_statement(manifest, epsilon), *secure_statement(manifest)]
         if epsilon is not None or manifest.mode == "none"
         else [],
     }
 
 
-def _refusals(folder: NodeFolder) -> list[dict[str, Any]]:
-    lines = [line for path in (folder.strangers, folder.refusals) for line in _lines(path, "time", "reason")]
-    return [
-        {k: v for k, v in line.items() if k != "detail"}
-        for line in sorted(lines, key=lambda line: line["time"])
-    ]
-
-
 def _versions(path: Path) -> list[dict[str, Any]]:
     """When data were used, and whether they had changed; a digest would tell two guesses at them apart."""
-    lines = list(_lines(path, "time", "data"))
+    lines = list(read_lines(path, "time", "data"))
     known = list(dict.fromkeys(line["data"] for line in lines))
     return [{"time": line["time"], "version": 1 + known.index(line["data"])} for line in lines]
 
@@ -183,20 +183,6 @@ def _second(manifest: RunManifest) -> float | None:
 def _runs(folder: NodeFolder) -> Iterator[str]:
     for path in sorted(folder.runs.glob("*/manifest.signed")):
         yield f"sha256:{path.parent.name}"
-
-
-def _lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
-    """A log's lines, its older generation first; one that a kill or a fault spoilt says so, where `keys` should be."""
-    for each in (path.with_suffix(".1.jsonl"), path):
-        for line in each.read_bytes().splitlines() if each.is_file() else ():
-            try:
-                table = json.loads(line)
-            except ValueError:
-                table = None
-            if isinstance(table, dict) and all(isinstance(table.get(key), str) for key in keys):
-                yield table
-            else:
-                yield dict.fromkeys(keys or ("line",), "unreadable")
 
 
 def _version(name: str) -> str:

@@ -1,7 +1,7 @@
 """The resident trainer: request bytes in, signed reply bytes out; all that decides, and no transport.
 
     1. parse; the coordinator's signature, under the key that `join` pinned
-    2. an offer: the policy's verdicts; the network and the data; the reservation of the whole schedule; consent
+    2. an offer: is it for this institution, and still good? the policy's verdicts; the network and the data; the reservation of the whole schedule; consent
     3. a task: was this very request answered? then the same bytes again
     4.         does it go on from what came before? replays and rewinds are refused
     5.         the policy once more, for it may have become stricter
@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,6 +30,7 @@ from typing import Protocol
 from fedlora.client.node import NodeFolder, pinned_invitation
 from fedlora.client.outbox import Outbox, Plans
 from fedlora.client.policy import Policy
+from fedlora.client.refusals import RefusalLog
 from fedlora.client.secure_runs import SecureRuns
 from fedlora.client.secure_trainer import SecureTrainer
 from fedlora.client.verdicts import allow, judge, projected
@@ -38,11 +41,14 @@ from fedlora.common.identity import Identity, Signed
 from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import RoundPlan, RunManifest
 from fedlora.common.privacy import Spend
+from fedlora.common.projection import Projection
 from fedlora.common.protocol import (
     MANIFEST_TAG,
     MAX_NUMBER,
+    OFFER_TAG,
     PLAN_TAG,
     STAGE_TAG,
+    Address,
     Answer,
     Consent,
     Decline,
@@ -63,6 +69,7 @@ from fedlora.common.state import AdapterSpec
 log = logging.getLogger(__name__)
 
 MAX_PROJECTION_BYTES = 64 << 20
+SKEW = 300.0  # seconds by which the coordinator's clock and this one may differ
 PRIVATE_REASON = "failed at the node once its data were in sight; its own log says why"
 
 
@@ -105,6 +112,7 @@ class Resident:
         self._work = work
         self._outbox = Outbox(folder.under(policy.trainer.outbox))
         self._secure = SecureRuns(folder, policy, identity, self._outbox)
+        self._refusals = RefusalLog(folder.refusals)
         self._one = threading.Lock()
         self._check_history()
 
@@ -143,32 +151,64 @@ class Resident:
     def _answer(self, invitation: Invitation, data: bytes, place: Place) -> bytes:
         request = request_from_bytes(data, self._policy.trainer.max_message_bytes)
         if isinstance(request, Offer):
-            return self._consent(invitation, request, data, place)
+            return self._consent(invitation, request, place)
         if isinstance(request, Stage):
             return self._stage(invitation, request, place)
         return self._train(invitation, request, data, place)
 
-    def _consent(self, invitation: Invitation, offer: Offer, data: bytes, place: Place) -> bytes:
+    def _consent(self, invitation: Invitation, offer: Offer, place: Place) -> bytes:
+        address = self._addressed(invitation, offer)
         manifest = self._manifest(invitation, offer.manifest)
+        if address.manifest != manifest.digest:
+            raise BadInput(f"offer manifest: found {manifest.digest}, expected {one_line(address.manifest)}")
         place.manifest = manifest.digest
         spend = self._judged(invitation, manifest)
         if manifest.secure is not None:
             self._secure.check(manifest)
         _check_projection(manifest, offer.projection)
-        kept = self._outbox.read(manifest.digest, 0, 0, data)
+        asked = offer.manifest.to_bytes()  # its address is another one each time that a run is offered
+        kept = self._outbox.read(manifest.digest, 0, 0, asked)
         if kept is not None and self._is_ours(invitation, kept):
             return kept
-        folder = self._folder.run(manifest.digest)
         with _private():
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._reserve(manifest, offer)
+        reply = Consent(
+            self._policy.institution, manifest.digest, self._policy.digest, spend.epsilon, spend.delta
+        )
+        return self._released(invitation.federation, reply, (0, 0), asked)
+
+    def _addressed(self, invitation: Invitation, offer: Offer) -> Address:
+        """BadInput, which is not for good, where whoever carries an offer brought another's or an old one."""
+        address = Address.from_bytes(offer.address.opened(OFFER_TAG, invitation.coordinator))
+        if address.institution != self._policy.institution:
+            raise BadInput(
+                f"offer institution: found {one_line(address.institution)[:80]}, expected "
+                f"{self._policy.institution}"
+            )
+        if time.time() > address.not_after + SKEW:
+            raise BadInput(
+                f"offer not_after: found {address.not_after} (UTC seconds), which is past, expected an offer that "
+                "is still good: ask again, or compare the clocks"
+            )
+        return address
+
+    def _reserve(self, manifest: RunManifest, offer: Offer) -> None:
+        """Check network and data, reserve the schedule, keep the manifest; what failed leaves nothing on the disk."""
+        folder = self._folder.run(manifest.digest)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
             write_atomically(folder / "projection.safetensors", offer.projection, mode=0o600)
             digest = self._work.consent(manifest, folder / "projection.safetensors", self._budget(manifest))
             self._note_data(folder, digest)
             write_atomically(folder / "manifest.signed", offer.manifest.to_bytes(), mode=0o600)
-        reply = Consent(
-            self._policy.institution, manifest.digest, self._policy.digest, spend.epsilon, spend.delta
-        )
-        return self._released(invitation.federation, reply, (0, 0), data)
+        except BaseException:
+            name = self._budget(manifest).name
+            if (
+                self._ledger.reserved_for(name, manifest.digest) is None
+                and not (folder / "manifest.signed").exists()
+            ):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _train(self, invitation: Invitation, task: Task, data: bytes, place: Place) -> bytes:
         plan = RoundPlan.from_bytes(task.plan.opened(PLAN_TAG, invitation.coordinator))
@@ -210,7 +250,8 @@ class Resident:
             raise BadInput(f"{request.stage}: {error}") from error
         if request.stage == CONFIRM and trainer.confirmed is not None:
             with _private():
-                append_line(self._folder.run(plan.manifest) / "secure.jsonl", asdict(trainer.confirmed))
+                log_of_sums = self._folder.run(plan.manifest) / "secure.jsonl"
+                append_line(log_of_sums, asdict(trainer.confirmed), limit=None)
         reply = Staged(self._policy.institution, plan.manifest, plan.round, plan.attempt, message)
         return reply_to_bytes(self._identity, invitation.federation, reply)
 
@@ -301,7 +342,7 @@ class Resident:
         return True
 
     def _note_data(self, folder: Path, digest: str) -> None:
-        append_line(folder / "data.jsonl", {"time": _now(), "data": digest})
+        append_line(folder / "data.jsonl", {"time": _now(), "data": digest}, limit=None)
 
     def _declined(self, federation: str, place: Place, error: Exception) -> bytes:
         """A signed no. Its reason is the whole truth only where no data were in sight."""
@@ -311,7 +352,7 @@ class Resident:
         refused = isinstance(inner if isinstance(error, _Private) else error, Refused)
         line = {
             "time": _now(),
-            "manifest": place.manifest,
+            "manifest": one_line(place.manifest)[:100],
             "round": place.round,
             "attempt": place.attempt,
             "reason": reason,
@@ -321,7 +362,10 @@ class Resident:
         if not public:
             log.error("a request failed", exc_info=inner)
         try:
-            append_line(self._folder.refusals if place.manifest else self._folder.strangers, line)
+            if place.manifest:
+                self._refusals.add(line)
+            else:  # who can say anything may push out what was said before, and nothing else
+                append_line(self._folder.strangers, line)
         except OSError as full:
             log.error("a refusal could not be logged (%s): %s", full, json.dumps(line))
         name = self._policy.institution
@@ -339,7 +383,7 @@ def _private() -> Iterator[None]:
 
 
 def _check_projection(manifest: RunManifest, projection: bytes) -> None:
-    """A projection comes exactly where the manifest names one; its digest is checked where it is read."""
+    """BadInput unless the projection is the one that the manifest names: before it is written or kept for the run."""
     if bool(projection) != bool(manifest.projection_digest):
         raise BadInput(f"offer projection: found {len(projection)} bytes, expected what the manifest names")
     if bool(projection) != bool(manifest.network.projection):
@@ -348,6 +392,10 @@ def _check_projection(manifest: RunManifest, projection: bytes) -> None:
         raise BadInput(
             f"offer projection: found {len(projection)} bytes, expected at most {MAX_PROJECTION_BYTES}"
         )
+    if projection:
+        found = Projection.from_bytes(projection, "offer projection").digest
+        if found != manifest.projection_digest:
+            raise BadInput(f"offer projection: found {found}, expected {manifest.projection_digest[:80]}")
 
 
 def _is_digest(text: str) -> bool:

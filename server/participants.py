@@ -23,6 +23,8 @@ from fedlora.common.privacy import charged_epsilon
 from fedlora.common.projection import PROJECTION
 from fedlora.common.protocol import (
     MANIFEST_TAG,
+    OFFER_TAG,
+    Address,
     Consent,
     Decline,
     Offer,
@@ -177,12 +179,10 @@ class Participants:
         unasked = [name for name in members if name not in known]
         if not unasked:
             return
-        offer = Signed.by(self.coordinator.identity, MANIFEST_TAG, self.manifest.to_bytes())
-        path = self.folder / PROJECTION
-        request = request_to_bytes(Offer(offer, path.read_bytes() if path.is_file() else b""))
+        requests = {name: self._request(name) for name in unasked}
         if self._doubtful & set(unasked):
             seconds = min(seconds, DOUBT)
-        for name, answer in self.carrier.ask(dict.fromkeys(unasked, request), max(seconds, LOOK)):
+        for name, answer in self.carrier.ask(requests, max(seconds, LOOK)):
             if isinstance(answer, Failure):
                 log.warning("%s: %s", name, answer.reason)
                 continue
@@ -202,6 +202,18 @@ class Participants:
                 )
                 self._declined[name] = Failure(name, reason, refused=True)
                 log.warning("%s declines: %s", name, reason)
+
+    def _request(self, name: str) -> bytes:
+        """An offer to one member, good for as long as an attempt lasts."""
+        signer, path = self.coordinator.identity, self.folder / PROJECTION
+        address = Address(self.manifest.digest, name, math.ceil(time.time() + self.deadline))
+        return request_to_bytes(
+            Offer(
+                Signed.by(signer, MANIFEST_TAG, self.manifest.to_bytes()),
+                path.read_bytes() if path.is_file() else b"",
+                Signed.by(signer, OFFER_TAG, address.to_bytes()),
+            )
+        )
 
     def _keep(self, name: str, data: bytes, consent: Consent) -> None:
         folder = self.folder / "consents"

@@ -295,7 +295,7 @@ def test_a_report_tells_all_and_no_byte_of_it_changes_unnoticed(tmp_path: Path) 
     (told,) = body["runs"]
     assert told["epsilon"] < told["epsilon_second_accountant"] < 2 * told["epsilon"]
     assert told["phases"][0]["noise_multiplier"] == 3.0 and told["sent"][1]["bytes"] > 0
-    assert len(body["refusals"]) == 2 and body["ledger"]["entries"] == 4
+    assert len(body["refusals"]) == len(body["strangers"]) == 1 and body["ledger"]["entries"] == 4
     assert body["budgets"][0]["epsilon_spent"] == told["epsilon"]
     path = tmp_path / "out" / "report.json"
     assert read_report(path, north.identity.public).body == json.loads(json.dumps(body))
