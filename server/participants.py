@@ -179,7 +179,7 @@ class Participants:
         unasked = [name for name in members if name not in known]
         if not unasked:
             return
-        requests = {name: self._request(name) for name in unasked}
+        requests = dict(self._offers(unasked))
         if self._doubtful & set(unasked):
             seconds = min(seconds, DOUBT)
         for name, answer in self.carrier.ask(requests, max(seconds, LOOK)):
@@ -203,17 +203,15 @@ class Participants:
                 self._declined[name] = Failure(name, reason, refused=True)
                 log.warning("%s declines: %s", name, reason)
 
-    def _request(self, name: str) -> bytes:
-        """An offer to one member, good for as long as an attempt lasts."""
+    def _offers(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """An offer to each, good for as long as an attempt lasts."""
         signer, path = self.coordinator.identity, self.folder / PROJECTION
-        address = Address(self.manifest.digest, name, math.ceil(time.time() + self.deadline))
-        return request_to_bytes(
-            Offer(
-                Signed.by(signer, MANIFEST_TAG, self.manifest.to_bytes()),
-                path.read_bytes() if path.is_file() else b"",
-                Signed.by(signer, OFFER_TAG, address.to_bytes()),
-            )
-        )
+        manifest = Signed.by(signer, MANIFEST_TAG, self.manifest.to_bytes())
+        projection = path.read_bytes() if path.is_file() else b""
+        digest, until = self.manifest.digest, math.ceil(time.time() + self.deadline)
+        for name in names:
+            address = Signed.by(signer, OFFER_TAG, Address(digest, name, until).to_bytes())
+            yield name, request_to_bytes(Offer(manifest, projection, address))
 
     def _keep(self, name: str, data: bytes, consent: Consent) -> None:
         folder = self.folder / "consents"
