@@ -175,7 +175,17 @@ class Resident:
         reply = Consent(
             self._policy.institution, manifest.digest, self._policy.digest, spend.epsilon, spend.delta
         )
-        return self._released(invitation.federation, reply, (0, 0), asked)
+        released = self._released(invitation.federation, reply, (0, 0), asked)
+        budget = self._budget(manifest)
+        left = budget.epsilon - self._ledger.spent(budget.name).epsilon
+        log.info(
+            "consented to run %s: ε %.4g of budget %s, %.4g left",
+            one_line(manifest.run)[:80],
+            spend.epsilon,
+            budget.name,
+            left,
+        )
+        return released
 
     def _addressed(self, invitation: Invitation, offer: Offer) -> Address:
         """BadInput, which is not for good, where whoever carries an offer brought another's or an old one."""
@@ -223,7 +233,11 @@ class Resident:
         self._judged(invitation, manifest, consented=True)
         update = self._trained(manifest, plan, task.vector)
         reply = Answer(self._policy.institution, plan.manifest, plan.round, plan.attempt, update)
-        return self._released(invitation.federation, reply, (plan.round, plan.attempt), data)
+        released = self._released(invitation.federation, reply, (plan.round, plan.attempt), data)
+        log.info(
+            "answered round %d, attempt %d of run %s", plan.round, plan.attempt, one_line(manifest.run)[:80]
+        )
+        return released
 
     def _stage(self, invitation: Invitation, stage: Stage, place: Place) -> bytes:
         """One step of secure aggregation. What its checks refuse is this attempt's alone: a later epoch may do."""
@@ -252,6 +266,13 @@ class Resident:
             with _private():
                 log_of_sums = self._folder.run(plan.manifest) / "secure.jsonl"
                 append_line(log_of_sums, asdict(trainer.confirmed), limit=None)
+        if request.stage == INPUT:
+            log.info(
+                "sent the masked update of round %d, attempt %d of run %s",
+                plan.round,
+                plan.attempt,
+                one_line(manifest.run)[:80],
+            )
         reply = Staged(self._policy.institution, plan.manifest, plan.round, plan.attempt, message)
         return reply_to_bytes(self._identity, invitation.federation, reply)
 
@@ -361,6 +382,7 @@ class Resident:
         }
         if not public:
             log.error("a request failed", exc_info=inner)
+        log.warning("refused%s: %s", f" {place.manifest[:20]}" * bool(place.manifest), reason)
         try:
             if place.manifest:
                 self._refusals.add(line)

@@ -55,6 +55,7 @@ labels = ["a", "b"]
 [bases]
 "{base}" = "{folder}"
 [limits]
+minimum_cohort = 3
 rounds = 10
 attempts = 20
 delta = 1e-4

@@ -178,6 +178,19 @@ def reported(north: Institution) -> dict[str, Any]:
     return report_body(north.folder, north.folder.load_policy(), north.identity, north.ledger)
 
 
+def test_the_log_tells_consents_answers_and_refusals(
+    north: Institution, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fedlora")
+    north.ask(offer_of(RUN))
+    north.ask(task_of(RUN))
+    north.ask(task_of(RUN, round_=2, attempt=1))
+    consented, answered, refused = (record.getMessage() for record in caplog.records)
+    assert consented.startswith("consented to run 1: ε 0.") and "of budget people, 1." in consented
+    assert answered == "answered round 1, attempt 1 of run 1"
+    assert refused.startswith("refused sha256:") and "rewind" in refused
+
+
 def test_an_old_offer_is_not_for_good(north: Institution) -> None:
     """What a relay kept back, or brought to the wrong node, spends nothing, and the next honest offer is served."""
     for data in (offer_of(RUN, seconds=-3600), offer_of(RUN, to="south")):
