@@ -231,17 +231,29 @@ def ledger(node: Folder = HERE) -> None:
 
 @app.command()
 def report(
-    node: Folder = HERE, out: Annotated[Path, typer.Option(help="Where to.")] = Path("report")
+    node: Folder = HERE,
+    out: Annotated[Path, typer.Option(help="Where to: a folder of its own.")] = Path("report"),
+    check: Annotated[
+        Path | None, typer.Option(help="Check the report in this folder instead, offline.")
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="With --check: the node's enrolment.json, or its public key.")
+    ] = None,
 ) -> None:
     """The node's report: JSON signed with its key, and a page."""
-    from fedlora.client.report import write_report
+    from fedlora.client import report as reports
     from fedlora.common.identity import Identity
 
+    if check is not None:
+        signer = reports.check_report(check, None if key is None else reports.read_key(key))
+        console.print("verified" if key is not None else "integrity only: signed by", markup=False)
+        console.print(f"  {signer.fingerprint}", markup=False)
+        return
     folder = NodeFolder(node)
     policy = folder.load_policy()
     identity = Identity.load(folder.identity)
-    write_report(folder, policy, identity, folder.open_ledger(policy), out)
-    console.print(f"{out / 'report.json'} and {out / 'report.html'}", markup=False)
+    reports.write_report(folder, policy, identity, folder.open_ledger(policy), out)
+    console.print(f"{out / reports.REPORT} and {out / reports.PAGE}", markup=False)
 
 
 def _manifest(path: Path) -> RunManifest:
