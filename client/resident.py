@@ -19,7 +19,6 @@ import json
 import logging
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedlora.client.node import NodeFolder, pinned_invitation
+from fedlora.client.offers import check_projection, offered, read_manifest
 from fedlora.client.outbox import Outbox, Plans
 from fedlora.client.policy import Policy
 from fedlora.client.refusals import RefusalLog
@@ -41,14 +41,10 @@ from fedlora.common.identity import Identity, Signed
 from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import RoundPlan, RunManifest
 from fedlora.common.privacy import Spend
-from fedlora.common.projection import Projection
 from fedlora.common.protocol import (
-    MANIFEST_TAG,
     MAX_NUMBER,
-    OFFER_TAG,
     PLAN_TAG,
     STAGE_TAG,
-    Address,
     Answer,
     Consent,
     Decline,
@@ -68,8 +64,6 @@ from fedlora.common.state import AdapterSpec
 
 log = logging.getLogger(__name__)
 
-MAX_PROJECTION_BYTES = 64 << 20
-SKEW = 300.0  # seconds by which the coordinator's clock and this one may differ
 PRIVATE_REASON = "failed at the node once its data were in sight; its own log says why"
 
 
@@ -157,15 +151,12 @@ class Resident:
         return self._train(invitation, request, data, place)
 
     def _consent(self, invitation: Invitation, offer: Offer, place: Place) -> bytes:
-        address = self._addressed(invitation, offer)
-        manifest = self._manifest(invitation, offer.manifest)
-        if address.manifest != manifest.digest:
-            raise BadInput(f"offer manifest: found {manifest.digest}, expected {one_line(address.manifest)}")
+        manifest = offered(offer, invitation.coordinator, self._policy.institution)
         place.manifest = manifest.digest
         spend = self._judged(invitation, manifest)
         if manifest.secure is not None:
             self._secure.check(manifest)
-        _check_projection(manifest, offer.projection)
+        check_projection(manifest, offer.projection)
         asked = offer.manifest.to_bytes()  # its address is another one each time that a run is offered
         kept = self._outbox.read(manifest.digest, 0, 0, asked)
         if kept is not None and self._is_ours(invitation, kept):
@@ -186,21 +177,6 @@ class Resident:
             left,
         )
         return released
-
-    def _addressed(self, invitation: Invitation, offer: Offer) -> Address:
-        """BadInput, which is not for good, where whoever carries an offer brought another's or an old one."""
-        address = Address.from_bytes(offer.address.opened(OFFER_TAG, invitation.coordinator))
-        if address.institution != self._policy.institution:
-            raise BadInput(
-                f"offer institution: found {one_line(address.institution)[:80]}, expected "
-                f"{self._policy.institution}"
-            )
-        if time.time() > address.not_after + SKEW:
-            raise BadInput(
-                f"offer not_after: found {address.not_after} (UTC seconds), which is past, expected an offer that "
-                "is still good: ask again, or compare the clocks"
-            )
-        return address
 
     def _reserve(self, manifest: RunManifest, offer: Offer) -> None:
         """Check network and data, reserve the schedule, keep the manifest; what failed leaves nothing on the disk."""
@@ -303,13 +279,6 @@ class Resident:
             self._note_data(folder, digest)
         return update
 
-    def _manifest(self, invitation: Invitation, signed: Signed) -> RunManifest:
-        body = signed.opened(MANIFEST_TAG, invitation.coordinator)
-        manifest = RunManifest.from_bytes(body)
-        if manifest.to_bytes() != body:
-            raise BadInput("manifest: found another spelling than its canonical bytes")
-        return manifest
-
     def _planned(self, invitation: Invitation, plan: RoundPlan, place: Place) -> RunManifest:
         """The manifest that `plan` belongs to; BadInput or Refused where it can't be a plan of it."""
         if not (0 < plan.round <= MAX_NUMBER and 0 < plan.attempt <= MAX_NUMBER):
@@ -325,7 +294,9 @@ class Resident:
         path = self._folder.run(digest) / "manifest.signed"
         if not _is_digest(digest) or not path.is_file():
             raise Refused(f"plan manifest: found {one_line(digest)[:80]}, which was not consented to")
-        manifest = self._manifest(invitation, Signed.from_bytes(path.read_bytes(), "kept manifest"))
+        manifest = read_manifest(
+            Signed.from_bytes(path.read_bytes(), "kept manifest"), invitation.coordinator
+        )
         if manifest.digest != digest:
             raise Refused("plan manifest: what is kept under its name is another one")
         return manifest
@@ -402,22 +373,6 @@ def _private() -> Iterator[None]:
         yield
     except Exception as error:
         raise _Private(PRIVATE_REASON) from error
-
-
-def _check_projection(manifest: RunManifest, projection: bytes) -> None:
-    """BadInput unless the projection is the one that the manifest names: before it is written or kept for the run."""
-    if bool(projection) != bool(manifest.projection_digest):
-        raise BadInput(f"offer projection: found {len(projection)} bytes, expected what the manifest names")
-    if bool(projection) != bool(manifest.network.projection):
-        raise BadInput("manifest network projection: found another than projection_digest says")
-    if len(projection) > MAX_PROJECTION_BYTES:
-        raise BadInput(
-            f"offer projection: found {len(projection)} bytes, expected at most {MAX_PROJECTION_BYTES}"
-        )
-    if projection:
-        found = Projection.from_bytes(projection, "offer projection").digest
-        if found != manifest.projection_digest:
-            raise BadInput(f"offer projection: found {found}, expected {manifest.projection_digest[:80]}")
 
 
 def _is_digest(text: str) -> bool:
