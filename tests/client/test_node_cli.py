@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,3 +154,13 @@ def test_help_explains_each_argument_and_the_version_is_told(
     assert code == 0 and out.startswith("fedlora 0.")
     for command, words in (("init", "NAME is"), ("join", "FILE is"), ("base", "NAME is")):
         assert words in CliRunner().invoke(cli.app, [command, "--help"]).stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "check-data"])
+def test_no_model_library_is_let_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    code, _, _ = run(capsys, monkeypatch, command, "--node", str(tmp_path / "none"))
+    assert code == 2 and os.environ["HF_HUB_OFFLINE"] == os.environ["TRANSFORMERS_OFFLINE"] == "1"

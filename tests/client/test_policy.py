@@ -136,6 +136,13 @@ def test_too_little_noise_says_how_many_rounds_would_fit() -> None:  # cfg-noise
         assert (projected(enough).epsilon <= 2.0) is fits
 
 
+def test_what_is_denied_says_where_the_policy_allows_it() -> None:
+    asked = replace(RUN, base_digest="sha256:0", unit="person", task="other")
+    for field, verdict in {each.field: each for each in judge(asked, parse_policy(TEXT), "f", {})}.items():
+        if field in ("base_digest", "unit", "task"):
+            assert "node.toml" in verdict.reason, verdict
+
+
 def test_every_field_of_a_manifest_has_a_verdict() -> None:
     fields = {
         verdict.field.split("[")[0].split(".")[0] for verdict in judge(RUN, parse_policy(TEXT), "f", {})
