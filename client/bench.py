@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fedlora.client.dpsgd import PerSampleGradients
+from fedlora.client.node import NodeFolder
 from fedlora.client.policy import DataPolicy, Policy
 from fedlora.client.training import ClientData, LocalTraining
 from fedlora.common.compute import choose_compute
@@ -21,7 +22,7 @@ from fedlora.common.data import Columns, Records, file_digest, read_records, uni
 from fedlora.common.errors import BadInput
 from fedlora.common.features import FeatureCache
 from fedlora.common.messages import RunManifest
-from fedlora.common.model import AdapterModel, build_model
+from fedlora.common.model import AdapterModel, build_model, load_tokenizer
 from fedlora.common.projection import Projection
 from fedlora.common.tasks import CausalLanguageModel, SequenceClassification, Task
 
@@ -42,8 +43,8 @@ class Prepared:
 class Bench:
     """One model and one data set at a time: what the last run asked for."""
 
-    def __init__(self, root: Path, policy: Policy) -> None:
-        self._root = root
+    def __init__(self, folder: NodeFolder, policy: Policy) -> None:
+        self._folder = folder
         self._policy = policy
         self._run = ""
         self._gradients: PerSampleGradients | None = None
@@ -52,7 +53,7 @@ class Bench:
     def prepare(self, manifest: RunManifest, projection: Path) -> Prepared:
         """Load what is not loaded yet; a data file that changed is read anew. BadInput says what is wrong."""
         data = self._policy.data[self._policy.data_for(manifest.task, manifest.labels, manifest.unit)]
-        path = self._root / data.path
+        path = self._folder.under(data.path)
         if self._run != manifest.digest or self._gradients is None:
             self._run, self._prepared = "", None
             self._gradients = PerSampleGradients(self._model(manifest, projection))
@@ -63,13 +64,19 @@ class Bench:
         return self._prepared
 
     def _model(self, manifest: RunManifest, projection: Path) -> AdapterModel:
-        model, lora = manifest.network.configs(self._policy.bases[manifest.base_digest])
+        base = self._folder.base(self._policy.bases[manifest.base_digest])
+        model, lora = manifest.network.configs(str(base))
         settings = replace(
             model, digest=manifest.base_digest, task=manifest.task, max_length=manifest.max_length
         )
         built = build_model(settings, lora, task_of(manifest), manifest.seed, _device(self._policy))
         if manifest.projection_digest:
             built.projection = Projection.read(projection)
+            if built.projection.digest != manifest.projection_digest:  # before it is kept for the run
+                raise BadInput(
+                    f"manifest projection_digest: found {built.projection.digest}, expected "
+                    f"{manifest.projection_digest}"
+                )
         probe = Records([PROBE] * 12, [PROBE] * 12, np.zeros(12, dtype=np.int64), None, {}, "probe")
         choose_compute(built, built.task.encode(probe, built.tokenizer, manifest.max_length), "auto", "auto")
         return built
@@ -90,8 +97,19 @@ class Bench:
         return Prepared(client, training, digest, len(records), len(units))
 
 
+def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[int, int]:
+    """Records and units of a data set, read and tokenised for each base as a run does it; BadInput names the row."""
+    data = policy.data[name]
+    records = read_data(data, folder.under(data.path))
+    units = len(unit_groups(records.units, len(records)))
+    check_delta(policy.limits.delta, units, f"{records.where}, by [limits] delta:")
+    for base in policy.bases.values():
+        task_of(data).encode(records, load_tokenizer(folder.base(base)), policy.limits.max_length)
+    return len(records), units
+
+
 def read_data(data: DataPolicy, path: Path) -> Records:
-    """A data set as its policy describes it."""
+    """A data set as its policy describes it; a link that leads out of the folder that the policy names is refused."""
     causal = data.task == "causal-lm"
     columns = Columns(
         text=data.text,
@@ -99,15 +117,15 @@ def read_data(data: DataPolicy, path: Path) -> Records:
         label="" if causal else data.label,
         unit=data.unit,
     )
-    return read_records(path, columns, data.labels)
+    return read_records(path, columns, data.labels, root=path.parent)
 
 
-def task_of(manifest: RunManifest) -> Task:
-    if manifest.task == "sequence-classification":
-        return SequenceClassification(manifest.labels)
-    if manifest.task == "causal-lm":
+def task_of(asked: RunManifest | DataPolicy) -> Task:
+    if asked.task == "sequence-classification":
+        return SequenceClassification(asked.labels)
+    if asked.task == "causal-lm":
         return CausalLanguageModel()
-    raise BadInput(f"manifest task: found {manifest.task!r}, expected a known one")
+    raise BadInput(f"manifest task: found {asked.task!r}, expected a known one")
 
 
 def _device(policy: Policy) -> torch.device:

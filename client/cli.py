@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Annotated
 
@@ -33,16 +35,34 @@ Folder = Annotated[Path, typer.Option("--node", help="The node's folder.")]
 HERE = Path("node")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"fedlora {installed('fedlora')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def init(
-    name: Annotated[str, typer.Argument(help="This institution's name: lower-case letters, digits, '-'.")],
+    name: str,
     organisation: Annotated[str, typer.Option(help="The organisation's full name.")],
     node: Folder = HERE,
     rotate: Annotated[
         bool, typer.Option("--rotate", help="New keys for an existing node, handed over by the old ones.")
     ] = False,
 ) -> None:
-    """Make the node's folder, its keys and its enrolment request."""
+    """Make the node's folder, its keys and its enrolment request.
+
+    NAME is this institution's name: lower-case letters, digits, '-'.
+    """
     from fedlora.client import node as nodes
 
     folder = NodeFolder(node)
@@ -60,25 +80,27 @@ def init(
 
 @app.command()
 def join(
-    file: Annotated[
-        Path,
-        typer.Argument(help="The coordinator's invitation; with --approve a peer's request or rotation."),
-    ],
+    file: Path,
     node: Folder = HERE,
     approve: Annotated[bool, typer.Option("--approve", help="Admit a peer to this node's roster.")] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the peer of this name.")] = False,
 ) -> None:
-    """Pin a federation's keys, or admit a peer; compare the fingerprints by telephone."""
+    """Pin a federation's keys, or admit a peer; compare the fingerprints by telephone.
+
+    FILE is the coordinator's invitation; with --approve a peer's request or rotation, with --remove a peer's name.
+    """
     from fedlora.client import node as nodes
 
     folder = NodeFolder(node)
     if remove:
-        nodes.remove_peer(folder, file.name)
+        peer = nodes.remove_peer(folder, file.name)
+        console.print(f"removed {peer.name} ({peer.organisation}): {peer.identity.fingerprint}", markup=False)
         return
     text = nodes.read_text(file)
     if approve:
         peer = nodes.approve(folder, text, file.name)
-        console.print(f"{peer.name} ({peer.organisation}): {peer.identity.fingerprint}", markup=False)
+        console.print(f"approved {peer.name} ({peer.organisation}); compare by telephone:", markup=False)
+        console.print(f"  {peer.identity.fingerprint}", markup=False)
         return
     invitation = nodes.join(folder, text, file.name)
     console.print(f"joined {invitation.federation} at {invitation.address}; compare:", markup=False)
@@ -88,34 +110,44 @@ def join(
 
 @app.command("check-data")
 def check_data(node: Folder = HERE) -> None:
-    """Read every data set and base model that the policy names; nothing is spent."""
-    from fedlora.client.bench import read_data
-    from fedlora.common.base import base_digest, check_base, resolve_base
-    from fedlora.common.data import unit_groups
+    """Read and tokenise every data set, and every base model, that the policy names; nothing is spent."""
+    _offline()
+    from fedlora.client import bench
+    from fedlora.common.base import base_digest, check_base
 
-    policy = NodeFolder(node).load_policy()
-    for name, data in policy.data.items():
-        records = read_data(data, node / data.path)
-        units = len(unit_groups(records.units, len(records)))
-        console.print(f"{name}: {len(records)} records, {units} units, charges {data.budget}", markup=False)
-        if policy.limits.delta >= 1 / units:
-            raise BadInput(
-                f"node.toml [limits] delta = {policy.limits.delta:g}: expected less than 1/{units}"
-            )
+    folder = NodeFolder(node)
+    policy = folder.load_policy()
     for digest, base in policy.bases.items():
-        folder = resolve_base(base)
-        check_base(folder)
-        found = base_digest(folder)
+        check_base(folder.base(base))
+        found = base_digest(folder.base(base))
         if found != digest:
             raise BadInput(f"node.toml [bases] {base}: found {found}, expected {digest}")
         console.print(f"{base}: {digest}", markup=False)
+    for name, data in policy.data.items():
+        records, units = bench.check_data(folder, policy, name)
+        console.print(f"{name}: {records} records, {units} units, charges {data.budget}", markup=False)
+
+
+@app.command("base")
+def base(name: str) -> None:
+    """Print the digest of a base model, as a policy names it under [bases].
+
+    NAME is a folder, or the name of a packaged model.
+    """
+    _offline()
+    from fedlora.common.base import base_digest, check_base, resolve_base
+
+    folder = resolve_base(name)
+    check_base(folder)
+    sys.stdout.write(base_digest(folder) + "\n")
 
 
 @policy_app.command()
-def explain(
-    manifest: Annotated[Path, typer.Argument(help="A manifest: signed, or as JSON.")], node: Folder = HERE
-) -> None:
-    """Allow or deny for each field of a manifest; exit code 3 where one is denied."""
+def explain(manifest: Path, node: Folder = HERE) -> None:
+    """Allow or deny for each field of a manifest; exit code 3 where one is denied.
+
+    MANIFEST is a file: signed, or as JSON.
+    """
     from fedlora.client.node import pinned_invitation
     from fedlora.client.verdicts import allow, judge
 
@@ -125,10 +157,12 @@ def explain(
     ledger = folder.open_ledger(policy)
     spent = {name: ledger.spent(name) for name in policy.budgets}
     federation = pinned_invitation(folder).federation if folder.federation.exists() else asked.federation
-    verdicts = judge(asked, policy, federation, spent)
+    name = policy.data_for(asked.task, asked.labels, asked.unit)
+    reserved = ledger.reserved_for(policy.data[name].budget, asked.digest) if name else None
+    verdicts = judge(asked, policy, federation, spent, reserved)
     table = Table("field", "found", "verdict")
     for each in verdicts:
-        verdict = "allow" if each.allowed else f"deny: {each.reason}"
+        verdict = f"allow{each.note and ': '}{each.note}" if each.allowed else f"deny: {each.reason}"
         table.add_row(each.field, each.found, verdict)
     console.print(table, markup=False)
     allow(verdicts)
@@ -137,6 +171,7 @@ def explain(
 @app.command()
 def serve(node: Folder = HERE) -> None:
     """The trainer: holds the data, and answers what the coordinator signed."""
+    _offline()
     from fedlora.client.node import only_trainer, pinned_invitation
     from fedlora.client.resident import Resident
     from fedlora.client.service import Service
@@ -196,17 +231,29 @@ def ledger(node: Folder = HERE) -> None:
 
 @app.command()
 def report(
-    node: Folder = HERE, out: Annotated[Path, typer.Option(help="Where to.")] = Path("report")
+    node: Folder = HERE,
+    out: Annotated[Path, typer.Option(help="Where to: a folder of its own.")] = Path("report"),
+    check: Annotated[
+        Path | None, typer.Option(help="Check the report in this folder instead, offline.")
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="With --check: the node's enrolment.json, or its public key.")
+    ] = None,
 ) -> None:
     """The node's report: JSON signed with its key, and a page."""
-    from fedlora.client.report import write_report
+    from fedlora.client import report as reports
     from fedlora.common.identity import Identity
 
+    if check is not None:
+        signer = reports.check_report(check, None if key is None else reports.read_key(key))
+        console.print("verified" if key is not None else "integrity only: signed by", markup=False)
+        console.print(f"  {signer.fingerprint}", markup=False)
+        return
     folder = NodeFolder(node)
     policy = folder.load_policy()
     identity = Identity.load(folder.identity)
-    write_report(folder, policy, identity, folder.open_ledger(policy), out)
-    console.print(f"{out / 'report.json'} and {out / 'report.html'}", markup=False)
+    reports.write_report(folder, policy, identity, folder.open_ledger(policy), out)
+    console.print(f"{out / reports.REPORT} and {out / reports.PAGE}", markup=False)
 
 
 def _manifest(path: Path) -> RunManifest:
@@ -218,7 +265,15 @@ def _manifest(path: Path) -> RunManifest:
             data = stream.read(MAX_MESSAGE_BYTES)
     except OSError as error:
         raise BadInput(f"{path}: can't be read ({error.strerror}), expected a manifest") from error
-    return RunManifest.from_bytes(data if data[:1] == b"{" else Signed.from_bytes(data, path.name).body)
+    try:
+        return RunManifest.from_bytes(data if data[:1] == b"{" else Signed.from_bytes(data, "manifest").body)
+    except BadInput as error:
+        raise BadInput([f"{path}: {fault}" for fault in error.faults]) from error
+
+
+def _offline() -> None:
+    """Before a model library is imported, which reads it then: nothing calls out."""
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 
 def main() -> None:
@@ -231,6 +286,10 @@ def main() -> None:
         for line in str(error).splitlines():
             errors.print(f"fedlora-node: {line}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        errors.print(f"fedlora-node: {where}{error.strerror or error}", markup=False, soft_wrap=True)
+        sys.exit(BadInput.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -8,7 +8,7 @@ federation.json    the invitation, as pinned by `join`
 peers.toml         the roster; `join --approve` alone adds to it
 ledger.sqlite, ledger.key, and the head where the policy says
 runs/, outbox/     what was consented to, and the exact bytes that left
-refusals.jsonl     every refusal of what the coordinator signed; strangers.jsonl: of all else
+refusals.jsonl     every refusal of what the coordinator signed, refusals.json how often; strangers.jsonl: of all else
 relay/             all that the relay needs, to be given to its user: Flower's key, CA, address
 """
 
@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from fedlora.client.policy import Policy, load_policy, policy_template
+from fedlora.common.base import PACKAGED, resolve_base
 from fedlora.common.enrolment import (
     EnrolmentRequest,
     Invitation,
@@ -98,12 +99,26 @@ class NodeFolder:
         """A run's own folder, by its manifest's digest."""
         return self.runs / manifest.removeprefix("sha256:")
 
+    def base(self, name: str) -> Path:
+        """The folder of a base of the policy: relative ones start in this folder."""
+        inside = self.root / name
+        return inside if name not in PACKAGED and inside.is_dir() else resolve_base(name)
+
     def under(self, path: str) -> Path:
         """A path of the policy: relative ones start in this folder."""
         return self.root / path
 
     def load_policy(self) -> Policy:
-        return load_policy(self.policy)
+        """BadInput where it is another institution's than the one that enrols from this folder."""
+        policy = load_policy(self.policy)
+        if self.request.exists():
+            enrolled = request_from_text(read_text(self.request), self.request.name).name
+            if enrolled != policy.institution:
+                raise BadInput(
+                    f"{self.policy.name} institution: found {policy.institution}, expected {enrolled} as in "
+                    f"{self.request.name}"
+                )
+        return policy
 
     def open_ledger(self, policy: Policy) -> Ledger:
         head = self.under(policy.trainer.head)
@@ -229,11 +244,13 @@ def approve(folder: NodeFolder, text: str, where: str) -> Peer:
     return peer
 
 
-def remove_peer(folder: NodeFolder, name: str) -> None:
+def remove_peer(folder: NodeFolder, name: str) -> Peer:
+    """Take a peer off the roster; who it was."""
     roster = read_peers(folder)
     if name not in roster:
         raise BadInput(f"{folder.peers}: found no peer {name[:80]!r}")
     _write_peers(folder, {key: peer for key, peer in roster.items() if key != name})
+    return roster[name]
 
 
 def read_peers(folder: NodeFolder) -> dict[str, Peer]:

@@ -20,10 +20,10 @@ from fedlora.common.config import DIGEST, LAYER, NAME, OPTIONAL
 from fedlora.common.enrolment import NAME as INSTITUTION
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger import Budget
+from fedlora.common.secagg.cohort import DEFAULT_COHORT, SMALLEST_COHORT
 from fedlora.common.toml import Bounds, Choice, Each, Pattern, Rule, Table, read_fields, read_table, shown
 
 MAX_POLICY_BYTES = 1 << 20
-SMALLEST_COHORT = 3  # with fewer, a sum is as good as somebody's update to the others in it
 
 
 def _ruled(default: Any, rule: Rule) -> Any:
@@ -60,7 +60,7 @@ class DataPolicy:
 class Limits:
     """Bounds on every run."""
 
-    minimum_cohort: int = _ruled(SMALLEST_COHORT, Bounds(0, 1_000_000))  # the floor is checked by name
+    minimum_cohort: int = _ruled(DEFAULT_COHORT, Bounds(0, 1_000_000))  # the floor is checked by name
     rounds: int = _ruled(100, Bounds(1, 100_000))
     attempts: int = _ruled(200, Bounds(1, 200_000))  # of all phases together
     steps: int = _ruled(20, Bounds(1, 10_000))  # local steps of a round
@@ -115,7 +115,7 @@ class Policy:
     trainer: TrainerPolicy
     budgets: Mapping[str, Budget]
     data: Mapping[str, DataPolicy]
-    bases: Mapping[str, str]  # digest -> folder, packaged model
+    bases: Mapping[str, str]  # digest -> folder (relative ones start in the node's) or packaged model
     digest: str
 
     def data_for(self, task: str, labels: tuple[str, ...], unit: str) -> str:
@@ -139,12 +139,14 @@ def parse_policy(text: str, where: str = "node.toml", digest: str = "") -> Polic
     named = {name: table.values.get(name, {}) for name in ("budgets", "data", "bases")}
     plain = {name: value for name, value in table.values.items() if name not in named}
     read, found = read_fields(_Plain, Table(plain, where))
-    faults = list(found.values())
-    budgets = _tables(BudgetPolicy, named["budgets"], f"{where} [budgets", faults)
-    data = _tables(DataPolicy, named["data"], f"{where} [data", faults)
-    bases = _bases(named["bases"], where, faults)
-    if not faults:
-        faults = [*_limit_faults(read, where), *_data_faults(budgets, data, bases, where)]
+    tables: list[str] = []
+    budgets = _tables(BudgetPolicy, named["budgets"], f"{where} [budgets", tables)
+    data = _tables(DataPolicy, named["data"], f"{where} [data", tables)
+    bases = _bases(named["bases"], where, tables)
+    faults = [*found.values(), *tables]
+    faults += [fault for key, fault in _limit_faults(read, where).items() if key not in found]
+    if not tables:  # else what is missing there is the default of what is wrong
+        faults += _data_faults(budgets, data, bases, where)
     if faults:
         raise BadInput(faults)
     return Policy(
@@ -158,21 +160,25 @@ def parse_policy(text: str, where: str = "node.toml", digest: str = "") -> Polic
     )
 
 
-def _limit_faults(read: _Plain, where: str) -> list[str]:
-    limits, faults = read.limits, []
+def _limit_faults(read: _Plain, where: str) -> dict[str, str]:
+    """What rules of single fields do not say, by `section.key`."""
+    limits, trainer = read.limits, read.trainer
+    faults = {}
     if not read.institution:
-        faults.append(f'{where} institution = "": expected the name that this node enrols under')
+        faults["institution"] = f'{where} institution = "": expected the name that this node enrols under'
     if limits.minimum_cohort < SMALLEST_COHORT:
-        faults.append(
+        faults["limits.minimum_cohort"] = (
             f"{where} [limits] minimum_cohort = {limits.minimum_cohort}: expected at least {SMALLEST_COHORT}"
         )
     if limits.metrics:
-        faults.append(f"{where} [limits] metrics = {shown([*limits.metrics])}: not built yet; expected []")
-    trainer = read.trainer
+        found = shown([*limits.metrics])
+        faults["limits.metrics"] = f"{where} [limits] metrics = {found}: not built yet; expected []"
     if not trainer.listen.startswith("unix:"):
         for name in ("tls_certificate", "tls_key", "tls_clients"):
             if not getattr(trainer, name):
-                faults.append(f'{where} [trainer] {name} = "": expected a file, since listen is host:port')
+                faults[f"trainer.{name}"] = (
+                    f'{where} [trainer] {name} = "": expected a file, since listen is host:port'
+                )
     return faults
 
 
@@ -205,6 +211,21 @@ def _data_faults(
         if each.serves in seen:
             faults.append(f"{where} [data.{name}]: serves the same runs as [data.{seen[each.serves]}]")
         seen[each.serves] = name
+    return [*faults, *_unit_faults(data, where)]
+
+
+def _unit_faults(data: Mapping[str, DataPolicy], where: str) -> list[str]:
+    """A budget counts one kind of unit: the ε of a record and the ε of a person do not add up to that of either."""
+    faults: list[str] = []
+    first: dict[str, str] = {}
+    for name, each in data.items():
+        known = first.setdefault(each.budget, name)
+        if data[known].unit != each.unit:
+            units = shown(each.unit or "record"), shown(data[known].unit or "record")
+            faults.append(
+                f"{where} [data.{name}] unit: found {units[0]}, but [data.{known}] charges [budgets.{each.budget}] "
+                f"for {units[1]}, expected one unit for a budget"
+            )
     return faults
 
 
@@ -233,7 +254,7 @@ def _bases(found: Any, where: str, faults: list[str]) -> dict[str, str]:
         return {}
     for digest, folder in found.items():
         if not digest or DIGEST.fault(digest, ""):
-            faults.append(f"{where} [bases] {shown(digest)}: expected {DIGEST.what}")
+            faults.append(f'{where} [bases] {shown(digest)}: expected "sha256:" and 64 hexadecimal digits')
         elif not isinstance(folder, str) or NAME.fault(folder, ""):
             faults.append(
                 f"{where} [bases] {digest[:20]}… = {shown(folder)}: expected a folder or a model's name"
@@ -290,12 +311,12 @@ institution = "{institution}"
 # text = "text"
 # label = "label"
 
-# Base models by digest: `fedlora-node check-data` prints a folder's.
+# Base models by digest: `fedlora-node base FOLDER` prints it. Relative folders start where this file lies.
 # [bases]
 # "sha256:…" = "/srv/models/encoder"
 
 [limits]
-minimum_cohort = 3
+minimum_cohort = 5             # institutions in a sum, this one included; 3 at least, and then no one may drop out
 rounds = 100
 attempts = 200
 steps = 20

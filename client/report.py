@@ -1,36 +1,62 @@
 """`fedlora-node report`: what a data protection officer asks for, signed by the node, and as a page.
 
 Everything comes from the ledger, the outbox, the refusal log and the manifests that the node itself kept. The
-figures are recomputed here; a second accountant (Rényi) states its own, larger, bound beside the first.
+figures are recomputed here; a second accountant (Rényi) states its own, larger, bound beside the first. The page's
+digest is in what is signed, so that no byte of either file, and no file beside them, changes unnoticed.
 """
 
 from __future__ import annotations
 
-import html
-import json
+import hashlib
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fedlora.client.node import NodeFolder, pinned_invitation, read_peers
+from fedlora.client.node import NodeFolder, pinned_invitation, read_peers, read_text
 from fedlora.client.outbox import Outbox
 from fedlora.client.policy import Policy
-from fedlora.common.errors import BadInput
+from fedlora.client.refusals import read_lines, read_refusals
+from fedlora.client.report_page import page
+from fedlora.common.enrolment import request_from_text
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.files import write_atomically
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.ledger import Entry, Ledger
 from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import accountant_name, history_of
-from fedlora.common.protocol import MANIFEST_TAG
+from fedlora.common.protocol import MANIFEST_TAG, one_line
 from fedlora.common.sealed import Sealed, seal, unseal
-from fedlora.common.statement import NOISE_SOURCE, privacy_statement, secure_statement, unit_of
+from fedlora.common.statement import noise_source, privacy_statement, secure_statement, unit_of
 
 REPORT_TAG = "fedlora-node-report-1"
+REPORT, PAGE = "report.json", "report.html"
 MECHANISMS = {
     "record": "Poisson-subsampled Gaussian, per-unit clip",
     "client": "clip of the whole update, Skellam noise shared under secure aggregation",
+    "none": "none: updates leave without noise",
 }
+NEIGHBOURS = {
+    "record": "data sets that differ by adding or removing one unit",
+    "client": "cohorts of which one institution's update is there or zero; a budget is charged for data sets that "
+    "differ by one record",
+    "none": "none: nothing is guaranteed",
+}
+SECOND = {
+    "record": "Opacus RDP",
+    "client": "none: no second implementation of the Skellam mechanism's bound is installed",
+    "none": "none: there is no ε",
+}
+ASSUMPTIONS = (
+    "A unit of privacy occurs at one institution only; where it occurs at several, its ε and δ add up.",
+    "Base model, label set and configuration were chosen without looking at the private records; validation and test "
+    "files are public.",
+    "Data sets that may hold the same persons charge the same budget of the policy.",
+    "Ledger, key and head were never all put back to an older copy together.",
+    "Noise is drawn in floating point or whole numbers as each run states; the guarantee is the mathematical "
+    "mechanism's.",
+)
 PACKAGES = ("fedlora", "flwr", "grpcio", "opacus", "torch", "transformers", "peft", "cryptography")
 
 
@@ -39,11 +65,32 @@ def write_report(
 ) -> Mapping[str, Any]:
     """`report.json`, signed, and `report.html` in `out`; the report's body."""
     body = report_body(folder, policy, identity, ledger)
+    shown = page(body).encode()
+    body["page_sha256"] = hashlib.sha256(shown).hexdigest()
     out.mkdir(parents=True, exist_ok=True)
-    text = seal(identity, REPORT_TAG, body)
-    (out / "report.json").write_text(text, encoding="utf-8")
-    (out / "report.html").write_text(page(body), encoding="utf-8")
+    write_atomically(out / PAGE, shown)
+    write_atomically(out / REPORT, seal(identity, REPORT_TAG, body).encode())
     return body
+
+
+def check_report(folder: Path, expected: PublicIdentity | None = None) -> PublicIdentity:
+    """Who signed the report in `folder`; Refused unless its two files, and no other, are as they were written."""
+    sealed = read_report(folder / REPORT, expected)
+    found = sorted(path.name for path in folder.iterdir())
+    if found != sorted((REPORT, PAGE)):
+        raise Refused(f"{folder}: found {', '.join(found)[:200]}, expected {REPORT} and {PAGE} alone")
+    digest = hashlib.sha256((folder / PAGE).read_bytes()).hexdigest()
+    if digest != sealed.body.get("page_sha256"):
+        raise Refused(f"{folder / PAGE}: found another page than the one whose digest was signed")
+    return sealed.signer
+
+
+def read_key(path: Path) -> PublicIdentity:
+    """A node's public key: as `ed25519:` and base64, or in its enrolment request."""
+    text = read_text(path)
+    if text.lstrip().startswith("{"):
+        return request_from_text(text, path.name).identity
+    return PublicIdentity.from_text(text, path.name)
 
 
 def read_report(path: Path, expected: PublicIdentity | None = None) -> Sealed:
@@ -59,6 +106,12 @@ def report_body(folder: NodeFolder, policy: Policy, identity: Identity, ledger: 
     entries = ledger.entries()
     invitation = pinned_invitation(folder) if folder.federation.exists() else None
     last = entries[-1]
+    refusals, not_kept = read_refusals(folder.refusals)
+    strangers = [
+        {name: value for name, value in line.items() if name in ("time", "reason")}
+        for path in (folder.strangers.with_suffix(".1.jsonl"), folder.strangers)
+        for line in read_lines(path, "time", "reason")
+    ]
     return {
         "institution": policy.institution,
         "key": identity.public.text,
@@ -71,14 +124,22 @@ def report_body(folder: NodeFolder, policy: Policy, identity: Identity, ledger: 
         "budgets": _budgets(policy, ledger),
         "runs": [_run(folder, policy, entries, digest) for digest in _runs(folder)],
         # as they were told; the details, which may quote a record, stay in the node's own log
-        "refusals": _refusals(folder),
+        "refusals": refusals,
+        "refusals_not_kept": not_kept,
+        "strangers": strangers,
         "ledger": {"id": entries[0].body["id"], "entries": last.number, "head": last.hash},
         "accountant": accountant_name(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "neighbours": "data sets that differ by adding or removing one unit",
-        "noise": NOISE_SOURCE,
+        "mechanisms": {mode: MECHANISMS[mode] for mode in _modes(policy)},
+        "assumptions": list(ASSUMPTIONS),
         "noise_source": "the operating system's generator; no seed",
     }
+
+
+def _modes(policy: Policy) -> list[str]:
+    """The modes of privacy that the policy lets a run have."""
+    allowed = {"client": policy.limits.client_level, "none": policy.limits.allow_unnoised}
+    return ["record", *(mode for mode, each in allowed.items() if each)]
 
 
 def _budgets(policy: Policy, ledger: Ledger) -> list[dict[str, Any]]:
@@ -106,23 +167,34 @@ def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) 
     mine = [entry.body for entry in entries if entry.body.get("manifest") == digest]
     consents = [body for body in mine if body["kind"] == "consent"]
     epsilon = max((float(body["epsilon"]) for body in consents), default=None)
+    update = "update" if manifest.secure is None else "masked update"
     sent = [
-        {"to": signed.signer.fingerprint, "round": number, "attempt": attempt, "bytes": size}
+        {
+            "kind": update if attempt else "consent",
+            "to": signed.signer.fingerprint,
+            "round": number,
+            "attempt": attempt,
+            "bytes": size,
+        }
         for number, attempt, size in Outbox(folder.under(policy.trainer.outbox)).sizes(digest)
     ]
     return {
         "manifest": digest,
+        "run": one_line(manifest.run),
         "federation": manifest.federation,
         "coordinator": signed.signer.text,
         "task": manifest.task,
         "unit": unit_of(manifest),
         "mode": manifest.mode,
-        "mechanism": MECHANISMS.get(manifest.mode, "none"),
+        "mechanism": MECHANISMS[manifest.mode],
+        "neighbours": NEIGHBOURS[manifest.mode],
+        "noise": "none" if manifest.mode == "none" else noise_source(manifest),
         "budget": [str(body["budget"]) for body in consents],
         "epsilon": epsilon,
         "delta": manifest.delta,
+        "accountant": _accountant(manifest),
         "epsilon_second_accountant": _second(manifest),
-        "second_accountant": f"Opacus {_version('opacus')} RDP",
+        "second_accountant": SECOND[manifest.mode],
         "phases": [
             {
                 "name": phase.name,
@@ -143,26 +215,24 @@ def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) 
         "base_digest": manifest.base_digest,
         "spec_digest": manifest.spec_digest,
         "aggregation": "updates left in clear" if manifest.secure is None else "updates left under masks",
-        "sums": list(_lines(folder.run(digest) / "secure.jsonl")),
+        "sums": list(read_lines(folder.run(digest) / "secure.jsonl")),
         "statement": [*privacy_statement(manifest, epsilon), *secure_statement(manifest)]
         if epsilon is not None or manifest.mode == "none"
         else [],
     }
 
 
-def _refusals(folder: NodeFolder) -> list[dict[str, Any]]:
-    lines = [line for path in (folder.strangers, folder.refusals) for line in _lines(path, "time", "reason")]
-    return [
-        {k: v for k, v in line.items() if k != "detail"}
-        for line in sorted(lines, key=lambda line: line["time"])
-    ]
-
-
 def _versions(path: Path) -> list[dict[str, Any]]:
     """When data were used, and whether they had changed; a digest would tell two guesses at them apart."""
-    lines = list(_lines(path, "time", "data"))
+    lines = list(read_lines(path, "time", "data"))
     known = list(dict.fromkeys(line["data"] for line in lines))
     return [{"time": line["time"], "version": 1 + known.index(line["data"])} for line in lines]
+
+
+def _accountant(manifest: RunManifest) -> str:
+    if manifest.mode == "client":
+        return "Rényi bound of the Skellam mechanism (Agarwal, Kairouz and Liu 2021)"
+    return accountant_name() if manifest.mode == "record" else "none: there is no ε"
 
 
 def _second(manifest: RunManifest) -> float | None:
@@ -185,48 +255,8 @@ def _runs(folder: NodeFolder) -> Iterator[str]:
         yield f"sha256:{path.parent.name}"
 
 
-def _lines(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
-    """A log's lines, its older generation first; one that a kill or a fault spoilt says so, where `keys` should be."""
-    for each in (path.with_suffix(".1.jsonl"), path):
-        for line in each.read_bytes().splitlines() if each.is_file() else ():
-            try:
-                table = json.loads(line)
-            except ValueError:
-                table = None
-            if isinstance(table, dict) and all(isinstance(table.get(key), str) for key in keys):
-                yield table
-            else:
-                yield dict.fromkeys(keys or ("line",), "unreadable")
-
-
 def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
         return ""
-
-
-def page(body: Mapping[str, Any]) -> str:
-    """The report as a page by itself: no script, nothing fetched."""
-    parts = [f"<h1>Privacy report of {html.escape(str(body['institution']))}</h1>"]
-    parts.extend(_section(str(name), value) for name, value in body.items() if name != "institution")
-    style = "body{font:15px sans-serif;max-width:70em;margin:2em auto}td,th{border:1px solid #bbb;padding:.3em;text-align:left;vertical-align:top}table{border-collapse:collapse}"
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>fedlora node report</title>'
-        f"<style>{style}</style>{''.join(parts)}</html>\n"
-    )
-
-
-def _section(name: str, value: Any) -> str:
-    return f"<h2>{html.escape(name.replace('_', ' '))}</h2>{_shown(value)}"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Mapping):
-        rows = "".join(
-            f"<tr><th>{html.escape(str(k))}</th><td>{_shown(v)}</td></tr>" for k, v in value.items()
-        )
-        return f"<table>{rows}</table>" if rows else "none"
-    if isinstance(value, list):
-        return "".join(f"<div>{_shown(each)}</div>" for each in value) or "none"
-    return html.escape("" if value is None else str(value))

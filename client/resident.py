@@ -1,7 +1,7 @@
 """The resident trainer: request bytes in, signed reply bytes out; all that decides, and no transport.
 
     1. parse; the coordinator's signature, under the key that `join` pinned
-    2. an offer: the policy's verdicts; the network and the data; the reservation of the whole schedule; consent
+    2. an offer: is it for this institution, and still good? the policy's verdicts; the network and the data; the reservation of the whole schedule; consent
     3. a task: was this very request answered? then the same bytes again
     4.         does it go on from what came before? replays and rewinds are refused
     5.         the policy once more, for it may have become stricter
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,10 @@ from pathlib import Path
 from typing import Protocol
 
 from fedlora.client.node import NodeFolder, pinned_invitation
+from fedlora.client.offers import check_projection, offered, read_manifest
 from fedlora.client.outbox import Outbox, Plans
 from fedlora.client.policy import Policy
+from fedlora.client.refusals import RefusalLog
 from fedlora.client.secure_runs import SecureRuns
 from fedlora.client.secure_trainer import SecureTrainer
 from fedlora.client.verdicts import allow, judge, projected
@@ -39,7 +42,6 @@ from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import RoundPlan, RunManifest
 from fedlora.common.privacy import Spend
 from fedlora.common.protocol import (
-    MANIFEST_TAG,
     MAX_NUMBER,
     PLAN_TAG,
     STAGE_TAG,
@@ -62,7 +64,6 @@ from fedlora.common.state import AdapterSpec
 
 log = logging.getLogger(__name__)
 
-MAX_PROJECTION_BYTES = 64 << 20
 PRIVATE_REASON = "failed at the node once its data were in sight; its own log says why"
 
 
@@ -105,6 +106,7 @@ class Resident:
         self._work = work
         self._outbox = Outbox(folder.under(policy.trainer.outbox))
         self._secure = SecureRuns(folder, policy, identity, self._outbox)
+        self._refusals = RefusalLog(folder.refusals)
         self._one = threading.Lock()
         self._check_history()
 
@@ -143,32 +145,56 @@ class Resident:
     def _answer(self, invitation: Invitation, data: bytes, place: Place) -> bytes:
         request = request_from_bytes(data, self._policy.trainer.max_message_bytes)
         if isinstance(request, Offer):
-            return self._consent(invitation, request, data, place)
+            return self._consent(invitation, request, place)
         if isinstance(request, Stage):
             return self._stage(invitation, request, place)
         return self._train(invitation, request, data, place)
 
-    def _consent(self, invitation: Invitation, offer: Offer, data: bytes, place: Place) -> bytes:
-        manifest = self._manifest(invitation, offer.manifest)
+    def _consent(self, invitation: Invitation, offer: Offer, place: Place) -> bytes:
+        manifest = offered(offer, invitation.coordinator, self._policy.institution)
         place.manifest = manifest.digest
         spend = self._judged(invitation, manifest)
         if manifest.secure is not None:
             self._secure.check(manifest)
-        _check_projection(manifest, offer.projection)
-        kept = self._outbox.read(manifest.digest, 0, 0, data)
+        check_projection(manifest, offer.projection)
+        asked = offer.manifest.to_bytes()  # its address is another one each time that a run is offered
+        kept = self._outbox.read(manifest.digest, 0, 0, asked)
         if kept is not None and self._is_ours(invitation, kept):
             return kept
-        folder = self._folder.run(manifest.digest)
         with _private():
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._reserve(manifest, offer)
+        reply = Consent(
+            self._policy.institution, manifest.digest, self._policy.digest, spend.epsilon, spend.delta
+        )
+        released = self._released(invitation.federation, reply, (0, 0), asked)
+        budget = self._budget(manifest)
+        left = budget.epsilon - self._ledger.spent(budget.name).epsilon
+        log.info(
+            "consented to run %s: ε %.4g of budget %s, %.4g left",
+            one_line(manifest.run)[:80],
+            spend.epsilon,
+            budget.name,
+            left,
+        )
+        return released
+
+    def _reserve(self, manifest: RunManifest, offer: Offer) -> None:
+        """Check network and data, reserve the schedule, keep the manifest; what failed leaves nothing on the disk."""
+        folder = self._folder.run(manifest.digest)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
             write_atomically(folder / "projection.safetensors", offer.projection, mode=0o600)
             digest = self._work.consent(manifest, folder / "projection.safetensors", self._budget(manifest))
             self._note_data(folder, digest)
             write_atomically(folder / "manifest.signed", offer.manifest.to_bytes(), mode=0o600)
-        reply = Consent(
-            self._policy.institution, manifest.digest, self._policy.digest, spend.epsilon, spend.delta
-        )
-        return self._released(invitation.federation, reply, (0, 0), data)
+        except BaseException:
+            name = self._budget(manifest).name
+            if (
+                self._ledger.reserved_for(name, manifest.digest) is None
+                and not (folder / "manifest.signed").exists()
+            ):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _train(self, invitation: Invitation, task: Task, data: bytes, place: Place) -> bytes:
         plan = RoundPlan.from_bytes(task.plan.opened(PLAN_TAG, invitation.coordinator))
@@ -183,7 +209,11 @@ class Resident:
         self._judged(invitation, manifest, consented=True)
         update = self._trained(manifest, plan, task.vector)
         reply = Answer(self._policy.institution, plan.manifest, plan.round, plan.attempt, update)
-        return self._released(invitation.federation, reply, (plan.round, plan.attempt), data)
+        released = self._released(invitation.federation, reply, (plan.round, plan.attempt), data)
+        log.info(
+            "answered round %d, attempt %d of run %s", plan.round, plan.attempt, one_line(manifest.run)[:80]
+        )
+        return released
 
     def _stage(self, invitation: Invitation, stage: Stage, place: Place) -> bytes:
         """One step of secure aggregation. What its checks refuse is this attempt's alone: a later epoch may do."""
@@ -210,7 +240,15 @@ class Resident:
             raise BadInput(f"{request.stage}: {error}") from error
         if request.stage == CONFIRM and trainer.confirmed is not None:
             with _private():
-                append_line(self._folder.run(plan.manifest) / "secure.jsonl", asdict(trainer.confirmed))
+                log_of_sums = self._folder.run(plan.manifest) / "secure.jsonl"
+                append_line(log_of_sums, asdict(trainer.confirmed), limit=None)
+        if request.stage == INPUT:
+            log.info(
+                "sent the masked update of round %d, attempt %d of run %s",
+                plan.round,
+                plan.attempt,
+                one_line(manifest.run)[:80],
+            )
         reply = Staged(self._policy.institution, plan.manifest, plan.round, plan.attempt, message)
         return reply_to_bytes(self._identity, invitation.federation, reply)
 
@@ -241,13 +279,6 @@ class Resident:
             self._note_data(folder, digest)
         return update
 
-    def _manifest(self, invitation: Invitation, signed: Signed) -> RunManifest:
-        body = signed.opened(MANIFEST_TAG, invitation.coordinator)
-        manifest = RunManifest.from_bytes(body)
-        if manifest.to_bytes() != body:
-            raise BadInput("manifest: found another spelling than its canonical bytes")
-        return manifest
-
     def _planned(self, invitation: Invitation, plan: RoundPlan, place: Place) -> RunManifest:
         """The manifest that `plan` belongs to; BadInput or Refused where it can't be a plan of it."""
         if not (0 < plan.round <= MAX_NUMBER and 0 < plan.attempt <= MAX_NUMBER):
@@ -263,7 +294,9 @@ class Resident:
         path = self._folder.run(digest) / "manifest.signed"
         if not _is_digest(digest) or not path.is_file():
             raise Refused(f"plan manifest: found {one_line(digest)[:80]}, which was not consented to")
-        manifest = self._manifest(invitation, Signed.from_bytes(path.read_bytes(), "kept manifest"))
+        manifest = read_manifest(
+            Signed.from_bytes(path.read_bytes(), "kept manifest"), invitation.coordinator
+        )
         if manifest.digest != digest:
             raise Refused("plan manifest: what is kept under its name is another one")
         return manifest
@@ -301,7 +334,7 @@ class Resident:
         return True
 
     def _note_data(self, folder: Path, digest: str) -> None:
-        append_line(folder / "data.jsonl", {"time": _now(), "data": digest})
+        append_line(folder / "data.jsonl", {"time": _now(), "data": digest}, limit=None)
 
     def _declined(self, federation: str, place: Place, error: Exception) -> bytes:
         """A signed no. Its reason is the whole truth only where no data were in sight."""
@@ -311,7 +344,7 @@ class Resident:
         refused = isinstance(inner if isinstance(error, _Private) else error, Refused)
         line = {
             "time": _now(),
-            "manifest": place.manifest,
+            "manifest": one_line(place.manifest)[:100],
             "round": place.round,
             "attempt": place.attempt,
             "reason": reason,
@@ -320,8 +353,12 @@ class Resident:
         }
         if not public:
             log.error("a request failed", exc_info=inner)
+        log.warning("refused%s: %s", f" {place.manifest[:20]}" * bool(place.manifest), reason)
         try:
-            append_line(self._folder.refusals if place.manifest else self._folder.strangers, line)
+            if place.manifest:
+                self._refusals.add(line)
+            else:  # who can say anything may push out what was said before, and nothing else
+                append_line(self._folder.strangers, line)
         except OSError as full:
             log.error("a refusal could not be logged (%s): %s", full, json.dumps(line))
         name = self._policy.institution
@@ -336,18 +373,6 @@ def _private() -> Iterator[None]:
         yield
     except Exception as error:
         raise _Private(PRIVATE_REASON) from error
-
-
-def _check_projection(manifest: RunManifest, projection: bytes) -> None:
-    """A projection comes exactly where the manifest names one; its digest is checked where it is read."""
-    if bool(projection) != bool(manifest.projection_digest):
-        raise BadInput(f"offer projection: found {len(projection)} bytes, expected what the manifest names")
-    if bool(projection) != bool(manifest.network.projection):
-        raise BadInput("manifest network projection: found another than projection_digest says")
-    if len(projection) > MAX_PROJECTION_BYTES:
-        raise BadInput(
-            f"offer projection: found {len(projection)} bytes, expected at most {MAX_PROJECTION_BYTES}"
-        )
 
 
 def _is_digest(text: str) -> bool:

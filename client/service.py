@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -118,13 +119,28 @@ def _bind(server: grpc.Server, settings: TrainerPolicy, root: Path) -> str:
     path = (root / settings.listen.removeprefix("unix:")).resolve()
     if len(str(path).encode()) > 100:
         raise BadInput(f"node.toml [trainer] listen: {path} is too long for a socket, expected 100 bytes")
-    path.unlink(missing_ok=True)  # a killed trainer's; the lock says that no other one lives
+    _remove_socket(path)
     with _umask(0o117 if settings.group_may_ask else 0o177):
         try:
             server.add_insecure_port(f"unix:{path}")
         except RuntimeError as error:
             raise BadInput(f"node.toml [trainer] listen: {path} can't be listened on") from error
     return f"unix:{path}"
+
+
+def _remove_socket(path: Path) -> None:
+    """Remove a killed trainer's socket, for the lock says that no other one lives; BadInput for all else there."""
+    try:
+        held = path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise BadInput(f"node.toml [trainer] listen: {path} can't be read ({error.strerror})") from error
+    if not stat.S_ISSOCK(held.st_mode):
+        raise BadInput(
+            f"node.toml [trainer] listen: found a file or folder at {path}, expected a socket or nothing"
+        )
+    path.unlink()
 
 
 def _bind_tls(server: grpc.Server, settings: TrainerPolicy, root: Path) -> str:

@@ -12,21 +12,25 @@ Whatever a coordinator sends can only ask. In simulation the same object is call
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
 from fedlora.client.training import ClientData, LocalTraining, Moments
 from fedlora.common.errors import BadInput, Refused
+from fedlora.common.files import write_atomically
 from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import RoundPlan, RunManifest, Update
 from fedlora.common.privacy import Spend, charged_epsilon, stated_epsilon
 from fedlora.common.randomness import OsRandom, Random, SeededRandom
 from fedlora.common.skellam import clipped
 from fedlora.common.state import AdapterState
+
+log = logging.getLogger(__name__)
 
 LARGEST_VALUE = (
     1e3  # of a broadcast adapter: attention's scores stay far below what a mask subtracts from padding
@@ -38,34 +42,31 @@ class MomentStore:
     """An optimiser's state between rounds: noised values, nothing else.
 
     Two files for each client and phase, so that a round that is killed after its write and before the
-    server's commit finds the moments it started from.
+    server's commit finds the moments it started from. Each is whole and on disk before it replaces what was there;
+    one that can't be read is as good as none, for an optimiser begins anew without harm and an attempt is dear.
     """
 
     folder: Path
 
     def read(self, client: str, phase: int, before_round: int) -> Moments:
         """The moments of the last round before `before_round`; nothing where there are none."""
-        slot = self._base(client, phase, before_round)
-        if slot is None:
-            return {}
-        return {name: value for name, value in load_file(slot).items() if name != "round"}
+        held = self._held(client, phase, before_round).values()
+        found = max(held, key=_round_of, default={})
+        return {name: value for name, value in found.items() if name != "round"}
 
     def write(self, client: str, phase: int, round_number: int, moments: Moments) -> None:
         if not moments:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        base = self._base(client, phase, round_number)
+        held = self._held(client, phase, round_number)
+        base = max(held, key=lambda slot: _round_of(held[slot]), default=None)
         target = next(slot for slot in self._slots(client, phase) if slot != base)
-        scratch = target.with_suffix(".tmp")
-        save_file({**moments, "round": np.array([round_number], dtype=np.int64)}, scratch)
-        scratch.replace(target)
+        write_atomically(target, save({**moments, "round": np.array([round_number], dtype=np.int64)}))
 
-    def _base(self, client: str, phase: int, before_round: int) -> Path | None:
-        rounds = {
-            slot: int(load_file(slot)["round"][0]) for slot in self._slots(client, phase) if slot.is_file()
-        }
-        earlier = [slot for slot, stored in rounds.items() if stored < before_round]
-        return max(earlier, key=rounds.__getitem__, default=None)
+    def _held(self, client: str, phase: int, before_round: int) -> dict[Path, Moments]:
+        """What each slot holds that was written before `before_round`."""
+        held = {slot: _moments(slot) for slot in self._slots(client, phase)}
+        return {slot: found for slot, found in held.items() if found and _round_of(found) < before_round}
 
     def _slots(self, client: str, phase: int) -> tuple[Path, Path]:
         stem = f"{hashlib.sha256(client.encode()).hexdigest()[:16]}-{phase}"
@@ -160,6 +161,23 @@ class Trainer:
         if self._ledger is None:
             raise Refused("ledger: found none, expected one: nothing private trains without it")
         return self._ledger
+
+
+def _moments(slot: Path) -> Moments:
+    """What lies in a slot, its round among it; nothing where no whole file does."""
+    try:
+        found: Moments = load(slot.read_bytes())
+        _round_of(found)
+    except FileNotFoundError:
+        return {}
+    except Exception:  # the library raises several unrelated types
+        log.warning("%s: found no readable moments; the optimiser begins anew", slot)
+        return {}
+    return found
+
+
+def _round_of(moments: Moments) -> int:
+    return int(moments["round"][0])
 
 
 @lru_cache(maxsize=64)

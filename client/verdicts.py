@@ -43,11 +43,15 @@ RANGES = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the policy says to one field of a manifest; `reason` is "" where it is allowed."""
+    """What the policy says to one field of a manifest; `reason` is "" where it is allowed.
+
+    `note` is for the node's own operator, and goes to nobody else.
+    """
 
     field: str
     found: str
     reason: str = ""
+    note: str = ""
 
     @property
     def allowed(self) -> bool:
@@ -67,7 +71,7 @@ def judge(
         _same("federation", manifest.federation, federation),
         Verdict("run", manifest.run),
         *_data_verdicts(manifest, policy),
-        _one_of("base_digest", manifest.base_digest, policy.bases),
+        _one_of("base_digest", manifest.base_digest, policy.bases, "expected one that node.toml [bases] has"),
         *_network_verdicts(manifest, policy),
         _max_length(manifest, policy),
         *phases,
@@ -117,9 +121,11 @@ def _data_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
     }
     labels = f"{len(manifest.labels)} labels"
     return [
-        _one_of("task", manifest.task, tasks),
+        _one_of("task", manifest.task, tasks, "expected the task of a [data] table of node.toml"),
         Verdict("labels", labels, "" if manifest.labels in sets else "no data set has exactly these"),
-        _one_of("unit", manifest.unit, units),
+        _one_of(
+            "unit", manifest.unit, units, "expected the unit of a [data] table of node.toml with these labels"
+        ),
     ]
 
 
@@ -250,12 +256,15 @@ def _spend_verdicts(
     cost = stated_epsilon(manifest) if shared else _epsilon(manifest)
     charged = charged_epsilon(manifest) if shared else cost
     budget = policy.budgets[policy.data[name].budget]
-    return [
-        Verdict(
-            "epsilon", f"{manifest.epsilon:g}", _cost_reason(manifest, cost, charged, budget, spent, reserved)
-        ),
-        delta,
-    ]
+    reason = _cost_reason(manifest, cost, charged, budget, spent, reserved)
+    used = spent.get(budget.name, Spend(0.0, 0.0)).epsilon
+    held = 0.0 if reserved is None else reserved.epsilon  # is among what is spent
+    note = (
+        f"costs {charged:.4g}{' (reserved before)' * (reserved is not None)}; of {budget.epsilon:g} in "
+        f"{budget.name}, {used - held:.4g} went to other runs and {budget.epsilon - used + held - charged:.4g} would "
+        "be left"
+    )
+    return [Verdict("epsilon", f"{manifest.epsilon:g}", reason, note), delta]
 
 
 def _cost_reason(
@@ -335,10 +344,8 @@ def _same(field: str, found: str, expected: str) -> Verdict:
     return Verdict(field, found[:80], "" if found == expected else f"expected {expected}")
 
 
-def _one_of(field: str, found: str, known: set[str] | Mapping[str, str]) -> Verdict:
-    return Verdict(
-        field, found[:80] or '""', "" if found in known else f"expected one of {len(known)} that are allowed"
-    )
+def _one_of(field: str, found: str, known: set[str] | Mapping[str, str], reason: str) -> Verdict:
+    return Verdict(field, found[:80] or '""', "" if found in known else reason)
 
 
 def _at_most(field: str, found: float, most: float) -> Verdict:

@@ -22,7 +22,7 @@ class Workshop:
         self._folder = folder
         self._ledger = ledger
         self._threads = policy.trainer.threads
-        self._bench = Bench(folder.root, policy)
+        self._bench = Bench(folder, policy)
 
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
         with threads(self._threads):

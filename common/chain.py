@@ -85,9 +85,10 @@ class Chain:
 
         Refused where the chain is not the one that the head was signed for, or one of the three files is missing.
         """
-        for each in (path, head, key):
-            each.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(path), _refusing(path):
+        with _refusing(path):
+            for each in (path, head, key):
+                each.parent.mkdir(parents=True, exist_ok=True)
+        with _refusing(path), _exclusive(path):
             if _never_used(path, head, key):
                 _begin(path, head, key, opening)
             missing = [each for each in (path, head, key) if not each.exists()]
@@ -107,7 +108,7 @@ class Chain:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One writer at a time over all processes, knowing every entry that others have added."""
-        with _exclusive(self._path), _refusing(self._path):
+        with _refusing(self._path), _exclusive(self._path):
             self._catch_up()
             yield
 

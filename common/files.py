@@ -34,9 +34,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def append_line(path: Path, table: Mapping[str, Any], limit: int = 8 << 20) -> None:
-    """Add one JSON line, durably; a log past `limit` bytes makes room, with one older generation kept."""
-    if path.exists() and path.stat().st_size > limit:
+def append_line(path: Path, table: Mapping[str, Any], limit: int | None = 8 << 20) -> None:
+    """Add one JSON line, durably; a log past `limit` bytes makes room, with one older generation kept.
+
+    None: it never makes room, for its writer bounds it or its lines must stay.
+    """
+    if limit is not None and path.exists() and path.stat().st_size > limit:
         path.replace(path.with_suffix(".1.jsonl"))
     line = json.dumps(table, sort_keys=True, ensure_ascii=True) + "\n"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)

@@ -111,8 +111,12 @@ class Projection:
     @classmethod
     def read(cls, path: Path) -> Projection:
         """BadInput unless `path` is a safetensors file of finite float32 parts that fit each other."""
-        data = path.read_bytes()
-        check_safetensors_header(data, str(path))
+        return cls.from_bytes(path.read_bytes(), str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str) -> Projection:
+        """Likewise, from the bytes of such a file; `path` is what errors name."""
+        check_safetensors_header(data, path)
         try:
             parts = load(data)
         except Exception as error:  # the library raises several unrelated types
@@ -142,7 +146,7 @@ def _unit_rows(values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     return result
 
 
-def _check_parts(parts: Mapping[str, npt.NDArray[np.float32]], path: Path) -> None:
+def _check_parts(parts: Mapping[str, npt.NDArray[np.float32]], path: str) -> None:
     shapes = {name: value.shape for name, value in parts.items()}
     plain = {"matrix", "shift"}
     if set(parts) not in (plain, plain | {"landmarks", "gamma", "kernel_matrix", "kernel_shift"}):

@@ -1,6 +1,7 @@
 """What coordinator and institutions send each other in a deployment: signed bytes that any carrier may take.
 
-    offer    coordinator -> node   the signed manifest, and the projection that it names
+    offer    coordinator -> node   the signed manifest, the projection that it names, and a signed address: to which
+                                   institution this offer goes, and until when
     task     coordinator -> node   a signed plan, and the adapter that it starts from
     stage    coordinator -> node   one signed step of secure aggregation (common.secagg.requests)
     consent  node -> coordinator   what the node reserved, under which policy
@@ -8,8 +9,8 @@
     staged   node -> coordinator   the node's own message of that step
     decline  node -> coordinator   why there is none
 
-A message is a mark, a version, a kind and its parts, each behind its length as 8 bytes, big-endian. Manifest and
-plan carry the coordinator's signature; a reply carries its institution's, over federation, manifest, round,
+A message is a mark, a version, a kind and its parts, each behind its length as 8 bytes, big-endian. Manifest, address
+and plan carry the coordinator's signature; a reply carries its institution's, over federation, manifest, round,
 attempt, kind and body. So nobody between the two can change, swap or reuse one, and a relay need not parse any.
 """
 
@@ -28,7 +29,8 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.state import Vector
 
-VERSION = 1
+REQUEST_VERSION = 2  # 2: an offer carries its address
+REPLY_VERSION = 1
 MARK = b"fedlora"
 MAX_REQUEST_BYTES = MAX_REPLY_BYTES = 256 << 20
 MAX_NAME = 200  # characters of an institution's or federation's name
@@ -36,6 +38,7 @@ MAX_REASON = 2_000  # characters of a decline
 MAX_NUMBER = 1 << 31  # of a round or an attempt
 
 MANIFEST_TAG = "fedlora-manifest-1"
+OFFER_TAG = "fedlora-offer-1"
 PLAN_TAG = "fedlora-plan-1"
 STAGE_TAG = "fedlora-stage-1"
 REPLY_TAG = "fedlora-reply-1"
@@ -43,10 +46,33 @@ REPLY_TAG = "fedlora-reply-1"
 
 @dataclass(frozen=True)
 class Offer:
-    """A run's manifest, signed under MANIFEST_TAG; `projection` is a safetensors file, or b"" where there is none."""
+    """A run's manifest, signed under MANIFEST_TAG, and the `Address` of this offer, signed under OFFER_TAG.
+
+    `projection` is a safetensors file, or b"" where there is none.
+    """
 
     manifest: Signed
     projection: bytes
+    address: Signed
+
+
+@dataclass(frozen=True)
+class Address:
+    """Whom an offer of `manifest` (a digest) is for, and until when, in seconds of UTC since 1970."""
+
+    manifest: str
+    institution: str
+    not_after: int
+
+    def to_bytes(self) -> bytes:
+        return _json(
+            {"manifest": self.manifest, "institution": self.institution, "not_after": self.not_after}
+        )
+
+    @classmethod
+    def from_bytes(cls, body: bytes) -> Address:
+        kinds = {"manifest": str, "institution": str, "not_after": int}
+        return cls(**_table(body, "offer address", kinds))
 
 
 @dataclass(frozen=True)
@@ -116,20 +142,26 @@ Reply = Consent | Answer | Staged | Decline
 
 def request_to_bytes(request: Request) -> bytes:
     if isinstance(request, Offer):
-        return _joined(b"offer", request.manifest.to_bytes(), request.projection)
+        parts = (request.manifest.to_bytes(), request.projection, request.address.to_bytes())
+        return _joined(REQUEST_VERSION, b"offer", *parts)
     if isinstance(request, Task):
-        return _joined(b"task", request.manifest_digest.encode(), request.plan.to_bytes(), request.vector)
+        parts = (request.manifest_digest.encode(), request.plan.to_bytes(), request.vector)
+        return _joined(REQUEST_VERSION, b"task", *parts)
     if isinstance(request, Stage):
-        return _joined(b"stage", request.request.to_bytes())
+        return _joined(REQUEST_VERSION, b"stage", request.request.to_bytes())
     raise TypeError(f"{type(request).__name__} is no request")
 
 
 def request_from_bytes(data: bytes, limit: int = MAX_REQUEST_BYTES) -> Request:
     """BadInput unless `data` is exactly one request of this version; signatures are checked by who opens them."""
-    kind, parts = _split(data, "request", limit)
+    kind, parts = _split(data, "request", REQUEST_VERSION, limit)
     if kind == "offer":
-        manifest, projection = _exactly(parts, 2, "offer")
-        return Offer(Signed.from_bytes(manifest, "offer manifest"), projection)
+        manifest, projection, address = _exactly(parts, 3, "offer")
+        return Offer(
+            Signed.from_bytes(manifest, "offer manifest"),
+            projection,
+            Signed.from_bytes(address, "offer address"),
+        )
     if kind == "task":
         digest, plan, vector = _exactly(parts, 3, "task")
         return Task(_line(digest, "task manifest"), Signed.from_bytes(plan, "task plan"), vector)
@@ -143,7 +175,7 @@ def reply_to_bytes(identity: Identity, federation: str, reply: Reply) -> bytes:
     kind, (round_number, attempt), body = _described(reply)
     header = _header(federation, reply.manifest, round_number, attempt, kind, reply.institution)
     signature = identity.sign(REPLY_TAG, *header, body)
-    return _joined(kind.encode(), *header[1:4], reply.institution.encode(), body, signature)
+    return _joined(REPLY_VERSION, kind.encode(), *header[1:4], reply.institution.encode(), body, signature)
 
 
 def reply_from_bytes(
@@ -153,7 +185,7 @@ def reply_from_bytes(
     limit: int = MAX_REPLY_BYTES,
 ) -> Reply:
     """The reply of a member; Refused where the member named did not sign it, BadInput where it is malformed."""
-    kind, parts = _split(data, "reply", limit)
+    kind, parts = _split(data, "reply", REPLY_VERSION, limit)
     if kind not in _READERS:
         raise BadInput(f"reply kind: found {kind!r}, expected one of {', '.join(_READERS)}")
     manifest, round_, attempt, name, body, signature = _exactly(parts, 6, kind)
@@ -256,12 +288,12 @@ def _header(
     return (federation.encode(), manifest.encode(), *numbers, kind.encode(), institution.encode())
 
 
-def _joined(*parts: bytes) -> bytes:
+def _joined(version: int, *parts: bytes) -> bytes:
     framed = b"".join(struct.pack(">Q", len(part)) + part for part in parts)
-    return MARK + struct.pack(">H", VERSION) + framed
+    return MARK + struct.pack(">H", version) + framed
 
 
-def _split(data: bytes, where: str, limit: int) -> tuple[str, list[bytes]]:
+def _split(data: bytes, where: str, expected: int, limit: int) -> tuple[str, list[bytes]]:
     """Kind and parts; nothing is copied before every length is known to lie within `data`."""
     if len(data) > limit:
         raise BadInput(f"{where}: found {len(data)} bytes, expected at most {limit}")
@@ -269,8 +301,8 @@ def _split(data: bytes, where: str, limit: int) -> tuple[str, list[bytes]]:
     if len(data) < start or data[: len(MARK)] != MARK:
         raise BadInput(f"{where}: found bytes that are no message of this protocol")
     (version,) = struct.unpack(">H", data[len(MARK) : start])
-    if version != VERSION:
-        raise BadInput(f"{where} version: found {version}, expected {VERSION}")
+    if version != expected:
+        raise BadInput(f"{where} version: found {version}, expected {expected}")
     parts: list[bytes] = []
     while start < len(data):
         if len(parts) > 16 or len(data) - start < 8:

@@ -22,6 +22,8 @@ from fedlora.common.messages import RunManifest
 from fedlora.common.projection import PROJECTION
 from fedlora.common.protocol import (
     MANIFEST_TAG,
+    OFFER_TAG,
+    Address,
     Consent,
     Decline,
     Offer,
@@ -197,12 +199,10 @@ class Participants:
         unasked = [name for name in members if name not in known]
         if not unasked:
             return
-        offer = Signed.by(self.coordinator.identity, MANIFEST_TAG, self.manifest.to_bytes())
-        path = self.folder / PROJECTION
-        request = request_to_bytes(Offer(offer, path.read_bytes() if path.is_file() else b""))
+        requests = dict(self._offers(unasked))
         if self._doubtful & set(unasked):
             seconds = min(seconds, DOUBT)
-        for name, answer in self.carrier.ask(dict.fromkeys(unasked, request), max(seconds, LOOK)):
+        for name, answer in self.carrier.ask(requests, max(seconds, LOOK)):
             if isinstance(answer, Failure):
                 log.warning("%s: %s", name, answer.reason)
                 continue
@@ -225,6 +225,16 @@ class Participants:
         log.warning("%s declines: %s", failure.client, failure.reason)
         self._declined[failure.client] = failure
         write_atomically(self._consents_folder() / f"{failure.client}.declined", failure.reason.encode())
+
+    def _offers(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """An offer to each, good for as long as an attempt lasts."""
+        signer, path = self.coordinator.identity, self.folder / PROJECTION
+        manifest = Signed.by(signer, MANIFEST_TAG, self.manifest.to_bytes())
+        projection = path.read_bytes() if path.is_file() else b""
+        digest, until = self.manifest.digest, math.ceil(time.time() + self.deadline)
+        for name in names:
+            address = Signed.by(signer, OFFER_TAG, Address(digest, name, until).to_bytes())
+            yield name, request_to_bytes(Offer(manifest, projection, address))
 
     def _consents_folder(self) -> Path:
         folder = self.folder / "consents"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -25,7 +26,9 @@ from fedlora.common.ledger import Budget, Ledger
 from fedlora.common.messages import Network, Phase, RoundPlan, RunManifest
 from fedlora.common.protocol import (
     MANIFEST_TAG,
+    OFFER_TAG,
     PLAN_TAG,
+    Address,
     Offer,
     Reply,
     Task,
@@ -52,6 +55,7 @@ labels = ["a", "b"]
 [bases]
 "{base}" = "{folder}"
 [limits]
+minimum_cohort = 3
 rounds = 10
 attempts = 20
 delta = 1e-4
@@ -80,8 +84,14 @@ def manifest_of(*phases: Phase, **changes: object) -> RunManifest:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def offer_of(manifest: RunManifest, key: Identity = COORDINATOR, projection: bytes = b"") -> bytes:
-    return request_to_bytes(Offer(Signed.by(key, MANIFEST_TAG, manifest.to_bytes()), projection))
+def offer_of(
+    manifest: RunManifest, key: Identity = COORDINATOR, projection: bytes = b"",
+    to: str = "north", seconds: float = 60, digest: str = "",
+) -> bytes:  # fmt: skip
+    """An offer that is good for `seconds` from now, whose address names `to` and `digest`, or else the manifest's own."""
+    address = Address(digest or manifest.digest, to, int(time.time() + seconds))
+    signed = Signed.by(key, MANIFEST_TAG, manifest.to_bytes())
+    return request_to_bytes(Offer(signed, projection, Signed.by(key, OFFER_TAG, address.to_bytes())))
 
 
 def task_of(

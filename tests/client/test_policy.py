@@ -29,7 +29,7 @@ RUN = manifest_of()
     ("old", "new", "match"),
     [
         pytest.param(
-            "[limits]", "[limits]\nminimum_cohort = 2", "at least 3", id="policy-min-cohort-below-3"
+            "minimum_cohort = 3", "minimum_cohort = 2", "at least 3", id="policy-min-cohort-below-3"
         ),
         pytest.param("epsilon = 2.0", "epsilon = nan", "epsilon = nan", id="cfg-epsilon-nan"),
         pytest.param("epsilon = 2.0", "epsilon = 0", "epsilon = 0", id="cfg-epsilon-zero"),
@@ -42,6 +42,9 @@ RUN = manifest_of()
         pytest.param("rounds = 10", "rounds = 1.5", "an integer", id="cfg-wrong-type"),
         pytest.param('budget = "people"', 'budget = "them"', "expected one of people", id="unknown-budget"),
         pytest.param("[limits]", '[limits]\nmetrics = ["loss"]', "not built yet", id="metrics-do-not-leave"),
+        pytest.param(
+            BASE, "", r"\[bases\] \"\": expected .sha256:. and 64 hexadecimal digits$", id="no-digest"
+        ),
         pytest.param(BASE, "sha256:12", "64 hexadecimal", id="short-digest"),
         pytest.param("north", "North Pole", "lower-case", id="institution-name"),
     ],
@@ -57,6 +60,32 @@ def test_several_faults_are_named_at_once() -> None:  # cfg-several-faults
     with pytest.raises(BadInput) as caught:
         parse_policy(TEXT.replace("epsilon = 2.0", "epsilon = -1").replace("rounds = 10", "rounds = 0"))
     assert len(caught.value.faults) == 2
+    with pytest.raises(BadInput) as caught:
+        parse_policy(
+            TEXT.replace("minimum_cohort = 3", "minimum_cohort = 2").replace("delta = 1e-4", "delta = 1")
+        )
+    assert len(caught.value.faults) == 3 and "minimum_cohort" in str(caught.value)
+    assert len(TEXT.split("delta = 1e-4")) == 3
+
+
+def test_a_budget_counts_one_kind_of_unit() -> None:
+    more = '[data.more]\npath = "x.csv"\nbudget = "people"\nlabels = ["a", "b"]\nunit = "patient_id"\n'
+    with pytest.raises(BadInput, match=r'data.more\] unit: found "patient_id", but \[data.notes\].*"record"'):
+        parse_policy(TEXT + more)
+    other = "[budgets.others]\nepsilon = 1.0\ndelta = 1e-5\n"
+    parse_policy(TEXT + other + more.replace('budget = "people"', 'budget = "others"'))
+
+
+def test_the_cohort_is_five_where_nothing_is_said() -> None:
+    assert parse_policy(TEXT.replace("minimum_cohort = 3\n", "")).limits.minimum_cohort == 5
+    assert "\nminimum_cohort = 5 " in policy_template("north")
+
+
+def test_a_policy_of_another_institution_is_named(tmp_path: Path) -> None:
+    north = Institution(tmp_path / "n")
+    north.set_policy(TEXT.replace('"north"', '"south"'))
+    with pytest.raises(BadInput, match="institution: found south, expected north as in"):
+        north.folder.load_policy()
 
 
 def test_two_data_sets_that_serve_the_same_runs_are_refused() -> None:
@@ -105,6 +134,13 @@ def test_too_little_noise_says_how_many_rounds_would_fit() -> None:  # cfg-noise
     for rounds, fits in ((fit, True), (fit + 1, False)):
         enough = manifest_of(replace(PHASE, noise_multiplier=0.6, attempts=rounds))
         assert (projected(enough).epsilon <= 2.0) is fits
+
+
+def test_what_is_denied_says_where_the_policy_allows_it() -> None:
+    asked = replace(RUN, base_digest="sha256:0", unit="person", task="other")
+    for field, verdict in {each.field: each for each in judge(asked, parse_policy(TEXT), "f", {})}.items():
+        if field in ("base_digest", "unit", "task"):
+            assert "node.toml" in verdict.reason, verdict
 
 
 def test_every_field_of_a_manifest_has_a_verdict() -> None:

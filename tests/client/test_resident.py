@@ -7,8 +7,11 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from fedlora.client import node as nodes
 from fedlora.client import outbox
@@ -16,12 +19,15 @@ from fedlora.client.node import NodeFolder, only_trainer
 from fedlora.client.report import report_body
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import Identity, Signed
-from fedlora.common.messages import RoundPlan
+from fedlora.common.ledger import Budget
+from fedlora.common.messages import RoundPlan, RunManifest
+from fedlora.common.projection import Affine, Projection
 from fedlora.common.protocol import PLAN_TAG, Answer, Consent, Decline, Task, request_to_bytes
 from tests.client.institution import (
     BASE,
     COORDINATOR,
     POLICY,
+    FakeWork,
     Institution,
     manifest_of,
     offer_of,
@@ -40,7 +46,7 @@ def declined(north: Institution, data: bytes) -> Decline:
     reply = north.ask(data)
     assert isinstance(reply, Decline), reply
     log = north.folder.refusals if reply.manifest else north.folder.strangers
-    assert json.loads(log.read_text().splitlines()[-1])["reason"] == reply.reason
+    assert reply.reason in [json.loads(line)["reason"] for line in log.read_text().splitlines()]
     return reply
 
 
@@ -49,7 +55,9 @@ def test_an_offer_is_consented_to_once_and_a_task_answered_once(north: Instituti
     consent = north.read(first)
     assert isinstance(consent, Consent) and 0 < consent.epsilon <= RUN.epsilon
     assert consent.policy_digest == north.folder.load_policy().digest
-    assert north.resident.ask(offer_of(RUN)) == first
+    assert (
+        north.resident.ask(offer_of(RUN, seconds=90)) == first
+    )  # offered again: signed anew, consented to once
     answer = north.resident.ask(task_of(RUN))
     assert isinstance(north.read(answer), Answer)
     north.restart()
@@ -109,6 +117,9 @@ STRANGER = Identity.generate()
         pytest.param(offer_of(replace(RUN, labels=("b", "a"))), "labels", id="other-labels"),
         pytest.param(offer_of(replace(RUN, unit="patient")), "unit", id="other-unit"),
         pytest.param(offer_of(RUN, projection=b"x"), "projection", id="unnamed-projection"),
+        pytest.param(offer_of(RUN, to="south"), "institution: found south", id="offer-to-another"),
+        pytest.param(offer_of(RUN, seconds=-3600), "not_after", id="offer-expired"),
+        pytest.param(offer_of(RUN, digest="sha256:1"), "offer manifest", id="offer-of-another-run"),
     ],
 )
 def test_what_is_not_allowed_trains_nothing(north: Institution, data: bytes, match: str) -> None:
@@ -160,7 +171,90 @@ def test_junk_has_a_log_of_its_own_and_a_spoilt_line_is_told(north: Institution,
         stream.write(b'{"time": "2026\xff\n[1]\n{"reason": 3}\n')
     policy = north.folder.load_policy()
     found = report_body(north.folder, policy, north.identity, north.ledger)["refusals"]
-    assert [line["reason"] == "unreadable" for line in found] == [False, False, True, True, True]
+    assert [line["reason"] == "unreadable" for line in found] == [False, True, True, True]
+
+
+def reported(north: Institution) -> dict[str, Any]:
+    return report_body(north.folder, north.folder.load_policy(), north.identity, north.ledger)
+
+
+def test_the_log_tells_consents_answers_and_refusals(
+    north: Institution, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fedlora")
+    north.ask(offer_of(RUN))
+    north.ask(task_of(RUN))
+    north.ask(task_of(RUN, round_=2, attempt=1))
+    consented, answered, refused = (record.getMessage() for record in caplog.records)
+    assert consented.startswith("consented to run 1: ε 0.") and "of budget people, 1." in consented
+    assert answered == "answered round 1, attempt 1 of run 1"
+    assert refused.startswith("refused sha256:") and "rewind" in refused
+
+
+def test_an_old_offer_is_not_for_good(north: Institution) -> None:
+    """What a relay kept back, or brought to the wrong node, spends nothing, and the next honest offer is served."""
+    for data in (offer_of(RUN, seconds=-3600), offer_of(RUN, to="south")):
+        reply = declined(north, data)
+        assert not reply.refused and not reply.manifest
+    assert north.ledger.spent("people").epsilon == 0
+    assert isinstance(north.ask(offer_of(RUN, seconds=-200)), Consent), "clocks may differ by minutes"
+
+
+def test_refusals_push_no_refusal_out(north: Institution, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator's first refused attempt stays in the report, however many it adds; the rest is counted."""
+    monkeypatch.setattr("fedlora.client.refusals.MOST_LINES", 20)
+    monkeypatch.setattr("fedlora.client.refusals.MOST_OF_A_RUN", 5)
+    first = declined(north, offer_of(replace(RUN, mode="none"))).reason
+    north.ask(offer_of(RUN))
+    for attempt in range(8):  # one run: five reasons
+        north.ask(task_of(RUN, round_=3 - attempt % 2, attempt=2**attempt, phase=1 + attempt))
+    for number in range(30):
+        for _ in range(2):
+            north.ask(offer_of(replace(RUN, run=f"r{number}", minimum_cohort=1, labels=())))
+        if number == 20:
+            north.ledger.close()
+            north.restart()
+    body = reported(north)
+    assert len(body["refusals"]) == 20 and body["refusals"][0]["reason"] == first
+    assert [line["times"] for line in body["refusals"][-3:]] == [2, 2, 2]
+    kinds = body["refusals_not_kept"]["kinds"]
+    assert kinds["manifest minimum_cohort"]["count"] == kinds["manifest labels"]["count"] == 60 - 2 * 14
+    assert sum(line["times"] for line in body["refusals"]) + body["refusals_not_kept"]["count"] == 1 + 8 + 60
+    north.folder.refusals.with_suffix(".json").write_text('{"again": {"x": 3}}')
+    assert "unreadable" in reported(north)["refusals_not_kept"]["kinds"]
+
+
+def projection(seed: int) -> tuple[str, bytes]:
+    generator = np.random.default_rng(seed)
+    made = Projection(Affine(generator.normal(size=(4, 2)).astype(np.float32), np.zeros(2, np.float32)))
+    return made.digest, save({"matrix": made.whiten.matrix, "shift": made.whiten.shift})
+
+
+def test_a_forged_projection_is_refused_before_it_is_written(north: Institution) -> None:
+    digest, data = projection(1)
+    run = replace(RUN, projection_digest=digest, network=replace(RUN.network, projection=2))
+    for forged in (projection(2)[1], data[:-1], b"\0" * 4096):
+        assert "offer projection" in declined(north, offer_of(run, projection=forged)).reason
+        assert not list(north.folder.runs.glob("*"))
+    assert isinstance(north.ask(offer_of(run, projection=data)), Consent)
+
+
+def test_what_was_not_consented_to_leaves_nothing_on_the_disk(north: Institution) -> None:
+    class Fails(FakeWork):
+        after = False
+
+        def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
+            if self.after:
+                super().consent(manifest, projection, budget)
+            raise BadInput("manifest spec_digest: found another")
+
+    work = Fails(north.ledger)
+    north.restart(work)
+    declined(north, offer_of(RUN))
+    assert not list(north.folder.runs.glob("*"))
+    work.after, work.ledger = True, north.ledger
+    declined(north, offer_of(RUN))
+    assert list(north.folder.runs.glob("*")), "what was reserved stays"
 
 
 def test_a_stricter_policy_stops_a_run_that_was_consented_to(north: Institution) -> None:

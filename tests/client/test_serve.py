@@ -24,10 +24,8 @@ from typer.testing import CliRunner
 
 from fedlora.client.cli import app
 from fedlora.client.door import METHOD, SERVICE, Door, TrainerAway
-from fedlora.client.report import read_report
 from fedlora.common.config import LoraConfig, ModelConfig
-from fedlora.common.errors import FedloraError, Refused
-from fedlora.common.identity import Identity
+from fedlora.common.errors import Refused
 from fedlora.common.messages import Network, RunManifest
 from fedlora.common.model import AdapterModel, build_model
 from fedlora.common.protocol import Answer, Consent, Decline, Reply, reply_from_bytes
@@ -281,36 +279,6 @@ def _burst(door: Door) -> None:
 
 def _peak(status: Path) -> int:
     return 1024 * int((status / "status").read_text().split("VmHWM:")[1].split()[0])
-
-
-def test_a_report_tells_all_and_no_byte_of_it_changes_unnoticed(tmp_path: Path) -> None:
-    from fedlora.client.report import write_report
-
-    north = Institution(tmp_path / "n")
-    run = manifest_of()
-    for data in (offer_of(run), task_of(run), offer_of(replace(run, run="2", minimum_cohort=1)), b"x"):
-        north.ask(data)
-    policy = north.folder.load_policy()
-    body = write_report(north.folder, policy, north.identity, north.ledger, tmp_path / "out")
-    (told,) = body["runs"]
-    assert told["epsilon"] < told["epsilon_second_accountant"] < 2 * told["epsilon"]
-    assert told["phases"][0]["noise_multiplier"] == 3.0 and told["sent"][1]["bytes"] > 0
-    assert len(body["refusals"]) == 2 and body["ledger"]["entries"] == 4
-    assert body["budgets"][0]["epsilon_spent"] == told["epsilon"]
-    path = tmp_path / "out" / "report.json"
-    assert read_report(path, north.identity.public).body == json.loads(json.dumps(body))
-    data = path.read_bytes()
-    generator = np.random.default_rng(1)
-    for place in generator.choice(len(data), 200, replace=False):
-        path.write_bytes(
-            data[:place] + bytes([data[place] ^ int(generator.integers(1, 256))]) + data[place + 1 :]
-        )
-        with pytest.raises(FedloraError):
-            read_report(path)
-    path.write_bytes(data)
-    with pytest.raises(FedloraError):
-        read_report(path, Identity.generate().public)
-    assert "<script" not in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_explain_prints_a_verdict_for_each_field(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.identity import Identity, Signed
 from fedlora.common.protocol import (
     MANIFEST_TAG,
+    OFFER_TAG,
     PLAN_TAG,
+    Address,
     Answer,
     Consent,
     Decline,
@@ -30,7 +32,12 @@ from fedlora.common.protocol import (
 COORDINATOR, NORTH, SOUTH = Identity.generate(), Identity.generate(), Identity.generate()
 MEMBERS = {"north": NORTH.public, "south": SOUTH.public}
 DIGEST = "sha256:" + "1" * 64
-OFFER = Offer(Signed.by(COORDINATOR, MANIFEST_TAG, b"{}"), b"projection")
+ADDRESS = Address(DIGEST, "north", 1_900_000_000)
+OFFER = Offer(
+    Signed.by(COORDINATOR, MANIFEST_TAG, b"{}"),
+    b"projection",
+    Signed.by(COORDINATOR, OFFER_TAG, ADDRESS.to_bytes()),
+)
 TASK = Task(DIGEST, Signed.by(COORDINATOR, PLAN_TAG, b"{}"), bytes(8))
 ANSWER = Answer("north", DIGEST, 3, 5, bytes(range(8)))
 CONSENT = Consent("north", DIGEST, "sha256:p", 1.5, 1e-5)
@@ -47,6 +54,16 @@ replies: st.SearchStrategy[Reply] = st.one_of(
 @pytest.mark.parametrize("request_", [OFFER, TASK])
 def test_requests_come_back_as_they_went(request_: Request) -> None:
     assert request_from_bytes(request_to_bytes(request_)) == request_
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{}", b'{"institution":1,"manifest":"m","not_after":1}', ADDRESS.to_bytes().replace(b"19", b"1e9")],
+)
+def test_an_address_is_whole(body: bytes) -> None:
+    assert Address.from_bytes(ADDRESS.to_bytes()) == ADDRESS
+    with pytest.raises(BadInput, match="offer address"):
+        Address.from_bytes(body)
 
 
 @given(replies)
@@ -82,7 +99,7 @@ def test_malformed_requests_are_bad_input(data: bytes, draw: st.DataObject) -> N
 
 @given(st.binary(max_size=200))
 def test_noise_is_bad_input(noise: bytes) -> None:
-    for data in (noise, b"fedlora\x00\x01" + noise):
+    for data in (noise, b"fedlora\x00\x02" + noise):
         with pytest.raises(BadInput):
             request_from_bytes(data)
 
@@ -106,7 +123,7 @@ def test_sizes_and_versions_are_checked_first(id_: str) -> None:
         with pytest.raises(BadInput, match="at most 10"):
             request_from_bytes(data, limit=10)
     else:
-        with pytest.raises(BadInput, match="version: found 9, expected 1"):
+        with pytest.raises(BadInput, match="version: found 9, expected 2"):
             request_from_bytes(data[:8] + b"\x09" + data[9:])
 
 

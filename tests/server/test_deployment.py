@@ -17,7 +17,9 @@ from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms
 from fedlora.common.privacy import stated_epsilon
 from fedlora.common.protocol import (
     MANIFEST_TAG,
+    OFFER_TAG,
     PLAN_TAG,
+    Address,
     Answer,
     Consent,
     Decline,
@@ -53,6 +55,9 @@ class Node:
         if isinstance(request, Offer):
             body = request.manifest.opened(MANIFEST_TAG, self.coordinator)
             digest = RunManifest.from_bytes(body).digest
+            address = Address.from_bytes(request.address.opened(OFFER_TAG, self.coordinator))
+            assert (address.manifest, address.institution) == (digest, self.name)
+            assert address.not_after >= time.time()
             if self.habit == "declines":
                 return self._signed(Decline(self.name, digest, 0, 0, "budget spent", True))
             epsilon = {"understates": 0.01, "overstates": 1.7e308, "a little more": COST * 1.001}.get(
