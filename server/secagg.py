@@ -105,16 +105,31 @@ class ServerEpoch:
         return offer.name
 
     def close_offers(self) -> bytes:
-        """U1, for all its members."""
+        """U1, for all its members: as many as offered, or as few less, the last, as it takes to bear the colluders."""
         if self._cohort:
             raise Refused("keys: U1 is fixed already")
         if len(self._offers) < self._minimum:
             raise QuorumLost(f"keys: {len(self._offers)} nodes offered, expected at least {self._minimum}")
-        self._offers = dict(sorted(self._offers.items()))
+        self._offers = dict(sorted(list(self._offers.items())[: self._bearing()]))
         self._seen.update(*((each.share_key, *each.mask_keys) for each in self._offers.values()))
         known = [self._identities[name].key for name in self._offers]
         self._cohort = cohort.cohort_digest(known, self._epoch, list(self._offers.values()))
         return wire.cohort_to_bytes([offer.to_bytes() for offer in self._offers.values()])
+
+    @property
+    def members(self) -> list[str]:
+        """U1, once it is fixed."""
+        return list(self._offers) if self._cohort else []
+
+    def _bearing(self) -> int:
+        """The largest cohort of those who offered that nodes accept: what it bears does not grow with each member."""
+        for size in range(len(self._offers), self._minimum - 1, -1):
+            if cohort.most_colluders(size) >= self._colluders:
+                return size
+        raise QuorumLost(
+            f"keys: {len(self._offers)} nodes offered, expected a cohort of at least {self._minimum} that bears "
+            f"{self._colluders} colluders"
+        )
 
     def add_deal(self, data: bytes) -> str:
         """Stage 2: a node's sealed shares; returns its name."""

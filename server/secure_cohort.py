@@ -120,7 +120,11 @@ class SecureCohort:
         others = [name for name in asked if name not in self._liars]
         here = self._collect(OFFER, dict.fromkeys(others, request), plan, state, server.add_offer, failures)
         cohort_list = server.close_offers()
-        self._collect(DEAL, dict.fromkeys(here, cohort_list), plan, state, server.add_deal, failures)
+        for name in sorted(set(here) - set(server.members)):
+            failures.add(Failure(name, f"left out: no cohort of {len(here)} bears the colluders assumed"))
+        self._collect(
+            DEAL, dict.fromkeys(server.members, cohort_list), plan, state, server.add_deal, failures
+        )
         listed = server.close_deals()
         self._epoch = _EpochInUse(listed, server.delivery, set(listed.deals))
         return self._epoch

@@ -193,11 +193,17 @@ def test_a_node_that_expects_more_colluders_than_the_others_share_for() -> None:
 
 def test_a_cohort_that_leaves_fewer_to_carry_the_noise_than_promised() -> None:
     """The manifest promises cohorts of 9, this node's own minimum of 3 would take 5. Nothing trains."""
-    run = manifest(minimum=9)
-    federation = Federation(5, run, SMALL)
+    federation = Federation(5, manifest(minimum=9), SMALL)
+    with pytest.raises(Refused, match="5 members leave 3 to carry the noise, expected at least 6"):
+        asked_for_input(federation)
+
+
+def asked_for_input(federation: Federation) -> None:
+    """By a coordinator that keeps no bound of its manifest."""
+    run = federation.run
     epoch = Epoch(run.federation, run.digest, 1, 1, 2)
-    identities = {name: peer.identity for name, peer in peers_of(5).items()}
-    server = ServerEpoch(epoch, identities, 3)  # a coordinator that does not keep its word
+    identities = {name: peer.identity for name, peer in peers_of(len(federation.names)).items()}
+    server = ServerEpoch(epoch, identities, 3)
     plan = RoundPlan(run.digest, 0, 1, 1, federation.state.digest)
     offer = requests.epoch_to_bytes(epoch)
 
@@ -210,8 +216,7 @@ def test_a_cohort_that_leaves_fewer_to_carry_the_noise_than_promised() -> None:
         server.add_deal(answer)
     server.close_deals()
     name = federation.names[0]
-    with pytest.raises(Refused, match="5 members leave 3 to carry the noise, expected at least 6"):
-        federation.nodes[name].input(server.delivery(name), plan, federation.state.spec, never)
+    federation.nodes[name].input(server.delivery(name), plan, federation.state.spec, never)
 
 
 def never() -> Vector:
@@ -220,9 +225,12 @@ def never() -> Vector:
 
 def test_more_colluders_than_the_cohort_bears() -> None:
     """c is the manifest's where it is the larger: nine with c = 5 would allow two lists."""
-    federation = Federation(9, manifest(minimum=9, colluders=5), SMALL, 3, 1)
+    run = manifest(minimum=9, colluders=5)
+    with pytest.raises(Refused, match="allow two lists"):
+        asked_for_input(Federation(9, run, SMALL, 3, 1))
+    federation = Federation(9, run, SMALL, 3, 1)
     found = federation.round(1, 1)
-    assert found.replies == 0 and any("allow two lists" in each.reason for each in found.failures)
+    assert found.replies == 0 and any("that bears 5 colluders" in each.reason for each in found.failures)
     assert all(each.calls == 0 for each in federation.trainers.values() if isinstance(each, Clipping))
 
 

@@ -101,6 +101,32 @@ def test_too_few_keys() -> None:
         World(5, minimum=5).begin(epoch_of(), no_keys=[node_name(0)])
 
 
+@pytest.mark.parametrize(("here", "members"), [(8, 8), (7, 6), (6, 6)])
+def test_a_cohort_of_a_size_that_bears_less_goes_on_with_one_less(here: int, members: int) -> None:
+    """Six bear three colluders, seven two, eight three: nodes that assume three refuse a cohort of seven."""
+    world = World(8, 6, 3, assumed=3)
+    listed = world.begin(epoch_of(), no_keys=world.names[here:])
+    assert list(listed.offers) == world.names[:members]
+    assert (world.attempt(listed, slot_of()).levels == world.plain_sum(world.names[:members])).all()
+
+
+def test_the_last_to_offer_is_left_out_and_below_the_minimum_nobody_is() -> None:
+    identities = {name: peer.identity for name, peer in peers_of(7).items()}
+    for minimum in (6, 7):
+        world, server = World(7), ServerEpoch(epoch_of(), identities, minimum, colluders=3)
+        for name in reversed(world.names):
+            server.add_offer(world.nodes[name].offer(epoch_of()))
+        assert server.members == []
+        if minimum == 6:
+            server.close_offers()
+            assert server.members == world.names[1:]
+        else:
+            with pytest.raises(
+                QuorumLost, match="7 nodes offered, expected a cohort of at least 7 that bears 3"
+            ):
+                server.close_offers()
+
+
 def test_an_abort_reveals_nothing() -> None:
     """With t - 1 openings no secret is determined, and what the coordinator holds is still uniform words.
 
