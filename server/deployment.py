@@ -48,7 +48,7 @@ from fedlora.server.bound import check_norm, update_bound
 from fedlora.server.checkpoint import Checkpoint
 from fedlora.server.conduct import Conducted, conclude, conduct, write_summary
 from fedlora.server.manifest import make_manifest
-from fedlora.server.participants import Carrier, Coordinator, Participants
+from fedlora.server.participants import Carrier, Coordinator, Lazy, Participants
 from fedlora.server.public import PublicSide, read_public
 from fedlora.server.rounds import Cohort, CohortSum, Failure
 from fedlora.server.secure_cohort import SecureCohort
@@ -141,13 +141,13 @@ class SignedStages:
         """Each name once, as the answers come in."""
         members = self._who.coordinator.members()
         vector = vector_to_bytes(state.vector) if stage == INPUT else b""
-        requests = {}
-        for name, message in messages.items():
-            body = Request(stage, name, plan, message, vector).to_bytes()
-            requests[name] = request_to_bytes(
-                Stage(Signed.by(self._who.coordinator.identity, STAGE_TAG, body))
-            )
-        for name, answer in self._who.take(requests, self._seconds(stage)):
+        key = self._who.coordinator.identity
+
+        def signed(name: str) -> bytes:
+            body = Request(stage, name, plan, messages[name], vector).to_bytes()
+            return request_to_bytes(Stage(Signed.by(key, STAGE_TAG, body)))
+
+        for name, answer in self._who.take(Lazy(messages, signed), self._seconds(stage)):
             yield (
                 name,
                 answer if isinstance(answer, Failure) else self._message(name, answer, plan, members),
