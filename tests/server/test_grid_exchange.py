@@ -21,7 +21,7 @@ from fedlora.common.errors import FedloraError
 from fedlora.common.messages import RoundPlan, SecureTerms
 from fedlora.common.secagg.cohort import CohortPolicy, survivors_digest
 from fedlora.common.secagg.requests import Request, slot_of
-from fedlora.common.secagg.wire import OPENING, Opening
+from fedlora.common.secagg.wire import OPENING, Deal, Opening
 from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.server.app import DECLINED, SECURE, GridCarrier, GridExchange
 from fedlora.server.deployment import SignedStages
@@ -79,6 +79,9 @@ class Institution:
             )
         except FedloraError as error:
             return wire.envelope_record(DECLINED, str(error).encode())
+        if self.mood == "garbage" and request.stage == "deal":
+            deal = Deal.from_bytes(answer)
+            answer = replace(deal, sealed=tuple(bytes(len(part)) for part in deal.sealed)).to_bytes()
         if self.mood == "lie" and request.stage == "open":
             answer = self.lie(answer, request.plan)
         return wire.envelope_record(SECURE, answer)
@@ -164,6 +167,23 @@ def test_a_liar_is_named_and_left_out_of_later_epochs() -> None:
     found = federation.round(5)  # beyond the epoch of attempts 1 to 4
     assert found.replies == 4 and found.failures[0].reason.startswith("left out")
     assert np.abs(found.total - federation.plain(3)).max() < COUNT * 8.0 / TERMS.levels
+
+
+def test_a_dealer_that_several_can_not_open_is_left_out_without_being_called_a_liar(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One attempt is lost; the next epoch goes on without it. Where all are needed it is asked again."""
+    federation = Federation()
+    federation.institutions[1].mood = "garbage"
+    found = federation.round(1)
+    assert found.replies == 0 and "1 shares of node-001 were opened, expected 4" in found.failures[0].reason
+    assert "no proof" in caplog.text and NAMES[1] in caplog.text
+    federation.institutions[1].mood = ""
+    found = federation.round(2)
+    assert found.replies == 4 and "no proof" in found.failures[0].reason
+    assert found.secure is not None and (found.secure.liars, found.secure.suspected) == ((), ())
+    federation.cohort._needed = lambda asked: asked
+    assert federation.round(5).replies == 5
 
 
 class Sink(FakeGrid):

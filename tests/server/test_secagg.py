@@ -227,8 +227,8 @@ def with_a_dealer(world: World, liar: str, of: Callable[[Deal, str], Deal]) -> t
     return listed, server
 
 
-def test_a_dealer_that_seals_garbage_for_many_is_named_and_loses_one_attempt() -> None:
-    """More nodes without a share of it than may have conspired: its own signed deal is what they could not open."""
+def test_a_dealer_that_seals_garbage_for_many_is_suspected() -> None:
+    """More nodes without a share of it than may have conspired; but what they say is no proof."""
     world, liar = World(5), node_name(2)
 
     def garbage(deal: Deal, name: str) -> Deal:
@@ -239,9 +239,49 @@ def test_a_dealer_that_seals_garbage_for_many_is_named_and_loses_one_attempt() -
     server, messages = opened(world, listed)
     for each in messages.values():
         server.add_opening(each)
-    with pytest.raises(QuorumLost, match="shares of node-002"):
+    with pytest.raises(
+        QuorumLost, match="1 shares of node-002 were opened, expected 4; node-000, node-001, node-"
+    ):
         server.result()
-    assert server.liars == (liar,)
+    assert server.liars == ()
+    assert dict(server.suspected) == {liar: tuple(name for name in world.names if name != liar)}
+
+
+@pytest.mark.parametrize("against", [1, 2])
+def test_nobody_is_called_a_liar_on_the_word_of_others(against: int) -> None:
+    """An honest dealer, of whom some say that its share does not open: with one (c) the sum goes on without it."""
+    world, dealer = World(5), node_name(0)
+    server, messages = opened(world, world.begin(epoch_of()))
+    for number, data in enumerate(messages.values()):
+        message = Opening.from_bytes(data)
+        if number >= 5 - against:
+            data = reopened(server, replace(message, shares=wire.NO_SHARE + message.shares[32:]))
+        server.add_opening(data)
+    if against == 1:
+        assert (server.result().levels == world.plain_sum(world.names)).all() and not server.suspected
+    else:
+        with pytest.raises(QuorumLost, match="; node-003, node-004 say that theirs do not open"):
+            server.result()
+        assert dict(server.suspected) == {dealer: (node_name(3), node_name(4))}
+    assert server.liars == ()
+
+
+def reopened(server: ServerAttempt, message: Opening) -> bytes:
+    """Signed anew by its sender."""
+    signed = message.signed(server._context, server._signed[-1])
+    signature = IDENTITIES[int(message.name[-3:])].sign(wire.OPENING, *signed)
+    return replace(message, signature=signature).to_bytes()
+
+
+def test_of_a_liars_opening_no_share_is_kept() -> None:
+    world = World(5)
+    server, messages = opened(world, world.begin(epoch_of()))
+    message = Opening.from_bytes(messages[node_name(2)])
+    with pytest.raises(Refused, match="found a share that node-004 did not deal"):
+        server.add_opening(
+            reopened(server, replace(message, shares=message.shares[:-32] + shamir.to_bytes(99)))
+        )
+    assert not any(server._shares.values()) and not server._openers
 
 
 def test_one_node_without_a_share_accuses_nobody() -> None:
