@@ -143,7 +143,7 @@ def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) 
         "base_digest": manifest.base_digest,
         "spec_digest": manifest.spec_digest,
         "aggregation": "updates left in clear" if manifest.secure is None else "updates left under masks",
-        "sums": list(_lines(folder.run(digest) / "secure.jsonl")),
+        "sums": _sums(folder.run(digest) / "secure.jsonl"),
         "statement": [*privacy_statement(manifest, epsilon), *secure_statement(manifest)]
         if epsilon is not None or manifest.mode == "none"
         else [],
@@ -163,6 +163,12 @@ def _versions(path: Path) -> list[dict[str, Any]]:
     lines = list(_lines(path, "time", "data"))
     known = list(dict.fromkeys(line["data"] for line in lines))
     return [{"time": line["time"], "version": 1 + known.index(line["data"])} for line in lines]
+
+
+def _sums(path: Path) -> list[dict[str, Any]]:
+    """Each sum that may hold an input of this node, by its last line: also where it was not asked to confirm it."""
+    lines = enumerate(_lines(path))
+    return list({line.get("attempt", f"line {place}"): line for place, line in lines}.values())
 
 
 def _second(manifest: RunManifest) -> float | None:

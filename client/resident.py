@@ -28,6 +28,7 @@ from typing import Protocol
 from fedlora.client.node import NodeFolder, pinned_invitation
 from fedlora.client.outbox import Outbox, Plans
 from fedlora.client.policy import Policy
+from fedlora.client.secagg import Possible
 from fedlora.client.secure_runs import SecureRuns
 from fedlora.client.secure_trainer import SecureTrainer
 from fedlora.client.verdicts import allow, judge, projected
@@ -210,7 +211,7 @@ class Resident:
             raise BadInput(f"{request.stage}: {error}") from error
         if request.stage == CONFIRM and trainer.confirmed is not None:
             with _private():
-                append_line(self._folder.run(plan.manifest) / "secure.jsonl", asdict(trainer.confirmed))
+                self._note_sum(plan, trainer.confirmed)
         reply = Staged(self._policy.institution, plan.manifest, plan.round, plan.attempt, message)
         return reply_to_bytes(self._identity, invitation.federation, reply)
 
@@ -224,6 +225,7 @@ class Resident:
             return sent
         update = self._trained(manifest, request.plan, request.vector)
         with _private():  # what is wrong with an update that has no mask yet is nobody's business
+            self._note_sum(request.plan, trainer.possible(request.plan))  # before it can leave
             return trainer.mask(request.plan, spec, vector_from_bytes(update, spec.size, "own update"))
 
     def _trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> bytes:
@@ -299,6 +301,9 @@ class Resident:
         except Refused:
             return False
         return True
+
+    def _note_sum(self, plan: RoundPlan, possible: Possible) -> None:
+        append_line(self._folder.run(plan.manifest) / "secure.jsonl", asdict(possible))
 
     def _note_data(self, folder: Path, digest: str) -> None:
         append_line(folder / "data.jsonl", {"time": _now(), "data": digest})

@@ -184,6 +184,28 @@ def test_report_and_card_say_how_it_was_added(world: World, tmp_path: Path) -> N
     assert "securely" not in clear and "masks" not in clear
 
 
+def test_a_report_holds_sums_that_the_node_was_not_asked_about(world: World, tmp_path: Path) -> None:
+    """Its input left: t others can make the sum legible, and it may never hear of it."""
+    world.away = {"confirm": {"north"}}
+    assert world.total(1).replies == 4
+    world.away = {"input": {"west", "south"}}
+    assert not world.total(2).replies  # as far as this node knows, it may have been
+    world.away = {}
+    assert world.total(3).replies == 4
+    north = world.nodes["north"]
+    policy = north.folder.load_policy()
+    (run,) = write_report(north.folder, policy, north.identity, north.ledger, tmp_path / "out")["runs"]
+    assert [(each["attempt"], each["dealt"], each["members"], each["dropped"]) for each in run["sums"]] == [
+        (1, 4, None, None),
+        (2, 4, None, None),
+        (3, 4, 4, 0),
+    ]
+    for attempt in (4, 5):  # nothing left: nothing is written
+        world.away = {"input": {"north"}}
+        world.total(attempt, 3)
+    assert len((north.folder.run(RUN.digest) / "secure.jsonl").read_text().splitlines()) == 4
+
+
 def test_too_few_end_the_attempt_and_not_the_run(world: World) -> None:
     world.away["input"] = {"west", "south"}
     found = world.total(1)
