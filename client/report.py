@@ -215,7 +215,7 @@ def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) 
         "base_digest": manifest.base_digest,
         "spec_digest": manifest.spec_digest,
         "aggregation": "updates left in clear" if manifest.secure is None else "updates left under masks",
-        "sums": list(read_lines(folder.run(digest) / "secure.jsonl")),
+        "sums": _sums(folder.run(digest) / "secure.jsonl"),
         "statement": [*privacy_statement(manifest, epsilon), *secure_statement(manifest)]
         if epsilon is not None or manifest.mode == "none"
         else [],
@@ -233,6 +233,12 @@ def _accountant(manifest: RunManifest) -> str:
     if manifest.mode == "client":
         return "Rényi bound of the Skellam mechanism (Agarwal, Kairouz and Liu 2021)"
     return accountant_name() if manifest.mode == "record" else "none: there is no ε"
+
+
+def _sums(path: Path) -> list[dict[str, Any]]:
+    """Each sum that may hold an input of this node, by its last line: also where it was not asked to confirm it."""
+    lines = enumerate(read_lines(path))
+    return list({line.get("attempt", f"line {place}"): line for place, line in lines}.values())
 
 
 def _second(manifest: RunManifest) -> float | None:

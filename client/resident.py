@@ -31,6 +31,7 @@ from fedlora.client.offers import check_projection, offered, read_manifest
 from fedlora.client.outbox import Outbox, Plans
 from fedlora.client.policy import Policy
 from fedlora.client.refusals import RefusalLog
+from fedlora.client.secagg import Possible
 from fedlora.client.secure_runs import SecureRuns
 from fedlora.client.secure_trainer import SecureTrainer
 from fedlora.client.verdicts import allow, judge, projected
@@ -240,8 +241,7 @@ class Resident:
             raise BadInput(f"{request.stage}: {error}") from error
         if request.stage == CONFIRM and trainer.confirmed is not None:
             with _private():
-                log_of_sums = self._folder.run(plan.manifest) / "secure.jsonl"
-                append_line(log_of_sums, asdict(trainer.confirmed), limit=None)
+                self._note_sum(plan, trainer.confirmed)
         if request.stage == INPUT:
             log.info(
                 "sent the masked update of round %d, attempt %d of run %s",
@@ -262,6 +262,7 @@ class Resident:
             return sent
         update = self._trained(manifest, request.plan, request.vector)
         with _private():  # what is wrong with an update that has no mask yet is nobody's business
+            self._note_sum(request.plan, trainer.possible(request.plan))  # before it can leave
             return trainer.mask(request.plan, spec, vector_from_bytes(update, spec.size, "own update"))
 
     def _trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> bytes:
@@ -332,6 +333,9 @@ class Resident:
         except Refused:
             return False
         return True
+
+    def _note_sum(self, plan: RoundPlan, possible: Possible) -> None:
+        append_line(self._folder.run(plan.manifest) / "secure.jsonl", asdict(possible), limit=None)
 
     def _note_data(self, folder: Path, digest: str) -> None:
         append_line(folder / "data.jsonl", {"time": _now(), "data": digest}, limit=None)

@@ -69,16 +69,17 @@ class _EpochState:
 
 
 @dataclass(frozen=True)
-class Confirmed:
-    """A sum with this node's input that t signatures make legible, also to who does not ask this node: for its report."""
+class Possible:
+    """A sum that may hold this node's input: from the moment it leaves, t others can make it legible. For its report."""
 
     round: int
     attempt: int
     cohort: int  # |U1|
     threshold: int
     colluders: int  # that this node assumed
-    members: int  # whose inputs are in the sum
-    dropped: int  # dealt, and are not in it
+    dealt: int  # |U2|
+    members: int | None = None  # whose inputs are in the sum; None: this node was not asked to confirm it
+    dropped: int | None = None  # dealt, and are not in it
 
 
 class SecureNode:
@@ -107,7 +108,7 @@ class SecureNode:
         self._last_attempt = max((attempt for _, attempt in outbox.used()), default=0)
         self._seen_keys: set[bytes] = set()
         self._state: _EpochState | None = None
-        self.confirmed: Confirmed | None = None  # the last one
+        self.confirmed: Possible | None = None  # the last one
 
     @property
     def policy(self) -> CohortPolicy:
@@ -219,6 +220,12 @@ class SecureNode:
         attempt.context, attempt.round = context, slot.round
         return data
 
+    def possible(self, round_number: int, attempt: int) -> Possible:
+        """What an input of this attempt may become a part of."""
+        state = self._epoch()
+        n, c = len(state.members), self._policy.max_colluders
+        return Possible(round_number, attempt, n, cohort.threshold(n), c, len(state.dealer_names))
+
     def sent(self, round_number: int, attempt: int) -> bytes | None:
         """The very bytes that were made for this attempt, also after a restart; None where there are none."""
         return self._outbox.get(round_number, attempt)
@@ -232,16 +239,8 @@ class SecureNode:
         cohort.check_subset(self._policy, "survivors", names, state.dealer_names, len(state.members))
         listed = cohort.survivors_digest(attempt.context, state.dealers, names)
         attempt.survivors, attempt.signed = names, (attempt.context, state.cohort, state.dealers, listed)
-        members, dealt = len(state.members), len(state.dealer_names)
-        self.confirmed = Confirmed(
-            attempt.round,
-            attempt_number,
-            members,
-            cohort.threshold(members),
-            self._policy.max_colluders,
-            len(names),
-            dealt - len(names),
-        )
+        possible = self.possible(attempt.round, attempt_number)
+        self.confirmed = replace(possible, members=len(names), dropped=possible.dealt - len(names))
         signature = self._identity.sign(wire.CONFIRM, *attempt.signed)
         return Confirmation(self._policy.me, signature).to_bytes()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedlora.client.secagg import Confirmed, SecureNode
+from fedlora.client.secagg import Possible, SecureNode
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.messages import RoundPlan, RunManifest
 from fedlora.common.privacy import member_noise, releases_of
@@ -45,9 +45,13 @@ class SecureTrainer:
         self._node, self._manifest, self._terms = node, manifest, manifest.secure
 
     @property
-    def confirmed(self) -> Confirmed | None:
+    def confirmed(self) -> Possible | None:
         """The last attempt that this node helped to unmask."""
         return self._node.confirmed
+
+    def possible(self, plan: RoundPlan) -> Possible:
+        """The sum that an input for `plan` may be in, whether or not this node will hear of it."""
+        return self._node.possible(plan.round, plan.attempt)
 
     def adopt(self, policy: CohortPolicy) -> None:
         """The operator's roster and limits as they are now."""

@@ -26,6 +26,7 @@ from fedlora.common.privacy import (
     stated_epsilon,
 )
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
+from fedlora.common.skellam import MOST_NOISE
 
 SLACK = 1 + 1e-6  # relative: the last bits of an ε differ between machines
 MOST_PHASES = 16
@@ -203,8 +204,10 @@ def _mechanism(name: str, phase: Phase, manifest: RunManifest, policy: Policy) -
 
 
 def _noise_reason(phase: Phase, manifest: RunManifest, policy: Policy) -> str:
-    """Too little noise, and what would do instead."""
+    """Too little noise, and what would do instead; or more than arithmetic holds."""
     least = policy.limits.noise_multiplier
+    if not phase.noise_multiplier <= MOST_NOISE:
+        return f"expected at most {MOST_NOISE:g}"
     if phase.noise_multiplier >= least:
         return ""
     name = policy.data_for(manifest.task, manifest.labels, manifest.unit)

@@ -305,15 +305,20 @@ def _secure(config: Config) -> Iterator[Fault]:
             f"{found}: expected at most the {members:g} institutions of a round",
         )
         return
-    if members > MOST_MEMBERS:
+    if federation.clients > MOST_MEMBERS:  # all of them may be drawn for a round
         found = f"[federation] clients = {federation.clients}"
-        yield paths, f"{found}: expected at most {MOST_MEMBERS} in a round: every pair shares a mask"
-    most = most_colluders(asked.minimum_cohort)
-    if asked.max_colluders > most:
+        yield paths, f"{found}: expected at most {MOST_MEMBERS}: every pair shares a mask"
+        return
+    bear = {n: most_colluders(n) for n in range(asked.minimum_cohort, federation.clients + 1)}
+    weak = [
+        str(n) for n, most in bear.items() if most < asked.max_colluders
+    ]  # not the smallest alone: t has steps
+    if weak:
         found = f"[aggregation] max_colluders = {asked.max_colluders}"
+        sizes = ", ".join(weak[:4]) + ", …" * (len(weak) > 4)
         yield (
-            (*paths, "aggregation.max_colluders"),
-            f"{found}: expected at most {most} with minimum_cohort = {asked.minimum_cohort}",
+            (*paths, "aggregation.max_colluders", "aggregation.minimum_cohort"),
+            f"{found}: expected at most {min(bear.values())}: nodes would refuse a cohort of {sizes}",
         )
     if federation.participation < 1 and asked.epoch_rounds > 1:
         found = f"[aggregation] epoch_rounds = {asked.epoch_rounds}"

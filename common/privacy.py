@@ -25,7 +25,7 @@ from typing import Any
 
 from fedlora.common.errors import BadInput
 from fedlora.common.files import write_atomically
-from fedlora.common.messages import RunManifest
+from fedlora.common.messages import RunManifest, SecureTerms, SkellamTerms
 from fedlora.common.secagg.cohort import threshold
 from fedlora.common.skellam import Release, epsilon_of_releases
 
@@ -113,10 +113,7 @@ def releases_of(manifest: RunManifest) -> list[Release]:
     faults = _skellam_faults(manifest)
     if faults or manifest.secure is None or manifest.skellam is None:
         raise BadInput([f"manifest {fault}" for fault in faults])
-    return [
-        Release(phase.noise_multiplier, manifest.secure.levels, coordinates, phase.attempts)
-        for phase, coordinates in zip(manifest.phases, manifest.skellam.coordinates, strict=True)
-    ]
+    return _releases(manifest, manifest.secure, manifest.skellam)
 
 
 def epsilon_of_attempts(manifest: RunManifest, attempts: Sequence[int]) -> float:
@@ -260,7 +257,17 @@ def _skellam_faults(manifest: RunManifest) -> list[str]:
         faults.append(
             f"skellam carriers: found {terms.carriers}, expected t - max_colluders = {carriers}, at least 2"
         )
+    if not faults:
+        releases = _releases(manifest, secure, terms)
+        faults += [f"skellam {each}" for one in releases if (each := one.beyond(terms.carriers))]
     return faults
+
+
+def _releases(manifest: RunManifest, secure: SecureTerms, terms: SkellamTerms) -> list[Release]:
+    return [
+        Release(phase.noise_multiplier, secure.levels, coordinates, phase.attempts)
+        for phase, coordinates in zip(manifest.phases, terms.coordinates, strict=True)
+    ]
 
 
 def _check_request(sampling_rate: float, steps: int, epsilon: float) -> None:

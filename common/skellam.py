@@ -36,6 +36,7 @@ Floats = npt.NDArray[np.float64]
 ORDERS = (*range(2, 256), *(math.ceil(256 * 1.05**step) for step in range(170)))  # to about 10^6
 ROOM = 2.0**-20  # of the clip, left for rounding to float32 and for sums in float64
 LARGEST_RATE = 2.0**50  # of a Poisson variable: whole numbers and their differences stay exact in float64
+MOST_NOISE = 1e6  # a noise multiplier: far above any use, and its powers stay finite
 _BLOCKS = 64  # on each side of the mean; the last is beyond 34 standard deviations
 _CHUNK = 1 << 16  # trials at a time
 _TABLE = 16  # probabilities of fewer events come from a table of factorials
@@ -55,8 +56,8 @@ class Release:
     def __post_init__(self) -> None:
         # Each is a way to buy privacy for nothing.
         faults = []
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
-            faults.append(f"noise_multiplier: found {self.noise_multiplier}, expected a finite number >= 0")
+        if not 0 <= self.noise_multiplier <= MOST_NOISE:  # also refuses nan
+            faults.append(f"noise_multiplier: found {self.noise_multiplier}, expected 0 to {MOST_NOISE:g}")
         for name, least in (("levels", 1), ("coordinates", 1), ("times", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -80,10 +81,20 @@ class Release:
             raise BadInput(f"noise carriers: found {carriers}, expected at least 1")
         return self.variance / carriers * (1 + 2.0**-40)  # above: a quotient is rounded to either side
 
+    def beyond(self, carriers: int) -> str:
+        """Why a share of this noise can't be drawn, or "": a run that asks for it would charge and never release."""
+        rate = self.share(carriers) / 2
+        if rate <= LARGEST_RATE:
+            return ""
+        return (
+            f"noise of {self.noise_multiplier:g} with {self.levels} levels: found a Poisson rate of {rate:.3g}, "
+            "expected at most 2^50"
+        )
+
     def renyi(self, order: int, moved: int = 1) -> float:
         """ε(α) of one release; infinite without noise."""
         second, mu = moved * self.sensitivity, self.variance
-        if mu == 0:
+        if mu < 1e-100:  # its square is not 0 above
             return math.inf
         first = min(math.sqrt(self.coordinates) * second, second**2)
         rest = min(((2 * order - 1) * second**2 + 6 * first) / (4 * mu**2), 3 * first / (2 * mu))

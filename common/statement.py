@@ -121,13 +121,18 @@ def secure_summary(manifest: RunManifest, sums: Sequence[Mapping[str, Any]]) -> 
         "threshold": _range(sums, "threshold"),
         "smallest_sum": _range(sums, "members")[0],
         "dropouts": {
-            stage: sum(max(each[before] - each[after], 0) for each in sums)
-            for stage, before, after in DROP_OUTS
+            stage: sum(_lost(each, before, after) for each in sums) for stage, before, after in DROP_OUTS
         },
         "liars": sorted({name for each in sums for name in each["liars"]}),
+        "suspected": sorted({name for each in sums for name in each.get("suspected", ())}),
         "sums": len(sums),
         "bits": manifest.secure.bits,
     }
+
+
+def _lost(each: Mapping[str, Any], before: str, after: str) -> int:
+    """Drop-outs of a stage; none are known where a coordinator stopped before it knew who came out of it."""
+    return 0 if each[after] is None else max(each[before] - each[after], 0)
 
 
 def _range(sums: Sequence[Mapping[str, Any]], name: str) -> list[int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,12 +182,15 @@ class GridCarrier:
 
     def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
         """Each name once, as the answers come in."""
-        nodes, tasks = self._nodes(), []
-        for name, data in requests.items():
-            if name in nodes:
-                tasks.append((name, nodes[name], wire.envelope_record(REQUEST, data)))
-            else:
+        nodes = self._nodes()
+        for name in requests:
+            if name not in nodes:
                 yield name, Failure(name, "no node is registered for it")
+        tasks = (
+            (name, nodes[name], wire.envelope_record(REQUEST, requests[name]))
+            for name in requests
+            if name in nodes
+        )
         for name, answer in _exchange(self._grid, MessageType.TRAIN, tasks, deadline, self._clock):
             yield name, answer if isinstance(answer, Failure) else _carried(name, answer)
 
@@ -217,15 +220,16 @@ class GridExchange:
         self, stage: str, messages: Mapping[str, bytes], plan: RoundPlan, state: AdapterState
     ) -> Iterator[tuple[str, bytes | Failure]]:
         """Each name once, as the answers come in."""
-        tasks = []
         vector = state.vector.astype("<f4", copy=False).tobytes() if stage == INPUT else b""
         limit = MAX_STAGE_BYTES + 8 * state.spec.size
-        for name, message in messages.items():
-            if name in self._nodes:
-                request = Request(stage, name, plan, message, vector)
-                tasks.append((name, self._nodes[name], wire.envelope_record(SECURE, request.to_bytes())))
-            else:
+
+        def record(name: str) -> RecordDict:
+            return wire.envelope_record(SECURE, Request(stage, name, plan, messages[name], vector).to_bytes())
+
+        for name in messages:
+            if name not in self._nodes:
                 yield name, Failure(name, "no node answers for it")
+        tasks = ((name, self._nodes[name], record(name)) for name in messages if name in self._nodes)
         for name, answer in _exchange(self._grid, MessageType.TRAIN, tasks, self._deadline, self._clock):
             yield name, answer if isinstance(answer, Failure) else _opened(name, answer, limit)
 
@@ -262,13 +266,13 @@ def _offer(
 def _exchange(
     grid: Grid,
     message_type: str,
-    contents: Sequence[tuple[str, int, RecordDict]],
+    contents: Iterable[tuple[str, int, RecordDict]],
     deadline: float,
     clock: Clock,
 ) -> Iterator[tuple[str, RecordDict | Failure]]:
     """Send each (name, node, content); yield each name once, with the reply or why there is none.
 
-    No reply is kept. A message that no open id waits for is refused: late, sent twice or never asked for.
+    No reply is kept, nor a content once it is sent. A message that no open id waits for is refused: late, sent twice or never asked for.
     """
     end = clock.now() + deadline
     waiting: dict[str, tuple[str, int]] = {}

@@ -48,11 +48,11 @@ from fedlora.server.bound import check_norm, update_bound
 from fedlora.server.checkpoint import Checkpoint
 from fedlora.server.conduct import Conducted, conclude, conduct, has_result, to_its_end, write_summary
 from fedlora.server.manifest import make_manifest
-from fedlora.server.participants import Carrier, Coordinator, Participants
+from fedlora.server.participants import Carrier, Coordinator, Lazy, Participants
 from fedlora.server.public import PublicSide, read_public
 from fedlora.server.rounds import Cohort, CohortSum, Failure
 from fedlora.server.secure_cohort import SecureCohort
-from fedlora.server.secure_log import note_in
+from fedlora.server.secure_log import liars_in, note_in
 
 QUICK = 30.0  # seconds at most for a stage in which nobody trains, and
 PARTS = {OFFER: 0.25, DEAL: 0.25, CONFIRM: 0.5, OPEN: 1.0}  # of what is left of the attempt's deadline
@@ -150,13 +150,13 @@ class SignedStages:
         """Each name once, as the answers come in."""
         members = self._who.coordinator.members()
         vector = vector_to_bytes(state.vector) if stage == INPUT else b""
-        requests = {}
-        for name, message in messages.items():
-            body = Request(stage, name, plan, message, vector).to_bytes()
-            requests[name] = request_to_bytes(
-                Stage(Signed.by(self._who.coordinator.identity, STAGE_TAG, body))
-            )
-        for name, answer in self._who.take(requests, self._seconds(stage)):
+        key = self._who.coordinator.identity
+
+        def signed(name: str) -> bytes:
+            body = Request(stage, name, plan, messages[name], vector).to_bytes()
+            return request_to_bytes(Stage(Signed.by(key, STAGE_TAG, body)))
+
+        for name, answer in self._who.take(Lazy(messages, signed), self._seconds(stage)):
             yield (
                 name,
                 answer if isinstance(answer, Failure) else self._message(name, answer, plan, members),
@@ -196,6 +196,7 @@ class MaskedCohort:
             lambda plan: self._asked,
             lambda asked: who.needed(asked + self._declined),
             note_in(who.folder),
+            liars_in(who.folder),
         )
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:

@@ -22,6 +22,7 @@ from fedlora.common.skellam import Release, epsilon_of_releases
 from fedlora.server.bound import coordinate_bound
 
 LEVELS = 1 << 22  # of a coordinate: as fine as float32 for a value at the bound; 511 institutions in 32 bits
+ROUNDING = 0.1  # of the clip: what rounding may add to the sensitivity where large noise leaves fewer levels
 
 
 def make_manifest(
@@ -39,12 +40,13 @@ def make_manifest(
 
     `moved`: by a phase's name, how many coordinates it moves; mode "client" noises these.
     """
-    private, phases, skellam = config.privacy.mode != "none", public_phases(config), None
+    private, phases = config.privacy.mode != "none", public_phases(config)
+    skellam, levels = None, LEVELS
     if config.privacy.mode == "record":
         phases = _calibrated(config, phases, cache)
     elif config.privacy.mode == "client":
-        phases, skellam = _shared_noise(config, phases, moved)
-    secure = _secure_terms(config, phases, skellam) if config.aggregation.secure else None
+        phases, skellam, levels = _shared_noise(config, phases, moved)
+    secure = _secure_terms(config, phases, skellam, levels) if config.aggregation.secure else None
     return RunManifest(
         federation=federation,
         run=secrets.token_hex(16),
@@ -69,14 +71,16 @@ def make_manifest(
     )
 
 
-def _secure_terms(config: Config, phases: tuple[Phase, ...], skellam: SkellamTerms | None) -> SecureTerms:
+def _secure_terms(
+    config: Config, phases: tuple[Phase, ...], skellam: SkellamTerms | None, levels: int
+) -> SecureTerms:
     """The ring that holds a sum of all institutions, and its noise; BadInput where none does."""
     bounds = tuple(coordinate_bound(phase, config.privacy.mode) for phase in phases)
     noise = 0.0
     if skellam is not None:
-        releases = _releases(phases, skellam.coordinates)
+        releases = _releases(phases, skellam.coordinates, levels)
         noise = max(math.sqrt(each.share(skellam.carriers)) for each in releases)
-    ring = Encoding.fitting(1, max(bounds), LEVELS, config.federation.clients, noise)
+    ring = Encoding.fitting(1, max(bounds), levels, config.federation.clients, noise)
     return SecureTerms(
         threshold=THRESHOLD_RULE,
         max_colluders=config.aggregation.max_colluders,
@@ -135,17 +139,36 @@ def _adapter_phase(config: Config, rounds: int) -> Phase:
 
 def _shared_noise(
     config: Config, phases: tuple[Phase, ...], moved: Mapping[str, int] | None
-) -> tuple[tuple[Phase, ...], SkellamTerms]:
-    """Phases with the noise of a sum, and how it is shared; one release an attempt, no amplification."""
+) -> tuple[tuple[Phase, ...], SkellamTerms, int]:
+    """Phases with the noise of a sum, how it is shared, and the levels; one release an attempt, no amplification.
+
+    The more noise, the fewer levels of a clip are needed, and the fewer are possible: a share is drawn exactly
+    up to a bound. So they are the largest power of two with which every phase's share can be drawn.
+    """
     if moved is None or not config.aggregation.secure:
         raise BadInput(
             '[privacy] mode = "client": expected [aggregation] secure = true, and what each phase moves'
         )
-    settings, privacy, done = config.aggregation, config.privacy, list[Phase]()
-    coordinates = tuple(moved[phase.name] for phase in phases)
+    coordinates, levels = tuple(moved[phase.name] for phase in phases), LEVELS
+    carriers = threshold(config.aggregation.minimum_cohort) - config.aggregation.max_colluders
+    while math.sqrt(max(coordinates)) / 2 <= ROUNDING * levels:
+        done = _with_shared_noise(config, phases, coordinates, levels)
+        if not any(each.beyond(carriers) for each in _releases(done, coordinates, levels)):
+            return done, SkellamTerms(coordinates, carriers), levels
+        levels //= 2
+    raise BadInput(
+        f"[privacy] epsilon = {config.privacy.epsilon:g}: needs noise that with {max(coordinates)} coordinates "
+        "can't be drawn as whole numbers; expected a larger epsilon, or fewer rounds"
+    )
+
+
+def _with_shared_noise(
+    config: Config, phases: tuple[Phase, ...], coordinates: tuple[int, ...], levels: int
+) -> tuple[Phase, ...]:
+    privacy, done = config.privacy, list[Phase]()
     for phase, count in zip(phases, coordinates, strict=True):
         share = 1.0 if phase is phases[-1] else privacy.head_epsilon_share
-        spent, one = _releases(done, coordinates), Release(1.0, LEVELS, count, phase.attempts)
+        spent, one = _releases(done, coordinates, levels), Release(1.0, levels, count, phase.attempts)
         sigma = smallest_noise(
             lambda noise, spent=spent, one=one: epsilon_of_releases(  # type: ignore[misc]
                 [*spent, replace(one, noise_multiplier=noise)], privacy.delta
@@ -153,13 +176,13 @@ def _shared_noise(
             share * privacy.epsilon,
         )
         done.append(replace(phase, noise_multiplier=sigma))
-    return tuple(done), SkellamTerms(coordinates, threshold(settings.minimum_cohort) - settings.max_colluders)
+    return tuple(done)
 
 
-def _releases(phases: Sequence[Phase], coordinates: Sequence[int]) -> list[Release]:
+def _releases(phases: Sequence[Phase], coordinates: Sequence[int], levels: int) -> list[Release]:
     """Of the first phases, in order."""
     pairs = zip(phases, coordinates, strict=False)
-    return [Release(phase.noise_multiplier, LEVELS, count, phase.attempts) for phase, count in pairs]
+    return [Release(phase.noise_multiplier, levels, count, phase.attempts) for phase, count in pairs]
 
 
 def _calibrated(config: Config, phases: tuple[Phase, ...], cache: Path | None) -> tuple[Phase, ...]:

@@ -67,6 +67,22 @@ class Coordinator:
     former: Callable[[str], Sequence[PublicIdentity]] = lambda name: ()  # keys that a member had before
 
 
+class Lazy(Mapping[str, bytes]):
+    """Requests that are made when they are looked at, and not kept: each may hold the model, and there are many."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], bytes]) -> None:
+        self._names, self._make = tuple(names), make
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Participants:
     """The institutions of one run. `folder` is the run's, `expected` how many are waited for.
 
@@ -165,8 +181,8 @@ class Participants:
         for name in requests:
             if name not in online:
                 yield name, Failure(name, "not connected")
-        here = {name: data for name, data in requests.items() if name in online}
-        for name, answer in self.carrier.ask(here, deadline):
+        here = [name for name in requests if name in online]
+        for name, answer in self.carrier.ask(Lazy(here, requests.__getitem__), deadline):
             (self._doubtful.add if isinstance(answer, Failure) else self._doubtful.discard)(name)
             yield name, answer
 

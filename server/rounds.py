@@ -58,10 +58,13 @@ class SecureRecord:
     dealt: int  # |U2|: gave shares
     members: int  # |U3|: the inputs in the sum
     confirmed: int
-    opened: int
+    opened: int | None  # None: it is not known how many
     threshold: int
     colluders: int  # assumed, beside the coordinator
-    liars: tuple[str, ...] = ()
+    liars: tuple[str, ...] = ()  # proven by what they signed
+    suspected: tuple[
+        str, ...
+    ] = ()  # dealers of whom more than `colluders` say that their share does not open
 
 
 @dataclass(frozen=True, eq=False)

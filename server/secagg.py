@@ -5,7 +5,8 @@
 
 Inputs are added as they come and forgotten: memory is one sum, whatever the number of nodes. A message that does
 not count raises BadInput or Refused and changes nothing; whoever sent it is a drop-out. Too few at any stage is
-QuorumLost: nothing was unmasked. Openings are checked against what their dealers signed; liars are named.
+QuorumLost: nothing was unmasked. Openings are checked against what their dealers signed: a liar is who signed the
+proof of it. That a share did not open is a word against a word: more than c such words make a dealer suspected.
 """
 
 from __future__ import annotations
@@ -105,16 +106,31 @@ class ServerEpoch:
         return offer.name
 
     def close_offers(self) -> bytes:
-        """U1, for all its members."""
+        """U1, for all its members: as many as offered, or as few less, the last, as it takes to bear the colluders."""
         if self._cohort:
             raise Refused("keys: U1 is fixed already")
         if len(self._offers) < self._minimum:
             raise QuorumLost(f"keys: {len(self._offers)} nodes offered, expected at least {self._minimum}")
-        self._offers = dict(sorted(self._offers.items()))
+        self._offers = dict(sorted(list(self._offers.items())[: self._bearing()]))
         self._seen.update(*((each.share_key, *each.mask_keys) for each in self._offers.values()))
         known = [self._identities[name].key for name in self._offers]
         self._cohort = cohort.cohort_digest(known, self._epoch, list(self._offers.values()))
         return wire.cohort_to_bytes([offer.to_bytes() for offer in self._offers.values()])
+
+    @property
+    def members(self) -> list[str]:
+        """U1, once it is fixed."""
+        return list(self._offers) if self._cohort else []
+
+    def _bearing(self) -> int:
+        """The largest cohort of those who offered that nodes accept: what it bears does not grow with each member."""
+        for size in range(len(self._offers), self._minimum - 1, -1):
+            if cohort.most_colluders(size) >= self._colluders:
+                return size
+        raise QuorumLost(
+            f"keys: {len(self._offers)} nodes offered, expected a cohort of at least {self._minimum} that bears "
+            f"{self._colluders} colluders"
+        )
 
     def add_deal(self, data: bytes) -> str:
         """Stage 2: a node's sealed shares; returns its name."""
@@ -193,13 +209,26 @@ class ServerAttempt:
         self._openers: set[str] = set()
         self._liars: set[str] = set()
         self._shares: dict[str, dict[int, int]] = {name: {} for name in listed.deals}  # by dealer and place
-        self._without = dict.fromkeys(listed.deals, 0)  # openers who had no share of that dealer
+        self._without: dict[str, list[str]] = {name: [] for name in listed.deals}  # openers without its share
         self._unmasked = False
 
     @property
     def liars(self) -> tuple[str, ...]:
-        """Who opened what its dealer did not sign, dealt what does not rebuild, or dealt nothing to too many."""
+        """Who opened what its dealer did not sign, or dealt what does not rebuild: each signed the proof."""
         return tuple(sorted(self._liars))
+
+    @property
+    def suspected(self) -> Mapping[str, tuple[str, ...]]:
+        """Dealers without whose secret the sum can't be had, and who says that its share does not open.
+
+        Only where more say so than may conspire: no signature proves it, and with more colluders it is false.
+        """
+        t, colluders = self._listed.threshold, self._listed.colluders
+        return {
+            name: tuple(sorted(without))
+            for name, without in self._without.items()
+            if len(self._shares[name]) < t and len(without) > colluders
+        }
 
     def add_input(self, data: bytes) -> str:
         """Stage 3: add a masked input to the sum, and forget it; returns the sender's name."""
@@ -252,7 +281,10 @@ class ServerAttempt:
         return wire.agreement_to_bytes([each for _, each in enough])
 
     def add_opening(self, data: bytes) -> str:
-        """Stage 5: a node's shares, each checked against its dealer's signed hash; returns the sender's name."""
+        """Stage 5: a node's shares, each checked against its dealer's signed hash; returns the sender's name.
+
+        Of a message with a share that was not dealt nothing is kept but that its sender lied.
+        """
         message = Opening.from_bytes(data)
         if not self._agreed:
             raise Refused("opening: found one before the agreement")
@@ -261,11 +293,14 @@ class ServerAttempt:
         signed = message.signed(self._context, self._signed[-1])
         self._listed.identities[message.name].verify(message.signature, wire.OPENING, *signed)
         wire.sized(message.shares, shamir.BYTES * len(self._listed.deals))
+        shares = self._shares_of(message)
+        for name, share, as_signed in shares:
+            if not as_signed and share != NO_SHARE:
+                self._liars.add(message.name)
+                raise Refused(f"opening of {message.name}: found a share that {name} did not deal")
         self._openers.add(message.name)
-        wrong = self._take(message)
-        if wrong:
-            self._liars.add(message.name)
-            raise Refused(f"opening of {message.name}: found a share that {wrong} did not deal")
+        for name, share, as_signed in shares:
+            self._keep(message.name, name, share, as_signed)
         return message.name
 
     def result(self) -> SecureSum:
@@ -291,24 +326,25 @@ class ServerAttempt:
             len(self._listed.offers),
         )
 
-    def _take(self, message: Opening) -> str:
-        """Keep the good shares of an opening; the dealer of the first bad one, or ""."""
-        place = self._listed.names.index(message.name)
+    def _shares_of(self, message: Opening) -> list[tuple[str, bytes, bool]]:
+        """By dealer: the share that an opening gives, and whether it is what the dealer signed."""
+        place, found = self._listed.names.index(message.name), []
         for index, (name, deal) in enumerate(self._listed.deals.items()):
             share = message.shares[shamir.BYTES * index : shamir.BYTES * (index + 1)]
-            as_signed = commit.share_hash(*self._labels(name, message.name), share) == self._signed_hash(
-                deal, place, name
-            )
-            if share == NO_SHARE and not as_signed:
-                self._without[name] += 1
-                continue
-            if not as_signed:
-                return name
-            try:
-                self._shares[name][place + 1] = shamir.from_bytes(share, f"share of {name}")
-            except BadInput:
-                self._liars.add(name)  # it dealt and signed what is no share
-        return ""
+            hashed = commit.share_hash(*self._labels(name, message.name), share)
+            found.append((name, share, hashed == self._signed_hash(deal, place, name)))
+        return found
+
+    def _keep(self, opener: str, dealer: str, share: bytes, as_signed: bool) -> None:
+        if not as_signed:
+            self._without[dealer].append(opener)
+            return
+        try:
+            value = shamir.from_bytes(share, f"share of {dealer}")
+        except BadInput:
+            self._liars.add(dealer)  # it dealt and signed what is no share
+        else:
+            self._shares[dealer][self._listed.names.index(opener) + 1] = value
 
     def _labels(self, dealer: str, receiver: str) -> tuple[bytes, str, str, int, str]:
         kind = "b" if dealer in self._survivors else "s"
@@ -323,9 +359,9 @@ class ServerAttempt:
     def _rebuilt(self, name: str, weights: dict[tuple[int, ...], list[int]]) -> int:
         shares, t = self._shares[name], self._listed.threshold
         if len(shares) < t:
-            if self._without[name] > self._listed.colluders:  # more than can have conspired against it
-                self._liars.add(name)
-            raise QuorumLost(f"unmask: {len(shares)} shares of {name} were opened, expected {t}")
+            without = sorted(self._without[name])
+            said = f"; {', '.join(without)} say that theirs do not open" if without else ""
+            raise QuorumLost(f"unmask: {len(shares)} shares of {name} were opened, expected {t}{said}")
         places = tuple(sorted(shares)[:t])
         if places not in weights:
             weights[places] = shamir.weights_at_zero(places)

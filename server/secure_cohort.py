@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -56,7 +56,8 @@ class SecureCohort:
     """Asks `choose(plan)` and gives the sum of their updates; single updates it can't give.
 
     `members` are the identities that count, read anew for each attempt. `needed` says how many of those asked must
-    be in a sum that counts: a smaller one is not unmasked. `note` keeps what is about to be learnt.
+    be in a sum that counts: a smaller one is not unmasked. `note` keeps what is about to be learnt, `liars` are
+    known from before a restart.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class SecureCohort:
         choose: Callable[[RoundPlan], Sequence[str]],
         needed: Callable[[int], int] = lambda asked: 1,
         note: Callable[[SecureRecord], None] = lambda record: None,
+        liars: Iterable[str] = (),
     ) -> None:
         if manifest.secure is None:
             raise BadInput("manifest secure: found none, expected the terms of secure aggregation")
@@ -75,7 +77,8 @@ class SecureCohort:
         self._needed, self._note = needed, note
         self._epoch: _EpochInUse | None = None
         self._seen_keys: set[bytes] = set()
-        self._liars: set[str] = set()  # proven by their signatures: left out of later epochs
+        self._liars = set(liars)  # proven by their signatures: left out of later epochs
+        self._suspected: set[str] = set()  # left out of later epochs where enough others are there
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
         """The sum of one attempt; without replies where too few stayed, and then nothing was unmasked."""
@@ -117,13 +120,28 @@ class SecureCohort:
         request = requests.epoch_to_bytes(epoch)
         for liar in sorted(self._liars & set(asked)):
             failures.add(Failure(liar, "left out: it signed a lie in an earlier attempt of this run"))
-        others = [name for name in asked if name not in self._liars]
+        others = self._heard([name for name in asked if name not in self._liars], smallest, failures)
         here = self._collect(OFFER, dict.fromkeys(others, request), plan, state, server.add_offer, failures)
         cohort_list = server.close_offers()
-        self._collect(DEAL, dict.fromkeys(here, cohort_list), plan, state, server.add_deal, failures)
+        for name in sorted(set(here) - set(server.members)):
+            failures.add(Failure(name, f"left out: no cohort of {len(here)} bears the colluders assumed"))
+        self._collect(
+            DEAL, dict.fromkeys(server.members, cohort_list), plan, state, server.add_deal, failures
+        )
         listed = server.close_deals()
         self._epoch = _EpochInUse(listed, server.delivery, set(listed.deals))
         return self._epoch
+
+    def _heard(self, names: list[str], smallest: int, failures: _Failures) -> list[str]:
+        """Without the suspected, as long as enough others are left; without proof nobody ends a run."""
+        others = [name for name in names if name not in self._suspected]
+        if len(others) < smallest:
+            return names
+        for name in sorted(set(names) - set(others)):
+            failures.add(
+                Failure(name, "left out: several say that its shares do not open, which is no proof")
+            )
+        return others
 
     @staticmethod
     def _goes_on(listed: Listed, plan: RoundPlan, members: Mapping[str, PublicIdentity], needed: int) -> bool:
@@ -161,7 +179,7 @@ class SecureCohort:
             len(epoch.listed.deals),
             len(inside),
             len(here),
-            opened=0,
+            opened=None,
             threshold=epoch.listed.threshold,
             colluders=self._terms.max_colluders,
         )
@@ -170,14 +188,26 @@ class SecureCohort:
             OPEN, dict.fromkeys(here, agreement), plan, state, server.add_opening, failures
         )
         try:
-            return server.result(), replace(record, opened=len(opened), liars=server.liars)
+            result = server.result()
         finally:
-            self._note(replace(record, opened=len(opened), liars=server.liars))
-            for liar in server.liars:
-                log.warning(
-                    "round %d: %s dealt or opened a share that is not what was signed", plan.round, liar
-                )
-                self._liars.add(liar)
+            record = replace(
+                record, opened=len(opened), liars=server.liars, suspected=tuple(server.suspected)
+            )
+            self._note(record)
+            self._leave_out(server, plan.round)
+        return result, record
+
+    def _leave_out(self, server: ServerAttempt, round_number: int) -> None:
+        """From the next epoch on: who is proven to have lied, and whose shares too many say do not open."""
+        for liar in server.liars:
+            log.warning("round %d: %s signed a share that is not what was dealt", round_number, liar)
+            self._liars.add(liar)
+        for dealer, without in server.suspected.items():
+            names = ", ".join(without)
+            log.warning(
+                "round %d: %s say that the shares of %s do not open; no proof", round_number, names, dealer
+            )
+            self._suspected.add(dealer)
 
     def _collect(
         self,

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     "tests/client/test_secagg.py",
     "tests/client/test_secure_trainer.py",
+    "tests/client/test_secure_runs.py",
     "tests/server/test_secagg.py",
     "tests/client/test_secagg_machine.py",
     "tests/client/test_shared_noise.py",
@@ -40,6 +41,7 @@ class Mutant:
 COHORT, NODE, SERVER = "common/secagg/cohort.py", "client/secagg.py", "server/secagg.py"
 TRAINER, VERDICTS = "client/secure_trainer.py", "client/verdicts.py"
 SKELLAM, PRIVACY = "common/skellam.py", "common/privacy.py"
+MANIFEST, RUNS, WIRE = "server/manifest.py", "client/secure_runs.py", "common/secagg/wire.py"
 MUTANTS = (
     Mutant("a stranger counts", COHORT, "if name not in self.peers:", "if False:"),
     Mutant("an epoch outlives a member's removal", NODE, "for name in state.names):", "for name in ()):"),
@@ -190,7 +192,7 @@ MUTANTS = (
         "        self._listed.identities[message.name].verify(message.signature, wire.INPUT, *message.signed())\n",
         "",
     ),
-    Mutant("a liar's share", SERVER, "        if wrong:\n", "        if False:\n"),
+    Mutant("a liar's share", SERVER, "if not as_signed and share != NO_SHARE:", "if False:"),
     Mutant(
         "a rebuilt seed is believed",
         SERVER,
@@ -235,6 +237,90 @@ MUTANTS = (
     Mutant("a record is charged as an institution", PRIVACY, "manifest.delta, moved=2", "manifest.delta"),
     Mutant("any bound", PRIVACY, "phase.clip != bound or phase.head_clip", "phase.head_clip"),
     Mutant("any carriers", PRIVACY, "if terms.carriers != carriers or", "if"),
+    Mutant("noise that can't be drawn", SKELLAM, "        if rate <= LARGEST_RATE:\n", "        if True:\n"),
+    Mutant("no fewer levels", MANIFEST, "        levels //= 2\n", "        levels = 0\n"),
+    Mutant("any number of mask keys", COHORT, "if len(offer.mask_keys) != epoch.count:", "if False:"),
+    Mutant("spellings are organisations", COHORT, "folded(peer.organisation) for", "peer.organisation for"),
+    Mutant(
+        "an epoch outlives a member's new key",
+        NODE,
+        "any(policy.peers.get(name) != before.get(name) for name in state.names)",
+        "any(name not in policy.peers for name in state.names)",
+    ),
+    Mutant(
+        "late offers",
+        SERVER,
+        '        if self._cohort:\n            raise Refused("keys: found a late',
+        '        if False:\n            raise Refused("keys: found a late',
+    ),
+    Mutant(
+        "a second deal",
+        SERVER,
+        "if deal.name not in self._offers or deal.name in self._deals:",
+        "if deal.name not in self._offers:",
+    ),
+    Mutant(
+        "confirmations unsigned",
+        SERVER,
+        "        self._listed.identities[message.name].verify(message.signature, wire.CONFIRM, *self._signed)\n",
+        "",
+    ),
+    Mutant(
+        "openings unsigned",
+        SERVER,
+        "        self._listed.identities[message.name].verify(message.signature, wire.OPENING, *signed)\n",
+        "",
+    ),
+    Mutant(
+        "openings signed without their shares",
+        WIRE,
+        "return (context, survivors, self.name.encode(), self.shares)",
+        "return (context, survivors, self.name.encode())",
+    ),
+    Mutant(
+        "an opener outside U3",
+        SERVER,
+        "if message.name not in self._survivors or message.name in self._openers:",
+        "if message.name in self._openers:",
+    ),
+    Mutant(
+        "an opening twice",
+        SERVER,
+        "if message.name not in self._survivors or message.name in self._openers:",
+        "if message.name not in self._survivors:",
+    ),
+    Mutant(
+        "openings of any length",
+        SERVER,
+        "        wire.sized(message.shares, shamir.BYTES * len(self._listed.deals))\n",
+        "",
+    ),
+    Mutant(
+        "a rebuilt mask key is believed",
+        SERVER,
+        "if pair.public != self._listed.offers[name].mask_keys[place]:",
+        "if False:",
+    ),
+    Mutant("c words suspect a dealer", SERVER, "len(without) > colluders", "len(without) >= colluders"),
+    Mutant(
+        "a word proves a lie",
+        SERVER,
+        "            self._without[dealer].append(opener)\n",
+        "            self._liars.add(dealer)\n",
+    ),
+    Mutant(
+        "any cohort is asked",
+        SERVER,
+        "if cohort.most_colluders(size) >= self._colluders:",
+        "if True:",
+    ),
+    Mutant("updates without noise leave as often", RUNS, 'noised = manifest.mode != "none"', "noised = True"),
+    Mutant(
+        "the manifest's colluders do not count",
+        RUNS,
+        "max(limits.max_colluders, colluders),",
+        "limits.max_colluders,",
+    ),
 )
 
 

@@ -62,6 +62,7 @@ class World:
     encoding: Encoding = field(default_factory=encoding_of)
     outboxes: dict[str, MemoryOutbox] = field(default_factory=dict)
     nodes: dict[str, SecureNode] = field(default_factory=dict)
+    assumed: int = 1  # colluders, by the coordinator
 
     def __post_init__(self) -> None:
         for name in self.names:
@@ -94,7 +95,7 @@ class World:
 
     def server_epoch(self, epoch: Epoch) -> ServerEpoch:
         identities = {name: peer.identity for name, peer in peers_of(self.count).items()}
-        return ServerEpoch(epoch, identities, self.minimum)
+        return ServerEpoch(epoch, identities, self.minimum, colluders=self.assumed)
 
     def begin(self, epoch: Epoch, no_keys: Collection[str] = (), no_deal: Collection[str] = ()) -> Listed:
         """Stages 1 and 2; who is named in `no_keys` or `no_deal` drops out there."""
@@ -104,7 +105,7 @@ class World:
             server.add_offer(self.nodes[name].offer(epoch))
         members = server.close_offers()
         for name in here:
-            if name not in no_deal:
+            if name not in no_deal and name in server.members:
                 server.add_deal(self.nodes[name].deal(members))
         listed = server.close_deals()
         for name in listed.deals:

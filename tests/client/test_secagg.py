@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -302,6 +303,54 @@ def test_key_low_order(public: bytes) -> None:
             world.nodes[VICTIM].deal(as_list([*found[:4], signed]))
     with pytest.raises(Refused, match="low order"):
         keys.KeyPair(b"\x01" * 32).agree(public)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_another_number_of_mask_keys_than_the_epoch_has_attempts(count: int) -> None:
+    world = World(5)
+    *others, last = offers(world, count=2).values()
+    fresh = tuple(keys.KeyPair.generate(os.urandom).public for _ in range(count))
+    odd = replace(last, mask_keys=fresh)
+    signed = replace(odd, signature=IDENTITIES[4].sign(wire.KEYS, *odd.signed()))
+    with pytest.raises(BadInput, match=f"found {count} mask keys, expected 2"):
+        world.nodes[VICTIM].deal(as_list([*others, signed]))
+
+
+def test_an_organisation_in_another_spelling_is_the_same() -> None:
+    world = World(5)
+    peers = peers_of(5)
+    again = replace(peers[node_name(3)], organisation="  ORGANISATION-4 ")
+    world.nodes[VICTIM].adopt(replace(world.nodes[VICTIM].policy, peers=peers | {again.name: again}))
+    with pytest.raises(Refused, match="two members of one organisation"):
+        world.nodes[VICTIM].deal(as_list(offers(world).values()))
+
+
+@pytest.mark.parametrize("changed", ["identity", "organisation"])
+def test_an_epoch_ends_where_a_member_is_another_to_its_operator(changed: str) -> None:
+    """A rotated key or a corrected organisation: whoever was checked is not who is on the roster."""
+    world = World(5)
+    begun(world)
+    peers = peers_of(5)
+    new = {"identity": IDENTITIES[77].public, "organisation": "another"}[changed]
+    other = replace(peers[node_name(4)], **{changed: new})  # type: ignore[arg-type]
+    node = world.nodes[VICTIM]
+    node.adopt(replace(node.policy, peers=peers_of(5)))
+    assert node.accepted
+    node.adopt(replace(node.policy, peers=peers | {other.name: other}))
+    with pytest.raises(Refused, match="it joins the next"):
+        node.mask(slot_of(), world.encoding, world.values(VICTIM))
+
+
+def test_another_key_may_give_the_same_secret_and_then_names_tell_them_apart() -> None:
+    """u and 1/u differ by the point of order 2, which every secret multiplies away: a twin of a key without its secret."""
+    one, two = keys.KeyPair.generate(os.urandom), keys.KeyPair.generate(os.urandom)
+    twin = pow(int.from_bytes(two.public, "little"), -1, 2**255 - 19).to_bytes(32, "little")
+    keys.check_public(twin, "twin")
+    assert twin != two.public and one.agree(twin) == one.agree(two.public)
+    shared, any_hash = one.agree(twin), bytes(32)
+    derived = {masks.pair_mask(shared, any_hash, any_hash, any_hash, "a", name) for name in ("b", "twin")}
+    derived |= {masks.sealing_key(shared, any_hash, "a", name) for name in ("b", "twin")}
+    assert len(derived) == 4
 
 
 def test_a_key_has_one_encoding() -> None:

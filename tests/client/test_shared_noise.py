@@ -14,6 +14,7 @@ from fedlora.client.secagg import SecureNode
 from fedlora.client.secure_outbox import MemoryOutbox
 from fedlora.client.secure_trainer import SecureTrainer
 from fedlora.client.verdicts import judge, projected
+from fedlora.common.config import parse_config
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger import Budget
 from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms, SkellamTerms
@@ -24,13 +25,16 @@ from fedlora.common.privacy import (
     releases_of,
     stated_epsilon,
 )
+from fedlora.common.randomness import OsRandom
 from fedlora.common.secagg import requests
 from fedlora.common.secagg.cohort import CohortPolicy, threshold
 from fedlora.common.secagg.wire import Epoch
-from fedlora.common.skellam import clipped
+from fedlora.common.skellam import clipped, noised
 from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec, Vector
 from fedlora.common.statement import privacy_statement, shown_epsilon
 from fedlora.server.bound import coordinate_bound, update_bound
+from fedlora.server.manifest import LEVELS as MOST_LEVELS
+from fedlora.server.manifest import make_manifest
 from fedlora.server.rounds import CohortSum, Failure
 from fedlora.server.secagg import ServerEpoch
 from fedlora.server.secure_cohort import SecureCohort
@@ -189,11 +193,17 @@ def test_a_node_that_expects_more_colluders_than_the_others_share_for() -> None:
 
 def test_a_cohort_that_leaves_fewer_to_carry_the_noise_than_promised() -> None:
     """The manifest promises cohorts of 9, this node's own minimum of 3 would take 5. Nothing trains."""
-    run = manifest(minimum=9)
-    federation = Federation(5, run, SMALL)
+    federation = Federation(5, manifest(minimum=9), SMALL)
+    with pytest.raises(Refused, match="5 members leave 3 to carry the noise, expected at least 6"):
+        asked_for_input(federation)
+
+
+def asked_for_input(federation: Federation) -> None:
+    """By a coordinator that keeps no bound of its manifest."""
+    run = federation.run
     epoch = Epoch(run.federation, run.digest, 1, 1, 2)
-    identities = {name: peer.identity for name, peer in peers_of(5).items()}
-    server = ServerEpoch(epoch, identities, 3)  # a coordinator that does not keep its word
+    identities = {name: peer.identity for name, peer in peers_of(len(federation.names)).items()}
+    server = ServerEpoch(epoch, identities, 3)
     plan = RoundPlan(run.digest, 0, 1, 1, federation.state.digest)
     offer = requests.epoch_to_bytes(epoch)
 
@@ -206,8 +216,7 @@ def test_a_cohort_that_leaves_fewer_to_carry_the_noise_than_promised() -> None:
         server.add_deal(answer)
     server.close_deals()
     name = federation.names[0]
-    with pytest.raises(Refused, match="5 members leave 3 to carry the noise, expected at least 6"):
-        federation.nodes[name].input(server.delivery(name), plan, federation.state.spec, never)
+    federation.nodes[name].input(server.delivery(name), plan, federation.state.spec, never)
 
 
 def never() -> Vector:
@@ -216,9 +225,12 @@ def never() -> Vector:
 
 def test_more_colluders_than_the_cohort_bears() -> None:
     """c is the manifest's where it is the larger: nine with c = 5 would allow two lists."""
-    federation = Federation(9, manifest(minimum=9, colluders=5), SMALL, 3, 1)
+    run = manifest(minimum=9, colluders=5)
+    with pytest.raises(Refused, match="allow two lists"):
+        asked_for_input(Federation(9, run, SMALL, 3, 1))
+    federation = Federation(9, run, SMALL, 3, 1)
     found = federation.round(1, 1)
-    assert found.replies == 0 and any("allow two lists" in each.reason for each in found.failures)
+    assert found.replies == 0 and any("that bears 5 colluders" in each.reason for each in found.failures)
     assert all(each.calls == 0 for each in federation.trainers.values() if isinstance(each, Clipping))
 
 
@@ -295,6 +307,64 @@ def test_terms_in_a_manifest_from_outside() -> None:
         assert before in good
         with pytest.raises(BadInput, match="manifest skellam"):
             RunManifest.from_bytes(good.replace(before, after).encode())
+
+
+# --- noise that can be drawn ---------------------------------------------------------------------------------------
+
+
+def asked(epsilon: float, rounds: int, coordinates: int = 1540) -> RunManifest:
+    """The manifest of a run of mode "client" with `rounds` rounds of the adapter."""
+    text = f"""
+        [model]
+        base = "minilm"
+        [federation]
+        rounds = {rounds}
+        [privacy]
+        mode = "client"
+        epsilon = {epsilon}
+        [aggregation]
+        secure = true
+    """
+    return make_manifest(
+        parse_config(text), ("a", "b"), "sha256:0", "sha256:1", moved={"adapter": coordinates}
+    )
+
+
+@pytest.mark.parametrize(("epsilon", "rounds"), [(3.0, 20), (1.0, 60), (0.5, 20), (2.0, 100), (0.05, 200)])
+def test_whatever_starts_can_draw_its_noise(epsilon: float, rounds: int) -> None:
+    """Few levels where there is much noise: what a node would charge for, it can release. Rounding is paid for."""
+    run = asked(epsilon, rounds)
+    assert run.secure is not None and run.skellam is not None
+    (release,) = releases_of(run)
+    assert noised(
+        OsRandom(), np.zeros(1540, np.int64), np.ones(1540, bool), release, run.skellam.carriers
+    ).any()
+    assert 0.995 * epsilon < stated_epsilon(run) <= epsilon
+    assert release.sensitivity < 1.01 * release.levels == 1.01 * run.secure.levels
+    finer = replace(run, secure=replace(run.secure, levels=2 * run.secure.levels))
+    if run.secure.levels < MOST_LEVELS:  # as many as fit
+        with pytest.raises(BadInput, match="found a Poisson rate of"):
+            releases_of(finer)
+
+
+def test_noise_that_cannot_be_drawn_is_refused_at_the_start() -> None:
+    with pytest.raises(BadInput, match=r"\[privacy\] epsilon = 0.002: needs noise"):
+        asked(0.002, 200, 10**8)
+
+
+@pytest.mark.parametrize("sigma", [50.0, 1e60, 1e80, 1e160, 1e300])
+def test_nodes_refuse_noise_that_cannot_be_drawn_before_they_consent(sigma: float) -> None:
+    """σ Δ2 of 5 · 10⁸ for two carriers; and what overflows is a typed error like any other."""
+    run = manifest()
+    assert run.secure is not None
+    fine = replace(run.secure, levels=1 << 24)
+    loud = replace(run, secure=fine, phases=tuple(replace(p, noise_multiplier=sigma) for p in run.phases))
+    with pytest.raises(BadInput, match=r"noise_multiplier|Poisson rate"):
+        releases_of(loud)
+    said = reasons(loud, policy())
+    assert said["skellam"] and "projected" in said["epsilon"]
+    record = replace(loud, mode="record", secure=None, skellam=None)
+    assert ("phases[0].noise_multiplier" in reasons(record, policy())) == (sigma > 1e6)
 
 
 # --- what it costs, and who says so ----------------------------------------------------------------------------

@@ -116,6 +116,20 @@ BAD = {
             "share of the noise"
         ],
     ),
+    "cfg-colluders-of-a-larger-cohort": (
+        "[federation]\nclients = 14\n[aggregation]\nsecure = true\nminimum_cohort = 6\nmax_colluders = 3",
+        ["run.toml [aggregation] max_colluders = 3: expected at most 2: nodes would refuse a cohort of 7"],
+    ),
+    "cfg-colluders-of-many-cohorts": (
+        "[federation]\nclients = 20\n[aggregation]\nsecure = true\nminimum_cohort = 5\nmax_colluders = 4",
+        [
+            "run.toml [aggregation] max_colluders = 4: expected at most 2: nodes would refuse a cohort of 5, 6, 7, 8, …"
+        ],
+    ),
+    "cfg-secure-participation-of-thousands": (
+        "[federation]\nclients = 1001\nparticipation = 0.1\n[aggregation]\nsecure = true\nepoch_rounds = 1",
+        ["run.toml [federation] clients = 1001: expected at most 1000: every pair shares a mask"],
+    ),
     "cfg-mode-client-head-clip": (
         '[privacy]\nmode = "client"\nhead_clip = 0.5\n[aggregation]\nsecure = true',
         ['run.toml [privacy] head_clip = 0.5: expected 0 with mode = "client": one clip for all'],

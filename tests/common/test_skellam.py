@@ -170,6 +170,7 @@ def test_what_buys_nothing() -> None:
     for change in (
         {"noise_multiplier": math.nan},
         {"noise_multiplier": -1.0},
+        {"noise_multiplier": 1e80},
         {"levels": 0},
         {"coordinates": 0},
         {"times": -1},
@@ -177,6 +178,8 @@ def test_what_buys_nothing() -> None:
     ):
         with pytest.raises(BadInput, match=next(iter(change))):
             Release(**(good | change))
+    for tiny in (1e-170, 1e-90, 1e-60):  # squares that are 0
+        assert epsilon_of_releases([Release(tiny, 4, 4, 1)], 1e-5) == math.inf
     for delta in (0.0, 1.0, math.nan):
         with pytest.raises(BadInput, match="delta"):
             epsilon_of_releases([], delta)

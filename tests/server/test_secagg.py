@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -99,6 +100,32 @@ def test_one_drop_out_too_many_aborts(count: int, stage: str) -> None:
 def test_too_few_keys() -> None:
     with pytest.raises(QuorumLost, match="expected at least 5"):
         World(5, minimum=5).begin(epoch_of(), no_keys=[node_name(0)])
+
+
+@pytest.mark.parametrize(("here", "members"), [(8, 8), (7, 6), (6, 6)])
+def test_a_cohort_of_a_size_that_bears_less_goes_on_with_one_less(here: int, members: int) -> None:
+    """Six bear three colluders, seven two, eight three: nodes that assume three refuse a cohort of seven."""
+    world = World(8, 6, 3, assumed=3)
+    listed = world.begin(epoch_of(), no_keys=world.names[here:])
+    assert list(listed.offers) == world.names[:members]
+    assert (world.attempt(listed, slot_of()).levels == world.plain_sum(world.names[:members])).all()
+
+
+def test_the_last_to_offer_is_left_out_and_below_the_minimum_nobody_is() -> None:
+    identities = {name: peer.identity for name, peer in peers_of(7).items()}
+    for minimum in (6, 7):
+        world, server = World(7), ServerEpoch(epoch_of(), identities, minimum, colluders=3)
+        for name in reversed(world.names):
+            server.add_offer(world.nodes[name].offer(epoch_of()))
+        assert server.members == []
+        if minimum == 6:
+            server.close_offers()
+            assert server.members == world.names[1:]
+        else:
+            with pytest.raises(
+                QuorumLost, match="7 nodes offered, expected a cohort of at least 7 that bears 3"
+            ):
+                server.close_offers()
 
 
 def test_an_abort_reveals_nothing() -> None:
@@ -201,8 +228,8 @@ def with_a_dealer(world: World, liar: str, of: Callable[[Deal, str], Deal]) -> t
     return listed, server
 
 
-def test_a_dealer_that_seals_garbage_for_many_is_named_and_loses_one_attempt() -> None:
-    """More nodes without a share of it than may have conspired: its own signed deal is what they could not open."""
+def test_a_dealer_that_seals_garbage_for_many_is_suspected() -> None:
+    """More nodes without a share of it than may have conspired; but what they say is no proof."""
     world, liar = World(5), node_name(2)
 
     def garbage(deal: Deal, name: str) -> Deal:
@@ -213,9 +240,136 @@ def test_a_dealer_that_seals_garbage_for_many_is_named_and_loses_one_attempt() -
     server, messages = opened(world, listed)
     for each in messages.values():
         server.add_opening(each)
-    with pytest.raises(QuorumLost, match="shares of node-002"):
+    with pytest.raises(
+        QuorumLost, match="1 shares of node-002 were opened, expected 4; node-000, node-001, node-"
+    ):
         server.result()
-    assert server.liars == (liar,)
+    assert server.liars == ()
+    assert dict(server.suspected) == {liar: tuple(name for name in world.names if name != liar)}
+
+
+@pytest.mark.parametrize("against", [1, 2])
+def test_nobody_is_called_a_liar_on_the_word_of_others(against: int) -> None:
+    """An honest dealer, of whom some say that its share does not open: with one (c) the sum goes on without it."""
+    world, dealer = World(5), node_name(0)
+    server, messages = opened(world, world.begin(epoch_of()))
+    for number, data in enumerate(messages.values()):
+        message = Opening.from_bytes(data)
+        if number >= 5 - against:
+            data = reopened(server, replace(message, shares=wire.NO_SHARE + message.shares[32:]))
+        server.add_opening(data)
+    if against == 1:
+        assert (server.result().levels == world.plain_sum(world.names)).all() and not server.suspected
+    else:
+        with pytest.raises(QuorumLost, match="; node-003, node-004 say that theirs do not open"):
+            server.result()
+        assert dict(server.suspected) == {dealer: (node_name(3), node_name(4))}
+    assert server.liars == ()
+
+
+def reopened(server: ServerAttempt, message: Opening) -> bytes:
+    """Signed anew by its sender."""
+    signed = message.signed(server._context, server._signed[-1])
+    signature = IDENTITIES[int(message.name[-3:])].sign(wire.OPENING, *signed)
+    return replace(message, signature=signature).to_bytes()
+
+
+def test_c_words_and_too_few_openings_suspect_nobody() -> None:
+    """One did not open and one (c) says "none": fewer than t shares, and no more words than may conspire."""
+    world = World(5)
+    server, messages = opened(world, world.begin(epoch_of()))
+    message = Opening.from_bytes(messages[node_name(3)])
+    server.add_opening(reopened(server, replace(message, shares=wire.NO_SHARE + message.shares[32:])))
+    for name in world.names[:3]:
+        server.add_opening(messages[name])
+    with pytest.raises(QuorumLost, match="3 shares of node-000 were opened, expected 4; node-003 say"):
+        server.result()
+    assert not server.suspected and not server.liars
+
+
+def test_openings_that_do_not_count() -> None:
+    """Not in U3, sent twice, unsigned, changed on the way, of another length: each changes nothing."""
+    world = World(5)
+    listed = world.begin(epoch_of())
+    late = world.nodes[node_name(4)]
+    late.mask(slot_of(), world.encoding, world.values(node_name(4)))  # on its way, and too late
+    server, messages = opened(world, listed, (node_name(4),))
+    message = Opening.from_bytes(messages[node_name(0)])
+    outside = reopened(server, replace(message, name=node_name(4)))
+    short, long = (
+        reopened(server, replace(message, shares=each))
+        for each in (message.shares[:-32], message.shares + bytes(32))
+    )
+    for data, kind, why in (
+        (outside, Refused, "who is not in U3"),
+        (replace(message, signature=bytes(64)).to_bytes(), Refused, "did not make"),
+        (replace(message, shares=wire.NO_SHARE + message.shares[32:]).to_bytes(), Refused, "did not make"),
+        (short, BadInput, "found a field of 128 bytes, expected 160"),
+        (long, BadInput, "found a field of 192 bytes, expected 160"),
+    ):
+        with pytest.raises(kind, match=why):
+            server.add_opening(data)
+    assert not server._openers and not any(server._shares.values()) and not server.liars
+    server.add_opening(messages[node_name(0)])
+    nothing = reopened(server, replace(message, shares=wire.NO_SHARE * 5))
+    for again in (messages[node_name(0)], nothing):
+        with pytest.raises(Refused, match="or has opened"):
+            server.add_opening(again)
+    for name in world.names[1:4]:
+        server.add_opening(messages[name])
+    assert (server.result().levels == world.plain_sum(world.names[:4])).all()
+
+
+def test_confirmations_that_do_not_count() -> None:
+    world = World(5)
+    server = ServerAttempt(world.begin(epoch_of()), slot_of(), world.encoding)
+    for name in world.names:
+        server.add_input(world.nodes[name].mask(slot_of(), world.encoding, world.values(name)))
+    survivors = server.close_inputs()
+    first, second = (
+        wire.Confirmation.from_bytes(world.nodes[name].confirm(1, survivors)) for name in world.names[:2]
+    )
+    for changed in (replace(first, signature=bytes(64)), replace(first, signature=second.signature)):
+        with pytest.raises(Refused, match="did not make"):
+            server.add_confirmation(changed.to_bytes())
+    server.add_confirmation(first.to_bytes())
+    with pytest.raises(Refused, match="or has signed"):
+        server.add_confirmation(first.to_bytes())
+
+
+def test_a_rebuilt_mask_key_is_held_against_the_public_one() -> None:
+    """A dealer that shares another s than the one it offered, and drops out: named, and nothing is unmasked with it."""
+    world, liar = World(5), node_name(4)
+    epoch = epoch_of()
+    server = world.server_epoch(epoch)
+    for name in world.names:
+        server.add_offer(world.nodes[name].offer(epoch))
+    members = server.close_offers()
+    state = world.nodes[liar]._state
+    assert state is not None
+    state.attempts[1].mask_key = keys.KeyPair.generate(os.urandom)
+    for name in world.names:
+        server.add_deal(world.nodes[name].deal(members))
+    listed = server.close_deals()
+    for name in listed.deals:
+        world.nodes[name].accept(server.delivery(name))
+    attempt, messages = opened(world, listed, (liar,))
+    for data in messages.values():
+        attempt.add_opening(data)
+    with pytest.raises(BadInput, match="shares of node-004 do not rebuild"):
+        attempt.result()
+    assert attempt.liars == (liar,)
+
+
+def test_of_a_liars_opening_no_share_is_kept() -> None:
+    world = World(5)
+    server, messages = opened(world, world.begin(epoch_of()))
+    message = Opening.from_bytes(messages[node_name(2)])
+    with pytest.raises(Refused, match="found a share that node-004 did not deal"):
+        server.add_opening(
+            reopened(server, replace(message, shares=message.shares[:-32] + shamir.to_bytes(99)))
+        )
+    assert not any(server._shares.values()) and not server._openers
 
 
 def test_one_node_without_a_share_accuses_nobody() -> None:
@@ -324,9 +478,11 @@ def test_inputs_that_do_not_count() -> None:
 
 
 def test_steps_out_of_their_turn() -> None:
-    world = World(3)
+    world = World(4)
     epoch = epoch_of()
     server = world.server_epoch(epoch)
+    unknown = world.nodes[node_name(3)].offer(epoch)
+    world.count = 3
     found = {name: world.nodes[name].offer(epoch) for name in world.names}
     for step in (server.close_deals, lambda: server.add_deal(b""), lambda: server.delivery(node_name(0))):
         with pytest.raises(Refused):
@@ -336,8 +492,8 @@ def test_steps_out_of_their_turn() -> None:
     with pytest.raises(Refused, match="second offer"):
         server.add_offer(found[node_name(0)])
     members = server.close_offers()
-    for late in (lambda: server.add_offer(found[node_name(0)]), server.close_offers):
-        with pytest.raises(Refused):
+    for late in (lambda: server.add_offer(unknown), server.close_offers):
+        with pytest.raises(Refused, match=r"late offer|fixed already"):
             late()
     dealt = {name: world.nodes[name].deal(members) for name in world.names}
     right = Deal.from_bytes(dealt[node_name(0)])
@@ -351,8 +507,11 @@ def test_steps_out_of_their_turn() -> None:
     ):
         with pytest.raises(FedloraError, match=why):
             server.add_deal(changed.to_bytes())
-    for deal in dealt.values():
-        server.add_deal(deal)
+    server.add_deal(dealt[node_name(0)])
+    with pytest.raises(Refused, match="or has dealt"):
+        server.add_deal(dealt[node_name(0)])
+    for name in world.names[1:]:
+        server.add_deal(dealt[name])
     listed = server.close_deals()
     for again in (lambda: server.add_deal(dealt[node_name(0)]), server.close_deals):
         with pytest.raises(Refused):

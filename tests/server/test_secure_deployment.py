@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,10 +37,10 @@ from fedlora.common.secagg.wire import MaskedInput
 from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.statement import secure_summary, shown_epsilon
 from fedlora.server.card import model_card, shown_figures
-from fedlora.server.deployment import MaskedCohort, cohort_of
+from fedlora.server.deployment import MaskedCohort, SignedStages, cohort_of
 from fedlora.server.participants import Coordinator, Participants
 from fedlora.server.rounds import CohortSum, Failure
-from fedlora.server.secure_log import sums_of
+from fedlora.server.secure_log import SUMS, note_in, sums_of
 from tests.client.institution import COORDINATOR, Institution, manifest_of, offer_of, task_of
 
 NAMES = ("east", "north", "south", "west")
@@ -183,6 +184,28 @@ def test_report_and_card_say_how_it_was_added(world: World, tmp_path: Path) -> N
     assert "securely" not in clear and "masks" not in clear
 
 
+def test_a_report_holds_sums_that_the_node_was_not_asked_about(world: World, tmp_path: Path) -> None:
+    """Its input left: t others can make the sum legible, and it may never hear of it."""
+    world.away = {"confirm": {"north"}}
+    assert world.total(1).replies == 4
+    world.away = {"input": {"west", "south"}}
+    assert not world.total(2).replies  # as far as this node knows, it may have been
+    world.away = {}
+    assert world.total(3).replies == 4
+    north = world.nodes["north"]
+    policy = north.folder.load_policy()
+    (run,) = write_report(north.folder, policy, north.identity, north.ledger, tmp_path / "out")["runs"]
+    assert [(each["attempt"], each["dealt"], each["members"], each["dropped"]) for each in run["sums"]] == [
+        (1, 4, None, None),
+        (2, 4, None, None),
+        (3, 4, 4, 0),
+    ]
+    for attempt in (4, 5):  # nothing left: nothing is written
+        world.away = {"input": {"north"}}
+        world.total(attempt, 3)
+    assert len((north.folder.run(RUN.digest) / "secure.jsonl").read_text().splitlines()) == 4
+
+
 def test_too_few_end_the_attempt_and_not_the_run(world: World) -> None:
     world.away["input"] = {"west", "south"}
     found = world.total(1)
@@ -291,6 +314,41 @@ def test_a_run_in_clear_takes_no_stage_and_may_be_refused_by_policy(tmp_path: Pa
     north.restart()
     reply = north.ask(offer_of(replace(clear, run="2")))
     assert isinstance(reply, Decline) and "require_secure" in reply.reason and reply.refused
+
+
+def test_a_liar_stays_out_when_the_coordinator_starts_again(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = world.total(1)
+    assert found.secure is not None
+    note_in(world.folder)(replace(found.secure, liars=("west",)))
+    with (world.folder / SUMS).open("a") as stream:
+        stream.write('{"attempt": 1, "lia')  # a kill
+    world.cohort = cohort_of(world.who)
+    assert "found 1 lines that can't be read" in caplog.text
+    found = world.total(2)
+    assert found.replies == 3 and [(each.client, each.reason[:8]) for each in found.failures] == [
+        ("west", "left out")
+    ]
+    assert secure_summary(RUN, sums_of(world.folder))["liars"] == ["west"]  # type: ignore[index]
+
+
+def test_a_coordinator_that_was_killed_while_masks_were_asked_for_counts_no_drop_outs(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until its second line nobody knows how many opened; all that is known is that the sum may have been learnt."""
+    ask = SignedStages.ask
+
+    def killed(self: SignedStages, stage: str, *rest: Any) -> Iterator[tuple[str, bytes | Failure]]:
+        if stage == "open":
+            raise KeyboardInterrupt
+        return ask(self, stage, *rest)
+
+    monkeypatch.setattr(SignedStages, "ask", killed)
+    with pytest.raises(KeyboardInterrupt):
+        world.total(1)
+    summary = secure_summary(RUN, sums_of(world.folder))
+    assert summary is not None and summary["sums"] == 1 and summary["dropouts"]["open"] == 0
 
 
 def test_a_node_without_enough_peers_declines_once(tmp_path: Path) -> None:

@@ -144,13 +144,12 @@ def test_noise_is_calibrated_for_all_phases_together(tiny_bert: Path, data: Path
     assert 0.995 * 8.0 <= epsilon_of_releases(releases, 1e-4) <= 8.0
     assert 0.995 * 4.0 <= epsilon_of_releases(releases[:1], 1e-4) <= 4.0
     assert charge(manifest).epsilon == epsilon_of_releases(releases, 1e-4, moved=2)
-    loud = config(tiny_bert, data, "client", *CLIENT, "privacy.epsilon=0.02")
+    many = "federation.clients=200"  # ten deviations of their noise need the wider ring
+    loud = config(tiny_bert, data, "client", *CLIENT, "privacy.epsilon=0.02", many)
     wide = make_manifest(loud, ("a", "b"), "b", "s", moved=moved)
     assert manifest.secure is not None and wide.secure is not None
-    assert (manifest.secure.bits, wide.secure.bits) == (
-        32,
-        64,
-    )  # ten deviations of its noise need the wider ring
+    assert (manifest.secure.bits, wide.secure.bits) == (32, 64)
+    assert manifest.secure.levels == LEVELS > wide.secure.levels  # and finer noise could not be drawn
 
 
 def test_a_plan_says_whose_epsilon_it_is(tiny_bert: Path, data: Path) -> None:

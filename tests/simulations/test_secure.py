@@ -248,7 +248,7 @@ def test_a_run_below_t_ends_with_the_reason(tiny_bert: Path, data: Path, tmp_pat
         ("[federation]\nclients = 20\nparticipation = 0.2", "expected at most the 4 institutions"),
         ("[federation]\nclients = 20\nparticipation = 0.5", "expected 1 with participation < 1"),
         ("[federation]\nclients = 2000", "every pair shares a mask"),
-        ("[aggregation]\nmax_colluders = 3", "expected at most 2 with minimum_cohort = 5"),
+        ("[aggregation]\nmax_colluders = 3", "expected at most 2: nodes would refuse a cohort of 5, 7"),
         ("[aggregation]\nminimum_cohort = 2", "expected an integer >= 3"),
         ('[aggregation]\nstrategy = "krum"', "not built yet"),
     ],
