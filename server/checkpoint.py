@@ -31,7 +31,7 @@ from fedlora.server.strategies.base import ServerState
 
 VERSION = 1  # of these files' layout
 STATE, RELEASED, MEMORY = "state", "released", "memory."
-NAMES = r"(manifest|attempts|progress)\.json|state-\d+\.safetensors"
+NAMES = r"(manifest|attempts|progress)\.json|state-\d+\.safetensors|ledger-head\.json|ledger\.key"  # a simulation's own ledger's
 WRITTEN = re.compile(rf"({NAMES})|\.({NAMES})\.\d+")  # the second: half written when a kill came
 
 

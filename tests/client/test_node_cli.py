@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fedlora.client import cli
@@ -117,7 +118,7 @@ def test_explain_says_what_is_spent_and_names_a_bad_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     north, asked, file = Institution(tmp_path / "n"), manifest_of(), tmp_path / "m.json"
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(cli, "console", Console(width=300))
     north.set_policy(north.folder.policy.read_text().replace("epsilon = 2.0", "epsilon = 0.3"))
     file.write_bytes(asked.to_bytes())
     words = ("policy", "explain", str(file), "--node", str(north.root))

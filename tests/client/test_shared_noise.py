@@ -375,7 +375,7 @@ def policy(client_level: bool = True, least: float = 0.5) -> Policy:
 
     return Policy(
         institution="north",
-        limits=Limits(client_level=client_level, noise_multiplier=least),
+        limits=Limits(client_level=client_level, noise_multiplier=least, minimum_cohort=3),
         trainer=TrainerPolicy(),
         budgets={"people": Budget("people", 100.0, 1e-3)},
         data={"notes": DataPolicy("notes.jsonl", "people", labels=("a", "b"))},
