@@ -33,6 +33,7 @@ from tests.client.institution import (
     offer_of,
     task_of,
 )
+from tests.disk import fill, small_disk
 
 RUN = manifest_of()
 
@@ -371,23 +372,13 @@ def test_a_manifest_of_thousands_of_phases_keeps_nobody_busy(north: Institution)
 
 
 def test_ledger_on_a_full_disk_trains_nothing(north: Institution, tmp_path: Path) -> None:
-    import subprocess
-
     from fedlora.client.resident import PRIVATE_REASON
 
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(words, capture_output=True, check=False).returncode:
-        pytest.skip("no tmpfs can be mounted here: a really full disk was not shown")
-    try:
+    with small_disk(tmp_path / "disk") as disk:
         full = Institution(disk / "node")
         full.ask(offer_of(RUN))
         full.ask(task_of(RUN))
-        filler = disk / "filler"
-        with filler.open("wb", buffering=0) as stream, pytest.raises(OSError):
-            while True:
-                stream.write(bytes(4096))
+        filler = fill(disk)
         reply = full.ask(task_of(RUN, attempt=2))
         assert isinstance(reply, Decline) and reply.reason == PRIVATE_REASON
         assert len(full.work.trained) == 1
@@ -396,5 +387,3 @@ def test_ledger_on_a_full_disk_trains_nothing(north: Institution, tmp_path: Path
         full.restart()
         assert isinstance(full.ask(task_of(RUN, attempt=3)), Answer)
         full.ledger.close()
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=False)

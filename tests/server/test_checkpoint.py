@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.server.checkpoint import Checkpoint, Progress
 from fedlora.server.strategies.base import ServerState
+from tests.disk import fill, small_disk
 from tests.server.fakes import SPEC, START, Disk, Run, full_disk, manifest_of, same
 
 CASE = 5  # the bit between a small letter and its capital: 1e-05 and 1E-05 are one number
@@ -201,6 +203,26 @@ def test_a_restored_older_copy_is_older_than_the_ledger(run: Run, tmp_path: Path
     assert restored.load().round == 2
     with pytest.raises(Refused, match="older than the ledger"):
         restored.check_against_ledger(used)
+
+
+def test_a_checkpoint_on_a_full_disk_is_the_last_good_one(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        checkpoint = Checkpoint.create(disk / "run", manifest_of(1), START)
+        first = replace(checkpoint.load(), round=1)
+        checkpoint.commit(first)
+        filler, later = fill(disk), replace(first, round=2, state=AdapterState.zeros(SPEC))
+        for pages in range(
+            8
+        ):  # none for the state; enough for it, and none for the pointer to it; enough for both
+            os.truncate(filler, filler.stat().st_size - 4096 * min(pages, 1))
+            try:
+                checkpoint.commit(later)
+                break
+            except FedloraError as error:
+                assert "could not be written (No space left on device)" in str(error)
+            kept = Checkpoint.open(disk / "run", SPEC).load()
+            assert kept.round == 1 and kept.state.digest == first.state.digest
+        assert pages > 1 and Checkpoint.open(disk / "run", SPEC).load().round == 2
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
