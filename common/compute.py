@@ -1,7 +1,7 @@
 """Choosing attention and precision by a short measurement, not by name.
 
 On some CPUs the backward pass of fused attention takes half of a step, on others bfloat16 products are a
-hundred times slower than float32; on a GPU both win. Neither choice changes what is clipped or accounted.
+hundred times slower than float32. Neither choice changes what is clipped or accounted.
 """
 
 from __future__ import annotations
@@ -33,8 +33,13 @@ class Compute:
 
 
 def choose_compute(model: AdapterModel, data: Encoded, attention: str, precision: str) -> Compute:
-    """Set the model's attention and precision; "auto" measures forward and backward on `PROBE_ROWS` records."""
-    attentions = ATTENTIONS if attention == "auto" else (_known(attention, ATTENTIONS, "attention"),)
+    """Set the model's attention and precision; "auto" measures forward and backward on `PROBE_ROWS` records.
+
+    Not fused attention on a GPU: its backward adds in an order that the moment decides, and a record's gradient must
+    not depend on what is computed beside it (`common.shapes`).
+    """
+    ordered = ATTENTIONS if model.device.type == "cpu" else ("eager",)
+    attentions = ordered if attention == "auto" else (_known(attention, ATTENTIONS, "attention"),)
     precisions = (
         _precisions(model.device) if precision == "auto" else (_known(precision, PRECISIONS, "precision"),)
     )
