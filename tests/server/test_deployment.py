@@ -143,7 +143,7 @@ class World:
             self.down.clear()
 
     def cohort(
-        self, manifest: RunManifest, expected: int = 3, deadline: float = 0.05, quorum: float = 0.6
+        self, manifest: RunManifest, expected: int = 3, deadline: float = 1.0, quorum: float = 0.6
     ) -> ClearCohort:
         self.who = Participants(
             manifest, self.coordinator, self, self.folder, expected, deadline, quorum, lambda _: self.sleep()
