@@ -31,7 +31,7 @@ from fedlora.common.model import AdapterModel
 from fedlora.common.privacy import SMALLEST_CLIP, group_scales
 from fedlora.common.randomness import Random, gaussian
 from fedlora.common.shapes import Shape, alike, probes
-from fedlora.common.state import AdapterSpec, AdapterState
+from fedlora.common.state import AdapterSpec
 from fedlora.common.tasks import Encoded
 
 RECORDS = {"cpu": 4, "cuda": 32}  # of one length that are computed together: what is drawn seldom fills more
@@ -127,14 +127,10 @@ class PerSampleGradients:
         shape, model = Shape(wanted, length), self.model
 
         def try_it() -> bool:
-            before, values = model.state(), np.random.default_rng(0).normal(0, 0.05, model.spec.size)
-            model.load(
-                AdapterState(model.spec, values.astype(np.float32))
-            )  # ours: not one that hides anything
             every = np.arange(wanted, dtype=np.int64)
             batch = MicroBatch(every, every, False)
-            same, beside = (self._samples(each, batch) for each in probes(shape, len(model.tokenizer)))
-            model.load(before)
+            with model.probed():
+                same, beside = (self._samples(each, batch) for each in probes(shape, len(model.tokenizer)))
             return alike(same, beside)
 
         return model.shapes.records(("gradient", model.precision, model.attention, shape), wanted, try_it)

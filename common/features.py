@@ -133,7 +133,10 @@ def _records(model: AdapterModel, tokens: int) -> int:
 
     def try_it() -> bool:
         every = np.arange(shape.records, dtype=np.int64)
-        same, beside = (_forward(model, probe, every, shape) for probe in probes(shape, len(model.tokenizer)))
+        with model.probed():
+            same, beside = (
+                _forward(model, probe, every, shape) for probe in probes(shape, len(model.tokenizer))
+            )
         return alike([same], [beside])
 
     return model.shapes.records(("pooled", model.precision, model.attention, shape), shape.records, try_it)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,16 @@ class AdapterModel:
         """The network's trainable values."""
         named = {name: p.detach().cpu().float().numpy() for name, p in self.parameters.items()}
         return AdapterState.from_named(self.spec, named)
+
+    @contextmanager
+    def probed(self) -> Iterator[None]:
+        """Values of our own for as long as this lasts: a coordinator's could hide how the network rounds."""
+        before, values = self.state(), np.random.default_rng(0).normal(0, 0.05, self.spec.size)
+        self.load(AdapterState(self.spec, values.astype(np.float32)))
+        try:
+            yield
+        finally:
+            self.load(before)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(n, classes) or (n, length, vocabulary), under this model's precision."""
