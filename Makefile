@@ -26,7 +26,7 @@ test: $(VENV)/dev  ## linters, types, all tests but the long ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not chaos" --durations=15
 
 chaos: $(VENV)/dev  ## kill runs at random moments, many times
-	$(BIN)/python -m pytest -m chaos
+	$(BIN)/python -m pytest -m chaos -o faulthandler_timeout=7200
 
 mutants: $(VENV)/dev  ## break each check of secure aggregation, and see a test fail
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants_secagg

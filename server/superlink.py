@@ -148,8 +148,10 @@ class SuperLink:
 
     def run_status(self, run: str) -> tuple[str, str]:
         """Flower's status of a run, "finished:failed" among them, and its details."""
-        runs = self._flwr("ls", CONNECTION, "--run-id", run)["runs"]
-        return str(runs[0]["status"]), str(runs[0].get("status-details", ""))
+        found = self._flwr("ls", CONNECTION, "--run-id", run).get("runs")
+        if not found:
+            raise FedloraError(f"flwr ls: found no run {run}, expected the one that was started")
+        return str(found[0]["status"]), str(found[0].get("status-details", ""))
 
     def stop_run(self, run: str) -> None:
         with suppress(FedloraError):

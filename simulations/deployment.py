@@ -32,6 +32,7 @@ from fedlora.simulations.corpus import CLASSES, generate
 NAMES = ("hospital", "bank", "university")
 BIN = Path(sys.executable).parent
 START_SECONDS = 120.0
+STOP_SECONDS = 60.0
 
 TRAINING = """\
 # Written by `make federation`: the embedded corpus, three of its institutions.
@@ -233,13 +234,28 @@ class Federation:
         wait_until(lambda: not listens(self.port), "the end of SuperLink")
 
     def stop(self) -> None:
-        """All ends at once: a prefix that watches the server lasts as long as SuperLink does."""
+        """All ends at once: a prefix that watches the server lasts as long as SuperLink does.
+
+        FedloraError names what did not end by itself and was killed.
+        """
+        started = [each for process in self.processes.values() for each in family(process)]
         for process in self.processes.values():
             signal_group(process, signal.SIGTERM)
         self.kill_superlink()
+        end, stubborn = time.monotonic() + STOP_SECONDS, []
+        for name, process in self.processes.items():
+            try:
+                process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                stubborn.append(name)
+        for each in started:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
         for process in self.processes.values():
             process.wait()
         self.processes.clear()
+        if stubborn:
+            raise FedloraError(f"{', '.join(stubborn)}: found no end within {STOP_SECONDS:g} s of SIGTERM")
 
     def last_run(self) -> Path:
         return sorted((self.coordinator / "runs").iterdir(), key=lambda each: int(each.name))[-1]
@@ -271,6 +287,14 @@ def running(federation: Federation) -> Iterator[Federation]:
         yield federation
     finally:
         federation.stop()
+
+
+def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """A process and all that descend from it."""
+    with suppress(psutil.NoSuchProcess):
+        found = psutil.Process(process.pid)
+        return [found, *found.children(recursive=True)]
+    return []
 
 
 def signal_group(process: subprocess.Popen[bytes], number: int) -> None:

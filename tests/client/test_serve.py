@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -31,6 +31,7 @@ from fedlora.common.model import AdapterModel, build_model
 from fedlora.common.protocol import Answer, Consent, Decline, Reply, reply_from_bytes
 from fedlora.common.state import AdapterState
 from fedlora.common.tasks import SequenceClassification
+from tests.beside import beside
 from tests.client.authority import Authority
 from tests.client.institution import PHASE, POLICY, Institution, manifest_of, offer_of, task_of
 
@@ -208,15 +209,12 @@ def test_strangers_cost_an_honest_round_little(trainer: Trainer, transport: str)
     before = _peak(status)
     idle = [_connection(trainer.door.address) for _ in range(1000)]
     try:
-        with ThreadPoolExecutor(1) as pool, trainer.door.channel() as channel:
-            stop = threading.Event()
-            flood = pool.submit(_flood, trainer.door, stop)
-            beside = _round(trainer, 3)
+        with beside(partial(_flood, trainer.door)) as flood, trainer.door.channel() as channel:
+            honest = _round(trainer, 3)
             found = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(service=SERVICE), timeout=10
             )
-            stop.set()
-            refused = flood.result()
+        refused = flood.result()
         grown = _peak(status) - before
         _burst(trainer.door)
         burst = _peak(status) - before
@@ -224,7 +222,7 @@ def test_strangers_cost_an_honest_round_little(trainer: Trainer, transport: str)
         for each in idle:
             each.close()
     print(
-        f"{transport}: alone {alone:.2f} s, beside {beside:.2f} s, {refused} refused, {grown >> 20} MB more, "
+        f"{transport}: alone {alone:.2f} s, beside {honest:.2f} s, {refused} refused, {grown >> 20} MB more, "
         f"{burst >> 20} MB after {BURST} bodies of {LIMIT >> 20} MB at once"
     )
     assert found.status == health_pb2.HealthCheckResponse.SERVING

@@ -11,8 +11,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -21,6 +21,7 @@ import pytest
 
 from fedlora.server.directory import Directory
 from fedlora.simulations.deployment import free_port
+from tests.beside import beside
 
 NGINX = shutil.which("nginx") or ("/usr/sbin/nginx" if Path("/usr/sbin/nginx").exists() else "")
 pytestmark = pytest.mark.skipif(not NGINX, reason="nginx is not installed: the proxy was not shown")
@@ -131,17 +132,14 @@ def test_strangers_cost_an_honest_request_little(made: Directory) -> None:
         before = _memory(made)
         idle = [_idle(port, context, secured=bool(number % 2)) for number in range(IDLE)]
         try:
-            with ThreadPoolExecutor(1) as pool:
-                stop = threading.Event()
-                flood = pool.submit(_flood, port, context, stop)
-                beside = [_update(port, context) for _ in range(20)]
+            with beside(partial(_flood, port, context)) as flood:
+                honest = [_update(port, context) for _ in range(20)]
                 grown = _memory(made) - before
-                stop.set()
-                sent = flood.result()
+            sent = flood.result()
         finally:
             for each in idle:
                 each.close()
-    times = f"alone {alone:.2f} s, beside {median(beside):.2f} s (at most {max(beside):.2f} s)"
+    times = f"alone {alone:.2f} s, beside {median(honest):.2f} s (at most {max(honest):.2f} s)"
     print(f"{times}, {sent} bodies refused, {grown >> 20} MB more")
     assert sent and grown < HUGE, (sent, grown)
 

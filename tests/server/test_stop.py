@@ -24,7 +24,7 @@ import json, os, socket, sys, time
 from pathlib import Path
 name, folder = Path(sys.argv[0]).name, Path({folder!r})
 if name == "flwr":
-    print(json.dumps({{"success": True, "node-id": 1, "run-id": 1}}))
+    print(json.dumps({{"success": True, "node-id": 1, "run-id": 1, "runs": [{{"status": "running"}}]}}))
     sys.exit()
 (folder / name).write_text(str(os.getpid()))
 if name == "flower-superlink":
