@@ -30,11 +30,14 @@ from fedlora.common.errors import BadInput
 from fedlora.common.model import AdapterModel
 from fedlora.common.privacy import SMALLEST_CLIP, group_scales
 from fedlora.common.randomness import Random, gaussian
-from fedlora.common.shapes import Shape, alike, probes
+from fedlora.common.shapes import Shape, alike, padded, probes
 from fedlora.common.state import AdapterSpec
 from fedlora.common.tasks import Encoded
 
-RECORDS = {"cpu": 4, "cuda": 32}  # of one length that are computed together: what is drawn seldom fills more
+RECORDS = {
+    "cpu": 4,
+    "cuda": 512,
+}  # of one length that are computed together, as far as a micro-batch's tokens go
 HeadLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (n, classes), (n,) -> (n,)
 
 
@@ -114,7 +117,8 @@ class PerSampleGradients:
         def records(length: int) -> int:
             return self._records(min(RECORDS[self.model.device.type], tokens // length), length)
 
-        return private_batches(units, drawn, data.lengths, tokens, self.model.longest, records)
+        filled = padded(data.lengths, self.model.longest, self.model.device.type)
+        return private_batches(units, drawn, data.lengths, tokens, filled, records)
 
     def _samples(self, data: Encoded, batch: MicroBatch) -> list[torch.Tensor]:
         """(m, size) per-sample gradients of each parameter, of the batch's own records."""

@@ -55,16 +55,17 @@ def micro_batches(units: UnitIndex, drawn: Ints, lengths: Ints, tokens: int) -> 
 
 
 def private_batches(
-    units: UnitIndex, drawn: Ints, lengths: Ints, tokens: int, longest: int, records: Records
+    units: UnitIndex, drawn: Ints, lengths: Ints, tokens: int, padded: Ints, records: Records
 ) -> Iterator[MicroBatch]:
     """Cut a draw into micro-batches in which no unit's gradient depends on another unit (`common.shapes`).
 
     Units of one record go together in batches of fixed shapes. A unit of several records goes by itself, in
-    micro-batches of its own records and at most `tokens` padded tokens.
+    micro-batches of its own records and at most `tokens` padded tokens. `padded` is (records,), what `lengths` are
+    filled up to in a fixed shape.
     """
     sizes = units.offsets[drawn + 1] - units.offsets[drawn]
     single = units.records[units.offsets[drawn[sizes == 1]]]
-    for chosen, shape in shaped(lengths[single], longest, records):
+    for chosen, shape in shaped(padded[single], records):
         owners = np.arange(len(chosen), dtype=np.int64)
         yield MicroBatch(single[chosen], owners, False, (shape.records, shape.tokens))
     for unit in drawn[sizes > 1]:

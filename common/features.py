@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from fedlora.common.model import AdapterModel
-from fedlora.common.shapes import Shape, alike, probes, shaped
+from fedlora.common.shapes import Shape, alike, padded, probes, shaped
 from fedlora.common.state import AdapterState
 from fedlora.common.tasks import Encoded
 
@@ -113,7 +113,8 @@ def pooled_features(
 def _pooled(model: AdapterModel, data: Encoded, rows: Rows, progress: Progress | None) -> torch.Tensor:
     """Forward passes in batches of fixed shapes: what comes of a record depends on it alone."""
     result: torch.Tensor | None = None
-    for chosen, shape in shaped(data.lengths[rows], model.longest, lambda tokens: _records(model, tokens)):
+    lengths = padded(data.lengths[rows], model.longest, model.device.type)
+    for chosen, shape in shaped(lengths, lambda tokens: _records(model, tokens)):
         part = _forward(model, data, rows[chosen], shape)[: len(chosen)]
         if result is None:
             result = torch.empty(len(rows), part.shape[1], dtype=torch.float32, device=model.device)

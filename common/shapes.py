@@ -4,7 +4,7 @@ The clip bounds what a unit adds to a sum. That is worth nothing where its prese
 matrix product rounds by the shape of its batch, padding changes the order of sums, and an adapter that a coordinator
 chose can make such a rounding error as large as a gradient. So every private batch has a shape, (records, tokens):
 
-    tokens    the record's own length, up to a multiple of BUCKET
+    tokens    the record's own length, up to a multiple of its device's BUCKETS
     records   fixed for that length; a batch is filled up with rows that are nobody's
 
 Then rows do not mix, and arithmetic is a function of a row's own values and of its place. That the place does not
@@ -22,7 +22,10 @@ import torch
 
 from fedlora.common.tasks import Encoded
 
-BUCKET = 8  # tokens
+BUCKETS = {
+    "cpu": 8,
+    "cuda": 32,
+}  # tokens; on a GPU a batch costs its launches, hardly what it holds: few are best
 Ints = npt.NDArray[np.int64]
 Records = Callable[[int], int]  # of a batch whose records are padded to so many tokens
 
@@ -50,12 +53,14 @@ class Shapes:
         return wanted if self._alike[kind] else 1
 
 
-def shaped(lengths: Ints, longest: int, records: Records) -> Iterator[tuple[Ints, Shape]]:
-    """Places of `lengths`, each once, by padded length, the longest first, with the shape that each batch is filled to.
+def padded(lengths: Ints, longest: int, device: str) -> Ints:
+    """Tokens that each length is filled up to: at most `longest`, what the model was built for, unless it is longer."""
+    bucket = BUCKETS[device]
+    return np.minimum(-(-lengths // bucket) * bucket, np.maximum(lengths, longest))
 
-    `longest` is what the model was built for: a length is rounded up to it at most.
-    """
-    padded = np.minimum(-(-lengths // BUCKET) * BUCKET, np.maximum(lengths, longest))
+
+def shaped(padded: Ints, records: Records) -> Iterator[tuple[Ints, Shape]]:
+    """Places of `padded` lengths, each once, the longest first, with the shape that each batch is filled to."""
     for tokens in np.unique(padded)[::-1]:
         places = np.flatnonzero(padded == tokens)
         shape = Shape(records(int(tokens)), int(tokens))

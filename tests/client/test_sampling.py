@@ -13,6 +13,7 @@ from fedlora.client.sampling import draw_units, micro_batches, private_batches, 
 from fedlora.common.data import unit_groups
 from fedlora.common.errors import BadInput
 from fedlora.common.randomness import OsRandom
+from fedlora.common.shapes import padded
 
 
 @given(
@@ -59,7 +60,9 @@ def test_no_private_batch_has_the_records_of_two_units_but_in_a_fixed_shape(
     some = st.lists(st.integers(1, 60), min_size=sum(sizes), max_size=sum(sizes))
     lengths = np.array(data.draw(some), dtype=np.int64)
     drawn = np.arange(len(sizes), dtype=np.int64)
-    batches = list(private_batches(units, drawn, lengths, 100, 50, lambda tokens: records))
+    batches = list(
+        private_batches(units, drawn, lengths, 100, padded(lengths, 50, "cpu"), lambda tokens: records)
+    )
     assert sorted(row for batch in batches for row in batch.rows) == list(range(sum(sizes)))
     of = np.repeat(drawn, sizes)
     for batch in batches:
@@ -75,7 +78,9 @@ def test_no_private_batch_has_the_records_of_two_units_but_in_a_fixed_shape(
 def test_no_units_make_no_batches() -> None:
     units, nothing = unit_groups(["a", "b"]), np.zeros(0, dtype=np.int64)
     assert list(micro_batches(units, nothing, np.array([3, 4]), 10)) == []
-    assert list(private_batches(units, nothing, np.array([3, 4]), 10, 8, lambda tokens: 4)) == []
+    assert (
+        list(private_batches(units, nothing, np.array([3, 4]), 10, np.array([8, 8]), lambda tokens: 4)) == []
+    )
     places, owners = unit_records(units, nothing)
     assert len(places) == len(owners) == 0
 
