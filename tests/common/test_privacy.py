@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from fedlora.common import privacy
+from fedlora.common import privacy, renyi
 from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.messages import Network, Phase, RunManifest
@@ -30,6 +32,8 @@ from fedlora.common.privacy import (
     epsilon_of,
     group_scales,
     history_of,
+    prv_epsilon,
+    renyi_epsilon,
     stated_epsilon,
 )
 
@@ -225,6 +229,59 @@ def test_extreme_but_sound_schedules_are_bounded() -> None:
     assert 0 < epsilon_of([Mechanism(1.0, 1e300, 3)], 1e-5) < 0.01
     few, many = (epsilon_of([Mechanism(0.01, 1.0, steps)], 1e-5) for steps in (500, 1000))
     assert 0 < few < many < 2 * few
+
+
+@pytest.mark.parametrize(
+    ("history", "same"),
+    [
+        ([(1.1, 0.0128, 234)], True),
+        ([(0.6, 0.05, 40), (12.0, 0.2, 60)], True),
+        ([(30.0, 0.5, 60)], True),  # the best order is not one of those that are bounded by a chord
+        ([(8.0, 0.5, 9000)], False),
+        ([(0.6, 0.05, 40), (8.0, 0.49, 60)], False),
+    ],
+)
+def test_it_is_opacus_prv_accountant_and_never_less(
+    history: list[tuple[float, float, int]], same: bool
+) -> None:
+    from opacus.accountants import PRVAccountant, RDPAccountant
+
+    prv, rdp = PRVAccountant(), RDPAccountant()
+    prv.history = rdp.history = history
+    mechanisms = [Mechanism(rate, noise, steps) for noise, rate, steps in history]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected, loose = prv.get_epsilon(1e-5, eps_error=0.02), rdp.get_epsilon(1e-5)
+        found = prv_epsilon(history, 1e-5, 0.02)
+    assert found == expected if same else expected - 0.02 <= found <= expected + 0.02
+    assert loose <= renyi_epsilon(mechanisms, 1e-5) <= 1.05 * loose
+    assert pld_epsilon(mechanisms, 1e-5) <= found + 1e-3
+
+
+@pytest.mark.parametrize(("noise", "rate"), [(5.0, 0.4), (8.0, 0.5)])
+def test_a_chord_is_above_the_series_that_it_stands_for(noise: float, rate: float) -> None:
+    from opacus.accountants.analysis import rdp
+
+    assert renyi._series_is_long(noise, rate)
+    exact = rdp.compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=renyi.ORDERS)
+    ratio = renyi._step_curve(noise, rate) / exact
+    assert (ratio >= 1 - 1e-12).all() and (ratio[renyi.ORDERS.index(2.1) :] <= 1.08).all()
+
+
+@pytest.mark.parametrize("noise", [10.0, 300.0, 1e4, 1e6])
+def test_no_schedule_keeps_a_node_busy_with_sums(noise: float) -> None:
+    """At a rate of 1/2 the series of a fractional order has as many terms as noise: minutes for sixteen phases."""
+    epsilon_of([Mechanism(0.1, 1.0, 1)], 1e-5)  # imports
+    history = [Mechanism(0.5 - place * 1e-6, noise, 20) for place in range(4)]
+    began = time.process_time()
+    assert 0 < epsilon_of(history, 1e-5) < renyi_epsilon(history, 1e-5) < math.inf
+    assert time.process_time() - began < 8
+
+
+def test_the_renyi_bound_is_infinite_where_there_is_none() -> None:
+    assert renyi_epsilon([], 1e-5) == 0
+    assert renyi_epsilon([Mechanism(0.5, 0.0, 1)], 1e-5) == math.inf
+    assert renyi_epsilon([Mechanism(0.01, 1.0 + k, 1) for k in range(17)], 1e-5) == math.inf
 
 
 def test_equal_mechanisms_count_as_one_of_more_steps() -> None:
