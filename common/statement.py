@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, Context
 from typing import Any
 
 from fedlora.common.messages import RunManifest
@@ -45,7 +46,7 @@ def privacy_statement(manifest: RunManifest, epsilon: float | None) -> list[str]
         else "a single record"
     )
     return [
-        f"Each institution's updates are ({shown_epsilon(epsilon)}, {manifest.delta:g})-differentially private. "
+        f"Each institution's updates are ({shown_epsilon(epsilon)}, {shown_delta(manifest.delta)})-differentially private. "
         f"The unit is {unit}; neighbouring data sets differ by adding or removing one unit.",
         "ε covers the whole schedule that was consented to, spare attempts included, also where the run "
         f"stopped earlier. It was computed by {accountant_name()} for the sampling that ran: "
@@ -74,10 +75,10 @@ def _client_statement(manifest: RunManifest) -> list[str]:
     )
     return [
         f"The sums of updates that left the institutions are ({shown_epsilon(stated_epsilon(manifest))}, "
-        f"{manifest.delta:g})-differentially private. The unit is an institution, with all its records; neighbours differ in whether "
+        f"{shown_delta(manifest.delta)})-differentially private. The unit is an institution, with all its records; neighbours differ in whether "
         "its update is added or zero, in a cohort that is fixed.",
         f"One record more or less at an institution changes its update to any other: for it the same run is "
-        f"({shown_epsilon(charged_epsilon(manifest))}, {manifest.delta:g})-differentially private, and that is what "
+        f"({shown_epsilon(charged_epsilon(manifest))}, {shown_delta(manifest.delta)})-differentially private, and that is what "
         "budgets are charged.",
         "ε covers every attempt that was consented to, also where the run stopped earlier. It was computed with the "
         f"Rényi bound of the Skellam mechanism (Agarwal, Kairouz and Liu 2021): {releases}.",
@@ -143,6 +144,16 @@ def _range(sums: Sequence[Mapping[str, Any]], name: str) -> list[int]:
 def shown_epsilon(epsilon: float) -> str:
     """ε to three decimals, never rounded down."""
     return f"{math.ceil(epsilon * 1000 - 1e-9) / 1000:.12g}"
+
+
+def shown_left(epsilon: float) -> str:
+    """What is left of an ε, to three decimals, never rounded up."""
+    return f"{math.floor(epsilon * 1000 + 1e-9) / 1000:.12g}"
+
+
+def shown_delta(delta: float) -> str:
+    """δ to six digits, never rounded down."""
+    return f"{float(Context(prec=6, rounding=ROUND_CEILING).create_decimal(repr(delta))):g}"
 
 
 def _phases(manifest: RunManifest) -> str:

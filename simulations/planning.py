@@ -21,7 +21,7 @@ from fedlora.common.data import UnitIndex, unit_groups
 from fedlora.common.features import pooled_features
 from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import default_cache, epsilon_of_attempts, stated_epsilon
-from fedlora.common.statement import shown_epsilon, unit_of
+from fedlora.common.statement import shown_delta, shown_epsilon, unit_of
 from fedlora.common.tasks import Encoded
 from fedlora.simulations.federation import Federation
 
@@ -105,7 +105,9 @@ def _epsilon_by_round(manifest: RunManifest) -> Table:
     for number in shown:
         table.add_row(str(number), shown_epsilon(epsilon_of_attempts(manifest, _taken(manifest, number))))
     whole = shown_epsilon(stated_epsilon(manifest))
-    table.add_row("all attempts", f"{whole} at δ = {manifest.delta:g}, for one {unit_of(manifest)}")
+    table.add_row(
+        "all attempts", f"{whole} at δ = {shown_delta(manifest.delta)}, for one {unit_of(manifest)}"
+    )
     return table
 
 

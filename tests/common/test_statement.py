@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.messages import Network, Phase, RunManifest
-from fedlora.common.statement import NOISE_SOURCE, privacy_statement, shown_epsilon
+from fedlora.common.statement import NOISE_SOURCE, privacy_statement, shown_delta, shown_epsilon, shown_left
 
 PHASE = Phase("adapter", 3, 4, 2, 0.25, 4.0, 3.0, 1.0, 0.0, "sgd", 0.01, True, 0.0)
 NETWORK = Network.of(ModelConfig(), LoraConfig())
@@ -23,6 +23,17 @@ MANIFEST = RunManifest(
 def test_epsilon_is_never_rounded_down(epsilon: float) -> None:
     assert float(shown_epsilon(epsilon)) >= epsilon - 1e-9
     assert float(shown_epsilon(epsilon)) <= epsilon + 0.001 + epsilon * 1e-9
+
+
+@given(st.floats(1e-300, 1.0))
+def test_delta_is_never_rounded_down(delta: float) -> None:
+    assert delta <= float(shown_delta(delta)) <= delta * (1 + 1e-5)
+
+
+def test_what_is_left_is_never_rounded_up_and_plain_numbers_stay_plain() -> None:
+    assert (shown_left(1.8096), shown_left(0.3), shown_left(0.0)) == ("1.809", "0.3", "0")
+    assert (shown_delta(1e-5), shown_delta(0.0), shown_delta(1.0000001e-5)) == ("1e-05", "0", "1.00001e-05")
+    assert "1.00001e-05)-differentially" in privacy_statement(replace(MANIFEST, delta=1.0000001e-5), 1.0)[0]
 
 
 def test_a_statement_names_unit_neighbours_schedule_noise_and_assumptions() -> None:
