@@ -8,7 +8,8 @@ digest is in what is signed, so that no byte of either file, and no file beside 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,13 +24,15 @@ from fedlora.common.enrolment import request_from_text
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import Identity, PublicIdentity, Signed
-from fedlora.common.ledger import Entry, Ledger
+from fedlora.common.ledger import Ledger
 from fedlora.common.messages import RunManifest
-from fedlora.common.privacy import accountant_name, history_of
+from fedlora.common.privacy import accountant_name, history_of, renyi_epsilon
 from fedlora.common.protocol import MANIFEST_TAG, one_line
 from fedlora.common.sealed import Sealed, seal, unseal
 from fedlora.common.statement import noise_source, privacy_statement, secure_statement, unit_of
 
+Body = dict[str, Any]  # of an entry of the ledger
+Release = tuple[int, int, int]  # round, attempt, bytes
 REPORT_TAG = "fedlora-node-report-1"
 REPORT, PAGE = "report.json", "report.html"
 MECHANISMS = {
@@ -57,6 +60,7 @@ ASSUMPTIONS = (
     "Noise is drawn in floating point or whole numbers as each run states; the guarantee is the mathematical "
     "mechanism's.",
 )
+NOT_KEPT = "the ledger charged it; its manifest is not kept here"
 PACKAGES = ("fedlora", "flwr", "grpcio", "opacus", "torch", "transformers", "peft", "cryptography")
 
 
@@ -104,6 +108,7 @@ def read_report(path: Path, expected: PublicIdentity | None = None) -> Sealed:
 def report_body(folder: NodeFolder, policy: Policy, identity: Identity, ledger: Ledger) -> dict[str, Any]:
     """The report as a table."""
     entries = ledger.entries()
+    bodies = [entry.body for entry in entries]
     invitation = pinned_invitation(folder) if folder.federation.exists() else None
     last = entries[-1]
     refusals, not_kept = read_refusals(folder.refusals)
@@ -121,9 +126,9 @@ def report_body(folder: NodeFolder, policy: Policy, identity: Identity, ledger: 
         "coordinator": "" if invitation is None else invitation.coordinator.fingerprint,
         "peers": {name: peer.identity.fingerprint for name, peer in read_peers(folder).items()},
         "policy_digest": policy.digest,
-        "budgets": _budgets(policy, ledger),
-        "runs": [_run(folder, policy, entries, digest) for digest in _runs(folder)],
-        # as they were told; the details, which may quote a record, stay in the node's own log
+        "budgets": [*_budgets(policy, ledger), *_former_budgets(policy, ledger, bodies)],
+        "runs": [_run(folder, policy, bodies, digest) for digest in _runs(folder, bodies)],
+        # as they were told, and what the policy said; details, which may quote a record, stay in the node's own log
         "refusals": refusals,
         "refusals_not_kept": not_kept,
         "strangers": strangers,
@@ -149,6 +154,7 @@ def _budgets(policy: Policy, ledger: Ledger) -> list[dict[str, Any]]:
         rows.append(
             {
                 "budget": name,
+                "in_policy": True,
                 "data": [key for key, data in policy.data.items() if data.budget == name],
                 "epsilon": budget.epsilon,
                 "epsilon_spent": spent.epsilon,
@@ -161,25 +167,78 @@ def _budgets(policy: Policy, ledger: Ledger) -> list[dict[str, Any]]:
     return rows
 
 
-def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) -> dict[str, Any]:
-    signed = Signed.from_bytes((folder.run(digest) / "manifest.signed").read_bytes(), "kept manifest")
-    manifest = RunManifest.from_bytes(signed.opened(MANIFEST_TAG, signed.signer))
-    mine = [entry.body for entry in entries if entry.body.get("manifest") == digest]
+def _former_budgets(policy: Policy, ledger: Ledger, bodies: list[Body]) -> list[dict[str, Any]]:
+    """What runs charged to budgets that the policy has no more, with the caps of the last one: it stays spent."""
+    caps = {str(body["budget"]): body for body in bodies if body["kind"] == "consent"}
+    rows = []
+    for name, cap in caps.items():
+        if name not in policy.budgets:
+            spent = ledger.spent(name)
+            rows.append(
+                {
+                    "budget": name,
+                    "in_policy": False,
+                    "data": [],
+                    "epsilon": cap["cap_epsilon"],
+                    "epsilon_spent": spent.epsilon,
+                    "epsilon_left": 0.0,
+                    "delta": cap["cap_delta"],
+                    "delta_spent": spent.delta,
+                    "delta_left": 0.0,
+                }
+            )
+    return rows
+
+
+def _run(folder: NodeFolder, policy: Policy, bodies: list[Body], digest: str) -> dict[str, Any]:
+    mine = [body for body in bodies if body.get("manifest") == digest]
+    sizes = list(Outbox(folder.under(policy.trainer.outbox)).sizes(digest))
+    path = folder.run(digest) / "manifest.signed"
+    if path.is_file():
+        return _kept_run(folder, Signed.from_bytes(path.read_bytes(), "kept manifest"), mine, sizes)
+    return _lost_run(digest, mine, sizes)
+
+
+def _lost_run(digest: str, mine: list[Body], sizes: list[Release]) -> dict[str, Any]:
+    """A run of which the ledger alone tells: a kill came before its manifest was kept, or its folder is gone."""
     consents = [body for body in mine if body["kind"] == "consent"]
-    epsilon = max((float(body["epsilon"]) for body in consents), default=None)
-    update = "update" if manifest.secure is None else "masked update"
-    sent = [
+    return {
+        "manifest": digest,
+        "manifest_kept": False,
+        "note": NOT_KEPT,
+        "budget": [str(body["budget"]) for body in consents],
+        "epsilon": max(float(body["epsilon"]) for body in consents),
+        "delta": max(float(body["delta"]) for body in consents),
+        "attempts_consented": max(sum(body["attempts"]) for body in consents),
+        "attempts_reserved": sum(body["kind"] == "reserve" for body in mine),
+        "updates_committed": sum(body["kind"] == "commit" for body in mine),
+        "sent": _sent(sizes, "update, in clear or masked", ""),
+    }
+
+
+def _sent(sizes: list[Release], update: str, to: str) -> list[dict[str, Any]]:
+    return [
         {
             "kind": update if attempt else "consent",
-            "to": signed.signer.fingerprint,
+            "to": to,
             "round": number,
             "attempt": attempt,
             "bytes": size,
         }
-        for number, attempt, size in Outbox(folder.under(policy.trainer.outbox)).sizes(digest)
+        for number, attempt, size in sizes
     ]
+
+
+def _kept_run(folder: NodeFolder, signed: Signed, mine: list[Body], sizes: list[Release]) -> dict[str, Any]:
+    manifest = RunManifest.from_bytes(signed.opened(MANIFEST_TAG, signed.signer))
+    digest = manifest.digest
+    consents = [body for body in mine if body["kind"] == "consent"]
+    epsilon = max((float(body["epsilon"]) for body in consents), default=None)
+    update = "update" if manifest.secure is None else "masked update"
+    left = sum(attempt > 0 for _, attempt, _ in sizes)
     return {
         "manifest": digest,
+        "manifest_kept": True,
         "run": one_line(manifest.run),
         "federation": manifest.federation,
         "coordinator": signed.signer.text,
@@ -209,8 +268,11 @@ def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) 
             for phase in manifest.phases
         ],
         "attempts_reserved": sum(body["kind"] == "reserve" for body in mine),
-        "updates_committed": sum(body["kind"] == "commit" for body in mine),
-        "sent": sent,
+        # the ledger has no entry of a run without ε
+        "updates_committed": left
+        if manifest.mode == "none"
+        else sum(body["kind"] == "commit" for body in mine),
+        "sent": _sent(sizes, update, signed.signer.fingerprint),
         "data": _versions(folder.run(digest) / "data.jsonl"),
         "base_digest": manifest.base_digest,
         "spec_digest": manifest.spec_digest,
@@ -238,27 +300,21 @@ def _accountant(manifest: RunManifest) -> str:
 def _sums(path: Path) -> list[dict[str, Any]]:
     """Each sum that may hold an input of this node, by its last line: also where it was not asked to confirm it."""
     lines = enumerate(read_lines(path))
-    return list({line.get("attempt", f"line {place}"): line for place, line in lines}.values())
+    return list({str(line.get("attempt", f"line {place}")): line for place, line in lines}.values())
 
 
 def _second(manifest: RunManifest) -> float | None:
-    """ε of the whole schedule by Rényi accounting: looser, and by other arithmetic."""
+    """ε of the whole schedule by Rényi accounting: looser, and by other arithmetic; None where it has no bound."""
     if manifest.mode != "record":
         return None
-    import warnings
-
-    from opacus.accountants import RDPAccountant
-
-    accountant = RDPAccountant()
-    accountant.history = [(m.noise_multiplier, m.sampling_rate, m.steps) for m in history_of(manifest)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return float(accountant.get_epsilon(manifest.delta))
+    epsilon = renyi_epsilon(history_of(manifest), manifest.delta)
+    return epsilon if math.isfinite(epsilon) else None
 
 
-def _runs(folder: NodeFolder) -> Iterator[str]:
-    for path in sorted(folder.runs.glob("*/manifest.signed")):
-        yield f"sha256:{path.parent.name}"
+def _runs(folder: NodeFolder, bodies: list[Body]) -> list[str]:
+    """The runs that were consented to: whose manifest is kept, or which the ledger charged."""
+    kept = {f"sha256:{path.parent.name}" for path in folder.runs.glob("*/manifest.signed")}
+    return sorted(kept | {str(body["manifest"]) for body in bodies if body["kind"] == "consent"})
 
 
 def _version(name: str) -> str:

@@ -7,12 +7,11 @@ them; then refusals, and at the end what only another program reads.
 from __future__ import annotations
 
 import html
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedlora.common.statement import shown_epsilon
+from fedlora.common.statement import shown_delta, shown_epsilon, shown_left
 
 Body = Mapping[str, Any]
 Rows = Iterable[tuple[str, Any]]
@@ -52,15 +51,12 @@ def page(body: Body) -> str:
 
 
 def _summary(body: Body) -> str:
-    lines = [
-        f"Budget {each['budget']}: ε {shown_epsilon(each['epsilon_spent'])} of {each['epsilon']:g} spent, "
-        f"{_down(each['epsilon_left'])} left; δ {each['delta_spent']:.3g} of {each['delta']:g} spent. It pays for "
-        f"{', '.join(each['data']) or 'no data set'}."
-        for each in body["budgets"]
-    ]
+    lines = [_budget(each) for each in body["budgets"]]
     refused = sum(line.get("times", 1) for line in body["refusals"]) + body["refusals_not_kept"]["count"]
+    lost = sum(not run["manifest_kept"] for run in body["runs"])
     lines.append(
-        f"{len(body['runs'])} runs were consented to; {refused} requests of the coordinator were refused."
+        f"{len(body['runs'])} runs were consented to{f', {lost} of them without a manifest that is kept here' * bool(lost)}; "
+        f"{refused} requests of the coordinator were refused."
     )
     why = (
         "ε bounds what anybody can learn about one unit from all that left this node: a smaller one says less. It is "
@@ -69,12 +65,51 @@ def _summary(body: Body) -> str:
     return f'<div class="summary">{_items(lines)}<p>{why}</p></div>'
 
 
-def _run(run: Body) -> str:
-    kinds = Counter(each["kind"] for each in run["sent"])
-    sent = "; ".join(
-        f"{count} × {kind}, {sum(each['bytes'] for each in run['sent'] if each['kind'] == kind):,} bytes"
-        for kind, count in kinds.items()
+def _budget(each: Body) -> str:
+    epsilon, delta = shown_epsilon(each["epsilon_spent"]), shown_delta(each["delta_spent"])
+    if not each["in_policy"]:
+        return (
+            f"Budget {each['budget']}: ε {epsilon} and δ {delta} spent. It is no longer in the policy; its last caps were "
+            f"ε {each['epsilon']:g} and δ {each['delta']:g}."
+        )
+    return (
+        f"Budget {each['budget']}: ε {epsilon} of {each['epsilon']:g} spent, {shown_left(each['epsilon_left'])} left; "
+        f"δ {delta} of {each['delta']:g} spent. It pays for {', '.join(each['data']) or 'no data set'}."
     )
+
+
+def _lost_run(run: Body) -> str:
+    facts = [
+        ("ε charged", shown_epsilon(run["epsilon"])),
+        ("δ", shown_delta(run["delta"])),
+        ("Budget", ", ".join(run["budget"])),
+        ("Attempts", f"{run['attempts_consented']} consented to; {_attempts(run)}"),
+        ("Sent to the coordinator", _sent(run)),
+        ("Manifest", run["manifest"]),
+    ]
+    return f"<h3>A run without its manifest</h3><p>{_text(run['note'])}.</p>{_rows(facts)}"
+
+
+def _attempts(run: Body) -> str:
+    return f"{run['attempts_reserved']} reserved, {run['updates_committed']} updates made"
+
+
+def _sent(run: Body) -> str:
+    kinds = Counter(each["kind"] for each in run["sent"])
+    return (
+        "; ".join(
+            f"{count} × {kind}, {sum(each['bytes'] for each in run['sent'] if each['kind'] == kind):,} bytes"
+            for kind, count in kinds.items()
+        )
+        or "nothing"
+    )
+
+
+def _run(run: Body) -> str:
+    if not run["manifest_kept"]:
+        return _lost_run(run)
+    updates = f"{run['updates_committed']} updates left; without ε, nothing is reserved"
+    confirmed = sum(each.get("members") is not None for each in run["sums"])
     second = run["epsilon_second_accountant"]
     facts: list[tuple[str, Any]] = [
         ("Unit of privacy", run["unit"]),
@@ -82,14 +117,14 @@ def _run(run: Body) -> str:
         ("Mechanism", run["mechanism"]),
         ("Noise", run["noise"]),
         ("ε charged", "none" if run["epsilon"] is None else shown_epsilon(run["epsilon"])),
-        ("δ", f"{run['delta']:g}"),
+        ("δ", shown_delta(run["delta"])),
         ("Accountant", run["accountant"]),
         ("Second accountant", run["second_accountant"] + (f": ε {shown_epsilon(second)}" if second else "")),
         ("Budget", ", ".join(run["budget"])),
-        ("Attempts used", f"{run['attempts_reserved']} reserved, {run['updates_committed']} updates made"),
-        ("Sent to the coordinator", sent or "nothing"),
+        ("Attempts used", updates if run["mode"] == "none" else _attempts(run)),
+        ("Sent to the coordinator", _sent(run)),
         ("Aggregation", run["aggregation"]),
-        ("Sums that were confirmed", len(run["sums"])),
+        ("Sums that may hold an update of this node", f"{len(run['sums'])}, of them {confirmed} confirmed"),
         ("Versions of the data", max((each.get("version", 0) for each in run["data"]), default=0)),
         ("Base model", run["base_digest"]),
         ("Manifest", run["manifest"]),
@@ -102,9 +137,11 @@ def _run(run: Body) -> str:
         "Sampling rate q",
         "Noise multiplier σ",
         "Clip C",
+        "Clip of the head",
     )
     keys = ("name", "rounds", "attempts", "steps", "sampling_rate", "noise_multiplier", "clip")
-    phases = _table(heads, ([phase[key] for key in keys] for phase in run["phases"]))
+    rows = ([*(phase[key] for key in keys), phase["head_clip"] or "one for all"] for phase in run["phases"])
+    phases = _table(heads, rows)
     return (
         f"<h3>Run {_text(run['run'])} of federation {_text(run['federation'])}: {_text(run['task'])}</h3>"
         f"{''.join(f'<p>{_text(line)}</p>' for line in run['statement'])}{_rows(facts)}{phases}"
@@ -118,8 +155,8 @@ def _refusals(body: Body) -> Iterable[str]:
             line.get("time", ""),
             line.get("last", ""),
             line.get("times", 1),
-            line.get("manifest", "")[:20],
-            line["reason"],
+            str(line.get("manifest", ""))[:20],
+            line.get("verdict", line["reason"]),
         )
         for line in body["refusals"]
     ]
@@ -151,11 +188,6 @@ def _identities(body: Body) -> list[tuple[str, Any]]:
             f"{body['ledger']['entries']} entries, head {body['ledger']['head']}, id {body['ledger']['id']}",
         ),
     ]
-
-
-def _down(epsilon: float) -> str:
-    """What is left, to three decimals, never rounded up."""
-    return f"{math.floor(epsilon * 1000 + 1e-9) / 1000:.12g}"
 
 
 def _rows(rows: Rows) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fedlora.client.report_page import page
 from fedlora.common.errors import FedloraError
 from fedlora.common.identity import Identity
 from fedlora.common.privacy import charged_epsilon
-from tests.client.institution import Institution, manifest_of, offer_of, task_of
+from tests.client.institution import PHASE, Institution, manifest_of, offer_of, task_of
 from tests.client.test_shared_noise import manifest as client_manifest
 
 RUN = manifest_of()
@@ -93,6 +94,92 @@ def test_the_page_begins_with_what_is_spent_rounded_against_the_node(north: Inst
     size = sum(each["bytes"] for each in body["runs"][0]["sent"] if each["kind"] == "update")
     assert f"3 × update, {size:,} bytes" in shown and "<script" not in shown
     assert "spec_digest" not in shown and "epsilon" not in shown
+
+
+class Killed(BaseException):
+    """What no handler of errors catches."""
+
+
+def test_a_run_that_the_ledger_charged_is_told_without_its_manifest(
+    north: Institution, tmp_path: Path
+) -> None:
+    """A kill between the ledger's entry and the manifest's file; and a run whose folder was lost later."""
+    consent = north.work.consent
+
+    def killed(*arguments: Any) -> str:
+        consent(*arguments)
+        raise Killed
+
+    north.work.consent = killed  # type: ignore[method-assign, assignment]
+    with pytest.raises(Killed):
+        north.resident.ask(offer_of(RUN))
+    north.restart()
+    lost = replace(RUN, run="2")
+    for data in (offer_of(lost), task_of(lost)):
+        north.ask(data)
+    shutil.rmtree(north.folder.run(lost.digest))
+    body = write(north, tmp_path / "out")
+    assert check_report(tmp_path / "out", north.identity.public) == north.identity.public
+    told = {run["manifest"]: run for run in body["runs"]}
+    assert set(told) == {RUN.digest, lost.digest}
+    assert sum(run["epsilon"] for run in body["runs"]) == body["budgets"][0]["epsilon_spent"] > 0
+    for run in told.values():
+        assert not run["manifest_kept"] and "manifest is not kept" in run["note"]
+        assert run["budget"] == ["people"] and run["delta"] == 1e-5 and run["attempts_consented"] == 4
+    assert [told[each.digest]["attempts_reserved"] for each in (RUN, lost)] == [0, 1]
+    shown = page(body)
+    assert "2 runs were consented to, 2 of them without" in shown and "its manifest is not kept here" in shown
+    assert "4 consented to; 1 reserved, 1 updates made" in shown
+
+
+def test_a_budget_that_the_policy_has_no_more_stays_spent(north: Institution) -> None:
+    north.ask(offer_of(RUN))
+    north.set_policy(north.folder.policy.read_text().replace("people", "persons"))
+    north.restart()
+    body = body_of(north)
+    new, old = body["budgets"]
+    assert (new["budget"], new["in_policy"], new["epsilon_spent"]) == ("persons", True, 0)
+    assert (old["budget"], old["in_policy"], old["epsilon_left"]) == ("people", False, 0)
+    assert old["epsilon_spent"] == body["runs"][0]["epsilon"] and old["epsilon"] == 2
+    assert "Budget people: ε 0.191 and δ 1e-05 spent. It is no longer in the policy" in page(body)
+
+
+def test_updates_without_noise_are_counted_as_what_left(north: Institution) -> None:
+    north.set_policy(north.folder.policy.read_text() + "allow_unnoised = true\n")
+    north.restart()
+    run = manifest_of(mode="none")
+    for data in (offer_of(run), task_of(run), task_of(run, 2, 2, "sha256:b")):
+        north.ask(data)
+    (told,) = body_of(north)["runs"]
+    assert told["updates_committed"] == 2
+    assert "2 updates left; without ε, nothing is reserved" in page(body_of(north))
+
+
+def test_only_a_confirmed_sum_is_counted_as_confirmed(north: Institution) -> None:
+    north.ask(offer_of(RUN))
+    sums = [{"attempt": 1, "members": None}, {"attempt": 2, "members": None}, {"attempt": 2, "members": 4}]
+    path = north.folder.run(RUN.digest) / "secure.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in sums))
+    shown = page(body_of(north))
+    assert "Sums that may hold an update of this node</th><td>2, of them 1 confirmed" in shown
+
+
+def test_both_clips_are_shown_and_no_delta_is_rounded_down(north: Institution) -> None:
+    north.ask(offer_of(manifest_of(PHASE, replace(PHASE, head_clip=0.25), delta=1.00049e-5)))
+    shown = page(body_of(north))
+    assert "<th>Clip of the head</th>" in shown
+    assert "<td>1</td><td>one for all</td>" in shown and "<td>1</td><td>0.25</td>" in shown
+    assert "δ 1.00049e-05 of 0.0001 spent" in shown
+
+
+def test_noise_beyond_what_arithmetic_holds_is_worth_no_more(north: Institution) -> None:
+    """Else the second accountant's series would be as long as a coordinator likes."""
+    for noise in (1e4, 1e6):
+        run = manifest_of(replace(PHASE, sampling_rate=0.5, noise_multiplier=noise))
+        north.ask(offer_of(run))
+    one, other = body_of(north)["runs"]
+    assert 0 < one["epsilon"] < one["epsilon_second_accountant"] < 0.2
+    assert one["epsilon_second_accountant"] == other["epsilon_second_accountant"]
 
 
 def test_a_name_in_the_page_is_text(north: Institution) -> None:
