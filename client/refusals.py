@@ -69,7 +69,7 @@ class RefusalLog:
 def read_refusals(path: Path) -> tuple[list[Line], Line]:
     """Each refusal that is kept, with how often and when last; and the count, by kind, of those that are not.
 
-    Without the log's `detail`, which may quote a record.
+    Without the log's `detail`, which may quote a record; a policy's `verdict` never does.
     """
     counts = _read_counts(path.with_suffix(".json"))
     lines = []
@@ -100,10 +100,13 @@ def _read_counts(path: Path) -> Line:
         return empty
     try:
         found = json.loads(path.read_bytes())
-        for table in (found["again"], found["kinds"]):
-            if not all(type(each["count"]) is int and type(each["last"]) is str for each in table.values()):
-                raise ValueError("no counts")
-        return {**empty, **found, "not_kept": int(found["not_kept"])}
+        counts = [*found["again"].values(), *found["kinds"].values()]
+        if type(found["not_kept"]) is not int or not all(
+            (type(each["count"]), type(each["first"]), type(each["last"])) == (int, str, str)
+            for each in counts
+        ):
+            raise ValueError("no counts")
+        return {name: found[name] for name in empty}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         log.error("%s: found no counts; refusals are counted from 0 again", path)
         return empty | {"kinds": {"unreadable": {"count": 1, "first": "", "last": ""}}}

@@ -34,7 +34,7 @@ from fedlora.client.refusals import RefusalLog
 from fedlora.client.secagg import Possible
 from fedlora.client.secure_runs import SecureRuns
 from fedlora.client.secure_trainer import SecureTrainer
-from fedlora.client.verdicts import allow, judge, projected
+from fedlora.client.verdicts import Denied, allow, judge, projected
 from fedlora.common.enrolment import Invitation
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.files import append_line, write_atomically
@@ -62,6 +62,7 @@ from fedlora.common.protocol import (
 )
 from fedlora.common.secagg.requests import CONFIRM, INPUT, OFFER, Request
 from fedlora.common.state import AdapterSpec
+from fedlora.common.statement import shown_epsilon, shown_left
 
 log = logging.getLogger(__name__)
 
@@ -171,11 +172,11 @@ class Resident:
         budget = self._budget(manifest)
         left = budget.epsilon - self._ledger.spent(budget.name).epsilon
         log.info(
-            "consented to run %s: ε %.4g of budget %s, %.4g left",
+            "consented to run %s: ε %s of budget %s, %s left",
             one_line(manifest.run)[:80],
-            spend.epsilon,
+            shown_epsilon(spend.epsilon),
             budget.name,
-            left,
+            shown_left(left),
         )
         return released
 
@@ -341,7 +342,7 @@ class Resident:
         append_line(folder / "data.jsonl", {"time": _now(), "data": digest}, limit=None)
 
     def _declined(self, federation: str, place: Place, error: Exception) -> bytes:
-        """A signed no. Its reason is the whole truth only where no data were in sight."""
+        """A signed no. Its reason is the whole truth only where no data were in sight, and never has a budget's figures."""
         public = isinstance(error, BadInput | Refused) and not isinstance(error, _Private)
         reason = one_line(str(error)) if public else PRIVATE_REASON
         inner = error.__cause__ or error
@@ -355,9 +356,12 @@ class Resident:
             "detail": one_line(str(inner)),
             "refused": refused,
         }
+        if isinstance(error, Denied):
+            line["verdict"] = one_line(error.detail)  # quotes no record: the node's report has it too
         if not public:
             log.error("a request failed", exc_info=inner)
-        log.warning("refused%s: %s", f" {place.manifest[:20]}" * bool(place.manifest), reason)
+        told = line.get("verdict", reason)
+        log.warning("refused%s: %s", f" {place.manifest[:20]}" * bool(place.manifest), told)
         try:
             if place.manifest:
                 self._refusals.add(line)

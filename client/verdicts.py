@@ -7,7 +7,7 @@ what the budget has left. A field without a verdict would be a field that nobody
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -25,8 +25,10 @@ from fedlora.common.privacy import (
     releases_of,
     stated_epsilon,
 )
+from fedlora.common.protocol import one_line
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.skellam import MOST_NOISE
+from fedlora.common.statement import shown_epsilon, shown_left
 
 SLACK = 1 + 1e-6  # relative: the last bits of an ε differ between machines
 MOST_PHASES = 16
@@ -46,7 +48,8 @@ RANGES = (
 class Verdict:
     """What the policy says to one field of a manifest; `reason` is "" where it is allowed.
 
-    `note` is for the node's own operator, and goes to nobody else.
+    `note` is for the node's own operator, and goes to nobody else: budgets, and what other runs had of them. The
+    rest is what a coordinator chose, and is one printable line: it ends on the operator's terminal.
     """
 
     field: str
@@ -54,9 +57,25 @@ class Verdict:
     reason: str = ""
     note: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("found", "reason", "note"):
+            object.__setattr__(self, name, one_line(getattr(self, name)))
+
     @property
     def allowed(self) -> bool:
         return not self.reason
+
+    @property
+    def denial(self) -> str:
+        return f"manifest {self.field} = {self.found}: {self.reason}"
+
+
+class Denied(Refused):
+    """What a policy does not allow, as anybody may read it; `detail` has the notes, for the operator alone."""
+
+    def __init__(self, denied: Sequence[Verdict]) -> None:
+        super().__init__("; ".join(each.denial for each in denied))
+        self.detail = "; ".join(each.denial + (f" ({each.note})" if each.note else "") for each in denied)
 
 
 def judge(
@@ -85,12 +104,10 @@ def judge(
 
 
 def allow(verdicts: list[Verdict]) -> None:
-    """Refused with every reason, unless all fields are allowed."""
-    reasons = [
-        f"manifest {each.field} = {each.found}: {each.reason}" for each in verdicts if not each.allowed
-    ]
-    if reasons:
-        raise Refused("; ".join(reasons))
+    """Denied with every reason, unless all fields are allowed."""
+    denied = [each for each in verdicts if not each.allowed]
+    if denied:
+        raise Denied(denied)
 
 
 def projected(manifest: RunManifest) -> Spend:
@@ -199,29 +216,29 @@ def _mechanism(name: str, phase: Phase, manifest: RunManifest, policy: Policy) -
     verdicts.append(
         Verdict(f"{name}.optimizer", phase.optimizer[:40], "" if known else "expected sgd or adamw")
     )
-    reason = _noise_reason(phase, manifest, policy) if manifest.mode != "none" else ""
-    return [*verdicts, Verdict(f"{name}.noise_multiplier", f"{phase.noise_multiplier:g}", reason)]
+    noise, least = phase.noise_multiplier, policy.limits.noise_multiplier
+    reason = note = ""
+    if manifest.mode != "none" and not noise <= MOST_NOISE:
+        reason = f"expected at most {MOST_NOISE:g}"
+    elif manifest.mode != "none" and noise < least:
+        reason, note = f"expected at least {least:g}", _noise_note(phase, manifest, policy)
+    return [*verdicts, Verdict(f"{name}.noise_multiplier", f"{noise:g}", reason, note)]
 
 
-def _noise_reason(phase: Phase, manifest: RunManifest, policy: Policy) -> str:
-    """Too little noise, and what would do instead; or more than arithmetic holds."""
-    least = policy.limits.noise_multiplier
-    if not phase.noise_multiplier <= MOST_NOISE:
-        return f"expected at most {MOST_NOISE:g}"
-    if phase.noise_multiplier >= least:
-        return ""
+def _noise_note(phase: Phase, manifest: RunManifest, policy: Policy) -> str:
+    """What the least noise would do for a phase that has too little of it."""
     name = policy.data_for(manifest.task, manifest.labels, manifest.unit)
     if (
         not name or manifest.mode != "record" or len(manifest.phases) > MOST_PHASES
     ):  # nobody may keep the node busy with sums
-        return f"expected at least {least:g}"
-    budget = policy.budgets[policy.data[name].budget]
+        return ""
+    least, budget = policy.limits.noise_multiplier, policy.budgets[policy.data[name].budget]
     try:
         step = Mechanism(phase.sampling_rate, least, phase.steps)
         fit = rounds_that_fit(step, budget.epsilon, manifest.delta, policy.limits.attempts)
     except BadInput:
-        return f"expected at least {least:g}"
-    return f"expected at least {least:g}, with which {fit} attempts of this phase fit {budget.epsilon:g} of ε"
+        return ""
+    return f"with {least:g}, {fit} attempts of this phase fit {budget.epsilon:g} of ε"
 
 
 def rounds_that_fit(step: Mechanism, epsilon: float, delta: float, most: int) -> int:
@@ -259,32 +276,26 @@ def _spend_verdicts(
     cost = stated_epsilon(manifest) if shared else _epsilon(manifest)
     charged = charged_epsilon(manifest) if shared else cost
     budget = policy.budgets[policy.data[name].budget]
-    reason = _cost_reason(manifest, cost, charged, budget, spent, reserved)
-    used = spent.get(budget.name, Spend(0.0, 0.0)).epsilon
-    held = 0.0 if reserved is None else reserved.epsilon  # is among what is spent
-    note = (
-        f"costs {charged:.4g}{' (reserved before)' * (reserved is not None)}; of {budget.epsilon:g} in "
-        f"{budget.name}, {used - held:.4g} went to other runs and {budget.epsilon - used + held - charged:.4g} would "
-        "be left"
-    )
-    return [Verdict("epsilon", f"{manifest.epsilon:g}", reason, note), delta]
-
-
-def _cost_reason(
-    manifest: RunManifest,
-    cost: float,
-    charged: float,
-    budget: Budget,
-    spent: Mapping[str, Spend],
-    reserved: Spend | None,
-) -> str:
+    found = f"{manifest.epsilon:g}"
     if not math.isfinite(charged):
-        return "its schedule has no bound on ε that is known to hold"
+        return [Verdict("epsilon", found, "its schedule has no bound on ε that is known to hold"), delta]
+    used = spent.get(budget.name, Spend(0.0, 0.0))
+    note = _cost_note(budget, used.epsilon, charged, reserved)
     if cost > manifest.epsilon * SLACK:
-        return f"its schedule costs {cost:.4f}"
-    if reserved is not None:
-        return ""  # it was let in before, and reserves nothing more
-    return exceeded(budget, spent.get(budget.name, Spend(0.0, 0.0)), Spend(charged, manifest.delta))
+        return [Verdict("epsilon", found, f"its schedule costs {shown_epsilon(cost)}", note), delta]
+    # what was let in before reserves nothing more
+    over = exceeded(budget, used, Spend(charged, manifest.delta)) if reserved is None else ""
+    reason = f"the budget does not suffice: it would be charged ε {shown_epsilon(charged)}" if over else ""
+    return [Verdict("epsilon", found, reason, over or note), delta]
+
+
+def _cost_note(budget: Budget, used: float, charged: float, reserved: Spend | None) -> str:
+    held = 0.0 if reserved is None else reserved.epsilon  # is among what is used
+    return (
+        f"costs {shown_epsilon(charged)}{' (reserved before)' * (reserved is not None)}; of {budget.epsilon:g} in "
+        f"{budget.name}, {shown_epsilon(used - held)} went to other runs and "
+        f"{shown_left(budget.epsilon - used + held - charged)} would be left"
+    )
 
 
 def _free_verdicts(manifest: RunManifest) -> list[Verdict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedlora.client.policy import load_policy, parse_policy, policy_template
-from fedlora.client.verdicts import allow, judge, projected
+from fedlora.client.verdicts import Denied, allow, judge, projected
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.messages import Phase, RunManifest
 from fedlora.common.privacy import Spend
@@ -126,11 +127,10 @@ def test_the_template_allows_nothing_before_it_is_filled_in() -> None:
 
 def test_too_little_noise_says_how_many_rounds_would_fit() -> None:  # cfg-noise-below-policy
     run = manifest_of(replace(PHASE, noise_multiplier=0.5))
-    with pytest.raises(
-        Refused, match=r"at least 0.6, with which (\d+) attempts of this phase fit 2 of ε"
-    ) as caught:
+    with pytest.raises(Denied, match=r"noise_multiplier = 0.5: expected at least 0.6;") as caught:
         allow(judge(run, parse_policy(TEXT), "f", {}))
-    fit = int(str(caught.value).split("with which ")[1].split()[0])
+    assert "attempts of this phase fit" not in str(caught.value)  # a budget's cap is the operator's alone
+    (fit,) = map(int, re.findall(r"with 0.6, (\d+) attempts of this phase fit 2 of ε", caught.value.detail))
     for rounds, fits in ((fit, True), (fit + 1, False)):
         enough = manifest_of(replace(PHASE, noise_multiplier=0.6, attempts=rounds))
         assert (projected(enough).epsilon <= 2.0) is fits
@@ -160,8 +160,28 @@ def test_the_cap_holds_to_the_last_decimal() -> None:
     policy, cost = parse_policy(TEXT), projected(RUN)
     left = Spend(2.0 - cost.epsilon, 0.0)
     allow(judge(RUN, policy, "f", {"people": Spend(left.epsilon - 1e-9, 0.0)}))
-    with pytest.raises(Refused, match="past its cap"):
+    with pytest.raises(Denied, match="budget does not suffice") as caught:
         allow(judge(RUN, policy, "f", {"people": Spend(left.epsilon + 1e-9, 0.0)}))
+    assert "past its cap of 2" in caught.value.detail
+
+
+def test_who_is_denied_learns_no_budget_and_nothing_of_other_runs() -> None:
+    policy = parse_policy(TEXT.replace("epsilon = 2.0", "epsilon = 1.9753"))
+    for run in (RUN, replace(RUN, epsilon=0.01), manifest_of(replace(PHASE, noise_multiplier=0.5))):
+        with pytest.raises(Denied) as caught:
+            allow(judge(run, policy, "f", {"people": Spend(1.8642, 0.0)}))
+        for figure in ("people", "1.975", "1.864"):
+            assert figure not in str(caught.value), caught.value
+
+
+@given(st.text(), st.text())
+def test_what_a_coordinator_wrote_is_one_printable_line(text: str, other: str) -> None:
+    run = manifest_of(
+        replace(PHASE, name=text, optimizer=text),
+        run=text, federation=other, task=text, unit=other, mode=text, strategy=other, base_digest=text,
+    )  # fmt: skip
+    for each in judge(run, parse_policy(TEXT), "f", {}):
+        assert (each.found + each.reason + each.note).isprintable(), each
 
 
 phases = st.builds(

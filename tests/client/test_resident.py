@@ -17,6 +17,7 @@ from fedlora.client import node as nodes
 from fedlora.client import outbox
 from fedlora.client.node import NodeFolder, only_trainer
 from fedlora.client.report import report_body
+from fedlora.client.report_page import page
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import Identity, Signed
 from fedlora.common.ledger import Budget
@@ -190,6 +191,43 @@ def test_the_log_tells_consents_answers_and_refusals(
     assert consented.startswith("consented to run 1: ε 0.") and "of budget people, 1." in consented
     assert answered == "answered round 1, attempt 1 of run 1"
     assert refused.startswith("refused sha256:") and "rewind" in refused
+
+
+def test_what_a_budget_has_left_is_told_to_the_nodes_own_log_alone(
+    north: Institution, caplog: pytest.LogCaptureFixture
+) -> None:
+    north.set_policy(north.folder.policy.read_text().replace("epsilon = 2.0", "epsilon = 0.3117"))
+    north.restart()
+    assert isinstance(north.ask(offer_of(RUN)), Consent)
+    spent, reason = (
+        north.ledger.spent("people").epsilon,
+        declined(north, offer_of(replace(RUN, run="2"))).reason,
+    )
+    assert reason.endswith("the budget does not suffice: it would be charged ε 0.191")
+    (line,) = reported(north)["refusals"]
+    for own in (line["verdict"], caplog.records[-1].getMessage(), page(reported(north))):
+        assert f"budget people: ε = {spent:.6g} is spent" in own and "its cap of 0.3117" in own
+    assert line["reason"] == reason
+
+
+def test_counts_of_refusals_that_are_none_are_told_as_unreadable(
+    north: Institution, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = {"count": 1, "first": "t", "last": "t"}
+    for found in (
+        {"again": {}, "kinds": {}, "not_kept": float("inf")},
+        {"again": {}, "kinds": {"x": {"count": 1, "last": "t"}}, "not_kept": 1},
+        {"again": {"x": {"count": True, "first": "t", "last": "t"}}, "kinds": {"x": kind}, "not_kept": 1},
+    ):
+        north.folder.refusals.with_suffix(".json").write_text(json.dumps(found))
+        caplog.clear()
+        assert "unreadable" in page(reported(north)) or not reported(north)["refusals_not_kept"]["count"]
+        north.restart()
+        assert declined(north, offer_of(replace(RUN, minimum_cohort=1))).refused
+        assert "refusals.json: found no counts" in caplog.records[0].getMessage()
+    good = {"again": {}, "kinds": {"x": kind}, "not_kept": 1}
+    north.folder.refusals.with_suffix(".json").write_text(json.dumps(good))
+    assert reported(north)["refusals_not_kept"] == {"count": 1, "kinds": {"x": kind}}
 
 
 def test_an_old_offer_is_not_for_good(north: Institution) -> None:

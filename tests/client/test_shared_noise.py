@@ -399,7 +399,7 @@ def test_a_policy_opts_in_and_projects_what_it_costs() -> None:
     assert "its schedule costs" in reasons(replace(run, epsilon=0.5), policy())["epsilon"]
     left = 100.0 - charged_epsilon(run)
     assert not reasons(run, policy(), people=left - 1e-6)
-    assert "past its cap" in reasons(run, policy(), people=left + 1e-6)["epsilon"]
+    assert "budget does not suffice" in reasons(run, policy(), people=left + 1e-6)["epsilon"]
     silent = replace(run, phases=(replace(run.phases[0], noise_multiplier=0.0), run.phases[1]))
     assert "no bound" in reasons(silent, policy(least=0.0))["epsilon"]
     assert "expected none" in reasons(replace(run, mode="record"), policy())["skellam"]
