@@ -18,6 +18,8 @@ from rich.table import Table
 from fedlora.client.node import NodeFolder
 from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.messages import MAX_MESSAGE_BYTES, RunManifest
+from fedlora.common.protocol import one_line
+from fedlora.common.statement import shown_delta, shown_epsilon
 
 app = typer.Typer(
     help="An institution's node: it keeps the data, and its own policy decides what leaves.",
@@ -162,8 +164,8 @@ def explain(manifest: Path, node: Folder = HERE) -> None:
     verdicts = judge(asked, policy, federation, spent, reserved)
     table = Table("field", "found", "verdict")
     for each in verdicts:
-        verdict = f"allow{each.note and ': '}{each.note}" if each.allowed else f"deny: {each.reason}"
-        table.add_row(each.field, each.found, verdict)
+        verdict = "allow" if each.allowed else f"deny: {each.reason}"
+        table.add_row(each.field, each.found, verdict + (f": {each.note}" if each.note else ""))
     console.print(table, markup=False)
     allow(verdicts)
 
@@ -219,13 +221,16 @@ def ledger(node: Folder = HERE) -> None:
     folder = NodeFolder(node)
     policy = folder.load_policy()
     held = folder.open_ledger(policy)
-    for name, budget in policy.budgets.items():
-        spent = held.spent(name)
-        console.print(
-            f"{name}: ε {spent.epsilon:.6g} of {budget.epsilon:g}, δ {spent.delta:.3g} of {budget.delta:g}",
-            markup=False,
-        )
-    for entry in held.entries():
+    entries = held.entries()
+    charged = [str(entry.body["budget"]) for entry in entries if entry.body["kind"] == "consent"]
+    for name in dict.fromkeys((*policy.budgets, *charged)):
+        spent, budget = held.spent(name), policy.budgets.get(name)
+        caps = ("", "", ", no longer in the policy")
+        if budget is not None:
+            caps = (f" of {budget.epsilon:g}", f" of {budget.delta:g}", "")
+        shown = shown_epsilon(spent.epsilon) + caps[0], shown_delta(spent.delta) + caps[1] + caps[2]
+        console.print(f"{name}: ε {shown[0]}, δ {shown[1]}", markup=False)
+    for entry in entries:
         sys.stdout.write(json.dumps({"number": entry.number, **entry.body, "hash": entry.hash}) + "\n")
 
 
@@ -276,6 +281,11 @@ def _offline() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 
+def _print_error(text: str) -> None:
+    """One line, whatever it quotes: a manifest, or a file's name, may hold what moves a terminal's cursor."""
+    errors.print(f"fedlora-node: {one_line(text)}", markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -283,12 +293,12 @@ def main() -> None:
         code = app(standalone_mode=False)
         sys.exit(1 if code == TYPER_INTERRUPTED else code if isinstance(code, int) else 0)
     except FedloraError as error:
-        for line in str(error).splitlines():
-            errors.print(f"fedlora-node: {line}", markup=False, soft_wrap=True)
+        for fault in error.faults if isinstance(error, BadInput) else (str(error),):
+            _print_error(fault)
         sys.exit(error.exit_code)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        errors.print(f"fedlora-node: {where}{error.strerror or error}", markup=False, soft_wrap=True)
+        _print_error(f"{where}{error.strerror or error}")
         sys.exit(BadInput.exit_code)
     except click.ClickException as error:
         error.show()

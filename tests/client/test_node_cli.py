@@ -136,6 +136,39 @@ def test_explain_says_what_is_spent_and_names_a_bad_file(
         assert code == 2 and str(file) in err, err
 
 
+def test_no_manifest_moves_the_terminals_cursor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    north, file = Institution(tmp_path / "n"), tmp_path / "m.json"
+    north.ledger.close()
+    hidden = "\x1b[2J\x1b[Hall allowed\x1b[8m"
+    words = ("policy", "explain", str(file), "--node", str(north.root))
+    asked = manifest_of(run=hidden, federation=hidden, strategy="x\ny\x1b]0;title\x07", task=hidden)
+    file.write_bytes(asked.to_bytes())
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert code == 3 and "deny" in out and len(err.splitlines()) == 1
+    assert "\x1b" not in out + err and "\x07" not in out
+    file.write_bytes(asked.to_bytes().replace(b'"run":', b'"\\u001b[2J\\nrun":'))
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert code == 2 and "\x1b" not in out + err, err
+    assert all(line.startswith("fedlora-node: ") for line in err.splitlines())
+
+
+def test_the_ledger_tells_what_a_budget_spent_that_the_policy_has_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    north = Institution(tmp_path / "n")
+    north.ask(offer_of(manifest_of()))
+    north.ledger.close()
+    words = ("ledger", "--node", str(north.root))
+    assert run(capsys, monkeypatch, *words)[1].startswith("people: ε 0.191 of 2, δ 1e-05 of 0.0001\n")
+    north.set_policy(north.folder.policy.read_text().replace("people", "persons"))
+    _, out, _ = run(capsys, monkeypatch, *words)
+    assert out.startswith(
+        "persons: ε 0 of 2, δ 0 of 0.0001\npeople: ε 0.191, δ 1e-05, no longer in the policy\n"
+    )
+
+
 def test_peers_are_told_by_name_when_they_come_and_go(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
