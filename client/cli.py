@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.client.node import NodeFolder
-from fedlora.common.errors import BadInput, FedloraError
+from fedlora.common.errors import BadInput, FedloraError, explained
 from fedlora.common.messages import MAX_MESSAGE_BYTES, RunManifest
 
 app = typer.Typer(
@@ -287,9 +287,9 @@ def main() -> None:
             errors.print(f"fedlora-node: {line}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        errors.print(f"fedlora-node: {where}{error.strerror or error}", markup=False, soft_wrap=True)
-        sys.exit(BadInput.exit_code)
+        line, code = explained(error)
+        errors.print(f"fedlora-node: {line}", markup=False, soft_wrap=True)
+        sys.exit(code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -17,7 +17,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePublicKey
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
 from fedlora.common.errors import BadInput
 from fedlora.common.identity import Identity, PublicIdentity
@@ -154,6 +154,9 @@ def check_flower_key(line: str, where: str) -> None:
         raise BadInput(f"{where}: found {line[:60]!r}, {expected}") from error
     if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP384R1):
         raise BadInput(f"{where}: found another kind of key, {expected}")
+    if key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() != line:
+        # base64 leaves room for other spellings; keys are told apart by their text, and Flower's by what it says
+        raise BadInput(f"{where}: found another spelling of a key, expected the one that ssh-keygen writes")
 
 
 def check_kind(text: str, expected: str, where: str) -> None:

@@ -15,9 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora.common.errors import FedloraError
+from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,26 @@ def appoint(folder: Path) -> str:
 def outcome_path(folder: Path, token: str) -> Path:
     """Where the process that was started with `token` leaves its ending."""
     return folder / f"outcome-{token}.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run's process ended: the exit code, and one line to a fault."""
+
+    code: int
+    message: str
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """Of the last process that somebody waited for to its end; BadInput where the file is no outcome."""
+    path = folder / OUTCOME
+    if not path.exists():
+        return None
+    try:
+        table = json.loads(path.read_bytes())
+        return Outcome(int(table["code"]), str(table["message"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: found no outcome of a run") from error
 
 
 def outcome_of(work: Callable[[], object], folder: Path, token: str) -> None:

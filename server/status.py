@@ -19,7 +19,7 @@ from fedlora.common.protocol import Consent, reply_from_bytes
 from fedlora.common.statement import shown_epsilon
 from fedlora.server.checkpoint import standing
 from fedlora.server.directory import Directory
-from fedlora.server.outcome import OUTCOME, is_held
+from fedlora.server.outcome import OUTCOME, is_held, read_outcome
 from fedlora.server.registry import Member
 
 LAST = 8  # rounds shown
@@ -58,15 +58,10 @@ def _progress(folder: Path) -> str:
 def _state(directory: Directory, folder: Path) -> str:
     if is_held(folder):
         return "running"
-    path = folder / OUTCOME
-    if not path.exists():
+    outcome = read_outcome(folder)
+    if outcome is None:
         return f"stopped; fedlora-server resume --dir {directory.root}"
-    try:
-        outcome = json.loads(path.read_bytes())
-        code, message = int(outcome["code"]), str(outcome["message"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path}: found no outcome of a run") from error
-    return f"ended with {code}: {message}" if code else "done"
+    return f"ended with {outcome.code}: {outcome.message}" if outcome.code else "done"
 
 
 def _members(directory: Directory, folder: Path) -> Table:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.common.errors import BadInput, FedloraError
+from fedlora.common.errors import BadInput, FedloraError, explained
 from fedlora.common.statement import shown_epsilon
 
 app = typer.Typer(
@@ -153,8 +153,9 @@ def main() -> None:
         errors.print(f"\n{_stopped(sys.argv[1:])}", markup=False)
         sys.exit(1)
     except OSError as error:
-        errors.print(f"fedlora-sim: {error.filename}: {error.strerror}", markup=False, soft_wrap=True)
-        sys.exit(2)
+        line, code = explained(error)
+        errors.print(f"fedlora-sim: {line}", markup=False, soft_wrap=True)
+        sys.exit(code)
 
 
 def _stopped(words: list[str]) -> str:
