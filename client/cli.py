@@ -186,10 +186,8 @@ def serve(node: Folder = HERE) -> None:
         ledger = folder.open_ledger(policy)
         resident = Resident(folder, policy, identity, ledger, Workshop(folder, policy, ledger))
         service = Service(resident.ask, policy.trainer, folder.root)
-        service.start()
         console.print(f"trainer of {policy.institution} listens at {service.address}", markup=False)
-        service.wait_for_signal()
-        service.stop()
+        service.serve()
 
 
 @app.command()

@@ -27,6 +27,7 @@ LIGHT = (
     "toml",
     "data",
     "files",
+    "locks",
     "ledger",
     "privacy",
     "skellam",
