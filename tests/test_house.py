@@ -45,6 +45,7 @@ LIGHT = (
     "sealed",
     "enrolment",
     "rotation",
+    "terminal",
 )
 HEAVY = {"torch", "transformers", "peft", "opacus", "sklearn"}
 
