@@ -18,6 +18,7 @@ from rich.table import Table
 from fedlora.client.node import NodeFolder
 from fedlora.common.errors import BadInput, FedloraError, explained
 from fedlora.common.messages import MAX_MESSAGE_BYTES, RunManifest
+from fedlora.common.terminal import bear_any_letter, fault_lines, printable
 
 app = typer.Typer(
     help="An institution's node: it keeps the data, and its own policy decides what leaves.",
@@ -163,7 +164,7 @@ def explain(manifest: Path, node: Folder = HERE) -> None:
     table = Table("field", "found", "verdict")
     for each in verdicts:
         verdict = f"allow{each.note and ': '}{each.note}" if each.allowed else f"deny: {each.reason}"
-        table.add_row(each.field, each.found, verdict)
+        table.add_row(each.field, printable(each.found), printable(verdict))
     console.print(table, markup=False)
     allow(verdicts)
 
@@ -277,16 +278,17 @@ def _offline() -> None:
 def main() -> None:
     """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    bear_any_letter()
     try:
         code = app(standalone_mode=False)
         sys.exit(1 if code == TYPER_INTERRUPTED else code if isinstance(code, int) else 0)
     except FedloraError as error:
-        for line in str(error).splitlines():
+        for line in fault_lines(error):
             errors.print(f"fedlora-node: {line}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except OSError as error:
         line, code = explained(error)
-        errors.print(f"fedlora-node: {line}", markup=False, soft_wrap=True)
+        errors.print(printable(f"fedlora-node: {line}"), markup=False, soft_wrap=True)
         sys.exit(code)
     except click.ClickException as error:
         error.show()

@@ -266,7 +266,7 @@ def read_peers(folder: NodeFolder) -> dict[str, Peer]:
             )
             for name, table in tables.items()
         }
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{folder.peers}: found no roster, expected [peers.NAME] tables") from error
 
 

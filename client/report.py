@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.client.node import NodeFolder, pinned_invitation, read_peers, read_text
+from fedlora.client.offers import kept_manifest
 from fedlora.client.outbox import Outbox
 from fedlora.client.policy import Policy
 from fedlora.client.refusals import read_lines, read_refusals
@@ -22,11 +23,11 @@ from fedlora.client.report_page import page
 from fedlora.common.enrolment import request_from_text
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import write_atomically
-from fedlora.common.identity import Identity, PublicIdentity, Signed
+from fedlora.common.identity import Identity, PublicIdentity
 from fedlora.common.ledger import Entry, Ledger
 from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import accountant_name, history_of
-from fedlora.common.protocol import MANIFEST_TAG, one_line
+from fedlora.common.protocol import one_line
 from fedlora.common.sealed import Sealed, seal, unseal
 from fedlora.common.statement import noise_source, privacy_statement, secure_statement, unit_of
 
@@ -162,8 +163,7 @@ def _budgets(policy: Policy, ledger: Ledger) -> list[dict[str, Any]]:
 
 
 def _run(folder: NodeFolder, policy: Policy, entries: list[Entry], digest: str) -> dict[str, Any]:
-    signed = Signed.from_bytes((folder.run(digest) / "manifest.signed").read_bytes(), "kept manifest")
-    manifest = RunManifest.from_bytes(signed.opened(MANIFEST_TAG, signed.signer))
+    signed, manifest = kept_manifest(folder.run(digest) / "manifest.signed")
     mine = [entry.body for entry in entries if entry.body.get("manifest") == digest]
     consents = [body for body in mine if body["kind"] == "consent"]
     epsilon = max((float(body["epsilon"]) for body in consents), default=None)

@@ -27,6 +27,7 @@ REQUEST_TAG = "fedlora-enrolment-1"
 INVITATION_TAG = "fedlora-invitation-1"
 VERSION = 1
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,62}[a-z0-9])?")  # safe as a file name, in a log and on a line
+FEDERATION = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
 MAX_TEXT = 1 << 16
 REQUEST, INVITATION, ROTATION = "an enrolment request", "an invitation", "a rotation"
 FIELDS = {  # by what a text is

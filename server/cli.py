@@ -16,6 +16,7 @@ from rich.console import Console
 from fedlora.common.errors import BadInput, FedloraError, explained
 from fedlora.common.identity import PublicIdentity
 from fedlora.common.statement import shown_epsilon
+from fedlora.common.terminal import bear_any_letter, fault_lines, printable
 
 if TYPE_CHECKING:
     from fedlora.server.directory import Directory
@@ -215,18 +216,19 @@ def status(
 
 def main() -> None:
     """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
+    bear_any_letter()
     try:
         code = app(standalone_mode=False)
         if code == TYPER_INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except FedloraError as error:
-        for line in str(error).splitlines():
+        for line in fault_lines(error):
             errors.print(f"fedlora-server: {line}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except OSError as error:
         line, code = explained(error)
-        errors.print(f"fedlora-server: {line}", markup=False, soft_wrap=True)
+        errors.print(printable(f"fedlora-server: {line}"), markup=False, soft_wrap=True)
         sys.exit(code)
     except click.ClickException as error:
         error.show()
@@ -307,7 +309,7 @@ def _warn_of_expiry(directory: Any) -> None:
 
 
 def _say(text: str) -> None:
-    console.print(text, markup=False)
+    console.print(printable(text), markup=False)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ LIGHT = (
     "sealed",
     "enrolment",
     "rotation",
+    "terminal",
 )
 HEAVY = {"torch", "transformers", "peft", "opacus", "sklearn"}
 
