@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.client.node import NodeFolder
-from fedlora.common.errors import BadInput, FedloraError
+from fedlora.common.errors import BadInput, FedloraError, explained
 from fedlora.common.messages import MAX_MESSAGE_BYTES, RunManifest
-from fedlora.common.protocol import one_line
 from fedlora.common.statement import shown_delta, shown_epsilon
+from fedlora.common.terminal import bear_any_letter, fault_lines, printable
 
 app = typer.Typer(
     help="An institution's node: it keeps the data, and its own policy decides what leaves.",
@@ -188,10 +188,8 @@ def serve(node: Folder = HERE) -> None:
         ledger = folder.open_ledger(policy)
         resident = Resident(folder, policy, identity, ledger, Workshop(folder, policy, ledger))
         service = Service(resident.ask, policy.trainer, folder.root)
-        service.start()
         console.print(f"trainer of {policy.institution} listens at {service.address}", markup=False)
-        service.wait_for_signal()
-        service.stop()
+        service.serve()
 
 
 @app.command()
@@ -281,25 +279,21 @@ def _offline() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 
-def _print_error(text: str) -> None:
-    """One line, whatever it quotes: a manifest, or a file's name, may hold what moves a terminal's cursor."""
-    errors.print(f"fedlora-node: {one_line(text)}", markup=False, soft_wrap=True)
-
-
 def main() -> None:
     """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    bear_any_letter()
     try:
         code = app(standalone_mode=False)
         sys.exit(1 if code == TYPER_INTERRUPTED else code if isinstance(code, int) else 0)
     except FedloraError as error:
-        for fault in error.faults if isinstance(error, BadInput) else (str(error),):
-            _print_error(fault)
+        for line in fault_lines(error):
+            errors.print(f"fedlora-node: {line}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _print_error(f"{where}{error.strerror or error}")
-        sys.exit(BadInput.exit_code)
+        line, code = explained(error)
+        errors.print(printable(f"fedlora-node: {line}"), markup=False, soft_wrap=True)
+        sys.exit(code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -14,11 +14,9 @@ relay/             all that the relay needs, to be given to its user: Flower's k
 
 from __future__ import annotations
 
-import fcntl
 import json
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from fedlora.client.policy import Policy, load_policy, policy_template
+from fedlora.common import locks
 from fedlora.common.base import PACKAGED, resolve_base
 from fedlora.common.enrolment import (
     EnrolmentRequest,
@@ -267,7 +266,7 @@ def read_peers(folder: NodeFolder) -> dict[str, Peer]:
             )
             for name, table in tables.items()
         }
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{folder.peers}: found no roster, expected [peers.NAME] tables") from error
 
 
@@ -285,17 +284,10 @@ def read_text(path: Path) -> str:
         raise BadInput(f"{path}: can't be read ({error.strerror})") from error
 
 
-@contextmanager
-def only_trainer(folder: NodeFolder) -> Iterator[None]:
+def only_trainer(folder: NodeFolder) -> AbstractContextManager[None]:
     """One trainer for an identity, for as long as this lasts; Refused where another one runs."""
-    with (folder.root / "trainer.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Refused(
-                f"{folder.identity}: found another trainer that uses this identity, expected none"
-            ) from error
-        yield
+    held = Refused(f"{folder.identity}: found another trainer that uses this identity, expected none")
+    return locks.exclusive(folder.root / "trainer.lock", held, 0)
 
 
 def _request(

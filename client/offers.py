@@ -7,8 +7,9 @@ a signature of its own; and a projection is held against the manifest before it 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
-from fedlora.common.errors import BadInput
+from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import PublicIdentity, Signed
 from fedlora.common.messages import RunManifest
 from fedlora.common.projection import Projection
@@ -46,6 +47,17 @@ def read_manifest(signed: Signed, coordinator: PublicIdentity) -> RunManifest:
     if manifest.to_bytes() != body:
         raise BadInput("manifest: found another spelling than its canonical bytes")
     return manifest
+
+
+def kept_manifest(path: Path) -> tuple[Signed, RunManifest]:
+    """What this node once consented to, whoever signed it; where it's damaged the fault begins with the file."""
+    try:
+        signed = Signed.from_bytes(path.read_bytes(), "manifest")
+        return signed, read_manifest(signed, signed.signer)
+    except BadInput as error:
+        raise BadInput([f"{path}: {fault}" for fault in error.faults]) from error
+    except Refused as error:
+        raise Refused(f"{path}: {error}") from error
 
 
 def check_projection(manifest: RunManifest, projection: bytes) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.client.node import NodeFolder, pinned_invitation, read_peers, read_text
+from fedlora.client.offers import kept_manifest
 from fedlora.client.outbox import Outbox
 from fedlora.client.policy import Policy
 from fedlora.client.refusals import read_lines, read_refusals
@@ -27,7 +28,7 @@ from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.ledger import Ledger
 from fedlora.common.messages import RunManifest
 from fedlora.common.privacy import accountant_name, history_of, renyi_epsilon
-from fedlora.common.protocol import MANIFEST_TAG, one_line
+from fedlora.common.protocol import one_line
 from fedlora.common.sealed import Sealed, seal, unseal
 from fedlora.common.statement import noise_source, privacy_statement, secure_statement, unit_of
 
@@ -195,7 +196,7 @@ def _run(folder: NodeFolder, policy: Policy, bodies: list[Body], digest: str) ->
     sizes = list(Outbox(folder.under(policy.trainer.outbox)).sizes(digest))
     path = folder.run(digest) / "manifest.signed"
     if path.is_file():
-        return _kept_run(folder, Signed.from_bytes(path.read_bytes(), "kept manifest"), mine, sizes)
+        return _kept_run(folder, *kept_manifest(path), mine, sizes)
     return _lost_run(digest, mine, sizes)
 
 
@@ -229,8 +230,9 @@ def _sent(sizes: list[Release], update: str, to: str) -> list[dict[str, Any]]:
     ]
 
 
-def _kept_run(folder: NodeFolder, signed: Signed, mine: list[Body], sizes: list[Release]) -> dict[str, Any]:
-    manifest = RunManifest.from_bytes(signed.opened(MANIFEST_TAG, signed.signer))
+def _kept_run(
+    folder: NodeFolder, signed: Signed, manifest: RunManifest, mine: list[Body], sizes: list[Release]
+) -> dict[str, Any]:
     digest = manifest.digest
     consents = [body for body in mine if body["kind"] == "consent"]
     epsilon = max((float(body["epsilon"]) for body in consents), default=None)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedlora.client.node import NodeFolder, pinned_invitation
-from fedlora.client.offers import check_projection, offered, read_manifest
+from fedlora.client.offers import check_projection, kept_manifest, offered, read_manifest
 from fedlora.client.outbox import Outbox, Plans
 from fedlora.client.policy import Policy
 from fedlora.client.refusals import RefusalLog
@@ -134,7 +134,7 @@ class Resident:
         entries = [entry.body for entry in self._ledger.entries()]
         consented = {body["manifest"] for body in entries if body["kind"] == "consent"}
         for path in self._folder.runs.glob("*/manifest.signed"):
-            manifest = RunManifest.from_bytes(Signed.from_bytes(path.read_bytes(), path.name).body)
+            _, manifest = kept_manifest(path)
             if manifest.mode == "none":
                 continue
             left = {attempt for _, attempt, _ in self._outbox.sizes(manifest.digest)} - {0}

@@ -65,7 +65,7 @@ def private_batches(
     """
     sizes = units.offsets[drawn + 1] - units.offsets[drawn]
     single = units.records[units.offsets[drawn[sizes == 1]]]
-    for chosen, shape in shaped(padded[single], records):
+    for chosen, shape in shaped(lengths[single], padded[single], records):
         owners = np.arange(len(chosen), dtype=np.int64)
         yield MicroBatch(single[chosen], owners, False, (shape.records, shape.tokens))
     for unit in drawn[sizes > 1]:

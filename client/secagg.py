@@ -149,10 +149,12 @@ class SecureNode:
             raise Refused("cohort: found a second list for one epoch")
         members = wire.cohort_from_bytes(cohort_list)
         digest_of_cohort = cohort.check_cohort(self._policy, state.epoch, members, state.offer)
-        public = {key for each in members for key in (each.share_key, *each.mask_keys)}
-        if public & self._seen_keys:
-            raise Refused("cohort: found a key of an earlier epoch, expected fresh ones")
-        self._seen_keys |= public
+        for each in members:
+            if self._seen_keys & {each.share_key, *each.mask_keys}:
+                raise Refused(
+                    f"cohort: found a key of an earlier epoch in the entry of {each.name}, expected fresh ones"
+                )
+        self._seen_keys.update(*((each.share_key, *each.mask_keys) for each in members))
         state.members, state.cohort = members, digest_of_cohort
         return self._deal(state)
 

@@ -11,10 +11,12 @@ import os
 import signal
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -55,20 +57,30 @@ class Service:
         self._server.start()
         self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
 
-    def stop(self, grace: float = GRACE) -> None:
-        """Take nothing new, let the round at hand end if it ends soon, and go."""
+    def serve(self) -> None:
+        """Until SIGTERM or SIGINT. Ends this process where the round at hand does not end in time, or at a second one.
+
+        A thread can't be stopped, and an interpreter that returned from here would give up the lock of the only
+        trainer and wait for it. All that a round leaves is whole or absent, so any moment will do.
+        """
+        asked = _stop_signal()
+        self.start()
+        asked.wait()
+        log.info("stops: takes nothing new, and the round at hand has %g s", GRACE)
+        if not self.stop(GRACE):
+            _end_now(f"the round at hand did not end within {GRACE:g} s")
+
+    def stop(self, grace: float) -> bool:
+        """Take nothing new, and let the round at hand end within `grace` seconds; whether it did."""
+        end = time.monotonic() + grace
         self._health.enter_graceful_shutdown()
-        self._server.stop(grace).wait(grace + 1)
+        answered = self._server.stop(grace)
         self._worker.shutdown(wait=False, cancel_futures=True)
+        answered.wait(grace + 1)
         if self.address.startswith("unix:"):
             Path(self.address.removeprefix("unix:")).unlink(missing_ok=True)
-
-    def wait_for_signal(self) -> None:
-        """Until SIGTERM or SIGINT."""
-        asked = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: asked.set())
-        asked.wait()
+        # Who asked may have hung up meanwhile: a place is free again once its work has ended.
+        return all(self._room.acquire(timeout=max(0.0, end - time.monotonic())) for _ in range(WAITING))
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         # Unary to who asks. As a stream, a body is read when its turn comes: one is in memory, not all.
@@ -80,6 +92,8 @@ class Service:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the trainer is busy; ask again later")
         try:
             return self._worker.submit(lambda: self._ask(_body(bodies, context))).result()
+        except CancelledError:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the trainer stops; ask again later")
         except grpc.RpcError:
             raise
         except Exception:  # an answer that could not even be signed: say nothing about why
@@ -88,6 +102,25 @@ class Service:
         finally:
             self._room.release()
         raise AssertionError("abort raises")
+
+
+def _stop_signal() -> threading.Event:
+    """Set by the first SIGTERM or SIGINT; a second one ends this process."""
+    asked = threading.Event()
+
+    def heard(number: int, frame: object) -> None:
+        if asked.is_set():
+            _end_now("a second signal came")
+        asked.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, heard)
+    return asked
+
+
+def _end_now(why: str) -> NoReturn:
+    log.warning("%s: the trainer ends now; what was not committed is a lost attempt", why)
+    os._exit(0)  # it was asked to end
 
 
 def _body(bodies: Iterator[bytes], context: grpc.ServicerContext) -> bytes:

@@ -64,7 +64,7 @@ def refuse_code(config: Path) -> None:
     """BadInput where a model or adapter configuration names Python code to run."""
     try:
         table = json.loads(config.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{config}: found bytes that are not JSON ({error})") from error
     if not isinstance(table, dict):
         raise BadInput(f"{config}: found {type(table).__name__}, expected a table")

@@ -11,13 +11,12 @@ Keep them on different disks, or send heads away, where that matters.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import sqlite3
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedlora.common import locks
 from fedlora.common.errors import Refused
 from fedlora.common.files import sync_folder, write_atomically
 
@@ -231,11 +231,12 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     return connection
 
 
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    with path.with_name(path.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _exclusive(path: Path) -> AbstractContextManager[None]:
+    lock = path.with_name(path.name + ".lock")
+    held = Refused(
+        f"ledger {path}: found {lock.name} held by another process for {locks.SECONDS:g} s, expected it free"
+    )
+    return locks.exclusive(lock, held, locks.SECONDS)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePublicKey
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
 from fedlora.common.errors import BadInput
 from fedlora.common.identity import Identity, PublicIdentity
@@ -27,6 +27,7 @@ REQUEST_TAG = "fedlora-enrolment-1"
 INVITATION_TAG = "fedlora-invitation-1"
 VERSION = 1
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,62}[a-z0-9])?")  # safe as a file name, in a log and on a line
+FEDERATION = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
 MAX_TEXT = 1 << 16
 REQUEST, INVITATION, ROTATION = "an enrolment request", "an invitation", "a rotation"
 FIELDS = {  # by what a text is
@@ -154,6 +155,9 @@ def check_flower_key(line: str, where: str) -> None:
         raise BadInput(f"{where}: found {line[:60]!r}, {expected}") from error
     if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP384R1):
         raise BadInput(f"{where}: found another kind of key, {expected}")
+    if key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() != line:
+        # base64 leaves room for other spellings; keys are told apart by their text, and Flower's by what it says
+        raise BadInput(f"{where}: found another spelling of a key, expected the one that ssh-keygen writes")
 
 
 def check_kind(text: str, expected: str, where: str) -> None:

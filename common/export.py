@@ -31,6 +31,7 @@ from fedlora.common.released import (
     DESCRIPTION,
     HEAD,
     Description,
+    base_was_a_folder,
     check_peft_config,
     read_description,
     read_projection,
@@ -51,6 +52,9 @@ def export_adapter(
     config = backbone.peft_config[PEFT_ADAPTER]
     if Path(settings.base).is_dir():  # where it lies on this machine is nobody's business
         config.base_model_name_or_path = model.base_digest
+    config.fan_in_fan_out = (
+        False  # PEFT sets it by each layer's kind, whatever a file says; so all say the same
+    )
     backbone.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     config.base_model_name_or_path = settings.base
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a card, with nothing filled in
@@ -128,10 +132,16 @@ class LoadedAdapter:
 
 
 def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
-    """Load what `export_adapter` wrote. `base` overrides where the base model lies; its digest must agree."""
+    """Load what `export_adapter` wrote. `base` overrides where the base model lies; its digest must agree.
+
+    BadInput where it lay in a folder of whoever exported it, which isn't here, and `base` doesn't say where it is.
+    """
     folder = Path(folder)
     description = read_description(folder)
     check_peft_config(folder, description)
+    if not base and base_was_a_folder(folder, description) and not Path(description.base).is_dir():
+        where = f"{folder / DESCRIPTION} base"
+        raise BadInput(f"{where}: found {description.base!r}, no folder here, expected base= with one")
     projection = read_projection(folder, description)
     settings = ModelConfig(
         projection=0 if projection is None else projection.width,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -114,7 +115,7 @@ def _pooled(model: AdapterModel, data: Encoded, rows: Rows, progress: Progress |
     """Forward passes in batches of fixed shapes: what comes of a record depends on it alone."""
     result: torch.Tensor | None = None
     lengths = padded(data.lengths[rows], model.longest, model.device.type)
-    for chosen, shape in shaped(lengths, lambda tokens: _records(model, tokens)):
+    for chosen, shape in shaped(data.lengths[rows], lengths, partial(_records, model)):
         part = _forward(model, data, rows[chosen], shape)[: len(chosen)]
         if result is None:
             result = torch.empty(len(rows), part.shape[1], dtype=torch.float32, device=model.device)
@@ -128,16 +129,14 @@ def _forward(model: AdapterModel, data: Encoded, rows: Rows, shape: Shape) -> to
     return model.pooled(data.batch(rows, model.pad, model.device, (shape.records, shape.tokens)))
 
 
-def _records(model: AdapterModel, tokens: int) -> int:
+def _records(model: AdapterModel, tokens: int, full: bool) -> int:
     """Records of a forward pass, by their length."""
-    shape = Shape(FEATURE_TOKENS[model.device.type] // tokens, tokens)
+    shape = Shape(FEATURE_TOKENS[model.device.type] // tokens, tokens, full)
 
     def try_it() -> bool:
         every = np.arange(shape.records, dtype=np.int64)
         with model.probed():
-            same, beside = (
-                _forward(model, probe, every, shape) for probe in probes(shape, len(model.tokenizer))
-            )
+            same, beside = (_forward(model, probe, every, shape) for probe in probes(shape, model.vocabulary))
         return alike([same], [beside])
 
     return model.shapes.records(("pooled", model.precision, model.attention, shape), shape.records, try_it)
@@ -153,11 +152,13 @@ def _projected(model: AdapterModel, pooled: torch.Tensor) -> torch.Tensor:
         return model.features(filled)[: len(part)]
 
     def try_it() -> bool:
-        beside = torch.rand(FEATURE_ROWS, pooled.shape[1], device=pooled.device)
+        rows = np.random.default_rng(0).normal(0, 1, (FEATURE_ROWS, pooled.shape[1])).astype(np.float32)
+        beside = torch.from_numpy(rows).to(pooled.device)
         same = beside[:1].expand(FEATURE_ROWS, -1).contiguous()
-        return alike([model.features(same)], [model.features(beside)])
+        with model.probed():
+            return alike([model.features(same)], [model.features(beside)])
 
-    kind = ("projected", model.projection.digest)
+    kind = ("projected", model.projection.shapes)
     rows = model.shapes.records(kind, FEATURE_ROWS, try_it)
     starts = range(0, len(pooled), rows)
     return torch.cat([block(pooled[start : start + rows], rows) for start in starts])

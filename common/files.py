@@ -19,8 +19,9 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         scratch.replace(path)
-    except OSError:
+    except OSError as error:
         scratch.unlink(missing_ok=True)
+        error.filename = str(path)  # a full disk has no name of its own
         raise
     sync_folder(path.parent)
 

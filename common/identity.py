@@ -55,14 +55,17 @@ class PublicIdentity:
 
     @classmethod
     def from_text(cls, text: str, where: str) -> PublicIdentity:
-        """From `ed25519:` and base64, as `text` writes it."""
+        """From `ed25519:` and base64, as `text` writes it. No fault quotes `text`: it may be a private key."""
         kind, _, rest = text.strip().partition(":")
+        expected = f"expected a public key: ed25519: and {KEY_BYTES} bytes in base64"
+        if kind != "ed25519":
+            raise BadInput(f"{where}: found {_kind_of(text)}, {expected}")
         try:
             raw = base64.b64decode(rest, validate=True)
         except ValueError as error:
-            raise BadInput(f"{where}: found {text[:80]!r}, expected ed25519:BASE64") from error
-        if kind != "ed25519" or len(raw) != KEY_BYTES:
-            raise BadInput(f"{where}: found {text[:80]!r}, expected ed25519: and {KEY_BYTES} bytes in base64")
+            raise BadInput(f"{where}: found no base64 after ed25519:, {expected}") from error
+        if len(raw) != KEY_BYTES:
+            raise BadInput(f"{where}: found {len(raw)} bytes, {expected}")
         return cls(raw)
 
     @property
@@ -81,6 +84,14 @@ class PublicIdentity:
             Ed25519PublicKey.from_public_bytes(self.key).verify(signature, framed(tag, *fields))
         except (InvalidSignature, ValueError) as error:
             raise Refused(f"{tag}: found a signature that {self.fingerprint[:17]}… did not make") from error
+
+
+def _kind_of(text: str) -> str:
+    """What a text is that is no public key of ours, by its first line alone."""
+    first = text.strip().partition("\n")[0]
+    if not first.startswith("-----BEGIN"):
+        return "another text"
+    return "a private key" if "PRIVATE KEY" in first else "a PEM file"
 
 
 class Identity:

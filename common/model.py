@@ -144,15 +144,26 @@ class AdapterModel:
         named = {name: p.detach().cpu().float().numpy() for name, p in self.parameters.items()}
         return AdapterState.from_named(self.spec, named)
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the tokenizer may give and the network can read."""
+        backbone: Any = self.network.backbone
+        return int(min(len(self.tokenizer), backbone.get_input_embeddings().num_embeddings))
+
     @contextmanager
     def probed(self) -> Iterator[None]:
         """Values of our own for as long as this lasts: a coordinator's could hide how the network rounds."""
         before, values = self.state(), np.random.default_rng(0).normal(0, 0.05, self.spec.size)
+        projection = self.projection
         self.load(AdapterState(self.spec, values.astype(np.float32)))
+        if projection is not None:
+            self.projection = projection.stand_in()
         try:
             yield
         finally:
             self.load(before)
+            if projection is not None:
+                self.projection = projection
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(n, classes) or (n, length, vocabulary), under this model's precision."""

@@ -105,6 +105,24 @@ class Projection:
             hasher.update(np.ascontiguousarray(part.astype("<f4")).tobytes())
         return "sha256:" + hasher.hexdigest()
 
+    @property
+    def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Names and shapes of its parts."""
+        return tuple(sorted((name, part.shape) for name, part in self._parts().items()))
+
+    def stand_in(self) -> Projection:
+        """One of the same shapes with values of our own, of the size that a fit gives."""
+        rng = np.random.default_rng(0)
+
+        def affine(one: Affine) -> Affine:
+            matrix = rng.normal(0, len(one.matrix) ** -0.5, one.matrix.shape)
+            return Affine(matrix.astype(np.float32), rng.normal(0, 0.1, one.shift.shape).astype(np.float32))
+
+        if self.kernel is None:
+            return Projection(affine(self.whiten))
+        landmarks = _unit_rows(rng.normal(0, 1, self.kernel.landmarks.shape)).astype(np.float32)
+        return Projection(affine(self.whiten), Kernel(landmarks, 1.0, affine(self.kernel.affine)))
+
     def write(self, path: Path) -> None:
         write_atomically(path, bytes(save({n: np.ascontiguousarray(p) for n, p in self._parts().items()})))
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ from fedlora.common.state import HEAD_PREFIX, AdapterSpec, AdapterState, TensorS
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
 DESCRIPTION, SPEC = "fedlora.json", "spec.json"
 FILES = (CONFIG, WEIGHTS, HEAD, PROJECTION, DESCRIPTION, SPEC)
+PEFT_MODEL = "base_model.model."  # what PEFT puts before a name of the base's
+PEFT_HEADS = ["classifier", "score"]  # how the modules end that PEFT takes for a model's own head
+# What PEFT writes though it's neither null, false nor empty, and none of our networks has another value.
+PEFT_DEFAULTS = {
+    "bias": "none",
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "lora_dropout": 0.0,
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -63,9 +75,13 @@ class Description:
 
 def write_description(folder: Path, description: Description, spec: AdapterSpec) -> None:
     """fedlora.json and spec.json."""
-    table = asdict(description) | {"digest": description.digest}
-    (folder / DESCRIPTION).write_text(json.dumps(table, indent=2) + "\n")
+    (folder / DESCRIPTION).write_text(description_text(description))
     (folder / SPEC).write_text(json.dumps([[each.name, list(each.shape)] for each in spec.tensors]))
+
+
+def description_text(description: Description) -> str:
+    """What fedlora.json holds."""
+    return json.dumps(asdict(description) | {"digest": description.digest}, indent=2) + "\n"
 
 
 def read_released(folder: Path) -> tuple[Description, AdapterState]:
@@ -80,13 +96,10 @@ def read_state(folder: Path, spec: AdapterSpec, description: Description) -> Ada
     """The tensors of both files as one state; BadInput where they are not the ones described."""
     named: dict[str, npt.NDArray[np.float32]] = {}
     for path in (folder / WEIGHTS, folder / HEAD):
-        if path.is_file():
-            data = path.read_bytes()
-            check_safetensors_header(data, str(path))
-            try:
-                named.update({_spec_name(key): value for key, value in load(data).items()})
-            except Exception as error:  # the library raises several unrelated types
-                raise BadInput(f"{path}: found an unreadable safetensors file ({error})") from error
+        found = _read_tensors(path) if path.is_file() else {}
+        if twice := sorted(set(named) & set(found)):
+            raise BadInput(f"{path}: found a second {twice[0]}, expected each tensor in one file")
+        named.update(found)
     expected = {tensor.name for tensor in spec.tensors}
     frozen = {name for name in named if ".lora_A." in name and name not in expected}  # FFA: part of the base
     _check_frozen(folder, {name: named.pop(name) for name in frozen}, expected, description.seed)
@@ -121,7 +134,7 @@ def read_description(folder: Path) -> Description:
 
 
 def check_peft_config(folder: Path, description: Description) -> None:
-    """BadInput unless PEFT would build the network that is described here."""
+    """BadInput unless PEFT would build the network that is described here: every key counts, known to us or not."""
     path = folder / CONFIG
     if not path.is_file() or not (folder / WEIGHTS).is_file():
         raise BadInput(
@@ -129,20 +142,77 @@ def check_peft_config(folder: Path, description: Description) -> None:
         )
     refuse_code(path)
     table: dict[str, Any] = json.loads(path.read_bytes())
-    targets = table.get("target_modules")
-    for name, found, expected in (
-        ("peft_type", table.get("peft_type"), "LORA"),
-        ("r", table.get("r"), description.rank),
-        ("lora_alpha", table.get("lora_alpha"), description.alpha),
-        (
-            "target_modules",
-            sorted(map(str, targets)) if isinstance(targets, list) else targets,
-            [*description.targets],
-        ),
-        ("layers_to_transform", table.get("layers_to_transform") or [], [*description.layers]),
-    ):
-        if found != expected:
-            raise BadInput(f"{path} {name}: found {found!r}, expected {expected!r}")
+    _check_base_name(path, table.pop("base_model_name_or_path", None), description)
+    version = table.pop("peft_version", None)  # PEFT's before 0.18 wrote none
+    if version is not None and not (isinstance(version, str) and re.fullmatch(r"[\w.+@-]{1,80}", version)):
+        raise BadInput(f"{path} peft_version: found {_shown(version)}, expected a version")
+    expected = _described_config(description)
+    for name in sorted(expected.keys() | table.keys()):
+        decided, found = name in expected or name in PEFT_DEFAULTS, _in_order(table.get(name))
+        value = expected.get(name, PEFT_DEFAULTS.get(name))
+        if name not in table and name not in expected:
+            continue  # an older PEFT's, which has no such thing
+        if not (_same(found, value) if decided else _is_neutral(found)):
+            what = json.dumps(value) if decided else "null, false or empty"
+            raise BadInput(f"{path} {name}: found {_shown(found)}, expected {what}")
+
+
+def base_was_a_folder(folder: Path, description: Description) -> bool:
+    """Whether `description.base` is where the base lay, not a name of it: PEFT's file has its digest then."""
+    name = json.loads((folder / CONFIG).read_bytes()).get("base_model_name_or_path")
+    return bool(name == description.base_digest != description.base)
+
+
+def published(folder: Path, description: Description) -> Description:
+    """What a release says: a base that lay in a folder by that folder's name, for a path is nobody's business."""
+    if not base_was_a_folder(folder, description):
+        return description
+    return replace(description, base=Path(description.base).name.strip(".") or "base")
+
+
+def _described_config(description: Description) -> dict[str, Any]:
+    """What a description decides of PEFT's configuration, lists in order."""
+    own_head = description.task != "causal-lm" and description.pooling == "default"
+    ours = "CAUSAL_LM" if description.task == "causal-lm" else "FEATURE_EXTRACTION"
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if own_head else ours,
+        "r": description.rank,
+        "lora_alpha": description.alpha,
+        "target_modules": sorted(description.targets),
+        "layers_to_transform": sorted(description.layers) or None,
+        "modules_to_save": PEFT_HEADS if own_head else None,
+    }
+
+
+def _check_base_name(path: Path, found: Any, description: Description) -> None:
+    """PEFT's file names the base as the description does, or by its digest where that names a folder."""
+    if found not in (description.base, description.base_digest):
+        expected = f"{_shown(description.base)} or {description.base_digest}"
+        raise BadInput(f"{path} base_model_name_or_path: found {_shown(found)}, expected {expected}")
+
+
+def _in_order(found: Any) -> Any:
+    """Lists of names or numbers sorted: PEFT writes sets as they come."""
+    plain = isinstance(found, list) and {type(each) for each in found} in ({str}, {int})
+    return sorted(found) if plain else found
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """1 and 1.0 are, 1 and true are not."""
+    return bool(found == expected) and isinstance(found, bool) == isinstance(expected, bool)
+
+
+def _is_neutral(found: Any) -> bool:
+    return found is None or found is False or found in ([], {})
+
+
+def _shown(found: Any) -> str:
+    """A value from outside, in short; however deep it is."""
+    try:
+        return repr(found)[:80]
+    except RecursionError:
+        return type(found).__name__
 
 
 def read_projection(folder: Path, description: Description) -> Projection | None:
@@ -192,8 +262,30 @@ def _check_frozen(
             raise BadInput(f"{folder / WEIGHTS} {name}: found another frozen A than the seed gives")
 
 
-def _spec_name(saved: str) -> str:
-    """PEFT stores a model's own head under the module's name; a spec calls it `head.`."""
-    if saved.startswith(HEAD_PREFIX) or ".lora_" in saved:
+def _read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """By their names in a spec; BadInput where there is another tensor than PEFT, or we for a head, put there."""
+    data = path.read_bytes()
+    check_safetensors_header(data, str(path))
+    try:
+        found = load(data)
+    except Exception as error:  # the library raises several unrelated types
+        raise BadInput(f"{path}: found an unreadable safetensors file ({error})") from error
+    named: dict[str, npt.NDArray[np.float32]] = {}
+    for key, value in sorted(found.items()):
+        name = _spec_name(key, path)
+        if name in named:
+            raise BadInput(f"{path} {key}: found a second {name}, expected one")
+        named[name] = value
+    return named
+
+
+def _spec_name(saved: str, path: Path) -> str:
+    """A LoRA tensor has its name; PEFT stores a model's own head under the module's, and a spec calls it `head.`."""
+    if path.name == HEAD and saved.startswith(HEAD_PREFIX):
         return saved
-    return HEAD_PREFIX + ".".join(saved.split(".")[-2:])
+    if path.name == WEIGHTS and ".lora_" in saved:
+        return saved
+    own = saved.removeprefix(PEFT_MODEL)
+    if path.name == WEIGHTS and own != saved and own.split(".")[0].endswith(tuple(PEFT_HEADS)):
+        return HEAD_PREFIX + own
+    raise BadInput(f"{path} {saved}: found a tensor that is neither LoRA's nor the head's")

@@ -1,11 +1,13 @@
 """Batches in which what a record gives depends on that record alone, to the last bit.
 
 The clip bounds what a unit adds to a sum. That is worth nothing where its presence also moves what *others* add: a
-matrix product rounds by the shape of its batch, padding changes the order of sums, and an adapter that a coordinator
-chose can make such a rounding error as large as a gradient. So every private batch has a shape, (records, tokens):
+matrix product rounds by the shape of its batch, padding changes the order of sums, a batch in which nobody is padded
+goes through other code, and an adapter that a coordinator chose can make such a rounding error as large as a gradient.
+So every private batch has a shape, that of each of its records:
 
-    tokens    the record's own length, up to a multiple of its device's BUCKETS
-    records   fixed for that length; a batch is filled up with rows that are nobody's
+    tokens    more than the record's own length, up to a multiple of its device's BUCKETS, or the model's longest
+    full      whether the record is as long as that: it has company of its own kind only
+    records   fixed for these two; a batch is filled up with rows that are nobody's
 
 Then rows do not mix, and arithmetic is a function of a row's own values and of its place. That the place does not
 matter is seen by trying (`Shapes`): a record goes alone where it does.
@@ -13,7 +15,7 @@ matter is seen by trying (`Shapes`): a record goes alone where it does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +29,7 @@ BUCKETS = {
     "cuda": 32,
 }  # tokens; on a GPU a batch costs its launches, hardly what it holds: few are best
 Ints = npt.NDArray[np.int64]
-Records = Callable[[int], int]  # of a batch whose records are padded to so many tokens
+Records = Callable[[int, bool], int]  # of a batch, by its tokens and whether they are all the records' own
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Shape:
 
     records: int
     tokens: int
+    full: bool  # no row has padding; else each record has at least one token of it
 
 
 @dataclass(eq=False)
@@ -48,33 +51,41 @@ class Shapes:
         """`wanted`, or 1 where `alike`, which is tried once for each `kind`, says that rows differ by place."""
         if wanted <= 1:
             return 1
-        if kind not in self._alike:
-            self._alike[kind] = alike()
-        return wanted if self._alike[kind] else 1
+        key = (kind, torch.get_num_threads())  # a product is cut up among threads
+        if key not in self._alike:
+            self._alike[key] = alike()
+        return wanted if self._alike[key] else 1
 
 
 def padded(lengths: Ints, longest: int, device: str) -> Ints:
-    """Tokens that each length is filled up to: at most `longest`, what the model was built for, unless it is longer."""
+    """Tokens that each length is filled up to: more than it, but not more than `longest`, what the model is built for."""
     bucket = BUCKETS[device]
-    return np.minimum(-(-lengths // bucket) * bucket, np.maximum(lengths, longest))
+    return np.minimum((lengths // bucket + 1) * bucket, np.maximum(lengths, longest))
 
 
-def shaped(padded: Ints, records: Records) -> Iterator[tuple[Ints, Shape]]:
-    """Places of `padded` lengths, each once, the longest first, with the shape that each batch is filled to."""
-    for tokens in np.unique(padded)[::-1]:
-        places = np.flatnonzero(padded == tokens)
-        shape = Shape(records(int(tokens)), int(tokens))
+def shaped(lengths: Ints, padded: Ints, records: Records) -> Iterator[tuple[Ints, Shape]]:
+    """Places of `lengths`, each once, the longest first, with the shape that each batch is filled to."""
+    kinds = 2 * padded + (lengths == padded)
+    for kind in np.unique(kinds)[::-1]:
+        tokens, full = int(kind) // 2, bool(kind % 2)
+        places, shape = np.flatnonzero(kinds == kind), Shape(records(tokens, full), tokens, full)
         for start in range(0, len(places), shape.records):
             yield places[start : start + shape.records], shape
 
 
 def probes(shape: Shape, vocabulary: int) -> tuple[Encoded, Encoded]:
-    """One text of nobody's in every row; and once more in the first, beside others."""
-    others = np.random.default_rng(0).integers(0, vocabulary, (shape.records, shape.tokens)).astype(np.int32)
-    offsets = np.arange(shape.records + 1, dtype=np.int64) * shape.tokens
-    targets = np.zeros(shape.records, dtype=np.int64)
-    same = np.tile(others[0], shape.records)
-    return Encoded(same, offsets, targets, {}), Encoded(others.ravel(), offsets, targets, {})
+    """One text of nobody's in every row; and once more in the first, beside others, of other lengths where it is padded."""
+    rng, most = np.random.default_rng(0), shape.tokens - (not shape.full)
+    lengths = np.full(shape.records, most) if shape.full else rng.integers(1, most + 1, shape.records)
+    lengths[0] = most
+    texts = [rng.integers(0, vocabulary, length) for length in lengths]
+    return _encoded([texts[0]] * shape.records), _encoded(texts)
+
+
+def _encoded(texts: Sequence[Ints]) -> Encoded:
+    offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])]).astype(np.int64)
+    targets = np.zeros(len(texts), dtype=np.int64)
+    return Encoded(np.concatenate(texts).astype(np.int32), offsets, targets, {})
 
 
 def alike(same: Iterable[torch.Tensor], beside: Iterable[torch.Tensor]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_CEILING, Context
 from typing import Any
 
@@ -107,10 +107,13 @@ def secure_statement(manifest: RunManifest) -> list[str]:
     ]
 
 
-def secure_summary(manifest: RunManifest, sums: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def secure_summary(
+    manifest: RunManifest, sums: Sequence[Mapping[str, Any]], liars: Iterable[str] = ()
+) -> dict[str, Any] | None:
     """How a run was aggregated, from what was noted of each sum that was or may have been learnt.
 
-    A sum that did not count in the end is one of them. None where the run was not aggregated securely.
+    A sum that did not count in the end is one of them. `liars` were proven before there was a sum. None where the
+    run was not aggregated securely.
     """
     if manifest.secure is None:
         return None
@@ -124,7 +127,7 @@ def secure_summary(manifest: RunManifest, sums: Sequence[Mapping[str, Any]]) -> 
         "dropouts": {
             stage: sum(_lost(each, before, after) for each in sums) for stage, before, after in DROP_OUTS
         },
-        "liars": sorted({name for each in sums for name in each["liars"]}),
+        "liars": sorted({*liars, *(name for each in sums for name in each["liars"])}),
         "suspected": sorted({name for each in sums for name in each.get("suspected", ())}),
         "sums": len(sums),
         "bits": manifest.secure.bits,

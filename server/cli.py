@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
 from rich.console import Console
 
-from fedlora.common.errors import BadInput, FedloraError
+from fedlora.common.errors import BadInput, FedloraError, explained
 from fedlora.common.identity import PublicIdentity
 from fedlora.common.statement import shown_epsilon
+from fedlora.common.terminal import bear_any_letter, fault_lines, printable
+
+if TYPE_CHECKING:
+    from fedlora.server.directory import Directory
 
 app = typer.Typer(
     help="A federation's coordinator: it plans rounds, adds what institutions send, and signs what it releases.",
@@ -175,15 +179,27 @@ def verify(
 def run(
     config: Annotated[Path, typer.Argument(help="The run's configuration; see training.toml.")],
     dir_: Folder = HERE,
+    new: Annotated[
+        bool, typer.Option("--new", help="Also where the last run has not ended: it keeps what it reserved.")
+    ] = False,
 ) -> None:
     """Carry out a new run."""
-    _carry_out(dir_, config)
+    from fedlora.server import federation
+
+    _carry_out(dir_, lambda directory: federation.begin(directory, config, beside=new))
 
 
 @app.command()
-def resume(dir_: Folder = HERE) -> None:
-    """Go on with the last run from its last committed round, in a new Flower run."""
-    _carry_out(dir_, None)
+def resume(
+    dir_: Folder = HERE,
+    run_: Annotated[
+        int | None, typer.Option("--run", help="A run's number; the last one, if left out.")
+    ] = None,
+) -> None:
+    """Go on with a run from its last committed round, in a new Flower run."""
+    from fedlora.server.runs import find_run
+
+    _carry_out(dir_, lambda directory: find_run(directory, run_))
 
 
 @app.command()
@@ -200,19 +216,20 @@ def status(
 
 def main() -> None:
     """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
+    bear_any_letter()
     try:
         code = app(standalone_mode=False)
         if code == TYPER_INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except FedloraError as error:
-        for line in str(error).splitlines():
+        for line in fault_lines(error):
             errors.print(f"fedlora-server: {line}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        errors.print(f"fedlora-server: {where}{error.strerror or error}", markup=False, soft_wrap=True)
-        sys.exit(BadInput.exit_code)
+        line, code = explained(error)
+        errors.print(printable(f"fedlora-server: {line}"), markup=False, soft_wrap=True)
+        sys.exit(code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -221,20 +238,20 @@ def main() -> None:
         sys.exit(1)
 
 
-def _carry_out(folder: Path, config: Path | None) -> None:
+def _carry_out(folder: Path, chosen: Callable[[Directory], Path]) -> None:
     from fedlora.server import federation
     from fedlora.server.directory import Directory
 
     directory = Directory.open(folder)
     directory.check_certificate()  # before institutions are asked for anything
-    place = federation.last(directory) if config is None else federation.begin(directory, config)
+    place = chosen(directory)
     _say(f"{'run':12}{place}")
     with _ends_alike_on(signal.SIGTERM):
         try:
             summary = federation.carry_out(directory, place, _print_round, _say)
         except KeyboardInterrupt:
             errors.print(
-                f"\nstopped; what was committed stays, and this goes on: fedlora-server resume --dir {folder}",
+                f"\nstopped; what was committed stays, and this goes on: fedlora-server resume --dir {folder} --run {place.name}",
                 markup=False,
                 soft_wrap=True,
             )
@@ -292,7 +309,7 @@ def _warn_of_expiry(directory: Any) -> None:
 
 
 def _say(text: str) -> None:
-    console.print(text, markup=False)
+    console.print(printable(text), markup=False)
 
 
 if __name__ == "__main__":

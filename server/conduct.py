@@ -32,7 +32,7 @@ from fedlora.common.statement import (
 from fedlora.server.checkpoint import Checkpoint, Progress
 from fedlora.server.public import PublicSide
 from fedlora.server.rounds import Cohort, RoundRecord, Rules, run_rounds
-from fedlora.server.secure_log import sums_of
+from fedlora.server.secure_log import liars_in, sums_of
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 
 Observe = Callable[[int, Mapping[str, float | None]], None]  # a round's number, and what a person watches
@@ -215,7 +215,7 @@ def _summary(
         "strategy": manifest.strategy,
         "engine": run.engine,
         "secure_aggregation": manifest.secure is not None,
-        "secure": secure_summary(manifest, sums_of(run.folder)),
+        "secure": secure_summary(manifest, sums_of(run.folder), liars_in(run.folder)),
         "base_digest": manifest.base_digest,
         "adapter_digest": progress.released.digest,
         "attention": public.compute.attention,

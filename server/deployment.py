@@ -53,6 +53,7 @@ from fedlora.server.public import PublicSide, read_public
 from fedlora.server.rounds import Cohort, CohortSum, Failure
 from fedlora.server.secure_cohort import SecureCohort
 from fedlora.server.secure_log import liars_in, note_in
+from fedlora.server.seen_keys import SeenKeys
 
 QUICK = 30.0  # seconds at most for a stage in which nobody trains, and
 PARTS = {OFFER: 0.25, DEAL: 0.25, CONFIRM: 0.5, OPEN: 1.0}  # of what is left of the attempt's deadline
@@ -197,6 +198,7 @@ class MaskedCohort:
             lambda asked: who.needed(asked + self._declined),
             note_in(who.folder),
             liars_in(who.folder),
+            SeenKeys(who.folder),
         )
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:

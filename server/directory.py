@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from fedlora.common.enrolment import Invitation, invitation_to_text
+from fedlora.common.enrolment import FEDERATION, Invitation, invitation_to_text
 from fedlora.common.errors import BadInput
 from fedlora.common.files import sync_folder, write_atomically
 from fedlora.common.identity import Identity
@@ -73,7 +73,7 @@ class Settings:
 
     federation: str = field(
         default="",
-        metadata={"rule": Pattern(r"[a-z0-9][a-z0-9.-]{0,62}", "lower-case letters, digits, '.', '-'")},
+        metadata={"rule": Pattern(FEDERATION.pattern, "lower-case letters, digits, '.', '-'")},
     )
     address: Address = field(default_factory=Address)
     superlink: SuperLinkPort = field(default_factory=SuperLinkPort)

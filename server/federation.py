@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,56 @@ from fedlora.common.config import Config, config_to_toml, load_config
 from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
 from fedlora.common.files import write_atomically
 from fedlora.server.directory import Directory
-from fedlora.server.outcome import OUTCOME, appoint, outcome_path
+from fedlora.server.outcome import OUTCOME, appoint, is_held, outcome_path, read_outcome
 from fedlora.server.participants import WAITING
 from fedlora.server.runs import read_summary
-from fedlora.server.superlink import SuperLink
+from fedlora.server.superlink import START_SECONDS, SuperLink
 
 LOOK = 0.5  # seconds between two looks at a run's files
 ASK_FLOWER = 10.0  # seconds between two questions to Flower whether the run still lives
+PATIENCE = 3  # questions in a row that Flower may leave without an answer, while it listens
 
 Watch = Callable[[Mapping[str, Any]], None]  # one line of metrics.jsonl
 Tell = Callable[[str], None]  # whom a run waits for
 
 
-def begin(directory: Directory, config: Path) -> Path:
-    """The folder of a new run, with its configuration; BadInput lists what is wrong with it, and nothing is made."""
+def begin(directory: Directory, config: Path, beside: bool = False) -> Path:
+    """The folder of a new run, with its configuration; BadInput lists what is wrong with it, and nothing is made.
+
+    Refused where the last run has not ended, unless the new one is begun `beside` it.
+    """
+    _check_last(directory, beside)
     settings = load_config(config)
     if faults := _faults(settings):
         raise BadInput(faults)
     check_base(resolve_base(settings.model.base))
     _check_members(directory, settings)
     folder = directory.new_run()
-    write_atomically(folder / "config.toml", config_to_toml(settings).encode())
+    write_atomically(folder / "config.toml", config_to_toml(_from_anywhere(settings)).encode())
     return folder
+
+
+def _check_last(directory: Directory, beside: bool) -> None:
+    """Refused where a run goes on, or has what institutions reserved for it and could still go on."""
+    for folder in directory.runs():
+        if is_held(folder):
+            raise Refused(f"{folder}: found a process that carries this run out, expected its end first")
+    for folder in directory.runs()[-1:]:
+        reserved, outcome = any((folder / "consents").glob("*.reply")), read_outcome(folder)
+        ended = outcome is not None and outcome.code in (0, Refused.exit_code)
+        if reserved and not ended and not beside:
+            raise Refused(
+                f"{folder}: found a run that has not ended; fedlora-server resume goes on with it, and run --new "
+                f"begins another, which is charged anew"
+            )
+
+
+def _from_anywhere(config: Config) -> Config:
+    """With whole paths: `resume` may be started in another folder than `run`."""
+    validation, test = (str(Path(str(each)).resolve()) for each in (config.data.validation, config.data.test))
+    base = config.model.base
+    model = replace(config.model, base=str(Path(base).resolve())) if Path(base).is_dir() else config.model
+    return replace(config, data=replace(config.data, validation=validation, test=test), model=model)
 
 
 def _faults(config: Config) -> list[str]:
@@ -72,14 +101,6 @@ def _check_members(directory: Directory, config: Config) -> None:
         )
 
 
-def last(directory: Directory) -> Path:
-    """The folder of the run that `resume` goes on with."""
-    runs = directory.runs()
-    if not runs:
-        raise BadInput(f"{directory.root}: found no run to resume")
-    return runs[-1]
-
-
 def carry_out(
     directory: Directory, folder: Path, watch: Watch, tell: Tell = lambda text: None
 ) -> dict[str, Any]:
@@ -88,7 +109,8 @@ def carry_out(
     for name in (OUTCOME, WAITING):
         (folder / name).unlink(missing_ok=True)
     with SuperLink(directory.superlink_files(), directory.port) as link:
-        admit(directory, link)
+        for fault in admit(directory, link):
+            tell(fault)
         token = appoint(folder)
         run = link.start_run({"directory": str(directory.root), "run": str(folder), "token": token})
         with _stopped_on_interrupt(link, run):
@@ -98,18 +120,56 @@ def carry_out(
     return read_summary(folder)
 
 
-def admit(directory: Directory, link: SuperLink) -> None:
-    """Register active members' nodes with SuperLink, and let revoked ones in no more."""
-    registered, wanted = dict(directory.registered()), directory.flower_keys()
+def admit(directory: Directory, link: SuperLink) -> list[str]:
+    """Register active members' nodes with SuperLink, and let revoked ones in no more.
+
+    What does not work with one member is no reason to stop for the others: it is returned, a line each.
+    """
+    registered, wanted, faults = dict(directory.registered()), directory.flower_keys(), []
     for name, (node, key) in list(registered.items()):
         if wanted.get(name) != key:
             link.unregister(node)
             del registered[name]
             directory.write_registered(registered)
     for name, key in wanted.items():
-        if name not in registered:
-            registered[name] = (link.register(name, key), key)
-            directory.write_registered(registered)
+        if name in registered:
+            continue
+        try:
+            node = link.register(name, key, {known for known, _ in registered.values()})
+        except FedloraError as error:
+            faults.append(f"{name}: SuperLink does not take its node: {error}")
+            continue
+        registered[name] = (node, key)
+        directory.write_registered(registered)
+    return faults
+
+
+@dataclass(eq=False)
+class _Vigil:
+    """Asks Flower now and then whether a run still lives."""
+
+    link: SuperLink
+    run: str
+    began: float = field(default_factory=time.monotonic)
+    unanswered: int = 0  # questions in a row
+
+    def ended(self) -> str:
+        """Why Flower does not go on with the run; empty where it does. FedloraError where it can't be asked."""
+        try:
+            status, details = self.link.run_status(self.run)
+        except FedloraError:
+            self.unanswered += 1
+            if self.unanswered == PATIENCE or not self.link.listens():
+                raise
+            return ""
+        self.unanswered = 0
+        if status.startswith("finished"):
+            return f"{status} ({details})"
+        late = time.monotonic() - self.began > START_SECONDS
+        if status == "pending" and (late or self.link.lost()):
+            log = self.link.lost() or "superexec.log, of whoever started SuperLink,"
+            return f"no executor has taken it; {log} says why"
+        return ""
 
 
 def _followed(
@@ -117,14 +177,17 @@ def _followed(
 ) -> dict[str, Any]:
     """How the run ended, as its process left it; what Flower says where that process left nothing."""
     metrics, seen, ending = folder / "metrics.jsonl", 0, outcome_path(folder, token)
-    asked, said = time.monotonic(), ""
+    asked, said, vigil, faults = time.monotonic(), "", _Vigil(link, run), list[str]()
     while not ending.exists():
         seen, said = _watched(metrics, seen, watch), _told(folder / WAITING, said, tell)
         if time.monotonic() - asked > ASK_FLOWER:
-            status, details = link.run_status(run)
-            if status.startswith("finished") and not ending.exists():
-                return {"code": 1, "message": f"Flower run {run}: {status} ({details}); resume goes on"}
-            admit(directory, link)  # a revocation or a new member counts while the run goes on
+            why = vigil.ended()
+            if why and not ending.exists():
+                return {"code": 1, "message": f"Flower run {run}: {why}; resume goes on"}
+            # a revocation or a new member counts while the run goes on
+            before, faults = faults, admit(directory, link)
+            for fault in set(faults) - set(before):
+                tell(fault)
             asked = time.monotonic()
         time.sleep(LOOK)
     _watched(metrics, seen, watch)

@@ -12,12 +12,13 @@ import logging
 import os
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora.common.errors import FedloraError
+from fedlora.common import locks
+from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ log = logging.getLogger(__name__)
 OUTCOME = "outcome.json"  # of the last process that somebody waited for
 APPOINTED = "appointed"
 LOCK = "lock"
-LOCK_TRIES, PAUSE = 60, 1.0  # looks at a run that another process still holds, and seconds between two looks
+LOCK_SECONDS = 60.0  # for a process that another one was appointed for to end
+PAUSE = 1.0  # seconds between two looks at who is appointed
 SUPERSEDED = 75  # exit status of a process that another one replaced
 
 
@@ -39,6 +41,26 @@ def appoint(folder: Path) -> str:
 def outcome_path(folder: Path, token: str) -> Path:
     """Where the process that was started with `token` leaves its ending."""
     return folder / f"outcome-{token}.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run's process ended: the exit code, and one line to a fault."""
+
+    code: int
+    message: str
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """Of the last process that somebody waited for to its end; BadInput where the file is no outcome."""
+    path = folder / OUTCOME
+    if not path.exists():
+        return None
+    try:
+        table = json.loads(path.read_bytes())
+        return Outcome(int(table["code"]), str(table["message"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: found no outcome of a run") from error
 
 
 def outcome_of(work: Callable[[], object], folder: Path, token: str) -> None:
@@ -75,7 +97,7 @@ def _only_while_appointed(folder: Path, token: str) -> Iterator[None]:
 
     def watch() -> None:
         while not done.wait(PAUSE):
-            if (folder / APPOINTED).read_text() != token:
+            if _superseded(folder / APPOINTED, token):
                 log.warning("%s: another process was appointed; this one ends", folder)
                 os._exit(SUPERSEDED)
 
@@ -88,16 +110,17 @@ def _only_while_appointed(folder: Path, token: str) -> Iterator[None]:
         watcher.join()
 
 
-@contextmanager
-def _only_process(folder: Path) -> Iterator[None]:
+def _superseded(path: Path, token: str) -> bool:
+    """Whether another process is appointed, or the run is gone; where the file can't be read, the next look tells."""
+    try:
+        return path.read_bytes() != token.encode()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def _only_process(folder: Path) -> AbstractContextManager[None]:
     """The run's own lock; FedloraError where another process does not give it up."""
-    with (folder / LOCK).open("a") as lock:
-        for _ in range(LOCK_TRIES):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(PAUSE)
-        else:
-            raise FedloraError(f"{folder}: found another process that carries this run out, expected none")
-        yield
+    held = FedloraError(f"{folder}: found another process that carries this run out, expected none")
+    return locks.exclusive(folder / LOCK, held, LOCK_SECONDS)

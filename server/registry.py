@@ -8,17 +8,17 @@ a number that is kept in a second place, so that an older copy, in which a revok
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedlora.common import locks
 from fedlora.common.enrolment import EnrolmentRequest, folded, request_from_text
-from fedlora.common.errors import BadInput, Refused
+from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.identity import Identity, PublicIdentity
 from fedlora.common.rotation import rotation_from_text
@@ -164,12 +164,13 @@ class Registry:
         write_atomically(self._path, text.encode())
         write_atomically(self._revision, f"{revision}\n".encode())
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> AbstractContextManager[None]:
         """Two operators at once change it one after the other."""
-        with self._path.with_suffix(".lock").open("w") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
+        lock = self._path.with_suffix(".lock")
+        held = FedloraError(
+            f"{lock}: found it held by another process for {locks.SECONDS:g} s, expected it free; nothing was changed"
+        )
+        return locks.exclusive(lock, held, locks.SECONDS)
 
 
 def _entry(request: EnrolmentRequest, text: str) -> Member:

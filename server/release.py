@@ -29,16 +29,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedlora.common.enrolment import FEDERATION
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.files import sync_folder, write_atomically
 from fedlora.common.identity import Identity, PublicIdentity
 from fedlora.common.messages import MAX_MESSAGE_BYTES, RunManifest
 from fedlora.common.protocol import Consent, reply_from_bytes
+from fedlora.common.released import DESCRIPTION, Description, description_text, published, read_released
 from fedlora.common.released import FILES as ADAPTER_FILES
-from fedlora.common.released import Description, read_released
 from fedlora.common.sealed import MAX_TEXT_BYTES, Sealed, seal, unseal
 from fedlora.common.state import AdapterState
 from fedlora.common.statement import shown_epsilon
+from fedlora.common.terminal import fault_lines
 from fedlora.server.card import model_card, shown_figures
 from fedlora.server.statements import Statement, consent_faults, read_statement, statement_text
 
@@ -102,13 +104,27 @@ def export(folder: Path, coordinator: Identity, release: Release, adapter: Path)
 
 
 def verify(folder: Path, key: PublicIdentity | None = None) -> list[str]:
-    """What was checked, a line each, offline; Refused or BadInput names the first file that is not as it was signed."""
+    """What was checked, a line each, offline; Refused or BadInput names the first file that is not as it was signed.
+
+    Neither these lines nor a fault's can hold more than they seem to: whoever made the folder wrote what they name.
+    """
+    try:
+        return _verified(folder, key)
+    except BadInput as error:
+        raise BadInput(fault_lines(error)) from error
+    except Refused as error:
+        raise Refused("; ".join(fault_lines(error))) from error
+
+
+def _verified(folder: Path, key: PublicIdentity | None) -> list[str]:
     index = _sealed(folder, INDEX, RELEASE_TAG, key)
     expected = _index(index.body)
     _check_files(folder, expected)
     signer = index.signer
     body = _sealed(folder, MANIFEST, RELEASE_MANIFEST_TAG, signer).body
     manifest = RunManifest.from_bytes(json.dumps(body).encode())
+    if not FEDERATION.fullmatch(manifest.federation):
+        raise BadInput(f"{MANIFEST} federation: found {manifest.federation[:80]!r}, expected a short name")
     institutions = _institutions(_sealed(folder, MEMBERS, EXPORT_MEMBERS_TAG, signer).body)
     statements = _statements(folder, manifest, institutions, expected)
     reports = _reports(folder, institutions, expected)
@@ -129,7 +145,10 @@ def verify(folder: Path, key: PublicIdentity | None = None) -> list[str]:
 
 
 def _fill(folder: Path, coordinator: Identity, release: Release, adapter: Path) -> None:
-    shutil.copytree(adapter, folder / ADAPTER, symlinks=True)  # a link is refused, not followed
+    shutil.copytree(adapter, folder / ADAPTER, symlinks=True)
+    _files(folder)  # a link is refused, not followed
+    told = published(folder / ADAPTER, _read_adapter(folder)[0])
+    _write(folder / ADAPTER / DESCRIPTION, description_text(told))
     for name in (STATEMENTS, *([REPORTS] if release.reports else [])):
         (folder / name).mkdir()
     if unknown := sorted({*release.statements, *release.reports} - set(release.institutions)):

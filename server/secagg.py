@@ -30,6 +30,7 @@ from fedlora.common.secagg.wire import (
     Opening,
     Slot,
 )
+from fedlora.server.seen_keys import SeenKeys
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ class ServerEpoch:
         epoch: Epoch,
         identities: Mapping[str, PublicIdentity],
         minimum: int,
-        seen: set[bytes] | None = None,
+        seen: SeenKeys | None = None,
         colluders: int = 1,
     ) -> None:
         self._epoch, self._identities = epoch, dict(identities)
         self._minimum = max(minimum, cohort.SMALLEST_COHORT)
-        self._seen, self._colluders = set() if seen is None else seen, colluders
+        self._seen, self._colluders = SeenKeys() if seen is None else seen, colluders
         self._offers: dict[str, KeyOffer] = {}
         self._cohort = b""
         self._deals: dict[str, Deal] = {}
@@ -100,8 +101,7 @@ class ServerEpoch:
             raise Refused(f"keys: found a second offer of {offer.name}")
         cohort.check_offer(offer, _identity(self._identities, offer.name), self._epoch)
         cohort.check_distinct_keys([*self._offers.values(), offer])
-        if self._seen & {offer.share_key, *offer.mask_keys}:
-            raise Refused(f"keys of {offer.name}: found one of an earlier epoch, expected fresh ones")
+        self._seen.check(offer)
         self._offers[offer.name] = offer
         return offer.name
 
@@ -112,7 +112,7 @@ class ServerEpoch:
         if len(self._offers) < self._minimum:
             raise QuorumLost(f"keys: {len(self._offers)} nodes offered, expected at least {self._minimum}")
         self._offers = dict(sorted(list(self._offers.items())[: self._bearing()]))
-        self._seen.update(*((each.share_key, *each.mask_keys) for each in self._offers.values()))
+        self._seen.add(self._offers.values())
         known = [self._identities[name].key for name in self._offers]
         self._cohort = cohort.cohort_digest(known, self._epoch, list(self._offers.values()))
         return wire.cohort_to_bytes([offer.to_bytes() for offer in self._offers.values()])

@@ -30,6 +30,7 @@ from fedlora.common.state import AdapterState
 from fedlora.server.bound import update_bound
 from fedlora.server.rounds import CohortSum, Failure, SecureRecord
 from fedlora.server.secagg import Listed, SecureSum, ServerAttempt, ServerEpoch
+from fedlora.server.seen_keys import SeenKeys
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ class SecureCohort:
     """Asks `choose(plan)` and gives the sum of their updates; single updates it can't give.
 
     `members` are the identities that count, read anew for each attempt. `needed` says how many of those asked must
-    be in a sum that counts: a smaller one is not unmasked. `note` keeps what is about to be learnt, `liars` are
-    known from before a restart.
+    be in a sum that counts: a smaller one is not unmasked. `note` keeps what is about to be learnt; `liars` and
+    `seen` keys are known from before a restart.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class SecureCohort:
         needed: Callable[[int], int] = lambda asked: 1,
         note: Callable[[SecureRecord], None] = lambda record: None,
         liars: Iterable[str] = (),
+        seen: SeenKeys | None = None,
     ) -> None:
         if manifest.secure is None:
             raise BadInput("manifest secure: found none, expected the terms of secure aggregation")
@@ -76,7 +78,7 @@ class SecureCohort:
         self._members, self._exchange, self._choose = members, exchange, choose
         self._needed, self._note = needed, note
         self._epoch: _EpochInUse | None = None
-        self._seen_keys: set[bytes] = set()
+        self._seen = SeenKeys() if seen is None else seen
         self._liars = set(liars)  # proven by their signatures: left out of later epochs
         self._suspected: set[str] = set()  # left out of later epochs where enough others are there
 
@@ -116,11 +118,12 @@ class SecureCohort:
         # Numbered by its first attempt: above every epoch that nodes remember, whatever was restarted.
         epoch = Epoch(manifest.federation, manifest.digest, plan.attempt, plan.attempt, count)
         smallest = max(manifest.minimum_cohort, needed)
-        server = ServerEpoch(epoch, members, smallest, self._seen_keys, self._terms.max_colluders)
+        server = ServerEpoch(epoch, members, smallest, self._seen, self._terms.max_colluders)
         request = requests.epoch_to_bytes(epoch)
-        for liar in sorted(self._liars & set(asked)):
+        liars = self._liars | self._seen.liars
+        for liar in sorted(liars & set(asked)):
             failures.add(Failure(liar, "left out: it signed a lie in an earlier attempt of this run"))
-        others = self._heard([name for name in asked if name not in self._liars], smallest, failures)
+        others = self._heard([name for name in asked if name not in liars], smallest, failures)
         here = self._collect(OFFER, dict.fromkeys(others, request), plan, state, server.add_offer, failures)
         cohort_list = server.close_offers()
         for name in sorted(set(here) - set(server.members)):

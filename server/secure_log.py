@@ -20,6 +20,7 @@ from fedlora.server.rounds import SecureRecord
 log = logging.getLogger(__name__)
 
 SUMS = "sums.jsonl"
+KEYS = "keys.jsonl"  # `server.seen_keys`
 UNLIMITED = 1 << 62
 
 
@@ -33,18 +34,21 @@ def note_in(folder: Path) -> Callable[[SecureRecord], None]:
 
 
 def liars_in(folder: Path) -> set[str]:
-    """Who was proven to lie in this run."""
-    return {str(name) for each in sums_of(folder) for name in each["liars"]}
+    """Who was proven to lie in this run: by what it opened or dealt, or by a key that it signed for two epochs."""
+    by_keys = {str(each["liar"]) for each in tables_of(folder / KEYS) if "liar" in each}
+    return by_keys | {str(name) for each in sums_of(folder) for name in each["liars"]}
 
 
 def sums_of(folder: Path) -> list[Mapping[str, Any]]:
-    """The last line of each attempt, in order. BadInput for a line that a kill did not cut short and that is none.
+    """The last line of each attempt, in order; of one that was cut short the masks were not asked for, or another is."""
+    found = {int(each["attempt"]): each for each in tables_of(folder / SUMS)}
+    return [found[attempt] for attempt in sorted(found)]
 
-    What was cut short is said in the log: the masks of that attempt were not asked for, or it has a line before.
-    """
-    path = folder / SUMS
+
+def tables_of(path: Path) -> list[Mapping[str, Any]]:
+    """A log's lines; BadInput for one that a kill did not cut short and that is none. The log counts what was cut."""
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    found: dict[int, Mapping[str, Any]] = {}
+    found: list[Mapping[str, Any]] = []
     cut_short = 0
     for number, line in enumerate(lines, 1):
         try:
@@ -55,7 +59,7 @@ def sums_of(folder: Path) -> list[Mapping[str, Any]]:
         if table is not None and not isinstance(table, dict):
             raise BadInput(f"{path} line {number}: found {str(table)[:40]}, expected a table")
         if table is not None:
-            found[int(table["attempt"])] = table
+            found.append(table)
     if cut_short:
         log.warning("%s: found %d lines that can't be read, and counted the others", path, cut_short)
-    return [found[attempt] for attempt in sorted(found)]
+    return found

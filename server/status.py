@@ -17,9 +17,10 @@ from rich.text import Text
 from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.protocol import Consent, reply_from_bytes
 from fedlora.common.statement import shown_epsilon
+from fedlora.common.terminal import printable
 from fedlora.server.checkpoint import standing
 from fedlora.server.directory import Directory
-from fedlora.server.outcome import OUTCOME, is_held
+from fedlora.server.outcome import OUTCOME, is_held, read_outcome
 from fedlora.server.registry import Member
 
 LAST = 8  # rounds shown
@@ -58,15 +59,10 @@ def _progress(folder: Path) -> str:
 def _state(directory: Directory, folder: Path) -> str:
     if is_held(folder):
         return "running"
-    path = folder / OUTCOME
-    if not path.exists():
+    outcome = read_outcome(folder)
+    if outcome is None:
         return f"stopped; fedlora-server resume --dir {directory.root}"
-    try:
-        outcome = json.loads(path.read_bytes())
-        code, message = int(outcome["code"]), str(outcome["message"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path}: found no outcome of a run") from error
-    return f"ended with {code}: {message}" if code else "done"
+    return f"ended with {outcome.code}: {outcome.message}" if outcome.code else "done"
 
 
 def _members(directory: Directory, folder: Path) -> Table:
@@ -82,10 +78,10 @@ def _members(directory: Directory, folder: Path) -> Table:
         ]
         declined = folder / "consents" / f"{name}.declined"
         last = f"{failed[-1][0]}: {failed[-1][1]}" if failed else ""
-        last = f"declines: {declined.read_text()}" if declined.is_file() else last
+        last = f"declines: {declined.read_text(errors='replace')}" if declined.is_file() else last
         state = entries[-1].reason or "member"
         cells = (name, state, epsilon, str(answered[-1]) if answered else "", last)
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
 
@@ -127,11 +123,19 @@ def _rounds(folder: Path) -> Table:
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The rounds so far; a last line without an end is half written."""
+    path, found = folder / "metrics.jsonl", []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
         try:
-            found.append(json.loads(line))
-        except ValueError:
-            break  # half written
+            found.append(_checked(json.loads(line)))
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+            raise BadInput(f"{path} line {number}: found no figures of a round") from error
     return found
+
+
+def _checked(line: dict[str, Any]) -> dict[str, Any]:
+    """What is shown of a line, each as the round loop writes it; an error where something is missing or another."""
+    counts = {name: int(line[name]) for name in ("round", "attempt", "replies", "asked")}
+    figures = {name: float(line[name]) for name in ("accuracy", "epsilon") if line.get(name) is not None}
+    failures = [(str(who), str(reason)) for who, reason in line["failures"]]
+    return {**counts, **figures, "seconds": float(line["seconds"]), "failures": failures}

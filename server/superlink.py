@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,9 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 CONNECTION = "coordinator"  # Flower's name for its own SuperLink
+KEY_IN_USE, NOT_FOUND = "Public key already in use", "Node ID not found"  # as Flower says it
+UNREGISTERED = "unregistered"
+LOGS = ("superlink.log", "superexec.log")
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
 FLWR_SECONDS = 120.0
@@ -95,9 +98,9 @@ class SuperLink:
             log.info("attached to the SuperLink on port %d", self.port)
             return self
         try:
-            self._start(self.superlink_command(), "superlink.log")
+            self._start(self.superlink_command(), LOGS[0])
             self._wait_until_it_listens()
-            self._start(self.superexec_command(), "superexec.log")
+            self._start(self.superexec_command(), LOGS[1])
         except BaseException:
             self.stop()
             raise
@@ -130,16 +133,38 @@ class SuperLink:
             *("--superexec-auth-secret-file", str(self.files.secret)),
         ]
 
-    def register(self, name: str, public_key: str) -> int:
-        """Flower's number for a node with this OpenSSH public key; registered once."""
+    def register(self, name: str, public_key: str, known: Set[int]) -> int:
+        """Flower's number for a node with this OpenSSH public key; registered once.
+
+        A kill may have come before its number was noted: then it is the one node beside those `known`.
+        """
         path = self.files.state / "keys" / f"{name}.pub"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (public_key + "\n").encode())
-        return int(self._flwr("supernode", "register", str(path), CONNECTION, "--name", name)["node-id"])
+        try:
+            return int(self._flwr("supernode", "register", str(path), CONNECTION, "--name", name)["node-id"])
+        except FedloraError as error:
+            if KEY_IN_USE not in str(error):
+                raise
+        return self._not_noted(known)
+
+    def _not_noted(self, known: Set[int]) -> int:
+        nodes = self._flwr("supernode", "list", CONNECTION)["nodes"]
+        found = {int(node["node-id"]) for node in nodes if node["status"] != UNREGISTERED} - known
+        if len(found) != 1:
+            raise FedloraError(
+                f"SuperLink: found {len(found)} nodes that {self.files.state / 'nodes.json'} does not have, expected one; "
+                f"stop SuperLink and remove that file and superlink.db: all nodes are then registered anew"
+            )
+        return found.pop()
 
     def unregister(self, node: int) -> None:
-        """The node is let in no more."""
-        self._flwr("supernode", "unregister", str(node), CONNECTION)
+        """The node is let in no more; done, where it is not there."""
+        try:
+            self._flwr("supernode", "unregister", str(node), CONNECTION)
+        except FedloraError as error:
+            if NOT_FOUND not in str(error):
+                raise
 
     def start_run(self, settings: Mapping[str, str]) -> str:
         """Flower's number of a new run of the bundle."""
@@ -152,6 +177,16 @@ class SuperLink:
         if not found:
             raise FedloraError(f"flwr ls: found no run {run}, expected the one that was started")
         return str(found[0]["status"]), str(found[0].get("status-details", ""))
+
+    def listens(self) -> bool:
+        """Whether something answers on the port."""
+        return _listens(self.port)
+
+    def lost(self) -> str:
+        """The log of a process that was started here and has ended; empty where all live."""
+        ended = [process.poll() is not None for process in self._processes]
+        logs = [str(self.files.state / name) for name in LOGS]
+        return next((log for log, gone in zip(logs, ended, strict=False) if gone), "")
 
     def stop_run(self, run: str) -> None:
         with suppress(FedloraError):
@@ -199,7 +234,7 @@ class SuperLink:
         end = time.monotonic() + START_SECONDS
         while not _listens(self.port):
             if self._processes[-1].poll() is not None or time.monotonic() > end:
-                raise FedloraError(f"SuperLink did not start: {self.files.state / 'superlink.log'} says why")
+                raise FedloraError(f"SuperLink did not start: {self.files.state / LOGS[0]} says why")
             time.sleep(0.1)
 
     def _environment(self) -> dict[str, str]:

@@ -14,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.common.errors import BadInput, FedloraError
+from fedlora.common.errors import BadInput, FedloraError, explained
 from fedlora.common.statement import shown_epsilon
+from fedlora.common.terminal import bear_any_letter, fault_lines
 
 app = typer.Typer(
     help="Private federated fine-tuning of LoRA adapters, simulated on one machine.",
@@ -137,13 +138,14 @@ def packaged_config(path: Path) -> Path:
 
 def main() -> None:
     """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
+    bear_any_letter()
     try:
         code = app(standalone_mode=False)
         if code == TYPER_INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except FedloraError as error:
-        for line in str(error).splitlines():
+        for line in fault_lines(error):
             errors.print(f"fedlora-sim: {line}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
@@ -153,8 +155,9 @@ def main() -> None:
         errors.print(f"\n{_stopped(sys.argv[1:])}", markup=False)
         sys.exit(1)
     except OSError as error:
-        errors.print(f"fedlora-sim: {error.filename}: {error.strerror}", markup=False, soft_wrap=True)
-        sys.exit(2)
+        line, code = explained(error)
+        errors.print(f"fedlora-sim: {line}", markup=False, soft_wrap=True)
+        sys.exit(code)
 
 
 def _stopped(words: list[str]) -> str:

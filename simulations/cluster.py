@@ -64,7 +64,8 @@ from fedlora.server.checkpoint import Progress
 from fedlora.server.conduct import Observe, has_result, to_its_end
 from fedlora.server.rounds import Cohort, replies_needed
 from fedlora.server.secure_cohort import SecureCohort
-from fedlora.server.secure_log import note_in
+from fedlora.server.secure_log import liars_in, note_in
+from fedlora.server.seen_keys import SeenKeys
 from fedlora.simulations.cli import packaged_config
 from fedlora.simulations.corpus import generate, write
 from fedlora.simulations.engine import choose_clients
@@ -224,7 +225,9 @@ def _cohort(grid: Grid, run: Run, clock: Clock) -> Cohort:
     def needed(asked: int) -> int:
         return replies_needed(asked, quorum, minimum)
 
-    return SecureCohort(run.manifest, keeper.identities, exchange, choose, needed, note_in(run.paths.folder))
+    folder = run.paths.folder
+    kept = (note_in(folder), liars_in(folder), SeenKeys(folder))
+    return SecureCohort(run.manifest, keeper.identities, exchange, choose, needed, *kept)
 
 
 @dataclass(frozen=True)

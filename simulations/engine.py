@@ -20,7 +20,8 @@ from fedlora.common.randomness import OsRandom, Random, SeededRandom
 from fedlora.common.state import AdapterState
 from fedlora.server.rounds import CohortSum, Failure, participants, replies_needed
 from fedlora.server.secure_cohort import SecureCohort
-from fedlora.server.secure_log import note_in
+from fedlora.server.secure_log import liars_in, note_in
+from fedlora.server.seen_keys import SeenKeys
 from fedlora.simulations.federation import Federation, client_name
 from fedlora.simulations.secure import Institutions
 
@@ -90,7 +91,8 @@ def secure_cohort(
     def needed(asked: int) -> int:
         return replies_needed(asked, federation.config.federation.quorum, manifest.minimum_cohort)
 
-    return SecureCohort(manifest, lambda: identities, institutions, choose, needed, note_in(folder))
+    kept = (note_in(folder), liars_in(folder), SeenKeys(folder))
+    return SecureCohort(manifest, lambda: identities, institutions, choose, needed, *kept)
 
 
 def choose_clients(manifest: RunManifest, federation: Federation, plan: RoundPlan) -> list[int]:

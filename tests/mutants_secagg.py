@@ -39,6 +39,7 @@ class Mutant:
 
 
 COHORT, NODE, SERVER = "common/secagg/cohort.py", "client/secagg.py", "server/secagg.py"
+SEEN = "server/seen_keys.py"
 TRAINER, VERDICTS = "client/secure_trainer.py", "client/verdicts.py"
 SKELLAM, PRIVACY = "common/skellam.py", "common/privacy.py"
 MANIFEST, RUNS, WIRE = "server/manifest.py", "client/secure_runs.py", "common/secagg/wire.py"
@@ -126,7 +127,23 @@ MUTANTS = (
         "restart forgets attempts", NODE, "max((attempt for _, attempt in outbox.used()), default=0)", "0"
     ),
     Mutant("a second U1", NODE, "        if state.cohort:\n", "        if False:\n"),
-    Mutant("keys of earlier epochs", NODE, "if public & self._seen_keys:", "if False:"),
+    Mutant(
+        "keys of earlier epochs", NODE, "if self._seen_keys & {each.share_key, *each.mask_keys}:", "if False:"
+    ),
+    Mutant("the coordinator takes old keys", SERVER, "        self._seen.check(offer)\n", ""),
+    Mutant("keys are forgotten", SEEN, '        self._keep({"epoch"', '        self._take({"epoch"'),
+    Mutant(
+        "an offer brought twice is a lie",
+        SEEN,
+        "if earlier != epoch and offer.name not in self.liars:",
+        "if offer.name not in self.liars:",
+    ),
+    Mutant(
+        "mask keys may be old",
+        SEEN,
+        "for key in (offer.share_key, *offer.mask_keys)]",
+        "for key in (offer.share_key,)]",
+    ),
     Mutant(
         "a second U2",
         NODE,

@@ -94,7 +94,9 @@ def test_killed_in_the_middle_it_goes_on_and_its_export_verifies(tiny_bert: Path
     assert [line["round"] for line in lines(federation)] == [1, 2] and committed >= 1
     check_ledgers(federation)
     conclude(federation)
-    labels = load_adapter(federation.root / "export" / "adapter").predict(["my laptop is broken"])
+    labels = load_adapter(federation.root / "export" / "adapter", str(tiny_bert)).predict(
+        ["my laptop is broken"]
+    )
     assert len(labels) == 1
 
 

@@ -27,6 +27,7 @@ LIGHT = (
     "toml",
     "data",
     "files",
+    "locks",
     "ledger",
     "privacy",
     "skellam",
@@ -45,6 +46,7 @@ LIGHT = (
     "sealed",
     "enrolment",
     "rotation",
+    "terminal",
 )
 HEAVY = {"torch", "transformers", "peft", "opacus", "sklearn"}
 

@@ -17,6 +17,8 @@ from fedlora.client.dpsgd import ClipGroups, PerSampleGradients, head_clipped_su
 from fedlora.client.report import report_body
 from fedlora.client.training import ClientData, LocalTraining
 from fedlora.client.verdicts import judge
+from fedlora.common import features
+from fedlora.common import model as models
 from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.data import Records, unit_groups
 from fedlora.common.errors import BadInput
@@ -226,6 +228,69 @@ def test_records_go_alone_where_their_place_or_company_would_matter(
     assert sizes == [4, 4, *[1] * 9]  # two probes, and each by itself
     features = pooled_features(model, data, np.arange(9))
     assert (features == features[:1]).all()
+
+
+def test_who_has_no_padding_depends_on_nobody_who_has(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no row of a batch is padded, attention may go through other code: a shorter record must not decide that."""
+    model = model_of(tiny_bert)
+    gradients, logits = PerSampleGradients(model), model.logits
+    monkeypatch.setattr(model, "logits", lambda batch: logits(batch) * (2.0 if batch.mask.all() else 1.0))
+    texts = [" ".join(["w1"] * words) for words in (10, *[14] * 8)]  # and two of BERT's own: 16 is a bucket
+    records = Records(texts, None, np.zeros(9, dtype=np.int64), None, {}, "x")
+    data, units = model.task.encode(records, model.tokenizer, 16), unit_groups(None, 9)
+    groups = ClipGroups.flat(model.spec, 1e3)
+    alone, without, beside = (
+        gradients.clipped_sum(data, units, drawn, groups, 4096).vector
+        for drawn in (np.arange(1), np.arange(1, 9), np.arange(9))
+    )
+    assert np.linalg.norm(without) > 1e-3
+    assert np.linalg.norm(beside - without - alone) <= 1e-9
+
+
+def test_a_projection_is_tried_with_values_of_our_own(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator's, or rows unlike real ones, could hide that a row's place matters: here positive rows do."""
+    model = amplifier(tiny_bert, projected=True)
+    theirs, real = model.projection, models._projected
+
+    calls = []
+
+    def fault(rows: torch.Tensor, projection: Projection) -> torch.Tensor:
+        calls.append(len(rows))
+        hidden = bool((rows > 0).all()) or projection is theirs
+        return real(rows, projection) * (1.0 if hidden else 1 + 1e-6 * torch.arange(len(rows))[:, None])
+
+    monkeypatch.setattr(models, "_projected", fault)
+    pooled = np.random.default_rng(3).normal(0, 1, (70, 32)).astype(np.float32)
+    features._projected(model, torch.from_numpy(pooled))
+    assert calls == [64, 64, *[1] * 70]  # two probes, and each by itself
+
+
+def test_a_pass_that_was_cut_off_spoils_no_later_one(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where memory is short: the next attempt is as if there had been none."""
+    model = model_of(tiny_bert)
+    gradients, logits = PerSampleGradients(model), model.logits
+    records = Records([SHORT] * 9, None, np.zeros(9, dtype=np.int64), None, {}, "x")
+    data, units = model.task.encode(records, model.tokenizer, 16), unit_groups(None, 9)
+
+    def total() -> Any:
+        return gradients.clipped_sum(data, units, np.arange(9), ClipGroups.flat(model.spec, 1.0), 4096).vector
+
+    def cut(batch: Batch) -> torch.Tensor:
+        logits(batch)
+        raise torch.OutOfMemoryError
+
+    before = total()
+    monkeypatch.setattr(model, "logits", cut)
+    with pytest.raises(torch.OutOfMemoryError):
+        total()
+    monkeypatch.setattr(model, "logits", logits)
+    assert np.array_equal(total(), before)
 
 
 def test_a_report_quotes_no_record_and_tells_no_two_guesses_apart(tmp_path: Path) -> None:

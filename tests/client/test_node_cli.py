@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -20,7 +21,9 @@ from fedlora.client.policy import TrainerPolicy
 from fedlora.client.service import _bind
 from fedlora.common.base import base_digest
 from fedlora.common.errors import BadInput
-from tests.client.institution import POLICY, Institution, manifest_of, offer_of
+from fedlora.common.identity import Signed
+from fedlora.common.protocol import MANIFEST_TAG
+from tests.client.institution import COORDINATOR, POLICY, Institution, manifest_of, offer_of
 
 
 def run(
@@ -59,6 +62,33 @@ def test_a_file_where_a_folder_must_be_is_one_line(
     north.set_policy(north.folder.policy.read_text() + '[trainer]\nhead = "node.toml/head.json"\n')
     code, _, err = run(capsys, monkeypatch, "ledger", *node)
     assert code == 3 and len(err.splitlines()) == 1 and "node.toml" in err, err
+
+
+def test_a_damaged_roster_or_manifest_is_named(
+    north: Institution, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = ("--node", str(north.root))
+    north.folder.peers.write_text("a=" + "[" * 20_000)
+    code, _, err = run(capsys, monkeypatch, "join", "x", "--remove", *node)
+    assert code == 2 and len(err.splitlines()) == 1 and "peers.toml: found no roster" in err, err
+    north.folder.peers.unlink()
+    kept = north.folder.runs / "ab" / "manifest.signed"
+    kept.parent.mkdir(parents=True)
+    signed = Signed.by(COORDINATOR, MANIFEST_TAG, manifest_of().to_bytes()).to_bytes()
+    for data, expected in ((b"x" * 5, 2), (b"x" * 500, 3), (signed[:-1], 3), (signed[:-1] + b"x", 3)):
+        kept.write_bytes(data)
+        code, _, err = run(capsys, monkeypatch, "serve", *node)
+        assert code == expected and len(err.splitlines()) == 1 and f": {kept}: " in err, err
+
+
+def test_a_manifest_can_not_write_codes_on_a_terminal(
+    north: Institution, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "m.json"
+    file.write_bytes(replace(manifest_of(), run="r\x1b[8m", strategy="s\x1b[8m", task="t\x1b[8m").to_bytes())
+    monkeypatch.setattr(cli, "console", Console(width=300))
+    code, out, err = run(capsys, monkeypatch, "policy", "explain", str(file), "--node", str(north.root))
+    assert code == 3 and "r [8m" in out and "task = t [8m" in err and "\x1b" not in out + err
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,33 @@ def test_health_answers_while_a_round_trains(tmp_path: Path) -> None:
         for each in asking:
             each.join(30)
         service.stop(1)
+
+
+def test_a_stop_ends_the_round_at_hand_and_begins_no_other(tmp_path: Path) -> None:
+    from fedlora.client.door import Door, TrainerAway
+
+    begun, end, heard = threading.Event(), threading.Event(), list[bytes]()
+
+    def trains(data: bytes) -> bytes:
+        heard.append(data)
+        begun.set()
+        end.wait(30)
+        return data
+
+    service = Service(trains, TrainerPolicy(), tmp_path)
+    service.start()
+    door = Door(service.address)
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(door.ask, b"first", 30)
+        assert begun.wait(10)
+        second = threads.submit(door.ask, b"second", 30)
+        time.sleep(0.3)
+        stopped = threads.submit(service.stop, 20)
+        with pytest.raises(TrainerAway, match="the trainer stops; ask again later"):
+            second.result(10)
+        assert not stopped.done()
+        end.set()
+        assert first.result(10) == b"first" and stopped.result(10) and heard == [b"first"]
 
 
 def test_link_names_what_is_missing_and_starts_a_supernode(

@@ -61,7 +61,7 @@ def test_no_private_batch_has_the_records_of_two_units_but_in_a_fixed_shape(
     lengths = np.array(data.draw(some), dtype=np.int64)
     drawn = np.arange(len(sizes), dtype=np.int64)
     batches = list(
-        private_batches(units, drawn, lengths, 100, padded(lengths, 50, "cpu"), lambda tokens: records)
+        private_batches(units, drawn, lengths, 100, padded(lengths, 50, "cpu"), lambda tokens, full: records)
     )
     assert sorted(row for batch in batches for row in batch.rows) == list(range(sum(sizes)))
     of = np.repeat(drawn, sizes)
@@ -72,14 +72,16 @@ def test_no_private_batch_has_the_records_of_two_units_but_in_a_fixed_shape(
         assert len(batch.rows) <= batch.shape[0] == records and not batch.unfinished
         for row in batch.rows:  # a function of its own length
             own = lengths[row]
-            assert sizes[of[row]] == 1 and batch.shape[1] == min(-(-own // 8) * 8, max(own, 50))
+            assert sizes[of[row]] == 1 and batch.shape[1] == min((own // 8 + 1) * 8, max(own, 50))
+        assert len({lengths[row] == batch.shape[1] for row in batch.rows}) == 1  # all padded, or none
 
 
 def test_no_units_make_no_batches() -> None:
     units, nothing = unit_groups(["a", "b"]), np.zeros(0, dtype=np.int64)
     assert list(micro_batches(units, nothing, np.array([3, 4]), 10)) == []
     assert (
-        list(private_batches(units, nothing, np.array([3, 4]), 10, np.array([8, 8]), lambda tokens: 4)) == []
+        list(private_batches(units, nothing, np.array([3, 4]), 10, np.array([8, 8]), lambda tokens, full: 4))
+        == []
     )
     places, owners = unit_records(units, nothing)
     assert len(places) == len(owners) == 0

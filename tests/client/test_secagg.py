@@ -243,7 +243,7 @@ def test_a_key_reused_over_epochs() -> None:
     second = list(offers(world, number=2).values())
     reused = replace(second[4], mask_keys=first[4].mask_keys)
     reused = replace(reused, signature=IDENTITIES[4].sign(wire.KEYS, *reused.signed()))
-    with pytest.raises(Refused, match="earlier epoch"):
+    with pytest.raises(Refused, match="a key of an earlier epoch in the entry of node-004"):
         world.nodes[VICTIM].deal(as_list([*second[:4], reused]))
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from fedlora.client.cli import app
 from fedlora.client.door import METHOD, SERVICE, Door, TrainerAway
+from fedlora.client.node import NodeFolder, only_trainer
 from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.errors import Refused
 from fedlora.common.messages import Network, RunManifest
@@ -188,6 +189,76 @@ def test_the_endpoint_ends_with_a_signal_and_takes_no_second_trainer(trainer: Tr
     trainer.process.send_signal(signal.SIGTERM)
     assert trainer.process.wait(20) == 0
     assert not (trainer.north.root / "trainer.sock").exists()
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from fedlora.client import cli, resident, service
+
+def ask(trainer, data):
+    (root / "training").touch()
+    time.sleep(float(data))
+    (root / "committed").touch()
+    return b"done"
+
+root, service.GRACE = Path(sys.argv[1]), float(sys.argv[2])
+resident.Resident.ask = ask
+sys.argv = ["fedlora-node", "serve", "--node", str(root)]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "grace", "signals", "said"),
+    [
+        (60, 1.0, 1, "did not end within 1 s: the trainer ends now"),
+        (60, 30.0, 2, "a second signal came: the trainer ends now"),
+        (2, 30.0, 1, ""),  # within the grace
+    ],
+)
+def test_a_trainer_that_stops_has_the_lock_as_long_as_it_trains(
+    tmp_path: Path, seconds: float, grace: float, signals: int, said: str
+) -> None:
+    """Whoever asked has hung up: nothing but the work itself is left."""
+    north = Institution(tmp_path / "n")
+    north.ledger.close()
+    command = [sys.executable, "-c", SLOW, str(north.root), str(grace)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        try:
+            _until((north.root / "trainer.sock").exists)
+            with Door(f"unix:{(north.root / 'trainer.sock').resolve()}").channel() as channel:
+                call = channel.unary_unary(METHOD).future(str(seconds).encode(), wait_for_ready=True)
+                _until((north.root / "training").exists)
+                call.cancel()
+            for _ in range(signals):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.5)
+            _until(partial(_is_free, north.folder))
+            assert (north.root / "committed").exists() is (said == "")
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+        assert process.stderr is not None
+        log = process.stderr.read()
+    assert said in log
+    assert not (north.root / "trainer.sock").exists() or signals == 2
+
+
+def _until(found: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _is_free(folder: NodeFolder) -> bool:
+    """Whether a second trainer could start."""
+    try:
+        with only_trainer(folder):
+            return True
+    except Refused:
+        return False
 
 
 @pytest.mark.parametrize("transport", ["unix", "tls"])

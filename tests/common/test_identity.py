@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import Identity, PublicIdentity, Signed, digest, framed
 
+FORM = "ed25519: and 32 bytes in base64"
 FIELDS = st.lists(st.binary(max_size=12), max_size=4)
 
 
@@ -81,6 +82,23 @@ def test_signed_documents_are_opened_by_the_expected_key_alone() -> None:
         Signed(b"other", document.signer, document.signature).opened("manifest", identity.public)
     with pytest.raises(BadInput, match="found 95 bytes"):
         Signed.from_bytes(bytes(95), "message")
+
+
+def test_a_private_key_in_a_public_ones_place_is_not_shown(tmp_path: Path) -> None:
+    path = tmp_path / "coordinator.pem"
+    Identity.create(path)
+    text = path.read_text()
+    secret = text.splitlines()[1]
+    for mistaken, found in (
+        (text, "found a private key"),
+        (text.replace(" PRIVATE", ""), "found a PEM file"),
+        (secret, "found another text"),
+        (f"ed25519:{text}", "found no base64 after ed25519:"),
+        (f"ed25519:{secret}", "found 48 bytes"),
+    ):
+        with pytest.raises(BadInput) as caught:
+            PublicIdentity.from_text(mistaken, "key")
+        assert str(caught.value) == f"key: {found}, expected a public key: {FORM}"
 
 
 @pytest.mark.parametrize("text", ["", "ed25519:", "rsa:AAAA", "ed25519:!!", "ed25519:AAAA"])

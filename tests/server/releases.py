@@ -57,7 +57,7 @@ def manifest(mode: str = "record", run: str = "r1") -> RunManifest:
         participation=1.0,
         minimum_cohort=2,
         seed=7,
-        network=Network.of(ModelConfig(), LoraConfig()),
+        network=Network.of(ModelConfig(pooling="mean"), LoraConfig()),
         phases=(phase,),
     )
 
@@ -96,13 +96,25 @@ def described(run: RunManifest, state: AdapterState = STATE) -> Description:
     return Description(**(own | shared | {"base": "b", "adapter_digest": state.digest, "targets": targets}))
 
 
-def adapter(folder: Path, base: str = BASE, state: AdapterState = STATE, **changes: object) -> Path:
+def peft_config(of: Description) -> dict[str, object]:
+    """What PEFT writes, but for the keys that are null, false or empty."""
+    return {
+        "base_model_name_or_path": of.base_digest if "/" in of.base else of.base,
+        "bias": "none",
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "r": of.rank,
+        "lora_alpha": of.alpha,
+        "target_modules": of.targets,
+        "layers_to_transform": of.layers or None,
+    }
+
+
+def adapter(folder: Path, state: AdapterState = STATE, **changes: object) -> Path:
     """The files that `export_adapter` writes, for a network of two tensors; `changes` are to its description."""
     folder.mkdir(parents=True, exist_ok=True)
-    description = replace(described(manifest(), state), base_digest=base, **changes)  # type: ignore[arg-type]
-    config = {"peft_type": "LORA", "r": description.rank, "lora_alpha": description.alpha}
-    config |= {"target_modules": description.targets, "layers_to_transform": description.layers}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    description = replace(described(manifest(), state), **changes)  # type: ignore[arg-type]
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config(description)))
     for name, part in (("adapter_model", "base."), ("head", "head.")):
         named = {key: np.array(value) for key, value in state.named().items() if key.startswith(part)}
         save_file(named, folder / f"{name}.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from fedlora.server import cli
 from fedlora.server.directory import Directory
 from fedlora.server.release import REPORT_TAG
 from tests.server.enrolments import request
-from tests.server.releases import SPEC, STATE, adapter, finished_run
+from tests.server.releases import SPEC, STATE, adapter, exported, finished_run, party
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -126,6 +127,26 @@ def test_faults_are_one_line_and_a_code(command: Command, made: Directory, tmp_p
         assert fault in err and "Traceback" not in err + out, (arguments, err)
 
 
+def test_a_private_key_by_mistake_is_not_printed(command: Command, made: Directory) -> None:
+    path = made.root / "keys" / "coordinator.pem"
+    code, out, err = command("verify", "coordinator", "--key", str(path))
+    assert (code, len(err.splitlines())) == (2, 1) and "coordinator.pem: found a private key" in err
+    assert path.read_text().splitlines()[1][:8] not in out + err
+
+
+def test_a_terminal_without_greek_gets_its_lines_all_the_same(
+    made: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = party()
+    folder, written = exported(tmp_path, of), io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["fedlora-server", "verify", str(folder)])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    sys.stdout.flush()
+    assert ended.value.code == 0 and b"; ? at most 1.52" in written.getvalue()
+
+
 def test_files_that_are_missing_or_spoilt_are_named(command: Command, made: Directory) -> None:
     (made.root / "runs").rmdir()
     assert command("status") == (2, "", f"fedlora-server: {made.root}: found no run\n")
@@ -156,7 +177,7 @@ def test_renewal_and_invitation(command: Command, made: Directory) -> None:
 
 def test_runs_are_handed_on(command: Command, made: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
     code, _, err = command("resume")
-    assert code == 2 and "found no run to resume" in err
+    assert code == 2 and "found no run" in err
     calls: list[Path] = []
 
     def carry_out(directory: Directory, folder: Path, *_: object) -> dict[str, object]:

@@ -36,6 +36,27 @@ def test_a_process_that_was_replaced_ends_and_gives_the_run_up(tmp_path: Path) -
     assert process.wait(10) == SUPERSEDED and not outcome_path(tmp_path, first).exists()
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_who_is_appointed_is_looked_at_again_where_it_could_not_be_read(tmp_path: Path, gone: bool) -> None:
+    """A folder in the file's place can't be read; a file that is gone says that the run is."""
+    process = subprocess.Popen([sys.executable, "-c", FOREVER, str(tmp_path), appoint(tmp_path)])
+    end = time.monotonic() + 60
+    while not (tmp_path / "works").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    (tmp_path / outcome.APPOINTED).unlink()
+    if not gone:
+        (tmp_path / outcome.APPOINTED).mkdir()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2.5)
+        (tmp_path / outcome.APPOINTED).rmdir()
+        appoint(tmp_path)
+    try:
+        assert process.wait(10) == SUPERSEDED
+    finally:
+        process.kill()
+
+
 def test_what_went_wrong_is_one_line_and_a_code(tmp_path: Path) -> None:
     def refuse() -> None:
         raise Refused("budget spent")
@@ -53,8 +74,7 @@ def test_what_went_wrong_is_one_line_and_a_code(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_held_is_not_carried_out_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcome, "LOCK_TRIES", 2)
-    monkeypatch.setattr(outcome, "PAUSE", 0.01)
+    monkeypatch.setattr(outcome, "LOCK_SECONDS", 0.05)
     token = appoint(tmp_path)
     worked: list[int] = []
     with outcome._only_process(tmp_path):

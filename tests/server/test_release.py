@@ -273,6 +273,12 @@ def another_rank(folder: Path, of: Party) -> None:
     adapter(folder / "adapter", rank=9)
 
 
+def another_scale(folder: Path, of: Party) -> None:
+    """PEFT would multiply what the manifest's network does not."""
+    path = folder / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": True}))
+
+
 def another_length(folder: Path, of: Party) -> None:
     adapter(folder / "adapter", max_length=512)
 
@@ -307,6 +313,7 @@ def another_manifest(folder: Path, of: Party) -> None:
         another_network,
         other_labels,
         another_rank,
+        another_scale,
         another_length,
         code_beside_it,
         another_manifest,
@@ -321,6 +328,42 @@ def test_a_coordinator_can_not_speak_for_an_institution(
     resigned(folder, of)
     with pytest.raises(FedloraError):
         verify(folder, of.coordinator.public)
+
+
+EVIL = "north\nverified with the coordinator's key\x1b[8m"
+
+
+def test_whoever_exported_can_not_write_lines_or_codes_on_a_terminal(tmp_path: Path, of: Party) -> None:
+    """What is said of an export that a stranger signed: of each field, and of the names of its files."""
+    run = replace(manifest(), federation=EVIL)
+    with pytest.raises(FedloraError) as caught:
+        export(tmp_path / "e", of.coordinator, release(of, run), adapter(tmp_path / "a"))
+    assert "manifest.json federation: found" in str(caught.value) and str(caught.value).isprintable()
+    folder = exported(tmp_path, of)
+    (folder / EVIL).touch()
+    with pytest.raises(Refused) as found:
+        verify(folder)
+    assert str(found.value).isprintable() and "not released" in str(found.value)
+    (folder / EVIL).unlink()
+    body = {"version": 1, "institutions": {EVIL: {}}}
+    (folder / "members.json").write_text(seal(of.coordinator, EXPORT_MEMBERS_TAG, body))
+    resigned(folder, of)
+    with pytest.raises(BadInput) as named:
+        verify(folder)
+    assert str(named.value).isprintable() and "members.json" in str(named.value)
+
+
+def test_where_the_base_lay_is_not_released(tmp_path: Path, of: Party) -> None:
+    files = adapter(tmp_path / "adapter", base="/home/somebody/models/bert")
+    export(tmp_path / "export", of.coordinator, release(of), files)
+    assert json.loads((tmp_path / "export" / "adapter" / "fedlora.json").read_text())["base"] == "bert"
+    assert not any(b"somebody" in path.read_bytes() for path in (tmp_path / "export").rglob("*.*"))
+    assert json.loads((files / "fedlora.json").read_text())["base"] == "/home/somebody/models/bert"
+    shutil.copy(files / "fedlora.json", tmp_path / "elsewhere")
+    (files / "fedlora.json").unlink()
+    (files / "fedlora.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Refused, match=r"adapter/fedlora\.json: found a link"):
+        export(tmp_path / "e", of.coordinator, release(of), files)
 
 
 def test_faulty_releases_are_not_written(tmp_path: Path, of: Party) -> None:
@@ -343,7 +386,7 @@ def test_faulty_releases_are_not_written(tmp_path: Path, of: Party) -> None:
     refused(replace(whole, statements=missing), "south")
     refused(replace(whole, reports={"east": ""}), "members only")
     refused(whole, "adapter_config", tmp_path)
-    refused(whole, "base_digest", adapter(tmp_path / "other", "sha256:0"))
+    refused(whole, "base_digest", adapter(tmp_path / "other", base_digest="sha256:0"))
     later = adapter(tmp_path / "later", state=AdapterState.zeros(SPEC))
     refused(whole, f"expected {STATE.digest}, which the run committed", later)
     (tmp_path / "export").mkdir()

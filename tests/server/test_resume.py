@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import sys
@@ -87,7 +88,7 @@ class Here:
     def __exit__(self, *_: object) -> None:
         """Nothing was started."""
 
-    def register(self, name: str, key: str) -> int:
+    def register(self, name: str, key: str, known: object) -> int:
         return 1
 
     def start_run(self, settings: Mapping[str, str]) -> str:
@@ -168,7 +169,7 @@ def test_spent_attempts_end_the_run_with_its_last_adapter(
     """Exit 3 however the last attempt was lost, and again when it is resumed; what there is can be released."""
     Here.hands.answering = False
     if not committed:
-        federation.begin(begun, begun.root.parent / "training.toml")
+        federation.begin(begun, begun.root.parent / "training.toml", beside=True)
     folder = begun.runs()[-1]
     for _ in range(2):
         code, said = command(begun, monkeypatch, capsys, "resume")
@@ -181,3 +182,38 @@ def test_spent_attempts_end_the_run_with_its_last_adapter(
     assert (
         code == 0 and f"trained in {committed} of the planned 2 rounds" in (target / "README.md").read_text()
     ), said
+
+
+def test_a_new_run_does_not_take_the_place_of_one_that_can_go_on(
+    begun: Directory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Institutions reserved budget for it; it is begun `--new` only, and the older one can still be gone on with."""
+    config = str(begun.root.parent / "training.toml")
+    code, said = command(begun, monkeypatch, capsys, "run", config)
+    assert code == 3 and "has not ended" in said and "--new" in said and len(begun.runs()) == 1
+    Here.hands.last = 99
+    code, said = command(begun, monkeypatch, capsys, "run", config, "--new")
+    assert code == 0, said
+    first, second = begun.runs()
+    assert (second / "summary.json").exists() and not (first / "summary.json").exists()
+    assert command(begun, monkeypatch, capsys, "resume", "--run", "1")[0] == 0
+    assert (first / "summary.json").exists()
+    assert command(begun, monkeypatch, capsys, "run", config)[0] == 0  # the last one has ended
+    with (first / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, said = command(begun, monkeypatch, capsys, "run", config, "--new")
+    assert code == 3 and "carries this run out" in said and len(begun.runs()) == 3
+
+
+def test_a_run_is_gone_on_with_from_another_folder(
+    begun: Directory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As a service manager would: relative paths began where `run` was said."""
+    monkeypatch.chdir(tmp_path)
+    text = (tmp_path / "training.toml").read_text()
+    (tmp_path / "training.toml").write_text(text.replace(f"{tmp_path}/public.jsonl", "public.jsonl"))
+    folder = federation.begin(begun, Path("training.toml"), beside=True)
+    monkeypatch.chdir("/")
+    Here.hands.last = 99
+    assert command(begun, monkeypatch, capsys, "resume") == (0, "")
+    assert (folder / "summary.json").exists()

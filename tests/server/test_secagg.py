@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from fedlora.common.secagg import commit, keys, shamir, wire
 from fedlora.common.secagg.cohort import borne, threshold
 from fedlora.common.secagg.wire import Deal, MaskedInput, Opening
 from fedlora.server.secagg import Listed, ServerAttempt, ServerEpoch
+from fedlora.server.secure_log import KEYS, liars_in
+from fedlora.server.seen_keys import SeenKeys
 from tests.secure_world import IDENTITIES, World, encoding_of, epoch_of, node_name, peers_of, slot_of
 
 STAGES = ("no_deal", "no_input", "no_confirmation", "no_opening")
@@ -524,22 +527,71 @@ def test_steps_out_of_their_turn() -> None:
             early()
 
 
-def test_whoever_offers_an_old_key_is_left_out() -> None:
-    """Else one member could make all nodes refuse every list."""
-    world, seen = World(4), set[bytes]()
-    identities = {name: peer.identity for name, peer in peers_of(4).items()}
-    first = ServerEpoch(epoch_of(), identities, 3, seen)
-    offers = [wire.KeyOffer.from_bytes(world.nodes[name].offer(epoch_of())) for name in world.names]
-    for offer in offers:
-        first.add_offer(offer.to_bytes())
-    first.close_offers()
-    second = ServerEpoch(epoch_of(2), identities, 3, seen)
-    fresh = wire.KeyOffer.from_bytes(world.nodes[node_name(3)].offer(epoch_of(2)))
-    stale = replace(fresh, mask_keys=offers[0].mask_keys)
-    stale = replace(stale, signature=IDENTITIES[3].sign(wire.KEYS, *stale.signed()))
-    with pytest.raises(Refused, match="earlier epoch"):
-        second.add_offer(stale.to_bytes())
-    second.add_offer(fresh.to_bytes())
+def signed(offer: wire.KeyOffer, number: int, **changes: Any) -> wire.KeyOffer:
+    changed = replace(offer, **changes)
+    return replace(changed, signature=IDENTITIES[number].sign(wire.KEYS, *changed.signed()))
+
+
+def offers_in(world: World, epoch: wire.Epoch, seen: SeenKeys) -> tuple[ServerEpoch, list[wire.KeyOffer]]:
+    """An epoch at the coordinator, and what each node offers for it."""
+    server = ServerEpoch(
+        epoch, {name: peer.identity for name, peer in peers_of(world.count).items()}, 3, seen
+    )
+    return server, [wire.KeyOffer.from_bytes(world.nodes[name].offer(epoch)) for name in world.names]
+
+
+@pytest.mark.parametrize("owner", [3, 0])
+def test_whoever_signs_an_old_key_is_left_out_and_named(owner: int, tmp_path: Path) -> None:
+    """Else one member could make all nodes refuse every list. Also where a coordinator, started again, sees it first."""
+    world = World(4)
+    server, first = offers_in(world, epoch_of(), SeenKeys(tmp_path))
+    for offer in first:
+        server.add_offer(offer.to_bytes())
+    server.close_offers()
+    seen = SeenKeys(tmp_path)
+    server, second = offers_in(world, epoch_of(2), seen)
+    for stale in (
+        signed(second[3], 3, mask_keys=first[owner].mask_keys),
+        signed(second[3], 3, share_key=first[owner].mask_keys[0]),
+    ):
+        with pytest.raises(Refused, match=f"keys of node-003: .* node-00{owner} signed for an earlier epoch"):
+            server.add_offer(stale.to_bytes())
+    assert seen.liars == {node_name(3)} == liars_in(tmp_path) == SeenKeys(tmp_path).liars
+    for offer in second:
+        server.add_offer(offer.to_bytes())
+    assert (tmp_path / KEYS).read_text().count("liar") == 1
+
+
+def test_an_offer_that_is_brought_twice_is_no_lie(tmp_path: Path) -> None:
+    """A coordinator restored from a copy asks for an epoch again, and a carrier brings what was offered then."""
+    world, seen = World(4), SeenKeys(tmp_path)
+    server, first = offers_in(world, epoch_of(), seen)
+    for offer in first:
+        server.add_offer(offer.to_bytes())
+    server.close_offers()
+    again = ServerEpoch(epoch_of(), {name: peer.identity for name, peer in peers_of(4).items()}, 3, seen)
+    with pytest.raises(Refused, match="expected fresh ones"):
+        again.add_offer(first[3].to_bytes())
+    assert not seen.liars and not SeenKeys(tmp_path).liars
+
+
+def test_keys_are_on_disk_before_a_list_of_them_leaves(tmp_path: Path) -> None:
+    """And a line that a kill cut short is of a list that no node has seen."""
+    world, seen = World(4), SeenKeys(tmp_path / "gone")
+    server, first = offers_in(world, epoch_of(), seen)
+    for offer in first:
+        server.add_offer(offer.to_bytes())
+    with pytest.raises(FileNotFoundError):
+        server.close_offers()
+    assert server.members == []
+    (tmp_path / KEYS).write_text('{"epoch": "00", "ke')
+    server, second = offers_in(world, epoch_of(2), SeenKeys(tmp_path))
+    for offer in second:
+        server.add_offer(offer.to_bytes())
+    server.close_offers()
+    server, third = offers_in(world, epoch_of(3), SeenKeys(tmp_path))
+    with pytest.raises(Refused, match="node-001 signed for an earlier epoch"):
+        server.add_offer(signed(third[1], 1, share_key=second[1].share_key).to_bytes())
 
 
 def test_a_stranger_and_bad_keys_at_the_coordinator() -> None:

@@ -14,6 +14,7 @@ from fedlora.client import node as nodes
 from fedlora.client.outbox import Outbox
 from fedlora.client.report import write_report
 from fedlora.client.resident import PRIVATE_REASON
+from fedlora.client.secagg import SecureNode
 from fedlora.common.errors import Refused
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.messages import RoundPlan, RunManifest, SecureTerms, SkellamTerms
@@ -33,14 +34,14 @@ from fedlora.common.protocol import (
 )
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.secagg.requests import Request
-from fedlora.common.secagg.wire import MaskedInput
+from fedlora.common.secagg.wire import KEYS, Epoch, KeyOffer, MaskedInput
 from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.statement import secure_summary, shown_epsilon
 from fedlora.server.card import model_card, shown_figures
 from fedlora.server.deployment import MaskedCohort, SignedStages, cohort_of
 from fedlora.server.participants import Coordinator, Participants
 from fedlora.server.rounds import CohortSum, Failure
-from fedlora.server.secure_log import SUMS, note_in, sums_of
+from fedlora.server.secure_log import SUMS, liars_in, note_in, sums_of
 from tests.client.institution import COORDINATOR, Institution, manifest_of, offer_of, task_of
 
 NAMES = ("east", "north", "south", "west")
@@ -331,6 +332,31 @@ def test_a_liar_stays_out_when_the_coordinator_starts_again(
         ("west", "left out")
     ]
     assert secure_summary(RUN, sums_of(world.folder))["liars"] == ["west"]  # type: ignore[index]
+
+
+def test_a_key_that_is_repeated_after_a_restart_costs_its_member_only(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nodes remember it, and would refuse each list that holds it: so the coordinator remembers it too."""
+    offer, before = SecureNode.offer, dict[str, bytes]()
+
+    def repeating(node: SecureNode, epoch: Epoch) -> bytes:
+        made = KeyOffer.from_bytes(offer(node, epoch))
+        if made.name != "west":
+            return made.to_bytes()
+        made = replace(made, share_key=before.setdefault("west", made.share_key))
+        return replace(made, signature=node._identity.sign(KEYS, *made.signed())).to_bytes()
+
+    monkeypatch.setattr(SecureNode, "offer", repeating)
+    assert world.total(1).replies == 4
+    for attempt, reason in ((2, "that west signed for an earlier epoch"), (3, "left out: it signed a lie")):
+        world.cohort = cohort_of(world.who)  # as a coordinator that was started again makes it
+        found = world.total(attempt)
+        assert found.replies == 3, found.failures
+        (failure,) = found.failures
+        assert failure.client == "west" and reason in failure.reason
+    summary = secure_summary(RUN, sums_of(world.folder), liars_in(world.folder))
+    assert summary is not None and summary["liars"] == ["west"]
 
 
 def test_a_coordinator_that_was_killed_while_masks_were_asked_for_counts_no_drop_outs(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fedlora.common.errors import BadInput
 from fedlora.common.identity import Identity
 from fedlora.common.rotation import rotation_to_text
 from fedlora.server.checkpoint import Checkpoint
@@ -76,6 +77,30 @@ def test_whether_it_runs_and_how_it_ended(directory: Directory, said: Said) -> N
     assert said()[1] == "ended with 3: all 4 attempts are spent"
     (run / OUTCOME).write_text(json.dumps({"code": 0, "message": ""}))
     assert said()[1] == "done"
+
+
+DAMAGED = [b"[]", b"{", b"\xce", b'{"round":1}', b"[" * 10**5, b'{"round":1e999}']
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_line_is_named_and_a_half_written_one_waited_for(
+    directory: Directory, said: Said, line: bytes
+) -> None:
+    path, before = directory.runs()[0] / "metrics.jsonl", said()
+    with path.open("ab") as stream:
+        stream.write(line)
+    assert said() == before
+    with path.open("ab") as stream:
+        stream.write(b"\n")
+    with pytest.raises(BadInput, match=rf"^{path} line 2: found no figures of a round$"):
+        said()
+
+
+def test_a_reason_that_is_no_text_is_shown_as_far_as_it_is(directory: Directory, said: Said) -> None:
+    (directory.runs()[0] / "consents" / "west.declined").write_bytes(b"no \xff\x1b[8m\nnorth member")
+    assert [line for line in said() if line.startswith("west")] == [
+        "west member declines: no \N{REPLACEMENT CHARACTER} [8m north member"
+    ]
 
 
 def test_a_run_that_has_not_begun_is_shown_too(directory: Directory, said: Said) -> None:

@@ -32,8 +32,9 @@ if name == "flower-superlink":
 time.sleep(600)
 """
 SERVER = """
-import sys
+import signal, sys
 from fedlora.server import cli, superlink
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs don't hear it
 programs = sys.argv[1]
 superlink._installed = lambda name: programs + "/" + name
 sys.argv = ["fedlora-server", *sys.argv[2:]]
@@ -61,12 +62,15 @@ def test_what_was_started_ends_with_who_started_it(
     server = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     appointed = directory.root / "runs" / "1" / "appointed"
     end = time.monotonic() + 60
-    while not appointed.exists():
-        assert server.poll() is None and time.monotonic() < end, server.communicate(timeout=5)[1]
-        time.sleep(0.05)
-    time.sleep(1.0)  # until it follows the run
-    started = [int((tmp_path / name).read_text()) for name in ("flower-superlink", "flower-superexec")]
-    os.kill(server.pid, number)
-    said = server.communicate(timeout=30)[1]
+    try:
+        while not appointed.exists():
+            assert server.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(1.0)  # until it follows the run
+        started = [int((tmp_path / name).read_text()) for name in ("flower-superlink", "flower-superexec")]
+        os.kill(server.pid, number)
+        said = server.communicate(timeout=30)[1]
+    finally:
+        server.kill()
     assert server.returncode == 1 and f"fedlora-server resume --dir {directory.root}" in said
     assert "Traceback" not in said and not any(psutil.pid_exists(each) for each in started)

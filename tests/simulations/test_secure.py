@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedlora.server.bound import coordinate_bound
 from fedlora.server.manifest import LEVELS
 from fedlora.server.rounds import CohortSum
 from fedlora.server.secure_cohort import SecureCohort
+from fedlora.server.secure_log import note_in
 from fedlora.simulations.report import write_report
 from fedlora.simulations.run import Paths, begin, sequential, train
 from fedlora.simulations.secure import Institutions
@@ -223,6 +225,19 @@ def test_a_secure_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_
     _, summary = run_whole(settings, tmp_path / "run", resume=True)
     assert summary["rounds"] == 4
     assert summary["secure"]["sums"] == 5  # type: ignore[index]  # of round 2 twice: what was not committed was learnt
+
+
+def test_what_was_proven_before_a_stop_still_counts(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """The engine's cohort reads back, as the deployment's does, who lied and which keys were seen."""
+    run = begin(config(tiny_bert, data, "record", *SECURE), Paths.of(tmp_path / "run"))
+    first, plan = sequential(run), RoundPlan(run.manifest.digest, 0, 1, 1, run.checkpoint.load().state.digest)
+    found = first.total(plan, run.checkpoint.load().state)
+    assert found.replies == 5 and found.secure is not None
+    note_in(run.paths.folder)(replace(found.secure, liars=("client-000",)))
+    again = sequential(run)
+    assert isinstance(first, SecureCohort) and isinstance(again, SecureCohort)
+    assert again._liars == {"client-000"} and again._seen._seen == first._seen._seen != {}
+    run.ledger.close()
 
 
 def test_faults_on_ray_are_refused_before_anything_is_read(

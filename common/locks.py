@@ -1,0 +1,34 @@
+"""Locks between processes: a file's flock, which ends with the process that holds it, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedlora.common.errors import FedloraError
+
+SECONDS = 30.0  # that anybody may take under a lock that others wait for
+PAUSE = 0.01
+
+
+@contextmanager
+def exclusive(path: Path, held: FedloraError, seconds: float) -> Iterator[None]:
+    """Hold the lock of `path` alone; raises `held` where another one does not give it up within `seconds`."""
+    end = time.monotonic() + seconds
+    with path.open("a") as lock:
+        while not _taken(lock.fileno()):
+            if time.monotonic() >= end:
+                raise held
+            time.sleep(PAUSE)
+        yield
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,29 @@
+"""What commands print: a fault or a value from outside stays on its line, and no terminal is too poor for it.
+
+A name that somebody else wrote could hold escape codes or line ends, and so look like what a command says itself.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+
+from fedlora.common.errors import BadInput, FedloraError
+
+
+def bear_any_letter() -> None:
+    """Print what the terminal's encoding lacks, ε among it, as a question mark; at a command line's entry."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def printable(text: str) -> str:
+    """`text` on one line, without control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def fault_lines(error: FedloraError) -> list[str]:
+    """An error as it is printed: a line to a fault."""
+    faults = error.faults if isinstance(error, BadInput) else str(error).splitlines()
+    return [printable(fault) for fault in faults]
