@@ -206,11 +206,12 @@ def link(
     key: Annotated[str, typer.Option(help="host:port: this relay's key.")] = "",
 ) -> None:
     """The relay: keeps a Flower SuperNode connected that hands bytes to the trainer and back."""
-    from fedlora.client.link import Link, stop_on_signals, supervise, trainer_address
+    from fedlora.client.link import Link, supervise, trainer_address
+    from fedlora.client.signals import stop_event
 
     address = trainer_address(trainer, Path.cwd())
     command = Link(relay, address, port, (authority, certificate, key)).command()
-    supervise(command, stop_on_signals())
+    supervise(command, stop_event())
 
 
 @app.command()

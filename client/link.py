@@ -102,14 +102,6 @@ def supervise(command: Sequence[str], stop: threading.Event) -> None:
         stop.wait(pause)
 
 
-def stop_on_signals() -> threading.Event:
-    """An event that SIGTERM and SIGINT set."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
-
-
 def _leash() -> Callable[[], object] | None:
     """What ties a child's life to this thread's: a link that is killed leaves no SuperNode that goes on without it."""
     if sys.platform != "linux":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import stat
 import threading
 import time
@@ -23,6 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedlora.client.door import SERVICE
 from fedlora.client.policy import TrainerPolicy
+from fedlora.client.signals import stop_event
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import read_private
 
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 WAITING = 4  # requests, the one at hand included; more are told to come back, unread
 CALLS = 16  # at once, of one connection and of all
 READ_SECONDS = 20.0  # that a body may take to come in
+LOOK = 0.5  # seconds between two looks whether to stop
 GRACE = 30.0  # seconds that a stop leaves to the round that is being trained
 
 Ask = Callable[[bytes], bytes]
@@ -63,9 +64,10 @@ class Service:
         A thread can't be stopped, and an interpreter that returned from here would give up the lock of the only
         trainer and wait for it. All that a round leaves is whole or absent, so any moment will do.
         """
-        asked = _stop_signal()
+        asked = stop_event(lambda: _end_now("a second signal came"))
         self.start()
-        asked.wait()
+        while not asked.wait(LOOK):
+            pass
         log.info("stops: takes nothing new, and the round at hand has %g s", GRACE)
         if not self.stop(GRACE):
             _end_now(f"the round at hand did not end within {GRACE:g} s")
@@ -102,20 +104,6 @@ class Service:
         finally:
             self._room.release()
         raise AssertionError("abort raises")
-
-
-def _stop_signal() -> threading.Event:
-    """Set by the first SIGTERM or SIGINT; a second one ends this process."""
-    asked = threading.Event()
-
-    def heard(number: int, frame: object) -> None:
-        if asked.is_set():
-            _end_now("a second signal came")
-        asked.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, heard)
-    return asked
 
 
 def _end_now(why: str) -> NoReturn:

@@ -198,3 +198,16 @@ def _wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end, "nothing happened within 20 s"
         time.sleep(0.05)
+
+
+def test_a_signal_that_another_thread_gets_ends_the_trainer_too(tmp_path: Path) -> None:
+    """As the kernel gives it where a tracer has the main thread stopped: a wait without end would sleep on."""
+    code = f"""
+import signal, threading
+from pathlib import Path
+from fedlora.client.policy import TrainerPolicy
+from fedlora.client.service import Service
+threading.Timer(1.0, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM)).start()
+Service(lambda data: data, TrainerPolicy(), Path({str(tmp_path)!r})).serve()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
