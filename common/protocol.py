@@ -28,6 +28,7 @@ import numpy as np
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.identity import Identity, PublicIdentity, Signed
 from fedlora.common.state import Vector
+from fedlora.common.terminal import printable
 
 REQUEST_VERSION = 2  # 2: an offer carries its address
 REPLY_VERSION = 1
@@ -219,7 +220,7 @@ def vector_from_bytes(data: bytes, size: int, where: str) -> Vector:
 
 def one_line(text: str) -> str:
     """Text from outside as one printable line of bounded length: it ends in logs, terminals and reports."""
-    kept = "".join(letter if letter.isprintable() else " " for letter in text[: MAX_REASON + 1])
+    kept = printable(text[: MAX_REASON + 1])
     return kept if len(kept) <= MAX_REASON else kept[: MAX_REASON - 1] + "…"
 
 

@@ -20,12 +20,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.messages import RoundPlan, RunManifest, Update
+from fedlora.common.protocol import one_line
 from fedlora.common.state import AdapterSpec, AdapterState, Vector
 
 WIRE_VERSION = 1
 MAX_CLIENTS = 1_000_000  # of one node
 MAX_NAME = 200  # characters of a client's name
-MAX_REASON = 2_000  # characters of a refusal
 
 FIELDS = "fedlora"  # the message's config record
 ARRAYS = "fedlora.arrays"  # its array record, where it carries a vector
@@ -159,12 +159,6 @@ def read_envelope(record: RecordDict, limit: int) -> tuple[str, bytes]:
     if not isinstance(data, bytes) or len(data) > limit:
         raise BadInput(f"envelope: found more than {limit} bytes")
     return _name(table["envelope"], "envelope kind"), data
-
-
-def one_line(text: str) -> str:
-    """Text from outside as one printable line of bounded length: it ends in logs, terminals and reports."""
-    kept = "".join(char if char.isprintable() else " " for char in text[: MAX_REASON + 1])
-    return kept if len(kept) <= MAX_REASON else kept[: MAX_REASON - 1] + "…"
 
 
 def _record(kind: str, values: Mapping[str, object]) -> RecordDict:

@@ -25,7 +25,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora.common import wire
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.messages import RoundPlan, RunManifest, Update
-from fedlora.common.protocol import MAX_REPLY_BYTES
+from fedlora.common.protocol import MAX_REPLY_BYTES, one_line
 from fedlora.common.secagg.requests import INPUT, Request
 from fedlora.common.state import AdapterState
 from fedlora.server.outcome import outcome_of
@@ -201,7 +201,7 @@ def _carried(name: str, record: RecordDict) -> bytes | Failure:
         kind, data = wire.read_envelope(record, MAX_REPLY_BYTES)
     except BadInput as error:
         return Failure(name, "; ".join(error.faults))
-    return data if kind == REQUEST else Failure(name, wire.one_line(data.decode(errors="replace")))
+    return data if kind == REQUEST else Failure(name, one_line(data.decode(errors="replace")))
 
 
 class GridExchange:
@@ -239,7 +239,7 @@ def _opened(name: str, record: RecordDict, limit: int) -> bytes | Failure:
     try:
         kind, data = wire.read_envelope(record, limit)
         if kind in (DECLINED, REFUSED):
-            return Failure(name, wire.one_line(data.decode(errors="replace")), refused=kind == REFUSED)
+            return Failure(name, one_line(data.decode(errors="replace")), refused=kind == REFUSED)
         if kind != SECURE:
             raise BadInput(f"envelope kind: found {kind}, expected {SECURE}")
     except BadInput as error:
@@ -320,7 +320,7 @@ def _content_or_failure(reply: Message, name: str, node: int) -> RecordDict | Fa
 def _describe(error: Error) -> str:
     """A Flower error without its stack trace: the last line says most."""
     lines = [line.strip() for line in (error.reason or "").splitlines() if line.strip()]
-    return wire.one_line(f"Flower error {error.code}: {lines[-1] if lines else 'no reason given'}")
+    return one_line(f"Flower error {error.code}: {lines[-1] if lines else 'no reason given'}")
 
 
 def _judge(client: str, record: RecordDict, plan: RoundPlan, size: int) -> Update | Failure:
@@ -342,7 +342,7 @@ def _register(nodes: dict[str, int], node: int, record: RecordDict) -> Failure |
     try:
         clients = wire.read_answer(record)
     except (BadInput, Refused) as error:
-        return Failure(str(node), wire.one_line(str(error)), isinstance(error, Refused))
+        return Failure(str(node), one_line(str(error)), isinstance(error, Refused))
     taken = [client for client in clients if client in nodes]
     if taken:
         return Failure(str(node), f"claims {taken[0]}, which node {nodes[taken[0]]} answers for")

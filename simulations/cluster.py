@@ -47,7 +47,7 @@ from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.files import write_atomically
 from fedlora.common.ledger import Ledger
 from fedlora.common.messages import RoundPlan, RunManifest
-from fedlora.common.protocol import vector_from_bytes
+from fedlora.common.protocol import one_line, vector_from_bytes
 from fedlora.common.secagg.requests import Request
 from fedlora.common.state import AdapterState, Vector
 from fedlora.server.app import (
@@ -333,7 +333,7 @@ def _staged(resident: _Resident, record: RecordDict) -> RecordDict:
         return wire.envelope_record(SECURE, Keeper.find(resident.manifest).answer(data, spec, train))
     except FedloraError as error:
         kind = REFUSED if isinstance(error, Refused) else DECLINED
-        return wire.envelope_record(kind, wire.one_line(str(error)).encode())
+        return wire.envelope_record(kind, one_line(str(error)).encode())
 
 
 def _config(name: str, overrides: Sequence[str], folder: Path) -> Config:

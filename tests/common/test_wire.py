@@ -18,6 +18,7 @@ from fedlora.common import wire
 from fedlora.common.config import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.messages import Network, Phase, RoundPlan, RunManifest, Update
+from fedlora.common.protocol import MAX_REASON
 from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec, Vector
 
 FINITE = arrays(
@@ -97,7 +98,7 @@ def test_a_refusal_arrives_as_one_bounded_printable_line(reason: str) -> None:
     assert got.client == "north"
     assert got.refused
     assert got.reason.isprintable()
-    assert len(got.reason) <= wire.MAX_REASON
+    assert len(got.reason) <= MAX_REASON
     with pytest.raises(Refused):
         wire.read_answer(record)
 
