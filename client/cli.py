@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.client.node import NodeFolder
-from fedlora.common.errors import BadInput, FedloraError, explained
+from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.messages import MAX_MESSAGE_BYTES, RunManifest
 from fedlora.common.statement import shown_delta, shown_epsilon
-from fedlora.common.terminal import bear_any_letter, fault_lines, printable
+from fedlora.common.terminal import bear_any_letter, explained, fault_lines
 
 app = typer.Typer(
     help="An institution's node: it keeps the data, and its own policy decides what leaves.",
@@ -224,11 +224,12 @@ def ledger(node: Folder = HERE) -> None:
     charged = [str(entry.body["budget"]) for entry in entries if entry.body["kind"] == "consent"]
     for name in dict.fromkeys((*policy.budgets, *charged)):
         spent, budget = held.spent(name), policy.budgets.get(name)
-        caps = ("", "", ", no longer in the policy")
-        if budget is not None:
-            caps = (f" of {budget.epsilon:g}", f" of {budget.delta:g}", "")
-        shown = shown_epsilon(spent.epsilon) + caps[0], shown_delta(spent.delta) + caps[1] + caps[2]
-        console.print(f"{name}: ε {shown[0]}, δ {shown[1]}", markup=False)
+        epsilon, delta = shown_epsilon(spent.epsilon), shown_delta(spent.delta)
+        if budget is None:
+            shown = f"ε {epsilon}, δ {delta}, no longer in the policy"
+        else:
+            shown = f"ε {epsilon} of {budget.epsilon:g}, δ {delta} of {budget.delta:g}"
+        console.print(f"{name}: {shown}", markup=False)
     for entry in entries:
         sys.stdout.write(json.dumps({"number": entry.number, **entry.body, "hash": entry.hash}) + "\n")
 
@@ -293,7 +294,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         line, code = explained(error)
-        errors.print(printable(f"fedlora-node: {line}"), markup=False, soft_wrap=True)
+        errors.print(f"fedlora-node: {line}", markup=False, soft_wrap=True)
         sys.exit(code)
     except click.ClickException as error:
         error.show()

@@ -34,10 +34,8 @@ from fedlora.common.shapes import Shape, alike, padded, probes
 from fedlora.common.state import AdapterSpec
 from fedlora.common.tasks import Encoded
 
-RECORDS = {
-    "cpu": 4,
-    "cuda": 512,
-}  # of one length that are computed together, as far as a micro-batch's tokens go
+# Of one length that are computed together, as far as a micro-batch's tokens go.
+RECORDS = {"cpu": 4, "cuda": 512}
 HeadLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (n, classes), (n,) -> (n,)
 
 
@@ -251,8 +249,8 @@ def head_clipped_sum(
 
     All of it in float64: products of many rows round by a row's place and company, and weights that a coordinator
     chose can make float32's rounding as large as a gradient. With features of length 64 and weights of 1e3, float64's
-    is 5e-12 of a clip in a linear head, and 1e-7 in one with a hidden layer. Whoever chooses the weights can also make b so small and a so large
-    that |b|² is 0 in float32, and b aᵀ is not.
+    was at most 5e-12 of a clip in a linear head, and 1e-7 in one with a hidden layer. Whoever chooses the weights can
+    also make b so small and a so large that |b|² is 0 in float32, and b aᵀ is not.
     """
     if bound is not None:
         _checked_clip(bound)

@@ -11,10 +11,7 @@ Every message says where, what was found and what was expected.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Sequence
-
-SHORT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class FedloraError(Exception):
@@ -47,10 +44,3 @@ class QuorumLost(FedloraError):
     """Too few institutions answered before the deadline."""
 
     exit_code = 4
-
-
-def explained(error: OSError) -> tuple[str, int]:
-    """One line and the exit code: 2 where a path is not what it must be, 1 where the machine ran out of something."""
-    where = f"{error.filename}: " if error.filename else ""
-    code = FedloraError.exit_code if error.errno in SHORT_OF else BadInput.exit_code
-    return f"{where}{error.strerror or error}", code

@@ -52,9 +52,8 @@ def export_adapter(
     config = backbone.peft_config[PEFT_ADAPTER]
     if Path(settings.base).is_dir():  # where it lies on this machine is nobody's business
         config.base_model_name_or_path = model.base_digest
-    config.fan_in_fan_out = (
-        False  # PEFT sets it by each layer's kind, whatever a file says; so all say the same
-    )
+    # PEFT sets it by each layer's kind, whatever a file says; so all files say the same
+    config.fan_in_fan_out = False
     backbone.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     config.base_model_name_or_path = settings.base
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a card, with nothing filled in

@@ -19,16 +19,24 @@ def exclusive(path: Path, held: FedloraError, seconds: float) -> Iterator[None]:
     """Hold the lock of `path` alone; raises `held` where another one does not give it up within `seconds`."""
     end = time.monotonic() + seconds
     with path.open("a") as lock:
-        while not _taken(lock.fileno()):
+        while not _taken(lock.fileno(), fcntl.LOCK_EX):
             if time.monotonic() >= end:
                 raise held
             time.sleep(PAUSE)
         yield
 
 
-def _taken(descriptor: int) -> bool:
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock of `path` alone just now."""
+    if not path.exists():
+        return False
+    with path.open("r") as lock:
+        return not _taken(lock.fileno(), fcntl.LOCK_SH)
+
+
+def _taken(descriptor: int, kind: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

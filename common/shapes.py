@@ -24,10 +24,8 @@ import torch
 
 from fedlora.common.tasks import Encoded
 
-BUCKETS = {
-    "cpu": 8,
-    "cuda": 32,
-}  # tokens; on a GPU a batch costs its launches, hardly what it holds: few are best
+# Tokens. On a GPU a batch costs its launches, hardly what it holds: few are best.
+BUCKETS = {"cpu": 8, "cuda": 32}
 Ints = npt.NDArray[np.int64]
 Records = Callable[[int, bool], int]  # of a batch, by its tokens and whether they are all the records' own
 

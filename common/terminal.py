@@ -5,10 +5,13 @@ A name that somebody else wrote could hold escape codes or line ends, and so loo
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 
 from fedlora.common.errors import BadInput, FedloraError
+
+SHORT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def bear_any_letter() -> None:
@@ -27,3 +30,10 @@ def fault_lines(error: FedloraError) -> list[str]:
     """An error as it is printed: a line to a fault."""
     faults = error.faults if isinstance(error, BadInput) else str(error).splitlines()
     return [printable(fault) for fault in faults]
+
+
+def explained(error: OSError) -> tuple[str, int]:
+    """One line and the exit code: 2 where a path is not what it must be, 1 where the machine ran out of something."""
+    where = f"{error.filename}: " if error.filename else ""
+    code = FedloraError.exit_code if error.errno in SHORT_OF else BadInput.exit_code
+    return printable(f"{where}{error.strerror or error}"), code

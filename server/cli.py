@@ -13,10 +13,10 @@ import click
 import typer
 from rich.console import Console
 
-from fedlora.common.errors import BadInput, FedloraError, explained
+from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.identity import PublicIdentity
 from fedlora.common.statement import shown_epsilon
-from fedlora.common.terminal import bear_any_letter, fault_lines, printable
+from fedlora.common.terminal import bear_any_letter, explained, fault_lines, printable
 
 if TYPE_CHECKING:
     from fedlora.server.directory import Directory
@@ -228,7 +228,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         line, code = explained(error)
-        errors.print(printable(f"fedlora-server: {line}"), markup=False, soft_wrap=True)
+        errors.print(f"fedlora-server: {line}", markup=False, soft_wrap=True)
         sys.exit(code)
     except click.ClickException as error:
         error.show()

@@ -51,10 +51,11 @@ def begin(directory: Directory, config: Path, beside: bool = False) -> Path:
 
 def _check_last(directory: Directory, beside: bool) -> None:
     """Refused where a run goes on, or has what institutions reserved for it and could still go on."""
-    for folder in directory.runs():
+    runs = directory.runs()
+    for folder in runs:
         if is_held(folder):
             raise Refused(f"{folder}: found a process that carries this run out, expected its end first")
-    for folder in directory.runs()[-1:]:
+    for folder in runs[-1:]:
         reserved, outcome = any((folder / "consents").glob("*.reply")), read_outcome(folder)
         ended = outcome is not None and outcome.code in (0, Refused.exit_code)
         if reserved and not ended and not beside:
@@ -185,9 +186,10 @@ def _followed(
             if why and not ending.exists():
                 return {"code": 1, "message": f"Flower run {run}: {why}; resume goes on"}
             # a revocation or a new member counts while the run goes on
-            before, faults = faults, admit(directory, link)
-            for fault in set(faults) - set(before):
-                tell(fault)
+            told, faults = faults, admit(directory, link)
+            for fault in faults:
+                if fault not in told:
+                    tell(fault)
             asked = time.monotonic()
         time.sleep(LOOK)
     _watched(metrics, seen, watch)

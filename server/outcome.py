@@ -6,7 +6,6 @@ started again. So each is appointed by name, one works at a time, and one that i
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -79,15 +78,7 @@ def outcome_of(work: Callable[[], object], folder: Path, token: str) -> None:
 
 def is_held(folder: Path) -> bool:
     """Whether a process carries the run out just now."""
-    path = folder / LOCK
-    if not path.exists():
-        return False
-    with path.open("r") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    return locks.is_held(folder / LOCK)
 
 
 @contextmanager

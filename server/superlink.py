@@ -184,9 +184,8 @@ class SuperLink:
 
     def lost(self) -> str:
         """The log of a process that was started here and has ended; empty where all live."""
-        ended = [process.poll() is not None for process in self._processes]
-        logs = [str(self.files.state / name) for name in LOGS]
-        return next((log for log, gone in zip(logs, ended, strict=False) if gone), "")
+        logs = zip(self._processes, LOGS, strict=False)  # none where it was attached to
+        return next((str(self.files.state / log) for each, log in logs if each.poll() is not None), "")
 
     def stop_run(self, run: str) -> None:
         with suppress(FedloraError):

@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.common.errors import BadInput, FedloraError, explained
+from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.statement import shown_epsilon
-from fedlora.common.terminal import bear_any_letter, fault_lines
+from fedlora.common.terminal import bear_any_letter, explained, fault_lines
 
 app = typer.Typer(
     help="Private federated fine-tuning of LoRA adapters, simulated on one machine.",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.common.errors import explained
 from fedlora.common.files import write_atomically
+from fedlora.common.terminal import explained
 
 
 def test_a_full_disk_is_no_bad_input_and_its_file_is_named(
