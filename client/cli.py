@@ -15,10 +15,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.client.node import NodeFolder
+from fedlora.client.node.folder import NodeFolder
+from fedlora.common.config.strict import MAX_MESSAGE_BYTES
 from fedlora.common.errors import BadInput, FedloraError
-from fedlora.common.messages import MAX_MESSAGE_BYTES, RunManifest
-from fedlora.common.statement import shown_delta, shown_epsilon
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.privacy.statement import shown_delta, shown_epsilon
 from fedlora.common.terminal import bear_any_letter, explained, fault_lines
 
 app = typer.Typer(
@@ -65,10 +66,10 @@ def init(
 
     NAME is this institution's name: lower-case letters, digits, '-'.
     """
-    from fedlora.client import node as nodes
+    from fedlora.client.node import enrolment
 
     folder = NodeFolder(node)
-    request = (nodes.rotate if rotate else nodes.init)(folder, name, organisation)
+    request = (enrolment.rotate if rotate else enrolment.init)(folder, name, organisation)
     file = folder.rotation if rotate else folder.request
     console.print(f"hand {file} to the coordinator, and read out on the telephone:", markup=False)
     console.print(f"  {request.name}: {request.identity.fingerprint}", markup=False)
@@ -91,22 +92,23 @@ def join(
 
     FILE is the coordinator's invitation; with --approve a peer's request or rotation, with --remove a peer's name.
     """
-    from fedlora.client import node as nodes
+    from fedlora.client.node import enrolment, roster
+    from fedlora.client.node import folder as nodes
 
     folder = NodeFolder(node)
     if remove:
-        peer = nodes.remove_peer(folder, file.name)
+        peer = roster.remove_peer(folder, file.name)
         console.print(f"removed {peer.name} ({peer.organisation}): {peer.identity.fingerprint}", markup=False)
         return
     text = nodes.read_text(file)
     if approve:
-        peer = nodes.approve(folder, text, file.name)
+        peer = roster.approve(folder, text, file.name)
         console.print(f"approved {peer.name} ({peer.organisation}); compare by telephone:", markup=False)
         console.print(f"  {peer.identity.fingerprint}", markup=False)
         return
-    invitation = nodes.join(folder, text, file.name)
+    invitation = enrolment.join(folder, text, file.name)
     console.print(f"joined {invitation.federation} at {invitation.address}; compare:", markup=False)
-    for name, fingerprint in nodes.fingerprints(invitation).items():
+    for name, fingerprint in enrolment.fingerprints(invitation).items():
         console.print(f"  {name}: {fingerprint}", markup=False)
 
 
@@ -114,8 +116,8 @@ def join(
 def check_data(node: Folder = HERE) -> None:
     """Read and tokenise every data set, and every base model, that the policy names; nothing is spent."""
     _offline()
-    from fedlora.client import bench
-    from fedlora.common.base import base_digest, check_base
+    from fedlora.client.service import preparation
+    from fedlora.common.model.base import base_digest, check_base
 
     folder = NodeFolder(node)
     policy = folder.load_policy()
@@ -126,7 +128,7 @@ def check_data(node: Folder = HERE) -> None:
             raise BadInput(f"node.toml [bases] {base}: found {found}, expected {digest}")
         console.print(f"{base}: {digest}", markup=False)
     for name, data in policy.data.items():
-        records, units = bench.check_data(folder, policy, name)
+        records, units = preparation.check_data(folder, policy, name)
         console.print(f"{name}: {records} records, {units} units, charges {data.budget}", markup=False)
 
 
@@ -137,7 +139,7 @@ def base(name: str) -> None:
     NAME is a folder, or the name of a packaged model.
     """
     _offline()
-    from fedlora.common.base import base_digest, check_base, resolve_base
+    from fedlora.common.model.base import base_digest, check_base, resolve_base
 
     folder = resolve_base(name)
     check_base(folder)
@@ -150,8 +152,8 @@ def explain(manifest: Path, node: Folder = HERE) -> None:
 
     MANIFEST is a file: signed, or as JSON.
     """
-    from fedlora.client.node import pinned_invitation
-    from fedlora.client.verdicts import allow, judge
+    from fedlora.client.consent.judge import allow, judge
+    from fedlora.client.node.enrolment import pinned_invitation
 
     folder = NodeFolder(node)
     policy = folder.load_policy()
@@ -174,11 +176,11 @@ def explain(manifest: Path, node: Folder = HERE) -> None:
 def serve(node: Folder = HERE) -> None:
     """The trainer: holds the data, and answers what the coordinator signed."""
     _offline()
-    from fedlora.client.node import only_trainer, pinned_invitation
-    from fedlora.client.resident import Resident
-    from fedlora.client.service import Service
-    from fedlora.client.workshop import Workshop
-    from fedlora.common.identity import Identity
+    from fedlora.client.node.enrolment import only_trainer, pinned_invitation
+    from fedlora.client.service.answer import Resident
+    from fedlora.client.service.endpoint import Service
+    from fedlora.client.service.workshop import Workshop
+    from fedlora.common.trust.identity import Identity
 
     folder = NodeFolder(node)
     policy = folder.load_policy()
@@ -206,8 +208,8 @@ def link(
     key: Annotated[str, typer.Option(help="host:port: this relay's key.")] = "",
 ) -> None:
     """The relay: keeps a Flower SuperNode connected that hands bytes to the trainer and back."""
-    from fedlora.client.link import Link, supervise, trainer_address
-    from fedlora.client.signals import stop_event
+    from fedlora.client.network.supernode import Link, supervise, trainer_address
+    from fedlora.client.service.signals import stop_event
 
     address = trainer_address(trainer, Path.cwd())
     command = Link(relay, address, port, (authority, certificate, key)).command()
@@ -246,11 +248,12 @@ def report(
     ] = None,
 ) -> None:
     """The node's report: JSON signed with its key, and a page."""
-    from fedlora.client import report as reports
-    from fedlora.common.identity import Identity
+    from fedlora.client.report import check as check_module
+    from fedlora.client.report import report as reports
+    from fedlora.common.trust.identity import Identity
 
     if check is not None:
-        signer = reports.check_report(check, None if key is None else reports.read_key(key))
+        signer = check_module.check_report(check, None if key is None else check_module.read_key(key))
         console.print("verified" if key is not None else "integrity only: signed by", markup=False)
         console.print(f"  {signer.fingerprint}", markup=False)
         return
@@ -263,7 +266,7 @@ def report(
 
 def _manifest(path: Path) -> RunManifest:
     """A manifest from a file: JSON as it is, or behind the coordinator's signature (not checked: it only asks)."""
-    from fedlora.common.identity import Signed
+    from fedlora.common.trust.identity import Signed
 
     try:
         with path.open("rb") as stream:

@@ -14,12 +14,12 @@ import typer
 from rich.console import Console
 
 from fedlora.common.errors import BadInput, FedloraError
-from fedlora.common.identity import PublicIdentity
-from fedlora.common.statement import shown_epsilon
+from fedlora.common.privacy.statement import shown_epsilon
 from fedlora.common.terminal import bear_any_letter, explained, fault_lines, printable
+from fedlora.common.trust.identity import PublicIdentity
 
 if TYPE_CHECKING:
-    from fedlora.server.directory import Directory
+    from fedlora.server.coordinator.folder import Directory
 
 app = typer.Typer(
     help="A federation's coordinator: it plans rounds, adds what institutions send, and signs what it releases.",
@@ -45,7 +45,7 @@ def init(
     superlink_port: Annotated[int, typer.Option(help="SuperLink's own port, on loopback.")] = 9300,
 ) -> None:
     """Make a working coordinator's folder: keys, authority, certificate, invitation, examples."""
-    from fedlora.server.directory import INVITATION, Directory
+    from fedlora.server.coordinator.folder import INVITATION, Directory
 
     made = Directory.create(folder, federation, host, port, superlink_port)
     _say(f"made         {made.root}")
@@ -61,9 +61,9 @@ def enrol(
     yes: Annotated[bool, typer.Option("--yes", help="The fingerprint was compared already.")] = False,
 ) -> None:
     """Make an institution a member, once its fingerprint was compared by telephone."""
-    from fedlora.common.enrolment import request_from_text
-    from fedlora.server.directory import Directory
-    from fedlora.server.runs import read_text
+    from fedlora.common.trust.enrolment import request_from_text
+    from fedlora.server.coordinator.folder import Directory
+    from fedlora.server.release.from_run import read_text
 
     directory, text = Directory.open(dir_), read_text(request)
     found = request_from_text(text, request.name)
@@ -83,9 +83,9 @@ def rotate(
     yes: Annotated[bool, typer.Option("--yes", help="The fingerprints were compared already.")] = False,
 ) -> None:
     """Replace a member's key by the one that its old key names; it counts from the next round."""
-    from fedlora.common.rotation import rotation_from_text
-    from fedlora.server.directory import Directory
-    from fedlora.server.runs import read_text
+    from fedlora.common.trust.rotation import rotation_from_text
+    from fedlora.server.coordinator.folder import Directory
+    from fedlora.server.release.from_run import read_text
 
     directory, text = Directory.open(dir_), read_text(rotation)
     found = rotation_from_text(text, rotation.name)
@@ -101,7 +101,7 @@ def rotate(
 @app.command()
 def revoke(name: Annotated[str, typer.Argument(help="A member's name.")], dir_: Folder = HERE) -> None:
     """End a membership; it counts from the next round, and its key never comes back."""
-    from fedlora.server.directory import Directory
+    from fedlora.server.coordinator.folder import Directory
 
     _say(f"revoked      {Directory.open(dir_).registry.revoke(name).name}")
 
@@ -109,7 +109,7 @@ def revoke(name: Annotated[str, typer.Argument(help="A member's name.")], dir_: 
 @app.command()
 def members(dir_: Folder = HERE) -> None:
     """Who is a member, who was, and by which keys."""
-    from fedlora.server.directory import Directory
+    from fedlora.server.coordinator.folder import Directory
 
     directory = Directory.open(dir_)
     for each in directory.registry.members():
@@ -125,7 +125,7 @@ def renew(
     new_key: Annotated[bool, typer.Option("--new-key", help="Replace the server's key too.")] = False,
 ) -> None:
     """A new server certificate from the same authority: institutions need not do anything."""
-    from fedlora.server.directory import Directory
+    from fedlora.server.coordinator.folder import Directory
 
     directory = Directory.open(dir_)
     directory.renew(new_key=new_key)
@@ -135,7 +135,7 @@ def renew(
 @app.command()
 def invite(dir_: Folder = HERE) -> None:
     """Print the invitation that institutions join with."""
-    from fedlora.server.directory import Directory
+    from fedlora.server.coordinator.folder import Directory
 
     sys.stdout.write(Directory.open(dir_).invitation())
 
@@ -150,8 +150,8 @@ def export(
     reports: Annotated[Path | None, typer.Option(help="A folder of the institutions' own reports.")] = None,
 ) -> None:
     """Write a run's adapter with model card and every institution's signed statement."""
-    from fedlora.server.directory import Directory
-    from fedlora.server.runs import export_run, find_run
+    from fedlora.server.coordinator.folder import Directory
+    from fedlora.server.release.from_run import export_run, find_run
 
     directory = Directory.open(dir_)
     for line in export_run(directory, find_run(directory, run_), target, reports):
@@ -167,8 +167,8 @@ def verify(
     ] = None,
 ) -> None:
     """Check an export offline: every file by its digest, every signature."""
-    from fedlora.server.release import verify as checked
-    from fedlora.server.runs import read_text
+    from fedlora.server.release.from_run import read_text
+    from fedlora.server.release.verify import verify as checked
 
     expected = None if key is None else PublicIdentity.from_text(read_text(key, 1 << 12), key.name)
     for line in checked(folder, expected):
@@ -184,9 +184,9 @@ def run(
     ] = False,
 ) -> None:
     """Carry out a new run."""
-    from fedlora.server import federation
+    from fedlora.server.deployment import supervise
 
-    _carry_out(dir_, lambda directory: federation.begin(directory, config, beside=new))
+    _carry_out(dir_, lambda directory: supervise.begin(directory, config, beside=new))
 
 
 @app.command()
@@ -197,7 +197,7 @@ def resume(
     ] = None,
 ) -> None:
     """Go on with a run from its last committed round, in a new Flower run."""
-    from fedlora.server.runs import find_run
+    from fedlora.server.release.from_run import find_run
 
     _carry_out(dir_, lambda directory: find_run(directory, run_))
 
@@ -208,8 +208,8 @@ def status(
     follow: Annotated[bool, typer.Option("--follow", help="Stay, and show what changes.")] = False,
 ) -> None:
     """Rounds, institutions, and the ε that each of them states."""
-    from fedlora.server.directory import Directory
-    from fedlora.server.status import show
+    from fedlora.server.coordinator.folder import Directory
+    from fedlora.server.deployment.status import show
 
     show(Directory.open(dir_), console, follow)
 
@@ -239,8 +239,8 @@ def main() -> None:
 
 
 def _carry_out(folder: Path, chosen: Callable[[Directory], Path]) -> None:
-    from fedlora.server import federation
-    from fedlora.server.directory import Directory
+    from fedlora.server.coordinator.folder import Directory
+    from fedlora.server.deployment import supervise
 
     directory = Directory.open(folder)
     directory.check_certificate()  # before institutions are asked for anything
@@ -248,7 +248,7 @@ def _carry_out(folder: Path, chosen: Callable[[Directory], Path]) -> None:
     _say(f"{'run':12}{place}")
     with _ends_alike_on(signal.SIGTERM):
         try:
-            summary = federation.carry_out(directory, place, _print_round, _say)
+            summary = supervise.carry_out(directory, place, _print_round, _say)
         except KeyboardInterrupt:
             errors.print(
                 f"\nstopped; what was committed stays, and this goes on: fedlora-server resume --dir {folder} --run {place.name}",
@@ -299,7 +299,7 @@ def _confirm(command: str, question: str) -> None:
 
 
 def _warn_of_expiry(directory: Any) -> None:
-    from fedlora.server.certificates import days_left, read_certificate
+    from fedlora.server.coordinator.certificates import days_left, read_certificate
 
     left = days_left(read_certificate(directory.root / "tls" / "server.crt"))
     if left < SOON:

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.common.errors import BadInput, FedloraError
-from fedlora.common.statement import shown_epsilon
+from fedlora.common.privacy.statement import shown_epsilon
 from fedlora.common.terminal import bear_any_letter, explained, fault_lines
+from fedlora.simulations.federation.packaged import packaged_config
 
 app = typer.Typer(
     help="Private federated fine-tuning of LoRA adapters, simulated on one machine.",
@@ -27,7 +28,6 @@ app = typer.Typer(
 TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
-
 ConfigFile = Annotated[
     Path, typer.Argument(help="A TOML file, or the name of a packaged configuration (ag_news).")
 ]
@@ -50,7 +50,7 @@ def run(
     threads: Threads = 0,
 ) -> None:
     """Run a federation and write its report."""
-    from fedlora.simulations.session import run_to_report
+    from fedlora.simulations.experiments.simulate import run_to_report
 
     path = packaged_config(config)
     folder = out or Path("runs") / path.stem
@@ -67,7 +67,7 @@ def quickstart(
     threads: Threads = 0,
 ) -> None:
     """A private federation on a synthetic corpus: no network, no configuration, a few minutes."""
-    from fedlora.simulations.quickstart import run_quickstart
+    from fedlora.simulations.experiments.quickstart import run_quickstart
 
     summary = run_quickstart(out, console, threads)
     _print_summary(summary, out)
@@ -76,7 +76,7 @@ def quickstart(
 @app.command()
 def plan(config: ConfigFile, set_: Overrides = None, threads: Threads = 0) -> None:
     """σ, ε by round, examples, minutes and bytes: before anything is spent."""
-    from fedlora.simulations.planning import print_plan
+    from fedlora.simulations.experiments.planning import print_plan
 
     print_plan(_load(packaged_config(config), set_), console, threads)
 
@@ -91,7 +91,7 @@ def sweep(
     threads: Threads = 0,
 ) -> None:
     """One run for each value, and the curve over them. The trials themselves are not accounted."""
-    from fedlora.simulations.sweep import run_sweep
+    from fedlora.simulations.experiments.sweep import run_sweep
 
     path = packaged_config(config)
     page = run_sweep(
@@ -103,7 +103,7 @@ def sweep(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
     """Write report.html again, from the run's files."""
-    from fedlora.simulations.report import write_report
+    from fedlora.simulations.report.pages import write_report
 
     console.print(f"report  {write_report(folder)}")
 
@@ -115,7 +115,7 @@ def predict(
     base: Annotated[str, typer.Option(help="Where the base model lies, if elsewhere.")] = "",
 ) -> None:
     """The released adapter on new text: one JSON object to a line."""
-    from fedlora.common.export import load_adapter
+    from fedlora.common.adapter.peft import load_adapter
 
     adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
     texts = _lines(file)
@@ -126,14 +126,6 @@ def predict(
         answers = [loaded.complete(text) for text in texts]
     for text, answer in zip(texts, answers, strict=True):
         sys.stdout.write(json.dumps({"text": text, "answer": answer}, ensure_ascii=False) + "\n")
-
-
-def packaged_config(path: Path) -> Path:
-    """A file as given, or the packaged configuration of that name."""
-    packaged = Path(__file__).parent / "configs" / f"{path.name}.toml"
-    if not path.is_file() and path.suffix == "" and packaged.is_file():
-        return packaged
-    return path
 
 
 def main() -> None:
@@ -169,7 +161,7 @@ def _stopped(words: list[str]) -> str:
 
 
 def _load(path: Path, overrides: list[str] | None) -> Any:
-    from fedlora.common.config import load_config
+    from fedlora.common.config.schema import load_config
 
     return load_config(path, overrides or [])
 

@@ -46,7 +46,13 @@ def available() -> bool:
         return False
     try:
         with public_folder() as scratch:
-            relay = [*as_nobody(scratch), "env", sys.executable, "-c", "import fedlora.client.link, flwr"]
+            relay = [
+                *as_nobody(scratch),
+                "env",
+                sys.executable,
+                "-c",
+                "import fedlora.client.network.supernode, flwr",
+            ]
             for words in ([*ALONE, "true"], relay):
                 subprocess.run(words, check=True, capture_output=True, timeout=60)
         found = subprocess.run([*_BECOME, "ls", "/root"], capture_output=True, timeout=30, check=False)

@@ -17,13 +17,13 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
-    "tests/client/test_secagg.py",
-    "tests/client/test_secure_trainer.py",
-    "tests/client/test_secure_runs.py",
-    "tests/server/test_secagg.py",
-    "tests/client/test_secagg_machine.py",
-    "tests/client/test_shared_noise.py",
-    "tests/common/test_skellam.py",
+    "tests/client/secagg/test_node.py",
+    "tests/client/secagg/test_masked_trainer.py",
+    "tests/client/secagg/test_runs.py",
+    "tests/server/secagg/test_epoch.py",
+    "tests/client/secagg/test_machine.py",
+    "tests/client/secagg/test_shared_noise.py",
+    "tests/common/privacy/test_skellam.py",
 )
 COPIED = ("client", "common", "server", "tests", ".typing", "pyproject.toml")
 
@@ -38,11 +38,11 @@ class Mutant:
     put: str
 
 
-COHORT, NODE, SERVER = "common/secagg/cohort.py", "client/secagg.py", "server/secagg.py"
-SEEN = "server/seen_keys.py"
-TRAINER, VERDICTS = "client/secure_trainer.py", "client/verdicts.py"
-SKELLAM, PRIVACY = "common/skellam.py", "common/privacy.py"
-MANIFEST, RUNS, WIRE = "server/manifest.py", "client/secure_runs.py", "common/secagg/wire.py"
+COHORT, NODE, SERVER = "common/secagg/cohort.py", "client/secagg/node.py", "server/secagg/epoch.py"
+SEEN = "server/secagg/seen_keys.py"
+TRAINER, VERDICTS = "client/secagg/masked_trainer.py", "client/consent/judge.py"
+SKELLAM, PRIVACY = "common/privacy/skellam.py", "common/privacy/accountant.py"
+MANIFEST, RUNS, WIRE = "server/runs/schedule.py", "client/secagg/runs.py", "common/secagg/wire.py"
 MUTANTS = (
     Mutant("a stranger counts", COHORT, "if name not in self.peers:", "if False:"),
     Mutant("an epoch outlives a member's removal", NODE, "for name in state.names):", "for name in ()):"),

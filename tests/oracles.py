@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlora.client.dpsgd import ClipGroups
-from fedlora.common.data import UnitIndex
-from fedlora.common.model import AdapterModel
-from fedlora.common.tasks import Encoded
+from fedlora.client.training.step import ClipGroups
+from fedlora.common.data.records import UnitIndex
+from fedlora.common.data.tasks import Encoded
+from fedlora.common.model.network import AdapterModel
 
 # --- clipping: one record at a time, one unit at a time, plain autograd, float64 sums --------------------
 

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from fedlora.client.secagg import SecureNode
-from fedlora.client.secure_outbox import MemoryOutbox
-from fedlora.common.enrolment import Peer
-from fedlora.common.identity import Identity
+from fedlora.client.node.masked_outbox import MemoryOutbox
+from fedlora.client.secagg.node import SecureNode
 from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.secagg.ring import Encoding
 from fedlora.common.secagg.wire import Epoch, Slot
-from fedlora.server.secagg import Listed, SecureSum, ServerAttempt, ServerEpoch
+from fedlora.common.trust.enrolment import Peer
+from fedlora.common.trust.identity import Identity
+from fedlora.server.secagg.attempt import Listed, SecureSum, ServerAttempt
+from fedlora.server.secagg.epoch import ServerEpoch
 
 FEDERATION, RUN = "hospitals", "sha256:" + "ab" * 32
 ADAPTER, BASE = "sha256:" + "cd" * 32, "sha256:" + "ef" * 32

@@ -20,11 +20,11 @@ from typing import Any
 import psutil
 import pytest
 
-from fedlora.client.node import NodeFolder
-from fedlora.common.export import load_adapter
-from fedlora.common.protocol import Consent, reply_from_bytes
-from fedlora.server.directory import Directory
-from fedlora.simulations.deployment import NAMES, Federation, conclude, listens, running, wait_until
+from fedlora.client.node.folder import NodeFolder
+from fedlora.common.adapter.peft import load_adapter
+from fedlora.common.protocol.messages import Consent, reply_from_bytes
+from fedlora.server.coordinator.folder import Directory
+from fedlora.simulations.local_deployment import NAMES, Federation, conclude, listens, running, wait_until
 from tests.isolation import ALONE, NOBODY, NOT_SHOWN, as_nobody, available, public_folder
 from tests.proxy import Line
 

@@ -1,10 +1,17 @@
-"""The house stays as it was designed: packages listed, layers without a cycle, flwr and torch where they belong."""
+"""The house stays as it was designed: layers, rooms and files without a circle, and flwr and torch where they belong.
+
+A layer is a top-level folder, a room a folder in it. The order of rooms below is the order in which they may import:
+a room sees itself, the rooms before it, and the layers below. docs/design.md draws it.
+"""
 
 from __future__ import annotations
 
 import ast
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,36 +24,41 @@ MAY_IMPORT = {
     "server": {"server", "common"},
     "simulations": {"simulations", "client", "server", "common"},
 }
-FLWR = {"common/wire.py", "server/app.py", "client/relay.py", "simulations/cluster.py"}
+# Rooms in the order in which they may import; a file that stands in a layer itself is a room of one.
+ROOMS = {
+    "common": (
+        *("errors", "disk", "terminal", "trust", "secagg", "config", "data", "model"),
+        *("manifest", "protocol", "privacy", "ledger", "adapter"),
+    ),
+    "client": ("network", "training", "node", "consent", "secagg", "service", "report", "cli"),
+    "server": (*("strategies", "rounds", "secagg", "runs", "coordinator", "release", "deployment", "cli"),),
+    "simulations": (
+        *("federation", "report", "engines", "experiments", "cli", "local_deployment", "benchmarks"),
+    ),
+}
+FLWR = {
+    "common/protocol/flower.py",
+    "server/deployment/flower.py",
+    "client/network/relay.py",
+    "simulations/engines/ray.py",
+}
+# The same thing on two sides may have one name; other files of different rooms may not.
+TWO_SIDES = {
+    "cli.py",  # one for each person who uses it
+    "cohort.py",  # whom a node counts, and whom the coordinator asks
+    "enrolment.py",  # what is signed, and the node that signs it
+    "flower.py",  # the records, and the grid that carries them
+    "folder.py",  # an institution's, and the coordinator's
+}
 # What a relay and the ledger's tools load: no torch, no transformers, no Opacus at import.
-LIGHT = (
+LIGHT_ROOMS = ("disk", "trust", "secagg", "config", "manifest", "protocol", "ledger")
+LIGHT_FILES = (
     "errors",
-    "state",
-    "messages",
-    "config",
-    "toml",
-    "data",
-    "files",
-    "locks",
-    "ledger",
-    "privacy",
-    "skellam",
-    "randomness",
-    "wire",
-    "secagg/cohort",
-    "secagg/commit",
-    "secagg/keys",
-    "secagg/masks",
-    "secagg/requests",
-    "secagg/ring",
-    "secagg/shamir",
-    "secagg/wire",
-    "identity",
-    "protocol",
-    "sealed",
-    "enrolment",
-    "rotation",
     "terminal",
+    "model/state",
+    "data/records",
+    "privacy/accountant",
+    "privacy/calibration",
 )
 HEAVY = {"torch", "transformers", "peft", "opacus", "sklearn"}
 
@@ -66,6 +78,29 @@ def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def file_of(name: str) -> Path | None:
+    """The file that an imported name of ours comes from; None for a package, or for what is not ours."""
+    parts = name.split(".")
+    if parts[0] != "fedlora" or len(parts) < 2:
+        return None
+    path = ROOT.joinpath(*parts[1:]).with_suffix(".py")
+    return path if path.is_file() else None
+
+
+def room_of(path: Path) -> tuple[str, str]:
+    layer, room, *_ = path.relative_to(ROOT).with_suffix("").parts
+    return layer, room
+
+
+@cache
+def arrows(layer: str) -> dict[Path, set[Path]]:
+    """Which files of a layer each of its files imports, wherever in the file."""
+    found = {path: {file_of(name) for name in imports(path)} - {None, path} for path in sources(layer)}
+    return {
+        path: {each for each in used if each and room_of(each)[0] == layer} for path, used in found.items()
+    }
+
+
 @pytest.mark.parametrize("layer", CODE)
 def test_layers_have_no_cycle(layer: str) -> None:
     for path in sources(layer):
@@ -74,6 +109,51 @@ def test_layers_have_no_cycle(layer: str) -> None:
             assert parts[0] not in CODE, f"{path}: import fedlora.{parts[0]}, not {parts[0]}"
             if parts[0] == "fedlora" and len(parts) > 1:
                 assert parts[1] in MAY_IMPORT[layer], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("layer", CODE)
+def test_rooms_import_in_their_order(layer: str) -> None:
+    order = {room: place for place, room in enumerate(ROOMS[layer])}
+    for path, used in arrows(layer).items():
+        if path.name == "__init__.py" and path.parent.name == layer:
+            continue  # the layer's own face may show any room
+        for each in used:
+            mine, theirs = room_of(path)[1], room_of(each)[1]
+            assert order[theirs] <= order[mine], f"{path}: {mine} imports {each}, of a room above it"
+
+
+@pytest.mark.parametrize("layer", CODE)
+def test_files_of_a_layer_import_in_no_circle(layer: str) -> None:
+    try:
+        TopologicalSorter(arrows(layer)).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' -> '.join(str(path) for path in error.args[1])}")
+
+
+def test_every_room_says_in_one_sentence_what_it_is_for() -> None:
+    for layer in CODE:
+        rooms = {path.parent for path in sources(layer)} - {ROOT / layer}
+        assert {room.name for room in rooms} | {p.stem for p in (ROOT / layer).glob("*.py")} - {
+            "__init__"
+        } == set(ROOMS[layer])
+        for room in rooms:
+            reason = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
+            assert reason.split("\n")[0].rstrip().endswith("."), f"{room}: no reason in its __init__.py"
+            assert len(list(room.glob("*.py"))) > 2, f"{room}: a room of one file is a file"
+
+
+def test_no_private_name_is_imported_across_rooms() -> None:
+    for layer in CODE:
+        for path in sources(layer):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedlora."):
+                    private = [alias.name for alias in node.names if alias.name.startswith("_")]
+                    assert not private, f"{path} imports {private} of {node.module}"
+
+
+def test_no_two_rooms_have_files_of_one_name() -> None:
+    named = Counter(path.name for layer in CODE for path in sources(layer) if path.name != "__init__.py")
+    assert {name for name, count in named.items() if count > 1} <= TWO_SIDES
 
 
 def test_flwr_is_imported_in_its_files_only() -> None:
@@ -86,15 +166,21 @@ def test_flwr_is_imported_in_its_files_only() -> None:
     assert found <= FLWR
 
 
-@pytest.mark.parametrize("name", LIGHT)
+def light_files() -> list[str]:
+    rooms = [path for room in LIGHT_ROOMS for path in sources(f"common/{room}")]
+    named = [ROOT / "common" / f"{name}.py" for name in LIGHT_FILES]
+    return [str(path.relative_to(ROOT)) for path in (*rooms, *named)]
+
+
+@pytest.mark.parametrize("name", light_files())
 def test_the_light_core_imports_no_torch(name: str) -> None:
-    seen, waiting = set(), [ROOT / "common" / f"{name}.py"]
+    seen, waiting = set(), [ROOT / name]
     while waiting:
         path = waiting.pop()
         for imported in imports(path, top_level_only=True):
             assert imported.split(".")[0] not in HEAVY, f"{path.name} imports {imported}"
-            inner = ROOT / "common" / (imported.removeprefix("fedlora.common.").replace(".", "/") + ".py")
-            if imported.startswith("fedlora.common.") and inner.is_file() and inner not in seen:
+            inner = file_of(imported)
+            if inner is not None and inner not in seen:
                 seen.add(inner)
                 waiting.append(inner)
 

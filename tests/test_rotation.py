@@ -12,21 +12,23 @@ import numpy as np
 import pytest
 
 from fedlora.client import cli as node_cli
-from fedlora.client import node as nodes
-from fedlora.client.node import NodeFolder, read_peers
-from fedlora.client.outbox import Outbox
-from fedlora.client.resident import Resident
+from fedlora.client.node import enrolment, roster
+from fedlora.client.node.folder import NodeFolder
+from fedlora.client.node.outbox import Outbox
+from fedlora.client.node.roster import read_peers
+from fedlora.client.service.answer import Resident
 from fedlora.common.errors import Refused
-from fedlora.common.identity import Identity
-from fedlora.common.ledger import Budget
-from fedlora.common.messages import RoundPlan, RunManifest
-from fedlora.common.rotation import ROTATION_TAG, rotation_from_text, rotation_to_text
-from fedlora.common.sealed import seal
+from fedlora.common.ledger.ledger import Budget
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.trust.identity import Identity
+from fedlora.common.trust.rotation import ROTATION_TAG, rotation_from_text, rotation_to_text
+from fedlora.common.trust.sealed import seal
 from fedlora.server import cli as server_cli
-from fedlora.server.deployment import ClearCohort
-from fedlora.server.directory import Directory
-from fedlora.server.participants import Participants
-from fedlora.server.rounds import CohortSum, Failure
+from fedlora.server.coordinator.folder import Directory
+from fedlora.server.deployment.cohorts import ClearCohort
+from fedlora.server.deployment.participants import Participants
+from fedlora.server.rounds.cohort import CohortSum, Failure
 from tests.client.institution import BASE, PHASE, POLICY, FakeWork, manifest_of
 from tests.server.enrolments import request
 from tests.server.fakes import SPEC, START
@@ -240,16 +242,16 @@ def test_a_rotation_that_was_killed_goes_on_with_the_key_that_may_be_known(
     folder = NodeFolder(federation.root / "north")
     monkeypatch.setattr(Path, "rename", dies)
     with pytest.raises(KeyboardInterrupt):
-        nodes.rotate(folder, "north", "The north")
+        enrolment.rotate(folder, "north", "The north")
     monkeypatch.setattr(Path, "rename", rename)
     begun = rotation_from_text(folder.rotation.read_text(), "r").request.identity
-    assert nodes.rotate(folder, "north", "The north").identity == begun
+    assert enrolment.rotate(folder, "north", "The north").identity == begun
     assert Identity.load(folder.identity).public == begun and not list(folder.root.glob("rotation-*"))
 
 
 def test_one_organisation_is_one_peer_however_it_is_spelt(federation: Federation) -> None:
     folder = NodeFolder(federation.root / "north")
-    nodes.approve(folder, (federation.root / "east" / "enrolment.json").read_text(), "e")
+    roster.approve(folder, (federation.root / "east" / "enrolment.json").read_text(), "e")
     for name, organisation in (("west", "THE  east"), ("west", "the North")):
         with pytest.raises(Refused, match="second key"):
-            nodes.approve(folder, request(Identity.generate(), name, organisation), "w")
+            roster.approve(folder, request(Identity.generate(), name, organisation), "w")

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedlora.common.enrolment import Peer, folded
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.identity import PublicIdentity, digest, framed
 from fedlora.common.secagg import keys, wire
 from fedlora.common.secagg.wire import Confirmation, Dealer, Epoch, KeyOffer
+from fedlora.common.trust.enrolment import Peer, folded
+from fedlora.common.trust.identity import PublicIdentity, digest, framed
 
 SMALLEST_COHORT = 3
 THRESHOLD_RULE = "2n/3+1"  # what a manifest has to say

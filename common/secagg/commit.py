@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.identity import digest
+from fedlora.common.trust.identity import digest
 
 DIGEST_BYTES = 32
 

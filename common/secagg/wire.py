@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from fedlora.common.errors import BadInput
-from fedlora.common.identity import KEY_BYTES, SIGNATURE_BYTES, digest, framed
+from fedlora.common.trust.identity import KEY_BYTES, SIGNATURE_BYTES, digest, framed
 
 PROTOCOL = "fedlora-secagg-1"
 KEYS, COHORT, SHARES, DEALERS = (f"{PROTOCOL} {stage}" for stage in ("keys", "cohort", "shares", "dealers"))

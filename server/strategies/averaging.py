@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.common.errors import BadInput
-from fedlora.common.state import AdapterState
-from fedlora.server.strategies.base import ServerState
+from fedlora.common.model.state import AdapterState
+from fedlora.server.strategies.strategy import ServerState
 
 Floats = npt.NDArray[np.float64]
 ADAPTIVITY = 1e-3  # τ of Reddi et al.; their second moment starts at τ², and neither moment is bias-corrected

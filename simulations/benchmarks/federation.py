@@ -25,10 +25,18 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.common.base import resolve_base
 from fedlora.common.errors import FedloraError
-from fedlora.simulations.corpus import CLASSES, generate
-from fedlora.simulations.deployment import BIN, NAMES, Federation, free_port, listens, running, wait_until
+from fedlora.common.model.base import resolve_base
+from fedlora.simulations.federation.corpus import CLASSES, generate
+from fedlora.simulations.local_deployment import (
+    BIN,
+    NAMES,
+    Federation,
+    free_port,
+    listens,
+    running,
+    wait_until,
+)
 
 SECONDS = 1800.0
 PROJECT = """\

@@ -33,15 +33,15 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedlora.client.dpsgd import ClipGroups, PerSampleGradients, private_mean
-from fedlora.client.sampling import micro_batches
-from fedlora.common.compute import PRECISIONS, choose_compute
-from fedlora.common.config import LoraConfig, ModelConfig
-from fedlora.common.data import Columns, read_records, unit_groups
-from fedlora.common.model import AdapterModel, build_model
-from fedlora.common.randomness import OsRandom
-from fedlora.common.tasks import Encoded, SequenceClassification
-from fedlora.server.conduct import peak_rss_bytes
+from fedlora.client.training.sampling import micro_batches
+from fedlora.client.training.step import ClipGroups, PerSampleGradients, private_mean
+from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.data.records import Columns, read_records, unit_groups
+from fedlora.common.data.tasks import Encoded, SequenceClassification
+from fedlora.common.model.compute import PRECISIONS, choose_compute
+from fedlora.common.model.network import AdapterModel, build_model
+from fedlora.common.privacy.randomness import OsRandom
+from fedlora.server.runs.summary import peak_rss_bytes
 
 AG_NEWS = Path("../shared/data/ag_news/train.parquet")
 MAX_LENGTH = 128

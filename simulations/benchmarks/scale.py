@@ -26,10 +26,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.common.config import Config, parse_config
-from fedlora.server.conduct import peak_rss_bytes
-from fedlora.simulations.partition import Partition
-from fedlora.simulations.run import Paths, begin, sequential, train
+from fedlora.common.config.schema import Config, parse_config
+from fedlora.server.runs.summary import peak_rss_bytes
+from fedlora.simulations.engines.sequential import sequential
+from fedlora.simulations.federation.partition import Partition
+from fedlora.simulations.federation.run_folder import Paths, begin, train
 
 SIZES = (100, 1_000, 10_000)
 RECORDS, COHORT = 32, 20

@@ -29,14 +29,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.client.secagg import SecureNode
-from fedlora.client.secure_outbox import MemoryOutbox
-from fedlora.common.enrolment import Peer
-from fedlora.common.identity import Identity, PublicIdentity
+from fedlora.client.node.masked_outbox import MemoryOutbox
+from fedlora.client.secagg.node import SecureNode
 from fedlora.common.secagg.cohort import CohortPolicy, threshold
 from fedlora.common.secagg.ring import Encoding
 from fedlora.common.secagg.wire import Epoch, Slot
-from fedlora.server.secagg import ServerAttempt, ServerEpoch
+from fedlora.common.trust.enrolment import Peer
+from fedlora.common.trust.identity import Identity, PublicIdentity
+from fedlora.server.secagg.attempt import ServerAttempt
+from fedlora.server.secagg.epoch import ServerEpoch
 
 CASES = ((100, 1_000_000, 30), (100, 1_000_000, 0), (10, 10_000_000, 3), (10, 1_000_000, 3))
 QUICK = ((10, 100_000, 3),)

@@ -15,16 +15,16 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from fedlora.client import node as nodes
-from fedlora.client.node import NodeFolder
-from fedlora.client.resident import Resident, Work
-from fedlora.client.verdicts import projected
-from fedlora.common.config import LoraConfig, ModelConfig
-from fedlora.common.enrolment import Invitation, invitation_to_text
-from fedlora.common.identity import Identity, Signed
-from fedlora.common.ledger import Budget, Ledger
-from fedlora.common.messages import Network, Phase, RoundPlan, RunManifest
-from fedlora.common.protocol import (
+from fedlora.client.consent.judge import projected
+from fedlora.client.node import enrolment
+from fedlora.client.node.folder import NodeFolder
+from fedlora.client.service.answer import Resident, Work
+from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.ledger.ledger import Budget, Ledger
+from fedlora.common.manifest.manifest import Network, Phase, RunManifest
+from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.model.state import AdapterSpec, TensorSpec
+from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
     PLAN_TAG,
@@ -35,7 +35,8 @@ from fedlora.common.protocol import (
     reply_from_bytes,
     request_to_bytes,
 )
-from fedlora.common.state import AdapterSpec, TensorSpec
+from fedlora.common.trust.enrolment import Invitation, invitation_to_text
+from fedlora.common.trust.identity import Identity, Signed
 
 BASE = "sha256:" + "b" * 64
 PHASE = Phase("adapter", 3, 4, 2, 0.05, 4.0, 3.0, 1.0, 0.0, "sgd", 0.01, True, 0.0)
@@ -154,10 +155,10 @@ class Institution:
     def __post_init__(self) -> None:
         self.folder = NodeFolder(self.root)
         if not self.folder.identity.exists():
-            nodes.init(self.folder, self.name, self.organisation)
+            enrolment.init(self.folder, self.name, self.organisation)
             self.set_policy(POLICY.format(base=BASE, folder="base").replace('"north"', f'"{self.name}"'))
             invitation = Invitation("f", "127.0.0.1:9092", CERTIFICATE, COORDINATOR.public)
-            nodes.join(self.folder, invitation_to_text(COORDINATOR, invitation), "invitation")
+            enrolment.join(self.folder, invitation_to_text(COORDINATOR, invitation), "invitation")
         self.restart()
 
     def set_policy(self, text: str) -> None:

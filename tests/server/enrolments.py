@@ -5,8 +5,8 @@ from __future__ import annotations
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from fedlora.common.enrolment import EnrolmentRequest, request_to_text
-from fedlora.common.identity import Identity
+from fedlora.common.trust.enrolment import EnrolmentRequest, request_to_text
+from fedlora.common.trust.identity import Identity
 
 
 def flower_key() -> str:

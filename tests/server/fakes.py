@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlora.common import files
-from fedlora.common.config import LoraConfig, ModelConfig
+from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.disk import files
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.messages import Network, Phase, RoundPlan, RunManifest, Update
-from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
-from fedlora.server.bound import check_norm, update_bound
-from fedlora.server.checkpoint import Checkpoint, Progress
-from fedlora.server.rounds import CohortSum, Failure, RoundRecord, Rules, run_rounds
+from fedlora.common.manifest.manifest import Network, Phase, RunManifest
+from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
+from fedlora.server.rounds.checkpoint import Checkpoint, Progress
+from fedlora.server.rounds.cohort import CohortSum, Failure
+from fedlora.server.rounds.loop import RoundRecord, Rules, run_rounds
+from fedlora.server.rounds.norm_bound import check_norm, update_bound
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 
 SPEC = AdapterSpec((TensorSpec("lora.a", (2, 2)), TensorSpec("head.weight", (3,))))
@@ -158,7 +160,7 @@ def full_disk() -> OSError:
 
 
 class _Os:
-    """The `os` that common.files sees. Nothing is really synced: the tests would take minutes."""
+    """The `os` that common.disk.files sees. Nothing is really synced: the tests would take minutes."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk

@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from fedlora.common.config import LoraConfig, ModelConfig
-from fedlora.common.identity import Identity
-from fedlora.common.messages import Network, Phase, RunManifest
-from fedlora.common.privacy import charged_epsilon
-from fedlora.common.protocol import Consent, reply_to_bytes
-from fedlora.common.released import Description, write_description
-from fedlora.common.sealed import seal
-from fedlora.common.state import AdapterSpec, AdapterState, TensorSpec
-from fedlora.server.checkpoint import Checkpoint, Progress
-from fedlora.server.directory import Directory
-from fedlora.server.release import REPORT_TAG, Institution, Release, export
+from fedlora.common.adapter.released import Description, write_description
+from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.manifest.manifest import Network, Phase, RunManifest
+from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
+from fedlora.common.privacy.accountant import charged_epsilon
+from fedlora.common.protocol.messages import Consent, reply_to_bytes
+from fedlora.common.trust.identity import Identity
+from fedlora.common.trust.sealed import seal
+from fedlora.server.coordinator.folder import Directory
+from fedlora.server.release.export import export
+from fedlora.server.release.layout import REPORT_TAG, Institution, Release
+from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 
 BASE = "sha256:" + "1" * 64
 SPEC = AdapterSpec((TensorSpec("base.query.lora_A.weight", (2, 4)), TensorSpec("head.weight", (2, 4))))

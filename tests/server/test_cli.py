@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from fedlora.common.errors import BadInput, QuorumLost
-from fedlora.common.identity import Identity
-from fedlora.common.rotation import rotation_to_text
-from fedlora.common.sealed import seal
-from fedlora.common.state import AdapterState
+from fedlora.common.model.state import AdapterState
+from fedlora.common.trust.identity import Identity
+from fedlora.common.trust.rotation import rotation_to_text
+from fedlora.common.trust.sealed import seal
 from fedlora.server import cli
-from fedlora.server.directory import Directory
-from fedlora.server.release import REPORT_TAG
+from fedlora.server.coordinator.folder import Directory
+from fedlora.server.release.layout import REPORT_TAG
 from tests.server.enrolments import request
 from tests.server.releases import SPEC, STATE, adapter, exported, finished_run, party
 
@@ -184,7 +184,7 @@ def test_runs_are_handed_on(command: Command, made: Directory, monkeypatch: pyte
         calls.append(folder)
         raise QuorumLost("round 1: 0 of 3")
 
-    monkeypatch.setattr("fedlora.server.federation.carry_out", carry_out)
+    monkeypatch.setattr("fedlora.server.deployment.supervise.carry_out", carry_out)
     training = "coordinator/training.toml"
     code, _, err = command("run", training)
     assert (

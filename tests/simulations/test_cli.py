@@ -70,12 +70,12 @@ def test_what_can_not_be_done_exits_with_2(
 def test_ctrl_c_prints_the_command_that_resumes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from fedlora.simulations import session
+    from fedlora.simulations.experiments import simulate
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(session, "run_to_report", interrupted)
+    monkeypatch.setattr(simulate, "run_to_report", interrupted)
     monkeypatch.chdir(tmp_path)
     code, _, err = call(monkeypatch, capsys, "run", "quickstart", "--out", "a b")
     assert code == 1

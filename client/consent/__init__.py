@@ -1,0 +1,1 @@
+"""May this run have these data? An offer read, and judged field by field."""

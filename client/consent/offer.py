@@ -1,0 +1,78 @@
+"""Whether an offer is the coordinator's, for this institution, of now, and whole: before anything else is done with it.
+
+Whoever carries offers may keep them back, or bring them to another node. So each names its receiver and its end, under
+a signature of its own; and a projection is held against the manifest before it is written or kept for a run.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.model.projection import Projection
+from fedlora.common.protocol.messages import MANIFEST_TAG, OFFER_TAG, Address, Offer, one_line
+from fedlora.common.trust.identity import PublicIdentity, Signed
+
+MAX_PROJECTION_BYTES = 64 << 20
+SKEW = 300.0  # seconds by which the coordinator's clock and this one may differ
+
+
+def offered(offer: Offer, coordinator: PublicIdentity, institution: str) -> RunManifest:
+    """The manifest of an offer to `institution` that is still good.
+
+    Refused where the coordinator did not sign it. BadInput, which is not for good, where it is another's or an old one.
+    """
+    address = Address.from_bytes(offer.address.opened(OFFER_TAG, coordinator))
+    if address.institution != institution:
+        raise BadInput(
+            f"offer institution: found {one_line(address.institution)[:80]}, expected {institution}"
+        )
+    if time.time() > address.not_after + SKEW:
+        raise BadInput(
+            f"offer not_after: found {address.not_after} (UTC seconds), which is past, expected an offer that is still "
+            "good: ask again, or compare the clocks"
+        )
+    manifest = read_manifest(offer.manifest, coordinator)
+    if address.manifest != manifest.digest:
+        raise BadInput(f"offer manifest: found {manifest.digest}, expected {one_line(address.manifest)[:80]}")
+    return manifest
+
+
+def read_manifest(signed: Signed, coordinator: PublicIdentity) -> RunManifest:
+    """The manifest that `coordinator` signed, in its one spelling."""
+    body = signed.opened(MANIFEST_TAG, coordinator)
+    manifest = RunManifest.from_bytes(body)
+    if manifest.to_bytes() != body:
+        raise BadInput("manifest: found another spelling than its canonical bytes")
+    return manifest
+
+
+def kept_manifest(path: Path) -> tuple[Signed, RunManifest]:
+    """What this node once consented to, whoever signed it; where it's damaged the fault begins with the file."""
+    try:
+        signed = Signed.from_bytes(path.read_bytes(), "manifest")
+        return signed, read_manifest(signed, signed.signer)
+    except BadInput as error:
+        raise BadInput([f"{path}: {fault}" for fault in error.faults]) from error
+    except Refused as error:
+        raise Refused(f"{path}: {error}") from error
+
+
+def check_projection(manifest: RunManifest, projection: bytes) -> None:
+    """BadInput unless the projection is the one that the manifest names."""
+    if bool(projection) != bool(manifest.projection_digest):
+        raise BadInput(f"offer projection: found {len(projection)} bytes, expected what the manifest names")
+    if bool(projection) != bool(manifest.network.projection):
+        raise BadInput("manifest network projection: found another than projection_digest says")
+    if len(projection) > MAX_PROJECTION_BYTES:
+        raise BadInput(
+            f"offer projection: found {len(projection)} bytes, expected at most {MAX_PROJECTION_BYTES}"
+        )
+    if projection:
+        found = Projection.from_bytes(projection, "offer projection").digest
+        if found != manifest.projection_digest:
+            raise BadInput(
+                f"offer projection: found {found}, expected {one_line(manifest.projection_digest)[:80]}"
+            )

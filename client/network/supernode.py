@@ -1,0 +1,132 @@
+"""`fedlora-node link`: keeps a `flower-supernode` with our relay alive, with all that calls out turned off."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora.common.errors import BadInput
+from fedlora.common.trust.identity import read_private
+
+log = logging.getLogger(__name__)
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+LONGEST_PAUSE = 10.0  # SuperLink turns a SuperNode away for the 60 s that it takes the killed one for alive
+PDEATHSIG = 1  # of prctl(2): the signal that a child gets when its parent dies
+STEADY = 60.0  # seconds after which a SuperNode counts as having run well
+
+
+@dataclass(frozen=True)
+class Link:
+    """A relay folder (`relay/` of a node's), the trainer's address, and where Flower's own ports are."""
+
+    folder: Path
+    trainer: str  # unix:PATH or host:port
+    port: int = 0  # of the SuperNode's local API; 0: Flower's default
+    certificates: tuple[str, str, str] = ("", "", "")  # authority, certificate, key of mutual TLS
+
+    def command(self) -> list[str]:
+        """BadInput where a part is missing; Refused where others can read the key."""
+        executable = _beside("flower-supernode")
+        config = {"trainer": self.trainer}
+        for name, path in zip(("authority", "certificate", "key"), self.certificates, strict=True):
+            if path:
+                config[f"trainer-{name}"] = str(Path(path).resolve())
+        read_private(self.folder / "flower_key")
+        host = ["--host", "127.0.0.1", "--port", str(self.port)] if self.port else []
+        return [
+            executable,
+            *("--superlink", self._superlink()),
+            *("--root-certificates", str(self.folder / "ca.crt")),
+            *("--auth-supernode-private-key", str(self.folder / "flower_key")),
+            *("--node-config", " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())),
+            *host,
+        ]
+
+    def _superlink(self) -> str:
+        path = self.folder / "link.json"
+        try:
+            address = json.loads(path.read_bytes())["superlink"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{path}: found no address, expected what fedlora-node join writes") from error
+        if not isinstance(address, str) or not re.fullmatch(r"[A-Za-z0-9.\[\]:-]{1,300}", address):
+            raise BadInput(f"{path} superlink: expected host:port")
+        return address
+
+
+def trainer_address(text: str, root: Path) -> str:
+    """`unix:` paths absolute, for the relay runs elsewhere; others as they are."""
+    if text.startswith("unix:"):
+        return f"unix:{(root / text.removeprefix('unix:')).resolve()}"
+    return text
+
+
+def environment() -> dict[str, str]:
+    """The relay's: what calls out is off, and Flower finds its own executables beside this one."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, **QUIET, "PATH": path}
+
+
+def supervise(command: Sequence[str], stop: threading.Event) -> None:
+    """Run `command` until `stop`, starting it again after pauses that grow while it keeps dying."""
+    pause = 1.0
+    while not stop.is_set():
+        started = time.monotonic()
+        # a group of its own: its children go with it
+        process = subprocess.Popen(command, env=environment(), start_new_session=True, preexec_fn=_leash())  # noqa: S603
+        while process.poll() is None and not stop.wait(0.2):
+            pass
+        if stop.is_set():
+            _end(process)
+            return
+        _end(process)
+        pause = 1.0 if time.monotonic() - started > STEADY else min(2 * pause, LONGEST_PAUSE)
+        log.warning("flower-supernode ended with %s; again in %.0f s", process.returncode, pause)
+        stop.wait(pause)
+
+
+def _leash() -> Callable[[], object] | None:
+    """What ties a child's life to this thread's: a link that is killed leaves no SuperNode that goes on without it."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(PDEATHSIG, signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process and its group: gently first."""
+    for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _beside(name: str) -> str:
+    """The console script that was installed with this Python."""
+    found = Path(sys.executable).parent / name
+    path = str(found) if found.is_file() else shutil.which(name)
+    if path is None:
+        raise BadInput(f"{name}: found none on PATH, expected Flower 1.41")
+    return path

@@ -1,0 +1,119 @@
+"""A node's folder: its identity, the federation it pinned, the peers its operator approved.
+
+node.toml          the policy, the operator's to write
+identity.pem       Ed25519, 0600: what answers are signed with
+enrolment.json     the request to hand to the coordinator
+rotation.json      after `init --rotate`: that request under the old key's signature
+federation.json    the invitation, as pinned by `join`
+peers.toml         the roster; `join --approve` alone adds to it
+ledger.sqlite, ledger.key, and the head where the policy says
+runs/, outbox/     what was consented to, and the exact bytes that left
+refusals.jsonl     every refusal of what the coordinator signed, refusals.json how often; strangers.jsonl: of all else
+relay/             all that the relay needs, to be given to its user: Flower's key, CA, address
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora.client.node.policy import Policy, load_policy
+from fedlora.common.errors import BadInput
+from fedlora.common.ledger.ledger import Ledger
+from fedlora.common.model.base import PACKAGED, resolve_base
+from fedlora.common.trust.enrolment import (
+    request_from_text,
+)
+
+MAX_TEXT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class NodeFolder:
+    """Where everything of one node lies."""
+
+    root: Path
+
+    @property
+    def policy(self) -> Path:
+        return self.root / "node.toml"
+
+    @property
+    def identity(self) -> Path:
+        return self.root / "identity.pem"
+
+    @property
+    def request(self) -> Path:
+        return self.root / "enrolment.json"
+
+    @property
+    def rotation(self) -> Path:
+        return self.root / "rotation.json"
+
+    @property
+    def federation(self) -> Path:
+        return self.root / "federation.json"
+
+    @property
+    def peers(self) -> Path:
+        return self.root / "peers.toml"
+
+    @property
+    def refusals(self) -> Path:
+        return self.root / "refusals.jsonl"
+
+    @property
+    def strangers(self) -> Path:
+        """A log of its own: whoever reaches the trainer may fill it, and its older lines make room."""
+        return self.root / "strangers.jsonl"
+
+    @property
+    def relay(self) -> Path:
+        return self.root / "relay"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    def run(self, manifest: str) -> Path:
+        """A run's own folder, by its manifest's digest."""
+        return self.runs / manifest.removeprefix("sha256:")
+
+    def base(self, name: str) -> Path:
+        """The folder of a base of the policy: relative ones start in this folder."""
+        inside = self.root / name
+        return inside if name not in PACKAGED and inside.is_dir() else resolve_base(name)
+
+    def under(self, path: str) -> Path:
+        """A path of the policy: relative ones start in this folder."""
+        return self.root / path
+
+    def load_policy(self) -> Policy:
+        """BadInput where it is another institution's than the one that enrols from this folder."""
+        policy = load_policy(self.policy)
+        if self.request.exists():
+            enrolled = request_from_text(read_text(self.request), self.request.name).name
+            if enrolled != policy.institution:
+                raise BadInput(
+                    f"{self.policy.name} institution: found {policy.institution}, expected {enrolled} as in "
+                    f"{self.request.name}"
+                )
+        return policy
+
+    def open_ledger(self, policy: Policy) -> Ledger:
+        head = self.under(policy.trainer.head)
+        return Ledger.open(self.root / "ledger.sqlite", head, self.root / "ledger.key")
+
+
+def read_text(path: Path) -> str:
+    """A small UTF-8 file; BadInput where it is not that."""
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            raise BadInput(f"{path.name}: found more than {MAX_TEXT_BYTES} bytes")
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path.name}: found bytes that are not UTF-8") from error
+    except OSError as error:
+        raise BadInput(f"{path}: can't be read ({error.strerror})") from error

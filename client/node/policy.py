@@ -1,0 +1,348 @@
+"""What an institution allows, from its `node.toml`: the values that no message, flag or environment loosens.
+
+Budgets have names, and each data set charges one: a file may grow or change its name, its budget stays. The
+file is read through one descriptor and refused where anybody but its owner could have written it. Its digest
+goes into what the node signs, so that a consent names the very policy it was given under.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedlora.common.config.schema import DIGEST, LAYER, NAME, OPTIONAL
+from fedlora.common.config.toml import (
+    Bounds,
+    Choice,
+    Each,
+    Pattern,
+    Rule,
+    Table,
+    read_fields,
+    read_table,
+    shown,
+)
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.ledger.ledger import Budget
+from fedlora.common.secagg.cohort import DEFAULT_COHORT, SMALLEST_COHORT
+from fedlora.common.trust.enrolment import NAME as INSTITUTION
+
+MAX_POLICY_BYTES = 1 << 20
+
+
+def _ruled(default: Any, rule: Rule) -> Any:
+    return field(default=default, metadata={"rule": rule})
+
+
+@dataclass(frozen=True)
+class BudgetPolicy:
+    """What one population's records may cost over all runs and federations."""
+
+    epsilon: float = _ruled(0.0, Bounds(0, 1e4, open_low=True))
+    delta: float = _ruled(0.0, Bounds(0, 0.5, open_low=True))
+
+
+@dataclass(frozen=True)
+class DataPolicy:
+    """A data set, what may be learnt from it, and who pays. Runs find theirs by task, labels and unit."""
+
+    path: str = _ruled("", NAME)
+    budget: str = _ruled("", NAME)
+    task: str = _ruled("sequence-classification", Choice(("sequence-classification", "causal-lm")))
+    labels: tuple[str, ...] = _ruled((), Each(NAME))  # the public label set, in the run's order
+    unit: str = _ruled("", OPTIONAL)  # the column that names the privacy unit; empty: the record
+    text: str = _ruled("text", NAME)
+    label: str = _ruled("label", NAME)
+    response: str = _ruled("", OPTIONAL)
+
+    @property
+    def serves(self) -> tuple[str, tuple[str, ...], str]:
+        return self.task, self.labels, self.unit
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on every run."""
+
+    minimum_cohort: int = _ruled(DEFAULT_COHORT, Bounds(0, 1_000_000))  # the floor is checked by name
+    rounds: int = _ruled(100, Bounds(1, 100_000))
+    attempts: int = _ruled(200, Bounds(1, 200_000))  # of all phases together
+    steps: int = _ruled(20, Bounds(1, 10_000))  # local steps of a round
+    noise_multiplier: float = _ruled(0.5, Bounds(0, 1e4, open_low=True))
+    delta: float = _ruled(1e-5, Bounds(0, 0.5, open_low=True))  # of one run; below 1 / units
+    max_length: int = _ruled(512, Bounds(4, 32_768))
+    rank: int = _ruled(64, Bounds(1, 1024))
+    targets: tuple[str, ...] = _ruled((), Each(NAME))  # empty: any
+    layers: tuple[int, ...] = _ruled((), Each(LAYER))  # empty: any
+    allow_unnoised: bool = False
+    require_secure: bool = False  # updates leave this node under masks only
+    max_colluders: int = _ruled(1, Bounds(0, 1000))  # peers that may side with the coordinator
+    client_level: bool = False  # runs whose noise is shared between institutions, under masks
+    metrics: tuple[str, ...] = _ruled((), Each(NAME))
+
+
+@dataclass(frozen=True)
+class TrainerPolicy:
+    """How the trainer is reached, and where its ledger's head lies: best on another disk."""
+
+    listen: str = _ruled(
+        "unix:trainer.sock",
+        Pattern(r"unix:.{1,100}|[A-Za-z0-9.\[\]:-]{1,253}:\d{1,5}", "unix:PATH or host:port"),
+    )
+    group_may_ask: bool = False  # the socket's mode is 0660 instead of 0600
+    head: str = _ruled("head/head.json", NAME)
+    outbox: str = _ruled("outbox", NAME)
+    threads: int = _ruled(0, Bounds(0, 1024))
+    device: str = _ruled("auto", Choice(("auto", "cpu", "cuda")))
+    micro_batch_tokens: int = _ruled(4096, Bounds(1, 1 << 24))
+    max_message_bytes: int = _ruled(64 << 20, Bounds(1 << 16, 256 << 20))
+    tls_certificate: str = _ruled("", OPTIONAL)  # for host:port: mutual TLS, always
+    tls_key: str = _ruled("", OPTIONAL)
+    tls_clients: str = _ruled("", OPTIONAL)  # the CA that the relay's certificate comes from
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """The parts of the file whose keys are fixed."""
+
+    institution: str = _ruled("", Pattern(INSTITUTION.pattern, "lower-case letters, digits, '.' and '-'"))
+    limits: Limits = field(default_factory=Limits)
+    trainer: TrainerPolicy = field(default_factory=TrainerPolicy)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The whole of a `node.toml`; `digest` is of its bytes."""
+
+    institution: str
+    limits: Limits
+    trainer: TrainerPolicy
+    budgets: Mapping[str, Budget]
+    data: Mapping[str, DataPolicy]
+    bases: Mapping[str, str]  # digest -> folder (relative ones start in the node's) or packaged model
+    digest: str
+
+    def data_for(self, task: str, labels: tuple[str, ...], unit: str) -> str:
+        """The name of the data set that serves such a run, or ""."""
+        found = (name for name, each in self.data.items() if each.serves == (task, labels, unit))
+        return next(found, "")
+
+
+def load_policy(path: Path) -> Policy:
+    """Refused where others could have written the file; BadInput lists every fault in it."""
+    data = _read_guarded(path)
+    try:
+        return parse_policy(data.decode("utf-8-sig"), path.name, _digest(data))
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path.name}: found a byte that is not UTF-8 at {error.start}") from error
+
+
+def parse_policy(text: str, where: str = "node.toml", digest: str = "") -> Policy:
+    """The policy that `text` describes."""
+    table = read_table(text, where)
+    named = {name: table.values.get(name, {}) for name in ("budgets", "data", "bases")}
+    plain = {name: value for name, value in table.values.items() if name not in named}
+    read, found = read_fields(_Plain, Table(plain, where))
+    tables: list[str] = []
+    budgets = _tables(BudgetPolicy, named["budgets"], f"{where} [budgets", tables)
+    data = _tables(DataPolicy, named["data"], f"{where} [data", tables)
+    bases = _bases(named["bases"], where, tables)
+    faults = [*found.values(), *tables]
+    faults += [fault for key, fault in _limit_faults(read, where).items() if key not in found]
+    if not tables:  # else what is missing there is the default of what is wrong
+        faults += _data_faults(budgets, data, bases, where)
+    if faults:
+        raise BadInput(faults)
+    return Policy(
+        institution=read.institution,
+        limits=read.limits,
+        trainer=read.trainer,
+        budgets={name: Budget(name, each.epsilon, each.delta) for name, each in budgets.items()},
+        data=data,
+        bases=bases,
+        digest=digest or _digest(text.encode()),
+    )
+
+
+def _limit_faults(read: _Plain, where: str) -> dict[str, str]:
+    """What rules of single fields do not say, by `section.key`."""
+    limits, trainer = read.limits, read.trainer
+    faults = {}
+    if not read.institution:
+        faults["institution"] = f'{where} institution = "": expected the name that this node enrols under'
+    if limits.minimum_cohort < SMALLEST_COHORT:
+        faults["limits.minimum_cohort"] = (
+            f"{where} [limits] minimum_cohort = {limits.minimum_cohort}: expected at least {SMALLEST_COHORT}"
+        )
+    if limits.metrics:
+        found = shown([*limits.metrics])
+        faults["limits.metrics"] = f"{where} [limits] metrics = {found}: not built yet; expected []"
+    if not trainer.listen.startswith("unix:"):
+        for name in ("tls_certificate", "tls_key", "tls_clients"):
+            if not getattr(trainer, name):
+                faults[f"trainer.{name}"] = (
+                    f'{where} [trainer] {name} = "": expected a file, since listen is host:port'
+                )
+    return faults
+
+
+def _data_faults(
+    budgets: Mapping[str, BudgetPolicy],
+    data: Mapping[str, DataPolicy],
+    bases: Mapping[str, str],
+    where: str,
+) -> list[str]:
+    faults = [
+        f"{where} [{section}]: found none, expected at least one"
+        for section, held in (("budgets", budgets), ("data", data), ("bases", bases))
+        if not held
+    ]
+    for name, budget in budgets.items():
+        for key in ("epsilon", "delta"):
+            if getattr(budget, key) <= 0:
+                faults.append(f"{where} [budgets.{name}] {key}: missing, expected a cap")
+    seen: dict[tuple[str, tuple[str, ...], str], str] = {}
+    for name, each in data.items():
+        if not each.path:
+            faults.append(f"{where} [data.{name}] path: missing, expected a file")
+        if each.budget not in budgets:
+            known = ", ".join(budgets)
+            faults.append(f"{where} [data.{name}] budget = {shown(each.budget)}: expected one of {known}")
+        if each.task == "sequence-classification" and len(each.labels) < 2:
+            faults.append(f"{where} [data.{name}] labels: expected the public label set, at least two")
+        if each.task == "causal-lm" and (each.labels or not each.response):
+            faults.append(f"{where} [data.{name}]: expected a response column and no labels")
+        if each.serves in seen:
+            faults.append(f"{where} [data.{name}]: serves the same runs as [data.{seen[each.serves]}]")
+        seen[each.serves] = name
+    return [*faults, *_unit_faults(data, where)]
+
+
+def _unit_faults(data: Mapping[str, DataPolicy], where: str) -> list[str]:
+    """A budget counts one kind of unit: the ε of a record and the ε of a person do not add up to that of either."""
+    faults: list[str] = []
+    first: dict[str, str] = {}
+    for name, each in data.items():
+        known = first.setdefault(each.budget, name)
+        if data[known].unit != each.unit:
+            units = shown(each.unit or "record"), shown(data[known].unit or "record")
+            faults.append(
+                f"{where} [data.{name}] unit: found {units[0]}, but [data.{known}] charges [budgets.{each.budget}] "
+                f"for {units[1]}, expected one unit for a budget"
+            )
+    return faults
+
+
+T = TypeVar("T")
+
+
+def _tables(cls: type[T], found: Any, where: str, faults: list[str]) -> dict[str, T]:
+    """Named tables of one kind; what is wrong is added to `faults`."""
+    if not isinstance(found, Mapping):
+        faults.append(f"{where}]: found {shown(found)}, expected named tables, as {where}.NAME]")
+        return {}
+    result = {}
+    for name, values in found.items():
+        place = f"{where}.{name}]"
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or not isinstance(values, Mapping):
+            faults.append(f"{place[:120]!r}: expected a table with a name of letters, digits, '_' and '-'")
+            continue
+        result[name], inner = read_fields(cls, Table(values, place))
+        faults.extend(inner.values())
+    return result
+
+
+def _bases(found: Any, where: str, faults: list[str]) -> dict[str, str]:
+    if not isinstance(found, Mapping):
+        faults.append(f'{where} [bases]: found {shown(found)}, expected "sha256:…" = "folder"')
+        return {}
+    for digest, folder in found.items():
+        if not digest or DIGEST.fault(digest, ""):
+            faults.append(f'{where} [bases] {shown(digest)}: expected "sha256:" and 64 hexadecimal digits')
+        elif not isinstance(folder, str) or NAME.fault(folder, ""):
+            faults.append(
+                f"{where} [bases] {digest[:20]}… = {shown(folder)}: expected a folder or a model's name"
+            )
+    return {str(digest): str(folder) for digest, folder in found.items()}
+
+
+def _read_guarded(path: Path) -> bytes:
+    """The bytes of a file that only its owner can write, or replace by another."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise BadInput(f"{path}: can't be read ({error.strerror}), expected the node's policy") from error
+    with os.fdopen(descriptor, "rb") as stream:
+        held = os.fstat(descriptor)
+        folder = path.resolve().parent.stat()
+        if not stat.S_ISREG(held.st_mode):
+            raise BadInput(f"{path}: found no plain file, expected the node's policy")
+        if held.st_mode & 0o022 or held.st_uid not in (0, os.geteuid()):
+            raise Refused(
+                f"{path}: found a policy that others can write (mode {held.st_mode & 0o777:04o}, owner "
+                f"{held.st_uid}), expected mode 0644 or less and this user's or root's"
+            )
+        if folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX:
+            raise Refused(f"{path.parent}: found a folder that others can write, expected mode 0755 or less")
+        data = stream.read(MAX_POLICY_BYTES + 1)
+    if len(data) > MAX_POLICY_BYTES:
+        raise BadInput(f"{path.name}: found more than {MAX_POLICY_BYTES} bytes, expected at most 1 MiB")
+    return data
+
+
+def _digest(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def policy_template(institution: str) -> str:
+    """A commented `node.toml` to fill in; it allows nothing before that is done."""
+    return f'''\
+# What this institution allows. Nothing that a coordinator sends loosens it.
+institution = "{institution}"
+
+# One budget for each population: all files that may hold the same persons charge the same one.
+# [budgets.patients]
+# epsilon = 3.0
+# delta = 1e-5
+
+# A run uses the data set whose task, labels and unit are the run's own.
+# [data.notes]
+# path = "/srv/fedlora/notes.jsonl"
+# budget = "patients"
+# task = "sequence-classification"
+# labels = ["no", "yes"]       # public, in the run's order
+# unit = "patient_id"          # one person's records count as one; "" is the single record
+# text = "text"
+# label = "label"
+
+# Base models by digest: `fedlora-node base FOLDER` prints it. Relative folders start where this file lies.
+# [bases]
+# "sha256:…" = "/srv/models/encoder"
+
+[limits]
+minimum_cohort = 5             # institutions in a sum, this one included; 3 at least, and then no one may drop out
+rounds = 100
+attempts = 200
+steps = 20
+noise_multiplier = 0.5
+delta = 1e-5                   # of one run; less than one over the number of persons
+max_length = 512
+rank = 64
+targets = []                   # empty: any
+layers = []
+allow_unnoised = false
+require_secure = false         # true: updates leave under the masks of secure aggregation only
+max_colluders = 1              # peers that may side with the coordinator, in such a run
+client_level = false           # true: runs in mode "client", whose noise the institutions share under masks
+metrics = []
+[trainer]
+listen = "unix:trainer.sock"
+group_may_ask = false          # true where the relay runs under a user of the same group
+head = "head/head.json"        # the ledger's signed head: best on another disk
+'''

@@ -1,0 +1,85 @@
+"""The peers whose identities this institution's own operator approved."""
+
+from __future__ import annotations
+
+import tomllib
+
+from fedlora.client.node.folder import NodeFolder, read_text
+from fedlora.common.config.toml import literal
+from fedlora.common.disk.files import write_atomically
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.trust.enrolment import (
+    Peer,
+    folded,
+    request_from_text,
+)
+from fedlora.common.trust.identity import Identity, PublicIdentity
+from fedlora.common.trust.rotation import is_rotation, rotation_from_text
+
+
+def approve(folder: NodeFolder, text: str, where: str) -> Peer:
+    """Admit a peer to this node's own roster: the only way in. Name, key and organisation occur once each.
+
+    `text` is a peer's request, or its rotation: a new request under the signature of the key that was approved.
+    """
+    roster = read_peers(folder)
+    if is_rotation(text):
+        rotation = rotation_from_text(text, where)
+        request, held = rotation.request, roster.pop(rotation.request.name, None)
+        if held is None or (held.identity, held.organisation) != (rotation.old, request.organisation):
+            raise Refused(
+                f"{where}: found {request.name} of {request.organisation!r} under the signature of "
+                f"{rotation.old.text}, expected that of a peer's approved key"
+            )
+    else:
+        request = request_from_text(text, where)
+    peer = Peer(request.name, request.organisation, request.identity)
+    own = request_from_text(read_text(folder.request), folder.request.name)
+    for each in (*roster.values(), Peer("", own.organisation, Identity.load(folder.identity).public)):
+        if each.identity == peer.identity and each != peer:
+            raise Refused(f"{where}: found a key that {each.name or 'this node'} holds already")
+        if folded(each.organisation) == folded(peer.organisation) and each.name != peer.name:
+            raise Refused(
+                f"{where}: found a second key of {peer.organisation!r}, which is {each.name or 'this node'} already"
+            )
+    if roster.get(peer.name, peer) != peer:
+        raise Refused(
+            f"{where}: found another key of {peer.name}, expected its rotation.json; or remove the old one first"
+        )
+    _write_peers(folder, {**roster, peer.name: peer})
+    return peer
+
+
+def remove_peer(folder: NodeFolder, name: str) -> Peer:
+    """Take a peer off the roster; who it was."""
+    roster = read_peers(folder)
+    if name not in roster:
+        raise BadInput(f"{folder.peers}: found no peer {name[:80]!r}")
+    _write_peers(folder, {key: peer for key, peer in roster.items() if key != name})
+    return roster[name]
+
+
+def read_peers(folder: NodeFolder) -> dict[str, Peer]:
+    """The approved peers, by name."""
+    if not folder.peers.exists():
+        return {}
+    try:
+        tables = tomllib.loads(read_text(folder.peers)).get("peers", {})
+        return {
+            name: Peer(
+                name,
+                str(table["organisation"]),
+                PublicIdentity.from_text(table["identity"], f"peers.toml {name}"),
+            )
+            for name, table in tables.items()
+        }
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{folder.peers}: found no roster, expected [peers.NAME] tables") from error
+
+
+def _write_peers(folder: NodeFolder, roster: dict[str, Peer]) -> None:
+    tables = [
+        f"[peers.{literal(name)}]\norganisation = {literal(peer.organisation)}\nidentity = {literal(peer.identity.text)}\n"
+        for name, peer in sorted(roster.items())
+    ]
+    write_atomically(folder.peers, "\n".join(tables).encode(), mode=0o600)

@@ -1,0 +1,1 @@
+"""What a data protection officer gets, and how anybody checks it."""

@@ -1,0 +1,41 @@
+"""Is a node's report the one that its institution signed?"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from fedlora.client.node.folder import read_text
+from fedlora.client.report.report import PAGE, REPORT, REPORT_TAG
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.trust.enrolment import request_from_text
+from fedlora.common.trust.identity import PublicIdentity
+from fedlora.common.trust.sealed import Sealed, unseal
+
+
+def check_report(folder: Path, expected: PublicIdentity | None = None) -> PublicIdentity:
+    """Who signed the report in `folder`; Refused unless its two files, and no other, are as they were written."""
+    sealed = read_report(folder / REPORT, expected)
+    found = sorted(path.name for path in folder.iterdir())
+    if found != sorted((REPORT, PAGE)):
+        raise Refused(f"{folder}: found {', '.join(found)[:200]}, expected {REPORT} and {PAGE} alone")
+    digest = hashlib.sha256((folder / PAGE).read_bytes()).hexdigest()
+    if digest != sealed.body.get("page_sha256"):
+        raise Refused(f"{folder / PAGE}: found another page than the one whose digest was signed")
+    return sealed.signer
+
+
+def read_key(path: Path) -> PublicIdentity:
+    """A node's public key: as `ed25519:` and base64, or in its enrolment request."""
+    text = read_text(path)
+    if text.lstrip().startswith("{"):
+        return request_from_text(text, path.name).identity
+    return PublicIdentity.from_text(text, path.name)
+
+
+def read_report(path: Path, expected: PublicIdentity | None = None) -> Sealed:
+    """A report; Refused where one byte is not as it was signed."""
+    try:
+        return unseal(path.read_bytes().decode(), REPORT_TAG, path.name, expected)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: can't be read as a report ({error})") from error

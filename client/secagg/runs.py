@@ -1,0 +1,67 @@
+"""The secure runs that a trainer takes part in: their secrets live here, in memory, and nowhere else.
+
+Who may be in a cohort is read from `peers.toml` at every stage, for its operator may have changed it meanwhile.
+"""
+
+from __future__ import annotations
+
+from fedlora.client.node.folder import NodeFolder, read_text
+from fedlora.client.node.masked_outbox import FolderOutbox, MemoryOutbox
+from fedlora.client.node.outbox import Outbox
+from fedlora.client.node.policy import Policy
+from fedlora.client.node.roster import read_peers
+from fedlora.client.secagg.masked_trainer import SecureTrainer
+from fedlora.client.secagg.node import SecureNode
+from fedlora.common.errors import Refused
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.secagg.cohort import CohortPolicy
+from fedlora.common.trust.enrolment import Peer, request_from_text
+from fedlora.common.trust.identity import Identity
+
+
+class SecureRuns:
+    """One institution's half of each secure run that it consented to."""
+
+    def __init__(self, folder: NodeFolder, policy: Policy, identity: Identity, outbox: Outbox) -> None:
+        self._folder, self._policy, self._identity, self._outbox = folder, policy, identity, outbox
+        self._trainers: dict[str, SecureTrainer] = {}
+
+    def check(self, manifest: RunManifest) -> None:
+        """Refused where no cohort of approved peers could ever be large enough, or the terms are not this node's."""
+        asked = self._asked(manifest)
+        if len(asked.peers) < asked.minimum_cohort:
+            raise Refused(
+                f"manifest minimum_cohort = {asked.minimum_cohort}: this node's operator approved "
+                f"{len(asked.peers) - 1} peers, expected at least {asked.minimum_cohort - 1}"
+            )
+        self._started(manifest, asked, MemoryOutbox())  # are the terms such that it could?
+
+    def trainer(self, manifest: RunManifest) -> SecureTrainer:
+        """The run's state machine, under the roster of this moment; a new one, without secrets, after a restart."""
+        asked = self._asked(manifest)
+        known = self._trainers.get(manifest.digest)
+        if known is not None:
+            known.adopt(asked)
+            return known
+        made = self._started(manifest, asked, self._outbox.masked(manifest.digest))
+        return self._trainers.setdefault(manifest.digest, made)
+
+    def _started(
+        self, manifest: RunManifest, asked: CohortPolicy, outbox: FolderOutbox | MemoryOutbox
+    ) -> SecureTrainer:
+        noised = manifest.mode != "none"
+        node = SecureNode(self._identity, asked, manifest.federation, manifest.digest, outbox, noised)
+        return SecureTrainer(node, manifest)
+
+    def _asked(self, manifest: RunManifest) -> CohortPolicy:
+        """The stricter of what this node's policy and the manifest ask of a cohort."""
+        me, limits = self._policy.institution, self._policy.limits
+        own = request_from_text(read_text(self._folder.request), self._folder.request.name)
+        peers = read_peers(self._folder) | {me: Peer(me, own.organisation, self._identity.public)}
+        colluders = 0 if manifest.secure is None else manifest.secure.max_colluders
+        return CohortPolicy(
+            me,
+            peers,
+            max(limits.minimum_cohort, manifest.minimum_cohort),
+            max(limits.max_colluders, colluders),
+        )

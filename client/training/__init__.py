@@ -1,0 +1,1 @@
+"""The only code that computes on private text: draw, clip, noise, step."""

@@ -1,0 +1,151 @@
+"""Local training: a phase's steps from a given state to an update, and nothing that remembers the data.
+
+The proximal term and the optimiser act on gradients that are already noised (post-processing), so neither
+costs privacy, and the optimiser's moments may be carried from round to round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedlora.client.training.head import head_clipped_sum
+from fedlora.client.training.sampling import draw_units, micro_batches, unit_records
+from fedlora.client.training.step import ClipGroups, GradientSum, PerSampleGradients, private_mean
+from fedlora.common.data.records import UnitIndex
+from fedlora.common.data.tasks import Batch, Encoded
+from fedlora.common.errors import BadInput
+from fedlora.common.manifest.manifest import Phase
+from fedlora.common.model.features import FeatureCache
+from fedlora.common.model.state import AdapterState, Vector
+from fedlora.common.privacy.randomness import Random
+
+Moments = Mapping[str, Vector]  # an optimiser's state, by name
+
+
+@dataclass(frozen=True, eq=False)
+class ClientData:
+    """One institution's records: a shared encoding and the units that are its own."""
+
+    owner: str
+    encoded: Encoded
+    units: UnitIndex
+
+
+@dataclass(frozen=True, eq=False)
+class LocalResult:
+    """`delta` is what leaves; `moments` and the counts stay at the node."""
+
+    delta: Vector
+    moments: Moments
+    examples: int
+    nonfinite: int
+
+
+class LocalTraining:
+    """Runs a phase's local steps on one resident model.
+
+    `micro_batch_tokens` bounds memory and changes nothing else. A private run takes its randomness from the
+    operating system; who calls decides by the source that is passed in.
+    """
+
+    def __init__(
+        self, gradients: PerSampleGradients, features: FeatureCache, micro_batch_tokens: int
+    ) -> None:
+        self.gradients = gradients
+        self._model = gradients.model
+        self._features = features
+        self._tokens = micro_batch_tokens
+
+    def update(
+        self,
+        data: ClientData,
+        phase: Phase,
+        state: AdapterState,
+        moments: Moments,
+        source: Random,
+        private: bool,
+    ) -> LocalResult:
+        """`phase.steps` steps from `state`. Every step counts, also one whose draw is empty."""
+        weights = torch.nn.Parameter(torch.from_numpy(state.vector.astype(np.float32)))
+        optimizer = _optimizer(phase, weights, moments)
+        # noise elsewhere is dropped, its values are constant
+        trained = self._model.spec.moved_by(phase.name)
+        examples = nonfinite = 0
+        for _ in range(phase.steps):
+            at = AdapterState(state.spec, weights.detach().numpy().copy())
+            gradient, total = self._gradient(data, phase, at, source, private)
+            gradient += phase.proximal_mu * (at.vector.astype(np.float64) - state.vector)
+            weights.grad = torch.from_numpy(np.where(trained, gradient, 0.0).astype(np.float32))
+            optimizer.step()
+            examples += total.units
+            nonfinite += total.nonfinite
+        delta = weights.detach().numpy() - state.vector
+        return LocalResult(delta, _moments(optimizer, phase), examples, nonfinite)
+
+    def _gradient(
+        self, data: ClientData, phase: Phase, at: AdapterState, source: Random, private: bool
+    ) -> tuple[npt.NDArray[np.float64], GradientSum]:
+        """(size,) float64 mean gradient of one step, noised where the run is private."""
+        self._model.load(at)
+        drawn = draw_units(len(data.units.offsets) - 1, phase.sampling_rate, source)
+        groups = self._groups(phase)
+        if phase.name == "head":
+            total = self._head_sum(data, drawn, at, groups if private else None)
+        else:
+            if private:
+                total = self.gradients.clipped_sum(data.encoded, data.units, drawn, groups, self._tokens)
+            else:
+                batches = micro_batches(data.units, drawn, data.encoded.lengths, self._tokens)
+                total = self.gradients.plain_sum(data.encoded, batches)
+        if private:
+            mean = private_mean(total, groups, phase.noise_multiplier, phase.expected_units, source)
+        else:
+            mean = total.vector / phase.expected_units
+        return mean, total
+
+    def _head_sum(
+        self, data: ClientData, drawn: npt.NDArray[np.int64], at: AdapterState, groups: ClipGroups | None
+    ) -> GradientSum:
+        """Sum over the head's coordinates, zero elsewhere."""
+        kept = self._features.get(data.owner, data.encoded, data.units.records, at)
+        self._model.load(at)
+        places, owners = unit_records(data.units, drawn)
+        rows = torch.from_numpy(places).to(kept.device)
+        targets = torch.from_numpy(data.encoded.targets[data.units.records[places]]).to(kept.device)
+        bound = None if groups is None else groups.bounds[0]
+        total = head_clipped_sum(self._model.head, self._losses, kept[rows], targets, owners, bound)
+        vector = np.zeros(at.spec.size, dtype=np.float64)
+        vector[at.spec.head_mask()] = total.vector
+        return GradientSum(vector, total.units, total.nonfinite)
+
+    def _losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self._model.task.losses(logits, Batch(targets, targets, targets))
+
+    def _groups(self, phase: Phase) -> ClipGroups:
+        if phase.name == "head" or phase.head_clip == 0:
+            return ClipGroups.flat(self._model.spec, phase.clip)
+        return ClipGroups.split(self._model.spec, phase.clip, phase.head_clip)
+
+
+def _optimizer(phase: Phase, weights: torch.nn.Parameter, moments: Moments) -> torch.optim.Optimizer:
+    if phase.optimizer == "sgd":
+        return torch.optim.SGD([weights], lr=phase.learning_rate)
+    if phase.optimizer != "adamw":
+        raise BadInput(f"manifest phase optimizer: found {phase.optimizer!r}, expected sgd or adamw")
+    optimizer = torch.optim.AdamW([weights], lr=phase.learning_rate, weight_decay=0.0)
+    if moments and phase.carry_optimizer:
+        optimizer.state[weights] = {name: torch.from_numpy(value.copy()) for name, value in moments.items()}
+        optimizer.state[weights]["step"] = optimizer.state[weights]["step"].reshape(())
+    return optimizer
+
+
+def _moments(optimizer: torch.optim.Optimizer, phase: Phase) -> Moments:
+    if not phase.carry_optimizer or phase.optimizer != "adamw":
+        return {}
+    (state,) = optimizer.state.values()
+    return {name: np.atleast_1d(value.detach().numpy()).astype(np.float32) for name, value in state.items()}

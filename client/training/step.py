@@ -1,0 +1,293 @@
+"""One private step: per-unit clipped sum, Gaussian noise, public normaliser.
+
+    g = ( Σ_u clip(∇ Σ_{r in u} loss_r) + N(0, s²) ) / expected_units        (Abadi et al. 2016, per unit)
+
+Per-sample gradients are Opacus' `hooks`; norms, clip and sum are float32 outside autocast, noise is drawn
+and added in float64 from the operating system's generator. A head of linear layers on cached features needs
+no hooks: its per-sample gradient is an outer product, whose norm is a product of norms (Goodfellow 2015).
+Both paths are proven equal to a batch-of-one loop in tests/oracles.py.
+
+The L2 sensitivity of the sum to adding or removing one unit is the clip of its group; over groups the scales
+obey Σ (C_g / s_g)² = 1 / noise_multiplier².
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from opacus.grad_sample import GradSampleHooks
+from torch import nn
+
+from fedlora.client.training.sampling import MicroBatch, private_batches
+from fedlora.common.data.records import UnitIndex
+from fedlora.common.data.tasks import Encoded
+from fedlora.common.errors import BadInput
+from fedlora.common.model.network import AdapterModel
+from fedlora.common.model.shapes import Shape, alike, padded, probes
+from fedlora.common.model.state import AdapterSpec
+from fedlora.common.privacy.accountant import SMALLEST_CLIP, group_scales
+from fedlora.common.privacy.randomness import Random, gaussian
+
+# Of one length that are computed together, as far as a micro-batch's tokens go.
+RECORDS = {"cpu": 4, "cuda": 512}
+
+
+@dataclass(frozen=True, eq=False)
+class ClipGroups:
+    """L2 bounds of disjoint coordinate groups of the flat vector: `group` is (size,) int, `bounds` (groups,)."""
+
+    group: npt.NDArray[np.int64]
+    bounds: tuple[float, ...]
+
+    @classmethod
+    def flat(cls, spec: AdapterSpec, clip: float) -> ClipGroups:
+        """One bound for all coordinates."""
+        return cls(np.zeros(spec.size, dtype=np.int64), (checked_clip(clip),))
+
+    @classmethod
+    def split(cls, spec: AdapterSpec, clip: float, head_clip: float) -> ClipGroups:
+        """LoRA coordinates clipped to `clip`, head coordinates to `head_clip`."""
+        return cls(spec.head_mask().astype(np.int64), (checked_clip(clip), checked_clip(head_clip)))
+
+    def noise_std(self, noise_multiplier: float) -> npt.NDArray[np.float64]:
+        """(size,) standard deviation of the noise on each coordinate of the sum."""
+        return np.asarray(group_scales(noise_multiplier, self.bounds), dtype=np.float64)[self.group]
+
+
+@dataclass(frozen=True, eq=False)
+class GradientSum:
+    """Sum of the units' (clipped) gradients: `vector` is (size,) float64. The counts never leave the node."""
+
+    vector: npt.NDArray[np.float64]
+    units: int
+    nonfinite: int
+
+
+def private_mean(
+    total: GradientSum, groups: ClipGroups, noise_multiplier: float, expected_units: float, source: Random
+) -> npt.NDArray[np.float64]:
+    """(size,) float64: the noised sum over the public normaliser."""
+    if noise_multiplier <= 0:
+        raise BadInput(f"noise_multiplier: found {noise_multiplier}, expected > 0 where privacy is on")
+    scale = groups.noise_std(noise_multiplier)
+    noised = total.vector + gaussian(source, len(scale), 1.0) * scale
+    return noised / expected_units
+
+
+class PerSampleGradients:
+    """Opacus' hooks on one resident model; sums of gradients with and without a clip.
+
+    Hooking a model twice is an error of Opacus, so this object lives as long as its model.
+    """
+
+    def __init__(self, model: AdapterModel) -> None:
+        self.model = model
+        self._hooks = GradSampleHooks(model.network, loss_reduction="sum")
+        self._names = tuple(model.parameters)
+        self._hooked = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
+        if {id(p) for p in self._hooked} != {id(p) for p in model.parameters.values()}:
+            raise BadInput("adapter: the trainable parameters are not the exported ones")
+
+    def clipped_sum(
+        self, data: Encoded, units: UnitIndex, drawn: npt.NDArray[np.int64], groups: ClipGroups, tokens: int
+    ) -> GradientSum:
+        """Σ over the drawn units of the unit's gradient, clipped once over all its records, per group.
+
+        What a unit adds depends on no other unit, to the last bit before the sum; `tokens` bounds a micro-batch.
+        """
+        total = _UnitSum(self.model.spec, groups, self.model.device)
+        for batch in self.batches(data, units, drawn, tokens):
+            total.add(self._samples(data, batch), batch)
+        return total.result()
+
+    def batches(
+        self, data: Encoded, units: UnitIndex, drawn: npt.NDArray[np.int64], tokens: int
+    ) -> Iterator[MicroBatch]:
+        """The micro-batches of a private step."""
+
+        def records(length: int, full: bool) -> int:
+            return self._records(Shape(min(RECORDS[self.model.device.type], tokens // length), length, full))
+
+        filled = padded(data.lengths, self.model.longest, self.model.device.type)
+        return private_batches(units, drawn, data.lengths, tokens, filled, records)
+
+    def _samples(self, data: Encoded, batch: MicroBatch) -> list[torch.Tensor]:
+        """(m, size) per-sample gradients of each parameter, of the batch's own records."""
+        self._hooks.enable_hooks()
+        self._backward(data, batch)
+        return [self._take(name)[: len(batch.rows)] for name in self._names]
+
+    def _records(self, shape: Shape) -> int:
+        """The shape's records together, where each then gets the same bits as in any other place."""
+        model = self.model
+
+        def try_it() -> bool:
+            every = np.arange(shape.records, dtype=np.int64)
+            batch = MicroBatch(every, every, False, (shape.records, shape.tokens))
+            with model.probed():
+                same, beside = (self._samples(each, batch) for each in probes(shape, model.vocabulary))
+            return alike(same, beside)
+
+        kind = ("gradient", model.precision, model.attention, shape)
+        return model.shapes.records(kind, shape.records, try_it)
+
+    def plain_sum(self, data: Encoded, batches: Iterable[MicroBatch]) -> GradientSum:
+        """Σ of gradients without a clip: training without privacy, at the cost of training without privacy."""
+        self._hooks.disable_hooks()
+        units = 0
+        for batch in batches:
+            self._backward(data, batch)
+            units += len(np.unique(batch.owners)) - batch.unfinished
+        vector = np.zeros(self.model.spec.size, dtype=np.float64)
+        for (_, place), name in zip(self.model.spec.slices(), self._names, strict=True):
+            parameter = self.model.parameters[name]
+            if parameter.grad is not None:
+                vector[place] = parameter.grad.detach().float().cpu().numpy().ravel()
+                parameter.grad = None
+        return GradientSum(vector, units, 0)
+
+    def _backward(self, data: Encoded, batch: MicroBatch) -> None:
+        inputs = data.batch(batch.rows, self.model.pad, self.model.device, batch.shape)
+        try:
+            losses = self.model.task.losses(self.model.logits(inputs), inputs)
+            with warnings.catch_warnings():
+                # Opacus registers full backward hooks on modules whose inputs are frozen: expected with LoRA
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+        except BaseException:
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        """A pass that was cut off, by a lack of memory say, leaves in the hooks what would spoil every later one."""
+        for module in self.model.network.modules():
+            for name in ("activations", "max_batch_len"):
+                module.__dict__.pop(name, None)
+        for parameter in self._hooked:
+            parameter.__dict__.pop("_current_grad_sample", None)
+            parameter._forward_counter = 0  # type: ignore[attr-defined]
+            parameter.grad_sample = parameter.grad = None  # type: ignore[attr-defined]
+
+    def _take(self, name: str) -> torch.Tensor:
+        """(m, size) float32 per-sample gradients of one parameter, taken off the model."""
+        parameter = self.model.parameters[name]
+        sample = getattr(parameter, "grad_sample", None)
+        if not isinstance(sample, torch.Tensor):
+            raise BadInput(
+                f"adapter {name}: found no per-sample gradient; the layer is not used, or used twice"
+            )
+        parameter.grad_sample = None  # type: ignore[attr-defined]  # Opacus' own
+        parameter.grad = None
+        return sample.detach().float().flatten(start_dim=1)
+
+
+class _UnitSum:
+    """Adds per-sample gradients up to units, clips each unit once, and sums."""
+
+    def __init__(self, spec: AdapterSpec, groups: ClipGroups, device: torch.device) -> None:
+        self._places = [place for _, place in spec.slices()]
+        self._groups = [int(groups.group[place][0]) for place in self._places]
+        self._bounds = torch.tensor(groups.bounds, dtype=torch.float64, device=device)
+        self._total = torch.zeros(spec.size, dtype=torch.float64, device=device)
+        self._open: list[torch.Tensor] | None = None  # the unit that goes on in the next micro-batch
+        self._units = 0
+        self._nonfinite = 0
+
+    def add(self, samples: Sequence[torch.Tensor], batch: MicroBatch) -> None:
+        owners = torch.from_numpy(batch.owners - batch.owners[0]).to(self._total.device)
+        units = int(owners[-1]) + 1
+        sums = list(samples) if units == len(owners) else [_by_owner(s, owners, units) for s in samples]
+        if self._open is not None:
+            for each, begun in zip(sums, self._open, strict=True):
+                each[0] += begun
+        self._open = [each[-1].clone() for each in sums] if batch.unfinished else None
+        whole = units - batch.unfinished
+        if whole:
+            self._clip_and_sum([each[:whole] for each in sums])
+
+    def _clip_and_sum(self, sums: Sequence[torch.Tensor]) -> None:
+        squares = torch.zeros(len(self._bounds), len(sums[0]), dtype=torch.float64, device=self._total.device)
+        for each, group in zip(sums, self._groups, strict=True):
+            squares[group] += each.double().square().sum(dim=1)
+        finite = torch.isfinite(squares).all(dim=0)
+        norms = squares.sqrt()
+        # min(1, C / norm): never above the bound, and 0 where anything of the unit is not finite
+        factors = torch.where(finite, self._bounds[:, None] / norms.clamp(min=self._bounds[:, None]), 0.0)
+        all_finite = bool(finite.all())
+        for each, group, place in zip(sums, self._groups, self._places, strict=True):
+            safe = each if all_finite else torch.where(finite[:, None], each, 0.0)
+            self._total[place] += factors[group] @ safe.double()
+        self._units += len(finite)
+        self._nonfinite += int((~finite).sum())
+
+    def result(self) -> GradientSum:
+        if self._open is not None:
+            raise BadInput("micro-batches: found an unfinished unit at the end of a draw")
+        return GradientSum(self._total.cpu().numpy(), self._units, self._nonfinite)
+
+
+def clipped_units(
+    inputs: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    owners: torch.Tensor,
+    bound: float | None,
+) -> tuple[torch.Tensor, int]:
+    """Units of several records, one after the other: what is measured is the very tensor that is added.
+
+    A norm from inner products of the records would cancel where they pull against each other, and come out far
+    below that of the gradient.
+    """
+    sizes = torch.bincount(owners).tolist()
+    parts = [(torch.split(a, sizes), torch.split(b, sizes)) for a, b in zip(inputs, gradients, strict=True)]
+    total: torch.Tensor | None = None
+    bad = 0
+    for unit in range(len(sizes)):
+        flat = [part for a, b in parts for part in ((b[unit].T @ a[unit]).flatten(), b[unit].sum(dim=0))]
+        gradient = torch.cat(flat)
+        finite, factor = factors(torch.linalg.vector_norm(gradient)[None], bound)
+        if total is None:
+            total = torch.zeros_like(gradient)
+        if finite[0]:
+            total += gradient * factor[0]
+        else:
+            bad += 1
+    if total is None:
+        raise BadInput("head: found no unit to clip")
+    return total, bad
+
+
+def factors(norms: torch.Tensor, bound: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which norms are finite, and what to multiply by: 0 where they are not."""
+    finite = torch.isfinite(norms)
+    weights = (
+        finite.to(norms.dtype) if bound is None else torch.where(finite, bound / norms.clamp(min=bound), 0.0)
+    )
+    return finite, weights
+
+
+def layers_of(head: nn.Module) -> list[nn.Module]:
+    """The head's layers in order; BadInput where a trainable layer is not linear with a bias."""
+    layers: list[nn.Module] = [head] if isinstance(head, nn.Linear) else list(head.children())
+    for layer in layers:
+        trainable = any(True for _ in layer.parameters())
+        if trainable and not (isinstance(layer, nn.Linear) and layer.bias is not None):
+            raise BadInput(
+                f"head: found a trainable {type(layer).__name__}, expected linear layers with a bias"
+            )
+    return layers
+
+
+def _by_owner(samples: torch.Tensor, owners: torch.Tensor, units: int) -> torch.Tensor:
+    summed = torch.zeros(units, samples.shape[1], dtype=samples.dtype, device=samples.device)
+    return summed.index_add_(0, owners, samples)
+
+
+def checked_clip(clip: float) -> float:
+    if not SMALLEST_CLIP <= clip < float("inf"):
+        raise BadInput(f"clip: found {clip}, expected a finite number of at least {SMALLEST_CLIP:g}")
+    return clip

@@ -1,0 +1,1 @@
+"""A released adapter as files, and back."""

@@ -1,0 +1,177 @@
+"""The released adapter as files, and the way to load it again.
+
+`adapter/` is a PEFT folder: `PeftModel.from_pretrained(base, "adapter")` gives the adapted backbone. Where
+the head is ours, `head.safetensors` lies beside it (`common.adapter.released` lists the files), and three lines load both:
+
+    from fedlora.common.export import load_adapter
+    classifier = load_adapter("runs/ag_news/adapter")
+    print(classifier.predict(["Oil prices rose on Monday."]))
+
+Only safetensors and JSON are read; a folder that asks for code or pickled weights is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from fedlora.common.adapter.released import (
+    DESCRIPTION,
+    HEAD,
+    Description,
+    base_was_a_folder,
+    check_peft_config,
+    read_description,
+    read_projection,
+    read_state,
+    write_description,
+)
+from fedlora.common.config.schema import LoraConfig, ModelConfig, check_rules
+from fedlora.common.data.records import Records
+from fedlora.common.data.tasks import TASKS, CausalLanguageModel, SequenceClassification, Task
+from fedlora.common.errors import BadInput
+from fedlora.common.model.features import length_batches
+from fedlora.common.model.network import PEFT_ADAPTER, AdapterModel, build_model
+from fedlora.common.model.pooling import PooledClassifier
+from fedlora.common.model.projection import PROJECTION
+from fedlora.common.model.state import HEAD_PREFIX, AdapterState
+
+
+def export_adapter(
+    model: AdapterModel, state: AdapterState, settings: ModelConfig, lora: LoraConfig, seed: int, folder: Path
+) -> None:
+    """Write `state` as a PEFT folder, our head beside it, and the description of both."""
+    model.load(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone: Any = model.network.backbone
+    config = backbone.peft_config[PEFT_ADAPTER]
+    if Path(settings.base).is_dir():  # where it lies on this machine is nobody's business
+        config.base_model_name_or_path = model.base_digest
+    # PEFT sets it by each layer's kind, whatever a file says; so all files say the same
+    config.fan_in_fan_out = False
+    backbone.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    config.base_model_name_or_path = settings.base
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a card, with nothing filled in
+    if isinstance(model.network, PooledClassifier):
+        head = {n: np.ascontiguousarray(v) for n, v in state.named().items() if n.startswith(HEAD_PREFIX)}
+        save_file(head, folder / HEAD)
+    if model.projection is not None:
+        model.projection.write(folder / PROJECTION)
+    description = Description(
+        task=model.task.name,
+        labels=model.task.labels,
+        base=settings.base,
+        base_digest=model.base_digest,
+        max_length=settings.max_length,
+        pooling=settings.pooling,
+        pooled_layers=tuple(settings.pooled_layers),
+        head_hidden=settings.head_hidden,
+        head_scale=settings.head_scale,
+        projection_digest="" if model.projection is None else model.projection.digest,
+        variant=lora.variant,
+        rank=lora.rank,
+        alpha=float(lora.alpha),
+        targets=tuple(sorted(lora.targets)),
+        layers=tuple(lora.layers),
+        seed=seed,
+        adapter_digest=state.digest,
+    )
+    write_description(folder, description, state.spec)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """An exported adapter on its base, ready to use."""
+
+    model: AdapterModel
+    description: Description
+
+    def logits(self, texts: Sequence[str]) -> torch.Tensor:
+        """(n, classes) float32, in the order of `texts`."""
+        labels = np.zeros(len(texts), dtype=np.int64)
+        records = Records(
+            texts=list(texts), labels=labels, responses=None, units=None, columns={}, where="texts"
+        )
+        data = self.model.task.encode(records, self.model.tokenizer, self.description.max_length)
+        result = torch.empty(len(texts), len(self.description.labels))
+        with torch.no_grad():
+            for rows in length_batches(data.lengths, 8192):
+                logits = self.model.logits(data.batch(rows, self.model.pad, self.model.device))
+                result[torch.from_numpy(rows)] = logits.float().cpu()
+        return result
+
+    def predict(self, texts: Sequence[str]) -> list[str]:
+        """The label of each text."""
+        if not self.description.labels:
+            raise BadInput(f"adapter task: found {self.description.task}, expected one with labels")
+        return [self.description.labels[int(best)] for best in self.logits(texts).argmax(dim=1)]
+
+    def complete(self, prompt: str, tokens: int = 64) -> str:
+        """A causal language model's greedy answer to `prompt`."""
+        tokenizer = self.model.tokenizer
+        network: Any = self.model.network.backbone
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        ids = begin + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        room = self.description.max_length
+        given = torch.tensor([ids[-room:]])
+        with torch.no_grad():
+            answer = network.generate(
+                input_ids=given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=self.model.pad,
+            )
+        return str(tokenizer.decode(answer[0, given.shape[1] :], skip_special_tokens=True))
+
+
+def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
+    """Load what `export_adapter` wrote. `base` overrides where the base model lies; its digest must agree.
+
+    BadInput where it lay in a folder of whoever exported it, which isn't here, and `base` doesn't say where it is.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    check_peft_config(folder, description)
+    if not base and base_was_a_folder(folder, description) and not Path(description.base).is_dir():
+        where = f"{folder / DESCRIPTION} base"
+        raise BadInput(f"{where}: found {description.base!r}, no folder here, expected base= with one")
+    projection = read_projection(folder, description)
+    settings = ModelConfig(
+        projection=0 if projection is None else projection.width,
+        base=base or description.base,
+        digest=description.base_digest,
+        task=description.task,
+        max_length=description.max_length,
+        pooling=description.pooling,
+        pooled_layers=description.pooled_layers,
+        head_hidden=description.head_hidden,
+        head_scale=description.head_scale,
+    )
+    lora = LoraConfig(
+        description.rank, description.alpha, description.targets, description.layers, description.variant
+    )
+    faults = [fault for each in (settings, lora) for fault in check_rules(each, str(folder / DESCRIPTION))]
+    if faults:
+        raise BadInput(faults)
+    task = _task(description)
+    model = build_model(settings, lora, task, description.seed)
+    if projection is not None:
+        model.projection = projection
+    model.load(read_state(folder, model.spec, description))
+    model.network.eval()
+    return LoadedAdapter(model, description)
+
+
+def _task(description: Description) -> Task:
+    if description.task == "sequence-classification":
+        return SequenceClassification(description.labels)
+    if description.task == "causal-lm":
+        return CausalLanguageModel()
+    raise BadInput(f"{DESCRIPTION} task: found {description.task!r}, expected {' or '.join(TASKS)}")

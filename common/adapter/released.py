@@ -1,0 +1,297 @@
+"""A released adapter as files, read without the network that it belongs to: what it is, and that it is whole.
+
+    adapter_config.json, adapter_model.safetensors    PEFT's
+    head.safetensors, projection.safetensors          the head and the map below it, where they are ours
+    fedlora.json                                      what PEFT's configuration has no place for
+    spec.json                                         names and shapes in the order of the flat vector: its SHA-256
+                                                      is the spec's digest, and with it the state's can be computed
+
+Needs neither torch nor PEFT, so whoever receives an adapter can check it before installing either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load
+
+from fedlora.common.config.strict import build_strictly
+from fedlora.common.errors import BadInput
+from fedlora.common.model.base import refuse_code
+from fedlora.common.model.projection import PROJECTION, Projection
+from fedlora.common.model.state import (
+    HEAD_PREFIX,
+    AdapterSpec,
+    AdapterState,
+    TensorSpec,
+    check_safetensors_header,
+)
+
+CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
+DESCRIPTION, SPEC = "fedlora.json", "spec.json"
+FILES = (CONFIG, WEIGHTS, HEAD, PROJECTION, DESCRIPTION, SPEC)
+PEFT_MODEL = "base_model.model."  # what PEFT puts before a name of the base's
+PEFT_HEADS = ["classifier", "score"]  # how the modules end that PEFT takes for a model's own head
+# What PEFT writes though it's neither null, false nor empty, and none of our networks has another value.
+PEFT_DEFAULTS = {
+    "bias": "none",
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "lora_dropout": 0.0,
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """How to build the network that an exported adapter belongs to."""
+
+    task: str
+    labels: tuple[str, ...]
+    base: str
+    base_digest: str
+    max_length: int
+    pooling: str
+    pooled_layers: tuple[int, ...]
+    head_hidden: int
+    head_scale: float
+    projection_digest: str
+    variant: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]
+    seed: int
+    adapter_digest: str
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides what the exported files compute; it lies beside them, and is checked on load."""
+        return "sha256:" + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def write_description(folder: Path, description: Description, spec: AdapterSpec) -> None:
+    """fedlora.json and spec.json."""
+    (folder / DESCRIPTION).write_text(description_text(description))
+    (folder / SPEC).write_text(json.dumps([[each.name, list(each.shape)] for each in spec.tensors]))
+
+
+def description_text(description: Description) -> str:
+    """What fedlora.json holds."""
+    return json.dumps(asdict(description) | {"digest": description.digest}, indent=2) + "\n"
+
+
+def read_released(folder: Path) -> tuple[Description, AdapterState]:
+    """What lies in `folder`, every file checked against its description; BadInput names what is wrong."""
+    description = read_description(folder)
+    check_peft_config(folder, description)
+    read_projection(folder, description)
+    return description, read_state(folder, read_spec(folder), description)
+
+
+def read_state(folder: Path, spec: AdapterSpec, description: Description) -> AdapterState:
+    """The tensors of both files as one state; BadInput where they are not the ones described."""
+    named: dict[str, npt.NDArray[np.float32]] = {}
+    for path in (folder / WEIGHTS, folder / HEAD):
+        found = _read_tensors(path) if path.is_file() else {}
+        if twice := sorted(set(named) & set(found)):
+            raise BadInput(f"{path}: found a second {twice[0]}, expected each tensor in one file")
+        named.update(found)
+    expected = {tensor.name for tensor in spec.tensors}
+    frozen = {name for name in named if ".lora_A." in name and name not in expected}  # FFA: part of the base
+    _check_frozen(folder, {name: named.pop(name) for name in frozen}, expected, description.seed)
+    state = AdapterState.from_named(spec, named, str(folder))
+    if state.digest != description.adapter_digest:
+        raise BadInput(f"{folder}: found adapter {state.digest}, expected {description.adapter_digest}")
+    return state
+
+
+def read_description(folder: Path) -> Description:
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise BadInput(f"{path}: missing, expected the description of an exported adapter")
+    try:
+        table = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: found a description that can't be read ({error})") from error
+    if not isinstance(table, dict):
+        raise BadInput(f"{path}: found {type(table).__name__}, expected a table")
+    digest = table.pop("digest", None)
+    for name, kind in (("labels", str), ("targets", str), ("pooled_layers", int), ("layers", int)):
+        items = table.get(name)
+        if not isinstance(items, list) or any(type(item) is not kind for item in items):
+            raise BadInput(f"{path} {name}: expected a list, each {kind.__name__}")
+        table[name] = tuple(items)
+    description = build_strictly(Description, table, str(path))
+    if description.seed < 0:
+        raise BadInput(f"{path} seed: found {description.seed}, expected 0 or more")
+    if digest != description.digest:
+        raise BadInput(f"{path} digest: found {digest}, expected {description.digest}")
+    return description
+
+
+def check_peft_config(folder: Path, description: Description) -> None:
+    """BadInput unless PEFT would build the network that is described here: every key counts, known to us or not."""
+    path = folder / CONFIG
+    if not path.is_file() or not (folder / WEIGHTS).is_file():
+        raise BadInput(
+            f"{folder}: expected {' and '.join((CONFIG, WEIGHTS))}; pickled weights are never opened"
+        )
+    refuse_code(path)
+    table: dict[str, Any] = json.loads(path.read_bytes())
+    _check_base_name(path, table.pop("base_model_name_or_path", None), description)
+    version = table.pop("peft_version", None)  # PEFT's before 0.18 wrote none
+    if version is not None and not (isinstance(version, str) and re.fullmatch(r"[\w.+@-]{1,80}", version)):
+        raise BadInput(f"{path} peft_version: found {_shown(version)}, expected a version")
+    expected = _described_config(description)
+    for name in sorted(expected.keys() | table.keys()):
+        decided, found = name in expected or name in PEFT_DEFAULTS, _in_order(table.get(name))
+        value = expected.get(name, PEFT_DEFAULTS.get(name))
+        if name not in table and name not in expected:
+            continue  # an older PEFT's, which has no such thing
+        if not (_same(found, value) if decided else _is_neutral(found)):
+            what = json.dumps(value) if decided else "null, false or empty"
+            raise BadInput(f"{path} {name}: found {_shown(found)}, expected {what}")
+
+
+def base_was_a_folder(folder: Path, description: Description) -> bool:
+    """Whether `description.base` is where the base lay, not a name of it: PEFT's file has its digest then."""
+    name = json.loads((folder / CONFIG).read_bytes()).get("base_model_name_or_path")
+    return bool(name == description.base_digest != description.base)
+
+
+def published(folder: Path, description: Description) -> Description:
+    """What a release says: a base that lay in a folder by that folder's name, for a path is nobody's business."""
+    if not base_was_a_folder(folder, description):
+        return description
+    return replace(description, base=Path(description.base).name.strip(".") or "base")
+
+
+def _described_config(description: Description) -> dict[str, Any]:
+    """What a description decides of PEFT's configuration, lists in order."""
+    own_head = description.task != "causal-lm" and description.pooling == "default"
+    ours = "CAUSAL_LM" if description.task == "causal-lm" else "FEATURE_EXTRACTION"
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if own_head else ours,
+        "r": description.rank,
+        "lora_alpha": description.alpha,
+        "target_modules": sorted(description.targets),
+        "layers_to_transform": sorted(description.layers) or None,
+        "modules_to_save": PEFT_HEADS if own_head else None,
+    }
+
+
+def _check_base_name(path: Path, found: Any, description: Description) -> None:
+    """PEFT's file names the base as the description does, or by its digest where that names a folder."""
+    if found not in (description.base, description.base_digest):
+        expected = f"{_shown(description.base)} or {description.base_digest}"
+        raise BadInput(f"{path} base_model_name_or_path: found {_shown(found)}, expected {expected}")
+
+
+def _in_order(found: Any) -> Any:
+    """Lists of names or numbers sorted: PEFT writes sets as they come."""
+    plain = isinstance(found, list) and {type(each) for each in found} in ({str}, {int})
+    return sorted(found) if plain else found
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """1 and 1.0 are, 1 and true are not."""
+    return bool(found == expected) and isinstance(found, bool) == isinstance(expected, bool)
+
+
+def _is_neutral(found: Any) -> bool:
+    return found is None or found is False or found in ([], {})
+
+
+def _shown(found: Any) -> str:
+    """A value from outside, in short; however deep it is."""
+    try:
+        return repr(found)[:80]
+    except RecursionError:
+        return type(found).__name__
+
+
+def read_projection(folder: Path, description: Description) -> Projection | None:
+    """The map below the head, if there is one; BadInput where it is another one than described."""
+    if not description.projection_digest:
+        return None
+    if not (folder / PROJECTION).is_file():
+        raise BadInput(f"{folder / PROJECTION}: missing, expected the map below the head")
+    projection = Projection.read(folder / PROJECTION)
+    if projection.digest != description.projection_digest:
+        raise BadInput(
+            f"{folder / PROJECTION}: found {projection.digest}, expected {description.projection_digest}"
+        )
+    return projection
+
+
+def read_spec(folder: Path) -> AdapterSpec:
+    """Names and shapes in the order of the vector; BadInput where the file says something else."""
+    path = folder / SPEC
+    if not path.is_file():
+        raise BadInput(f"{path}: missing, expected names and shapes of the adapter's tensors")
+    try:
+        rows = [(name, tuple(shape)) for name, shape in json.loads(path.read_bytes())]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: found no list of names and shapes") from error
+    for name, shape in rows:
+        if not isinstance(name, str) or any(type(size) is not int or size < 0 for size in shape):
+            raise BadInput(f"{path}: found an entry that is no name and shape")
+    return AdapterSpec(tuple(TensorSpec(name, shape) for name, shape in rows))
+
+
+def _check_frozen(
+    folder: Path, found: Mapping[str, npt.NDArray[np.float32]], trained: set[str], seed: int
+) -> None:
+    """A frozen A in the file is the one that its seed gives: PEFT reads the file, and a node draws it anew.
+
+    The draws are those of `model.build_model`, which takes the frozen ones first, by name.
+    """
+    twins = {name.replace(".lora_B.", ".lora_A.") for name in trained if ".lora_B." in name}
+    if other := sorted(set(found) ^ (twins - trained)):
+        raise BadInput(f"{folder / WEIGHTS} {other[0]}: expected a frozen A beside each trained B")
+    generator = np.random.Generator(np.random.Philox(seed))
+    for name, value in sorted(found.items()):
+        bound = value.shape[-1] ** -0.5 if value.ndim == 2 and value.size else 0.0
+        drawn = generator.uniform(-bound, bound, value.shape).astype(np.float32)
+        if value.ndim != 2 or not np.array_equal(value, drawn):
+            raise BadInput(f"{folder / WEIGHTS} {name}: found another frozen A than the seed gives")
+
+
+def _read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """By their names in a spec; BadInput where there is another tensor than PEFT, or we for a head, put there."""
+    data = path.read_bytes()
+    check_safetensors_header(data, str(path))
+    try:
+        found = load(data)
+    except Exception as error:  # the library raises several unrelated types
+        raise BadInput(f"{path}: found an unreadable safetensors file ({error})") from error
+    named: dict[str, npt.NDArray[np.float32]] = {}
+    for key, value in sorted(found.items()):
+        name = _spec_name(key, path)
+        if name in named:
+            raise BadInput(f"{path} {key}: found a second {name}, expected one")
+        named[name] = value
+    return named
+
+
+def _spec_name(saved: str, path: Path) -> str:
+    """A LoRA tensor has its name; PEFT stores a model's own head under the module's, and a spec calls it `head.`."""
+    if path.name == HEAD and saved.startswith(HEAD_PREFIX):
+        return saved
+    if path.name == WEIGHTS and ".lora_" in saved:
+        return saved
+    own = saved.removeprefix(PEFT_MODEL)
+    if path.name == WEIGHTS and own != saved and own.split(".")[0].endswith(tuple(PEFT_HEADS)):
+        return HEAD_PREFIX + own
+    raise BadInput(f"{path} {saved}: found a tensor that is neither LoRA's nor the head's")

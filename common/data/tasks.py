@@ -1,0 +1,236 @@
+"""What a model is trained for: how records become tokens, what one example's loss is, what is measured.
+
+A task joins the federation by implementing `Task`; the training loop, the clip and the server never ask
+which one it is. Losses are per example and independent of one another: anything that couples the examples
+of a batch would break the sensitivity that the clip gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from fedlora.common.data.records import Records
+from fedlora.common.errors import BadInput
+
+Ints = npt.NDArray[np.int64]
+Totals = dict[str, npt.NDArray[np.float64]]  # sums over examples: totals of two batches add up
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Tokenised records, ragged: record i is tokens[offsets[i]:offsets[i + 1]].
+
+    `targets` is (n,): the class of a record, or the position of the first response token.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    offsets: Ints
+    targets: Ints
+    truncated: Mapping[str, int]  # how many records lost tokens, by part
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def lengths(self) -> Ints:
+        """(n,) tokens of each record."""
+        return np.diff(self.offsets)
+
+    def tokens_of(self, row: int) -> npt.NDArray[np.int32]:
+        return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
+    def batch(
+        self, rows: Ints, pad: int, device: torch.device, shape: tuple[int, int] | None = None
+    ) -> Batch:
+        """Pad the records `rows` to the longest of them, or fill up to `shape`: (records, tokens).
+
+        What fills up is a text of padding that is read like any other; its target is 0.
+        """
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        count, width = (len(rows), int(lengths.max())) if shape is None else shape
+        columns = np.arange(width)
+        ids, real = np.full((count, width), pad, dtype=np.int64), np.ones((count, width), dtype=np.int64)
+        inside = columns[None, :] < lengths[:, None]
+        source = np.minimum(self.offsets[rows][:, None] + columns[None, :], len(self.tokens) - 1)
+        ids[: len(rows)], real[: len(rows)] = np.where(inside, self.tokens[source], pad), inside
+        targets = np.zeros(count, dtype=np.int64)
+        targets[: len(rows)] = self.targets[rows]
+        return Batch(*(torch.from_numpy(each).to(device) for each in (ids, real, targets)))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Model inputs: `ids` and `mask` are (n, length), `targets` is (n,)."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    targets: torch.Tensor
+
+
+class Task(Protocol):
+    """One kind of fine-tuning."""
+
+    @property
+    def name(self) -> str:
+        """As in a configuration."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Public label set; empty where the task has none."""
+
+    def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
+        """Tokenise; BadInput where a record has nothing left to learn from."""
+
+    def losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(n,) float32, or float64 where the logits are: the loss of each example by itself."""
+
+    def measure(self, logits: torch.Tensor, batch: Batch) -> Totals:
+        """Sums from which `metrics` are computed; totals of batches add up."""
+
+    def metrics(self, totals: Totals) -> dict[str, float]:
+        """What a researcher reads: accuracy and so on. The key `loss` is always there."""
+
+
+@dataclass(frozen=True)
+class SequenceClassification:
+    """One label of a public set to each text; cross entropy."""
+
+    labels: tuple[str, ...]
+    name: str = "sequence-classification"
+
+    def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
+        if records.labels is None:
+            raise BadInput(f"{records.where}: found no labels, expected a label column")
+        tokenised = _tokens(tokenizer, records.texts, special=True)
+        cut = [_cut_special(ids, max_length) for ids in tokenised]
+        shortened = sum(len(ids) > max_length for ids in tokenised)
+        special = len(tokenizer("")["input_ids"])
+        _refuse_empty([len(ids) - special for ids in cut], records)
+        return _ragged(cut, records.labels, {"text": shortened})
+
+    def losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        precise = logits if logits.dtype == torch.float64 else logits.float()
+        return functional.cross_entropy(precise, batch.targets, reduction="none")
+
+    def measure(self, logits: torch.Tensor, batch: Batch) -> Totals:
+        size = len(self.labels)
+        guesses = logits.float().argmax(dim=1)
+        pairs = torch.bincount(batch.targets * size + guesses, minlength=size * size)
+        loss = self.losses(logits, batch).double().sum()
+        return {
+            "confusion": pairs.reshape(size, size).double().cpu().numpy(),
+            "loss": np.array(loss.item()),
+            "examples": np.array(float(len(guesses))),
+        }
+
+    def metrics(self, totals: Totals) -> dict[str, float]:
+        confusion = totals["confusion"]
+        right, true, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+        present = (true + guessed) > 0  # a class that neither occurs nor is guessed has no F1
+        f1 = 2 * right[present] / (true + guessed)[present]
+        examples = float(totals["examples"])
+        return {
+            "loss": float(totals["loss"]) / examples,
+            "accuracy": float(right.sum()) / examples,
+            "macro_f1": float(f1.mean()),
+        }
+
+
+@dataclass(frozen=True)
+class CausalLanguageModel:
+    """Prompt and response; next-token cross entropy on the response alone, a mean for each example.
+
+    What is too long loses the left of its prompt and the right of its response; the response keeps at least
+    half of `max_length`.
+    """
+
+    labels: tuple[str, ...] = ()
+    name: str = "causal-lm"
+
+    def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
+        if records.responses is None:
+            raise BadInput(f"{records.where}: found no responses, expected prompt and response columns")
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        rows, starts, cut = [], [], {"prompt": 0, "response": 0}
+        room = max_length - len(begin)
+        responses = _tokens(tokenizer, records.responses, special=False)
+        _refuse_empty([len(ids) for ids in responses], records)
+        for prompt, response in zip(_tokens(tokenizer, records.texts, special=False), responses, strict=True):
+            answer = response + end
+            kept = answer[: max(room - len(prompt), room // 2)]
+            left = room - len(kept)
+            question = prompt[-left:] if left else []
+            cut["prompt"] += len(question) < len(prompt)
+            cut["response"] += len(kept) < len(answer)
+            rows.append(begin + question + kept)
+            starts.append(len(begin) + len(question))
+        return _ragged(rows, np.array(starts, dtype=np.int64), cut)
+
+    def losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        summed, count = self._response_losses(logits, batch)
+        return summed / count
+
+    def measure(self, logits: torch.Tensor, batch: Batch) -> Totals:
+        summed, count = self._response_losses(logits, batch)
+        return {
+            "loss": np.array(summed.double().sum().item()),
+            "tokens": np.array(count.double().sum().item()),
+            "examples": np.array(float(len(count))),
+        }
+
+    def metrics(self, totals: Totals) -> dict[str, float]:
+        loss = float(totals["loss"]) / float(totals["tokens"])
+        return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
+
+    def _response_losses(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss and number of response tokens, each (n,)."""
+        losses = functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), batch.ids[:, 1:], reduction="none"
+        )
+        places = torch.arange(1, batch.ids.shape[1], device=batch.ids.device)
+        counted = (places[None, :] >= batch.targets[:, None]) & (batch.mask[:, 1:] == 1)
+        return (losses * counted).sum(dim=1), counted.sum(dim=1).clamp(min=1)
+
+
+TASKS = {"sequence-classification": SequenceClassification, "causal-lm": CausalLanguageModel}
+
+
+def add_totals(totals: Sequence[Totals]) -> Totals:
+    """Sum totals of batches by name; at least one is needed."""
+    return {name: np.sum([each[name] for each in totals], axis=0) for name in totals[0]}
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
+    encoded = tokenizer(
+        list(texts), add_special_tokens=special, truncation=False, return_attention_mask=False, verbose=False
+    )
+    return list(encoded["input_ids"])
+
+
+def _cut_special(ids: list[int], max_length: int) -> list[int]:
+    """Cut to max_length, keeping the last token: the separator that a tokenizer appends."""
+    return ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]
+
+
+def _refuse_empty(lengths: Sequence[int], records: Records) -> None:
+    empty = [row for row, length in enumerate(lengths) if length <= 0]
+    if empty:
+        raise BadInput(
+            f"{records.place(empty[0])}: found nothing after tokenisation "
+            f"({len(empty)} such rows), expected at least one token"
+        )
+
+
+def _ragged(rows: Sequence[Sequence[int]], targets: Ints, truncated: Mapping[str, int]) -> Encoded:
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    tokens = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(offsets[-1]))
+    return Encoded(tokens, offsets, np.ascontiguousarray(targets, dtype=np.int64), truncated)

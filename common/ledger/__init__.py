@@ -1,0 +1,1 @@
+"""The only owner of a budget: an append-only chain that never refunds."""

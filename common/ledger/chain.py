@@ -1,0 +1,281 @@
+"""An append-only chain of entries in SQLite, whose signed head lies in a second place.
+
+Each entry holds the hash of the one before. The head (count and hash of the last entry) is signed and written
+after every entry, so that a chain that was deleted, truncated, edited or restored from an older copy is
+refused, at opening and before every further entry. An entry is durable before `append` returns; a kill
+between the entry and its head leaves the head one behind, and the next one who looks signs it anew.
+
+What this can't see: both places, or all three files, restored to the same older moment or deleted together.
+Keep them on different disks, or send heads away, where that matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedlora.common.disk import locks
+from fedlora.common.disk.files import sync_folder, write_atomically
+from fedlora.common.errors import Refused
+
+_TABLE = "CREATE TABLE entries (number INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL) STRICT"
+_INSERT = "INSERT INTO entries VALUES (?, ?, ?)"
+_AFTER = "SELECT number, body, hash FROM entries WHERE number > ? ORDER BY number"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the chain; `body` has a key `kind`, and the rest by kind."""
+
+    number: int
+    body: dict[str, Any]
+    hash: str
+
+
+@dataclass(frozen=True)
+class _Position:
+    """How far a chain goes; `before` is the hash of the last entry but one."""
+
+    count: int = 0
+    hash: str = ""
+    before: str = ""
+
+    def next(self, text: str) -> _Position:
+        digest = hashlib.sha256(f"{self.hash}\n{self.count + 1}\n{text}".encode()).hexdigest()
+        return _Position(self.count + 1, digest, self.hash)
+
+
+class Chain:
+    """One open chain. `take` is handed every entry's body once, in order, whichever process wrote it."""
+
+    def __init__(
+        self, path: Path, head: Path, key: Ed25519PrivateKey, take: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        self._path = path
+        self._head = head
+        self._key = key
+        self._take = take
+        self._at = _Position()
+        self._seen_head = b""  # bytes that were verified or written here before
+        self._connection = _connect(path, "rw")
+        self.close = weakref.finalize(self, self._connection.close)
+        self.close.atexit = False
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        head: Path,
+        key: Path,
+        opening: Mapping[str, Any],
+        take: Callable[[Mapping[str, Any]], None],
+    ) -> Chain:
+        """Open a chain, or begin one with the entry `opening` where there was none.
+
+        Refused where the chain is not the one that the head was signed for, or one of the three files is missing.
+        """
+        with _refusing(path):
+            for each in (path, head, key):
+                each.parent.mkdir(parents=True, exist_ok=True)
+        with _refusing(path), _exclusive(path):
+            if _never_used(path, head, key):
+                _begin(path, head, key, opening)
+            missing = [each for each in (path, head, key) if not each.exists()]
+            if missing:
+                raise Refused(
+                    f"ledger {path}: {', '.join(map(str, missing))} is missing, expected ledger, head and key; "
+                    "it was deleted or moved, and without it nothing can be spent"
+                )
+            chain = cls(path, head, _read_key(key), take)
+            try:
+                chain._catch_up()
+            except BaseException:
+                chain.close()
+                raise
+        return chain
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One writer at a time over all processes, knowing every entry that others have added."""
+        with _refusing(self._path), _exclusive(self._path):
+            self._catch_up()
+            yield
+
+    def append(self, body: Mapping[str, Any]) -> None:
+        """Add an entry, durable when this returns; only under `locked`."""
+        text = _canonical(body)
+        position = self._at.next(text)
+        try:
+            self._connection.execute(_INSERT, (position.count, text, position.hash))
+        except sqlite3.Error as error:
+            raise Refused(
+                f"ledger {self._path}: could not be written ({error}); nothing may be used"
+            ) from error
+        self._take(body)
+        self._at = position
+        self._write_head()
+
+    def entries(self) -> list[Entry]:
+        """All entries, oldest first, verified again."""
+        with self.locked():
+            entries = [entry for entry, _ in self._verified(_Position())]
+            if len(entries) != self._at.count:
+                raise Refused(f"ledger {self._path}: found {len(entries)} entries, expected {self._at.count}")
+            return entries
+
+    def _catch_up(self) -> None:
+        """Verify and take in the entries after the last one known, then hold them against the head."""
+        for entry, position in self._verified(self._at):
+            self._take(entry.body)
+            self._at = position
+        self._check_head()
+
+    def _verified(self, position: _Position) -> Iterator[tuple[Entry, _Position]]:
+        for number, text, digest in self._connection.execute(_AFTER, (position.count,)).fetchall():
+            position = position.next(text)
+            if (number, digest) != (position.count, position.hash):
+                raise Refused(f"ledger {self._path} entry {number}: found other bytes than were written")
+            yield Entry(number, json.loads(text), digest), position
+
+    def _check_head(self) -> None:
+        """Refused unless the head was signed for this very chain; a head one entry behind is signed anew."""
+        count, digest = self._read_head()
+        if count > self._at.count:
+            raise Refused(
+                f"ledger {self._path}: found {self._at.count} entries, but {count} were signed: "
+                "it was truncated or restored from an older copy"
+            )
+        if count < self._at.count - 1:
+            raise Refused(
+                f"ledger head {self._head}: found {count} entries, expected {self._at.count}: it is an older copy"
+            )
+        if digest != (self._at.hash if count == self._at.count else self._at.before):
+            raise Refused(f"ledger {self._path} entry {count}: found another hash than was signed")
+        if count < self._at.count:
+            self._write_head()  # somebody was killed between the entry and its head
+
+    def _read_head(self) -> tuple[int, str]:
+        data = self._head.read_bytes() if self._head.is_file() else b""
+        try:
+            head = json.loads(data)
+            count, digest = int(head["count"]), str(head["hash"])
+            if data != self._seen_head:
+                signature = bytes.fromhex(head["signature"])
+                self._key.public_key().verify(signature, _head_bytes(count, digest))
+        except (ValueError, KeyError, TypeError, RecursionError, InvalidSignature) as error:
+            raise Refused(f"ledger head {self._head}: found none that this key signed") from error
+        self._seen_head = data
+        return count, digest
+
+    def _write_head(self) -> None:
+        self._seen_head = _signed_head(self._key, self._at)
+        write_atomically(self._head, self._seen_head)
+
+
+def _never_used(path: Path, head: Path, key: Path) -> bool:
+    """No key, and at most the opening entry: nothing was ever spent, at most a beginning was killed.
+
+    The key is the last file that a beginning writes. A deleted key with anything spent is not this.
+    """
+    if key.exists():
+        return False
+    try:
+        signed = int(json.loads(head.read_bytes())["count"]) if head.exists() else 0
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return signed <= 1 and _count(path) <= 1
+
+
+def _count(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with closing(_connect(path, "rw")) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone():
+            return 0
+        (count,) = connection.execute("SELECT COUNT(*) FROM entries").fetchone()
+        return int(count)
+
+
+def _begin(path: Path, head: Path, key: Path, opening: Mapping[str, Any]) -> None:
+    for leftover in (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm"), head):
+        leftover.unlink(missing_ok=True)
+    private, text = Ed25519PrivateKey.generate(), _canonical(opening)
+    first = _Position().next(text)
+    with closing(_connect(path, "rwc")) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(_TABLE)
+        connection.execute(_INSERT, (first.count, text, first.hash))
+        connection.execute("COMMIT")
+    sync_folder(path.parent)
+    write_atomically(head, _signed_head(private, first))
+    write_atomically(key, _pem(private), mode=0o600)
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    where = f"{path.resolve().as_uri()}?mode={mode}"  # only a beginning may create the file
+    # the lock keeps threads apart as well as processes, so the connection need not insist on one thread
+    connection = sqlite3.connect(where, uri=True, isolation_level=None, timeout=60, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+def _exclusive(path: Path) -> AbstractContextManager[None]:
+    lock = path.with_name(path.name + ".lock")
+    held = Refused(
+        f"ledger {path}: found {lock.name} held by another process for {locks.SECONDS:g} s, expected it free"
+    )
+    return locks.exclusive(lock, held, locks.SECONDS)
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """A file that can't be read or written is a refusal: whatever it held, nothing may be spent on top of it."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        raise Refused(f"ledger {path}: found a damaged file ({error})") from error
+    except OSError as error:
+        raise Refused(f"ledger {path}: could not be read or written ({error})") from error
+
+
+def _canonical(body: Mapping[str, Any]) -> str:
+    return json.dumps(body, sort_keys=True, allow_nan=False)
+
+
+def _signed_head(key: Ed25519PrivateKey, at: _Position) -> bytes:
+    signature = key.sign(_head_bytes(at.count, at.hash)).hex()
+    return json.dumps({"count": at.count, "hash": at.hash, "signature": signature}).encode()
+
+
+def _head_bytes(count: int, digest: str) -> bytes:
+    return f"fedlora-ledger-head-1\n{count}\n{digest}".encode()
+
+
+def _pem(key: Ed25519PrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _read_key(path: Path) -> Ed25519PrivateKey:
+    if path.stat().st_mode & 0o077:
+        raise Refused(f"{path}: found a key that others can read, expected mode 0600")
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (ValueError, TypeError) as error:
+        raise Refused(f"{path}: found no private key ({error})") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise Refused(f"{path}: found a {type(key).__name__}, expected an Ed25519 key")
+    return key

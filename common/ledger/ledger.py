@@ -1,0 +1,250 @@
+"""The privacy ledger: the only owner of a budget.
+
+    consent   reserves a run's whole (ε, δ), all attempts of all phases, against a budget's caps
+    reserve   one attempt at one round, durable before data is touched; each attempt once
+    commit    the digest of what left
+
+Nothing is ever refunded or deleted. ε and δ add up over runs (basic composition), exactly as the decimal
+numbers that people write: 0.1 three times fits a cap of 0.3, and nothing fits beyond it. Budgets have names:
+data never opens one, a policy does. How the entries are kept is `common.ledger.chain`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.ledger.chain import Chain, Entry
+from fedlora.common.privacy.accountant import Spend
+
+SCHEMA = 1
+SAME_TERMS = 1e-9  # relative: the last bits of an ε differ between machines
+
+__all__ = ["SCHEMA", "Budget", "Entry", "Ledger", "exceeded"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A named budget of one population, and what it may spend over all runs."""
+
+    name: str
+    epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        for field, value in (("epsilon", self.epsilon), ("delta", self.delta)):
+            if not (math.isfinite(value) and value > 0):
+                raise BadInput(f"budget {self.name} {field}: found {value}, expected a finite number > 0")
+
+
+@dataclass(frozen=True)
+class _Consent:
+    """What a run may do with a budget, and what it reserved for that."""
+
+    spend: Spend
+    attempts: tuple[int, ...]
+
+    def covers(self, other: _Consent) -> bool:
+        mine, asked = self.spend, other.spend
+        return (
+            self.attempts == other.attempts
+            and asked.epsilon <= mine.epsilon * (1 + SAME_TERMS)
+            and asked.delta <= mine.delta
+        )
+
+
+@dataclass(frozen=True)
+class _Total:
+    """An exact sum of spends."""
+
+    epsilon: Fraction = Fraction(0)
+    delta: Fraction = Fraction(0)
+
+    def __add__(self, spend: Spend) -> _Total:
+        return _Total(self.epsilon + _exact(spend.epsilon), self.delta + _exact(spend.delta))
+
+
+class Ledger:
+    """One ledger; safe for several processes and threads at once. An object does not survive a fork."""
+
+    def __init__(self) -> None:
+        self._consents: dict[tuple[str, str], _Consent] = {}  # by budget and manifest, as all below
+        self._totals: dict[str, _Total] = {}  # by budget
+        self._phases: dict[tuple[str, str], dict[int, tuple[int, int]]] = {}  # attempt -> (phase, round)
+        self._committed: set[tuple[str, str, int]] = set()
+        self._chain: Chain
+        self.id = ""  # drawn when the ledger was begun: which ledger this is
+
+    @classmethod
+    def open(cls, path: Path, head: Path, key: Path) -> Ledger:
+        """Open a ledger, or begin one where neither it nor its head nor its key exists.
+
+        Refused where the ledger is not the one that the head was signed for.
+        """
+        ledger = cls()
+        opening = {"kind": "open", "schema": SCHEMA, "id": os.urandom(16).hex()}
+        ledger._chain = Chain.open(path, head, key, opening, ledger._take_in)
+        return ledger
+
+    def consent(self, budget: Budget, manifest: str, spend: Spend, attempts: Sequence[int]) -> None:
+        """Reserve a run's whole spend; Refused past a cap. The same consent again changes nothing."""
+        asked = _Consent(spend, tuple(attempts))
+        if not asked.attempts or any(type(each) is not int or each < 0 for each in asked.attempts):
+            raise BadInput(f"consent attempts: found {list(attempts)}, expected whole numbers >= 0")
+        with self._chain.locked():
+            given = self._consents.get((budget.name, manifest))
+            if given is not None:
+                if not given.covers(asked):
+                    raise Refused(f"budget {budget.name}: consented to {manifest[:14]} on other terms")
+                return
+            self._check_caps(budget, spend)
+            self._chain.append(
+                {
+                    "kind": "consent",
+                    "budget": budget.name,
+                    "manifest": manifest,
+                    "epsilon": spend.epsilon,
+                    "delta": spend.delta,
+                    "attempts": list(asked.attempts),
+                    "cap_epsilon": budget.epsilon,
+                    "cap_delta": budget.delta,
+                }
+            )
+
+    def reserve(self, budget: str, manifest: str, phase: int, round_number: int, attempt: int) -> None:
+        """Use up one attempt, durably; Refused without consent, a second time, or beyond the consented number."""
+        with self._chain.locked():
+            consent = self._consents.get((budget, manifest))
+            if consent is None:
+                raise Refused(f"budget {budget}: nothing was consented to for {manifest[:14]}")
+            taken = self._phases.get((budget, manifest), {})
+            if attempt in taken:
+                raise Refused(f"budget {budget}: attempt {attempt} was used before: a replay or a rewind")
+            if not 0 <= phase < len(consent.attempts):
+                raise Refused(
+                    f"budget {budget}: phase {phase} is not one of {len(consent.attempts)} consented to"
+                )
+            if sum(used == phase for used, _ in taken.values()) >= consent.attempts[phase]:
+                raise Refused(
+                    f"budget {budget}: all {consent.attempts[phase]} attempts of phase {phase} are spent"
+                )
+            self._chain.append(
+                {
+                    "kind": "reserve",
+                    "budget": budget,
+                    "manifest": manifest,
+                    "phase": phase,
+                    "round": round_number,
+                    "attempt": attempt,
+                }
+            )
+
+    def commit(self, budget: str, manifest: str, round_number: int, attempt: int, update: str) -> None:
+        """Record the digest of what a reserved attempt releases; once."""
+        with self._chain.locked():
+            _, reserved = self._phases.get((budget, manifest), {}).get(attempt, (0, None))
+            if reserved is None or reserved != round_number:
+                raise Refused(f"budget {budget}: round {round_number} attempt {attempt} was not reserved")
+            if (budget, manifest, attempt) in self._committed:
+                raise Refused(f"budget {budget}: round {round_number} attempt {attempt} was committed before")
+            self._chain.append(
+                {
+                    "kind": "commit",
+                    "budget": budget,
+                    "manifest": manifest,
+                    "round": round_number,
+                    "attempt": attempt,
+                    "update": update,
+                }
+            )
+
+    def spent(self, budget: str) -> Spend:
+        """What a budget has reserved over all runs."""
+        with self._chain.locked():
+            total = self._totals.get(budget, _Total())
+            return Spend(float(total.epsilon), float(total.delta))
+
+    def reserved_for(self, budget: str, manifest: str) -> Spend | None:
+        """What one run reserved of a budget, or None without consent."""
+        with self._chain.locked():
+            consent = self._consents.get((budget, manifest))
+            return None if consent is None else consent.spend
+
+    def reservations(self, manifest: str) -> dict[int, int]:
+        """The attempts that any budget has reserved for a run, each with its round."""
+        with self._chain.locked():
+            return {
+                attempt: number
+                for (_, run), taken in self._phases.items()
+                if run == manifest
+                for attempt, (_, number) in taken.items()
+            }
+
+    def attempts_used(self, manifest: str) -> int:
+        """The highest attempt number that any budget has reserved for a run; 0 for none."""
+        with self._chain.locked():
+            used = (
+                attempt for (_, run), taken in self._phases.items() if run == manifest for attempt in taken
+            )
+            return max(used, default=0)
+
+    def entries(self) -> list[Entry]:
+        """All entries, oldest first, verified again."""
+        return self._chain.entries()
+
+    def close(self) -> None:
+        self._chain.close()
+
+    def _check_caps(self, budget: Budget, spend: Spend) -> None:
+        reason = _exceeded(budget, self._totals.get(budget.name, _Total()), spend)
+        if reason:
+            raise Refused(reason)
+
+    def _take_in(self, body: Mapping[str, Any]) -> None:
+        kind = body["kind"]
+        if kind == "open":
+            if body["schema"] != SCHEMA:
+                raise Refused(f"ledger: found schema {body['schema']}, expected {SCHEMA}")
+            self.id = str(body["id"])
+            return
+        key = (body["budget"], body["manifest"])
+        if kind == "consent" and key not in self._consents:
+            spend = Spend(body["epsilon"], body["delta"])
+            self._consents[key] = _Consent(spend, tuple(body["attempts"]))
+            self._totals[key[0]] = self._totals.get(key[0], _Total()) + spend
+        elif kind == "reserve" and body["attempt"] not in self._phases.get(key, {}):
+            self._phases.setdefault(key, {})[body["attempt"]] = (body["phase"], body["round"])
+        elif kind == "commit" and (*key, body["attempt"]) not in self._committed:
+            self._committed.add((*key, body["attempt"]))
+        else:
+            raise Refused(f"ledger: found an entry of kind {kind!r} that no ledger of this version writes")
+
+
+def exceeded(budget: Budget, spent: Spend, more: Spend) -> str:
+    """Why `more` does not fit a budget of which `spent` is gone, or ""."""
+    return _exceeded(budget, _Total() + spent, more)
+
+
+def _exceeded(budget: Budget, before: _Total, more: Spend) -> str:
+    after = before + more
+    for name, used, needed, cap in (
+        ("ε", before.epsilon, after.epsilon, budget.epsilon),
+        ("δ", before.delta, after.delta, budget.delta),
+    ):
+        if needed > _exact(cap):
+            return (
+                f"budget {budget.name}: {name} = {float(used):.6g} is spent and would reach "
+                f"{float(needed):.6g}, past its cap of {cap:.6g}"
+            )
+    return ""
+
+
+def _exact(value: float) -> Fraction:
+    """The decimal number that `value` prints as."""
+    return Fraction(repr(float(value)))

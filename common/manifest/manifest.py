@@ -1,0 +1,217 @@
+"""What coordinator and institutions say to each other, as frozen values without a transport.
+
+A `RunManifest` fixes everything public about a run; its digest names the run. A `RoundPlan` is bound to that
+digest, to one attempt and to the digest of the adapter it starts from. An `Update` answers exactly one plan.
+Canonical bytes are UTF-8 JSON with sorted keys and no white space; floats are Python's shortest round trip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args, get_type_hints
+
+from fedlora.common.config.schema import LoraConfig, ModelConfig, check_rules
+from fedlora.common.config.strict import build_strictly, canonical, is_kind, json_table
+from fedlora.common.errors import BadInput
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of rounds that share one mechanism and one local recipe. All fields are public.
+
+    A step draws every privacy unit with probability `sampling_rate`, clips each unit's gradient to L2 norm
+    `clip` (or, where `head_clip` is not 0, head and LoRA coordinates separately to `head_clip` and `clip`),
+    sums, adds Gaussian noise and divides by `expected_units`. `noise_multiplier` is relative to the total
+    L2 sensitivity, whatever the groups: Σ (C_g / s_g)² = 1 / noise_multiplier².
+    """
+
+    name: str  # "head": only the head trains, on cached features; "adapter": head and LoRA train
+    rounds: int
+    attempts: int  # rounds + spare rounds: what the noise is calibrated for
+    steps: int  # local steps of a round
+    sampling_rate: float
+    expected_units: float
+    noise_multiplier: float  # 0 where the run is not private
+    clip: float
+    head_clip: float
+    optimizer: str  # the node's: "sgd" or "adamw"
+    learning_rate: float
+    carry_optimizer: bool
+    proximal_mu: float
+
+
+@dataclass(frozen=True)
+class SecureTerms:
+    """How updates are masked and added where a run aggregates securely; `minimum_cohort` is the manifest's own.
+
+    A coordinate saturates at its phase's bound and has `levels` steps from 0 to it, in words of `bits` bits.
+    """
+
+    threshold: str  # the rule: t follows from the cohort, nobody chooses it
+    max_colluders: int  # beside the coordinator; a node assumes its own number, and may refuse this one
+    epoch_attempts: int  # for which keys and shares are exchanged ahead
+    bits: int
+    levels: int
+    update_bounds: tuple[float, ...]  # one for each phase
+
+
+@dataclass(frozen=True)
+class SkellamTerms:
+    """What `mode = "client"` rests on beside the secure terms and each phase's clip and noise multiplier.
+
+    The clip is of a whole update and equals its phase's update bound. The noise multiplier is that of a sum: each
+    institution adds its variance over (t - max_colluders), with the t of the cohort that it finds.
+    """
+
+    coordinates: tuple[int, ...]  # that a phase moves, and noises: one number for each phase
+    carriers: int  # t - max_colluders of the smallest cohort: honest institutions in any sum, at least
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a node needs, beside the frozen base, to build the very network of a run; fields as in a configuration."""
+
+    pooling: str
+    pooled_layers: tuple[int, ...]
+    head_hidden: int
+    head_scale: float
+    projection: int
+    kernel_directions: int
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]  # empty: all
+    variant: str
+
+    @classmethod
+    def of(cls, model: ModelConfig, lora: LoraConfig) -> Network:
+        found = {field.name: _either(model, lora, field.name) for field in fields(cls)}
+        return cls(**found)
+
+    def configs(self, base: str) -> tuple[ModelConfig, LoraConfig]:
+        """The configuration that builds it on the base at `base`; BadInput where no configuration could say so."""
+        model, lora = (
+            {f.name: getattr(self, f.name) for f in fields(self) if f.name in _names(cls)}
+            for cls in (ModelConfig, LoraConfig)
+        )
+        built = ModelConfig(base=base, **model), LoraConfig(**lora)
+        faults = [fault for each in built for fault in check_rules(each, "manifest network")]
+        if faults:
+            raise BadInput(faults)
+        return built
+
+
+@dataclass(frozen=True)
+class RunManifest:
+    """Everything public about a run; a changed field is a new run."""
+
+    federation: str
+    run: str  # random, so that one configuration run twice is two runs and is charged twice
+    task: str
+    labels: tuple[str, ...]
+    base_digest: str
+    spec_digest: str
+    projection_digest: str  # of the frozen map below the head; "" where there is none
+    max_length: int
+    mode: str  # "record", "client" or "none"
+    unit: str  # the column that names the privacy unit; "" is the record
+    epsilon: float  # of the whole schedule; 0 where the run is not private
+    delta: float
+    strategy: str
+    participation: float
+    minimum_cohort: int
+    seed: int
+    network: Network
+    phases: tuple[Phase, ...]
+    secure: SecureTerms | None = None  # None: updates are sent in clear
+    skellam: SkellamTerms | None = None  # in mode "client", and there alone
+    version: int = VERSION
+
+    def to_bytes(self) -> bytes:
+        return canonical(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RunManifest:
+        table = json_table(data, "manifest")
+        phases = table.get("phases")
+        if not isinstance(phases, list):
+            raise BadInput("manifest phases: missing, expected a list")
+        table["phases"] = tuple(build_strictly(Phase, phase, "manifest phase") for phase in phases)
+        labels = table.get("labels")
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise BadInput("manifest labels: expected a list of strings")
+        table["labels"] = tuple(labels)
+        if table.get("secure") is not None:
+            table["secure"] = _secure_terms(table["secure"])
+        if table.get("skellam") is not None:
+            table["skellam"] = _skellam_terms(table["skellam"])
+        table["network"] = _network(table.get("network"))
+        manifest = build_strictly(cls, table, "manifest")
+        if manifest.version != VERSION:
+            raise BadInput(f"manifest version: found {manifest.version}, expected {VERSION}")
+        return manifest
+
+    @property
+    def digest(self) -> str:
+        return "sha256:" + hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @property
+    def rounds(self) -> int:
+        return sum(phase.rounds for phase in self.phases)
+
+    def phase_of(self, round_number: int) -> int:
+        """Index of the phase that round `round_number` (from 1) belongs to."""
+        last = 0
+        for index, phase in enumerate(self.phases):
+            last += phase.rounds
+            if 1 <= round_number <= last:
+                return index
+        raise BadInput(f"round: found {round_number}, expected 1 to {last}")
+
+
+def _either(model: ModelConfig, lora: LoraConfig, name: str) -> Any:
+    return getattr(model if name in _names(ModelConfig) else lora, name)
+
+
+def _names(cls: type) -> set[str]:
+    return {field.name for field in fields(cls)}
+
+
+def _network(table: Any) -> Network:
+    """A network from outside: lists become tuples whose items have the right type."""
+    if not isinstance(table, Mapping):
+        raise BadInput("manifest network: missing, expected a table")
+    table, faults = dict(table), []
+    for name, kind in get_type_hints(Network).items():
+        item = get_args(kind)[0] if get_args(kind) else None
+        if item is None or name not in table:
+            continue
+        found = table[name]
+        if not isinstance(found, list) or any(type(each) is not item for each in found):
+            faults.append(f"manifest network {name}: expected a list, each {item.__name__}")
+        else:
+            table[name] = tuple(found)
+    if faults:
+        raise BadInput(faults)
+    return build_strictly(Network, table, "manifest network")
+
+
+def _secure_terms(table: Any) -> SecureTerms:
+    """The terms as they stand in a manifest; BadInput names what is wrong."""
+    bounds = table.get("update_bounds") if isinstance(table, dict) else None
+    if not isinstance(bounds, list) or not all(is_kind(bound, "float") and bound > 0 for bound in bounds):
+        raise BadInput("manifest secure update_bounds: expected a list of finite numbers > 0")
+    return build_strictly(
+        SecureTerms, {**table, "update_bounds": tuple(map(float, bounds))}, "manifest secure"
+    )
+
+
+def _skellam_terms(table: Any) -> SkellamTerms:
+    counts = table.get("coordinates") if isinstance(table, dict) else None
+    if not isinstance(counts, list) or not all(is_kind(count, "int") and count > 0 for count in counts):
+        raise BadInput("manifest skellam coordinates: expected a list of whole numbers > 0")
+    return build_strictly(SkellamTerms, {**table, "coordinates": tuple(counts)}, "manifest skellam")

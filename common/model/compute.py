@@ -1,0 +1,110 @@
+"""Choosing attention and precision by a short measurement, not by name.
+
+On some CPUs the backward pass of fused attention takes half of a step, on others bfloat16 products are a
+hundred times slower than float32. Neither choice changes what is clipped or accounted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedlora.common.data.tasks import Encoded
+from fedlora.common.errors import BadInput
+from fedlora.common.model.network import AdapterModel
+
+ATTENTIONS = ("sdpa", "eager")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PROBE_ROWS = 12
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What was chosen, and the seconds that each alternative took on the probe."""
+
+    attention: str
+    precision: str
+    seconds: dict[str, float]
+
+
+def choose_compute(model: AdapterModel, data: Encoded, attention: str, precision: str) -> Compute:
+    """Set the model's attention and precision; "auto" measures forward and backward on `PROBE_ROWS` records.
+
+    Not fused attention on a GPU: its backward adds in an order that the moment decides, and a record's gradient must
+    not depend on what is computed beside it (`common.model.shapes`).
+    """
+    ordered = ATTENTIONS if model.device.type == "cpu" else ("eager",)
+    attentions = ordered if attention == "auto" else (_known(attention, ATTENTIONS, "attention"),)
+    precisions = (
+        _precisions(model.device) if precision == "auto" else (_known(precision, PRECISIONS, "precision"),)
+    )
+    pairs = [(a, p) for a in attentions for p in precisions]
+    seconds = {}
+    for pair in pairs if len(pairs) > 1 else []:
+        _apply(model, *pair)
+        seconds["/".join(pair)] = _fastest(lambda: _probe(model, data))
+    best = min(pairs, key=lambda pair: seconds.get("/".join(pair), 0.0))
+    _apply(model, *best)
+    return Compute(*best, seconds)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with `count` CPU threads; 0 leaves the setting alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def matmul_seconds(dtype: torch.dtype, device: torch.device, size: int = 256) -> float:
+    """Seconds of a (size, 384) x (384, 384) product, the shape that decides a step; the best of three."""
+    left = torch.randn(size, 384, device=device).to(dtype)
+    right = torch.randn(384, 384, device=device).to(dtype)
+    return _fastest(lambda: left @ right)
+
+
+def _precisions(device: torch.device) -> tuple[str, ...]:
+    """bf16 is worth a whole step's measurement only where its bare product is not slower."""
+    fp32, bf16 = (matmul_seconds(PRECISIONS[name], device) for name in ("fp32", "bf16"))
+    return ("fp32",) if bf16 > fp32 else ("fp32", "bf16")
+
+
+def _apply(model: AdapterModel, attention: str, precision: str) -> None:
+    model.set_attention(attention)
+    model.precision = PRECISIONS[precision]
+
+
+def _probe(model: AdapterModel, data: Encoded) -> None:
+    rows = np.arange(min(PROBE_ROWS, len(data)), dtype=np.int64)
+    batch = data.batch(rows, model.pad, model.device)
+    model.task.losses(model.logits(batch), batch).sum().backward()  # type: ignore[no-untyped-call]
+    for parameter in model.parameters.values():
+        parameter.grad = None
+        parameter.grad_sample = None  # type: ignore[attr-defined]
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of three runs, after one to warm up."""
+    work()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _known(name: str, known: Iterable[str], field: str) -> str:
+    if name not in known:
+        raise BadInput(f"[training] {field} = {name!r}: expected auto or one of {', '.join(known)}")
+    return name

@@ -1,0 +1,326 @@
+"""The frozen base with a LoRA adapter, and the one way in and out of it: an `AdapterState`.
+
+PEFT places the adapter; a classifier over pooled hidden states is ours where the configuration asks for it.
+Dropout is off: a private step is already noisy, and each example's loss must depend on that example alone.
+The trainable parameters, the noised vector and the exported tensors are the same set, by construction:
+all three come from `AdapterModel.parameters`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from torch import nn
+
+from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.data.tasks import Batch, Task
+from fedlora.common.errors import BadInput
+from fedlora.common.model.base import check_base, check_digest, resolve_base
+from fedlora.common.model.pooling import PooledClassifier, Pooling
+from fedlora.common.model.projection import Projection
+from fedlora.common.model.shapes import Shapes
+from fedlora.common.model.state import HEAD_PREFIX, AdapterSpec, AdapterState, TensorSpec
+
+# PEFT 0.21 asks transformers 5 for a property under its old name.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # missing heads are expected: they are ours to train
+
+
+PEFT_ADAPTER = "default"  # PEFT's own name for the first adapter of a model
+
+
+class OwnHead(nn.Module):
+    """A transformers model with its own head: sequence classification or language modelling."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.backbone = model
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.backbone(input_ids=ids, attention_mask=mask).logits
+        return logits
+
+
+class AdapterModel:
+    """A network whose trainable part is an `AdapterState`. One resident object serves every client."""
+
+    def __init__(
+        self,
+        network: PooledClassifier | OwnHead,
+        task: Task,
+        tokenizer: Any,
+        digest: str,
+        device: torch.device,
+        longest: int,
+    ) -> None:
+        self.network = network.to(device)
+        self.task = task
+        self.tokenizer = tokenizer
+        self.base_digest = digest
+        self.device = device
+        self.longest = longest  # tokens that a record is cut to
+        self.precision = torch.float32
+        self.attention = ""  # as set; "": as loaded
+        self.shapes = Shapes()
+        self.parameters: dict[str, nn.Parameter] = dict(_trainable(network))
+        self.spec = AdapterSpec(tuple(TensorSpec(n, tuple(p.shape)) for n, p in self.parameters.items()))
+
+    def load(self, state: AdapterState) -> None:
+        """Put a state's values into the network; BadInput where it belongs to another model."""
+        if state.spec != self.spec:
+            raise BadInput(f"adapter: found tensors of {state.spec.digest}, expected {self.spec.digest}")
+        with torch.no_grad():
+            for name, value in state.named().items():
+                self.parameters[name].copy_(torch.from_numpy(value.copy()))
+
+    def state(self) -> AdapterState:
+        """The network's trainable values."""
+        named = {name: p.detach().cpu().float().numpy() for name, p in self.parameters.items()}
+        return AdapterState.from_named(self.spec, named)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the tokenizer may give and the network can read."""
+        backbone: Any = self.network.backbone
+        return int(min(len(self.tokenizer), backbone.get_input_embeddings().num_embeddings))
+
+    @contextmanager
+    def probed(self) -> Iterator[None]:
+        """Values of our own for as long as this lasts: a coordinator's could hide how the network rounds."""
+        before, values = self.state(), np.random.default_rng(0).normal(0, 0.05, self.spec.size)
+        projection = self.projection
+        self.load(AdapterState(self.spec, values.astype(np.float32)))
+        if projection is not None:
+            self.projection = projection.stand_in()
+        try:
+            yield
+        finally:
+            self.load(before)
+            if projection is not None:
+                self.projection = projection
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """(n, classes) or (n, length, vocabulary), under this model's precision."""
+        with self.autocast():
+            result: torch.Tensor = self.network(batch.ids, batch.mask)
+        return result
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 matrix products where chosen; whatever leaves a loss is float32."""
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.precision)
+
+    @property
+    def projection(self) -> Projection | None:
+        """The frozen map below the head; set before anything is trained."""
+        return self.network.pooling.projection if isinstance(self.network, PooledClassifier) else None
+
+    @projection.setter
+    def projection(self, projection: Projection | None) -> None:
+        if not isinstance(self.network, PooledClassifier):
+            raise BadInput("[model] projection: found a model's own head, expected pooling = mean or layers")
+        self.network.pooling.projection = projection
+
+    @property
+    def pooled_layers(self) -> tuple[int, ...]:
+        """Hidden states that our pooling reads; empty where the model's own head does."""
+        return self.network.pooling.layers if isinstance(self.network, PooledClassifier) else ()
+
+    @property
+    def pad(self) -> int:
+        token = self.tokenizer.pad_token_id
+        return 0 if token is None else int(token)
+
+    @property
+    def head(self) -> nn.Module:
+        """The head that a head phase trains; BadInput where it can't be trained on cached features."""
+        if isinstance(self.network, PooledClassifier):
+            return self.network.head
+        for name, module in self.network.named_modules():
+            if name.endswith(f".modules_to_save.{PEFT_ADAPTER}") and isinstance(module, nn.Linear):
+                return module
+        raise BadInput(
+            "[training] head_rounds: found a model without a linear head, expected pooling = mean or layers"
+        )
+
+    @torch.no_grad()
+    def pooled(self, batch: Batch) -> torch.Tensor:
+        """(n, width) float32: what the transformer makes of each example, below any projection."""
+        if isinstance(self.network, PooledClassifier):
+            with self.autocast():
+                return self.network.pooled(batch.ids, batch.mask).float()
+        caught: list[torch.Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].float()))
+        try:
+            self.logits(batch)
+        finally:
+            hook.remove()
+        return caught[0]
+
+    @torch.no_grad()
+    def features(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(n, width) float32: what the head receives for `pooled` examples."""
+        if isinstance(self.network, PooledClassifier):
+            return self.network.pooling.features(pooled)
+        return pooled
+
+    def set_attention(self, name: str) -> None:
+        """Switch the attention implementation ("eager" or "sdpa") in place."""
+        base = self.network.backbone
+        inner = base.get_base_model() if isinstance(base, peft.PeftModel) else base
+        inner.set_attn_implementation(name)  # type: ignore[operator]
+        self.attention = name
+
+
+def build_model(
+    model: ModelConfig, lora: LoraConfig, task: Task, seed: int, device: torch.device | None = None
+) -> AdapterModel:
+    """Load the base from safetensors, freeze it, add LoRA and a head, and initialise both from `seed`."""
+    folder = resolve_base(model.base)
+    check_base(folder)
+    digest = check_digest(folder, model.digest)
+    tokenizer = load_tokenizer(folder)
+    network = _network(model, folder, task, tokenizer, lora)
+    _check_positions(network, model.max_length)
+    _switch_dropout_off(network)
+    _initialise(network, seed)
+    network.train()  # Opacus' hooks record in training mode only; without dropout the modes compute the same
+    return AdapterModel(network, task, tokenizer, digest, device or torch.device("cpu"), model.max_length)
+
+
+def _check_positions(network: PooledClassifier | OwnHead, max_length: int) -> None:
+    """BadInput where a record of `max_length` tokens could not be embedded: here, not once the first long one comes."""
+    most = getattr(network.backbone.config, "max_position_embeddings", None)
+    if isinstance(most, int) and 0 < most < max_length:
+        raise BadInput(
+            f"[model] max_length = {max_length}: expected at most the base model's {most} positions"
+        )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer; code in the folder is never run."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def build_head(width: int, hidden: int, classes: int) -> nn.Sequential:
+    """Linear, or linear - GELU - linear."""
+    if not hidden:
+        return nn.Sequential(nn.Linear(width, classes))
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, classes))
+
+
+def _network(
+    model: ModelConfig, folder: Path, task: Task, tokenizer: Any, lora: LoraConfig
+) -> PooledClassifier | OwnHead:
+    load = {
+        "dtype": torch.float32,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "attn_implementation": "sdpa",
+    }
+    if task.name == "causal-lm":
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder, **load)
+        return OwnHead(_with_lora(base, model, lora, peft.TaskType.CAUSAL_LM))
+    if task.name != "sequence-classification":
+        raise BadInput(f"[model] task = {task.name!r}: found no network for it")
+    if model.pooling == "default":
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=len(task.labels), **load
+        )
+        if base.config.pad_token_id is None:
+            base.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        return OwnHead(_with_lora(base, model, lora, peft.TaskType.SEQ_CLS))
+    base = transformers.AutoModel.from_pretrained(folder, **load)
+    if getattr(base, "pooler", None) is not None:
+        base.pooler = None  # ours replaces it; adapting what nothing reads would only add noise
+    pooling = Pooling(_pooled_layers(model, base.config.num_hidden_layers), model.head_scale)
+    backbone = _with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
+    width = model.kernel_directions or model.projection or base.config.hidden_size * len(pooling.layers)
+    return PooledClassifier(backbone, pooling, build_head(width, model.head_hidden, len(task.labels)))
+
+
+def _pooled_layers(model: ModelConfig, depth: int) -> tuple[int, ...]:
+    if model.pooling == "mean":
+        return (depth,)
+    layers = tuple(model.pooled_layers) or tuple(range(depth + 1))
+    if not all(0 <= layer <= depth for layer in layers):
+        raise BadInput(f"[model] pooled_layers = {list(layers)}: expected indices from 0 to {depth}")
+    return layers
+
+
+def _with_lora(base: nn.Module, model: ModelConfig, lora: LoraConfig, kind: peft.TaskType) -> peft.PeftModel:
+    settings = peft.LoraConfig(
+        task_type=kind,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number scales
+        target_modules=list(lora.targets),
+        layers_to_transform=list(lora.layers) or None,
+        lora_dropout=0.0,
+    )
+    try:
+        adapted = peft.get_peft_model(base, settings)
+    except (ValueError, KeyError) as error:
+        raise BadInput(f"[lora] targets = {list(lora.targets)}: {str(error).splitlines()[0]}") from error
+    adapted.peft_config[PEFT_ADAPTER].base_model_name_or_path = model.base
+    if lora.variant == "ffa":
+        for name, parameter in adapted.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
+    return adapted
+
+
+def _trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Trainable parameters by the names they have in an `AdapterSpec`; heads begin with `HEAD_PREFIX`."""
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        short = name.removeprefix("backbone.")
+        saved = f".modules_to_save.{PEFT_ADAPTER}."
+        if saved in short:
+            before, after = short.split(saved)
+            short = f"{HEAD_PREFIX}{before.rsplit('.', 1)[-1]}.{after}"
+        yield short.replace(f".{PEFT_ADAPTER}.", "."), parameter
+
+
+def _switch_dropout_off(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _initialise(network: nn.Module, seed: int) -> None:
+    """LoRA A and hidden layers uniform in ±1/sqrt(fan-in) from NumPy's Philox, everything else zero.
+
+    Not torch's generator: every institution must reach the same frozen A, on any machine. The last layer of
+    a head starts at zero, so that the first answer is uniform over the labels.
+    """
+    generator = np.random.Generator(np.random.Philox(seed))
+    last_head = [name for name, p in _trainable(network) if name.startswith(HEAD_PREFIX) and p.ndim == 2][-1:]
+    tensors = dict(_trainable(network))
+    frozen_a = {n: p for n, p in network.named_parameters() if ".lora_A." in n and not p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in sorted({**tensors, **frozen_a}.items()):
+            if parameter.ndim == 2 and ".lora_B." not in name and name not in last_head:
+                bound = parameter.shape[1] ** -0.5
+                values = generator.uniform(-bound, bound, tuple(parameter.shape)).astype(np.float32)
+                parameter.copy_(torch.from_numpy(values))
+            else:
+                parameter.zero_()

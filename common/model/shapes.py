@@ -1,0 +1,95 @@
+"""Batches in which what a record gives depends on that record alone, to the last bit.
+
+The clip bounds what a unit adds to a sum. That is worth nothing where its presence also moves what *others* add: a
+matrix product rounds by the shape of its batch, padding changes the order of sums, a batch in which nobody is padded
+goes through other code, and an adapter that a coordinator chose can make such a rounding error as large as a gradient.
+So every private batch has a shape, that of each of its records:
+
+    tokens    more than the record's own length, up to a multiple of its device's BUCKETS, or the model's longest
+    full      whether the record is as long as that: it has company of its own kind only
+    records   fixed for these two; a batch is filled up with rows that are nobody's
+
+Then rows do not mix, and arithmetic is a function of a row's own values and of its place. That the place does not
+matter is seen by trying (`Shapes`): a record goes alone where it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedlora.common.data.tasks import Encoded
+
+# Tokens. On a GPU a batch costs its launches, hardly what it holds: few are best.
+BUCKETS = {"cpu": 8, "cuda": 32}
+Ints = npt.NDArray[np.int64]
+Records = Callable[[int, bool], int]  # of a batch, by its tokens and whether they are all the records' own
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a batch is filled up to."""
+
+    records: int
+    tokens: int
+    full: bool  # no row has padding; else each record has at least one token of it
+
+
+@dataclass(eq=False)
+class Shapes:
+    """Which kinds of work give each row of a shape the same bits wherever it stands and whatever stands beside it."""
+
+    _alike: dict[object, bool] = field(default_factory=dict)
+
+    def records(self, kind: object, wanted: int, alike: Callable[[], bool]) -> int:
+        """`wanted`, or 1 where `alike`, which is tried once for each `kind`, says that rows differ by place."""
+        if wanted <= 1:
+            return 1
+        key = (kind, torch.get_num_threads())  # a product is cut up among threads
+        if key not in self._alike:
+            self._alike[key] = alike()
+        return wanted if self._alike[key] else 1
+
+
+def padded(lengths: Ints, longest: int, device: str) -> Ints:
+    """Tokens that each length is filled up to: more than it, but not more than `longest`, what the model is built for."""
+    bucket = BUCKETS[device]
+    return np.minimum((lengths // bucket + 1) * bucket, np.maximum(lengths, longest))
+
+
+def shaped(lengths: Ints, padded: Ints, records: Records) -> Iterator[tuple[Ints, Shape]]:
+    """Places of `lengths`, each once, the longest first, with the shape that each batch is filled to."""
+    kinds = 2 * padded + (lengths == padded)
+    for kind in np.unique(kinds)[::-1]:
+        tokens, full = int(kind) // 2, bool(kind % 2)
+        places, shape = np.flatnonzero(kinds == kind), Shape(records(tokens, full), tokens, full)
+        for start in range(0, len(places), shape.records):
+            yield places[start : start + shape.records], shape
+
+
+def probes(shape: Shape, vocabulary: int) -> tuple[Encoded, Encoded]:
+    """One text of nobody's in every row; and once more in the first, beside others, of other lengths where it is padded."""
+    rng, most = np.random.default_rng(0), shape.tokens - (not shape.full)
+    lengths = np.full(shape.records, most) if shape.full else rng.integers(1, most + 1, shape.records)
+    lengths[0] = most
+    texts = [rng.integers(0, vocabulary, length) for length in lengths]
+    return _encoded([texts[0]] * shape.records), _encoded(texts)
+
+
+def _encoded(texts: Sequence[Ints]) -> Encoded:
+    offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])]).astype(np.int64)
+    targets = np.zeros(len(texts), dtype=np.int64)
+    return Encoded(np.concatenate(texts).astype(np.int32), offsets, targets, {})
+
+
+def alike(same: Iterable[torch.Tensor], beside: Iterable[torch.Tensor]) -> bool:
+    """Whether each (records, …) tensor of the first probe has equal rows, and the second the same first row.
+
+    What is not finite is not equal: then records go alone.
+    """
+    pairs = zip(same, beside, strict=True)
+    return all(bool((one == one[:1]).all()) and bool((one[0] == other[0]).all()) for one, other in pairs)

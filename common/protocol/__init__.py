@@ -1,0 +1,1 @@
+"""What crosses between machines, as values and as bytes."""

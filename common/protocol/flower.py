@@ -1,0 +1,228 @@
+"""The project's messages as Flower records, and back: what arrives is checked here before it is believed.
+
+    offer    coordinator -> node   the run's manifest
+    consent  node -> coordinator   the clients that this node answers for and that consented
+    plan     coordinator -> node   one round for one client, with the adapter that it starts from
+    update   node -> coordinator   that client's delta
+    refusal  node -> coordinator   why there is none: one line that a person can act on
+
+A vector travels as little-endian float32 without a header. Flower's own array format is NumPy's file format,
+which is never opened on bytes from outside (`np.load` also reads archives that unpack to any size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedlora.common.errors import BadInput, FedloraError, Refused
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.model.state import AdapterSpec, AdapterState, Vector
+from fedlora.common.protocol.messages import one_line
+
+WIRE_VERSION = 1
+MAX_CLIENTS = 1_000_000  # of one node
+MAX_NAME = 200  # characters of a client's name
+
+FIELDS = "fedlora"  # the message's config record
+ARRAYS = "fedlora.arrays"  # its array record, where it carries a vector
+VECTOR = "vector"
+LITTLE_ENDIAN = "fedlora.f4"  # serialisation type of our arrays
+
+
+@dataclass(frozen=True)
+class Task:
+    """A plan as a node receives it: for which of its clients, and from which state."""
+
+    client: str
+    plan: RoundPlan
+    state: AdapterState
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A client's answer where it sends no update. `refused`: by policy or budget, so asking again is vain."""
+
+    client: str
+    reason: str
+    refused: bool
+
+
+def offer_record(manifest: RunManifest) -> RecordDict:
+    return _record("offer", {"manifest": manifest.to_bytes()})
+
+
+def read_offer(record: RecordDict) -> RunManifest:
+    """BadInput unless the record is exactly an offer with a well-formed manifest."""
+    table = _fields(record, "offer", {"manifest": bytes})
+    return RunManifest.from_bytes(table["manifest"])  # type: ignore[arg-type]
+
+
+def consent_record(clients: Sequence[str]) -> RecordDict:
+    return _record("consent", {"clients": list(clients)})
+
+
+def read_consent(record: RecordDict) -> tuple[str, ...]:
+    """The names, all different; BadInput otherwise."""
+    clients = _fields(record, "consent", {"clients": list})["clients"]
+    if not isinstance(clients, list) or len(clients) > MAX_CLIENTS:
+        raise BadInput(f"consent clients: expected a list of at most {MAX_CLIENTS} names")
+    names = tuple(_name(client, "consent clients") for client in clients)
+    if len(set(names)) != len(names):
+        raise BadInput("consent clients: found a name twice")
+    return names
+
+
+def plan_record(client: str, plan: RoundPlan, state: AdapterState) -> RecordDict:
+    ((_, record),) = plan_records([client], plan, state)
+    return record
+
+
+def plan_records(
+    clients: Sequence[str], plan: RoundPlan, state: AdapterState
+) -> Iterator[tuple[str, RecordDict]]:
+    """One message for each client; all share the bytes of one vector."""
+    arrays = _arrays(state.vector)
+    for client in clients:
+        record = _record("plan", {"client": client, "plan": plan.to_bytes()})
+        record[ARRAYS] = arrays
+        yield client, record
+
+
+def read_plan(record: RecordDict, spec: AdapterSpec) -> Task:
+    """BadInput unless the record is exactly a plan with a finite vector of `spec.size` coordinates."""
+    table = _fields(record, "plan", {"client": str, "plan": bytes}, vector=True)
+    client = _name(table["client"], "plan client")
+    vector = _vector(record, spec.size, "plan")
+    if not np.isfinite(vector).all():
+        raise BadInput("plan vector: found a value that is not finite")
+    plan = RoundPlan.from_bytes(table["plan"])  # type: ignore[arg-type]
+    return Task(client, plan, AdapterState(spec, vector))
+
+
+def update_record(update: Update) -> RecordDict:
+    values: dict[str, object] = {
+        "client": update.client,
+        "manifest": update.manifest,
+        "round": update.round,
+        "attempt": update.attempt,
+    }
+    record = _record("update", values)
+    record[ARRAYS] = _arrays(update.delta)
+    return record
+
+
+def refusal_record(client: str, error: FedloraError) -> RecordDict:
+    """Tell the coordinator why, on one line."""
+    values = {"client": client, "reason": one_line(str(error)), "refused": isinstance(error, Refused)}
+    return _record("refusal", values)
+
+
+def read_reply(record: RecordDict, size: int) -> Update | Refusal:
+    """An update of `size` coordinates or a refusal; BadInput for anything else.
+
+    The values of an update are not judged here: `Update.check` does that against the plan.
+    """
+    kind = _kind(record)
+    if kind == "refusal":
+        table = _fields(record, "refusal", {"client": str, "reason": str, "refused": bool})
+        client = _name(table["client"], "refusal client")
+        return Refusal(client, one_line(str(table["reason"])), bool(table["refused"]))
+    kinds: dict[str, type] = {"client": str, "manifest": str, "round": int, "attempt": int}
+    table = _fields(record, "update", kinds, vector=True)
+    client = _name(table["client"], "update client")
+    vector = _vector(record, size, f"update of {client}")
+    manifest = _name(table["manifest"], f"update of {client} manifest")
+    return Update(client, manifest, int(table["round"]), int(table["attempt"]), vector)  # type: ignore[call-overload]
+
+
+def read_answer(record: RecordDict) -> tuple[str, ...]:
+    """The clients of a consent; a refusal is raised as Refused with its reason."""
+    if _kind(record) == "refusal":
+        refusal = read_reply(record, 0)
+        raise Refused(refusal.reason if isinstance(refusal, Refusal) else "refused")
+    return read_consent(record)
+
+
+def envelope_record(kind: str, data: bytes) -> RecordDict:
+    """One opaque message of a deployment: whoever carries it parses nothing (`common.protocol.messages` does)."""
+    return _record("envelope", {"envelope": kind, "data": data})
+
+
+def read_envelope(record: RecordDict, limit: int) -> tuple[str, bytes]:
+    """Kind and bytes; BadInput unless the record is exactly an envelope of at most `limit` bytes."""
+    table = _fields(record, "envelope", {"envelope": str, "data": bytes})
+    data = table["data"]
+    if not isinstance(data, bytes) or len(data) > limit:
+        raise BadInput(f"envelope: found more than {limit} bytes")
+    return _name(table["envelope"], "envelope kind"), data
+
+
+def _record(kind: str, values: Mapping[str, object]) -> RecordDict:
+    fields = ConfigRecord({"kind": kind, "version": WIRE_VERSION, **values})  # type: ignore[dict-item]
+    return RecordDict({FIELDS: fields})
+
+
+def _arrays(vector: Vector) -> ArrayRecord:
+    data = vector.astype("<f4", copy=False).tobytes()
+    return ArrayRecord({VECTOR: Array("float32", vector.shape, LITTLE_ENDIAN, data)})
+
+
+def _kind(record: RecordDict) -> str:
+    """Kind of a message, after its version."""
+    fields = record.get(FIELDS)
+    if not isinstance(fields, ConfigRecord):
+        raise BadInput(f"message: found no record {FIELDS!r}")
+    version = fields.get("version")
+    if type(version) is not int or version != WIRE_VERSION:
+        raise BadInput(f"message version: found {one_line(repr(version))}, expected {WIRE_VERSION}")
+    return str(fields.get("kind"))
+
+
+def _fields(
+    record: RecordDict, kind: str, kinds: Mapping[str, type], *, vector: bool = False
+) -> dict[str, object]:
+    """Values of a message of this kind; every missing, extra or mistyped part is named in one BadInput."""
+    found = _kind(record)
+    if found != kind:
+        raise BadInput(f"message kind: found {one_line(repr(found))}, expected {kind!r}")
+    table: dict[str, object] = dict(record[FIELDS].items())
+    del table["kind"], table["version"]
+    parts = {FIELDS, ARRAYS} if vector else {FIELDS}
+    faults = [f"{kind}: found an extra record {one_line(name)!r}" for name in record if name not in parts]
+    faults += [f"{kind} {one_line(name)}: unknown field" for name in table if name not in kinds]
+    for name, expected in kinds.items():
+        if name not in table:
+            faults.append(f"{kind} {name}: missing")
+        elif type(table[name]) is not expected:  # bool is not int
+            faults.append(f"{kind} {name}: found {type(table[name]).__name__}, expected {expected.__name__}")
+    if faults:
+        raise BadInput(faults)
+    return table
+
+
+def _vector(record: RecordDict, size: int, where: str) -> Vector:
+    """The (size,) float32 vector of a message, read-only and without a copy."""
+    arrays = record.get(ARRAYS)
+    if not isinstance(arrays, ArrayRecord) or set(arrays) != {VECTOR}:
+        raise BadInput(f"{where}: found no record {ARRAYS!r} with exactly the array {VECTOR!r}")
+    array = arrays[VECTOR]
+    if array.stype != LITTLE_ENDIAN or array.dtype != "float32":
+        found = one_line(f"{array.dtype} as {array.stype}")
+        raise BadInput(f"{where} vector: found {found}, expected float32 as {LITTLE_ENDIAN}")
+    if len(array.data) != 4 * size or tuple(array.shape) != (size,):
+        raise BadInput(
+            f"{where} vector: found {len(array.data)} bytes of shape {one_line(str(array.shape))}, "
+            f"expected {4 * size} of ({size},)"
+        )
+    return np.frombuffer(array.data, dtype="<f4").astype(np.float32, copy=False)
+
+
+def _name(value: object, where: str) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME or not value.isprintable():
+        raise BadInput(f"{where}: expected a printable name of 1 to {MAX_NAME} characters")
+    return value

@@ -1,0 +1,196 @@
+"""How an institution and a federation get to know each other: a request one way, an invitation the other.
+
+Both are signed by who wrote them, which shows that the writer holds the key, and nothing more: that the key is
+the right one, two people settle by reading fingerprints to each other on the telephone. Peers are admitted to an
+institution's roster by its own operator, from a peer's request; a coordinator can remove one, never add one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+
+from fedlora.common.errors import BadInput
+from fedlora.common.trust.identity import Identity, PublicIdentity
+from fedlora.common.trust.sealed import Sealed, seal, unseal
+
+REQUEST_TAG = "fedlora-enrolment-1"
+INVITATION_TAG = "fedlora-invitation-1"
+VERSION = 1
+NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,62}[a-z0-9])?")  # safe as a file name, in a log and on a line
+FEDERATION = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
+MAX_TEXT = 1 << 16
+REQUEST, INVITATION, ROTATION = "an enrolment request", "an invitation", "a rotation"
+FIELDS = {  # by what a text is
+    REQUEST: ("name", "organisation", "flower_key", "created"),
+    INVITATION: ("federation", "address", "ca_certificate"),
+}
+
+
+def folded(organisation: str) -> str:
+    """The same for spellings of one organisation that differ in case, width or white space only."""
+    return " ".join(unicodedata.normalize("NFKC", organisation).casefold().split())
+
+
+@dataclass(frozen=True)
+class EnrolmentRequest:
+    """What an institution asks to be known as."""
+
+    name: str  # lower case, as NAME
+    organisation: str
+    identity: PublicIdentity
+    flower_key: str  # OpenSSH line of the node's ECDSA P-384 public key
+    created: str  # ISO 8601, UTC
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """Where a federation is and by which keys it is known."""
+
+    federation: str
+    address: str  # host:port of its SuperLink
+    ca_certificate: str  # PEM
+    coordinator: PublicIdentity
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another institution, as this institution's operator approved it."""
+
+    name: str
+    organisation: str
+    identity: PublicIdentity
+
+
+def request_to_text(identity: Identity, request: EnrolmentRequest) -> str:
+    """Signed text; BadInput where a field is not what it must be or `identity` is another one."""
+    if identity.public != request.identity:
+        raise BadInput("enrolment identity: found another key than the one that signs")
+    body = {
+        "version": VERSION,
+        "name": request.name,
+        "organisation": request.organisation,
+        "flower_key": request.flower_key,
+        "created": request.created,
+    }
+    text = seal(identity, REQUEST_TAG, body)
+    request_from_text(text, "enrolment")  # nothing is written that nobody could read
+    return text
+
+
+def request_from_text(text: str, where: str) -> EnrolmentRequest:
+    """BadInput where it is malformed, Refused where its own key did not sign it."""
+    sealed = _opened(text, REQUEST, REQUEST_TAG, where)
+    fields = _fields(sealed, FIELDS[REQUEST], where)
+    if not NAME.fullmatch(fields["name"]):
+        found = fields["name"][:80]
+        raise BadInput(f"{where} name: found {found!r}, expected lower-case letters, digits, '.' and '-'")
+    _check_line(fields["organisation"], f"{where} organisation")
+    check_flower_key(fields["flower_key"], f"{where} flower_key")
+    try:
+        datetime.fromisoformat(fields["created"])
+    except ValueError as error:
+        raise BadInput(f"{where} created: expected a date and time in ISO 8601") from error
+    return EnrolmentRequest(identity=sealed.signer, **fields)
+
+
+def invitation_to_text(identity: Identity, invitation: Invitation) -> str:
+    """Text signed by the coordinator; BadInput where a field is not what it must be."""
+    if identity.public != invitation.coordinator:
+        raise BadInput("invitation coordinator: found another key than the one that signs")
+    body = {
+        "version": VERSION,
+        "federation": invitation.federation,
+        "address": invitation.address,
+        "ca_certificate": invitation.ca_certificate,
+    }
+    text = seal(identity, INVITATION_TAG, body)
+    invitation_from_text(text, "invitation")
+    return text
+
+
+def invitation_from_text(text: str, where: str) -> Invitation:
+    """BadInput where it is malformed, Refused where its own key did not sign it."""
+    sealed = _opened(text, INVITATION, INVITATION_TAG, where)
+    fields = _fields(sealed, FIELDS[INVITATION], where)
+    _check_line(fields["federation"], f"{where} federation")
+    host, _, port = fields["address"].rpartition(":")
+    if not re.fullmatch(r"[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:]{2,39}\]", host) or not port.isdecimal():
+        raise BadInput(f"{where} address: found {fields['address'][:80]!r}, expected host:port")
+    if not 0 < int(port[:6]) < 65536:
+        raise BadInput(f"{where} address: found port {port[:6]}, expected 1 to 65535")
+    certificate_fingerprint(fields["ca_certificate"], f"{where} ca_certificate")
+    return Invitation(coordinator=sealed.signer, **fields)
+
+
+def certificate_fingerprint(pem: str, where: str) -> str:
+    """SHA-256 of a certificate, in groups as an identity's fingerprint; BadInput where it is none."""
+    try:
+        certificate = x509.load_pem_x509_certificate(pem.encode())
+    except ValueError as error:
+        raise BadInput(f"{where}: found no certificate in PEM") from error
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    found = certificate.fingerprint(SHA256()).hex()
+    return " ".join(found[at : at + 8] for at in range(0, 64, 8))
+
+
+def check_flower_key(line: str, where: str) -> None:
+    """BadInput unless `line` is the OpenSSH public key that Flower's node authentication takes: ECDSA, P-384."""
+    expected = "expected an OpenSSH line of an ECDSA P-384 public key"
+    if not re.fullmatch(r"ecdsa-sha2-nistp384 [A-Za-z0-9+/=]{1,400}", line):
+        raise BadInput(f"{where}: found {line[:60]!r}, {expected}")
+    try:
+        key = load_ssh_public_key(line.encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise BadInput(f"{where}: found {line[:60]!r}, {expected}") from error
+    if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP384R1):
+        raise BadInput(f"{where}: found another kind of key, {expected}")
+    if key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() != line:
+        # base64 leaves room for other spellings; keys are told apart by their text, and Flower's by what it says
+        raise BadInput(f"{where}: found another spelling of a key, expected the one that ssh-keygen writes")
+
+
+def check_kind(text: str, expected: str, where: str) -> None:
+    """BadInput where a text is plainly one of the others: its signature would be wrong under this one's tag too."""
+    try:
+        keys = set(json.loads(text)["body"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return  # whoever opens it says what is wrong
+    kinds = {frozenset({"version", *names}): kind for kind, names in FIELDS.items()}
+    found = (kinds | {frozenset({"request"}): ROTATION}).get(frozenset(keys))
+    if found not in (None, expected):
+        raise BadInput(f"{where}: found {found}, expected {expected}")
+
+
+def _opened(text: str, kind: str, tag: str, where: str) -> Sealed:
+    if len(text) > MAX_TEXT:
+        raise BadInput(f"{where}: found {len(text)} characters, expected at most {MAX_TEXT}")
+    check_kind(text, kind, where)
+    return unseal(text, tag, where)
+
+
+def _fields(sealed: Sealed, names: tuple[str, ...], where: str) -> dict[str, str]:
+    version: Any = sealed.body.get("version")
+    if type(version) is not int or version != VERSION:
+        raise BadInput(f"{where} version: found {str(version)[:20]!r}, expected {VERSION}")
+    if set(sealed.body) != {"version", *names}:
+        raise BadInput(f"{where}: found fields {sorted(sealed.body)}, expected {', '.join(names)}"[:400])
+    faults = [f"{where} {name}: expected text" for name in names if not isinstance(sealed.body[name], str)]
+    if faults:
+        raise BadInput(faults)
+    return {name: str(sealed.body[name]) for name in names}
+
+
+def _check_line(text: str, where: str) -> None:
+    if not 0 < len(text) <= 200 or not text.isprintable():
+        raise BadInput(f"{where}: expected 1 to 200 printable characters")

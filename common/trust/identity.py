@@ -1,0 +1,184 @@
+"""Who speaks: Ed25519 identities, and what they sign.
+
+Everything signed is framed: a tag that names the protocol and the stage, then each field with its length before
+it. So no two lists of fields give the same bytes, and a signature made for one stage is worth nothing in another.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from fedlora.common.disk.files import write_atomically
+from fedlora.common.errors import BadInput, Refused
+
+KEY_BYTES, SIGNATURE_BYTES = 32, 64
+
+
+def framed(tag: str, *fields: bytes) -> bytes:
+    """The bytes that are hashed or signed: tag and fields, each behind its length as 8 bytes, big-endian."""
+    return b"".join(_pieces(tag, fields))
+
+
+def digest(tag: str, *fields: bytes) -> bytes:
+    """SHA-256 (32 bytes) of the framed fields."""
+    hasher = hashlib.sha256()
+    for piece in _pieces(tag, fields):  # a field may have megabytes: it is not copied
+        hasher.update(piece)
+    return hasher.digest()
+
+
+def _pieces(tag: str, fields: Sequence[bytes]) -> Iterator[bytes]:
+    for part in (tag.encode(), *fields):
+        yield struct.pack(">Q", len(part))
+        yield part
+
+
+@dataclass(frozen=True)
+class PublicIdentity:
+    """An Ed25519 public key, 32 bytes."""
+
+    key: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.key) != KEY_BYTES:
+            raise BadInput(f"public key: found {len(self.key)} bytes, expected {KEY_BYTES}")
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> PublicIdentity:
+        """From `ed25519:` and base64, as `text` writes it. No fault quotes `text`: it may be a private key."""
+        kind, _, rest = text.strip().partition(":")
+        expected = f"expected a public key: ed25519: and {KEY_BYTES} bytes in base64"
+        if kind != "ed25519":
+            raise BadInput(f"{where}: found {_kind_of(text)}, {expected}")
+        try:
+            raw = base64.b64decode(rest, validate=True)
+        except ValueError as error:
+            raise BadInput(f"{where}: found no base64 after ed25519:, {expected}") from error
+        if len(raw) != KEY_BYTES:
+            raise BadInput(f"{where}: found {len(raw)} bytes, {expected}")
+        return cls(raw)
+
+    @property
+    def text(self) -> str:
+        return "ed25519:" + base64.b64encode(self.key).decode()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the key in eight groups of eight hexadecimal digits, to be read out on the telephone."""
+        found = hashlib.sha256(self.key).hexdigest()
+        return " ".join(found[at : at + 8] for at in range(0, 64, 8))
+
+    def verify(self, signature: bytes, tag: str, *fields: bytes) -> None:
+        """Refused unless this identity signed these fields under this tag."""
+        try:
+            Ed25519PublicKey.from_public_bytes(self.key).verify(signature, framed(tag, *fields))
+        except (InvalidSignature, ValueError) as error:
+            raise Refused(f"{tag}: found a signature that {self.fingerprint[:17]}… did not make") from error
+
+
+def _kind_of(text: str) -> str:
+    """What a text is that is no public key of ours, by its first line alone."""
+    first = text.strip().partition("\n")[0]
+    if not first.startswith("-----BEGIN"):
+        return "another text"
+    return "a private key" if "PRIVATE KEY" in first else "a PEM file"
+
+
+class Identity:
+    """An Ed25519 private key in a file that nobody else can read."""
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._key = key
+        raw = key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+        self.public = PublicIdentity(raw)
+
+    @classmethod
+    def generate(cls) -> Identity:
+        return cls(Ed25519PrivateKey.generate())
+
+    @classmethod
+    def create(cls, path: Path) -> Identity:
+        """A new identity at `path` (PEM, mode 0600); BadInput where one lies there."""
+        if path.exists():
+            raise BadInput(f"{path}: found a key, expected none: a new identity would orphan the old one")
+        identity = cls.generate()
+        identity.write(path)
+        return identity
+
+    @classmethod
+    def load(cls, path: Path) -> Identity:
+        """Refused where others can read the file; BadInput where it holds no Ed25519 key."""
+        data = read_private(path)
+        try:
+            key = serialization.load_pem_private_key(data, password=None)
+        except (ValueError, TypeError) as error:
+            raise BadInput(f"{path}: found no private key, expected an Ed25519 key in PEM") from error
+        if not isinstance(key, Ed25519PrivateKey):
+            raise BadInput(f"{path}: found a {type(key).__name__}, expected an Ed25519 key")
+        return cls(key)
+
+    def write(self, path: Path) -> None:
+        pem = self._key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, pem, mode=0o600)
+
+    def sign(self, tag: str, *fields: bytes) -> bytes:
+        """A signature of 64 bytes over `framed(tag, *fields)`."""
+        return self._key.sign(framed(tag, *fields))
+
+
+def read_private(path: Path) -> bytes:
+    """The bytes of a file that nobody but its owner may read; Refused or BadInput where it is not that."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise BadInput(
+            f"{path}: found no readable file ({error.strerror}), expected a private key"
+        ) from error
+    with os.fdopen(descriptor, "rb") as stream:
+        if os.fstat(descriptor).st_mode & 0o077:
+            raise Refused(f"{path}: found a key that others can read, expected mode 0600")
+        return stream.read(1 << 16)
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A body that one identity signed for one purpose; `tag` is known to the reader, and is not sent."""
+
+    body: bytes
+    signer: PublicIdentity
+    signature: bytes
+
+    @classmethod
+    def by(cls, identity: Identity, tag: str, body: bytes) -> Signed:
+        return cls(body, identity.public, identity.sign(tag, body))
+
+    def opened(self, tag: str, expected: PublicIdentity) -> bytes:
+        """The body; Refused unless `expected` signed it under `tag`."""
+        if self.signer != expected:
+            raise Refused(f"{tag}: found the key {self.signer.text}, expected {expected.text}")
+        expected.verify(self.signature, tag, self.body)
+        return self.body
+
+    def to_bytes(self) -> bytes:
+        """Key, signature, body: no lengths, for the first two have one each."""
+        return self.signer.key + self.signature + self.body
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Signed:
+        start = KEY_BYTES + SIGNATURE_BYTES
+        if len(data) < start:
+            raise BadInput(f"{where}: found {len(data)} bytes, expected at least {start}")
+        return cls(data[start:], PublicIdentity(data[:KEY_BYTES]), data[KEY_BYTES:start])

@@ -1,0 +1,1 @@
+"""The coordinator's folder: its keys and certificates, and who is a member."""

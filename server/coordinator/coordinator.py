@@ -1,0 +1,20 @@
+"""Who the coordinator is, and who its members are at this moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedlora.common.trust.identity import Identity, PublicIdentity
+
+Members = Callable[[], Mapping[str, PublicIdentity]]
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """Who speaks for a federation, and to whom."""
+
+    federation: str
+    identity: Identity
+    members: Members  # the active ones, at this moment
+    former: Callable[[str], Sequence[PublicIdentity]] = lambda name: ()  # keys that a member had before

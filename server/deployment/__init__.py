@@ -1,0 +1,1 @@
+"""The round loop over real machines: processes, members that answer for themselves, Flower."""

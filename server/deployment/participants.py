@@ -1,0 +1,284 @@
+"""Who takes part in a run: active members whose node is connected get the signed manifest, and consent or decline.
+
+A consent is kept as the bytes that its institution signed, so a resumed run knows who gave one. Who is a member is
+read anew for each attempt: a revocation or a new key counts from the next one on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from fedlora.common.disk.files import write_atomically
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.model.projection import PROJECTION
+from fedlora.common.privacy.randomness import OsRandom
+from fedlora.common.protocol.messages import (
+    MANIFEST_TAG,
+    OFFER_TAG,
+    Address,
+    Consent,
+    Decline,
+    Offer,
+    Reply,
+    one_line,
+    reply_from_bytes,
+    request_to_bytes,
+)
+from fedlora.common.trust.identity import PublicIdentity, Signed
+from fedlora.server.coordinator.coordinator import Coordinator
+from fedlora.server.release.statements import consent_faults, schedule_cost
+from fedlora.server.rounds.cohort import Failure, participants
+
+log = logging.getLogger(__name__)
+LOOK = 1.0  # seconds between two looks at who is connected
+DOUBT = 30.0  # seconds at most for who failed in the last attempt to show that it is there again
+PATIENCE = 0.25  # of the deadline, for who is away while a quorum is here: who is here needs the rest
+WAITING = "waiting"  # in the run's folder: whom it waits for; empty where it does not
+
+
+class Carrier(Protocol):
+    """Takes a request to each member named, and brings the answer, or why there is none."""
+
+    def online(self) -> set[str]:
+        """Names of the members whose node is connected."""
+
+    def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+        """Each name once, as the answers come in, within `deadline` seconds."""
+
+
+class Lazy(Mapping[str, bytes]):
+    """Requests that are made when they are looked at, and not kept: each may hold the model, and there are many."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], bytes]) -> None:
+        self._names, self._make = tuple(names), make
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Participants:
+    """The institutions of one run. `folder` is the run's, `expected` how many are waited for.
+
+    An attempt ends `deadline` seconds after its `gather`, waiting included; `left` is what remains of them.
+    """
+
+    def __init__(
+        self,
+        manifest: RunManifest,
+        coordinator: Coordinator,
+        carrier: Carrier,
+        folder: Path,
+        expected: int,
+        deadline: float,
+        quorum: float = 1.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.manifest, self.coordinator, self.carrier = manifest, coordinator, carrier
+        self.folder, self.deadline = folder, deadline
+        self._expected, self._quorum, self._sleep = expected, quorum, sleep
+        self._began, self._said = 0.0, ""
+        self._consents: dict[str, Consent] = {}
+        self._declined: dict[str, Failure] = {}
+        self._doubtful: set[str] = set()  # gave no answer to the last attempt that asked them
+        schedule_cost(manifest)  # now: it takes seconds, which an attempt would lose
+        self._read_consents()
+
+    @property
+    def consents(self) -> Mapping[str, Consent]:
+        """By institution: what each reserved for this run, under which policy."""
+        return dict(self._consents)
+
+    def gather(self) -> Mapping[str, PublicIdentity]:
+        """Members, once as many as are expected have consented and are connected, or waiting is vain.
+
+        Where a quorum is here, the others are waited for until a part of the deadline has passed, otherwise until
+        all of it has. Who failed in the last attempt is offered the run again, which its node answers with the consent that it
+        gave: an attempt costs all others a part of their budget, and is not begun while one of them starts anew.
+        """
+        self._began = time.monotonic()
+        while True:
+            members, online = self.coordinator.members(), self.carrier.online()
+            connected = {name: key for name, key in members.items() if name in online}
+            self._offer(connected, self._patience(connected, len(members)) - self._waited)
+            here = set(self._consents) & set(connected)
+            complete = len(here) >= self._expected or (set(self._declined) | here) >= set(members)
+            patience = self._patience(connected, len(members))
+            doubt = min(patience, DOUBT) if patience < self.deadline else patience
+            sure = not self._doubtful & here or self._waited >= doubt
+            if (complete and sure) or self._waited >= patience:
+                self._say("")
+                return members
+            self._say(self._missing(members, connected))
+            self._sleep(LOOK)
+
+    def _missing(self, members: Iterable[str], connected: Iterable[str]) -> str:
+        """Whom an attempt waits for, in words that change only when somebody comes or goes."""
+        here = set(connected)
+        silent = sorted((here - set(self._consents) - set(self._declined)) | (here & self._doubtful))
+        parts = [f"waiting for {self._expected} members: {len(here)} connected"]
+        if away := sorted(set(members) - here):
+            parts.append(f"missing {', '.join(away)}")
+        if silent:
+            parts.append(f"without an answer {', '.join(silent)}")
+        return "; ".join(parts)
+
+    def _say(self, text: str) -> None:
+        """To who started the run: one line of a file, written when it changes."""
+        if text != self._said:
+            self._said = text
+            write_atomically(self.folder / WAITING, text.encode())
+
+    @property
+    def left(self) -> float:
+        """Seconds until the attempt at hand ends."""
+        return max(0.0, self.deadline - self._waited)
+
+    def asked(self, members: Mapping[str, PublicIdentity]) -> tuple[list[str], list[Failure]]:
+        """Whom to ask for an attempt, and who is none of them; nobody where the sum could not count anyway."""
+        failures = [failure for name, failure in self._declined.items() if name in members]
+        consented = sorted(set(self._consents) & set(members))
+        asked = participants(consented, self.manifest.participation, OsRandom())
+        online = self.carrier.online()
+        away = [Failure(name, "not connected") for name in asked if name not in online]
+        here, needed = len(asked) - len(away), self.needed(len(asked) + len(failures))
+        if here >= needed and self.left:
+            return asked, failures
+        final = bool(failures) and not away and set(members) <= set(self._consents) | set(self._declined)
+        found = f"{here} take part" if here < needed else "no time is left"
+        failure = Failure("cohort", f"{found}, expected at least {needed}", refused=final and here < needed)
+        return [], [*failures, *away, failure]
+
+    def take(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+        """Carry a request to each who is connected; each name once."""
+        online = self.carrier.online()
+        for name in requests:
+            if name not in online:
+                yield name, Failure(name, "not connected")
+        here = [name for name in requests if name in online]
+        for name, answer in self.carrier.ask(Lazy(here, requests.__getitem__), deadline):
+            (self._doubtful.add if isinstance(answer, Failure) else self._doubtful.discard)(name)
+            yield name, answer
+
+    def opened(self, name: str, data: bytes, members: Mapping[str, PublicIdentity]) -> Reply:
+        """What this member signed for this run; Refused or BadInput where it is anything else."""
+        if name not in members:
+            raise Refused(f"{name}: is no member any more")
+        reply = reply_from_bytes(data, self.coordinator.federation, {name: members[name]})
+        if reply.manifest not in ("", self.manifest.digest):
+            raise BadInput(f"{name}: found an answer for another run")
+        return reply
+
+    @property
+    def _waited(self) -> float:
+        return time.monotonic() - self._began
+
+    def needed(self, of: int) -> int:
+        """Replies without which an attempt at `of` institutions does not count."""
+        return max(self.manifest.minimum_cohort, math.ceil(self._quorum * of - 1e-9))
+
+    def _patience(self, connected: Iterable[str], members: int) -> float:
+        """Seconds that others are waited for: all there are, where those who surely answer are no quorum."""
+        sure = (set(self._consents) & set(connected)) - self._doubtful
+        quorum = len(sure) >= self.needed(min(self._expected, members))
+        return self.deadline * (PATIENCE if quorum else 1.0)
+
+    def _offer(self, members: Mapping[str, PublicIdentity], seconds: float) -> None:
+        """Offer the run to who has not answered yet, and to who may be gone."""
+        known = (set(self._consents) | set(self._declined)) - self._doubtful
+        unasked = [name for name in members if name not in known]
+        if not unasked:
+            return
+        requests = dict(self._offers(unasked))
+        if self._doubtful & set(unasked):
+            seconds = min(seconds, DOUBT)
+        for name, answer in self.carrier.ask(requests, max(seconds, LOOK)):
+            if isinstance(answer, Failure):
+                log.warning("%s: %s", name, answer.reason)
+                continue
+            self._doubtful.discard(name)
+            if name in self._consents or name in self._declined:
+                continue
+            try:
+                reply = self.opened(name, answer, members)
+            except (BadInput, Refused) as error:
+                self._decline(Failure(name, one_line(str(error))))
+                continue
+            reason = self._refusal(reply)
+            if isinstance(reply, Consent) and not reason:
+                self._keep(name, answer, reply)
+            else:
+                self._decline(Failure(name, reason, refused=True))
+
+    def _decline(self, failure: Failure) -> None:
+        """For this process's life; its reason lies where `fedlora-server status` finds it."""
+        log.warning("%s declines: %s", failure.client, failure.reason)
+        self._declined[failure.client] = failure
+        write_atomically(self._consents_folder() / f"{failure.client}.declined", failure.reason.encode())
+
+    def _offers(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """An offer to each, good for as long as an attempt lasts."""
+        signer, path = self.coordinator.identity, self.folder / PROJECTION
+        manifest = Signed.by(signer, MANIFEST_TAG, self.manifest.to_bytes())
+        projection = path.read_bytes() if path.is_file() else b""
+        digest, until = self.manifest.digest, math.ceil(time.time() + self.deadline)
+        for name in names:
+            address = Signed.by(signer, OFFER_TAG, Address(digest, name, until).to_bytes())
+            yield name, request_to_bytes(Offer(manifest, projection, address))
+
+    def _consents_folder(self) -> Path:
+        folder = self.folder / "consents"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _keep(self, name: str, data: bytes, consent: Consent) -> None:
+        write_atomically(self._consents_folder() / f"{name}.reply", data)
+        self._consents[name] = consent
+
+    def _read_consents(self) -> None:
+        """Of a run that is resumed; Refused for what nobody signed.
+
+        What a former key signed, or is at another ε than the schedule's, is asked for anew.
+        """
+        members = self.coordinator.members()
+        for path in (self.folder / "consents").glob("*.declined"):  # of an earlier process: asked anew
+            path.unlink()
+        for path in sorted((self.folder / "consents").glob("*.reply")):
+            if path.stem in members:
+                data = path.read_bytes()
+                try:
+                    reply = self.opened(path.stem, data, members)
+                except Refused:
+                    if not self._by_former(path.stem, data):
+                        raise
+                    continue
+                if isinstance(reply, Consent) and not self._refusal(reply):
+                    self._consents[path.stem] = reply
+
+    def _by_former(self, name: str, data: bytes) -> bool:
+        """Whether a key signed it that `name` had before it rotated."""
+        for key in self.coordinator.former(name):
+            with suppress(Refused):
+                self.opened(name, data, {name: key})
+                return True
+        return False
+
+    def _refusal(self, reply: Reply) -> str:
+        """Why it is no consent to this run at what its schedule costs; "" where it is one."""
+        if isinstance(reply, Decline):
+            return reply.reason
+        if not isinstance(reply, Consent) or reply.manifest != self.manifest.digest:
+            return f"found a {type(reply).__name__.lower()}, expected a consent to this run"
+        return "; ".join(f"consent {fault}" for fault in consent_faults(reply, self.manifest))

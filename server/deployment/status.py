@@ -1,0 +1,141 @@
+"""`fedlora-server status`: rounds, members, and the ε that each of them states; it reads files only."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fedlora.common.errors import BadInput, FedloraError
+from fedlora.common.privacy.statement import shown_epsilon
+from fedlora.common.protocol.messages import Consent, reply_from_bytes
+from fedlora.common.terminal import printable
+from fedlora.server.coordinator.folder import Directory
+from fedlora.server.coordinator.members import Member
+from fedlora.server.deployment.process import OUTCOME, is_held, read_outcome
+from fedlora.server.rounds.checkpoint import standing
+
+LAST = 8  # rounds shown
+LOOK = 1.0  # seconds
+
+
+def show(directory: Directory, console: Console, follow: bool) -> None:
+    """Print the last run's state; with `follow`, until it ends."""
+    runs = directory.runs()
+    if not runs:
+        raise BadInput(f"{directory.root}: found no run")
+    folder = runs[-1]
+    if not follow:
+        console.print(_view(directory, folder))
+        return
+    with Live(_view(directory, folder), console=console, auto_refresh=False) as live:
+        while not (folder / OUTCOME).exists():
+            time.sleep(LOOK)
+            live.update(_view(directory, folder), refresh=True)
+        live.update(_view(directory, folder), refresh=True)
+
+
+def _view(directory: Directory, folder: Path) -> Group:
+    where = Text(f"{directory.settings.federation}, run {folder.name}: {_progress(folder)}")
+    return Group(where, Text(_state(directory, folder)), _members(directory, folder), _rounds(folder))
+
+
+def _progress(folder: Path) -> str:
+    found = standing(folder / "checkpoint")
+    if found is None:
+        return "not begun"
+    attempts = sum(phase.attempts for phase in found.manifest.phases)
+    return f"round {found.round} of {found.manifest.rounds}, {sum(found.begun)} of {attempts} attempts used"
+
+
+def _state(directory: Directory, folder: Path) -> str:
+    if is_held(folder):
+        return "running"
+    outcome = read_outcome(folder)
+    if outcome is None:
+        return f"stopped; fedlora-server resume --dir {directory.root}"
+    return f"ended with {outcome.code}: {outcome.message}" if outcome.code else "done"
+
+
+def _members(directory: Directory, folder: Path) -> Table:
+    table = Table("member", "state", "ε stated", "last round", "last failure", box=None)
+    lines = _lines(folder)
+    for name, entries in _by_name(directory).items():
+        failed = [
+            (line["round"], reason) for line in lines for who, reason in line["failures"] if who == name
+        ]
+        epsilon = _stated(directory, folder, name, entries)
+        answered = [
+            line["round"] for line in lines if epsilon and all(who != name for who, _ in line["failures"])
+        ]
+        declined = folder / "consents" / f"{name}.declined"
+        last = f"{failed[-1][0]}: {failed[-1][1]}" if failed else ""
+        last = f"declines: {declined.read_text(errors='replace')}" if declined.is_file() else last
+        state = entries[-1].reason or "member"
+        cells = (name, state, epsilon, str(answered[-1]) if answered else "", last)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
+
+
+def _by_name(directory: Directory) -> dict[str, list[Member]]:
+    """Each institution once, with all its keys, the one that counts now last."""
+    found: dict[str, list[Member]] = {}
+    for member in sorted(directory.registry.members(), key=lambda each: each.active):
+        found.setdefault(member.name, []).append(member)
+    return found
+
+
+def _stated(directory: Directory, folder: Path, name: str, entries: Sequence[Member]) -> str:
+    """What this member's signed consent says it reserved; "" where it has not consented."""
+    path = folder / "consents" / f"{name}.reply"
+    if not path.exists():
+        return ""
+    for member in entries:  # a consent stays what an earlier key signed
+        with suppress(FedloraError):
+            reply = reply_from_bytes(
+                path.read_bytes(), directory.settings.federation, {name: member.identity}
+            )
+            return shown_epsilon(reply.epsilon) if isinstance(reply, Consent) else ""
+    return "not signed"
+
+
+def _rounds(folder: Path) -> Table:
+    table = Table("round", "attempt", "answered", "seconds", "accuracy", "ε so far", box=None)
+    for line in _lines(folder)[-LAST:]:
+        accuracy = line.get("accuracy")
+        table.add_row(
+            str(line["round"]),
+            str(line["attempt"]),
+            f"{line['replies']} of {line['asked']}",
+            f"{line['seconds']:.1f}",
+            f"{accuracy:.3f}" if accuracy is not None else "",
+            shown_epsilon(line["epsilon"]) if line.get("epsilon") is not None else "",
+        )
+    return table
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    """The rounds so far; a last line without an end is half written."""
+    path, found = folder / "metrics.jsonl", []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+        try:
+            found.append(_checked(json.loads(line)))
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+            raise BadInput(f"{path} line {number}: found no figures of a round") from error
+    return found
+
+
+def _checked(line: dict[str, Any]) -> dict[str, Any]:
+    """What is shown of a line, each as the round loop writes it; an error where something is missing or another."""
+    counts = {name: int(line[name]) for name in ("round", "attempt", "replies", "asked")}
+    figures = {name: float(line[name]) for name in ("accuracy", "epsilon") if line.get(name) is not None}
+    failures = [(str(who), str(reason)) for who, reason in line["failures"]]
+    return {**counts, **figures, "seconds": float(line["seconds"]), "failures": failures}

@@ -1,0 +1,1 @@
+"""What leaves the federation, and how anybody checks it offline."""

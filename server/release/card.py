@@ -1,0 +1,119 @@
+"""The model card of a released adapter: what it is, what is guaranteed, and what each institution signed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.privacy.statement import DROP_OUTS, privacy_statement, secure_statement, shown_epsilon
+from fedlora.common.protocol.messages import Consent
+
+FIGURES = ("accuracy", "macro_f1", "perplexity", "loss")
+PAIRS, COUNTS = ("cohort", "threshold"), ("sums", "colluders", "smallest_sum")
+
+
+def model_card(
+    manifest: RunManifest,
+    organisations: Mapping[str, str],
+    statements: Mapping[str, Consent],
+    figures: Mapping[str, Any],
+) -> str:
+    """Markdown; the largest ε that an institution states is the run's."""
+    largest = max((consent.epsilon for consent in statements.values()), default=None)
+    epsilon = None if manifest.mode == "none" else largest
+    rows = [_row(organisations[name], statements[name]) for name in statements]
+    parts = [_head(manifest), _introduction(manifest, figures, len(organisations))]
+    lines = [*privacy_statement(manifest, epsilon), *secure_statement(manifest), *_masked(figures)]
+    parts += ["## Privacy", "\n".join(f"- {line}" for line in lines)]
+    heading = f"| institution | organisation | {'ε of a record' if manifest.mode == 'client' else 'ε'} | δ | policy |"
+    parts += ["\n".join([heading, "|---|---|---|---|---|", *rows])]
+    parts += ["The figures are each institution's own; `statements/` has them as it signed them."]
+    measured = [f"| {n} | {figures[n]:.4g} |" for n in FIGURES if isinstance(figures.get(n), float)]
+    if measured:
+        parts += ["## Measured on public data", "\n".join(["| figure | value |", "|---|---|", *measured])]
+    return "\n\n".join([*parts, USE]) + "\n"
+
+
+def shown_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card shows of a run's figures, as JSON holds it; anything else is left out."""
+    shown: dict[str, Any] = {name: figures[name] for name in FIGURES if isinstance(figures.get(name), float)}
+    if type(figures.get("rounds")) is int:
+        shown["rounds"] = figures["rounds"]
+    secure = figures.get("secure")
+    if isinstance(secure, Mapping):
+        pairs = {name: list(secure[name]) for name in PAIRS if isinstance(secure.get(name), list | tuple)}
+        counts = {name: secure[name] for name in COUNTS if type(secure.get(name)) is int}
+        ends = [end for pair in pairs.values() for end in pair]
+        lost = secure.get("dropouts")
+        lost = lost if isinstance(lost, Mapping) else {}
+        known = [stage for stage, *_ in DROP_OUTS]
+        whole = (len(pairs), len(counts), len(ends), set(lost)) == (2, len(COUNTS), 4, set(known))
+        if whole and all(type(each) is int for each in (*ends, *lost.values())):
+            shown["secure"] = pairs | counts | {"dropouts": {stage: lost[stage] for stage in known}}
+    return shown
+
+
+def _masked(figures: Mapping[str, Any]) -> list[str]:
+    """What was learnt under masks, as the coordinator recorded it: sums that did not count in the end included."""
+    secure = figures.get("secure")
+    if not isinstance(secure, Mapping):
+        return []
+    (fewest, most), (low, high) = secure["cohort"], secure["threshold"]
+    lost = ", ".join(f"{stage} {secure['dropouts'][stage]}" for stage, *_ in DROP_OUTS)
+    return [
+        f"{secure['sums']} sums were learnt under masks: cohorts of {fewest} to {most}, t of {low} to {high}, at most "
+        f"{secure['colluders']} colluders assumed, at least {secure['smallest_sum']} updates in each. Drop-outs by "
+        f"stage: {lost}."
+    ]
+
+
+def _row(organisation: str, consent: Consent) -> str:
+    cells = (
+        _cell(consent.institution),
+        _cell(organisation),
+        shown_epsilon(consent.epsilon),
+        f"{consent.delta:g}",
+        f"`{_cell(consent.policy_digest)}`",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def _head(manifest: RunManifest) -> str:
+    return "\n".join(
+        [
+            "---",
+            "library_name: peft",
+            "tags: [lora, federated-learning, differential-privacy]",
+            "---",
+            "",
+            f"# Adapter of the federation {_cell(manifest.federation)}",
+        ]
+    )
+
+
+def _introduction(manifest: RunManifest, figures: Mapping[str, Any], institutions: int) -> str:
+    done = figures.get("rounds", manifest.rounds)
+    rounds = f"{done}" if done == manifest.rounds else f"{done} of the planned {manifest.rounds}"
+    labels = f" over {len(manifest.labels)} labels" if manifest.labels else ""
+    return (
+        f"A LoRA adapter (rank {manifest.network.rank}) for {manifest.task}{labels}, trained in {rounds} "
+        f"rounds by {institutions} institutions on texts that never left them. Run `{manifest.digest}`, base model "
+        f"`{_cell(manifest.base_digest)}`."
+    )
+
+
+def _cell(text: str) -> str:
+    """Text from outside that can't end a cell, a line or a code span, nor bring a link or a tag."""
+    return "".join(letter if letter.isprintable() and letter not in "|<>[]`\\" else " " for letter in text)
+
+
+USE = """## Use
+
+```python
+from fedlora.common.export import load_adapter
+
+classifier = load_adapter("adapter")
+```
+
+Verify first, with the coordinator's key from a source that you trust: `fedlora-server verify . --key coordinator.pub`."""

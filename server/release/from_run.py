@@ -1,0 +1,124 @@
+"""A finished run's folder as a release: what the round loop left there, and the members as they were enrolled.
+
+checkpoint/                the run's manifest, and the state that it committed last
+consents/NAME.reply        the exact bytes that NAME signed
+summary.json, adapter/     figures and the adapter, written when the run ended
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedlora.common.adapter.released import read_spec
+from fedlora.common.disk.files import write_atomically
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.protocol.messages import Consent, reply_from_bytes
+from fedlora.common.trust.identity import PublicIdentity
+from fedlora.server.coordinator.folder import Directory
+from fedlora.server.coordinator.members import REVOKED
+from fedlora.server.release.export import export
+from fedlora.server.release.layout import Institution, Release
+from fedlora.server.rounds.checkpoint import Checkpoint
+
+
+def export_run(directory: Directory, run: Path, target: Path, reports: Path | None = None) -> list[str]:
+    """Release the finished run in the folder `run`; `reports` holds NAME.json of `fedlora-node report`, if any."""
+    summary = read_summary(run)
+    checkpoint = Checkpoint.open(run / "checkpoint", read_spec(run / "adapter"))
+    manifest = checkpoint.manifest
+    paths = sorted((run / "consents").glob("*.reply"))
+    statements = {path.stem: path.read_bytes() for path in paths}
+    release = Release(
+        manifest=manifest,
+        institutions={
+            name: _institution(directory, name, data, manifest.federation)
+            for name, data in statements.items()
+        },
+        statements=statements,
+        adapter=checkpoint.load().released.digest,
+        figures=summary,
+        reports=_reports(reports),
+    )
+    return export(target, directory.identity, release, run / "adapter")
+
+
+def find_run(directory: Directory, number: int | None) -> Path:
+    """The folder of run `number`, or of the last one."""
+    runs = directory.runs()
+    if not runs:
+        raise BadInput(f"{directory.root / 'runs'}: found no run")
+    if number is None:
+        return runs[-1]
+    for path in runs:
+        if int(path.name) == number:
+            return path
+    raise BadInput(f"run: found {number}, expected one of {', '.join(path.name for path in runs)}"[:400])
+
+
+def read_text(path: Path, limit: int = 1 << 20) -> str:
+    """A small file from outside as text."""
+    try:
+        return _bytes(path, limit).decode()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: found bytes that are not UTF-8") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all; BadInput where it can't be written."""
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise BadInput(f"{path}: can't be written ({error.strerror})") from error
+
+
+def _institution(directory: Directory, name: str, signed: bytes, federation: str) -> Institution:
+    """The member as it was when it signed: keys rotate, and members leave, while their statements stay."""
+    known = [member for member in directory.registry.members() if member.name == name]
+    for member in reversed(known):
+        if _signed_by(signed, federation, name, member.identity):
+            others = [each.identity for each in known if each is not member and each.reason != REVOKED]
+            return Institution(member.organisation, member.identity, tuple(others))
+    raise BadInput(f"consents/{name}.reply: found a signature of no key that {name} was enrolled with")
+
+
+def _signed_by(data: bytes, federation: str, name: str, identity: PublicIdentity) -> bool:
+    try:
+        return isinstance(reply_from_bytes(data, federation, {name: identity}), Consent)
+    except Refused:
+        return False
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """What a run that ended left; BadInput where there is none."""
+    path = run / "summary.json"
+    if not path.is_file():
+        raise BadInput(f"{path}: missing, expected a run that ended; see fedlora-server status")
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: found no JSON") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: expected a table")
+    return found
+
+
+def _reports(folder: Path | None) -> dict[str, str]:
+    if folder is None:
+        return {}
+    found = {path.stem: read_text(path, 64 << 20) for path in sorted(folder.glob("*.json"))}
+    if not found:
+        raise BadInput(f"{folder}: found no reports, expected NAME.json of each institution")
+    return found
+
+
+def _bytes(path: Path, limit: int = 1 << 20) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(limit + 1)
+    except OSError as error:
+        raise BadInput(f"{path}: can't be read ({error.strerror})") from error
+    if len(data) > limit:
+        raise BadInput(f"{path}: found more than {limit} bytes")
+    return data

@@ -1,0 +1,1 @@
+"""The round loop, pure of any transport: plan, cohort, strategy, evaluation, commit."""

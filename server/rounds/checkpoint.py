@@ -1,0 +1,257 @@
+"""A run's durable state at the server: what was committed, and which attempts were begun.
+
+    manifest.json       the run; never changes
+    attempts.json       attempts begun, in all and by phase: written before a plan goes out, so that an
+                        attempt number is never used twice, whatever is killed when
+    state-N.safetensors the state, the released state and the strategy's memory after round N
+    progress.json       the round, and the digest of that file: the one pointer, replaced atomically
+
+A file that is not byte for byte what was written is refused; the last good state stays until a newer one is
+durable, so that neither a kill nor a full disk can lose it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load, save
+
+from fedlora.common.disk.files import write_atomically
+from fedlora.common.errors import BadInput, FedloraError, Refused, Spent
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.model.state import AdapterSpec, AdapterState, check_safetensors_header
+from fedlora.server.strategies.strategy import ServerState
+
+VERSION = 1  # of these files' layout
+STATE, RELEASED, MEMORY = "state", "released", "memory."
+NAMES = r"(manifest|attempts|progress)\.json|state-\d+\.safetensors|ledger-head\.json|ledger\.key"  # a simulation's own ledger's
+WRITTEN = re.compile(rf"({NAMES})|\.({NAMES})\.\d+")  # the second: half written when a kill came
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """Where a run stands after `round` committed rounds. `released` is what would be exported now."""
+
+    round: int
+    state: AdapterState
+    released: AdapterState
+    memory: ServerState = field(default_factory=ServerState)
+    best: float | None = None  # the best validation score so far, higher is better
+    stale: int = 0  # evaluations since then
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands: rounds committed, and attempts begun by phase."""
+
+    manifest: RunManifest
+    round: int
+    begun: tuple[int, ...]
+
+
+def standing(folder: Path) -> Standing | None:
+    """Read from the tables alone, without the vectors; None where no run was begun."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    manifest = RunManifest.from_bytes(path.read_bytes())
+    checkpoint = Checkpoint(folder, manifest, AdapterSpec(()))
+    begun = tuple(checkpoint.attempts_begun(phase) for phase in range(len(manifest.phases)))
+    return Standing(manifest, checkpoint.round, begun)
+
+
+class Checkpoint:
+    """One run's folder. Not safe for two writers: the round loop owns it."""
+
+    def __init__(self, folder: Path, manifest: RunManifest, spec: AdapterSpec) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._spec = spec
+
+    @classmethod
+    def create(cls, folder: Path, manifest: RunManifest, initial: AdapterState) -> Checkpoint:
+        """Begin a run: nothing committed, no attempt begun."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "manifest.json").exists():
+            raise BadInput(
+                f"{folder}: found a checkpoint of another run, expected an empty folder or --resume"
+            )
+        checkpoint = cls(folder, manifest, initial.spec)
+        checkpoint._write_attempts(0, [0] * len(manifest.phases))
+        checkpoint.commit(Progress(0, initial, initial))
+        checkpoint._write("manifest.json", manifest.to_bytes())  # last: it marks a run as begun
+        return checkpoint
+
+    @classmethod
+    def open(cls, folder: Path, spec: AdapterSpec) -> Checkpoint:
+        """The checkpoint of a run that was begun; BadInput where there is none or it is damaged."""
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise BadInput(f"{folder}: found no run to resume, expected a checkpoint")
+        data = path.read_bytes()
+        try:
+            manifest = RunManifest.from_bytes(data)
+        except BadInput as error:
+            raise BadInput([f"{path}: {fault}" for fault in error.faults]) from error
+        if manifest.to_bytes() != data:
+            raise BadInput(f"{path}: found other bytes than were written")
+        if manifest.spec_digest != spec.digest:
+            raise BadInput(f"{path} spec_digest: found {manifest.spec_digest}, expected {spec.digest}")
+        checkpoint = cls(folder, manifest, spec)
+        checkpoint.load()
+        checkpoint._check_names()
+        return checkpoint
+
+    def begin_attempt(self, phase: int) -> int:
+        """A new attempt number, durable before it is returned; Spent when the phase has none left.
+
+        A run without privacy has nothing to protect: there the number still grows, and never ends.
+        """
+        attempts = self._attempts()
+        by_phase = list(attempts["by_phase"])
+        if reason := self.spent(phase):
+            raise Spent(reason)
+        by_phase[phase] += 1
+        self._write_attempts(attempts["total"] + 1, by_phase)
+        return int(attempts["total"]) + 1
+
+    def spent(self, phase: int) -> str:
+        """Why a phase has no attempt left; "" where it has one, as it always has without privacy."""
+        recipe, begun = self.manifest.phases[phase], self.attempts_begun(phase)
+        if self.manifest.mode == "none" or begun < recipe.attempts:
+            return ""
+        return (
+            f"phase {recipe.name}: all {begun} attempts that the noise was calibrated for are spent; "
+            "the last adapter is kept"
+        )
+
+    def attempts_begun(self, phase: int) -> int:
+        """Attempts begun in a phase, crashed ones included."""
+        return int(self._attempts()["by_phase"][phase])
+
+    def commit(self, progress: Progress) -> None:
+        """Make a round durable. The state before it stays until this one is the one pointed to."""
+        vectors = {MEMORY + name: value for name, value in progress.memory.vectors.items()}
+        data = bytes(save({STATE: progress.state.vector, RELEASED: progress.released.vector, **vectors}))
+        name = f"state-{progress.round}.safetensors"
+        self._write(name, data)
+        table = {
+            "version": VERSION,
+            "manifest": self.manifest.digest,
+            "round": progress.round,
+            "file": name,
+            "digest": hashlib.sha256(data).hexdigest(),
+            "counts": dict(progress.memory.counts),
+            "best": progress.best,
+            "stale": progress.stale,
+        }
+        self._write("progress.json", _sealed(table))
+        self._clear(name)
+
+    @property
+    def round(self) -> int:
+        """The last one that was committed."""
+        return int(self._read("progress.json")["round"])
+
+    def load(self) -> Progress:
+        """The last committed progress; BadInput names the file that is damaged."""
+        table = self._read("progress.json")
+        self._attempts()  # a damaged count is found now, not when a round has begun
+        path = self.folder / str(table["file"])
+        data = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(data).hexdigest() != table["digest"]:
+            raise BadInput(
+                f"{path}: found {len(data)} bytes that were not committed, "
+                f"expected sha256 {table['digest'][:16]}…"
+            )
+        check_safetensors_header(data, str(path))
+        vectors = load(data)
+        memory = {n.removeprefix(MEMORY): v for n, v in vectors.items() if n.startswith(MEMORY)}
+        return Progress(
+            round=int(table["round"]),
+            state=AdapterState(self._spec, vectors[STATE]),
+            released=AdapterState(self._spec, vectors[RELEASED]),
+            memory=ServerState(memory, table["counts"]),
+            best=table["best"],
+            stale=int(table["stale"]),
+        )
+
+    def check_against_ledger(self, used: int) -> None:
+        """Refused where a ledger has seen attempt `used` and fewer were begun here: this is an older copy."""
+        begun = int(self._attempts()["total"])
+        if used > begun:
+            raise Refused(
+                f"{self.folder}: found {begun} attempts begun, but the ledger holds {used}: "
+                "this checkpoint is older than the ledger"
+            )
+
+    def _attempts(self) -> dict[str, Any]:
+        return self._read("attempts.json")
+
+    def _write_attempts(self, total: int, by_phase: Sequence[int]) -> None:
+        table = {
+            "version": VERSION,
+            "manifest": self.manifest.digest,
+            "total": total,
+            "by_phase": list(by_phase),
+        }
+        self._write("attempts.json", _sealed(table))
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """A sealed table of this run and version; BadInput otherwise."""
+        table = _unsealed(self.folder / name)
+        for field_, expected in (("version", VERSION), ("manifest", self.manifest.digest)):
+            if table.get(field_) != expected:
+                raise BadInput(
+                    f"{self.folder / name} {field_}: found {table.get(field_)!r}, expected {expected!r}"
+                )
+        return table
+
+    def _write(self, name: str, data: bytes) -> None:
+        try:
+            write_atomically(self.folder / name, data)
+        except OSError as error:
+            raise FedloraError(
+                f"{self.folder / name}: could not be written ({error.strerror}); "
+                "the last committed round is kept, and --resume goes on from there"
+            ) from error
+
+    def _check_names(self) -> None:
+        """BadInput where something lies there that no run writes. What a kill leaves is known by its name."""
+        for path in sorted(self.folder.iterdir()):
+            if not WRITTEN.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+                raise BadInput(f"{path}: found what no run writes, expected a checkpoint's files only")
+
+    def _clear(self, current: str) -> None:
+        """Remove older states and what a kill left half written; what can't go now goes next time."""
+        stale = [path for path in self.folder.glob("state-*.safetensors") if path.name != current]
+        for pattern in (".state-*", ".progress.json.*", ".attempts.json.*", ".manifest.json.*"):
+            stale += self.folder.glob(pattern)
+        for path in stale:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _sealed(table: Mapping[str, Any]) -> bytes:
+    """JSON that carries its own digest, so that a flipped bit is seen."""
+    body = json.dumps(table, sort_keys=True)
+    return json.dumps({"body": body, "sha256": hashlib.sha256(body.encode()).hexdigest()}).encode()
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    """The table of a sealed file; BadInput unless sealing it again gives the same bytes."""
+    try:
+        data = path.read_bytes()
+        table = json.loads(json.loads(data)["body"])
+        if isinstance(table, dict) and _sealed(table) == data:
+            return table
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: found a checkpoint that can't be read ({type(error).__name__})") from error
+    raise BadInput(f"{path}: found other bytes than were written")

@@ -1,0 +1,80 @@
+"""Whoever can be asked for updates, and what came of asking: the one seam of the round loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.model.state import AdapterState
+from fedlora.common.privacy.randomness import Random, bernoulli
+
+Name = TypeVar("Name")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that was asked and whose answer does not count. `refused`: by its policy or budget."""
+
+    client: str
+    reason: str
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class SecureRecord:
+    """An attempt that was or may have been unmasked: who was in it, stage by stage; all of it public."""
+
+    round: int
+    attempt: int
+    asked: int
+    cohort: int  # |U1|: gave keys
+    dealt: int  # |U2|: gave shares
+    members: int  # |U3|: the inputs in the sum
+    confirmed: int
+    opened: int | None  # None: it is not known how many
+    threshold: int
+    colluders: int  # assumed, beside the coordinator
+    liars: tuple[str, ...] = ()  # proven by what they signed
+    suspected: tuple[
+        str, ...
+    ] = ()  # dealers of whom more than `colluders` say that their share does not open
+
+
+@dataclass(frozen=True, eq=False)
+class CohortSum:
+    """What an attempt brought in: `total` is the float64 (size,) sum of `replies` updates."""
+
+    total: npt.NDArray[np.float64]
+    replies: int
+    asked: int
+    failures: tuple[Failure, ...]
+    seconds: float
+    examples: int | None = None  # only where a policy lets counts leave
+    secure: SecureRecord | None = None  # None: the coordinator saw every update
+
+
+class Cohort(Protocol):
+    """Whoever can be asked for updates."""
+
+    def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
+        """The checked updates' sum; a client that fails is listed, and does not raise."""
+
+    def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
+        """The checked updates one by one, for strategies that need them in clear."""
+
+
+def participants(names: Sequence[Name], rate: float, source: Random) -> list[Name]:
+    """A Poisson sample: each name joins with probability `rate`, independently of the others."""
+    joins = bernoulli(source, len(names), rate)
+    return [name for name, joined in zip(names, joins, strict=True) if joined]
+
+
+def replies_needed(asked: int, quorum: float, minimum: int = 1) -> int:
+    """Replies that make a quorum: somebody where anybody was asked, and nobody where nobody was."""
+    return max(minimum, math.ceil(quorum * asked - 1e-9)) if asked else 0

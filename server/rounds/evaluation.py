@@ -1,0 +1,48 @@
+"""Measuring a state on public data: validation while the run goes on, the test file once at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fedlora.common.data.tasks import Batch, Encoded, Totals, add_totals
+from fedlora.common.model.features import FeatureCache, length_batches
+from fedlora.common.model.network import AdapterModel
+from fedlora.common.model.state import AdapterState
+
+EVALUATION_TOKENS = 8192
+
+
+@dataclass(eq=False)
+class Evaluator:
+    """Scores states on one public data set. `head_only` scores reuse cached features."""
+
+    name: str
+    model: AdapterModel
+    data: Encoded
+    rows: np.ndarray[tuple[int], np.dtype[np.int64]]
+    features: FeatureCache
+    totals: Totals = field(default_factory=dict)  # of the last evaluation: confusion and sums
+
+    def evaluate(self, state: AdapterState, head_only: bool = False) -> dict[str, float]:
+        """Metrics of `state`; `head_only` where nothing below the head has moved since the run began."""
+        self.totals = self._head_totals(state) if head_only else self._totals(state)
+        return self.model.task.metrics(self.totals)
+
+    @torch.no_grad()
+    def _totals(self, state: AdapterState) -> Totals:
+        self.model.load(state)
+        parts = []
+        for chosen in length_batches(self.data.lengths[self.rows], EVALUATION_TOKENS):
+            batch = self.data.batch(self.rows[chosen], self.model.pad, self.model.device)
+            parts.append(self.model.task.measure(self.model.logits(batch), batch))
+        return add_totals(parts)
+
+    @torch.no_grad()
+    def _head_totals(self, state: AdapterState) -> Totals:
+        kept = self.features.get(self.name, self.data, self.rows, state)
+        self.model.load(state)
+        targets = torch.from_numpy(self.data.targets[self.rows]).to(kept.device)
+        return self.model.task.measure(self.model.head(kept), Batch(targets, targets, targets))

@@ -1,0 +1,223 @@
+"""The round loop. One round, from plan to new adapter:
+
+    1. begin an attempt: its number is durable before anybody hears of it
+    2. plan: the manifest's digest, the phase, the round, the attempt and the state it starts from
+    3. ask a cohort for the sum of its updates; below the quorum the attempt is spent, and the next begins
+    4. apply: the phase's strategy turns the mean update into the next state
+    5. average the states of a phase's last rounds, where the configuration asks for it
+    6. evaluate on public validation data, where it is due
+    7. observe: a log line is written, and dropped by who resumes if the commit does not follow
+    8. commit: from here on the round can't be lost
+
+A `Cohort` is the one seam: Flower's grid, the in-process engine and the tests' fakes implement it. Whatever
+is killed or interrupted when, the checkpoint holds the last committed round, and the loop goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused, Spent
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.model.state import AdapterState
+from fedlora.server.rounds.checkpoint import Checkpoint, Progress
+from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure, SecureRecord, replies_needed
+from fedlora.server.strategies.averaging import add_to_average
+from fedlora.server.strategies.strategy import ServerState, SumStrategy
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How rounds end. `average_last` is the share of a phase's last rounds that are averaged.
+
+    `patience` ends a run after that many evaluations without a better score. It counts in the last phase
+    only: the others prepare it, and stopping there would skip what the run is for.
+    """
+
+    quorum: float = 1.0
+    average_last: float = 0.0
+    patience: int = 0
+    evaluate_every: int = 1
+    minimum: int = 1  # updates in a sum, as the manifest promises to each institution
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What is known of a round that is about to be committed; all of it public."""
+
+    round: int
+    phase: str
+    attempt: int
+    seconds: float
+    asked: int
+    replies: int
+    failures: tuple[Failure, ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    secure: SecureRecord | None = None
+
+
+Validate = Callable[[AdapterState, int], Mapping[str, float]]  # (released state, phase) -> metrics
+Observe = Callable[[RoundRecord, Progress], None]
+
+
+def run_rounds(
+    checkpoint: Checkpoint,
+    cohort: Cohort,
+    strategies: Sequence[SumStrategy],
+    rules: Rules,
+    validate: Validate,
+    observe: Observe,
+) -> Progress:
+    """From the last committed round to the last one, or until patience ends. `strategies` has one a phase.
+
+    Raises Spent when a phase's attempts are, Refused where a refusal makes asking vain, QuorumLost where a run without
+    privacy has tried as often as it was planned to; the checkpoint then holds the last adapter.
+    """
+    manifest, progress = checkpoint.manifest, checkpoint.load()
+    while progress.round < manifest.rounds and not _patience_is_over(manifest, progress, rules):
+        started = time.monotonic()
+        number = progress.round + 1
+        phase = manifest.phase_of(number)
+        plan, answer = _ask(checkpoint, cohort, progress, phase, rules)
+        state, memory = _apply(strategies[phase], plan, progress, answer)
+        released, memory = _released(manifest, number, state, memory, rules)
+        due = number % rules.evaluate_every == 0 or _ends_phase(manifest, number)
+        metrics = validate(released, phase) if due else {}
+        progress = _next(manifest, number, state, released, memory, _scored(progress, metrics))
+        observe(_record(manifest, plan, answer, metrics, time.monotonic() - started), progress)
+        checkpoint.commit(progress)
+    return progress
+
+
+def _ask(
+    checkpoint: Checkpoint, cohort: Cohort, progress: Progress, phase: int, rules: Rules
+) -> tuple[RoundPlan, CohortSum]:
+    """Attempt the next round until a quorum answers, a refusal makes it vain, or the attempts are spent."""
+    manifest, state = checkpoint.manifest, progress.state
+    while True:
+        attempt = checkpoint.begin_attempt(phase)
+        plan = RoundPlan(manifest.digest, phase, progress.round + 1, attempt, state.digest)
+        answer = _checked(cohort.total(plan, state), plan, state.spec.size)
+        if answer.replies >= replies_needed(answer.asked, rules.quorum, rules.minimum):
+            return plan, answer
+        lost = _lost(plan, answer, rules)
+        if reason := checkpoint.spent(phase):
+            raise Spent(f"{reason} ({lost})") from lost
+        if isinstance(lost, Refused) or checkpoint.attempts_begun(phase) >= manifest.phases[phase].attempts:
+            raise lost
+        log.warning("%s; the next attempt begins", lost)
+
+
+def _checked(answer: CohortSum, plan: RoundPlan, size: int) -> CohortSum:
+    """BadInput for a sum that would be broadcast, or would make the adapter something that is no number."""
+    where = f"round {plan.round}: the cohort's sum"
+    if answer.total.shape != (size,) or answer.total.dtype != np.float64:
+        raise BadInput(
+            f"{where}: found {answer.total.dtype} {answer.total.shape}, expected float64 ({size},)"
+        )
+    if not np.isfinite(answer.total).all():
+        raise BadInput(f"{where}: found a value that is not finite, expected finite float64")
+    if not 0 <= answer.replies <= answer.asked:
+        raise BadInput(f"{where}: found {answer.replies} replies, expected 0 to {answer.asked}")
+    return answer
+
+
+def _lost(plan: RoundPlan, answer: CohortSum, rules: Rules) -> QuorumLost | Refused:
+    """What to raise for a cohort below its quorum: a refusal where nothing but refusals is in the way."""
+    reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in answer.failures[:5])
+    more = f"; and {len(answer.failures) - 5} more" if len(answer.failures) > 5 else ""
+    text = (
+        f"round {plan.round}: {answer.replies} of {answer.asked} asked answered, "
+        f"expected a share of {rules.quorum:g} and at least {rules.minimum} ({reasons}{more})"
+    )
+    refused = answer.failures and all(failure.refused for failure in answer.failures)
+    return Refused(text) if refused else QuorumLost(text)
+
+
+def _apply(
+    strategy: SumStrategy, plan: RoundPlan, before: Progress, answer: CohortSum
+) -> tuple[AdapterState, ServerState]:
+    """The next state; the same one where nobody was asked. FedloraError where it is no longer finite."""
+    if not answer.replies:
+        return before.state, before.memory
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below, and named
+        state, memory = strategy.apply(before.state, before.memory, answer.total / answer.replies)
+    if all(np.isfinite(vector).all() for vector in (state.vector, *memory.vectors.values())):
+        return state, memory
+    raise FedloraError(
+        f"round {plan.round}: the strategy's step left the range of float32, expected a finite adapter; "
+        f"the one of round {before.round} is kept. A smaller [server] learning_rate may help"
+    )
+
+
+def _released(
+    manifest: RunManifest, number: int, state: AdapterState, memory: ServerState, rules: Rules
+) -> tuple[AdapterState, ServerState]:
+    """The state to evaluate and export: the running average once the phase's averaging has begun."""
+    phase = manifest.phase_of(number)
+    averaged = round(rules.average_last * manifest.phases[phase].rounds)
+    if number <= _last_round(manifest, phase) - averaged:
+        return state, memory
+    return add_to_average(state, memory)
+
+
+def _scored(progress: Progress, metrics: Mapping[str, float]) -> Progress:
+    """Note whether validation got better: accuracy where the task has one, else the loss."""
+    if not metrics:
+        return progress
+    score = metrics["accuracy"] if "accuracy" in metrics else -metrics["loss"]
+    better = math.isfinite(score) and (progress.best is None or score > progress.best)
+    return replace(progress, best=score, stale=0) if better else replace(progress, stale=progress.stale + 1)
+
+
+def _next(
+    manifest: RunManifest,
+    number: int,
+    state: AdapterState,
+    released: AdapterState,
+    memory: ServerState,
+    scored: Progress,
+) -> Progress:
+    """A phase ends with its released state; the next starts there, with nothing remembered but the score."""
+    if _ends_phase(manifest, number):
+        stale = scored.stale if number == manifest.rounds else 0
+        return Progress(number, released, released, ServerState(), scored.best, stale)
+    return Progress(number, state, released, memory, scored.best, scored.stale)
+
+
+def _record(
+    manifest: RunManifest, plan: RoundPlan, answer: CohortSum, metrics: Mapping[str, float], seconds: float
+) -> RoundRecord:
+    return RoundRecord(
+        round=plan.round,
+        phase=manifest.phases[plan.phase].name,
+        attempt=plan.attempt,
+        seconds=seconds,
+        asked=answer.asked,
+        replies=answer.replies,
+        failures=answer.failures,
+        metrics=metrics,
+        secure=answer.secure,
+    )
+
+
+def _last_round(manifest: RunManifest, phase: int) -> int:
+    return sum(each.rounds for each in manifest.phases[: phase + 1])
+
+
+def _ends_phase(manifest: RunManifest, number: int) -> bool:
+    return number == _last_round(manifest, manifest.phase_of(number))
+
+
+def _patience_is_over(manifest: RunManifest, progress: Progress, rules: Rules) -> bool:
+    in_last_phase = progress.round >= _last_round(manifest, len(manifest.phases) - 2)
+    return in_last_phase and 0 < rules.patience <= progress.stale

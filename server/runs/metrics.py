@@ -1,0 +1,96 @@
+"""A run under way, and its metrics.jsonl: one line for each committed round."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from fedlora.common.config.schema import Config
+from fedlora.common.disk.files import write_text
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.privacy.accountant import epsilon_of_attempts
+from fedlora.server.rounds.checkpoint import Checkpoint, Progress
+from fedlora.server.rounds.loop import RoundRecord
+from fedlora.server.runs.public_data import PublicSide
+
+Observe = Callable[[int, Mapping[str, float | None]], None]  # a round's number, and what a person watches
+
+
+@dataclass(frozen=True, eq=False)
+class Conducted:
+    """A run that is under way: its configuration, its folder, what scores it, and where it stands."""
+
+    config: Config
+    folder: Path
+    public: PublicSide
+    checkpoint: Checkpoint
+    engine: str
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def manifest(self) -> RunManifest:
+        return self.checkpoint.manifest
+
+
+def epsilon_after(manifest: RunManifest, attempts: list[int]) -> float | None:
+    """ε of the attempts begun so far, by phase; None where the run is not private."""
+    return None if manifest.mode == "none" else epsilon_of_attempts(manifest, attempts)
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl; lines beyond the last commit (killed in between) are dropped first."""
+
+    def __init__(self, run: Conducted, observe: Observe) -> None:
+        self._run = run
+        self._observe = observe
+        self._path = run.folder / "metrics.jsonl"
+        committed = run.checkpoint.load().round
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        kept = [line for line in lines if _round_of(line) <= committed]
+        write_text(self._path, "".join(line + "\n" for line in kept))
+        self._earlier = max((json.loads(line)["elapsed_seconds"] for line in kept), default=0.0)
+
+    def write(self, record: RoundRecord, progress: Progress) -> None:
+        run = self._run
+        phase = next(phase for phase in run.manifest.phases if phase.name == record.phase)
+        attempts = [run.checkpoint.attempts_begun(index) for index in range(len(run.manifest.phases))]
+        line = {
+            "round": record.round,
+            "phase": record.phase,
+            "attempt": record.attempt,
+            "seconds": record.seconds,
+            "elapsed_seconds": self._earlier + time.monotonic() - run.began,
+            "epsilon": epsilon_after(run.manifest, attempts),
+            "asked": record.asked,
+            "replies": record.replies,
+            "failures": [[failure.client, failure.reason] for failure in record.failures],
+            **({} if record.secure is None else {"secure": asdict(record.secure)}),
+            # by the public normaliser: how many units were really drawn does not leave a node
+            "examples_per_second": record.replies
+            * phase.steps
+            * phase.expected_units
+            / max(record.seconds, 1e-9),
+            **dict(record.metrics.items()),
+        }
+        with self._path.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        self._observe(
+            record.round,
+            {name: line.get(name) for name in ("accuracy", "loss", "epsilon", "examples_per_second")},  # type: ignore[misc]
+        )
+
+
+def _round_of(line: str) -> float:
+    """The round of a line of metrics.jsonl; infinite where the line was cut off, or is none that was written."""
+    try:
+        table = json.loads(line)
+        figures = [
+            float(table[name]) for name in ("elapsed_seconds", "seconds", "examples_per_second", "replies")
+        ]
+        return float(table["round"]) if all(map(math.isfinite, figures)) else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,99 @@
+"""What is left of a run when it has ended: summary.json."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora.common.config.schema import config_to_toml
+from fedlora.common.disk.files import write_text
+from fedlora.common.privacy.accountant import charged_epsilon
+from fedlora.common.privacy.statement import (
+    noise_source,
+    privacy_statement,
+    secure_statement,
+    secure_summary,
+    unit_of,
+)
+from fedlora.server.rounds.checkpoint import Progress
+from fedlora.server.runs.metrics import Conducted
+from fedlora.server.secagg.log import liars_in, sums_of
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """summary.json, whole or not at all."""
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def summary_of(
+    run: Conducted,
+    progress: Progress,
+    metrics: Mapping[str, float],
+    by_client: Mapping[str, float],
+) -> dict[str, Any]:
+    manifest, config, public = run.manifest, run.config, run.public
+    private, whole = manifest.mode != "none", manifest.mode == "client"
+    epsilon = max(by_client.values(), default=0.0) if private else None
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    seconds = sum(line["seconds"] for line in lines)
+    examples = sum(line["examples_per_second"] * line["seconds"] for line in lines)
+    return {
+        "task": manifest.task,
+        **metrics,
+        "epsilon": epsilon,
+        "epsilon_by_client": dict(by_client) if private else {},
+        "delta": manifest.delta if private else None,
+        "epsilon_charged": charged_epsilon(manifest) if whole else epsilon,
+        "unit": unit_of(manifest),
+        "mode": manifest.mode,
+        "schedule": [
+            {
+                "phase": phase.name,
+                "steps": phase.attempts if whole else phase.steps * phase.attempts,
+                "sampling_rate": 1.0 if whole else phase.sampling_rate,
+                "noise_multiplier": phase.noise_multiplier,
+            }
+            for phase in manifest.phases
+        ],
+        "rounds": progress.round,
+        "clients": config.federation.clients,
+        "seconds": (lines[-1]["elapsed_seconds"] if lines else 0.0),
+        "training_seconds": seconds,
+        "examples_per_second": examples / seconds if seconds else 0.0,
+        "client_rounds_per_second": sum(line["replies"] for line in lines) / seconds if seconds else 0.0,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "trainable_parameters": public.model.spec.size,
+        "strategy": manifest.strategy,
+        "engine": run.engine,
+        "secure_aggregation": manifest.secure is not None,
+        "secure": secure_summary(manifest, sums_of(run.folder), liars_in(run.folder)),
+        "base_digest": manifest.base_digest,
+        "adapter_digest": progress.released.digest,
+        "attention": public.compute.attention,
+        "precision": public.compute.precision,
+        "noise_source": noise_source(manifest),
+        "privacy_statement": [*privacy_statement(manifest, epsilon), *secure_statement(manifest)],
+        "validation": {key: lines[-1][key] for key in metrics if lines and key in lines[-1]},
+        "versions": versions(),
+        "config": config_to_toml(config),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change a result."""
+    from importlib.metadata import version
+
+    names = ("fedlora", "torch", "transformers", "peft", "opacus", "numpy", "flwr")
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this program held; getrusage would count what its parent held before it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,65 @@
+"""What a coordinator learnt under masks: one line for each attempt, on disk before its masks are asked for.
+
+A line says what may have been learnt, also where the sum was thrown away afterwards or the process died: summary and
+card count these lines, and not the committed rounds. A second line of an attempt, with its end, replaces the first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedlora.common.disk.files import append_line
+from fedlora.common.errors import BadInput
+from fedlora.server.rounds.cohort import SecureRecord
+
+log = logging.getLogger(__name__)
+
+SUMS = "sums.jsonl"
+KEYS = "keys.jsonl"  # `server.secagg.seen_keys`
+UNLIMITED = 1 << 62
+
+
+def note_in(folder: Path) -> Callable[[SecureRecord], None]:
+    """Writes into a run's folder."""
+
+    def note(record: SecureRecord) -> None:
+        append_line(folder / SUMS, asdict(record), UNLIMITED)
+
+    return note
+
+
+def liars_in(folder: Path) -> set[str]:
+    """Who was proven to lie in this run: by what it opened or dealt, or by a key that it signed for two epochs."""
+    by_keys = {str(each["liar"]) for each in tables_of(folder / KEYS) if "liar" in each}
+    return by_keys | {str(name) for each in sums_of(folder) for name in each["liars"]}
+
+
+def sums_of(folder: Path) -> list[Mapping[str, Any]]:
+    """The last line of each attempt, in order; of one that was cut short the masks were not asked for, or another is."""
+    found = {int(each["attempt"]): each for each in tables_of(folder / SUMS)}
+    return [found[attempt] for attempt in sorted(found)]
+
+
+def tables_of(path: Path) -> list[Mapping[str, Any]]:
+    """A log's lines; BadInput for one that a kill did not cut short and that is none. The log counts what was cut."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    found: list[Mapping[str, Any]] = []
+    cut_short = 0
+    for number, line in enumerate(lines, 1):
+        try:
+            table = json.loads(line) if line else None
+        except ValueError:
+            cut_short += 1
+            continue
+        if table is not None and not isinstance(table, dict):
+            raise BadInput(f"{path} line {number}: found {str(table)[:40]}, expected a table")
+        if table is not None:
+            found.append(table)
+    if cut_short:
+        log.warning("%s: found %d lines that can't be read, and counted the others", path, cut_short)
+    return found

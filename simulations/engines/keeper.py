@@ -1,0 +1,101 @@
+"""Secure aggregation on Ray: any actor may train any institution, and one keeps all their secrets.
+
+A node's state machine has to outlive its messages, and Flower's simulation promises no node the same actor twice.
+So the state machines live in an actor of their own, by name; the actor that trains asks it before and after.
+What reaches the coordinator through Flower's grid are masked vectors, as between machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import ray
+
+from fedlora.client.secagg.masked_trainer import SecureTrainer, Train
+from fedlora.common.config.schema import AggregationConfig
+from fedlora.common.errors import BadInput, FedloraError, Refused
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.model.state import AdapterSpec, Vector
+from fedlora.common.protocol.stages import INPUT, Request
+from fedlora.common.trust.identity import PublicIdentity
+from fedlora.simulations.engines.masked import Roster
+
+
+class _Keeper:
+    """The nodes of one run. What one refuses comes back as text: an exception would arrive as Ray's."""
+
+    def __init__(self, names: list[str], manifest: bytes, settings: AggregationConfig) -> None:
+        self._roster = Roster(names, RunManifest.from_bytes(manifest), settings)
+        self._trainers: dict[str, SecureTrainer] = {}
+
+    def identities(self) -> dict[str, bytes]:
+        return {name: peer.identity.key for name, peer in self._roster.peers.items()}
+
+    def prepare(self, request: bytes, spec: AdapterSpec) -> _Said:
+        """The answer to a stage; None where an update is to be trained and handed to `mask` first."""
+        asked = Request.from_bytes(request)
+        node = self._node(asked.institution)
+        if asked.stage == INPUT:
+            return _said(lambda: node.prepare(asked.message, asked.plan, spec))
+        return _said(lambda: node.answer(asked.stage, asked.message, asked.plan))
+
+    def mask(self, request: bytes, spec: AdapterSpec, update: Vector) -> _Said:
+        asked = Request.from_bytes(request)
+        return _said(lambda: self._node(asked.institution).mask(asked.plan, spec, update))
+
+    def _node(self, name: str) -> SecureTrainer:
+        if name not in self._trainers:
+            self._trainers[name] = self._roster.trainer(name)
+        return self._trainers[name]
+
+
+_Said = tuple[bytes | None, str, bool]  # the answer; or why there is none, and whether it is a refusal
+
+
+class Keeper:
+    """The handle of a run's keeper; the coordinator's process starts it, the actors that train find it by name."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    @classmethod
+    def start(cls, names: list[str], manifest: RunManifest, settings: AggregationConfig) -> Keeper:
+        """It lives as long as this handle."""
+        actor = ray.remote(_Keeper).options(name=_name(manifest), num_cpus=0)
+        return cls(actor.remote(names, manifest.to_bytes(), settings))
+
+    @classmethod
+    def find(cls, manifest: RunManifest) -> Keeper:
+        return cls(ray.get_actor(_name(manifest)))
+
+    def identities(self) -> dict[str, PublicIdentity]:
+        found = cast("dict[str, bytes]", ray.get(self._actor.identities.remote()))
+        return {name: PublicIdentity(key) for name, key in found.items()}
+
+    def answer(self, request: bytes, spec: AdapterSpec, train: Train) -> bytes:
+        """The node's answer to a stage; BadInput or Refused with its reason."""
+        answer = _heard(ray.get(self._actor.prepare.remote(request, spec)))
+        if answer is None:
+            answer = _heard(ray.get(self._actor.mask.remote(request, spec, train())))
+        if answer is None:
+            raise FedloraError("secure aggregation: found no answer to a stage")
+        return answer
+
+
+def _name(manifest: RunManifest) -> str:
+    return f"fedlora-{manifest.digest}"
+
+
+def _said(step: Callable[[], bytes | None]) -> _Said:
+    try:
+        return step(), "", False
+    except (BadInput, Refused) as error:
+        return None, str(error), isinstance(error, Refused)
+
+
+def _heard(said: _Said) -> bytes | None:
+    answer, reason, refused = said
+    if reason:
+        raise Refused(reason) if refused else BadInput(reason)
+    return answer

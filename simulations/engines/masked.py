@@ -1,0 +1,178 @@
+"""Secure aggregation in one process: the real state machines, the real bytes, and accidents by configuration.
+
+Every institution is a `SecureTrainer` of its own with its own identity, roster and secrets; the coordinator is the
+`SecureCohort` of the deployment. `[faults]` makes institutions drop out at a stage, or the coordinator attack: then
+the nodes refuse, and the round is lost instead of a secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from fedlora.client.node.masked_outbox import MemoryOutbox
+from fedlora.client.secagg.masked_trainer import SecureTrainer
+from fedlora.client.secagg.node import SecureNode
+from fedlora.common.config.schema import AggregationConfig, Config, FaultsConfig
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.model.state import AdapterState, Vector
+from fedlora.common.privacy.randomness import OsRandom, Random, bernoulli
+from fedlora.common.protocol import stages
+from fedlora.common.secagg import shamir, wire
+from fedlora.common.secagg.cohort import CohortPolicy
+from fedlora.common.trust.enrolment import Peer
+from fedlora.common.trust.identity import Identity
+from fedlora.server.rounds.cohort import Failure
+
+
+class Trains(Protocol):
+    """What is needed of a `Trainer`."""
+
+    def train(self, plan: RoundPlan, state: AdapterState) -> Update:
+        """One attempt at one round."""
+
+
+TrainerOf = Callable[[str], Trains]
+
+
+class Roster:
+    """Identities of a simulated federation, each approved by every operator."""
+
+    def __init__(self, names: list[str], manifest: RunManifest, settings: AggregationConfig) -> None:
+        self._manifest, self._settings = manifest, settings
+        self._identities = {name: Identity.generate() for name in names}
+        self.peers = {name: Peer(name, name, key.public) for name, key in self._identities.items()}
+
+    def trainer(self, name: str) -> SecureTrainer:
+        """A node of that name that has just started."""
+        policy = CohortPolicy(name, self.peers, self._settings.minimum_cohort, self._settings.max_colluders)
+        node = SecureNode(
+            self._identities[name],
+            policy,
+            self._manifest.federation,
+            self._manifest.digest,
+            MemoryOutbox(),
+            noised=self._manifest.mode != "none",
+        )
+        return SecureTrainer(node, self._manifest)
+
+
+class Institutions:
+    """An `Exchange` whose institutions live in this process. Each is made when it is first asked."""
+
+    def __init__(
+        self, names: list[str], manifest: RunManifest, config: Config, trainer_of: TrainerOf
+    ) -> None:
+        self._faults, self._trainer_of = config.faults, trainer_of
+        self._roster = Roster(names, manifest, config.aggregation)
+        self._nodes: dict[str, SecureTrainer] = {}
+        self._source: Random = OsRandom()
+        self.masked_vectors = 0
+
+    @property
+    def peers(self) -> Mapping[str, Peer]:
+        """The roster that every operator approved."""
+        return self._roster.peers
+
+    def ask(
+        self, stage: str, messages: Mapping[str, bytes], plan: RoundPlan, state: AdapterState
+    ) -> Iterator[tuple[str, bytes | Failure]]:
+        """One institution after the other, in the order of their names."""
+        tampered = _attacked(self._faults.attack, stage, messages)
+        gone = self._drop_outs(stage, len(messages))
+        for (name, message), is_gone in zip(sorted(tampered.items()), gone, strict=True):
+            yield (
+                name,
+                (
+                    Failure(name, f"dropped out before {stage}")
+                    if is_gone
+                    else self._answer(name, stage, message, plan, state)
+                ),
+            )
+
+    def _answer(
+        self, name: str, stage: str, message: bytes, plan: RoundPlan, state: AdapterState
+    ) -> bytes | Failure:
+        def train() -> Vector:
+            update = self._trainer_of(name).train(plan, state)
+            update.check(plan, state.spec.size)
+            return update.delta
+
+        try:
+            node = self._node(name)
+            answer = (
+                node.input(message, plan, state.spec, train)
+                if stage == stages.INPUT
+                else node.answer(stage, message, plan)
+            )
+        except (BadInput, Refused) as error:
+            return Failure(name, f"{stage}: {error}", refused=isinstance(error, Refused))
+        self.masked_vectors += stage == stages.INPUT
+        if stage == stages.OPEN and self._faults.attack == "corrupt-share" and name == min(self.peers):
+            return _corrupted(answer)
+        return answer
+
+    def _node(self, name: str) -> SecureTrainer:
+        if name not in self._nodes:
+            self._nodes[name] = self._roster.trainer(name)
+        return self._nodes[name]
+
+    def _drop_outs(self, stage: str, count: int) -> list[bool]:
+        rate = _rates(self._faults)[stage]
+        return [bool(each) for each in bernoulli(self._source, count, rate)]
+
+
+def _rates(faults: FaultsConfig) -> dict[str, float]:
+    return {
+        stages.OFFER: faults.keys,
+        stages.DEAL: faults.shares,
+        stages.INPUT: faults.input,
+        stages.CONFIRM: faults.confirm,
+        stages.OPEN: faults.open,
+    }
+
+
+def _attacked(attack: str, stage: str, messages: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What a hostile coordinator sends instead."""
+    if attack == "sybil" and stage == stages.DEAL:
+        return {name: _with_sybil(message) for name, message in messages.items()}
+    if attack == "small-u2" and stage == stages.INPUT:
+        return {name: _alone(name, message) for name, message in messages.items()}
+    if attack == "two-lists" and stage == stages.CONFIRM:
+        return {
+            name: _without_first(message) if place % 2 else message
+            for place, (name, message) in enumerate(sorted(messages.items()))
+        }
+    return dict(messages)
+
+
+def _with_sybil(members: bytes) -> bytes:
+    offers = list(wire.cohort_from_bytes(members))
+    stranger = Identity.generate()
+    sybil = replace(offers[-1], name=offers[-1].name + "~")
+    sybil = replace(sybil, signature=stranger.sign(wire.KEYS, *sybil.signed()))
+    return wire.cohort_to_bytes([offer.to_bytes() for offer in [*offers, sybil]])
+
+
+def _alone(name: str, delivery: bytes) -> bytes:
+    if not delivery:
+        return delivery
+    whole = wire.Delivery.from_bytes(delivery)
+    kept = [place for place, dealer in enumerate(whole.dealers) if dealer.name == name]
+    dealers, sealed, paths = (
+        tuple(part[place] for place in kept) for part in (whole.dealers, whole.sealed, whole.paths)
+    )
+    return wire.Delivery(dealers, sealed, paths).to_bytes()  # type: ignore[arg-type]
+
+
+def _without_first(survivors: bytes) -> bytes:
+    return wire.survivors_to_bytes(wire.survivors_from_bytes(survivors)[1:])
+
+
+def _corrupted(opening: bytes) -> bytes:
+    """Another share than the dealt one, on its way: the node's signature no longer fits."""
+    message = wire.Opening.from_bytes(opening)
+    return replace(message, shares=shamir.to_bytes(1) + message.shares[shamir.BYTES :]).to_bytes()

@@ -1,0 +1,116 @@
+"""The in-process engine: clients train one after the other, and their updates are added as they come.
+
+A `Cohort` like Flower's grid, so the round loop that runs here is the one that runs in production. Memory is
+one float64 sum, whatever the number of clients.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fedlora.client.training.moments import MomentStore
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.ledger.ledger import Ledger
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.model.state import AdapterState
+from fedlora.common.privacy.randomness import OsRandom, Random, SeededRandom
+from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure, participants, replies_needed
+from fedlora.server.secagg.log import liars_in, note_in
+from fedlora.server.secagg.seen_keys import SeenKeys
+from fedlora.server.secagg.sums import SecureCohort
+from fedlora.simulations.engines.masked import Institutions
+from fedlora.simulations.federation.population import Federation, client_name
+from fedlora.simulations.federation.run_folder import Run
+
+
+class SequentialCohort:
+    """All clients of a federation, trained in this process."""
+
+    def __init__(
+        self, federation: Federation, manifest: RunManifest, ledger: Ledger | None, moments: MomentStore
+    ) -> None:
+        self._federation = federation
+        self._manifest = manifest
+        self._ledger = ledger
+        self._moments = moments
+
+    def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
+        """The sum of one attempt's updates, and who failed."""
+        started = time.monotonic()
+        total, replies, failures = np.zeros(state.spec.size, dtype=np.float64), 0, []
+        asked = choose_clients(self._manifest, self._federation, plan)
+        for client in asked:
+            answer = self._answer(client, plan, state)
+            if isinstance(answer, Failure):
+                failures.append(answer)
+            else:
+                total += answer.delta
+                replies += 1
+        return CohortSum(total, replies, len(asked), tuple(failures), time.monotonic() - started, None)
+
+    def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
+        """The valid updates of one attempt, one by one."""
+        for client in choose_clients(self._manifest, self._federation, plan):
+            answer = self._answer(client, plan, state)
+            if isinstance(answer, Update):
+                yield answer
+
+    def _answer(self, client: int, plan: RoundPlan, state: AdapterState) -> Update | Failure:
+        try:
+            trainer = self._federation.trainer(client, self._manifest, self._ledger, self._moments)
+            update = trainer.train(plan, state)
+            update.check(plan, state.spec.size)
+        except (BadInput, Refused) as error:
+            return Failure(client_name(client), str(error), refused=isinstance(error, Refused))
+        return update
+
+
+def secure_cohort(
+    federation: Federation,
+    manifest: RunManifest,
+    ledger: Ledger | None,
+    moments: MomentStore,
+    folder: Path,
+) -> SecureCohort:
+    """The same clients behind the state machines of secure aggregation: nobody adds updates in clear."""
+    numbers = {client_name(client): client for client in federation.clients}
+    institutions = Institutions(
+        list(numbers),
+        manifest,
+        federation.config,
+        lambda name: federation.trainer(numbers[name], manifest, ledger, moments, masked=True),
+    )
+    identities = {name: peer.identity for name, peer in institutions.peers.items()}
+
+    def choose(plan: RoundPlan) -> list[str]:
+        return [client_name(client) for client in choose_clients(manifest, federation, plan)]
+
+    def needed(asked: int) -> int:
+        return replies_needed(asked, federation.config.federation.quorum, manifest.minimum_cohort)
+
+    kept = (note_in(folder), liars_in(folder), SeenKeys(folder))
+    return SecureCohort(manifest, lambda: identities, institutions, choose, needed, *kept)
+
+
+def choose_clients(manifest: RunManifest, federation: Federation, plan: RoundPlan) -> list[int]:
+    """Who is asked in a round: each client with the public participation rate, independently.
+
+    Record-level ε never counts participation, so the draw need not be secret; it is repeatable only where the
+    whole run is.
+    """
+    source: Random = (
+        SeededRandom(manifest.seed, "participation", plan.round) if manifest.mode == "none" else OsRandom()
+    )
+    return participants(federation.clients, manifest.participation, source)
+
+
+def sequential(run: Run) -> Cohort:
+    """The in-process engine; with secure aggregation the coordinator's part of it learns sums only."""
+    if run.manifest.secure is not None:
+        return secure_cohort(run.federation, run.manifest, run.ledger, run.moments, run.paths.folder)
+    return SequentialCohort(run.federation, run.manifest, run.ledger, run.moments)

@@ -1,0 +1,1 @@
+"""What a researcher starts: a plan, a run, a sweep, the quickstart."""

@@ -1,0 +1,63 @@
+"""What a person sees while a run goes on: one bar, with accuracy, ε so far and examples a second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fedlora.common.privacy.statement import shown_epsilon
+
+
+class RunProgress:
+    """Two bars: records whose features are computed (head phase), and rounds."""
+
+    def __init__(self, progress: Progress, rounds: int) -> None:
+        self._progress = progress
+        self._features = progress.add_task("features", total=None, visible=False, figures="")
+        self._rounds = progress.add_task("rounds", total=rounds, figures="")
+
+    def expect_features(self, records: int) -> None:
+        """How many records a head phase will put through the frozen model."""
+        self._progress.update(self._features, total=records)
+
+    def features(self, count: int) -> None:
+        """`count` more records went through the frozen model."""
+        self._progress.update(self._features, advance=count, visible=True)
+
+    def round(self, number: int, figures: Mapping[str, float | None]) -> None:
+        """Round `number` was committed."""
+        shown = "  ".join(_figure(name, value) for name, value in figures.items() if value is not None)
+        self._progress.update(self._rounds, completed=number, figures=shown)
+
+
+@contextmanager
+def run_progress(console: Console, rounds: int) -> Iterator[RunProgress]:
+    """Live bars on a terminal; nothing but the last state where output is not a terminal."""
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=console, transient=False) as progress:
+        yield RunProgress(progress, rounds)
+
+
+def _figure(name: str, value: float) -> str:
+    names = {"epsilon": "ε", "examples_per_second": "examples/s"}
+    shown = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    if name == "epsilon":
+        shown = shown_epsilon(value)
+    return f"{names.get(name, name)} {shown}"

@@ -1,0 +1,92 @@
+"""`fedlora-sim quickstart`: untrained, without privacy and private, side by side, on text made up on the spot.
+
+It shows what a run leaves behind, not how good the method is: the corpus is synthetic, and says so.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedlora.common.config.schema import Config, load_config
+from fedlora.common.errors import BadInput
+from fedlora.common.model.compute import threads as with_threads
+from fedlora.common.model.features import PooledTexts
+from fedlora.server.runs.summary import write_summary
+from fedlora.simulations.engines.sequential import sequential
+from fedlora.simulations.experiments.progress import run_progress
+from fedlora.simulations.federation.corpus import generate, write
+from fedlora.simulations.federation.run_folder import Paths, begin, finish, train
+from fedlora.simulations.report.pages import write_report
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.toml"
+BASELINE = "without-privacy"  # the folder of the run that privacy is compared with
+MARK = "quickstart.txt"
+WRITTEN = (
+    BASELINE,
+    "data",
+    "adapter",
+    "checkpoint",
+    "clients",
+    *("config.toml", "data.sha256", "ledger.id", "manifest.json", "metrics.jsonl", "projection.safetensors"),
+    *("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger.sqlite.lock"),
+    *("summary.json", "report.html"),
+)
+
+
+def run_quickstart(folder: Path, console: Console, threads: int = 0) -> dict[str, Any]:
+    """Three results and a report under `folder`; returns the private run's summary."""
+    _make_room(folder)
+    config = _with_corpus(load_config(CONFIG), folder / "data")
+    console.print("quickstart: a synthetic corpus of five institutions; nothing here is anybody's data")
+    open_config = replace(config, privacy=replace(config.privacy, mode="none"))
+    with with_threads(threads):
+        texts = PooledTexts()
+        untrained, plain = _one_run(open_config, folder / BASELINE, console, texts, "without privacy")
+        _, private = _one_run(config, folder, console, texts, "private")
+    comparison = {
+        name: {key: summary.get(key) for key in ("accuracy", "macro_f1", "loss", "epsilon")}
+        for name, summary in (("untrained", untrained), ("non-private", plain), ("private", private))
+    }
+    summary = private | {"comparison": comparison}
+    write_summary(folder, summary)
+    write_report(folder / BASELINE)
+    write_report(folder)
+    return summary
+
+
+def _one_run(
+    config: Config, folder: Path, console: Console, texts: PooledTexts, title: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores before training, and the summary after it."""
+    console.print(f"[bold]{title}[/bold]")
+    with run_progress(console, config.federation.rounds) as progress:
+        run = begin(config, Paths.of(folder), progress=progress.features, texts=texts)
+        progress.expect_features(run.federation.feature_records)
+        before = run.federation.public.test.evaluate(run.federation.public.initial)
+        summary = finish(run, train(run, sequential(run), progress.round), synthetic=True)
+    return dict(before), summary
+
+
+def _with_corpus(config: Config, folder: Path) -> Config:
+    train_path, test_path = write(generate(config.seed), folder)
+    return replace(config, data=replace(config.data, train=str(train_path), test=str(test_path)))
+
+
+def _make_room(folder: Path) -> None:
+    """A quickstart, finished or not, may be run again in place: what it wrote goes, and nothing else."""
+    if not folder.exists() or not any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not (folder / MARK).exists():
+        raise BadInput(f"{folder}: found other files, expected an empty folder or an earlier quickstart")
+    for name in WRITTEN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    (folder / MARK).write_text("made by fedlora-sim quickstart, which may be run here again\n")

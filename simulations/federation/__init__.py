@@ -1,0 +1,1 @@
+"""Who has which data: population, partition, and the folder of a simulated run."""

@@ -1,0 +1,175 @@
+"""A configured federation on one machine: one encoded data set, one resident model, many institutions.
+
+Memory does not grow with the number of institutions: a client is a slice of a partition, and its `Trainer`
+is made when a round asks for it. The same object serves the sequential engine and each actor of a cluster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedlora.client.training.local import ClientData, LocalTraining
+from fedlora.client.training.moments import MomentStore
+from fedlora.client.training.step import PerSampleGradients
+from fedlora.client.training.trainer import Trainer, charge
+from fedlora.common.config.schema import Config
+from fedlora.common.data.records import Records, UnitIndex, unit_groups
+from fedlora.common.data.tasks import Encoded
+from fedlora.common.ledger.ledger import Budget, Ledger
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.model.features import PooledTexts, Progress
+from fedlora.common.model.network import AdapterModel
+from fedlora.server.runs.public_data import PublicRecords, PublicSide, encode
+from fedlora.server.runs.schedule import make_manifest
+from fedlora.simulations.federation.partition import Partition, partition_units
+from fedlora.simulations.federation.sources import read_sources
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(eq=False)
+class Federation:
+    """Everything that a run needs besides the round loop."""
+
+    config: Config
+    public: PublicSide
+    train: Encoded
+    units: UnitIndex  # of the training part, dealt out by `partition`
+    partition: Partition
+    records: Records
+    data_digest: str  # of the training file; it stays here
+    training: LocalTraining
+
+    @classmethod
+    def build(
+        cls,
+        config: Config,
+        folder: Path,
+        progress: Progress | None = None,
+        device: torch.device | None = None,
+        texts: PooledTexts | None = None,
+    ) -> Federation:
+        """Read and encode the data, load the model, deal the units out. BadInput names what is wrong.
+
+        What is computed once for a run and must not change in it lies in the run's `folder`.
+        """
+        sources = read_sources(config)
+        records = PublicRecords(sources.task, sources.validation, sources.test)
+        public = PublicSide.build(config, records, folder, progress, device, texts)
+        units = unit_groups(sources.train.units, len(sources.train))
+        gradients = PerSampleGradients(public.model)
+        return cls(
+            config=config,
+            public=public,
+            train=encode(config, public.model, sources.train),
+            units=units,
+            partition=partition_units(config.federation, sources.train, units, config.seed),
+            records=sources.train,
+            data_digest=sources.digest,
+            training=LocalTraining(gradients, public.features, config.training.micro_batch_tokens),
+        )
+
+    @property
+    def model(self) -> AdapterModel:
+        return self.public.model
+
+    @property
+    def feature_records(self) -> int:
+        """Records that a head phase puts through the frozen model once."""
+        return len(self.units.records) + len(self.public.validation.rows)
+
+    @property
+    def clients(self) -> range:
+        return range(self.config.federation.clients)
+
+    def manifest(self, cache: Path | None = None) -> RunManifest:
+        """A new run of this federation."""
+        task = self.model.task
+        model = self.model
+        projection = "" if model.projection is None else model.projection.digest
+        return make_manifest(
+            self.config,
+            task.labels,
+            model.base_digest,
+            model.spec.digest,
+            projection,
+            cache,
+            moved=model.spec.moved,
+        )
+
+    def trainer(
+        self,
+        client: int,
+        manifest: RunManifest,
+        ledger: Ledger | None,
+        moments: MomentStore,
+        masked: bool = False,
+    ) -> Trainer:
+        """The trainer of one institution, which has consented to `manifest`; Refused where it may not."""
+        budget = self._budget(self.budget_name(client), manifest)
+        data = ClientData(client_name(client), self.train, self._units_of(client))
+        trainer = Trainer(data, self.training, ledger, budget, moments, masked)
+        trainer.consent(manifest)
+        return trainer
+
+    def charge(self, manifest: RunManifest, ledger: Ledger) -> None:
+        """Reserve the run's ε for the whole population, once; Refused past its cap, before anything trains.
+
+        A partition is not a population: with other clients or another seed, the same record is another client's.
+        A record is at one client, so that the run costs it what it costs a client.
+        """
+        if manifest.mode != "none":
+            budget = self._budget(f"population {self.config.privacy.population}", manifest)
+            attempts = [phase.attempts for phase in manifest.phases]
+            ledger.consent(budget, manifest.digest, charge(manifest), attempts)
+
+    def budget_name(self, client: int) -> str:
+        """What a client's own part of a run charges beside the population's budget."""
+        return client_name(client)
+
+    def _budget(self, name: str, manifest: RunManifest) -> Budget:
+        """A budget that one run of this configuration fits into; in mode "client" its ε is the institutions'."""
+        privacy = self.config.privacy
+        cap = charge(manifest).epsilon if manifest.mode == "client" else privacy.epsilon
+        return Budget(name, cap, privacy.delta)
+
+    def label_counts(self) -> Ints:
+        """(clients, labels) records of each label that each client holds; the researcher's own data."""
+        labels = len(self.model.task.labels)
+        counts = np.zeros((len(self.clients), labels), dtype=np.int64)
+        for client in self.clients:
+            rows = self._units_of(client).records
+            counts[client] = np.bincount(self.train.targets[rows], minlength=labels)
+        return counts
+
+    def partition_table(self) -> dict[str, object]:
+        """What the report draws: label counts by client, or sizes where there are no labels."""
+        names = list(self.partition.names) or [client_name(client) for client in self.clients]
+        if self.model.task.labels:
+            return {
+                "clients": names,
+                "labels": list(self.model.task.labels),
+                "counts": self.label_counts().tolist(),
+            }
+        return {
+            "clients": names,
+            "labels": ["records"],
+            "counts": [[int(size)] for size in self.partition.sizes],
+        }
+
+    def _units_of(self, client: int) -> UnitIndex:
+        """The client's share of the units, over the same encoded records."""
+        mine = self.partition.units_of(client)
+        sizes = self.units.offsets[mine + 1] - self.units.offsets[mine]
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        starts = np.repeat(self.units.offsets[mine] - offsets[:-1], sizes)
+        return UnitIndex(offsets, self.units.records[starts + np.arange(offsets[-1])])
+
+
+def client_name(client: int) -> str:
+    return f"client-{client}"

@@ -1,0 +1,1 @@
+"""What a run leaves for a reader: pages, pictures, tables."""

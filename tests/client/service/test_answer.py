@@ -1,0 +1,428 @@
+"""The resident trainer says yes to what the coordinator signed and the policy allows, once, and no to the rest."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from fedlora.client.node import enrolment, outbox, roster
+from fedlora.client.node.enrolment import only_trainer
+from fedlora.client.node.folder import NodeFolder
+from fedlora.client.report.page import page
+from fedlora.client.report.report import report_body
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.ledger.ledger import Budget
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.model.projection import Affine, Projection
+from fedlora.common.protocol.messages import PLAN_TAG, Answer, Consent, Decline, Task, request_to_bytes
+from fedlora.common.trust.identity import Identity, Signed
+from tests.client.institution import (
+    BASE,
+    COORDINATOR,
+    POLICY,
+    FakeWork,
+    Institution,
+    manifest_of,
+    offer_of,
+    task_of,
+)
+from tests.disk import fill, small_disk
+
+RUN = manifest_of()
+
+
+@pytest.fixture
+def north(tmp_path: Path) -> Institution:
+    return Institution(tmp_path / "node")
+
+
+def declined(north: Institution, data: bytes) -> Decline:
+    reply = north.ask(data)
+    assert isinstance(reply, Decline), reply
+    log = north.folder.refusals if reply.manifest else north.folder.strangers
+    assert reply.reason in [json.loads(line)["reason"] for line in log.read_text().splitlines()]
+    return reply
+
+
+def test_an_offer_is_consented_to_once_and_a_task_answered_once(north: Institution) -> None:
+    first = north.resident.ask(offer_of(RUN))
+    consent = north.read(first)
+    assert isinstance(consent, Consent) and 0 < consent.epsilon <= RUN.epsilon
+    assert consent.policy_digest == north.folder.load_policy().digest
+    assert (
+        north.resident.ask(offer_of(RUN, seconds=90)) == first
+    )  # offered again: signed anew, consented to once
+    answer = north.resident.ask(task_of(RUN))
+    assert isinstance(north.read(answer), Answer)
+    north.restart()
+    assert north.resident.ask(task_of(RUN)) == answer
+    assert not north.work.trained, "the same attempt trained twice"
+    kinds = [entry.body["kind"] for entry in north.ledger.entries()]
+    assert kinds == ["open", "consent", "reserve", "commit"]
+
+
+def test_replays_and_rewinds_are_refused(north: Institution) -> None:  # msg-replayed
+    north.ask(offer_of(RUN))
+    north.ask(task_of(RUN))
+    north.ask(task_of(RUN, round_=2, attempt=3, adapter="sha256:b"))
+    for data, match in (
+        (task_of(RUN, adapter="sha256:c"), "rewind"),  # the same attempt, another state
+        (task_of(RUN, round_=2, attempt=3, adapter="sha256:b", vector=b"1234"), "rewind"),
+        (task_of(RUN, round_=2, attempt=2, adapter="sha256:b"), "expected more than 3"),
+        (task_of(RUN, round_=1, attempt=4), "expected 2 or more"),
+        (task_of(RUN, round_=2, attempt=4, adapter="sha256:z"), "began from"),
+    ):
+        reply = declined(north, data)
+        assert reply.refused and match in reply.reason
+    assert len(north.work.trained) == 2
+    assert isinstance(north.ask(task_of(RUN, round_=2, attempt=4, adapter="sha256:b")), Answer)
+
+
+def test_plans_do_not_go_back_where_the_ledger_alone_is_left(north: Institution) -> None:
+    north.ask(offer_of(RUN))
+    north.ask(task_of(RUN, round_=2, attempt=3))
+    for path in (
+        *(north.folder.run(RUN.digest) / "plans").iterdir(),
+        *north.folder.under("outbox").rglob("*3.reply"),
+    ):
+        path.unlink()
+    for round_, attempt in ((2, 3), (1, 4), (2, 2)):
+        assert declined(north, task_of(RUN, round_=round_, attempt=attempt)).refused
+    assert len(north.work.trained) == 1
+
+
+STRANGER = Identity.generate()
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        pytest.param(b"", "no message", id="empty"),
+        pytest.param(offer_of(RUN, STRANGER), "found the key", id="msg-wrong-sender"),
+        pytest.param(task_of(RUN, key=STRANGER), "found the key", id="plan-of-a-stranger"),
+        pytest.param(task_of(replace(RUN, run="2")), "not consented", id="msg-wrong-run"),
+        pytest.param(task_of(RUN, phase=1), "plan phase: found 1", id="msg-wrong-stage"),
+        pytest.param(offer_of(replace(RUN, federation="g")), "expected f", id="another-federation"),
+        pytest.param(offer_of(replace(RUN, minimum_cohort=2)), "at least 3", id="cohort-below-minimum"),
+        pytest.param(offer_of(replace(RUN, epsilon=0.01)), "its schedule costs", id="understated-epsilon"),
+        pytest.param(offer_of(replace(RUN, mode="none")), "without noise", id="unnoised"),
+        pytest.param(offer_of(replace(RUN, mode="client")), "client_level is false", id="client-mode"),
+        pytest.param(offer_of(replace(RUN, base_digest="sha256:0")), "base_digest", id="unpinned-base"),
+        pytest.param(offer_of(replace(RUN, labels=("b", "a"))), "labels", id="other-labels"),
+        pytest.param(offer_of(replace(RUN, unit="patient")), "unit", id="other-unit"),
+        pytest.param(offer_of(RUN, projection=b"x"), "projection", id="unnamed-projection"),
+        pytest.param(offer_of(RUN, to="south"), "institution: found south", id="offer-to-another"),
+        pytest.param(offer_of(RUN, seconds=-3600), "not_after", id="offer-expired"),
+        pytest.param(offer_of(RUN, digest="sha256:1"), "offer manifest", id="offer-of-another-run"),
+    ],
+)
+def test_what_is_not_allowed_trains_nothing(north: Institution, data: bytes, match: str) -> None:
+    north.ask(offer_of(RUN))
+    before = [entry.hash for entry in north.ledger.entries()]
+    assert match in declined(north, data).reason
+    assert [entry.hash for entry in north.ledger.entries()] == before and not north.work.trained
+
+
+def test_every_flipped_bit_of_a_plan_is_refused(north: Institution) -> None:  # msg-signature-flipped
+    north.ask(offer_of(RUN))
+    plan = RoundPlan(RUN.digest, 0, 1, 1, "sha256:a")
+    signed = Signed.by(COORDINATOR, PLAN_TAG, plan.to_bytes()).to_bytes()
+    for place in range(0, len(signed), 3):
+        changed = signed[:place] + bytes([signed[place] ^ 1]) + signed[place + 1 :]
+        declined(north, request_to_bytes(Task(RUN.digest, Signed.from_bytes(changed, "t"), b"")))
+    assert not north.work.trained
+
+
+def test_wrong_rounds_and_numbers_are_refused(north: Institution) -> None:  # msg-wrong-round
+    north.ask(offer_of(RUN))
+    for round_, attempt in ((9, 1), (0, 1), (1, 0), (-1, 1), (1, 2**40)):
+        declined(north, task_of(RUN, round_, attempt, phase=0))
+    assert not north.work.trained
+
+
+def test_a_fault_in_sight_of_data_is_told_to_the_log_alone(north: Institution) -> None:
+    north.ask(offer_of(RUN))
+
+    def fails() -> None:
+        raise BadInput("notes.jsonl row 5 label: found 'diabetes', expected one of the 2 public labels")
+
+    north.work.during = fails
+    reply = declined(north, task_of(RUN))
+    assert "diabetes" not in reply.reason and "row" not in reply.reason
+    assert "diabetes" in north.folder.refusals.read_text()
+    north.work.during = lambda: None
+    assert "used before" in declined(north, task_of(RUN)).reason  # the attempt is spent
+    assert isinstance(north.ask(task_of(RUN, attempt=2)), Answer)
+
+
+def test_junk_has_a_log_of_its_own_and_a_spoilt_line_is_told(north: Institution, tmp_path: Path) -> None:
+    """Whoever reaches the trainer can fill a log until it makes room: not the one of what the coordinator signed."""
+    assert declined(north, offer_of(replace(RUN, minimum_cohort=1))).manifest
+    kept = north.folder.refusals.read_bytes()
+    assert not declined(north, b"x").manifest
+    assert north.folder.refusals.read_bytes() == kept and len(north.folder.strangers.read_bytes()) > 10
+    with north.folder.refusals.open("ab") as stream:
+        stream.write(b'{"time": "2026\xff\n[1]\n{"reason": 3}\n')
+    policy = north.folder.load_policy()
+    found = report_body(north.folder, policy, north.identity, north.ledger)["refusals"]
+    assert [line["reason"] == "unreadable" for line in found] == [False, True, True, True]
+
+
+def reported(north: Institution) -> dict[str, Any]:
+    return report_body(north.folder, north.folder.load_policy(), north.identity, north.ledger)
+
+
+def test_the_log_tells_consents_answers_and_refusals(
+    north: Institution, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fedlora")
+    north.ask(offer_of(RUN))
+    north.ask(task_of(RUN))
+    north.ask(task_of(RUN, round_=2, attempt=1))
+    consented, answered, refused = (record.getMessage() for record in caplog.records)
+    assert consented.startswith("consented to run 1: ε 0.") and "of budget people, 1." in consented
+    assert answered == "answered round 1, attempt 1 of run 1"
+    assert refused.startswith("refused sha256:") and "rewind" in refused
+
+
+def test_what_a_budget_has_left_is_told_to_the_nodes_own_log_alone(
+    north: Institution, caplog: pytest.LogCaptureFixture
+) -> None:
+    north.set_policy(north.folder.policy.read_text().replace("epsilon = 2.0", "epsilon = 0.3117"))
+    north.restart()
+    assert isinstance(north.ask(offer_of(RUN)), Consent)
+    spent, reason = (
+        north.ledger.spent("people").epsilon,
+        declined(north, offer_of(replace(RUN, run="2"))).reason,
+    )
+    assert reason.endswith("the budget does not suffice: it would be charged ε 0.191")
+    (line,) = reported(north)["refusals"]
+    for own in (line["verdict"], caplog.records[-1].getMessage(), page(reported(north))):
+        assert f"budget people: ε = {spent:.6g} is spent" in own and "its cap of 0.3117" in own
+    assert line["reason"] == reason
+
+
+def test_counts_of_refusals_that_are_none_are_told_as_unreadable(
+    north: Institution, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = {"count": 1, "first": "t", "last": "t"}
+    for found in (
+        {"again": {}, "kinds": {}, "not_kept": float("inf")},
+        {"again": {}, "kinds": {"x": {"count": 1, "last": "t"}}, "not_kept": 1},
+        {"again": {"x": {"count": True, "first": "t", "last": "t"}}, "kinds": {"x": kind}, "not_kept": 1},
+    ):
+        north.folder.refusals.with_suffix(".json").write_text(json.dumps(found))
+        caplog.clear()
+        assert "unreadable" in page(reported(north)) or not reported(north)["refusals_not_kept"]["count"]
+        north.restart()
+        assert declined(north, offer_of(replace(RUN, minimum_cohort=1))).refused
+        assert "refusals.json: found no counts" in caplog.records[0].getMessage()
+    good = {"again": {}, "kinds": {"x": kind}, "not_kept": 1}
+    north.folder.refusals.with_suffix(".json").write_text(json.dumps(good))
+    assert reported(north)["refusals_not_kept"] == {"count": 1, "kinds": {"x": kind}}
+
+
+def test_an_old_offer_is_not_for_good(north: Institution) -> None:
+    """What a relay kept back, or brought to the wrong node, spends nothing, and the next honest offer is served."""
+    for data in (offer_of(RUN, seconds=-3600), offer_of(RUN, to="south")):
+        reply = declined(north, data)
+        assert not reply.refused and not reply.manifest
+    assert north.ledger.spent("people").epsilon == 0
+    assert isinstance(north.ask(offer_of(RUN, seconds=-200)), Consent), "clocks may differ by minutes"
+
+
+def test_refusals_push_no_refusal_out(north: Institution, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator's first refused attempt stays in the report, however many it adds; the rest is counted."""
+    monkeypatch.setattr("fedlora.client.service.refusals.MOST_LINES", 20)
+    monkeypatch.setattr("fedlora.client.service.refusals.MOST_OF_A_RUN", 5)
+    first = declined(north, offer_of(replace(RUN, mode="none"))).reason
+    north.ask(offer_of(RUN))
+    for attempt in range(8):  # one run: five reasons
+        north.ask(task_of(RUN, round_=3 - attempt % 2, attempt=2**attempt, phase=1 + attempt))
+    for number in range(30):
+        for _ in range(2):
+            north.ask(offer_of(replace(RUN, run=f"r{number}", minimum_cohort=1, labels=())))
+        if number == 20:
+            north.ledger.close()
+            north.restart()
+    body = reported(north)
+    assert len(body["refusals"]) == 20 and body["refusals"][0]["reason"] == first
+    assert [line["times"] for line in body["refusals"][-3:]] == [2, 2, 2]
+    kinds = body["refusals_not_kept"]["kinds"]
+    assert kinds["manifest minimum_cohort"]["count"] == kinds["manifest labels"]["count"] == 60 - 2 * 14
+    assert sum(line["times"] for line in body["refusals"]) + body["refusals_not_kept"]["count"] == 1 + 8 + 60
+    north.folder.refusals.with_suffix(".json").write_text('{"again": {"x": 3}}')
+    assert "unreadable" in reported(north)["refusals_not_kept"]["kinds"]
+
+
+def projection(seed: int) -> tuple[str, bytes]:
+    generator = np.random.default_rng(seed)
+    made = Projection(Affine(generator.normal(size=(4, 2)).astype(np.float32), np.zeros(2, np.float32)))
+    return made.digest, save({"matrix": made.whiten.matrix, "shift": made.whiten.shift})
+
+
+def test_a_forged_projection_is_refused_before_it_is_written(north: Institution) -> None:
+    digest, data = projection(1)
+    run = replace(RUN, projection_digest=digest, network=replace(RUN.network, projection=2))
+    for forged in (projection(2)[1], data[:-1], b"\0" * 4096):
+        assert "offer projection" in declined(north, offer_of(run, projection=forged)).reason
+        assert not list(north.folder.runs.glob("*"))
+    assert isinstance(north.ask(offer_of(run, projection=data)), Consent)
+
+
+def test_what_was_not_consented_to_leaves_nothing_on_the_disk(north: Institution) -> None:
+    class Fails(FakeWork):
+        after = False
+
+        def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
+            if self.after:
+                super().consent(manifest, projection, budget)
+            raise BadInput("manifest spec_digest: found another")
+
+    work = Fails(north.ledger)
+    north.restart(work)
+    declined(north, offer_of(RUN))
+    assert not list(north.folder.runs.glob("*"))
+    work.after, work.ledger = True, north.ledger
+    declined(north, offer_of(RUN))
+    assert list(north.folder.runs.glob("*")), "what was reserved stays"
+
+
+def test_a_stricter_policy_stops_a_run_that_was_consented_to(north: Institution) -> None:
+    north.ask(offer_of(RUN))
+    north.set_policy(POLICY.format(base=BASE, folder="b").replace("rounds = 10", "rounds = 2"))
+    north.restart()
+    assert "expected at most 2" in declined(north, task_of(RUN)).reason
+
+
+def test_nothing_leaves_that_is_not_on_disk(north: Institution, monkeypatch: pytest.MonkeyPatch) -> None:
+    north.ask(offer_of(RUN))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(outbox, "write_atomically", full)
+    assert "No space" not in declined(north, task_of(RUN)).reason
+    monkeypatch.undo()
+    assert "No space" in north.folder.refusals.read_text()
+
+
+def test_a_changed_release_is_not_sent(north: Institution) -> None:
+    north.ask(offer_of(RUN))
+    north.ask(task_of(RUN))
+    (path,) = north.folder.under("outbox").rglob("000001-000001.reply")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert "changed on disk" in declined(north, task_of(RUN)).reason
+
+
+def test_two_processes_one_identity(north: Institution) -> None:  # two-processes-one-identity
+    with (
+        only_trainer(north.folder),
+        pytest.raises(Refused, match="another trainer"),
+        only_trainer(north.folder),
+    ):
+        pass
+    with only_trainer(north.folder):
+        pass
+
+
+def test_another_coordinator_is_not_pinned_over_the_first(north: Institution) -> None:
+    from fedlora.common.trust.enrolment import Invitation, invitation_to_text
+    from tests.client.institution import CERTIFICATE
+
+    other = invitation_to_text(STRANGER, Invitation("f", "evil:1", CERTIFICATE, STRANGER.public))
+    with pytest.raises(Refused, match="is pinned"):
+        enrolment.join(north.folder, other, "i")
+    renewed = invitation_to_text(COORDINATOR, Invitation("f", "new:2", CERTIFICATE, COORDINATOR.public))
+    assert enrolment.join(north.folder, renewed, "i").address == "new:2"
+
+
+def test_peers_join_by_the_operators_hand_once_each(north: Institution, tmp_path: Path) -> None:
+    texts = {}
+    for name, organisation in (("south", "Süd"), ("west", "West"), ("twin", "Süd")):
+        folder = NodeFolder(tmp_path / name)
+        enrolment.init(folder, name, organisation)
+        texts[name] = folder.request.read_text()
+    for name in ("south", "west", "south"):
+        roster.approve(north.folder, texts[name], name)
+    with pytest.raises(Refused, match="second key"):  # cohort-two-keys-one-organisation
+        roster.approve(north.folder, texts["twin"], "twin")
+    assert set(roster.read_peers(north.folder)) == {"south", "west"}
+    roster.remove_peer(north.folder, "south")
+    assert set(roster.read_peers(north.folder)) == {"west"}
+
+
+def test_new_keys_are_new_and_the_old_ones_are_kept(north: Institution) -> None:
+    old, flower = north.identity.public, (north.folder.relay / "flower_key.pub").read_text()
+    request = enrolment.rotate(north.folder, "north", "Nord Klinik")
+    assert Identity.load(north.folder.identity).public == request.identity != old
+    assert (north.folder.relay / "flower_key.pub").read_text() != flower
+    (kept,) = north.folder.root.glob("identity-*.pem")
+    assert Identity.load(kept).public == old and kept.stat().st_mode & 0o077 == 0
+
+
+def test_a_key_that_others_can_read_is_refused(north: Institution) -> None:  # key-file-readable-by-others
+    north.folder.identity.chmod(0o644)
+    with pytest.raises(Refused, match="others can read"):
+        north.restart()
+
+
+def test_a_ledger_restored_with_its_head_is_noticed_by_what_was_released(north: Institution) -> None:
+    import shutil
+
+    files = [north.root / "ledger.sqlite", north.folder.under("head/head.json")]
+    for steps in ([offer_of(RUN)], [task_of(RUN)]):
+        north.ledger.close()
+        for file in files:
+            shutil.copy(file, file.with_suffix(".old"))
+        north.restart()
+        for data in steps:
+            assert not isinstance(north.ask(data), Decline)
+        north.ledger.close()
+        for file in files:
+            shutil.copy(file, file.with_suffix(".new"))
+            shutil.copy(file.with_suffix(".old"), file)
+        with pytest.raises(Refused, match="older copy"):
+            north.restart()
+        north.ledger.close()
+        for file in files:
+            shutil.copy(file.with_suffix(".new"), file)
+        north.restart()
+
+
+def test_a_manifest_of_thousands_of_phases_keeps_nobody_busy(north: Institution) -> None:
+    import time
+
+    from tests.client.institution import PHASE
+
+    phases = tuple(replace(PHASE, noise_multiplier=0.3, sampling_rate=k / 9000) for k in range(1, 2000))
+    started = time.monotonic()
+    assert declined(north, offer_of(replace(RUN, phases=phases))).refused
+    assert time.monotonic() - started < 10
+
+
+def test_ledger_on_a_full_disk_trains_nothing(north: Institution, tmp_path: Path) -> None:
+    from fedlora.client.service.answer import PRIVATE_REASON
+
+    with small_disk(tmp_path / "disk") as disk:
+        full = Institution(disk / "node")
+        full.ask(offer_of(RUN))
+        full.ask(task_of(RUN))
+        filler = fill(disk)
+        reply = full.ask(task_of(RUN, attempt=2))
+        assert isinstance(reply, Decline) and reply.reason == PRIVATE_REASON
+        assert len(full.work.trained) == 1
+        filler.unlink()
+        full.ledger.close()
+        full.restart()
+        assert isinstance(full.ask(task_of(RUN, attempt=3)), Answer)
+        full.ledger.close()

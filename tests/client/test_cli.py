@@ -1,0 +1,230 @@
+"""The institution's commands: each fault one line that names it, and each answer what its operator must know."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from fedlora.client import cli
+from fedlora.client.node import enrolment
+from fedlora.client.node.folder import NodeFolder
+from fedlora.client.node.policy import TrainerPolicy
+from fedlora.client.service.endpoint import _bind
+from fedlora.common.errors import BadInput
+from fedlora.common.model.base import base_digest
+from fedlora.common.protocol.messages import MANIFEST_TAG
+from fedlora.common.trust.identity import Signed
+from tests.client.institution import COORDINATOR, POLICY, Institution, manifest_of, offer_of
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str
+) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command."""
+    monkeypatch.setattr(sys, "argv", ["fedlora-node", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+@pytest.fixture
+def north(tmp_path: Path, tiny_bert: Path) -> Institution:
+    made = Institution(tmp_path / "node")
+    made.ledger.close()
+    made.set_policy(POLICY.format(base=base_digest(tiny_bert), folder=tiny_bert))
+    rows = [json.dumps({"text": f"w{k} good", "label": "ab"[k % 2]}) for k in range(8)]
+    (made.root / "notes.jsonl").write_text("\n".join(rows))
+    return made
+
+
+def test_a_file_where_a_folder_must_be_is_one_line(
+    north: Institution, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "f"
+    file.touch()
+    node = ("--node", str(north.root))
+    for words in (
+        ("init", "x", "--organisation", "o", "--node", str(file / "x")),
+        ("report", *node, "--out", str(file)),
+    ):
+        code, _, err = run(capsys, monkeypatch, *words)
+        assert code == 2 and len(err.splitlines()) == 1 and str(file) in err, err
+    north.set_policy(north.folder.policy.read_text() + '[trainer]\nhead = "node.toml/head.json"\n')
+    code, _, err = run(capsys, monkeypatch, "ledger", *node)
+    assert code == 3 and len(err.splitlines()) == 1 and "node.toml" in err, err
+
+
+def test_a_damaged_roster_or_manifest_is_named(
+    north: Institution, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = ("--node", str(north.root))
+    north.folder.peers.write_text("a=" + "[" * 20_000)
+    code, _, err = run(capsys, monkeypatch, "join", "x", "--remove", *node)
+    assert code == 2 and len(err.splitlines()) == 1 and "peers.toml: found no roster" in err, err
+    north.folder.peers.unlink()
+    kept = north.folder.runs / "ab" / "manifest.signed"
+    kept.parent.mkdir(parents=True)
+    signed = Signed.by(COORDINATOR, MANIFEST_TAG, manifest_of().to_bytes()).to_bytes()
+    for data, expected in ((b"x" * 5, 2), (b"x" * 500, 3), (signed[:-1], 3), (signed[:-1] + b"x", 3)):
+        kept.write_bytes(data)
+        code, _, err = run(capsys, monkeypatch, "serve", *node)
+        assert code == expected and len(err.splitlines()) == 1 and f": {kept}: " in err, err
+
+
+def test_a_manifest_can_not_write_codes_on_a_terminal(
+    north: Institution, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "m.json"
+    file.write_bytes(replace(manifest_of(), run="r\x1b[8m", strategy="s\x1b[8m", task="t\x1b[8m").to_bytes())
+    monkeypatch.setattr(cli, "console", Console(width=300))
+    code, out, err = run(capsys, monkeypatch, "policy", "explain", str(file), "--node", str(north.root))
+    assert code == 3 and "r [8m" in out and "task = t [8m" in err and "\x1b" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        pytest.param('{"text": "", "label": "a"}', "row 9", id="data-nothing-after-tokenisation"),
+        pytest.param('{"text": "x", "label": null}', "row 9 label", id="data-null-label"),
+    ],
+)
+def test_check_data_names_the_row(
+    north: Institution,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    row: str,
+    match: str,
+) -> None:
+    words = ("check-data", "--node", str(north.root))
+    code, out, _ = run(capsys, monkeypatch, *words)
+    assert code == 0 and "notes: 8 records, 8 units, charges people" in out
+    with (north.root / "notes.jsonl").open("a") as stream:
+        stream.write("\n" + row)
+    code, _, err = run(capsys, monkeypatch, *words)
+    assert code == 2 and match in err, err
+
+
+def test_a_link_out_of_the_data_folder_is_refused(  # data-symlink-outside-root
+    north: Institution, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = north.root / "notes.jsonl"
+    notes.rename(tmp_path / "elsewhere.jsonl")
+    notes.symlink_to(tmp_path / "elsewhere.jsonl")
+    code, _, err = run(capsys, monkeypatch, "check-data", "--node", str(north.root))
+    assert code == 2 and "outside node" in err, err
+
+
+def test_bases_lie_in_the_nodes_folder_first_and_have_a_digest_to_print(
+    north: Institution, tiny_bert: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (north.root / "models").mkdir()
+    (north.root / "models" / "encoder").symlink_to(tiny_bert)
+    north.set_policy(POLICY.format(base=base_digest(tiny_bert), folder="models/encoder"))
+    code, out, err = run(capsys, monkeypatch, "check-data", "--node", str(north.root))
+    assert code == 0 and "models/encoder: sha256:" in out, err
+    assert run(capsys, monkeypatch, "base", str(tiny_bert))[:2] == (0, base_digest(tiny_bert) + "\n")
+    code, _, err = run(capsys, monkeypatch, "base", "no-such-folder")
+    assert code == 2 and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["identity.pem", "relay"])
+def test_only_a_socket_makes_room_for_the_trainers(north: Institution, name: str) -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(BadInput, match="expected a socket or nothing"):
+        _bind(grpc.server(pool), TrainerPolicy(listen=f"unix:{name}"), north.root)
+    assert (north.root / name).exists()
+
+
+def test_explain_says_what_is_spent_and_names_a_bad_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    north, asked, file = Institution(tmp_path / "n"), manifest_of(), tmp_path / "m.json"
+    monkeypatch.setattr(cli, "console", Console(width=300))
+    north.set_policy(north.folder.policy.read_text().replace("epsilon = 2.0", "epsilon = 0.3"))
+    file.write_bytes(asked.to_bytes())
+    words = ("policy", "explain", str(file), "--node", str(north.root))
+    code, out, _ = run(capsys, monkeypatch, *words)
+    assert code == 0 and "0 went to other runs" in out and "would be left" in out, out
+    north.restart()
+    north.ask(offer_of(asked))
+    assert 2 * north.ledger.spent("people").epsilon > 0.3, "it fits once"
+    north.ledger.close()
+    code, out, _ = run(capsys, monkeypatch, *words)
+    assert code == 0 and "reserved before" in out, out
+    for data in (b"", b"{", asked.to_bytes()[:-9], b"x" * 300):
+        file.write_bytes(data)
+        code, _, err = run(capsys, monkeypatch, *words)
+        assert code == 2 and str(file) in err, err
+
+
+def test_no_manifest_moves_the_terminals_cursor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    north, file = Institution(tmp_path / "n"), tmp_path / "m.json"
+    north.ledger.close()
+    hidden = "\x1b[2J\x1b[Hall allowed\x1b[8m"
+    words = ("policy", "explain", str(file), "--node", str(north.root))
+    asked = manifest_of(run=hidden, federation=hidden, strategy="x\ny\x1b]0;title\x07", task=hidden)
+    file.write_bytes(asked.to_bytes())
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert code == 3 and "deny" in out and len(err.splitlines()) == 1
+    assert "\x1b" not in out + err and "\x07" not in out
+    file.write_bytes(asked.to_bytes().replace(b'"run":', b'"\\u001b[2J\\nrun":'))
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert code == 2 and "\x1b" not in out + err, err
+    assert all(line.startswith("fedlora-node: ") for line in err.splitlines())
+
+
+def test_the_ledger_tells_what_a_budget_spent_that_the_policy_has_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    north = Institution(tmp_path / "n")
+    north.ask(offer_of(manifest_of()))
+    north.ledger.close()
+    words = ("ledger", "--node", str(north.root))
+    assert run(capsys, monkeypatch, *words)[1].startswith("people: ε 0.191 of 2, δ 1e-05 of 0.0001\n")
+    north.set_policy(north.folder.policy.read_text().replace("people", "persons"))
+    _, out, _ = run(capsys, monkeypatch, *words)
+    assert out.startswith(
+        "persons: ε 0 of 2, δ 0 of 0.0001\npeople: ε 0.191, δ 1e-05, no longer in the policy\n"
+    )
+
+
+def test_peers_are_told_by_name_when_they_come_and_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    north, south = Institution(tmp_path / "n"), NodeFolder(tmp_path / "s")
+    request = enrolment.init(south, "south", "Süd Klinik")
+    node = ("--node", str(north.root))
+    _, out, _ = run(capsys, monkeypatch, "join", str(south.request), "--approve", *node)
+    assert "approved south (Süd Klinik); compare by telephone" in out and request.identity.fingerprint in out
+    _, out, _ = run(capsys, monkeypatch, "join", "south", "--remove", *node)
+    assert out.startswith("removed south (Süd Klinik)")
+
+
+def test_help_explains_each_argument_and_the_version_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run(capsys, monkeypatch, "--version")
+    assert code == 0 and out.startswith("fedlora 0.")
+    for command, words in (("init", "NAME is"), ("join", "FILE is"), ("base", "NAME is")):
+        assert words in CliRunner().invoke(cli.app, [command, "--help"]).stdout
+
+
+@pytest.mark.parametrize("command", ["serve", "check-data"])
+def test_no_model_library_is_let_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    code, _, _ = run(capsys, monkeypatch, command, "--node", str(tmp_path / "none"))
+    assert code == 2 and os.environ["HF_HUB_OFFLINE"] == os.environ["TRANSFORMERS_OFFLINE"] == "1"

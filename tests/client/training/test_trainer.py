@@ -1,0 +1,240 @@
+"""The trainer asks its ledger before it looks at data, and says no in words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora.client.training.local import ClientData, LocalTraining
+from fedlora.client.training.moments import MomentStore
+from fedlora.client.training.step import PerSampleGradients
+from fedlora.client.training.trainer import Trainer
+from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.data.records import Records, UnitIndex, unit_groups
+from fedlora.common.data.tasks import SequenceClassification
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.ledger.ledger import Budget, Ledger
+from fedlora.common.manifest.manifest import Network, Phase, RunManifest
+from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.model.features import FeatureCache, pooled_features
+from fedlora.common.model.network import AdapterModel, build_head, build_model
+from fedlora.common.model.state import AdapterState
+from fedlora.common.privacy.randomness import OsRandom
+from tests.oracles import head_clipped_sum_by_ones
+
+PHASE = Phase("adapter", 3, 4, 2, 0.5, 4.0, 3.0, 1.0, 0.0, "adamw", 0.01, True, 0.0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bert: Path) -> AdapterModel:
+    settings = ModelConfig(base=str(tiny_bert), pooling="mean")
+    return build_model(settings, LoraConfig(rank=2), SequenceClassification(("a", "b")), seed=3)
+
+
+@pytest.fixture(scope="module")
+def training(model: AdapterModel) -> LocalTraining:
+    return LocalTraining(PerSampleGradients(model), FeatureCache(model), 200)
+
+
+@pytest.fixture(scope="module")
+def data(model: AdapterModel) -> ClientData:
+    texts = [f"w{k} w{k + 1} good" for k in range(8)]
+    records = Records(texts, None, np.arange(8, dtype=np.int64) % 2, None, {}, "test")
+    return ClientData("here", model.task.encode(records, model.tokenizer, 16), unit_groups(None, 8))
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger.open(tmp_path / "ledger.sqlite", tmp_path / "elsewhere" / "head.json", tmp_path / "key")
+
+
+def manifest(model: AdapterModel, mode: str = "record", **changes: object) -> RunManifest:
+    made = RunManifest(
+        federation="f", run="1", task=model.task.name, labels=("a", "b"), base_digest=model.base_digest,
+        spec_digest=model.spec.digest, projection_digest="", max_length=16, mode=mode, unit="", epsilon=50.0,
+        delta=1e-3, strategy="fedavg", participation=1.0, minimum_cohort=1, seed=5, network=Network.of(ModelConfig(), LoraConfig()), phases=(PHASE,),
+    )  # fmt: skip
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def plan(run: RunManifest, state: AdapterState, round_: int = 1, attempt: int = 1) -> RoundPlan:
+    return RoundPlan(run.digest, 0, round_, attempt, state.digest)
+
+
+@pytest.fixture
+def trainer(data: ClientData, training: LocalTraining, ledger: Ledger, tmp_path: Path) -> Trainer:
+    return Trainer(data, training, ledger, Budget("here", 60.0, 1e-2), MomentStore(tmp_path / "moments"))
+
+
+def test_an_update_is_reserved_then_committed(trainer: Trainer, ledger: Ledger, model: AdapterModel) -> None:
+    run, state = manifest(model), AdapterState.zeros(model.spec)
+    trainer.consent(run)
+    update = trainer.train(plan(run, state), state)
+    update.check(plan(run, state), model.spec.size)
+    kinds = [entry.body["kind"] for entry in ledger.entries()]
+    assert kinds == ["open", "consent", "reserve", "commit"]
+
+
+def test_the_head_phase_clips_each_unit_once(
+    model: AdapterModel, training: LocalTraining, data: ClientData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rate 1 and noise switched off here alone: the released mean is the batch-of-one oracle's."""
+    units = UnitIndex(np.array([0, 3, 6, 8]), np.arange(8))
+    grouped = ClientData("grouped", data.encoded, units)
+    phase = replace(
+        PHASE, name="head", sampling_rate=1.0, clip=0.05, optimizer="sgd", steps=1, learning_rate=1.0
+    )
+    monkeypatch.setattr("fedlora.client.training.step.gaussian", lambda source, n, std: np.zeros(n))
+    state = model.state()
+    result = training.update(grouped, phase, state, {}, OsRandom(), private=True)
+    features = pooled_features(model, data.encoded, np.arange(8))
+
+    def losses(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits, truth, reduction="none")
+
+    targets, owners = torch.from_numpy(data.encoded.targets), np.repeat(np.arange(3), [3, 3, 2])
+    head = build_head(features.shape[1], 0, 2)  # the model's own is hooked
+    head.load_state_dict(model.head.state_dict())
+    expected = head_clipped_sum_by_ones(head, losses, features, targets, owners, 0.05)
+    moved = -result.delta[model.spec.head_mask()] * phase.expected_units
+    assert np.linalg.norm(moved - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert not result.delta[~model.spec.head_mask()].any()
+    assert 0 < np.linalg.norm(expected) <= 3 * 0.05 * (1 + 1e-6)
+
+
+def test_data_is_not_touched_before_the_reservation(
+    trainer: Trainer, ledger: Ledger, model: AdapterModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, state = manifest(model), AdapterState.zeros(model.spec)
+    trainer.consent(run)
+
+    def touched(*_: object) -> None:
+        assert [entry.body["kind"] for entry in ledger.entries()][-1] == "reserve"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalTraining, "update", touched)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(plan(run, state), state)
+    monkeypatch.undo()
+    with pytest.raises(Refused, match="used before"):  # a crash costs the attempt
+        trainer.train(plan(run, state), state)
+    trainer.train(plan(run, state, attempt=2), state)
+
+
+def test_replays_rewinds_and_strangers_are_refused(trainer: Trainer, model: AdapterModel) -> None:
+    run, state = manifest(model), AdapterState.zeros(model.spec)
+    with pytest.raises(Refused, match="not consented"):
+        trainer.train(plan(run, state), state)
+    trainer.consent(run)
+    trainer.train(plan(run, state), state)
+    with pytest.raises(Refused, match="used before"):
+        trainer.train(plan(run, state), state)
+    other = AdapterState(model.spec, np.ones(model.spec.size, dtype=np.float32))
+    with pytest.raises(BadInput, match="adapter"):
+        trainer.train(plan(run, state, attempt=2), other)
+    with pytest.raises(BadInput, match="round: found 9"):
+        trainer.train(plan(run, state, round_=9, attempt=2), state)
+    for attempt in (2, 3, 4):
+        trainer.train(plan(run, state, attempt=attempt), state)
+    with pytest.raises(Refused, match="attempts of phase 0 are spent"):
+        trainer.train(plan(run, state, attempt=5), state)
+
+
+@pytest.mark.parametrize("field", ["base_digest", "spec_digest", "projection_digest"])
+def test_a_manifest_for_another_model_is_bad_input(trainer: Trainer, model: AdapterModel, field: str) -> None:
+    with pytest.raises(BadInput, match=field):
+        trainer.consent(manifest(model, **{field: "sha256:" + "0" * 64}))
+
+
+def test_a_manifest_that_understates_its_epsilon_is_refused(trainer: Trainer, model: AdapterModel) -> None:
+    with pytest.raises(Refused, match="its schedule costs"):
+        trainer.consent(manifest(model, epsilon=0.01))
+
+
+def test_a_private_run_without_a_ledger_does_not_train(
+    data: ClientData, training: LocalTraining, model: AdapterModel, tmp_path: Path
+) -> None:
+    alone = Trainer(data, training, None, Budget("here", 60.0, 1e-2), MomentStore(tmp_path))
+    with pytest.raises(Refused, match="ledger: found none"):
+        alone.consent(manifest(model))
+    with pytest.raises(BadInput, match="mode"):
+        alone.consent(manifest(model, mode="other"))
+    with pytest.raises(Refused, match="under masks only"):
+        alone.consent(manifest(model, mode="client"))
+
+
+def test_noise_differs_between_attempts_clients_and_restarts(
+    data: ClientData, training: LocalTraining, model: AdapterModel, tmp_path: Path
+) -> None:
+    seen = set()
+    for client in range(3):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        folder = tmp_path / str(client)
+        ledger = Ledger.open(folder / "ledger.sqlite", folder / "head.json", folder / "key")
+        one = Trainer(data, training, ledger, Budget("here", 60.0, 1e-2), MomentStore(folder))
+        run, state = manifest(model), AdapterState.zeros(model.spec)
+        one.consent(run)
+        for attempt in (1, 2):
+            seen.add(one.train(plan(run, state, attempt=attempt), state).delta.tobytes())
+    assert len(seen) == 6
+
+
+def test_a_run_without_privacy_repeats_itself_whatever_the_attempt(
+    data: ClientData, training: LocalTraining, model: AdapterModel, tmp_path: Path
+) -> None:
+    run, state = manifest(model, mode="none"), AdapterState.zeros(model.spec)
+    deltas = []
+    for attempt in (1, 2):
+        one = Trainer(data, training, None, Budget("here", 1.0, 1e-2), MomentStore(tmp_path / str(attempt)))
+        one.consent(run)
+        deltas.append(one.train(plan(run, state, attempt=attempt), state).delta)
+    assert np.array_equal(deltas[0], deltas[1])
+
+
+def test_moments_are_those_before_the_round_also_after_a_kill(tmp_path: Path) -> None:
+    store = MomentStore(tmp_path)
+    for number in (1, 2, 5):
+        store.write("c", 0, number, {"step": np.full(1, number, dtype=np.float32)})
+    assert store.read("c", 0, 6)["step"][0] == 5
+    store.write("c", 0, 5, {"step": np.full(1, 50, dtype=np.float32)})  # the round was killed and ran again
+    assert store.read("c", 0, 5)["step"][0] == 2  # and again, from where it began
+    assert store.read("c", 0, 6)["step"][0] == 50
+    assert store.read("c", 1, 6) == {} and store.read("d", 0, 6) == {}
+
+
+def test_moments_that_were_torn_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut in the middle of a write costs an optimiser's state at most, never an attempt of every round."""
+    store = MomentStore(tmp_path)
+    for number in (1, 2):
+        store.write("c", 0, number, {"step": np.full(99, number, dtype=np.float32)})
+    newest = max(tmp_path.iterdir(), key=lambda path: store.read("c", 0, 3)["step"][0] == 2 and path.name)
+    whole = newest.read_bytes()
+    for torn in (b"", whole[:5], whole[:50], whole[:-1]):
+        newest.write_bytes(torn)
+        assert store.read("c", 0, 3)["step"][0] == 1
+    store.write("c", 0, 3, {"step": np.full(99, 3, dtype=np.float32)})
+    assert store.read("c", 0, 4)["step"][0] == 3
+    synced: list[int] = []
+    monkeypatch.setattr("fedlora.common.disk.files.os.fsync", synced.append)
+    store.write("c", 0, 4, {"step": np.full(99, 4, dtype=np.float32)})
+    assert len(synced) == 2, "the file, and its folder"
+
+
+def test_the_proximal_term_pulls_towards_the_global_state(
+    data: ClientData, training: LocalTraining, model: AdapterModel
+) -> None:
+    from fedlora.common.privacy.randomness import SeededRandom
+
+    state = AdapterState.zeros(model.spec)
+    free = replace(PHASE, optimizer="sgd", learning_rate=0.5, steps=6)
+    held = replace(free, proximal_mu=1.0)
+    moved = [
+        float(np.linalg.norm(training.update(data, phase, state, {}, SeededRandom(1), False).delta))
+        for phase in (free, held)
+    ]
+    assert moved[1] < 0.9 * moved[0]

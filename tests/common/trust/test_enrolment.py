@@ -1,0 +1,109 @@
+"""Requests and invitations: one spelling, one signer, and every fault in words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import NameOID
+
+from fedlora.common.errors import BadInput, FedloraError, Refused
+from fedlora.common.trust.enrolment import (
+    EnrolmentRequest,
+    Invitation,
+    invitation_from_text,
+    invitation_to_text,
+    request_from_text,
+    request_to_text,
+)
+from fedlora.common.trust.identity import Identity
+from fedlora.common.trust.sealed import seal, unseal
+
+KEY = Identity.generate()
+
+
+def flower_key(curve: ec.EllipticCurve | None = None) -> str:
+    key = ec.generate_private_key(curve or ec.SECP384R1()).public_key()
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def certificate() -> str:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "ca")])
+    now = datetime.now(UTC)
+    built = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    return built.sign(key, SHA256()).public_bytes(Encoding.PEM).decode()
+
+
+REQUEST = EnrolmentRequest("north", "Nord Klinik", KEY.public, flower_key(), "2026-11-23T10:00:00+00:00")
+INVITATION = Invitation("f", "server.example:9092", certificate(), KEY.public)
+
+
+def test_requests_and_invitations_come_back_as_they_were_written() -> None:
+    assert request_from_text(request_to_text(KEY, REQUEST), "r") == REQUEST
+    assert invitation_from_text(invitation_to_text(KEY, INVITATION), "i") == INVITATION
+
+
+def test_every_flipped_byte_is_noticed() -> None:
+    data = request_to_text(KEY, REQUEST).encode()
+    for place in range(len(data)):
+        for bit in (1, 7, 32):
+            changed = data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :]
+            with pytest.raises(FedloraError):
+                request_from_text(changed.decode(), "r")
+
+
+def test_another_spelling_of_the_same_table_is_refused() -> None:
+    text = seal(KEY, "tag", {"a": 1})
+    assert unseal(text, "tag", "t").body == {"a": 1}
+    with pytest.raises(Refused, match="another spelling"):
+        unseal(json.dumps(json.loads(text)), "tag", "t")
+    with pytest.raises(Refused, match="expected"):
+        unseal(text, "tag", "t", Identity.generate().public)
+    with pytest.raises(Refused):
+        unseal(text, "other", "t")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", "../etc"),
+        ("name", "North"),
+        ("organisation", "two\nlines"),
+        ("organisation", ""),
+        ("flower_key", flower_key(ec.SECP256R1())),
+        ("flower_key", "ecdsa-sha2-nistp384 AAAA"),
+        ("created", "yesterday"),
+    ],
+)
+def test_faulty_requests_are_bad_input(field: str, value: str) -> None:
+    with pytest.raises(BadInput, match=field):
+        request_to_text(KEY, replace(REQUEST, **{field: value}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("address", "server"),
+        ("address", "server:99999"),
+        ("address", "a b:1"),
+        ("ca_certificate", "-----BEGIN"),
+        ("federation", "\x1b[2J"),
+    ],
+)
+def test_faulty_invitations_are_bad_input(field: str, value: str) -> None:
+    with pytest.raises(BadInput, match=field):
+        invitation_to_text(KEY, replace(INVITATION, **{field: value}))  # type: ignore[arg-type]
+
+
+def test_nobody_signs_for_another_key() -> None:
+    with pytest.raises(BadInput, match="another key"):
+        request_to_text(Identity.generate(), REQUEST)
+    with pytest.raises(BadInput, match="version"):
+        request_from_text(seal(KEY, "fedlora-enrolment-1", {"version": 2}), "r")

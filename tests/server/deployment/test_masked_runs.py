@@ -1,0 +1,453 @@
+"""Secure aggregation between machines: real nodes behind the deployment's cohort, byte for byte what travels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedlora.client.node import roster
+from fedlora.client.node.outbox import Outbox
+from fedlora.client.report.report import write_report
+from fedlora.client.secagg.node import SecureNode
+from fedlora.client.service.answer import PRIVATE_REASON
+from fedlora.common.errors import Refused
+from fedlora.common.manifest.manifest import RunManifest, SecureTerms, SkellamTerms
+from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
+from fedlora.common.privacy.accountant import charged_epsilon, stated_epsilon
+from fedlora.common.privacy.statement import secure_summary, shown_epsilon
+from fedlora.common.protocol.messages import (
+    STAGE_TAG,
+    Answer,
+    Consent,
+    Decline,
+    Offer,
+    Reply,
+    Stage,
+    Staged,
+    reply_from_bytes,
+    request_from_bytes,
+    request_to_bytes,
+)
+from fedlora.common.protocol.stages import Request
+from fedlora.common.secagg.cohort import THRESHOLD_RULE
+from fedlora.common.secagg.wire import KEYS, Epoch, KeyOffer, MaskedInput
+from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
+from fedlora.server.coordinator.coordinator import Coordinator
+from fedlora.server.deployment.cohorts import MaskedCohort, SignedStages, cohort_of
+from fedlora.server.deployment.participants import Participants
+from fedlora.server.release.card import model_card, shown_figures
+from fedlora.server.rounds.cohort import CohortSum, Failure
+from fedlora.server.secagg.log import SUMS, liars_in, note_in, sums_of
+from tests.client.institution import COORDINATOR, Institution, manifest_of, offer_of, task_of
+
+NAMES = ("east", "north", "south", "west")
+SPEC = AdapterSpec((TensorSpec("lora.a", (16, 64)),))
+START = AdapterState(SPEC, np.linspace(-1, 1, SPEC.size, dtype=np.float32))
+TERMS = SecureTerms(THRESHOLD_RULE, 1, 4, 32, 1 << 20, (2.0,))
+RUN = manifest_of(spec_digest=SPEC.digest, secure=TERMS)
+SHARED = replace(
+    RUN,
+    mode="client",
+    epsilon=60.0,
+    phases=(replace(RUN.phases[0], clip=2.0, noise_multiplier=3.0),),
+    skellam=SkellamTerms((SPEC.size,), 2),
+)  # privacy of whole institutions: each adds a share of the noise
+
+
+class World:
+    """Four institutions that approved each other, and a carrier that keeps what it carries."""
+
+    def __init__(self, root: Path, run: RunManifest = RUN, quorum: float = 0.75) -> None:
+        self.run, self.folder = run, root / "run"
+        self.folder.mkdir()
+        self.nodes = {name: Institution(root / name, name, f"The {name}") for name in NAMES}
+        source = np.random.default_rng(3)
+        self.updates = {name: source.uniform(-0.05, 0.05, SPEC.size).astype("<f4") for name in NAMES}
+        for name, node in self.nodes.items():
+            node.work.update, node.work.adapter = self.updates[name].tobytes(), SPEC
+            for other in NAMES:
+                if other != name:
+                    roster.approve(node.folder, (root / other / "enrolment.json").read_text(), other)
+        self.away: dict[str, set[str]] = {}  # by stage: who does not answer
+        self.revoked: set[str] = set()
+        self.carried: list[tuple[str, Reply]] = []
+        sleep = lambda seconds: None  # noqa: E731
+        coordinator = Coordinator("f", COORDINATOR, self.members)
+        self.who = Participants(run, coordinator, self, self.folder, len(NAMES), 5.0, quorum, sleep)
+        self.cohort = cohort_of(self.who)
+
+    def members(self) -> Mapping[str, PublicIdentity]:
+        return {name: each.identity.public for name, each in self.nodes.items() if name not in self.revoked}
+
+    def online(self) -> set[str]:
+        return set(self.nodes)
+
+    def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+        for name, data in requests.items():
+            stage = stage_of(data)
+            if name in self.away.get(stage, ()):
+                yield name, Failure(name, "away")
+                continue
+            answer = self.nodes[name].resident.ask(data)
+            self.carried.append((stage, reply_from_bytes(answer, "f", self.members())))
+            yield name, answer
+
+    def restart(self, name: str) -> None:
+        node = self.nodes[name]
+        node.ledger.close()
+        node.restart()
+        node.work.update, node.work.adapter = self.updates[name].tobytes(), SPEC
+
+    def total(self, attempt: int, round_number: int | None = None) -> CohortSum:
+        plan = RoundPlan(self.run.digest, 0, round_number or attempt, attempt, START.digest)
+        return self.cohort.total(plan, START)
+
+    def trained(self, name: str) -> int:
+        return len(self.nodes[name].work.trained)
+
+
+def stage_of(data: bytes) -> str:
+    request = request_from_bytes(data)
+    if isinstance(request, Stage):
+        return Request.from_bytes(request.request.body).stage
+    return "offered" if isinstance(request, Offer) else "task"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_the_sum_is_exact_and_only_masked_vectors_leave(world: World) -> None:
+    assert isinstance(world.cohort, MaskedCohort)
+    step = TERMS.update_bounds[0] / TERMS.levels
+    for attempt in (1, 2, 3):
+        found = world.total(attempt)
+        assert found.replies == 4 and not found.failures and found.secure is not None
+        expected = sum(each.astype(np.float64) for each in world.updates.values())
+        assert np.abs(found.total - expected).max() <= 4 * step / 2 + 1e-12
+    assert [stage for stage, _ in world.carried].count("deal") == 4  # one epoch for three attempts
+    for stage, reply in world.carried:
+        assert isinstance(reply, Consent) if stage == "offered" else isinstance(reply, Staged), stage
+        if isinstance(reply, Staged) and stage == "input":
+            words = np.frombuffer(MaskedInput.from_bytes(reply.message).vector, dtype="<u4")[: SPEC.size]
+            assert abs(np.corrcoef(words, world.updates[reply.institution])[0, 1]) < 0.2
+        elif isinstance(reply, Staged):
+            for vector in world.updates.values():
+                assert vector.tobytes()[:16] not in reply.message
+    with pytest.raises(Refused, match="in clear"):
+        next(iter(world.cohort.each(RoundPlan(RUN.digest, 0, 4, 4, START.digest), START)), None)
+
+
+@pytest.mark.parametrize("stage", ["offer", "deal", "input", "confirm", "open"])
+def test_a_drop_out_at_any_stage(world: World, stage: str) -> None:
+    world.away[stage] = {"west"}
+    found = world.total(1)
+    here = [world.updates[name] for name in NAMES if name != "west" or stage in ("confirm", "open")]
+    assert found.replies == len(here) and [each.client for each in found.failures] == ["west"]
+    assert np.abs(found.total - np.sum(here, axis=0, dtype=np.float64)).max() < 1e-5
+    world.away.clear()
+    assert world.total(2).replies == (3 if stage in ("offer", "deal") else 4)  # an epoch's cohort is fixed
+
+
+def test_report_and_card_say_how_it_was_added(world: World, tmp_path: Path) -> None:
+    world.total(1)
+    world.away["input"] = {"west"}
+    world.total(2)
+    world.away["confirm"] = {"south"}  # too few signatures are left: nothing was learnt
+    assert not world.total(3, 3).replies
+    world.away = {"open": {"east"}}
+    world.total(4, 3)
+    north = world.nodes["north"]
+    body = write_report(
+        north.folder, north.folder.load_policy(), north.identity, north.ledger, tmp_path / "out"
+    )
+    (run,) = body["runs"]
+    assert run["aggregation"] == "updates left under masks" and "aggregated securely" in " ".join(
+        run["statement"]
+    )
+    said = [(each["round"], each["cohort"], each["threshold"], each["dropped"]) for each in run["sums"]]
+    assert said == [
+        (1, 4, 3, 0),
+        (2, 4, 3, 1),
+        (3, 4, 3, 1),
+        (3, 4, 3, 0),
+    ]  # it may, for all that this node knows
+    figures = shown_figures({"secure": secure_summary(RUN, sums_of(world.folder))})
+    card = model_card(RUN, dict.fromkeys(NAMES, "Org"), dict(world.who.consents), figures)
+    assert "aggregated securely" in card and "3 sums were learnt under masks: cohorts of 4 to 4" in card
+    assert "at least 3 updates in each" in card and "keys 0, shares 0, input 1, confirm 0, open 1" in card
+    clear = model_card(replace(RUN, secure=None), dict.fromkeys(NAMES, "Org"), dict(world.who.consents), {})
+    assert "securely" not in clear and "masks" not in clear
+
+
+def test_a_report_holds_sums_that_the_node_was_not_asked_about(world: World, tmp_path: Path) -> None:
+    """Its input left: t others can make the sum legible, and it may never hear of it."""
+    world.away = {"confirm": {"north"}}
+    assert world.total(1).replies == 4
+    world.away = {"input": {"west", "south"}}
+    assert not world.total(2).replies  # as far as this node knows, it may have been
+    world.away = {}
+    assert world.total(3).replies == 4
+    north = world.nodes["north"]
+    policy = north.folder.load_policy()
+    (run,) = write_report(north.folder, policy, north.identity, north.ledger, tmp_path / "out")["runs"]
+    assert [(each["attempt"], each["dealt"], each["members"], each["dropped"]) for each in run["sums"]] == [
+        (1, 4, None, None),
+        (2, 4, None, None),
+        (3, 4, 4, 0),
+    ]
+    for attempt in (4, 5):  # nothing left: nothing is written
+        world.away = {"input": {"north"}}
+        world.total(attempt, 3)
+    assert len((north.folder.run(RUN.digest) / "secure.jsonl").read_text().splitlines()) == 4
+
+
+def test_too_few_end_the_attempt_and_not_the_run(world: World) -> None:
+    world.away["input"] = {"west", "south"}
+    found = world.total(1)
+    assert found.replies == 0 and not all(failure.refused for failure in found.failures)
+    assert "open" not in {stage for stage, _ in world.carried}
+    world.away.clear()
+    assert world.total(2, 1).replies == 4
+
+
+def test_a_restarted_node_is_a_drop_out_until_the_next_epoch(world: World) -> None:
+    world.total(1)
+    world.restart("north")
+    found = world.total(2)
+    assert (
+        found.replies == 3 and not found.failures[0].refused and "joins the next" in found.failures[0].reason
+    )
+    for attempt in (3, 4):
+        assert world.total(attempt, 3).replies == 3
+    assert world.trained("north") == 0  # nothing was trained for an attempt that it could not be part of
+
+
+def test_where_everybody_is_needed_a_restart_costs_one_attempt_and_nothing_is_learnt(tmp_path: Path) -> None:
+    """A sum that would be thrown away is not unmasked, and the node that was missed is in the next epoch."""
+    world = World(tmp_path, quorum=1.0)
+    assert world.total(1).replies == 4
+    world.restart("north")
+    assert world.total(2).replies == 0
+    assert [stage for stage, _ in world.carried].count("confirm") == 4 and len(sums_of(world.folder)) == 1
+    assert world.total(3, 2).replies == 4
+
+
+def test_every_node_restarted_meets_in_a_new_epoch(world: World) -> None:
+    world.total(1)
+    for name in NAMES:
+        world.restart(name)
+    lost = world.total(2)
+    assert lost.replies == 0 and not all(failure.refused for failure in lost.failures)
+    assert world.total(3, 2).replies == 4
+
+
+def test_the_same_bytes_for_one_attempt_also_after_a_restart(world: World) -> None:
+    world.total(1)
+    (kept,) = [reply for stage, reply in world.carried if stage == "input" and reply.institution == "north"]
+    assert isinstance(kept, Staged)
+    assert [path.suffix for path in sorted((world.nodes["north"].root / "outbox").glob("*/*"))] == [
+        ".reply",
+        ".masked",
+    ]
+    plan = RoundPlan(RUN.digest, 0, 1, 1, START.digest)
+    body = Request("input", "north", plan, b"", START.vector.tobytes()).to_bytes()
+    request = request_to_bytes(Stage(Signed.by(COORDINATOR, STAGE_TAG, body)))
+    for _ in range(2):
+        assert world.nodes["north"].ask(request) == kept
+        world.restart("north")
+    assert world.trained("north") == 0  # of the new process: nothing
+
+
+def test_a_revocation_ends_the_epoch(world: World) -> None:
+    world.total(1)
+    world.revoked = {"west"}
+    found = world.total(2)
+    assert found.replies == 3 and found.secure is not None and found.secure.cohort == 3
+    assert [stage for stage, _ in world.carried].count("offer") == 7
+
+
+def test_a_peer_that_the_operator_removed_is_in_no_cohort(world: World) -> None:
+    world.total(1)
+    roster.remove_peer(world.nodes["north"].folder, "west")
+    found = world.total(2)
+    assert found.replies == 3 and world.trained("north") == 1  # north goes, rather than be summed with west
+    assert {each.client for each in found.failures} == {"north"}
+
+
+def stage(run: RunManifest, to: str = "north", key: Identity = COORDINATOR, name: str = "input") -> bytes:
+    plan = RoundPlan(run.digest, 0, 1, 1, START.digest)
+    vector = START.vector.tobytes() if name == "input" else b""
+    return request_to_bytes(Stage(Signed.by(key, STAGE_TAG, Request(name, to, plan, b"", vector).to_bytes())))
+
+
+def test_what_is_promised_to_be_masked_does_not_leave_in_clear(world: World) -> None:
+    north, clear = world.nodes["north"], manifest_of(epsilon=1.0)
+    world.total(1)
+    trained = world.trained("north")
+    for data, said in (
+        (task_of(RUN, 1, 2), "under masks only"),
+        (stage(RUN, to="south"), "stage institution"),
+        (stage(RUN, key=Identity.generate()), "fedlora-stage-1"),
+        (stage(clear), "not consented to"),
+    ):
+        reply = north.ask(data)
+        assert isinstance(reply, Decline) and said in reply.reason, reply
+    assert world.trained("north") == trained
+    entries = [entry.body["kind"] for entry in north.ledger.entries()]
+    assert entries == ["open", "consent", "reserve", "commit"]
+
+
+def test_a_run_in_clear_takes_no_stage_and_may_be_refused_by_policy(tmp_path: Path) -> None:
+    north = Institution(tmp_path / "n")
+    clear = manifest_of()
+    assert isinstance(north.ask(offer_of(clear)), Consent)
+    reply = north.ask(stage(clear))
+    assert isinstance(reply, Decline) and "without secure aggregation" in reply.reason
+    assert isinstance(north.ask(task_of(clear)), Answer)
+    north.set_policy(north.folder.policy.read_text() + "require_secure = true\n")
+    north.ledger.close()
+    north.restart()
+    reply = north.ask(offer_of(replace(clear, run="2")))
+    assert isinstance(reply, Decline) and "require_secure" in reply.reason and reply.refused
+
+
+def test_a_liar_stays_out_when_the_coordinator_starts_again(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = world.total(1)
+    assert found.secure is not None
+    note_in(world.folder)(replace(found.secure, liars=("west",)))
+    with (world.folder / SUMS).open("a") as stream:
+        stream.write('{"attempt": 1, "lia')  # a kill
+    world.cohort = cohort_of(world.who)
+    assert "found 1 lines that can't be read" in caplog.text
+    found = world.total(2)
+    assert found.replies == 3 and [(each.client, each.reason[:8]) for each in found.failures] == [
+        ("west", "left out")
+    ]
+    assert secure_summary(RUN, sums_of(world.folder))["liars"] == ["west"]  # type: ignore[index]
+
+
+def test_a_key_that_is_repeated_after_a_restart_costs_its_member_only(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nodes remember it, and would refuse each list that holds it: so the coordinator remembers it too."""
+    offer, before = SecureNode.offer, dict[str, bytes]()
+
+    def repeating(node: SecureNode, epoch: Epoch) -> bytes:
+        made = KeyOffer.from_bytes(offer(node, epoch))
+        if made.name != "west":
+            return made.to_bytes()
+        made = replace(made, share_key=before.setdefault("west", made.share_key))
+        return replace(made, signature=node._identity.sign(KEYS, *made.signed())).to_bytes()
+
+    monkeypatch.setattr(SecureNode, "offer", repeating)
+    assert world.total(1).replies == 4
+    for attempt, reason in ((2, "that west signed for an earlier epoch"), (3, "left out: it signed a lie")):
+        world.cohort = cohort_of(world.who)  # as a coordinator that was started again makes it
+        found = world.total(attempt)
+        assert found.replies == 3, found.failures
+        (failure,) = found.failures
+        assert failure.client == "west" and reason in failure.reason
+    summary = secure_summary(RUN, sums_of(world.folder), liars_in(world.folder))
+    assert summary is not None and summary["liars"] == ["west"]
+
+
+def test_a_coordinator_that_was_killed_while_masks_were_asked_for_counts_no_drop_outs(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until its second line nobody knows how many opened; all that is known is that the sum may have been learnt."""
+    ask = SignedStages.ask
+
+    def killed(self: SignedStages, stage: str, *rest: Any) -> Iterator[tuple[str, bytes | Failure]]:
+        if stage == "open":
+            raise KeyboardInterrupt
+        return ask(self, stage, *rest)
+
+    monkeypatch.setattr(SignedStages, "ask", killed)
+    with pytest.raises(KeyboardInterrupt):
+        world.total(1)
+    summary = secure_summary(RUN, sums_of(world.folder))
+    assert summary is not None and summary["sums"] == 1 and summary["dropouts"]["open"] == 0
+
+
+def test_a_node_without_enough_peers_declines_once(tmp_path: Path) -> None:
+    north = Institution(tmp_path / "n")
+    reply = north.ask(offer_of(RUN))
+    assert (
+        isinstance(reply, Decline)
+        and reply.refused
+        and "approved 0 peers, expected at least 2" in reply.reason
+    )
+    assert [entry.body["kind"] for entry in north.ledger.entries()] == ["open"]
+
+
+def test_a_restored_ledger_is_noticed_by_what_left_masked(world: World, tmp_path: Path) -> None:
+    """Head and ledger of the day of the consent: the masked input that left knows better."""
+    north = world.nodes["north"]
+    world.who.gather()
+    north.ledger.close()
+    kept = {path: path.read_bytes() for path in (north.root / "ledger.sqlite", north.root / "head/head.json")}
+    world.restart("north")
+    world.total(1)
+    assert list(Outbox(north.root / "outbox").masked(RUN.digest).used()) == [(1, 1)]
+    north.ledger.close()
+    for path, data in kept.items():
+        path.write_bytes(data)
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+    with pytest.raises(Refused, match="restored from an older copy"):
+        north.restart()
+
+
+def opted_in(root: Path, run: RunManifest) -> World:
+    """A world whose policies take shared noise, and pay for it."""
+    world = World(root, run)
+    for node in world.nodes.values():
+        text = node.folder.policy.read_text().replace("epsilon = 2.0", "epsilon = 90.0")
+        node.set_policy(text.replace("[limits]", "[limits]\nclient_level = true"))
+        node.ledger.close()
+        node.restart()
+    for name in NAMES:
+        world.nodes[name].work.update, world.nodes[name].work.adapter = world.updates[name].tobytes(), SPEC
+    return world
+
+
+def test_privacy_of_whole_institutions(tmp_path: Path) -> None:
+    """The noise of the sum is at least what ε was computed for; a record is charged, an institution stated."""
+    world = opted_in(tmp_path, SHARED)
+    found = world.total(1)
+    assert found.replies == 4 and not found.failures
+    noise = found.total - np.sum(list(world.updates.values()), axis=0, dtype=np.float64)
+    least = SHARED.phases[0].noise_multiplier * SHARED.phases[0].clip
+    assert 0.87 < noise.std() / (least * np.sqrt(4 / 2)) < 1.13  # six deviations; any two carry it all
+    cost = charged_epsilon(SHARED)
+    assert {name: each.epsilon for name, each in world.who.consents.items()} == dict.fromkeys(NAMES, cost)
+    assert world.nodes["east"].ledger.spent("people").epsilon == cost > stated_epsilon(SHARED)
+    card = model_card(SHARED, dict.fromkeys(NAMES, "Org"), dict(world.who.consents), {})
+    assert f"({shown_epsilon(stated_epsilon(SHARED))}, 1e-05)" in card and "ε of a record" in card
+    assert f"| east | Org | {shown_epsilon(cost)} |" in card
+
+
+def test_nobody_shares_noise_who_did_not_opt_in(tmp_path: Path) -> None:
+    world = World(tmp_path, SHARED)
+    found = world.total(1)
+    assert found.replies == 0 and all(failure.refused for failure in found.failures)
+    assert "client_level is false" in found.failures[0].reason and not world.trained("east")
+
+
+def test_what_is_wrong_with_an_update_before_its_noise_is_not_told(tmp_path: Path) -> None:
+    """An update longer than its clip: the coordinator learns that a node failed, and not how long it was."""
+    world = opted_in(tmp_path, SHARED)
+    world.nodes["north"].work.update = (100 * world.updates["north"]).astype("<f4").tobytes()
+    found = world.total(1)
+    (failure,) = found.failures
+    assert found.replies == 3 and failure.client == "north" and failure.reason == PRIVATE_REASON

@@ -1,0 +1,346 @@
+"""Flower's apps give the adapter of the sequential engine: in process, on Ray, and by `flwr run .`."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run as FlowerRun
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors.numpy import load_file
+
+from fedlora.common.config.schema import load_config
+from fedlora.common.errors import Refused
+from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.model.state import Vector
+from fedlora.server.deployment.flower import GridCohort, enrol
+from fedlora.server.rounds.cohort import Failure
+from fedlora.simulations.engines import ray
+from fedlora.simulations.engines.ray import client_app, server_app
+from fedlora.simulations.engines.sequential import sequential
+from fedlora.simulations.federation.run_folder import Paths, begin, finish, train
+
+ROOT = Path(__file__).resolve().parents[3]
+CLIENTS = 5
+PATIENCE = 240  # seconds for a whole simulation with Ray's start
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _identity() -> Iterator[None]:
+    """Flower stamps messages with the process's task, which a run sets."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_task_id", 1), ("_run_id", 7), ("_node_id", 1)):
+            patch.setattr(TaskIdentity, name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    """A federation on a tiny model: both phases, clients that sit rounds out, moments kept between rounds."""
+    folder = tmp_path_factory.mktemp("cluster")
+    _write_records(folder / "train.jsonl", 240, seed=1)
+    _write_records(folder / "test.jsonl", 60, seed=2)
+    (folder / "config.toml").write_text(
+        f"""
+        seed = 3
+        [model]
+        base = "{tiny_bert}"
+        max_length = 16
+        pooling = "mean"
+        [lora]
+        rank = 2
+        [data]
+        train = "{folder}/train.jsonl"
+        test = "{folder}/test.jsonl"
+        validation = 0.1
+        [federation]
+        clients = {CLIENTS}
+        rounds = 4
+        participation = 0.7
+        [training]
+        sampling_rate = 0.5
+        expected_units = 20
+        head_rounds = 2
+        head_learning_rate = 0.01
+        precision = "fp32"
+        attention = "eager"
+        [privacy]
+        mode = "none"
+        delta = 1e-3
+        [server]
+        optimizer = "momentum"
+        """
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Path:
+    """The sequential engine's run."""
+    run = begin(load_config(folder / "config.toml"), Paths.of(folder / "reference"))
+    finish(run, train(run, sequential(run)))
+    rounds = _rounds(folder / "reference")
+    assert len({line["replies"] for line in rounds}) > 1  # not everybody joins every round
+    assert len({line["loss"] for line in rounds}) == len(rounds) == 4  # and each round moves the model
+    return folder / "reference"
+
+
+@dataclass
+class LocalGrid(Grid):
+    """Flower's nodes in this process: each message goes straight to the ClientApp."""
+
+    nodes: int
+    settings: dict[str, object]
+    waiting: dict[str, Message] = field(default_factory=dict)
+
+    def context(self, place: int) -> Context:
+        config = {"partition-id": place, "num-partitions": self.nodes}
+        return Context(7, place + 100, config, RecordDict(), dict(self.settings))  # type: ignore[arg-type]
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(100, 100 + self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            name = f"message-{len(self.waiting)}"
+            message.metadata.__dict__["_message_id"] = name
+            self.waiting[name] = message
+            yield name
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        for name in message_ids:
+            message = self.waiting[name]
+            yield client_app(message, self.context(message.metadata.dst_node_id - 100))
+
+    def set_run(self, run: FlowerRun) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> FlowerRun:
+        raise NotImplementedError
+
+    def create_message(self, *args: object, **kwargs: object) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, *args: object, **kwargs: object) -> Iterable[Message]:
+        raise NotImplementedError
+
+
+def serve(config: Path, out: Path | str, nodes: int, **settings: object) -> None:
+    settings = {"config": str(config), "out": str(out), "set": "", "ledger": "", "resume": False} | settings
+    grid = LocalGrid(nodes, settings)
+    server_app(grid, Context(7, 1, {}, RecordDict(), dict(settings)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("nodes", [1, 2, CLIENTS, CLIENTS + 2])
+def test_any_number_of_nodes(folder: Path, reference: Path, tmp_path: Path, nodes: int) -> None:
+    serve(folder / "config.toml", tmp_path / "run-{run}", nodes)
+    _assert_same_run(tmp_path / "run-7", reference)
+
+
+def test_it_does_not_matter_which_actor_trains_a_client(
+    folder: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = ray._answer_plan
+
+    def in_a_new_actor(message: Message, run_folder: Path) -> Message:
+        ray._build.cache_clear()
+        return answer(message, run_folder)
+
+    monkeypatch.setattr(ray, "_answer_plan", in_a_new_actor)
+    serve(folder / "config.toml", tmp_path, 2)
+    _assert_same_run(tmp_path, reference)
+
+
+def test_two_private_runs_on_one_ledger(folder: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared.sqlite"
+    private = {"set": "privacy.mode=record federation.participation=1.0", "ledger": str(shared)}
+    serve(folder / "config.toml", tmp_path / "first", 2, **private)
+    summary = json.loads((tmp_path / "first" / "summary.json").read_text())
+    assert 2.9 < summary["epsilon"] <= 3.0
+    assert set(summary["epsilon_by_client"]) == {f"client-{number}" for number in range(CLIENTS)}
+    ledger = Paths.of(tmp_path / "first", shared).open_ledger()
+    assert sum(entry.body["kind"] == "commit" for entry in ledger.entries()) == 4 * CLIENTS
+    ledger.close()
+    with pytest.raises(Refused, match="budget population"):
+        serve(folder / "config.toml", tmp_path / "second", 2, **private)
+    assert not (tmp_path / "second" / "summary.json").exists()
+
+
+def test_resume_goes_on_after_the_last_commit(
+    folder: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(number: int, figures: object) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ray, "_print_round", interrupt)
+        serve(folder / "config.toml", tmp_path, 2)
+    serve(folder / "config.toml", tmp_path, 2, resume=True)
+    _assert_same_run(tmp_path, reference)
+
+
+def test_nodes_answer_for_the_run_in_their_folder_only(folder: Path, tmp_path: Path) -> None:
+    serve(folder / "config.toml", tmp_path, 2, set="federation.rounds=1 training.head_rounds=0")
+    run = begin(load_config(tmp_path / "config.toml"), Paths.of(tmp_path), resume=True)
+    grid = LocalGrid(2, {"out": str(tmp_path)})
+    with pytest.raises(Refused, match="node 100: manifest: found sha256"):
+        enrol(grid, replace(run.manifest, run="0" * 32), CLIENTS, deadline=10, patience=0.1)
+    state = run.checkpoint.load().state
+    plan = RoundPlan(run.manifest.digest, 0, 1, 1, state.digest)
+    cohort = GridCohort(grid, {"nobody": 100}, lambda _: ["nobody"], deadline=10)
+    (failure,) = cohort.total(plan, state).failures
+    assert failure == Failure("nobody", "plan client: found nobody, which is not in this federation")
+
+
+@pytest.mark.flower
+def test_ray_equals_the_sequential_engine_under_masks(folder: Path, tmp_path: Path) -> None:
+    """In clear, `flwr run` below shows it."""
+    found, changes = tmp_path / "ray", ["aggregation.secure=true", "federation.participation=1.0"]
+    run = begin(load_config(folder / "config.toml", changes), Paths.of(tmp_path / "sequential"))
+    finish(run, train(run, sequential(run)))
+    options = [word for change in changes for word in ("--set", change)]
+    subprocess.run(
+        ["fedlora-sim", "run", folder / "config.toml", "--engine", "ray", "--out", found, *options],
+        check=True,
+        timeout=PATIENCE,
+        env=_environment(tmp_path),
+    )
+    _assert_same_run(found, tmp_path / "sequential")
+    summary = json.loads((found / "summary.json").read_text())
+    assert summary["engine"] == "ray" and summary["secure"]["sums"] == 4
+
+
+@pytest.mark.flower
+def test_flwr_run_equals_the_sequential_engine(folder: Path, reference: Path, tmp_path: Path) -> None:
+    """`flwr run .` from the checkout, with Flower's own defaults: two nodes for five clients."""
+    settings = f'config="{folder}/config.toml" out="{tmp_path}/run"'
+    with superlink(tmp_path) as environment:
+        status = _flwr_run(settings, environment)
+        assert status["status"] == "finished:completed", status
+    _assert_same_run(tmp_path / "run", reference)
+
+
+@contextmanager
+def superlink(home: Path) -> Iterator[dict[str, str]]:
+    """Flower's SuperLink with its simulation runtime, and the environment in which `flwr` finds it."""
+    environment = _environment(home)
+    port = _free_port()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "test"\n[superlink.test]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    command = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "superlink.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=environment, cwd=home, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            _wait_for(port)
+            yield environment
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout=60)
+
+
+def _flwr_run(settings: str, environment: dict[str, str]) -> dict[str, str]:
+    """Start a run, wait for its end, and return its line of `flwr ls`, which alone says whether it failed."""
+
+    def flwr(*arguments: str) -> Any:
+        done = subprocess.run(
+            ["flwr", *arguments, "--format", "json"],
+            check=True, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT, env=environment,
+        )  # fmt: skip
+        return json.loads(done.stdout[done.stdout.index("{") :])
+
+    started = flwr("run", ".", "--run-config", settings)
+    give_up = time.monotonic() + PATIENCE
+    while time.monotonic() < give_up:
+        (line,) = [run for run in flwr("ls")["runs"] if run["run-id"] == started["run-id"]]
+        if line["status"].startswith("finished"):
+            return dict(line)
+        time.sleep(1)
+    raise TimeoutError(f"flwr run: {line}")
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """Flower with a home of its own, no calls to the outside, and the scripts of this interpreter first."""
+    scripts = str(Path(sys.executable).parent)
+    return os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": scripts + os.pathsep + os.environ["PATH"],
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _wait_for(port: int) -> None:
+    give_up = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.2)
+
+
+def _assert_same_run(found: Path, expected: Path) -> None:
+    """Adapter and head to 1e-5, and the same clients in every round."""
+    weights, reference = _weights(found), _weights(expected)
+    assert weights.keys() == reference.keys()
+    for name, value in reference.items():
+        np.testing.assert_allclose(weights[name], value, rtol=0, atol=1e-5, err_msg=name)
+    rounds, same = _rounds(found), _rounds(expected)
+    assert [line["replies"] for line in rounds] == [line["replies"] for line in same]
+    assert not any(line["failures"] for line in rounds)
+    for line, other in zip(rounds, same, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-4)
+
+
+def _weights(run: Path) -> dict[str, Vector]:
+    files = sorted((run / "adapter").glob("*.safetensors"))
+    return {f"{file.name} {name}": value for file in files for name, value in load_file(file).items()}
+
+
+def _rounds(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _write_records(path: Path, count: int, seed: int) -> None:
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        label = draw.randrange(3)
+        own = range(20 * label, 20 * label + 20)
+        words = [
+            f"w{draw.choice(own) if draw.random() < 0.5 else draw.randrange(60)}"
+            for _ in range(draw.randint(3, 12))
+        ]
+        lines.append(json.dumps({"text": " ".join(words), "label": f"class {label}"}))
+    path.write_text("\n".join(lines) + "\n")

@@ -1,0 +1,154 @@
+"""Nothing of a user's is lost, no result is shown for another, and no ε is printed below what it is."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedlora.common.config.schema import config_to_toml, load_config
+from fedlora.common.errors import BadInput, QuorumLost, Refused
+from fedlora.server.runs.metrics import _round_of
+from fedlora.simulations.cli import _stopped
+from fedlora.simulations.experiments import quickstart, simulate, sweep
+from fedlora.simulations.experiments.progress import _figure
+from fedlora.simulations.federation.run_folder import Paths, begin
+from fedlora.simulations.report.pages import write_report
+from tests.simulations.experiments.test_simulate import config, data  # noqa: F401  (a fixture)
+
+SILENT = Console(file=io.StringIO())
+
+
+def test_quickstart_removes_what_it_wrote_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    quickstart._make_room(folder)
+    for name in quickstart.WRITTEN:
+        (folder / name).write_text("x")
+    (folder / "thesis.tex").write_text("years")
+    quickstart._make_room(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [quickstart.MARK, "thesis.tex"]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years")
+    with pytest.raises(BadInput, match="found other files"):
+        quickstart._make_room(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [("epsilon", 2.9949, "2.995"), ("epsilon", 1.00049, "1.001"), ("loss", 0.1239, "loss 0.124")],
+)
+def test_a_printed_epsilon_is_never_rounded_down(name: str, value: float, shown: str) -> None:
+    assert _figure(name, value).endswith(shown)
+
+
+def test_what_a_stopped_command_says_can_be_done() -> None:
+    assert _stopped(["run", "ag_news"]).endswith("fedlora-sim run ag_news --resume")
+    assert _stopped(["run", "ag_news", "--resume"]).count("--resume") == 1
+    assert "--resume" not in _stopped(["quickstart", "--out", "qs"])
+
+
+def test_a_sweep_names_bad_values_first_and_never_shows_another_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[data]\ntrain = "t.jsonl"\ntest = "t.jsonl"\n')
+    ran: list[object] = []
+    monkeypatch.setattr(sweep, "run_to_report", lambda *words, **more: ran.append(words))
+    with pytest.raises(BadInput, match="nan"):
+        sweep.run_sweep(path, "federation.rounds=1,nan", [], tmp_path / "s", SILENT)
+    assert not ran
+    done = tmp_path / "s" / "federation.rounds=1"
+    done.mkdir(parents=True)
+    (done / "summary.json").write_text(json.dumps({"accuracy": 1.0, "epsilon": 0.1}))
+    (done / "config.toml").write_text("seed = 9\n")
+    with pytest.raises(BadInput, match="another configuration"):
+        sweep.run_sweep(path, "federation.rounds=1", [], tmp_path / "s", SILENT)
+    (done / "config.toml").write_text(config_to_toml(load_config(path, ["federation.rounds=1"])))
+    (done / "summary.json").write_text(json.dumps({"accuracy": 1.0, "ended": "round 1: nobody answered"}))
+    with pytest.raises(BadInput, match="ended early"):
+        sweep.run_sweep(path, "federation.rounds=1", [], tmp_path / "s", SILENT)
+
+
+def test_spent_attempts_leave_the_last_adapter(
+    tiny_bert: Path,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = config(tiny_bert, data, "none")
+
+    def fails_later(run, cohort, observe):  # type: ignore[no-untyped-def]
+        def stop(number: int, figures: object) -> None:
+            if number == 2:
+                raise QuorumLost("round 3: nobody answered")
+
+        from fedlora.server.runs.run import conduct
+
+        return conduct(run.conducted, cohort, stop)
+
+    monkeypatch.setattr(simulate, "train", fails_later)
+    with pytest.raises(QuorumLost, match="round 3"):
+        simulate.run_to_report(settings, tmp_path / "run", SILENT)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["ended"] == "round 3: nobody answered"
+    assert summary["rounds"] == 1  # the observer stopped it before round 2 was committed
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_attempts_that_are_spent_before_the_first_round_leave_what_there_is(
+    tiny_bert: Path,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(self: object, *_: object) -> object:
+        raise BadInput("on fire")
+
+    monkeypatch.setattr("fedlora.client.training.local.LocalTraining.update", fails)
+    with pytest.raises(Refused, match=r"attempts .* are spent"):
+        simulate.run_to_report(config(tiny_bert, data, "record"), tmp_path / "run", SILENT)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["rounds"] == 0 and "on fire" in summary["ended"] and summary["epsilon"] > 0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "metrics.jsonl").is_file() and (tmp_path / "run" / "report.html").is_file()
+
+
+def test_counts_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    table = {"task": "t", "clients": 1, "rounds": 1, "privacy_statement": [], "labels": []}
+    broken = {"clients": ["a"], "labels": ["x", "y"], "counts": [["many", 1]]}
+    (tmp_path / "summary.json").write_text(json.dumps(table | {"partition": broken}))
+    with pytest.raises(BadInput, match="partition counts"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("line", ['{"round": 1}', "5", "null", '{"round": null}', '{"rou'])
+def test_lines_that_nobody_wrote_are_dropped(line: str) -> None:
+    assert _round_of(line) == math.inf
+
+
+def test_a_projection_of_a_killed_beginning_is_not_used(
+    tiny_bert: Path,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It was fitted on what was public then: with another seed those are a client's records."""
+    settings = config(tiny_bert, data, "none", "model.projection=4", "model.pooling=layers")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fedlora.simulations.federation.run_folder.Checkpoint.create", killed)
+        begin(settings, Paths.of(tmp_path / "run"))
+    other = replace(settings, seed=99)
+    again = begin(other, Paths.of(tmp_path / "run"))
+    fresh = begin(other, Paths.of(tmp_path / "fresh"))
+    assert again.manifest.projection_digest == fresh.manifest.projection_digest != ""
