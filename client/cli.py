@@ -47,7 +47,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -59,7 +62,10 @@ def init(
     organisation: Annotated[str, typer.Option(help="The organisation's full name.")],
     node: Folder = HERE,
     rotate: Annotated[
-        bool, typer.Option("--rotate", help="New keys for an existing node, handed over by the old ones.")
+        bool,
+        typer.Option(
+            "--rotate", help="New keys for an existing node, handed over by the old ones."
+        ),
     ] = False,
 ) -> None:
     """Make the node's folder, its keys and its enrolment request.
@@ -74,9 +80,12 @@ def init(
     console.print(f"hand {file} to the coordinator, and read out on the telephone:", markup=False)
     console.print(f"  {request.name}: {request.identity.fingerprint}", markup=False)
     if rotate:
-        console.print("Peers approve the same file: fedlora-node join rotation.json --approve", markup=False)
         console.print(
-            f"Once the coordinator has taken it: restart the trainer, and the relay with {folder.relay}",
+            "Peers approve the same file: fedlora-node join rotation.json --approve", markup=False
+        )
+        console.print(
+            "Once the coordinator has taken it: restart the trainer, and the relay with"
+            f" {folder.relay}",
             markup=False,
         )
 
@@ -85,12 +94,15 @@ def init(
 def join(
     file: Path,
     node: Folder = HERE,
-    approve: Annotated[bool, typer.Option("--approve", help="Admit a peer to this node's roster.")] = False,
+    approve: Annotated[
+        bool, typer.Option("--approve", help="Admit a peer to this node's roster.")
+    ] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the peer of this name.")] = False,
 ) -> None:
     """Pin a federation's keys, or admit a peer; compare the fingerprints by telephone.
 
-    FILE is the coordinator's invitation; with --approve a peer's request or rotation, with --remove a peer's name.
+    FILE is the coordinator's invitation; with --approve a peer's request or rotation, with --remove
+    a peer's name.
     """
     from fedlora.client.node import enrolment, roster
     from fedlora.client.node import folder as nodes
@@ -98,12 +110,16 @@ def join(
     folder = NodeFolder(node)
     if remove:
         peer = roster.remove_peer(folder, file.name)
-        console.print(f"removed {peer.name} ({peer.organisation}): {peer.identity.fingerprint}", markup=False)
+        console.print(
+            f"removed {peer.name} ({peer.organisation}): {peer.identity.fingerprint}", markup=False
+        )
         return
     text = nodes.read_text(file)
     if approve:
         peer = roster.approve(folder, text, file.name)
-        console.print(f"approved {peer.name} ({peer.organisation}); compare by telephone:", markup=False)
+        console.print(
+            f"approved {peer.name} ({peer.organisation}); compare by telephone:", markup=False
+        )
         console.print(f"  {peer.identity.fingerprint}", markup=False)
         return
     invitation = enrolment.join(folder, text, file.name)
@@ -114,7 +130,10 @@ def join(
 
 @app.command("check-data")
 def check_data(node: Folder = HERE) -> None:
-    """Read and tokenise every data set, and every base model, that the policy names; nothing is spent."""
+    """Read and tokenise every data set, and every base model, that the policy names.
+
+    Nothing is spent.
+    """
     _offline()
     from fedlora.client.service import preparation
     from fedlora.common.model.base import base_digest, check_base
@@ -129,7 +148,9 @@ def check_data(node: Folder = HERE) -> None:
         console.print(f"{base}: {digest}", markup=False)
     for name, data in policy.data.items():
         records, units = preparation.check_data(folder, policy, name)
-        console.print(f"{name}: {records} records, {units} units, charges {data.budget}", markup=False)
+        console.print(
+            f"{name}: {records} records, {units} units, charges {data.budget}", markup=False
+        )
 
 
 @app.command("base")
@@ -160,7 +181,9 @@ def explain(manifest: Path, node: Folder = HERE) -> None:
     asked = _manifest(manifest)
     ledger = folder.open_ledger(policy)
     spent = {name: ledger.spent(name) for name in policy.budgets}
-    federation = pinned_invitation(folder).federation if folder.federation.exists() else asked.federation
+    federation = (
+        pinned_invitation(folder).federation if folder.federation.exists() else asked.federation
+    )
     name = policy.data_for(asked.task, asked.labels, asked.unit)
     reserved = ledger.reserved_for(policy.data[name].budget, asked.digest) if name else None
     verdicts = judge(asked, policy, federation, spent, reserved)
@@ -202,8 +225,12 @@ def link(
     trainer: Annotated[
         str, typer.Option(help="unix:PATH or host:port of the trainer.")
     ] = "unix:node/trainer.sock",
-    port: Annotated[int, typer.Option(help="Local port of the SuperNode's API; 0: Flower's own.")] = 0,
-    authority: Annotated[str, typer.Option(help="host:port: the CA of the trainer's certificate.")] = "",
+    port: Annotated[
+        int, typer.Option(help="Local port of the SuperNode's API; 0: Flower's own.")
+    ] = 0,
+    authority: Annotated[
+        str, typer.Option(help="host:port: the CA of the trainer's certificate.")
+    ] = "",
     certificate: Annotated[str, typer.Option(help="host:port: this relay's certificate.")] = "",
     key: Annotated[str, typer.Option(help="host:port: this relay's key.")] = "",
 ) -> None:
@@ -233,7 +260,9 @@ def ledger(node: Folder = HERE) -> None:
             shown = f"ε {epsilon} of {budget.epsilon:g}, δ {delta} of {budget.delta:g}"
         console.print(f"{name}: {shown}", markup=False)
     for entry in entries:
-        sys.stdout.write(json.dumps({"number": entry.number, **entry.body, "hash": entry.hash}) + "\n")
+        sys.stdout.write(
+            json.dumps({"number": entry.number, **entry.body, "hash": entry.hash}) + "\n"
+        )
 
 
 @app.command()
@@ -244,7 +273,8 @@ def report(
         Path | None, typer.Option(help="Check the report in this folder instead, offline.")
     ] = None,
     key: Annotated[
-        Path | None, typer.Option(help="With --check: the node's enrolment.json, or its public key.")
+        Path | None,
+        typer.Option(help="With --check: the node's enrolment.json, or its public key."),
     ] = None,
 ) -> None:
     """The node's report: JSON signed with its key, and a page."""
@@ -253,7 +283,9 @@ def report(
     from fedlora.common.trust.identity import Identity
 
     if check is not None:
-        signer = check_module.check_report(check, None if key is None else check_module.read_key(key))
+        signer = check_module.check_report(
+            check, None if key is None else check_module.read_key(key)
+        )
         console.print("verified" if key is not None else "integrity only: signed by", markup=False)
         console.print(f"  {signer.fingerprint}", markup=False)
         return
@@ -265,7 +297,9 @@ def report(
 
 
 def _manifest(path: Path) -> RunManifest:
-    """A manifest from a file: JSON as it is, or behind the coordinator's signature (not checked: it only asks)."""
+    """A manifest from a file: JSON as it is, or behind the coordinator's signature (not checked: it
+    only asks).
+    """
     from fedlora.common.trust.identity import Signed
 
     try:
@@ -274,7 +308,9 @@ def _manifest(path: Path) -> RunManifest:
     except OSError as error:
         raise BadInput(f"{path}: can't be read ({error.strerror}), expected a manifest") from error
     try:
-        return RunManifest.from_bytes(data if data[:1] == b"{" else Signed.from_bytes(data, "manifest").body)
+        return RunManifest.from_bytes(
+            data if data[:1] == b"{" else Signed.from_bytes(data, "manifest").body
+        )
     except BadInput as error:
         raise BadInput([f"{path}: {fault}" for fault in error.faults]) from error
 

@@ -1,1 +1,4 @@
-"""What institutions, coordinators and researchers share: values, privacy accounting, the ledger, the model."""
+"""What institutions, coordinators and researchers share.
+
+Values, privacy accounting, the ledger, the model.
+"""

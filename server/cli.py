@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from fedlora.server.coordinator.folder import Directory
 
 app = typer.Typer(
-    help="A federation's coordinator: it plans rounds, adds what institutions send, and signs what it releases.",
+    help=(
+        "A federation's coordinator: it plans rounds, adds what institutions send, and signs what"
+        " it releases."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,7 +61,9 @@ def init(
 def enrol(
     request: Annotated[Path, typer.Argument(help="An institution's enrolment request.")],
     dir_: Folder = HERE,
-    yes: Annotated[bool, typer.Option("--yes", help="The fingerprint was compared already.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="The fingerprint was compared already.")
+    ] = False,
 ) -> None:
     """Make an institution a member, once its fingerprint was compared by telephone."""
     from fedlora.common.trust.enrolment import request_from_text
@@ -78,9 +83,13 @@ def enrol(
 
 @app.command()
 def rotate(
-    rotation: Annotated[Path, typer.Argument(help="A member's new request under its old key's signature.")],
+    rotation: Annotated[
+        Path, typer.Argument(help="A member's new request under its old key's signature.")
+    ],
     dir_: Folder = HERE,
-    yes: Annotated[bool, typer.Option("--yes", help="The fingerprints were compared already.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="The fingerprints were compared already.")
+    ] = False,
 ) -> None:
     """Replace a member's key by the one that its old key names; it counts from the next round."""
     from fedlora.common.trust.rotation import rotation_from_text
@@ -99,7 +108,9 @@ def rotate(
 
 
 @app.command()
-def revoke(name: Annotated[str, typer.Argument(help="A member's name.")], dir_: Folder = HERE) -> None:
+def revoke(
+    name: Annotated[str, typer.Argument(help="A member's name.")], dir_: Folder = HERE
+) -> None:
     """End a membership; it counts from the next round, and its key never comes back."""
     from fedlora.server.coordinator.folder import Directory
 
@@ -122,14 +133,19 @@ def members(dir_: Folder = HERE) -> None:
 @app.command()
 def renew(
     dir_: Folder = HERE,
-    new_key: Annotated[bool, typer.Option("--new-key", help="Replace the server's key too.")] = False,
+    new_key: Annotated[
+        bool, typer.Option("--new-key", help="Replace the server's key too.")
+    ] = False,
 ) -> None:
     """A new server certificate from the same authority: institutions need not do anything."""
     from fedlora.server.coordinator.folder import Directory
 
     directory = Directory.open(dir_)
     directory.renew(new_key=new_key)
-    _say(f"renewed      {directory.root / 'tls' / 'server.crt'}; restart SuperLink and nginx to use it")
+    _say(
+        f"renewed      {directory.root / 'tls' / 'server.crt'}; restart SuperLink and nginx to"
+        " use it"
+    )
 
 
 @app.command()
@@ -147,7 +163,9 @@ def export(
     run_: Annotated[
         int | None, typer.Option("--run", help="A run's number; the last one, if left out.")
     ] = None,
-    reports: Annotated[Path | None, typer.Option(help="A folder of the institutions' own reports.")] = None,
+    reports: Annotated[
+        Path | None, typer.Option(help="A folder of the institutions' own reports.")
+    ] = None,
 ) -> None:
     """Write a run's adapter with model card and every institution's signed statement."""
     from fedlora.server.coordinator.folder import Directory
@@ -180,7 +198,10 @@ def run(
     config: Annotated[Path, typer.Argument(help="The run's configuration; see training.toml.")],
     dir_: Folder = HERE,
     new: Annotated[
-        bool, typer.Option("--new", help="Also where the last run has not ended: it keeps what it reserved.")
+        bool,
+        typer.Option(
+            "--new", help="Also where the last run has not ended: it keeps what it reserved."
+        ),
     ] = False,
 ) -> None:
     """Carry out a new run."""
@@ -234,7 +255,9 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        errors.print("\nstopped; what was committed stays: fedlora-server resume goes on with a run")
+        errors.print(
+            "\nstopped; what was committed stays: fedlora-server resume goes on with a run"
+        )
         sys.exit(1)
 
 
@@ -251,7 +274,8 @@ def _carry_out(folder: Path, chosen: Callable[[Directory], Path]) -> None:
             summary = supervise.carry_out(directory, place, _print_round, _say)
         except KeyboardInterrupt:
             errors.print(
-                f"\nstopped; what was committed stays, and this goes on: fedlora-server resume --dir {folder} --run {place.name}",
+                "\nstopped; what was committed stays, and this goes on: fedlora-server resume"
+                f" --dir {folder} --run {place.name}",
                 markup=False,
                 soft_wrap=True,
             )
@@ -284,7 +308,8 @@ def _print_round(line: Mapping[str, Any]) -> None:
     figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
     epsilon = f"  ε {shown_epsilon(line['epsilon'])}" if line.get("epsilon") is not None else ""
     _say(
-        f"round {line['round']:4d}  {line['replies']} of {line['asked']} in {line['seconds']:.1f} s  {figures}{epsilon}"
+        f"round {line['round']:4d}  {line['replies']} of {line['asked']} in {line['seconds']:.1f} s"
+        f"  {figures}{epsilon}"
     )
     for name, reason in line.get("failures") or ():
         _say(f"            {name}: {reason}")
@@ -293,7 +318,8 @@ def _print_round(line: Mapping[str, Any]) -> None:
 def _confirm(command: str, question: str) -> None:
     if not sys.stdin.isatty():
         raise BadInput(
-            f"{command}: found no terminal to ask on, expected --yes once fingerprints were compared"
+            f"{command}: found no terminal to ask on, expected --yes once fingerprints were"
+            " compared"
         )
     typer.confirm(question, abort=True)
 
@@ -304,7 +330,8 @@ def _warn_of_expiry(directory: Any) -> None:
     left = days_left(read_certificate(directory.root / "tls" / "server.crt"))
     if left < SOON:
         errors.print(
-            f"fedlora-server: the server's certificate ends in {left:.0f} days: fedlora-server renew"
+            f"fedlora-server: the server's certificate ends in {left:.0f} days: fedlora-server"
+            " renew"
         )
 
 

@@ -1,4 +1,7 @@
-"""`fedlora-sim`: the researcher's command line. Thin: it reads arguments, shows progress, prints results."""
+"""`fedlora-sim`: the researcher's command line. Thin.
+
+It reads arguments, shows progress, prints results.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,9 @@ errors = Console(stderr=True, highlight=False)
 ConfigFile = Annotated[
     Path, typer.Argument(help="A TOML file, or the name of a packaged configuration (ag_news).")
 ]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override one key: section.key=VALUE.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one key: section.key=VALUE.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to torch.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
@@ -56,7 +61,14 @@ def run(
     folder = out or Path("runs") / path.stem
     settings = _load(path, set_)
     summary = run_to_report(
-        settings, folder, console, engine=engine, resume=resume, ledger=ledger, device=device, threads=threads
+        settings,
+        folder,
+        console,
+        engine=engine,
+        resume=resume,
+        ledger=ledger,
+        device=device,
+        threads=threads,
     )
     _print_summary(summary, folder)
 
@@ -178,7 +190,16 @@ def _lines(file: Path) -> list[str]:
 
 def _print_summary(summary: Mapping[str, Any], folder: Path) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
-    for name in ("accuracy", "macro_f1", "perplexity", "loss", "epsilon", "delta", "rounds", "seconds"):
+    for name in (
+        "accuracy",
+        "macro_f1",
+        "perplexity",
+        "loss",
+        "epsilon",
+        "delta",
+        "rounds",
+        "seconds",
+    ):
         if summary.get(name) is not None:
             value = summary[name]
             shown = f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,10 @@
-"""A whole federation on one machine, as it would run between many: one coordinator, three institutions, real processes.
+"""A whole federation on one machine, as it would run between many.
 
-Everything goes through the installed commands: a coordinator's folder, enrolment, TLS and node authentication, three
-trainers, three relays with their SuperNodes, SuperLink; five rounds with privacy on; the export, verified.
+One coordinator, three institutions, real processes.
+
+Everything goes through the installed commands: a coordinator's folder, enrolment, TLS and node
+authentication, three trainers, three relays with their SuperNodes, SuperLink; five rounds with
+privacy on; the export, verified.
 
     python simulations/local_deployment.py [--out runs/federation] [--rounds 5] [--secure]
 """
@@ -143,7 +146,8 @@ class Federation:
     def prepare(self) -> None:
         """Folders, keys, data, policies; every institution enrolled and joined."""
         self.root.mkdir(parents=True)
-        ports = ("--port", str(self.port), "--superlink-port", str(self.port))  # no proxy on one machine
+        # no proxy on one machine
+        ports = ("--port", str(self.port), "--superlink-port", str(self.port))
         where = ("--federation", "demo", "--host", "127.0.0.1")
         run("fedlora-server", "init", str(self.coordinator), *where, *ports)
         digest = base_digest(resolve_base(self.base))
@@ -154,10 +158,12 @@ class Federation:
         middle = len(corpus.test) // 2
         write_records(public / "validation.jsonl", corpus.test[:middle])
         write_records(public / "test.jsonl", corpus.test[middle:])
-        values = {"digest": digest, "labels": labels, "rounds": self.rounds, "spare": self.spare} | {
-            "base": self.base,
-            "layers": self.layers,
-        }
+        values = {
+            "digest": digest,
+            "labels": labels,
+            "rounds": self.rounds,
+            "spare": self.spare,
+        } | {"base": self.base, "layers": self.layers}
         (self.root / "training.toml").write_text(
             TRAINING.format(
                 test=public / "test.jsonl",
@@ -172,12 +178,16 @@ class Federation:
         )
         for name in self.names:
             kind = name.partition("-")[0]
-            self._found(name, digest, labels, [each for each in corpus.train if each["institution"] == kind])
+            self._found(
+                name, digest, labels, [each for each in corpus.train if each["institution"] == kind]
+            )
         for name in self.names:
             for other in self.names:
                 if other != name:
                     request = str(self.node(other) / "enrolment.json")
-                    run("fedlora-node", "join", request, "--approve", "--node", str(self.node(name)))
+                    run(
+                        "fedlora-node", "join", request, "--approve", "--node", str(self.node(name))
+                    )
 
     def _found(self, name: str, digest: str, labels: str, records: list[dict[str, str]]) -> None:
         folder = self.node(name)
@@ -190,7 +200,12 @@ class Federation:
         policy.chmod(0o600)
         write_records(folder / "data" / "messages.jsonl", records)
         run(
-            "fedlora-server", "enrol", str(folder / "enrolment.json"), "--yes", "--dir", str(self.coordinator)
+            "fedlora-server",
+            "enrol",
+            str(folder / "enrolment.json"),
+            "--yes",
+            "--dir",
+            str(self.coordinator),
         )
         invitation = str(self.coordinator / "invitation.json")
         run("fedlora-node", "join", invitation, "--node", str(folder))
@@ -200,7 +215,9 @@ class Federation:
         socket_path.unlink(missing_ok=True)
         self._start(f"trainer {name}", "fedlora-node", "serve", "--node", str(self.node(name)))
         process = self.processes[f"trainer {name}"]
-        wait_until(lambda: socket_path.exists() or process.poll() is not None, f"the trainer of {name}")
+        wait_until(
+            lambda: socket_path.exists() or process.poll() is not None, f"the trainer of {name}"
+        )
         if process.poll() is not None:
             raise FedloraError(f"the trainer of {name} ended: {self.root / 'logs'} says why")
 
@@ -225,7 +242,9 @@ class Federation:
             process.wait()
 
     def kill_superlink(self) -> None:
-        """SuperLink and its executor, which outlive the command that started them when that is killed."""
+        """SuperLink and its executor, which outlive the command that started them when that is
+        killed.
+        """
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
             ours = any(word.endswith(("flower-superlink", "flower-superexec")) for word in words)
@@ -255,7 +274,9 @@ class Federation:
             process.wait()
         self.processes.clear()
         if stubborn:
-            raise FedloraError(f"{', '.join(stubborn)}: found no end within {STOP_SECONDS:g} s of SIGTERM")
+            raise FedloraError(
+                f"{', '.join(stubborn)}: found no end within {STOP_SECONDS:g} s of SIGTERM"
+            )
 
     def last_run(self) -> Path:
         return sorted((self.coordinator / "runs").iterdir(), key=lambda each: int(each.name))[-1]
@@ -305,7 +326,9 @@ def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 def run(command: str, *arguments: str) -> str:
     """What an installed command prints; FedloraError with its own words where it fails."""
-    done = subprocess.run([str(BIN / command), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(BIN / command), *arguments], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         words = (done.stderr or done.stdout).strip()
         raise FedloraError(f"{command} {arguments[0]} ended with {done.returncode}: {words}")
@@ -366,11 +389,16 @@ def conclude(federation: Federation) -> None:
     run("fedlora-server", "export", str(export), "--dir", str(federation.coordinator))
     shutil.copy(folder / "summary.json", out / "summary.json")
     shutil.copy(federation.coordinator / "coordinator.pub", out / "coordinator.pub")
-    print(run("fedlora-server", "verify", str(export), "--key", str(out / "coordinator.pub")).strip())
+    print(
+        run("fedlora-server", "verify", str(export), "--key", str(out / "coordinator.pub")).strip()
+    )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((out / "summary.json").read_text())
     for line in lines:
-        print(f"round {line['round']}: {line['seconds']:.1f} s, accuracy {line.get('accuracy', 0):.3f}")
+        print(
+            f"round {line['round']}: {line['seconds']:.1f} s, accuracy"
+            f" {line.get('accuracy', 0):.3f}"
+        )
     print(f"accuracy {summary['accuracy']:.3f} at ε = {summary['epsilon']:.3f}; export in {export}")
 
 

@@ -13,7 +13,10 @@ T = TypeVar("T")
 
 @contextmanager
 def beside(work: Callable[[threading.Event], T]) -> Iterator[Future[T]]:
-    """`work` in a thread until the block ends, however it ends: a test that fails must not leave it going on."""
+    """`work` in a thread until the block ends, however it ends.
+
+    A test that fails must not leave it going on.
+    """
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:

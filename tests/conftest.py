@@ -8,7 +8,9 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / f"fedlora-tests-{os.getuid()}")
-os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
+os.environ.update(
+    FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0"
+)
 
 import pytest
 import torch
@@ -83,7 +85,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _tokenizer(vocabulary: list[str], bert: bool) -> transformers.PreTrainedTokenizerFast:
     unknown = "[UNK]" if bert else "<unk>"
-    model = models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token=unknown)
+    model = models.WordLevel(
+        {word: number for number, word in enumerate(vocabulary)}, unk_token=unknown
+    )
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -95,5 +99,9 @@ def _tokenizer(vocabulary: list[str], bert: bool) -> transformers.PreTrainedToke
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
     )

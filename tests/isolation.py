@@ -13,12 +13,20 @@ from pathlib import Path
 
 NOBODY = 65534
 ALONE = ["unshare", "-n"]
-NOT_SHOWN = "no other user or network namespace here: the isolation of trainer and relay was not shown"
+NOT_SHOWN = (
+    "no other user or network namespace here: the isolation of trainer and relay was not shown"
+)
 
-_BECOME = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--bounding-set=-all"]
+_BECOME = [
+    "setpriv",
+    f"--reuid={NOBODY}",
+    f"--regid={NOBODY}",
+    "--clear-groups",
+    "--bounding-set=-all",
+]
 
-# $1 Python's own folder, $2 a scratch one, $3 the folder above $1 that only root may pass: hidden behind an empty
-# one that shows Python and nothing else, to what is started here alone.
+# $1 Python's own folder, $2 a scratch one, $3 the folder above $1 that only root may pass: hidden
+# behind an empty one that shows Python and nothing else, to what is started here alone.
 _SHOW_PYTHON = """\
 set -e
 mount --bind "$1" "$2"
@@ -36,12 +44,24 @@ def as_nobody(scratch: Path) -> list[str]:
     closed = [each for each in reversed(python.parents) if not each.stat().st_mode & 0o001]
     if not closed:
         return _BECOME
-    show = ["unshare", "-m", "sh", "-c", _SHOW_PYTHON, "sh", str(python), str(scratch), str(closed[0])]
+    show = [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        _SHOW_PYTHON,
+        "sh",
+        str(python),
+        str(scratch),
+        str(closed[0]),
+    ]
     return [*show, *_BECOME]
 
 
 def available() -> bool:
-    """Whether there are both, and the other user can run what a relay runs, but can't look where root alone may."""
+    """Whether there are both, and the other user can run what a relay runs, but can't look where
+    root alone may.
+    """
     if os.geteuid() != 0 or not all(map(shutil.which, ("setpriv", "unshare"))):
         return False
     try:
@@ -55,7 +75,9 @@ def available() -> bool:
             ]
             for words in ([*ALONE, "true"], relay):
                 subprocess.run(words, check=True, capture_output=True, timeout=60)
-        found = subprocess.run([*_BECOME, "ls", "/root"], capture_output=True, timeout=30, check=False)
+        found = subprocess.run(
+            [*_BECOME, "ls", "/root"], capture_output=True, timeout=30, check=False
+        )
     except (OSError, subprocess.SubprocessError):
         return False
     return found.returncode != 0

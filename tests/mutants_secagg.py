@@ -1,8 +1,11 @@
-"""Mutants of the checks that secure aggregation stands on: a check removed, a comparison turned, a set widened.
+"""Mutants of the checks that secure aggregation stands on.
+
+A check removed, a comparison turned, a set widened.
 
     python -m tests.mutants_secagg
 
-Each mutant is made in a copy of the sources; the tests must fail on it. The unchanged copy must pass them.
+Each mutant is made in a copy of the sources; the tests must fail on it. The unchanged copy must
+pass them.
 """
 
 from __future__ import annotations
@@ -45,13 +48,24 @@ SKELLAM, PRIVACY = "common/privacy/skellam.py", "common/privacy/accountant.py"
 MANIFEST, RUNS, WIRE = "server/runs/schedule.py", "client/secagg/runs.py", "common/secagg/wire.py"
 MUTANTS = (
     Mutant("a stranger counts", COHORT, "if name not in self.peers:", "if False:"),
-    Mutant("an epoch outlives a member's removal", NODE, "for name in state.names):", "for name in ()):"),
+    Mutant(
+        "an epoch outlives a member's removal",
+        NODE,
+        "for name in state.names):",
+        "for name in ()):",
+    ),
     Mutant("cohorts of two", COHORT, "SMALLEST_COHORT = 3", "SMALLEST_COHORT = 2"),
     Mutant(
-        "one organisation twice", COHORT, "if len(set(organisations)) != len(organisations):", "if False:"
+        "one organisation twice",
+        COHORT,
+        "if len(set(organisations)) != len(organisations):",
+        "if False:",
     ),
     Mutant(
-        "one identity twice", COHORT, "if len({peer.identity for peer in peers}) != len(peers):", "if False:"
+        "one identity twice",
+        COHORT,
+        "if len({peer.identity for peer in peers}) != len(peers):",
+        "if False:",
     ),
     Mutant("no minimum cohort", COHORT, "if len(offers) < policy.minimum_cohort:", "if False:"),
     Mutant(
@@ -66,13 +80,29 @@ MUTANTS = (
         "if 2 * t - members <= colluders:",
         "if 2 * t - members < colluders:",
     ),
-    Mutant("no bound on colluders", COHORT, "    check_colluders(len(offers), policy.max_colluders)\n", ""),
+    Mutant(
+        "no bound on colluders",
+        COHORT,
+        "    check_colluders(len(offers), policy.max_colluders)\n",
+        "",
+    ),
     Mutant("a sum of one honest input", COHORT, "if t - colluders < 2:", "if t - colluders < 1:"),
-    Mutant("a majority is enough", COHORT, "return 2 * members // 3 + 1", "return members // 2 + 1"),
-    Mutant("t by the ceiling", COHORT, "return 2 * members // 3 + 1", "return -(-2 * members // 3)"),
+    Mutant(
+        "a majority is enough", COHORT, "return 2 * members // 3 + 1", "return members // 2 + 1"
+    ),
+    Mutant(
+        "t by the ceiling", COHORT, "return 2 * members // 3 + 1", "return -(-2 * members // 3)"
+    ),
     Mutant("keys of any epoch", COHORT, "if offer.epoch != epoch.digest:", "if False:"),
-    Mutant("keys unsigned", COHORT, "    identity.verify(offer.signature, wire.KEYS, *offer.signed())\n", ""),
-    Mutant("any public key", COHORT, "        keys.check_public(public, where)\n", "        pass\n"),
+    Mutant(
+        "keys unsigned",
+        COHORT,
+        "    identity.verify(offer.signature, wire.KEYS, *offer.signed())\n",
+        "",
+    ),
+    Mutant(
+        "any public key", COHORT, "        keys.check_public(public, where)\n", "        pass\n"
+    ),
     Mutant("a key may occur twice", COHORT, "if len(set(public)) != len(public):", "if False:"),
     Mutant(
         "only share keys are distinct",
@@ -85,7 +115,8 @@ MUTANTS = (
     Mutant(
         "dealers unsigned",
         COHORT,
-        "policy.member(dealer.name).identity.verify(dealer.signature, wire.SHARES, *dealer.signed(cohort))",
+        "policy.member(dealer.name).identity.verify(dealer.signature, wire.SHARES,"
+        " *dealer.signed(cohort))",
         "policy.member(dealer.name)",
     ),
     Mutant("U2 or U3 with strangers", COHORT, "    if strangers:\n", "    if False:\n"),
@@ -103,8 +134,18 @@ MUTANTS = (
         "needed = max(threshold(members), policy.minimum_cohort)",
         "needed = policy.minimum_cohort",
     ),
-    Mutant("a list in any order, or one twice", COHORT, "if list(names) != sorted(set(names)):", "if False:"),
-    Mutant("a signer counts twice", COHORT, "    if len(set(names)) != len(names):\n", "    if False:\n"),
+    Mutant(
+        "a list in any order, or one twice",
+        COHORT,
+        "if list(names) != sorted(set(names)):",
+        "if False:",
+    ),
+    Mutant(
+        "a signer counts twice",
+        COHORT,
+        "    if len(set(names)) != len(names):\n",
+        "    if False:\n",
+    ),
     Mutant("signers outside U3", COHORT, "if not set(names) <= set(survivors):", "if False:"),
     Mutant("any number of signers", COHORT, "if len(names) < threshold(members):", "if False:"),
     Mutant(
@@ -120,18 +161,34 @@ MUTANTS = (
         "if False:",
     ),
     Mutant(
-        "an epoch again", NODE, "if epoch.number <= self._last_epoch:", "if epoch.number < self._last_epoch:"
+        "an epoch again",
+        NODE,
+        "if epoch.number <= self._last_epoch:",
+        "if epoch.number < self._last_epoch:",
     ),
-    Mutant("an attempt again in a new epoch", NODE, "if epoch.first <= self._last_attempt:", "if False:"),
     Mutant(
-        "restart forgets attempts", NODE, "max((attempt for _, attempt in outbox.used()), default=0)", "0"
+        "an attempt again in a new epoch",
+        NODE,
+        "if epoch.first <= self._last_attempt:",
+        "if False:",
+    ),
+    Mutant(
+        "restart forgets attempts",
+        NODE,
+        "max((attempt for _, attempt in outbox.used()), default=0)",
+        "0",
     ),
     Mutant("a second U1", NODE, "        if state.cohort:\n", "        if False:\n"),
     Mutant(
-        "keys of earlier epochs", NODE, "if self._seen_keys & {each.share_key, *each.mask_keys}:", "if False:"
+        "keys of earlier epochs",
+        NODE,
+        "if self._seen_keys & {each.share_key, *each.mask_keys}:",
+        "if False:",
     ),
     Mutant("the coordinator takes old keys", SERVER, "        self._seen.check(offer)\n", ""),
-    Mutant("keys are forgotten", SEEN, '        self._keep({"epoch"', '        self._take({"epoch"'),
+    Mutant(
+        "keys are forgotten", SEEN, '        self._keep({"epoch"', '        self._take({"epoch"'
+    ),
     Mutant(
         "an offer brought twice is a lie",
         SEEN,
@@ -151,10 +208,15 @@ MUTANTS = (
         "if not state.cohort or state.own is None:",
     ),
     Mutant("an attempt twice", NODE, " or slot.attempt <= self._last_attempt:", ":"),
-    Mutant("a round twice without noise", NODE, "if not self._noised and any(", "if False and any("),
+    Mutant(
+        "a round twice without noise", NODE, "if not self._noised and any(", "if False and any("
+    ),
     Mutant("a second U3", NODE, "        if attempt.signed:\n", "        if False:\n"),
     Mutant(
-        "unmask without a confirmed list", NODE, "        if not attempt.signed:\n", "        if False:\n"
+        "unmask without a confirmed list",
+        NODE,
+        "        if not attempt.signed:\n",
+        "        if False:\n",
     ),
     Mutant("secrets stay after opening", NODE, "        del state.attempts[attempt_number]\n", ""),
     Mutant(
@@ -168,33 +230,43 @@ MUTANTS = (
     Mutant(
         "the agreement is not looked at",
         NODE,
-        "        cohort.check_agreement(\n            self._policy, confirmations, attempt.survivors, len(state.members), attempt.signed\n        )\n",
+        "        cohort.check_agreement(\n            self._policy, confirmations,"
+        " attempt.survivors, len(state.members), attempt.signed\n        )\n",
         "",
     ),
     Mutant(
         "no mask of one's own",
         NODE,
-        "        masked.apply_mask(masks.seed_mask(attempt.seed, context, state.dealers), positive=True)\n",
+        "        masked.apply_mask(masks.seed_mask(attempt.seed, context, state.dealers),"
+        " positive=True)\n",
         "",
     ),
     Mutant(
         "sealed shares are taken as they come",
         NODE,
-        "            commit.check_path(dealer.root, commit.leaf(hashes), place, len(state.members), path, where)\n",
+        "            commit.check_path(dealer.root, commit.leaf(hashes), place, len(state.members),"
+        " path, where)\n",
         "",
     ),
     Mutant(
         "training before the checks",
         TRAINER,
-        "        self._node.check(\n"
-        "            requests.slot_of(plan, self._manifest.base_digest), self._encoding(plan.phase, spec.size)\n"
-        "        )\n",
+        "        self._node.check(\n            requests.slot_of(plan, self._manifest.base_digest),"
+        " self._encoding(plan.phase, spec.size)\n        )\n",
         "",
     ),
     Mutant(
-        "any threshold rule", TRAINER, "if manifest.secure.threshold != cohort.THRESHOLD_RULE:", "if False:"
+        "any threshold rule",
+        TRAINER,
+        "if manifest.secure.threshold != cohort.THRESHOLD_RULE:",
+        "if False:",
     ),
-    Mutant("an attempt is trained again", TRAINER, "        if sent is not None:\n", "        if False:\n"),
+    Mutant(
+        "an attempt is trained again",
+        TRAINER,
+        "        if sent is not None:\n",
+        "        if False:\n",
+    ),
     Mutant("no range check at the node", NODE, "        encoding.check(len(state.members))\n", ""),
     Mutant(
         "late inputs",
@@ -206,7 +278,8 @@ MUTANTS = (
     Mutant(
         "inputs unsigned",
         SERVER,
-        "        self._listed.identities[message.name].verify(message.signature, wire.INPUT, *message.signed())\n",
+        "        self._listed.identities[message.name].verify(message.signature, wire.INPUT,"
+        " *message.signed())\n",
         "",
     ),
     Mutant("a liar's share", SERVER, "if not as_signed and share != NO_SHARE:", "if False:"),
@@ -229,7 +302,12 @@ MUTANTS = (
         "if colluders < policy.max_colluders:",
         "if False:",
     ),
-    Mutant("fewer carriers than promised", TRAINER, "if carriers < promised.carriers:", "if carriers < 2:"),
+    Mutant(
+        "fewer carriers than promised",
+        TRAINER,
+        "if carriers < promised.carriers:",
+        "if carriers < 2:",
+    ),
     Mutant(
         "a cohort whose lists may be two",
         TRAINER,
@@ -239,7 +317,10 @@ MUTANTS = (
     Mutant("other coordinates", TRAINER, "if promised.coordinates[phase] != moved:", "if False:"),
     Mutant("no opt-in", VERDICTS, '"" if policy.limits.client_level else', '"" if True else'),
     Mutant(
-        "rounding is free", SKELLAM, "self.levels + math.sqrt(self.coordinates) / 2", "float(self.levels)"
+        "rounding is free",
+        SKELLAM,
+        "self.levels + math.sqrt(self.coordinates) / 2",
+        "float(self.levels)",
     ),
     Mutant("releases are one", SKELLAM, "each.times * each.renyi", "each.renyi"),
     Mutant("Skellam is Gaussian", SKELLAM, "/ (2 * mu) + rest", "/ (2 * mu)"),
@@ -249,15 +330,35 @@ MUTANTS = (
     Mutant("zero twice", SKELLAM, "self.middle - 1 - place", "self.middle - place"),
     Mutant("proposals below the probabilities", SKELLAM, "ratios.max())", "ratios.max()) - 0.3"),
     Mutant(
-        "shares too small", SKELLAM, "return self.variance / carriers", "return self.variance / carriers**2"
+        "shares too small",
+        SKELLAM,
+        "return self.variance / carriers",
+        "return self.variance / carriers**2",
     ),
-    Mutant("a record is charged as an institution", PRIVACY, "manifest.delta, moved=2", "manifest.delta"),
+    Mutant(
+        "a record is charged as an institution",
+        PRIVACY,
+        "manifest.delta, moved=2",
+        "manifest.delta",
+    ),
     Mutant("any bound", PRIVACY, "phase.clip != bound or phase.head_clip", "phase.head_clip"),
     Mutant("any carriers", PRIVACY, "if terms.carriers != carriers or", "if"),
-    Mutant("noise that can't be drawn", SKELLAM, "        if rate <= LARGEST_RATE:\n", "        if True:\n"),
+    Mutant(
+        "noise that can't be drawn",
+        SKELLAM,
+        "        if rate <= LARGEST_RATE:\n",
+        "        if True:\n",
+    ),
     Mutant("no fewer levels", MANIFEST, "        levels //= 2\n", "        levels = 0\n"),
-    Mutant("any number of mask keys", COHORT, "if len(offer.mask_keys) != epoch.count:", "if False:"),
-    Mutant("spellings are organisations", COHORT, "folded(peer.organisation) for", "peer.organisation for"),
+    Mutant(
+        "any number of mask keys", COHORT, "if len(offer.mask_keys) != epoch.count:", "if False:"
+    ),
+    Mutant(
+        "spellings are organisations",
+        COHORT,
+        "folded(peer.organisation) for",
+        "peer.organisation for",
+    ),
     Mutant(
         "an epoch outlives a member's new key",
         NODE,
@@ -279,13 +380,15 @@ MUTANTS = (
     Mutant(
         "confirmations unsigned",
         SERVER,
-        "        self._listed.identities[message.name].verify(message.signature, wire.CONFIRM, *self._signed)\n",
+        "        self._listed.identities[message.name].verify(message.signature, wire.CONFIRM,"
+        " *self._signed)\n",
         "",
     ),
     Mutant(
         "openings unsigned",
         SERVER,
-        "        self._listed.identities[message.name].verify(message.signature, wire.OPENING, *signed)\n",
+        "        self._listed.identities[message.name].verify(message.signature, wire.OPENING,"
+        " *signed)\n",
         "",
     ),
     Mutant(
@@ -318,7 +421,9 @@ MUTANTS = (
         "if pair.public != self._listed.offers[name].mask_keys[place]:",
         "if False:",
     ),
-    Mutant("c words suspect a dealer", SERVER, "len(without) > colluders", "len(without) >= colluders"),
+    Mutant(
+        "c words suspect a dealer", SERVER, "len(without) > colluders", "len(without) >= colluders"
+    ),
     Mutant(
         "a word proves a lie",
         SERVER,
@@ -331,7 +436,12 @@ MUTANTS = (
         "if cohort.most_colluders(size) >= self._colluders:",
         "if True:",
     ),
-    Mutant("updates without noise leave as often", RUNS, 'noised = manifest.mode != "none"', "noised = True"),
+    Mutant(
+        "updates without noise leave as often",
+        RUNS,
+        'noised = manifest.mode != "none"',
+        "noised = True",
+    ),
     Mutant(
         "the manifest's colluders do not count",
         RUNS,
@@ -366,7 +476,10 @@ def fails(folder: Path) -> bool:
         "-m",
         "not chaos",
     ]
-    paths = {"PYTHONPATH": f"{folder / '.typing'}{os.pathsep}{folder}", "PYTHONDONTWRITEBYTECODE": "1"}
+    paths = {
+        "PYTHONPATH": f"{folder / '.typing'}{os.pathsep}{folder}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     done = subprocess.run(
         [*command, *TESTS], cwd=folder, env={**os.environ, **paths}, capture_output=True, text=True
     )

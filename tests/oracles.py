@@ -15,7 +15,8 @@ from fedlora.common.data.records import UnitIndex
 from fedlora.common.data.tasks import Encoded
 from fedlora.common.model.network import AdapterModel
 
-# --- clipping: one record at a time, one unit at a time, plain autograd, float64 sums --------------------
+# --- clipping: one record at a time, one unit at a time, plain autograd, float64 sums
+# --------------------
 
 
 def clipped_sum_by_ones(
@@ -60,13 +61,16 @@ def head_clipped_sum_by_ones(
     for owner in np.unique(owners):
         rows = torch.from_numpy(np.flatnonzero(owners == owner))
         loss = losses(head(features[rows]), targets[rows]).sum()
-        flat = np.concatenate([g.double().numpy().ravel() for g in torch.autograd.grad(loss, parameters)])
+        flat = np.concatenate(
+            [g.double().numpy().ravel() for g in torch.autograd.grad(loss, parameters)]
+        )
         norm = float(np.linalg.norm(flat))
         total += flat * min(1.0, bound / norm if norm else 1.0)
     return total
 
 
-# --- server optimisers: every coordinate by itself, from the whole history, as the paper writes them --------
+# --- server optimisers: every coordinate by itself, from the whole history, as the paper writes
+# them --------
 
 
 def server_states(
@@ -77,7 +81,9 @@ def server_states(
     start: list[float],
     means: list[list[float]],
 ) -> list[list[float]]:
-    """The state after each round, by Algorithm 2 of Reddi et al. 2021 (and FedAvgM), a rate for each round.
+    """The state after each round, by Algorithm 2 of Reddi et al.
+
+    2021 (and FedAvgM), a rate for each round.
 
     Computed in float64; what is remembered from one round to the next is rounded to float32.
     """
@@ -104,7 +110,8 @@ def server_states(
     return states
 
 
-# --- secure aggregation: whole numbers and hashlib only; nothing of the implementation, nothing of `cryptography` ---
+# --- secure aggregation: whole numbers and hashlib only; nothing of the implementation, nothing of
+# `cryptography` ---
 
 P256, P25519 = 2**256 - 189, 2**255 - 19
 
@@ -188,7 +195,10 @@ def aes256(key: bytes, block: bytes) -> bytes:
                 s = state[c : c + 4]
                 for r in range(4):
                     mixed.append(
-                        _times(s[r], 2) ^ _times(s[(r + 1) % 4], 3) ^ s[(r + 2) % 4] ^ s[(r + 3) % 4]
+                        _times(s[r], 2)
+                        ^ _times(s[(r + 1) % 4], 3)
+                        ^ s[(r + 2) % 4]
+                        ^ s[(r + 3) % 4]
                     )
             state = mixed
         state = [a ^ b for a, b in zip(state, keys[number], strict=True)]
@@ -209,7 +219,12 @@ def _chacha_block(key: bytes, counter: int) -> bytes:
             s[z] = (s[z] << bits | s[z] >> (32 - bits)) & 0xFFFFFFFF
 
     words = [int.from_bytes(b"expand 32-byte k"[i : i + 4], "little") for i in range(0, 16, 4)]
-    words += [int.from_bytes(key[i : i + 4], "little") for i in range(0, 32, 4)] + [counter, 0, 0, 0]
+    words += [int.from_bytes(key[i : i + 4], "little") for i in range(0, 32, 4)] + [
+        counter,
+        0,
+        0,
+        0,
+    ]
     state = list(words)
     for _ in range(10):
         for column in range(4):
@@ -227,7 +242,9 @@ def chacha20_poly1305(key: bytes, text: bytes, bound_to: bytes) -> bytes:
     one_time = _chacha_block(key, 0)[:32]
     r = int.from_bytes(one_time[:16], "little") & 0x0FFFFFFC0FFFFFFC0FFFFFFC0FFFFFFF
     padded = [part + bytes(-len(part) % 16) for part in (bound_to, cipher)]
-    data = b"".join(padded) + len(bound_to).to_bytes(8, "little") + len(cipher).to_bytes(8, "little")
+    data = (
+        b"".join(padded) + len(bound_to).to_bytes(8, "little") + len(cipher).to_bytes(8, "little")
+    )
     total = 0
     for i in range(0, len(data), 16):
         total = (total + int.from_bytes(data[i : i + 16], "little") + (1 << 128)) * r % (2**130 - 5)
@@ -247,7 +264,9 @@ class CountedDraws:
 
 
 def merkle_root_of(leaves: list[bytes]) -> bytes:
-    """By recursion: the largest power of two below the count is the left side's, for leaves paired from the left."""
+    """By recursion: the largest power of two below the count is the left side's, for leaves paired
+    from the left.
+    """
     if len(leaves) == 1:
         return leaves[0]
     left = 1
@@ -266,7 +285,9 @@ def secure_round(case: dict[str, Any]) -> dict[str, Any]:
     tag = "fedlora-secagg-1 "
     epoch = framed_hash(tag + "epoch", federation, run, one, one, one)
     setup = framed_hash(tag + "setup", epoch, one)
-    context = framed_hash(tag + "input", setup, one, case["adapter"].encode(), case["base"].encode())
+    context = framed_hash(
+        tag + "input", setup, one, case["adapter"].encode(), case["base"].encode()
+    )
     draws = {name: CountedDraws(name) for name in names}
     c: dict[str, bytes] = {}
     b: dict[str, bytes] = {}
@@ -283,21 +304,30 @@ def secure_round(case: dict[str, Any]) -> dict[str, Any]:
         parts = {}
         for kind, secret in (("b", b[name]), ("s", s[name])):
             terms = [
-                int.from_bytes(each, "big") for each in [secret, *(draws[name](32) for _ in range(t - 1))]
+                int.from_bytes(each, "big")
+                for each in [secret, *(draws[name](32) for _ in range(t - 1))]
             ]
-            parts[kind] = [sum(a * x**i for i, a in enumerate(terms)) % P256 for x in range(1, n + 1)]
+            parts[kind] = [
+                sum(a * x**i for i, a in enumerate(terms)) % P256 for x in range(1, n + 1)
+            ]
         leaves = []
         for place, other in enumerate(names):
             mine = {kind: parts[kind][place].to_bytes(32, "big") for kind in "bs"}
             label = (cohort, name.encode(), other.encode(), one)
-            hashes = [framed_hash(tag + "share", *label, kind.encode(), mine[kind]) for kind in "bs"]
+            hashes = [
+                framed_hash(tag + "share", *label, kind.encode(), mine[kind]) for kind in "bs"
+            ]
             leaves.append(framed_hash(tag + "leaf", b"".join(hashes)))
             if other != name:
                 secret = x25519(c[name], x25519(c[other]))
                 info = framed_bytes(b"share", name.encode(), other.encode())
                 key = hkdf_sha256(secret, framed_bytes(b"salt", cohort), info)
-                bound = framed_bytes((tag + "sealed").encode(), cohort, name.encode(), other.encode())
-                sealed[f"{name} to {other}"] = chacha20_poly1305(key, mine["b"] + mine["s"], bound).hex()
+                bound = framed_bytes(
+                    (tag + "sealed").encode(), cohort, name.encode(), other.encode()
+                )
+                sealed[f"{name} to {other}"] = chacha20_poly1305(
+                    key, mine["b"] + mine["s"], bound
+                ).hex()
         seeds = framed_hash(tag + "seed", cohort, name.encode(), one, b[name])
         entries.append(framed_bytes(b"dealer", name.encode(), merkle_root_of(leaves), seeds))
     dealers = framed_hash(tag + "dealers", cohort, *entries)
@@ -311,7 +341,10 @@ def secure_round(case: dict[str, Any]) -> dict[str, Any]:
             for k, value in enumerate(values[index])
         )
         words = [*values[index], 1, linear]
-        salts = framed_bytes(b"salt", context, dealers), framed_bytes(b"salt", context, cohort, dealers)
+        salts = (
+            framed_bytes(b"salt", context, dealers),
+            framed_bytes(b"salt", context, cohort, dealers),
+        )
         masks = [(1, hkdf_sha256(b[name], salts[0], b"seed"))]
         for other in names:
             if other != name:

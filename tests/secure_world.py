@@ -1,4 +1,6 @@
-"""A cohort that aggregates securely in one process: honest nodes, an honest coordinator, drop-outs at any stage.
+"""A cohort that aggregates securely in one process.
+
+Honest nodes, an honest coordinator, drop-outs at any stage.
 
 Tests take single steps of it and lie in between.
 """
@@ -33,7 +35,9 @@ def node_name(number: int) -> str:
 
 def peers_of(count: int) -> dict[str, Peer]:
     return {
-        node_name(number): Peer(node_name(number), f"organisation-{number}", IDENTITIES[number].public)
+        node_name(number): Peer(
+            node_name(number), f"organisation-{number}", IDENTITIES[number].public
+        )
         for number in range(count)
     }
 
@@ -98,7 +102,9 @@ class World:
         identities = {name: peer.identity for name, peer in peers_of(self.count).items()}
         return ServerEpoch(epoch, identities, self.minimum, colluders=self.assumed)
 
-    def begin(self, epoch: Epoch, no_keys: Collection[str] = (), no_deal: Collection[str] = ()) -> Listed:
+    def begin(
+        self, epoch: Epoch, no_keys: Collection[str] = (), no_deal: Collection[str] = ()
+    ) -> Listed:
         """Stages 1 and 2; who is named in `no_keys` or `no_deal` drops out there."""
         server = self.server_epoch(epoch)
         here = [name for name in self.names if name not in no_keys]

@@ -1,4 +1,7 @@
-"""A federation of real processes: TLS, node authentication, SuperLink, SuperNodes, three trainers; and kills."""
+"""A federation of real processes: TLS, node authentication, SuperLink, SuperNodes, three trainers.
+
+And kills.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,14 @@ from fedlora.client.node.folder import NodeFolder
 from fedlora.common.adapter.peft import load_adapter
 from fedlora.common.protocol.messages import Consent, reply_from_bytes
 from fedlora.server.coordinator.folder import Directory
-from fedlora.simulations.local_deployment import NAMES, Federation, conclude, listens, running, wait_until
+from fedlora.simulations.local_deployment import (
+    NAMES,
+    Federation,
+    conclude,
+    listens,
+    running,
+    wait_until,
+)
 from tests.isolation import ALONE, NOBODY, NOT_SHOWN, as_nobody, available, public_folder
 from tests.proxy import Line
 
@@ -42,8 +52,8 @@ def wait_for_round(federation: Federation, number: int) -> None:
     """Until the round is committed; an early end of the server fails at once, with every log."""
 
     def committed() -> bool:
-        assert federation.processes["server"].poll() is None or len(lines(federation)) >= number, logs(
-            federation
+        assert federation.processes["server"].poll() is None or len(lines(federation)) >= number, (
+            logs(federation)
         )
         return len(lines(federation)) >= number
 
@@ -57,33 +67,57 @@ def logs(federation: Federation) -> str:
 
 
 def check_ledgers(federation: Federation) -> None:
-    """Every update that counted was reserved before; what each node stated is what its ledger holds."""
+    """Every update that counted was reserved before.
+
+    What each node stated is what its ledger holds.
+    """
     folder = federation.last_run()
     members = Directory.open(federation.coordinator).registry.active()
     for name in federation.names:
         node = NodeFolder(federation.node(name))
         ledger = node.open_ledger(node.load_policy())
-        counted = [line["attempt"] for line in lines(federation) if name not in dict(line["failures"])]
-        reserved = {entry.body["attempt"] for entry in ledger.entries() if entry.body["kind"] == "reserve"}
+        counted = [
+            line["attempt"] for line in lines(federation) if name not in dict(line["failures"])
+        ]
+        reserved = {
+            entry.body["attempt"] for entry in ledger.entries() if entry.body["kind"] == "reserve"
+        }
         assert reserved >= set(counted), (name, reserved, counted)
-        reply = reply_from_bytes((folder / "consents" / f"{name}.reply").read_bytes(), "demo", members)
+        reply = reply_from_bytes(
+            (folder / "consents" / f"{name}.reply").read_bytes(), "demo", members
+        )
         assert isinstance(reply, Consent) and ledger.spent("messages").epsilon == reply.epsilon
         ledger.close()
 
 
 @pytest.mark.flower
-def test_killed_in_the_middle_it_goes_on_and_its_export_verifies(tiny_bert: Path, tmp_path: Path) -> None:
-    """A process of each institution and the coordinator with its SuperLink are killed at once; a new Flower run goes on.
+def test_killed_in_the_middle_it_goes_on_and_its_export_verifies(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    """A process of each institution and the coordinator with its SuperLink are killed at once.
 
-    Updates leave under masks: with three institutions no drop-out is borne, so a killed one costs an attempt.
+    A new Flower run goes on.
+
+    Updates leave under masks: with three institutions no drop-out is borne, so a killed one costs
+    an attempt.
     """
     federation = Federation(
-        tmp_path / "f", rounds=2, spare=9, base=str(tiny_bert), layers="[]", deadline=90.0, secure=True
+        tmp_path / "f",
+        rounds=2,
+        spare=9,
+        base=str(tiny_bert),
+        layers="[]",
+        deadline=90.0,
+        secure=True,
     )
     federation.prepare()
     with running(federation):
         wait_for_round(federation, 1)
-        for victim, name in (("trainer", "bank"), ("link", "hospital"), ("SuperNode", "university")):
+        for victim, name in (
+            ("trainer", "bank"),
+            ("link", "hospital"),
+            ("SuperNode", "university"),
+        ):
             _kill(federation, victim, name)
         _kill(federation, "server", "")
         committed = len(lines(federation))
@@ -110,7 +144,10 @@ def traced() -> bool:
 
 
 class Apart(Federation):
-    """Each trainer in a network namespace with nothing in it; each relay under another user, in a folder of its own."""
+    """Each trainer in a network namespace with nothing in it.
+
+    Each relay under another user, in a folder of its own.
+    """
 
     def relay(self, name: str) -> Path:
         return self.root / "relays" / name
@@ -119,7 +156,10 @@ class Apart(Federation):
         return self.root / "doors" / name / "s"
 
     def separate(self) -> None:
-        """What an operator does after enrolment: the relay's folder to its user, and a socket that it may use."""
+        """What an operator does after enrolment.
+
+        The relay's folder to its user, and a socket that it may use.
+        """
         for name in self.names:
             self.relay(name).parent.mkdir(exist_ok=True)
             shutil.copytree(self.node(name) / "relay", self.relay(name))
@@ -135,7 +175,9 @@ class Apart(Federation):
 
 @dataclass(frozen=True)
 class Watched:
-    """A run whose calls the kernel recorded, with trainers and relays apart, where the machine lets a test do so."""
+    """A run whose calls the kernel recorded, with trainers and relays apart, where the machine lets
+    a test do so.
+    """
 
     federation: Federation
     apart: bool
@@ -148,7 +190,14 @@ def watched(tiny_bert: Path) -> Iterator[Watched]:
     apart = available()
     with public_folder() as place, public_folder() as scratch:
         calls = place / "calls" if traced() else None
-        trace = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg"]
+        trace = [
+            "strace",
+            "-f",
+            "--seccomp-bpf",
+            "-qq",
+            "-e",
+            "trace=connect,sendto,sendmsg,sendmmsg",
+        ]
         federation = Apart(place / "f", rounds=1, base=str(tiny_bert), layers="[]")
 
         def prefix(process: str) -> list[str]:
@@ -184,12 +233,17 @@ def test_a_run_completes_with_trainers_without_a_network_and_relays_that_cannot_
                 path = watched.federation.node(name) / file
                 words = [*as_nobody(scratch), "cat", str(path)]
                 read = subprocess.run(words, capture_output=True, text=True, check=False)
-                assert path.is_file() and "Permission denied" in read.stderr and not read.stdout, path
+                assert path.is_file() and "Permission denied" in read.stderr and not read.stdout, (
+                    path
+                )
 
 
 @pytest.mark.flower
 def test_nothing_calls_out(watched: Watched) -> None:
-    """Every connection that any process of a run attempts, recorded by the kernel: none leaves the machine."""
+    """Every connection that any process of a run attempts, recorded by the kernel.
+
+    None leaves the machine.
+    """
     if watched.calls is None:
         pytest.skip("system calls can't be recorded here: that nothing calls out was not shown")
     files = list(watched.calls.iterdir())
@@ -228,7 +282,10 @@ def follow(federation: Federation, until: float) -> list[tuple[float, str]]:
 @pytest.mark.chaos
 @pytest.mark.flower
 def test_partition(tiny_bert: Path, tmp_path: Path) -> None:
-    """60 s without three of six: commits with the quorum; 60 s without four: aborts. Each within deadline + 5 s."""
+    """60 s without three of six: commits with the quorum; 60 s without four: aborts.
+
+    Each within deadline + 5 s.
+    """
     deadline = 30.0
     names = (*NAMES, *(f"{name}-2" for name in NAMES))
     federation = Federation(
@@ -255,7 +312,8 @@ def test_partition(tiny_bert: Path, tmp_path: Path) -> None:
             for line in lost:
                 line.mend()
             print(
-                f"{2 + len(lost)} of 6 away for 60 s:", [(round(seconds, 1), how) for seconds, how in ended]
+                f"{2 + len(lost)} of 6 away for 60 s:",
+                [(round(seconds, 1), how) for seconds, how in ended],
             )
             mended = time.monotonic()
             wait_for_round(federation, len(lines(federation)) + 1)
@@ -299,11 +357,16 @@ def kills(request: pytest.FixtureRequest) -> Iterator[list[Kill]]:
             for size in (0, *BURSTS):
                 times = sorted(kill.seconds for kill in found if size in (0, kill.together))
                 ranks = [times[min(len(times) - 1, len(times) * part // 100)] for part in (50, 95)]
-                print(f"{f'{size} together' if size else 'all'}: p50 {ranks[0]:.1f} s, p95 {ranks[1]:.1f} s")
+                print(
+                    f"{f'{size} together' if size else 'all'}: p50 {ranks[0]:.1f} s, p95"
+                    f" {ranks[1]:.1f} s"
+                )
 
 
 def _kill(federation: Federation, victim: str, name: str) -> bool:
-    """One process, or the command that an operator started; a trainer and a link are started again, as systemd would.
+    """One process, or the command that an operator started.
+
+    A trainer and a link are started again, as systemd would.
 
     False: there is none just now.
     """
@@ -327,7 +390,10 @@ def _kill(federation: Federation, victim: str, name: str) -> bool:
 
 
 def _moved(federation: Federation, before: int) -> bool:
-    """Whether a round was committed since; a server that ended with the work undone is started again, by `resume`."""
+    """Whether a round was committed since.
+
+    A server that ended with the work undone is started again, by `resume`.
+    """
     server = federation.processes.get("server")
     if server is None or server.poll() not in (None, 0, 3):
         federation.kill("server")
@@ -361,7 +427,10 @@ def _burst(federation: Federation, source: random.Random, size: int) -> list[tup
 @pytest.mark.flower
 @pytest.mark.parametrize("seed", range(7))
 def test_chaos(tiny_bert: Path, tmp_path: Path, seed: int, kills: list[Kill]) -> None:
-    """Fifteen kills a run, at random moments, of any process, up to five at a time; every second run under masks."""
+    """Fifteen kills a run, at random moments, of any process, up to five at a time.
+
+    Every second run under masks.
+    """
     source = random.Random(seed)
     federation = Federation(
         tmp_path / "f",

@@ -1,7 +1,10 @@
-"""The house stays as it was designed: layers, rooms and files without a circle, and flwr and torch where they belong.
+"""The house stays as it was designed.
 
-A layer is a top-level folder, a room a folder in it. The order of rooms below is the order in which they may import:
-a room sees itself, the rooms before it, and the layers below. docs/design.md draws it.
+Layers, rooms and files without a circle, and flwr and torch where they belong.
+
+A layer is a top-level folder, a room a folder in it. The order of rooms below is the order in which
+they may import: a room sees itself, the rooms before it, and the layers below. docs/design.md draws
+it.
 """
 
 from __future__ import annotations
@@ -24,16 +27,27 @@ MAY_IMPORT = {
     "server": {"server", "common"},
     "simulations": {"simulations", "client", "server", "common"},
 }
-# Rooms in the order in which they may import; a file that stands in a layer itself is a room of one.
+# Rooms in the order in which they may import; a file that stands in a layer itself is a room of
+# one.
 ROOMS = {
     "common": (
         *("errors", "disk", "terminal", "trust", "secagg", "config", "data", "model"),
         *("manifest", "protocol", "privacy", "ledger", "adapter"),
     ),
     "client": ("network", "training", "node", "consent", "secagg", "service", "report", "cli"),
-    "server": (*("strategies", "rounds", "secagg", "runs", "coordinator", "release", "deployment", "cli"),),
+    "server": (
+        *("strategies", "rounds", "secagg", "runs", "coordinator", "release", "deployment", "cli"),
+    ),
     "simulations": (
-        *("federation", "report", "engines", "experiments", "cli", "local_deployment", "benchmarks"),
+        *(
+            "federation",
+            "report",
+            "engines",
+            "experiments",
+            "cli",
+            "local_deployment",
+            "benchmarks",
+        ),
     ),
 }
 FLWR = {
@@ -79,7 +93,10 @@ def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
 
 
 def file_of(name: str) -> Path | None:
-    """The file that an imported name of ours comes from; None for a package, or for what is not ours."""
+    """The file that an imported name of ours comes from.
+
+    None for a package, or for what is not ours.
+    """
     parts = name.split(".")
     if parts[0] != "fedlora" or len(parts) < 2:
         return None
@@ -95,9 +112,12 @@ def room_of(path: Path) -> tuple[str, str]:
 @cache
 def arrows(layer: str) -> dict[Path, set[Path]]:
     """Which files of a layer each of its files imports, wherever in the file."""
-    found = {path: {file_of(name) for name in imports(path)} - {None, path} for path in sources(layer)}
+    found = {
+        path: {file_of(name) for name in imports(path)} - {None, path} for path in sources(layer)
+    }
     return {
-        path: {each for each in used if each and room_of(each)[0] == layer} for path, used in found.items()
+        path: {each for each in used if each and room_of(each)[0] == layer}
+        for path, used in found.items()
     }
 
 
@@ -119,7 +139,9 @@ def test_rooms_import_in_their_order(layer: str) -> None:
             continue  # the layer's own face may show any room
         for each in used:
             mine, theirs = room_of(path)[1], room_of(each)[1]
-            assert order[theirs] <= order[mine], f"{path}: {mine} imports {each}, of a room above it"
+            assert order[theirs] <= order[mine], (
+                f"{path}: {mine} imports {each}, of a room above it"
+            )
 
 
 @pytest.mark.parametrize("layer", CODE)
@@ -138,7 +160,9 @@ def test_every_room_says_in_one_sentence_what_it_is_for() -> None:
         } == set(ROOMS[layer])
         for room in rooms:
             reason = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
-            assert reason.split("\n")[0].rstrip().endswith("."), f"{room}: no reason in its __init__.py"
+            assert reason.split("\n")[0].rstrip().endswith("."), (
+                f"{room}: no reason in its __init__.py"
+            )
             assert len(list(room.glob("*.py"))) > 2, f"{room}: a room of one file is a file"
 
 
@@ -152,7 +176,9 @@ def test_no_private_name_is_imported_across_rooms() -> None:
 
 
 def test_no_two_rooms_have_files_of_one_name() -> None:
-    named = Counter(path.name for layer in CODE for path in sources(layer) if path.name != "__init__.py")
+    named = Counter(
+        path.name for layer in CODE for path in sources(layer) if path.name != "__init__.py"
+    )
     assert {name for name, count in named.items() if count > 1} <= TWO_SIDES
 
 
@@ -186,7 +212,9 @@ def test_the_light_core_imports_no_torch(name: str) -> None:
 
 
 def test_every_package_is_listed_and_none_is_missing() -> None:
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    listed = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )
     found = {
         "fedlora." + ".".join(path.parent.relative_to(ROOT).parts)
         for layer in CODE
@@ -207,7 +235,9 @@ def test_files_and_functions_stay_short(layer: str) -> None:
     for path in sources(layer):
         text = path.read_text()
         assert len(text.splitlines()) <= 400, path
-        assert not text or text.lstrip().startswith('"""'), f"{path}: begins without saying what it is"
+        assert not text or text.lstrip().startswith('"""'), (
+            f"{path}: begins without saying what it is"
+        )
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 body = (node.end_lineno or 0) - node.body[0].lineno + 1

@@ -1,4 +1,7 @@
-"""The tests of secure aggregation notice every check that is missing, turned or widened: `make mutants`."""
+"""The tests of secure aggregation notice every check that is missing, turned or widened.
+
+`make mutants`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The runbook's commands, as they stand in docs/operations.md: what is marked to run, runs, in order."""
+"""The runbook's commands, as they stand in docs/operations.md.
+
+What is marked to run, runs, in order.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,9 @@ def test_every_command_of_the_runbook_exists() -> None:
     named = set(re.findall(r"^(fedlora-(?:node|server)) ([a-z-]+)", TEXT, re.MULTILINE))
     assert len(named) >= 14
     for command, subcommand in sorted(named):
-        module = {"fedlora-node": "fedlora.client.cli", "fedlora-server": "fedlora.server.cli"}[command]
+        module = {"fedlora-node": "fedlora.client.cli", "fedlora-server": "fedlora.server.cli"}[
+            command
+        ]
         app = __import__(module, fromlist=["app"]).app
         known = {each.name or each.callback.__name__ for each in app.registered_commands}
         known |= {each.name for each in app.registered_groups}

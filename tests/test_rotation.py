@@ -1,4 +1,7 @@
-"""A key is rotated, from `fedlora-node init --rotate` to the round that counts the new one: both command lines."""
+"""A key is rotated, from `fedlora-node init --rotate` to the round that counts the new one.
+
+Both command lines.
+"""
 
 from __future__ import annotations
 
@@ -42,23 +45,35 @@ class Halves(FakeWork):
     """An update of one half in each coordinate."""
 
     def train(
-        self, manifest: RunManifest, projection: Path, budget: Budget, plan: RoundPlan, vector: bytes
+        self,
+        manifest: RunManifest,
+        projection: Path,
+        budget: Budget,
+        plan: RoundPlan,
+        vector: bytes,
     ) -> tuple[bytes, str]:
         _, digest = super().train(manifest, projection, budget, plan, vector)
         return np.full(SPEC.size, 0.5, dtype="<f4").tobytes(), digest
 
 
 class Federation:
-    """A coordinator and three institutions, each made by its own commands; requests go from hand to hand."""
+    """A coordinator and three institutions, each made by its own commands.
+
+    Requests go from hand to hand.
+    """
 
     def __init__(self, root: Path, command: Command) -> None:
         self.root, self.command = root, command
-        self.ok("fedlora-server", "init", "coordinator", "--federation", "demo", "--host", "127.0.0.1")
+        self.ok(
+            "fedlora-server", "init", "coordinator", "--federation", "demo", "--host", "127.0.0.1"
+        )
         self.residents: dict[str, Resident] = {}
         for name in NAMES:
             self.ok("fedlora-node", "init", name, "--organisation", f"The {name}", "--node", name)
             policy = root / name / "node.toml"
-            policy.write_text(POLICY.format(base=BASE, folder="base").replace('"north"', f'"{name}"'))
+            policy.write_text(
+                POLICY.format(base=BASE, folder="base").replace('"north"', f'"{name}"')
+            )
             self.ok("fedlora-server", "enrol", f"{name}/enrolment.json", "--yes")
             self.ok("fedlora-node", "join", "coordinator/invitation.json", "--node", name)
             self.restart(name)
@@ -85,13 +100,17 @@ class Federation:
     def online(self) -> set[str]:
         return set(NAMES)
 
-    def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+    def ask(
+        self, requests: Mapping[str, bytes], deadline: float
+    ) -> Iterator[tuple[str, bytes | Failure]]:
         for name, data in requests.items():
             yield name, self.residents[name].ask(data)
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+def command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Command:
     monkeypatch.chdir(tmp_path)
 
     def call(program: str, *arguments: str) -> tuple[int, str, str]:
@@ -128,12 +147,17 @@ def test_the_next_round_counts_the_new_key_and_the_old_one_no_more(federation: F
     out = rotate(federation, "north")
     new = Identity.load(federation.root / "north" / "identity.pem").public
     assert "rotation.json" in out and new.fingerprint in out and "restart the trainer" in out
-    assert attempt(cohort, 2).replies == 3  # the coordinator has not taken it: the old key counts still
-    assert new.fingerprint in federation.ok("fedlora-server", "rotate", "north/rotation.json", "--yes")
-    assert "did not make" in reasons(attempt(cohort, 3))["north"]  # whoever still signs with the old key
+    # the coordinator has not taken it: the old key counts still
+    assert attempt(cohort, 2).replies == 3
+    assert new.fingerprint in federation.ok(
+        "fedlora-server", "rotate", "north/rotation.json", "--yes"
+    )
+    # whoever still signs with the old key
+    assert "did not make" in reasons(attempt(cohort, 3))["north"]
     federation.restart("north")
     assert attempt(cohort, 4).replies == 3
-    resumed = federation.cohort()  # north's consent on disk was signed by its old key: it is asked for anew
+    # north's consent on disk was signed by its old key: it is asked for anew
+    resumed = federation.cohort()
     assert set(federation.who.consents) == {"east", "south"}
     assert attempt(resumed, 5).replies == 3 and set(federation.who.consents) == set(NAMES)
     federation.cohort()
@@ -145,7 +169,9 @@ def test_the_next_round_counts_the_new_key_and_the_old_one_no_more(federation: F
     assert [number for _, number, _ in sent] == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_lost_key_is_revoked_and_a_new_one_enrolled_beside_the_old_ledger(federation: Federation) -> None:
+def test_a_lost_key_is_revoked_and_a_new_one_enrolled_beside_the_old_ledger(
+    federation: Federation,
+) -> None:
     assert attempt(federation.cohort(), 1).replies == 3
     (federation.root / "south" / "identity.pem").unlink()
     federation.ok("fedlora-node", "init", "south", "--organisation", "The south", "--node", "south")
@@ -159,7 +185,9 @@ def test_rotations_that_the_old_key_did_not_sign_are_refused(federation: Federat
     before = Directory.open(federation.root / "coordinator").registry.active()
     path, new = federation.root / "forged.json", Identity.generate()
     for signer in ("coordinator/keys/coordinator.pem", "south/identity.pem"):
-        text = rotation_to_text(Identity.load(federation.root / signer), request(new, "north", "The north"))
+        text = rotation_to_text(
+            Identity.load(federation.root / signer), request(new, "north", "The north")
+        )
         path.write_text(text)
         code, _, err = federation.command("fedlora-server", "rotate", "forged.json", "--yes")
         assert (code, len(err.splitlines())) == (3, 1) and "expected ed25519:" in err, err
@@ -189,7 +217,9 @@ def test_another_institutions_keys_are_not_rotated_by_mistake(federation: Federa
     assert (federation.root / "north" / "identity.pem").read_bytes() == before
 
 
-def test_a_peer_s_new_key_is_approved_under_its_old_one_or_after_removal(federation: Federation) -> None:
+def test_a_peer_s_new_key_is_approved_under_its_old_one_or_after_removal(
+    federation: Federation,
+) -> None:
     folder = NodeFolder(federation.root / "south")
     approve = ("join", "--approve", "--node", "south")
     federation.ok("fedlora-node", *approve, "north/enrolment.json")
@@ -217,13 +247,18 @@ def test_a_peer_s_new_key_is_approved_under_its_old_one_or_after_removal(federat
 
 
 def test_a_rotation_brings_nobody_in(federation: Federation) -> None:
-    """The coordinator's signature never adds: neither does any other, for a name that was not approved."""
+    """The coordinator's signature never adds.
+
+    Neither does any other, for a name that was not approved.
+    """
     rotate(federation, "north")
     coordinator = Identity.load(federation.root / "coordinator" / "keys" / "coordinator.pem")
     text = (federation.root / "north" / "enrolment.json").read_text()
     (federation.root / "forged.json").write_text(seal(coordinator, ROTATION_TAG, {"request": text}))
     for file in ("north/rotation.json", "forged.json"):
-        code, _, err = federation.command("fedlora-node", "join", file, "--approve", "--node", "south")
+        code, _, err = federation.command(
+            "fedlora-node", "join", file, "--approve", "--node", "south"
+        )
         assert code == 3 and "approved key" in err
     assert not read_peers(NodeFolder(federation.root / "south"))
 
@@ -246,7 +281,9 @@ def test_a_rotation_that_was_killed_goes_on_with_the_key_that_may_be_known(
     monkeypatch.setattr(Path, "rename", rename)
     begun = rotation_from_text(folder.rotation.read_text(), "r").request.identity
     assert enrolment.rotate(folder, "north", "The north").identity == begun
-    assert Identity.load(folder.identity).public == begun and not list(folder.root.glob("rotation-*"))
+    assert Identity.load(folder.identity).public == begun and not list(
+        folder.root.glob("rotation-*")
+    )
 
 
 def test_one_organisation_is_one_peer_however_it_is_spelt(federation: Federation) -> None:

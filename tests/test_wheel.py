@@ -21,9 +21,22 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("source")
     for name in (*CODE, "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
-        shutil.copytree(source, copy / name) if source.is_dir() else shutil.copy(source, copy / name)
+        (
+            shutil.copytree(source, copy / name)
+            if source.is_dir()
+            else shutil.copy(source, copy / name)
+        )
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(out),
+        str(copy),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return next(out.glob("*.whl"))
 
@@ -32,7 +45,10 @@ def test_the_wheel_holds_every_module_and_configuration(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     for name in CODE:
         for path in (ROOT / name).rglob("*"):
-            if path.suffix in (".py", ".toml", ".html", ".conf") and "__pycache__" not in path.parts:
+            if (
+                path.suffix in (".py", ".toml", ".html", ".conf")
+                and "__pycache__" not in path.parts
+            ):
                 assert f"fedlora/{path.relative_to(ROOT)}" in inside
     assert not any(name.split("/")[0] in (*CODE, "tests") for name in inside)
 
@@ -45,9 +61,27 @@ def test_an_empty_environment_imports_the_core_from_the_wheel(wheel: Path, tmp_p
         "safetensors",
         "cryptography",
     ]  # what these modules import, not all that the core may need
-    subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *needs], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *needs], check=True
+    )
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True)
-    modules = "errors, state, messages, config, data, files, ledger, privacy, randomness"
-    code = f"import sys; from fedlora.common import {modules}; assert 'torch' not in sys.modules; print(config.Config().seed)"
-    done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    modules = (
+        "errors",
+        "model.state",
+        "manifest.manifest",
+        "config.schema",
+        "data.records",
+        "disk.files",
+        "ledger.ledger",
+        "privacy.accountant",
+        "privacy.randomness",
+    )
+    code = (
+        "import sys;"
+        + "".join(f"import fedlora.common.{name};" for name in modules)
+        + "assert 'torch' not in sys.modules; print(fedlora.common.config.schema.Config().seed)"
+    )
+    done = subprocess.run(
+        [python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.stdout.strip() == "7"

@@ -1,7 +1,10 @@
-"""A manifest against a policy, field by field: pure, so that it can be tried on any manifest at no cost.
+"""A manifest against a policy, field by field.
 
-Projected ε is computed here from the manifest's own schedule, whatever the manifest states, and held against
-what the budget has left. A field without a verdict would be a field that nobody looked at: there is one for each.
+Pure, so that it can be tried on any manifest at no cost.
+
+Projected ε is computed here from the manifest's own schedule, whatever the manifest states, and
+held against what the budget has left. A field without a verdict would be a field that nobody looked
+at: there is one for each.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ from fedlora.common.secagg.cohort import THRESHOLD_RULE
 
 SLACK = 1 + 1e-6  # relative: the last bits of an ε differ between machines
 MOST_PHASES = 16
-STEEPEST = 64.0  # alpha / rank, and the scale of pooled features: with bounded adapters nothing overflows
+# alpha / rank, and the scale of pooled features: with bounded adapters nothing overflows
+STEEPEST = 64.0
 SHORTEST = 4  # tokens of a record, as in a configuration
 RANGES = (
     ("sampling_rate", 1e-9, 1.0),
@@ -48,8 +52,9 @@ RANGES = (
 class Verdict:
     """What the policy says to one field of a manifest; `reason` is "" where it is allowed.
 
-    `note` is for the node's own operator, and goes to nobody else: budgets, and what other runs had of them. The
-    rest is what a coordinator chose, and is one printable line: it ends on the operator's terminal.
+    `note` is for the node's own operator, and goes to nobody else: budgets, and what other runs had
+    of them. The rest is what a coordinator chose, and is one printable line: it ends on the
+    operator's terminal.
     """
 
     field: str
@@ -71,11 +76,16 @@ class Verdict:
 
 
 class Denied(Refused):
-    """What a policy does not allow, as anybody may read it; `detail` has the notes, for the operator alone."""
+    """What a policy does not allow, as anybody may read it.
+
+    `detail` has the notes, for the operator alone.
+    """
 
     def __init__(self, denied: Sequence[Verdict]) -> None:
         super().__init__("; ".join(each.denial for each in denied))
-        self.detail = "; ".join(each.denial + (f" ({each.note})" if each.note else "") for each in denied)
+        self.detail = "; ".join(
+            each.denial + (f" ({each.note})" if each.note else "") for each in denied
+        )
 
 
 def judge(
@@ -85,13 +95,21 @@ def judge(
     spent: Mapping[str, Spend],
     reserved: Spend | None = None,
 ) -> list[Verdict]:
-    """A verdict for each field. `spent` is by budget; `reserved` is what this very run has of it already."""
+    """A verdict for each field. `spent` is by budget.
+
+    `reserved` is what this very run has of it already.
+    """
     phases = _phase_verdicts(manifest, policy)
     return [
         _same("federation", manifest.federation, federation),
         Verdict("run", manifest.run),
         *_data_verdicts(manifest, policy),
-        _one_of("base_digest", manifest.base_digest, policy.bases, "expected one that node.toml [bases] has"),
+        _one_of(
+            "base_digest",
+            manifest.base_digest,
+            policy.bases,
+            "expected one that node.toml [bases] has",
+        ),
         *_network_verdicts(manifest, policy),
         _max_length(manifest, policy),
         *phases,
@@ -111,7 +129,10 @@ def allow(verdicts: list[Verdict]) -> None:
 
 
 def projected(manifest: RunManifest) -> Spend:
-    """What the whole schedule costs a budget, all attempts; ε is infinite where nothing bounds it."""
+    """What the whole schedule costs a budget, all attempts.
+
+    ε is infinite where nothing bounds it.
+    """
     if manifest.mode == "client":
         return Spend(charged_epsilon(manifest), manifest.delta)
     if manifest.mode != "record":
@@ -140,9 +161,14 @@ def _data_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
     labels = f"{len(manifest.labels)} labels"
     return [
         _one_of("task", manifest.task, tasks, "expected the task of a [data] table of node.toml"),
-        Verdict("labels", labels, "" if manifest.labels in sets else "no data set has exactly these"),
+        Verdict(
+            "labels", labels, "" if manifest.labels in sets else "no data set has exactly these"
+        ),
         _one_of(
-            "unit", manifest.unit, units, "expected the unit of a [data] table of node.toml with these labels"
+            "unit",
+            manifest.unit,
+            units,
+            "expected the unit of a [data] table of node.toml with these labels",
         ),
     ]
 
@@ -162,7 +188,9 @@ def _network_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
         _at_most("network.rank", network.rank, limits.rank),
         _at_most("network.alpha", network.alpha, STEEPEST * network.rank),
         _at_most("network.head_scale", network.head_scale, STEEPEST),
-        Verdict("network.targets", ", ".join(network.targets)[:80], _beyond(targets, limits.targets)),
+        Verdict(
+            "network.targets", ", ".join(network.targets)[:80], _beyond(targets, limits.targets)
+        ),
         Verdict(
             "network.layers",
             ", ".join(map(str, network.layers)) or "all",
@@ -177,7 +205,11 @@ def _phase_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
     attempts = sum(phase.attempts for phase in phases)
     verdicts = [
         Verdict("mode", manifest.mode, _mode(manifest, policy)),
-        Verdict("phases", str(len(phases)), "" if 1 <= len(phases) <= MOST_PHASES else "expected 1 to 16"),
+        Verdict(
+            "phases",
+            str(len(phases)),
+            "" if 1 <= len(phases) <= MOST_PHASES else "expected 1 to 16",
+        ),
         _at_most("rounds", manifest.rounds, limits.rounds),
         _at_most("attempts", attempts, limits.attempts),
     ]
@@ -210,7 +242,11 @@ def _mechanism(name: str, phase: Phase, manifest: RunManifest, policy: Policy) -
         value = float(getattr(phase, field))
         allowed = least <= value <= most or (field == "head_clip" and value == 0)
         verdicts.append(
-            Verdict(f"{name}.{field}", f"{value:g}", "" if allowed else f"expected {least:g} to {most:g}")
+            Verdict(
+                f"{name}.{field}",
+                f"{value:g}",
+                "" if allowed else f"expected {least:g} to {most:g}",
+            )
         )
     known = phase.optimizer in ("sgd", "adamw")
     verdicts.append(
@@ -262,7 +298,10 @@ def _spend_verdicts(
     sound: bool,
 ) -> list[Verdict]:
     if manifest.mode not in ("record", "client"):
-        return [Verdict("epsilon", f"{manifest.epsilon:g}"), Verdict("delta", f"{manifest.delta:g}")]
+        return [
+            Verdict("epsilon", f"{manifest.epsilon:g}"),
+            Verdict("delta", f"{manifest.delta:g}"),
+        ]
     delta = _at_most("delta", manifest.delta, policy.limits.delta)
     if manifest.delta <= 0:
         delta = replace(delta, reason="expected > 0")
@@ -278,23 +317,30 @@ def _spend_verdicts(
     budget = policy.budgets[policy.data[name].budget]
     found = f"{manifest.epsilon:g}"
     if not math.isfinite(charged):
-        return [Verdict("epsilon", found, "its schedule has no bound on ε that is known to hold"), delta]
+        return [
+            Verdict("epsilon", found, "its schedule has no bound on ε that is known to hold"),
+            delta,
+        ]
     used = spent.get(budget.name, Spend(0.0, 0.0))
     note = _cost_note(budget, used.epsilon, charged, reserved)
     if cost > manifest.epsilon * SLACK:
         return [Verdict("epsilon", found, f"its schedule costs {shown_epsilon(cost)}", note), delta]
     # what was let in before reserves nothing more
     over = exceeded(budget, used, Spend(charged, manifest.delta)) if reserved is None else ""
-    reason = f"the budget does not suffice: it would be charged ε {shown_epsilon(charged)}" if over else ""
+    reason = (
+        f"the budget does not suffice: it would be charged ε {shown_epsilon(charged)}"
+        if over
+        else ""
+    )
     return [Verdict("epsilon", found, reason, over or note), delta]
 
 
 def _cost_note(budget: Budget, used: float, charged: float, reserved: Spend | None) -> str:
     held = 0.0 if reserved is None else reserved.epsilon  # is among what is used
     return (
-        f"costs {shown_epsilon(charged)}{' (reserved before)' * (reserved is not None)}; of {budget.epsilon:g} in "
-        f"{budget.name}, {shown_epsilon(used - held)} went to other runs and "
-        f"{shown_left(budget.epsilon - used + held - charged)} would be left"
+        f"costs {shown_epsilon(charged)}{' (reserved before)' * (reserved is not None)}; of"
+        f" {budget.epsilon:g} in {budget.name}, {shown_epsilon(used - held)} went to other runs and"
+        f" {shown_left(budget.epsilon - used + held - charged)} would be left"
     )
 
 
@@ -306,32 +352,51 @@ def _free_verdicts(manifest: RunManifest) -> list[Verdict]:
 
 
 def _max_length(manifest: RunManifest, policy: Policy) -> Verdict:
-    """At least what any record fits into: else whether a record is left at all would say how long it is."""
+    """At least what any record fits into.
+
+    Else whether a record is left at all would say how long it is.
+    """
     found = manifest.max_length
     verdict = _at_most("max_length", found, policy.limits.max_length)
-    return verdict if found >= SHORTEST else replace(verdict, reason=f"expected at least {SHORTEST}")
+    return (
+        verdict if found >= SHORTEST else replace(verdict, reason=f"expected at least {SHORTEST}")
+    )
 
 
 def _secure_verdict(manifest: RunManifest, policy: Policy) -> Verdict:
-    """Who colludes and how small a cohort may be is the node's own: `client.secagg` checks both in every epoch."""
+    """Who colludes and how small a cohort may be is the node's own.
+
+    `client.secagg` checks both in every epoch.
+    """
     terms = manifest.secure
     if terms is None:
-        reason = "expected secure aggregation; require_secure is true" if policy.limits.require_secure else ""
+        reason = (
+            "expected secure aggregation; require_secure is true"
+            if policy.limits.require_secure
+            else ""
+        )
         return Verdict("secure", "updates are sent in clear", reason)
     found = f"sums of {terms.bits}-bit words, t = {terms.threshold}"
     if terms.threshold != THRESHOLD_RULE:
         return Verdict("secure", found, f"expected t = {THRESHOLD_RULE}")
     if len(terms.update_bounds) != len(manifest.phases):
-        return Verdict("secure", found, f"expected an update bound for each of {len(manifest.phases)} phases")
+        return Verdict(
+            "secure", found, f"expected an update bound for each of {len(manifest.phases)} phases"
+        )
     return Verdict("secure", found)
 
 
 def _skellam_verdict(manifest: RunManifest) -> Verdict:
-    """Whether the terms of shared noise are whole; `client.secagg.masked_trainer` holds the cohort and the adapter to them."""
+    """Whether the terms of shared noise are whole.
+
+    `client.secagg.masked_trainer` holds the cohort and the adapter to them.
+    """
     terms = manifest.skellam
     if manifest.mode != "client":
         reason = "" if terms is None else 'expected none but in mode "client"'
-        return Verdict("skellam", "no shared noise" if terms is None else "terms of shared noise", reason)
+        return Verdict(
+            "skellam", "no shared noise" if terms is None else "terms of shared noise", reason
+        )
     try:
         releases_of(manifest)
     except BadInput as error:
@@ -350,7 +415,11 @@ def _mode(manifest: RunManifest, policy: Policy) -> str:
             else "updates would leave without noise; allow_unnoised is false"
         )
     if manifest.mode == "client":
-        return "" if policy.limits.client_level else "its noise is shared with others; client_level is false"
+        return (
+            ""
+            if policy.limits.client_level
+            else "its noise is shared with others; client_level is false"
+        )
     return "expected record, client or none"
 
 

@@ -1,7 +1,10 @@
-"""Whether an offer is the coordinator's, for this institution, of now, and whole: before anything else is done with it.
+"""Whether an offer is the coordinator's, for this institution, of now, and whole.
 
-Whoever carries offers may keep them back, or bring them to another node. So each names its receiver and its end, under
-a signature of its own; and a projection is held against the manifest before it is written or kept for a run.
+Before anything else is done with it.
+
+Whoever carries offers may keep them back, or bring them to another node. So each names its receiver
+and its end, under a signature of its own; and a projection is held against the manifest before it
+is written or kept for a run.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ SKEW = 300.0  # seconds by which the coordinator's clock and this one may differ
 def offered(offer: Offer, coordinator: PublicIdentity, institution: str) -> RunManifest:
     """The manifest of an offer to `institution` that is still good.
 
-    Refused where the coordinator did not sign it. BadInput, which is not for good, where it is another's or an old one.
+    Refused where the coordinator did not sign it. BadInput, which is not for good, where it is
+    another's or an old one.
     """
     address = Address.from_bytes(offer.address.opened(OFFER_TAG, coordinator))
     if address.institution != institution:
@@ -31,12 +35,14 @@ def offered(offer: Offer, coordinator: PublicIdentity, institution: str) -> RunM
         )
     if time.time() > address.not_after + SKEW:
         raise BadInput(
-            f"offer not_after: found {address.not_after} (UTC seconds), which is past, expected an offer that is still "
-            "good: ask again, or compare the clocks"
+            f"offer not_after: found {address.not_after} (UTC seconds), which is past, expected an"
+            " offer that is still good: ask again, or compare the clocks"
         )
     manifest = read_manifest(offer.manifest, coordinator)
     if address.manifest != manifest.digest:
-        raise BadInput(f"offer manifest: found {manifest.digest}, expected {one_line(address.manifest)[:80]}")
+        raise BadInput(
+            f"offer manifest: found {manifest.digest}, expected {one_line(address.manifest)[:80]}"
+        )
     return manifest
 
 
@@ -50,7 +56,10 @@ def read_manifest(signed: Signed, coordinator: PublicIdentity) -> RunManifest:
 
 
 def kept_manifest(path: Path) -> tuple[Signed, RunManifest]:
-    """What this node once consented to, whoever signed it; where it's damaged the fault begins with the file."""
+    """What this node once consented to, whoever signed it.
+
+    Where it's damaged the fault begins with the file.
+    """
     try:
         signed = Signed.from_bytes(path.read_bytes(), "manifest")
         return signed, read_manifest(signed, signed.signer)
@@ -63,16 +72,20 @@ def kept_manifest(path: Path) -> tuple[Signed, RunManifest]:
 def check_projection(manifest: RunManifest, projection: bytes) -> None:
     """BadInput unless the projection is the one that the manifest names."""
     if bool(projection) != bool(manifest.projection_digest):
-        raise BadInput(f"offer projection: found {len(projection)} bytes, expected what the manifest names")
+        raise BadInput(
+            f"offer projection: found {len(projection)} bytes, expected what the manifest names"
+        )
     if bool(projection) != bool(manifest.network.projection):
         raise BadInput("manifest network projection: found another than projection_digest says")
     if len(projection) > MAX_PROJECTION_BYTES:
         raise BadInput(
-            f"offer projection: found {len(projection)} bytes, expected at most {MAX_PROJECTION_BYTES}"
+            f"offer projection: found {len(projection)} bytes, expected at most"
+            f" {MAX_PROJECTION_BYTES}"
         )
     if projection:
         found = Projection.from_bytes(projection, "offer projection").digest
         if found != manifest.projection_digest:
             raise BadInput(
-                f"offer projection: found {found}, expected {one_line(manifest.projection_digest)[:80]}"
+                f"offer projection: found {found}, expected"
+                f" {one_line(manifest.projection_digest)[:80]}"
             )

@@ -1,4 +1,7 @@
-"""How the relay asks the trainer: one gRPC method, bytes to bytes, over a Unix socket or mutual TLS."""
+"""How the relay asks the trainer.
+
+One gRPC method, bytes to bytes, over a Unix socket or mutual TLS.
+"""
 
 from __future__ import annotations
 
@@ -52,5 +55,7 @@ class Door:
                 reply: bytes = call(data, timeout=seconds)
             except grpc.RpcError as error:
                 code, details = error.code(), " ".join(str(error.details()).split())[:300]
-                raise TrainerAway(f"trainer {self.address}: {code.name.lower()} ({details})") from error
+                raise TrainerAway(
+                    f"trainer {self.address}: {code.name.lower()} ({details})"
+                ) from error
         return reply

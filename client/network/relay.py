@@ -1,7 +1,8 @@
 """The relay (F): a Flower ClientApp that hands opaque bytes to the trainer and its answer back.
 
-It holds no data and no key but Flower's, parses no body, and imports neither torch nor anything that does.
-Where the trainer listens comes from the SuperNode's own configuration, never from a message.
+It holds no data and no key but Flower's, parses no body, and imports neither torch nor anything
+that does. Where the trainer listens comes from the SuperNode's own configuration, never from a
+message.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def door_of(node_config: object) -> Door:
     if not isinstance(node_config, dict) or not isinstance(node_config.get("trainer"), str):
         raise BadInput('node configuration trainer: missing, expected "unix:PATH" or "host:port"')
     files = {
-        name: str(node_config.get(f"trainer-{name}", "")) for name in ("authority", "certificate", "key")
+        name: str(node_config.get(f"trainer-{name}", ""))
+        for name in ("authority", "certificate", "key")
     }
     missing = [path for path in files.values() if path and not Path(path).is_file()]
     if missing:

@@ -1,4 +1,6 @@
-"""`fedlora-node link`: keeps a `flower-supernode` with our relay alive, with all that calls out turned off."""
+"""`fedlora-node link`: keeps a `flower-supernode` with our relay alive, with all that calls out
+turned off.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,17 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-LONGEST_PAUSE = 10.0  # SuperLink turns a SuperNode away for the 60 s that it takes the killed one for alive
+# SuperLink turns a SuperNode away for the 60 s that it takes the killed one for alive
+LONGEST_PAUSE = 10.0
 PDEATHSIG = 1  # of prctl(2): the signal that a child gets when its parent dies
 STEADY = 60.0  # seconds after which a SuperNode counts as having run well
 
 
 @dataclass(frozen=True)
 class Link:
-    """A relay folder (`relay/` of a node's), the trainer's address, and where Flower's own ports are."""
+    """A relay folder (`relay/` of a node's), the trainer's address, and where Flower's own ports
+    are.
+    """
 
     folder: Path
     trainer: str  # unix:PATH or host:port
@@ -56,7 +61,10 @@ class Link:
             *("--superlink", self._superlink()),
             *("--root-certificates", str(self.folder / "ca.crt")),
             *("--auth-supernode-private-key", str(self.folder / "flower_key")),
-            *("--node-config", " ".join(f"{name}={json.dumps(value)}" for name, value in config.items())),
+            *(
+                "--node-config",
+                " ".join(f"{name}={json.dumps(value)}" for name, value in config.items()),
+            ),
             *host,
         ]
 
@@ -65,7 +73,9 @@ class Link:
         try:
             address = json.loads(path.read_bytes())["superlink"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{path}: found no address, expected what fedlora-node join writes") from error
+            raise BadInput(
+                f"{path}: found no address, expected what fedlora-node join writes"
+            ) from error
         if not isinstance(address, str) or not re.fullmatch(r"[A-Za-z0-9.\[\]:-]{1,300}", address):
             raise BadInput(f"{path} superlink: expected host:port")
         return address
@@ -90,7 +100,9 @@ def supervise(command: Sequence[str], stop: threading.Event) -> None:
     while not stop.is_set():
         started = time.monotonic()
         # a group of its own: its children go with it
-        process = subprocess.Popen(command, env=environment(), start_new_session=True, preexec_fn=_leash())  # noqa: S603
+        process = subprocess.Popen(
+            command, env=environment(), start_new_session=True, preexec_fn=_leash()
+        )
         while process.poll() is None and not stop.wait(0.2):
             pass
         if stop.is_set():
@@ -103,7 +115,10 @@ def supervise(command: Sequence[str], stop: threading.Event) -> None:
 
 
 def _leash() -> Callable[[], object] | None:
-    """What ties a child's life to this thread's: a link that is killed leaves no SuperNode that goes on without it."""
+    """What ties a child's life to this thread's.
+
+    A link that is killed leaves no SuperNode that goes on without it.
+    """
     if sys.platform != "linux":
         return None
     prctl = ctypes.CDLL(None).prctl

@@ -1,4 +1,7 @@
-"""How a node comes into a federation: its keys, its request, the coordinator's invitation, a key's rotation."""
+"""How a node comes into a federation.
+
+Its keys, its request, the coordinator's invitation, a key's rotation.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,12 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 
 from fedlora.client.node.folder import NodeFolder, read_text
 from fedlora.client.node.policy import policy_template
@@ -27,11 +35,15 @@ from fedlora.common.trust.rotation import rotation_from_text, rotation_to_text
 
 
 def init(folder: NodeFolder, name: str, organisation: str) -> EnrolmentRequest:
-    """A new node: identity, Flower's key, a policy to fill in, and the request. BadInput where one lies there."""
+    """A new node: identity, Flower's key, a policy to fill in, and the request.
+
+    BadInput where one lies there.
+    """
     folder.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     if folder.identity.exists():
         raise BadInput(
-            f"{folder.identity}: found a key, expected none: a new identity would orphan the old one"
+            f"{folder.identity}: found a key, expected none: a new identity would orphan the"
+            " old one"
         )
     identity = Identity.generate()
     folder.relay.mkdir(exist_ok=True, mode=0o700)
@@ -45,8 +57,8 @@ def init(folder: NodeFolder, name: str, organisation: str) -> EnrolmentRequest:
 def rotate(folder: NodeFolder, name: str, organisation: str) -> EnrolmentRequest:
     """New keys, and rotation.json: their request under the signature of the old key.
 
-    The old identity is kept beside them, for what it signed, and so is an earlier rotation, for a coordinator that
-    has not taken it yet. BadInput where this node is another one than `name`.
+    The old identity is kept beside them, for what it signed, and so is an earlier rotation, for a
+    coordinator that has not taken it yet. BadInput where this node is another one than `name`.
     """
     known = request_from_text(read_text(folder.request), folder.request.name)
     for field, found, expected in (
@@ -54,9 +66,12 @@ def rotate(folder: NodeFolder, name: str, organisation: str) -> EnrolmentRequest
         ("organisation", organisation, known.organisation),
     ):
         if found != expected:
-            raise BadInput(f"{field}: found {found[:200]!r}, expected {expected!r}, whose keys are rotated")
+            raise BadInput(
+                f"{field}: found {found[:200]!r}, expected {expected!r}, whose keys are rotated"
+            )
     coming = folder.identity.with_name("identity-next.pem")
-    if coming.exists() and folder.rotation.exists():  # a killed rotation: its key may be known by now
+    # a killed rotation: its key may be known by now
+    if coming.exists() and folder.rotation.exists():
         begun = rotation_from_text(read_text(folder.rotation), folder.rotation.name)
         if begun.request.identity == Identity.load(coming).public:
             coming.rename(folder.identity)
@@ -78,18 +93,23 @@ def rotate(folder: NodeFolder, name: str, organisation: str) -> EnrolmentRequest
 
 
 def join(folder: NodeFolder, text: str, where: str) -> Invitation:
-    """Pin a federation. Another coordinator's key than the pinned one is refused: leave first, by hand.
+    """Pin a federation. Another coordinator's key than the pinned one is refused.
+
+    Leave first, by hand.
 
     The same key may renew address and certificate.
     """
     invitation = invitation_from_text(text, where)
     if folder.federation.exists():
         pinned = pinned_invitation(folder)
-        if pinned.coordinator != invitation.coordinator or pinned.federation != invitation.federation:
+        if (
+            pinned.coordinator != invitation.coordinator
+            or pinned.federation != invitation.federation
+        ):
             raise Refused(
-                f"{where}: found {invitation.federation} of {invitation.coordinator.fingerprint}, but "
-                f"{pinned.federation} of {pinned.coordinator.fingerprint} is pinned; remove {folder.federation} "
-                "to join another"
+                f"{where}: found {invitation.federation} of {invitation.coordinator.fingerprint},"
+                f" but {pinned.federation} of {pinned.coordinator.fingerprint} is pinned; remove"
+                f" {folder.federation} to join another"
             )
     folder.relay.mkdir(exist_ok=True, mode=0o700)
     write_atomically(folder.federation, text.encode())
@@ -108,13 +128,17 @@ def fingerprints(invitation: Invitation) -> dict[str, str]:
 def pinned_invitation(folder: NodeFolder) -> Invitation:
     """The federation that this node joined; Refused where there is none."""
     if not folder.federation.exists():
-        raise Refused(f"{folder.federation}: found no federation; fedlora-node join INVITATION first")
+        raise Refused(
+            f"{folder.federation}: found no federation; fedlora-node join INVITATION first"
+        )
     return invitation_from_text(read_text(folder.federation), folder.federation.name)
 
 
 def only_trainer(folder: NodeFolder) -> AbstractContextManager[None]:
     """One trainer for an identity, for as long as this lasts; Refused where another one runs."""
-    held = Refused(f"{folder.identity}: found another trainer that uses this identity, expected none")
+    held = Refused(
+        f"{folder.identity}: found another trainer that uses this identity, expected none"
+    )
     return locks.exclusive(folder.root / "trainer.lock", held, 0)
 
 

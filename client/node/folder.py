@@ -21,9 +21,7 @@ from fedlora.client.node.policy import Policy, load_policy
 from fedlora.common.errors import BadInput
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.model.base import PACKAGED, resolve_base
-from fedlora.common.trust.enrolment import (
-    request_from_text,
-)
+from fedlora.common.trust.enrolment import request_from_text
 
 MAX_TEXT_BYTES = 1 << 16
 
@@ -95,8 +93,8 @@ class NodeFolder:
             enrolled = request_from_text(read_text(self.request), self.request.name).name
             if enrolled != policy.institution:
                 raise BadInput(
-                    f"{self.policy.name} institution: found {policy.institution}, expected {enrolled} as in "
-                    f"{self.request.name}"
+                    f"{self.policy.name} institution: found {policy.institution}, expected"
+                    f" {enrolled} as in {self.request.name}"
                 )
         return policy
 

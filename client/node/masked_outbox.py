@@ -1,4 +1,7 @@
-"""Masked inputs that left or may have left: kept before they are sent, and sent again as the very same bytes."""
+"""Masked inputs that left or may have left.
+
+Kept before they are sent, and sent again as the very same bytes.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,10 @@ class FolderOutbox:
 
 @dataclass
 class MemoryOutbox:
-    """For simulations, where a node does not outlive the process: the last input only, and what was used."""
+    """For simulations, where a node does not outlive the process.
+
+    The last input only, and what was used.
+    """
 
     last: tuple[int, int, bytes] = (0, 0, b"")
     seen: list[tuple[int, int]] = field(default_factory=list)

@@ -1,7 +1,9 @@
-"""What left, byte for byte: a release is on disk before it is sent, and sent again as it lies there.
+"""What left, byte for byte: a release is on disk before it is sent, and sent again as it lies
+there.
 
-Beside each answer lies the digest of the request that it answers. The same request is answered with the same
-bytes, after any number of crashes; another request for the same attempt is a rewind, and refused.
+Beside each answer lies the digest of the request that it answers. The same request is answered with
+the same bytes, after any number of crashes; another request for the same attempt is a rewind, and
+refused.
 """
 
 from __future__ import annotations
@@ -19,12 +21,18 @@ from fedlora.common.manifest.plan import RoundPlan
 
 @dataclass(frozen=True)
 class Outbox:
-    """The releases of all runs, by (manifest, round, attempt); a consent is round 0 and attempt 0."""
+    """The releases of all runs, by (manifest, round, attempt).
+
+    A consent is round 0 and attempt 0.
+    """
 
     folder: Path
 
     def read(self, manifest: str, round_number: int, attempt: int, request: bytes) -> bytes | None:
-        """The reply that was given to this very request, or None; Refused where another one was answered."""
+        """The reply that was given to this very request, or None.
+
+        Refused where another one was answered.
+        """
         path = self._path(manifest, round_number, attempt)
         if not path.exists():
             return None
@@ -34,11 +42,14 @@ class Outbox:
             raise Refused(f"outbox: round {round_number} attempt {attempt} was changed on disk")
         if asked != hashlib.sha256(request).digest():
             raise Refused(
-                f"task: round {round_number} attempt {attempt} was answered for another request: a rewind"
+                f"task: round {round_number} attempt {attempt} was answered for another request: a"
+                " rewind"
             )
         return reply
 
-    def write(self, manifest: str, round_number: int, attempt: int, request: bytes, reply: bytes) -> None:
+    def write(
+        self, manifest: str, round_number: int, attempt: int, request: bytes, reply: bytes
+    ) -> None:
         """Keep a reply, durably."""
         path = self._path(manifest, round_number, attempt)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -71,16 +82,23 @@ class Plans:
     folder: Path
 
     def check(self, plan: RoundPlan, reserved: dict[int, int]) -> None:
-        """Refused unless `plan` goes on from all before it. `reserved` is the ledger's attempt -> round."""
+        """Refused unless `plan` goes on from all before it.
+
+        `reserved` is the ledger's attempt -> round.
+        """
         seen = {each.attempt: each for each in self._all()}
         rounds = {**{number: each.round for number, each in seen.items()}, **reserved}
         if plan.attempt in reserved:
-            raise Refused(f"plan attempt: found {plan.attempt}, which was used before: a replay or a rewind")
+            raise Refused(
+                f"plan attempt: found {plan.attempt}, which was used before: a replay or a rewind"
+            )
         if plan.attempt in seen and seen[plan.attempt] != plan:
             raise Refused(f"plan attempt: found {plan.attempt}, which another plan used: a rewind")
         others = {number: round_ for number, round_ in rounds.items() if number != plan.attempt}
         if others and plan.attempt < max(others):
-            raise Refused(f"plan attempt: found {plan.attempt}, expected more than {max(others)}: a rewind")
+            raise Refused(
+                f"plan attempt: found {plan.attempt}, expected more than {max(others)}: a rewind"
+            )
         if others and plan.round < max(others.values()):
             raise Refused(
                 f"plan round: found {plan.round}, expected {max(others.values())} or more: a rewind"
@@ -88,8 +106,8 @@ class Plans:
         for each in seen.values():
             if each.round == plan.round and each.adapter != plan.adapter:
                 raise Refused(
-                    f"plan adapter: round {plan.round} began from {each.adapter[:20]}… before, found "
-                    f"{plan.adapter[:20]}…: a rewind"
+                    f"plan adapter: round {plan.round} began from {each.adapter[:20]}… before,"
+                    f" found {plan.adapter[:20]}…: a rewind"
                 )
 
     def write(self, plan: RoundPlan) -> None:

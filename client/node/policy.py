@@ -1,8 +1,10 @@
-"""What an institution allows, from its `node.toml`: the values that no message, flag or environment loosens.
+"""What an institution allows, from its `node.toml`: the values that no message, flag or environment
+loosens.
 
-Budgets have names, and each data set charges one: a file may grow or change its name, its budget stays. The
-file is read through one descriptor and refused where anybody but its owner could have written it. Its digest
-goes into what the node signs, so that a consent names the very policy it was given under.
+Budgets have names, and each data set charges one: a file may grow or change its name, its budget
+stays. The file is read through one descriptor and refused where anybody but its owner could have
+written it. Its digest goes into what the node signs, so that a consent names the very policy it was
+given under.
 """
 
 from __future__ import annotations
@@ -50,7 +52,10 @@ class BudgetPolicy:
 
 @dataclass(frozen=True)
 class DataPolicy:
-    """A data set, what may be learnt from it, and who pays. Runs find theirs by task, labels and unit."""
+    """A data set, what may be learnt from it, and who pays.
+
+    Runs find theirs by task, labels and unit.
+    """
 
     path: str = _ruled("", NAME)
     budget: str = _ruled("", NAME)
@@ -70,7 +75,8 @@ class DataPolicy:
 class Limits:
     """Bounds on every run."""
 
-    minimum_cohort: int = _ruled(DEFAULT_COHORT, Bounds(0, 1_000_000))  # the floor is checked by name
+    # the floor is checked by name
+    minimum_cohort: int = _ruled(DEFAULT_COHORT, Bounds(0, 1_000_000))
     rounds: int = _ruled(100, Bounds(1, 100_000))
     attempts: int = _ruled(200, Bounds(1, 200_000))  # of all phases together
     steps: int = _ruled(20, Bounds(1, 10_000))  # local steps of a round
@@ -111,7 +117,9 @@ class TrainerPolicy:
 class _Plain:
     """The parts of the file whose keys are fixed."""
 
-    institution: str = _ruled("", Pattern(INSTITUTION.pattern, "lower-case letters, digits, '.' and '-'"))
+    institution: str = _ruled(
+        "", Pattern(INSTITUTION.pattern, "lower-case letters, digits, '.' and '-'")
+    )
     limits: Limits = field(default_factory=Limits)
     trainer: TrainerPolicy = field(default_factory=TrainerPolicy)
 
@@ -125,7 +133,8 @@ class Policy:
     trainer: TrainerPolicy
     budgets: Mapping[str, Budget]
     data: Mapping[str, DataPolicy]
-    bases: Mapping[str, str]  # digest -> folder (relative ones start in the node's) or packaged model
+    # digest -> folder (relative ones start in the node's) or packaged model
+    bases: Mapping[str, str]
     digest: str
 
     def data_for(self, task: str, labels: tuple[str, ...], unit: str) -> str:
@@ -175,10 +184,13 @@ def _limit_faults(read: _Plain, where: str) -> dict[str, str]:
     limits, trainer = read.limits, read.trainer
     faults = {}
     if not read.institution:
-        faults["institution"] = f'{where} institution = "": expected the name that this node enrols under'
+        faults["institution"] = (
+            f'{where} institution = "": expected the name that this node enrols under'
+        )
     if limits.minimum_cohort < SMALLEST_COHORT:
         faults["limits.minimum_cohort"] = (
-            f"{where} [limits] minimum_cohort = {limits.minimum_cohort}: expected at least {SMALLEST_COHORT}"
+            f"{where} [limits] minimum_cohort = {limits.minimum_cohort}: expected at least"
+            f" {SMALLEST_COHORT}"
         )
     if limits.metrics:
         found = shown([*limits.metrics])
@@ -213,19 +225,28 @@ def _data_faults(
             faults.append(f"{where} [data.{name}] path: missing, expected a file")
         if each.budget not in budgets:
             known = ", ".join(budgets)
-            faults.append(f"{where} [data.{name}] budget = {shown(each.budget)}: expected one of {known}")
+            faults.append(
+                f"{where} [data.{name}] budget = {shown(each.budget)}: expected one of {known}"
+            )
         if each.task == "sequence-classification" and len(each.labels) < 2:
-            faults.append(f"{where} [data.{name}] labels: expected the public label set, at least two")
+            faults.append(
+                f"{where} [data.{name}] labels: expected the public label set, at least two"
+            )
         if each.task == "causal-lm" and (each.labels or not each.response):
             faults.append(f"{where} [data.{name}]: expected a response column and no labels")
         if each.serves in seen:
-            faults.append(f"{where} [data.{name}]: serves the same runs as [data.{seen[each.serves]}]")
+            faults.append(
+                f"{where} [data.{name}]: serves the same runs as [data.{seen[each.serves]}]"
+            )
         seen[each.serves] = name
     return [*faults, *_unit_faults(data, where)]
 
 
 def _unit_faults(data: Mapping[str, DataPolicy], where: str) -> list[str]:
-    """A budget counts one kind of unit: the ε of a record and the ε of a person do not add up to that of either."""
+    """A budget counts one kind of unit.
+
+    The ε of a record and the ε of a person do not add up to that of either.
+    """
     faults: list[str] = []
     first: dict[str, str] = {}
     for name, each in data.items():
@@ -233,8 +254,8 @@ def _unit_faults(data: Mapping[str, DataPolicy], where: str) -> list[str]:
         if data[known].unit != each.unit:
             units = shown(each.unit or "record"), shown(data[known].unit or "record")
             faults.append(
-                f"{where} [data.{name}] unit: found {units[0]}, but [data.{known}] charges [budgets.{each.budget}] "
-                f"for {units[1]}, expected one unit for a budget"
+                f"{where} [data.{name}] unit: found {units[0]}, but [data.{known}] charges"
+                f" [budgets.{each.budget}] for {units[1]}, expected one unit for a budget"
             )
     return faults
 
@@ -251,7 +272,9 @@ def _tables(cls: type[T], found: Any, where: str, faults: list[str]) -> dict[str
     for name, values in found.items():
         place = f"{where}.{name}]"
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or not isinstance(values, Mapping):
-            faults.append(f"{place[:120]!r}: expected a table with a name of letters, digits, '_' and '-'")
+            faults.append(
+                f"{place[:120]!r}: expected a table with a name of letters, digits, '_' and '-'"
+            )
             continue
         result[name], inner = read_fields(cls, Table(values, place))
         faults.extend(inner.values())
@@ -264,10 +287,13 @@ def _bases(found: Any, where: str, faults: list[str]) -> dict[str, str]:
         return {}
     for digest, folder in found.items():
         if not digest or DIGEST.fault(digest, ""):
-            faults.append(f'{where} [bases] {shown(digest)}: expected "sha256:" and 64 hexadecimal digits')
+            faults.append(
+                f'{where} [bases] {shown(digest)}: expected "sha256:" and 64 hexadecimal digits'
+            )
         elif not isinstance(folder, str) or NAME.fault(folder, ""):
             faults.append(
-                f"{where} [bases] {digest[:20]}… = {shown(folder)}: expected a folder or a model's name"
+                f"{where} [bases] {digest[:20]}… = {shown(folder)}: expected a folder or a model's"
+                " name"
             )
     return {str(digest): str(folder) for digest, folder in found.items()}
 
@@ -277,7 +303,9 @@ def _read_guarded(path: Path) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise BadInput(f"{path}: can't be read ({error.strerror}), expected the node's policy") from error
+        raise BadInput(
+            f"{path}: can't be read ({error.strerror}), expected the node's policy"
+        ) from error
     with os.fdopen(descriptor, "rb") as stream:
         held = os.fstat(descriptor)
         folder = path.resolve().parent.stat()
@@ -285,14 +313,18 @@ def _read_guarded(path: Path) -> bytes:
             raise BadInput(f"{path}: found no plain file, expected the node's policy")
         if held.st_mode & 0o022 or held.st_uid not in (0, os.geteuid()):
             raise Refused(
-                f"{path}: found a policy that others can write (mode {held.st_mode & 0o777:04o}, owner "
-                f"{held.st_uid}), expected mode 0644 or less and this user's or root's"
+                f"{path}: found a policy that others can write (mode {held.st_mode & 0o777:04o},"
+                f" owner {held.st_uid}), expected mode 0644 or less and this user's or root's"
             )
         if folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX:
-            raise Refused(f"{path.parent}: found a folder that others can write, expected mode 0755 or less")
+            raise Refused(
+                f"{path.parent}: found a folder that others can write, expected mode 0755 or less"
+            )
         data = stream.read(MAX_POLICY_BYTES + 1)
     if len(data) > MAX_POLICY_BYTES:
-        raise BadInput(f"{path.name}: found more than {MAX_POLICY_BYTES} bytes, expected at most 1 MiB")
+        raise BadInput(
+            f"{path.name}: found more than {MAX_POLICY_BYTES} bytes, expected at most 1 MiB"
+        )
     return data
 
 
@@ -302,7 +334,7 @@ def _digest(data: bytes) -> str:
 
 def policy_template(institution: str) -> str:
     """A commented `node.toml` to fill in; it allows nothing before that is done."""
-    return f'''\
+    return f"""\
 # What this institution allows. Nothing that a coordinator sends loosens it.
 institution = "{institution}"
 
@@ -345,4 +377,4 @@ metrics = []
 listen = "unix:trainer.sock"
 group_may_ask = false          # true where the relay runs under a user of the same group
 head = "head/head.json"        # the ledger's signed head: best on another disk
-'''
+"""

@@ -8,25 +8,27 @@ from fedlora.client.node.folder import NodeFolder, read_text
 from fedlora.common.config.toml import literal
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.trust.enrolment import (
-    Peer,
-    folded,
-    request_from_text,
-)
+from fedlora.common.trust.enrolment import Peer, folded, request_from_text
 from fedlora.common.trust.identity import Identity, PublicIdentity
 from fedlora.common.trust.rotation import is_rotation, rotation_from_text
 
 
 def approve(folder: NodeFolder, text: str, where: str) -> Peer:
-    """Admit a peer to this node's own roster: the only way in. Name, key and organisation occur once each.
+    """Admit a peer to this node's own roster: the only way in.
 
-    `text` is a peer's request, or its rotation: a new request under the signature of the key that was approved.
+    Name, key and organisation occur once each.
+
+    `text` is a peer's request, or its rotation: a new request under the signature of the key that
+    was approved.
     """
     roster = read_peers(folder)
     if is_rotation(text):
         rotation = rotation_from_text(text, where)
         request, held = rotation.request, roster.pop(rotation.request.name, None)
-        if held is None or (held.identity, held.organisation) != (rotation.old, request.organisation):
+        if held is None or (held.identity, held.organisation) != (
+            rotation.old,
+            request.organisation,
+        ):
             raise Refused(
                 f"{where}: found {request.name} of {request.organisation!r} under the signature of "
                 f"{rotation.old.text}, expected that of a peer's approved key"
@@ -35,16 +37,21 @@ def approve(folder: NodeFolder, text: str, where: str) -> Peer:
         request = request_from_text(text, where)
     peer = Peer(request.name, request.organisation, request.identity)
     own = request_from_text(read_text(folder.request), folder.request.name)
-    for each in (*roster.values(), Peer("", own.organisation, Identity.load(folder.identity).public)):
+    for each in (
+        *roster.values(),
+        Peer("", own.organisation, Identity.load(folder.identity).public),
+    ):
         if each.identity == peer.identity and each != peer:
             raise Refused(f"{where}: found a key that {each.name or 'this node'} holds already")
         if folded(each.organisation) == folded(peer.organisation) and each.name != peer.name:
             raise Refused(
-                f"{where}: found a second key of {peer.organisation!r}, which is {each.name or 'this node'} already"
+                f"{where}: found a second key of {peer.organisation!r}, which is"
+                f" {each.name or 'this node'} already"
             )
     if roster.get(peer.name, peer) != peer:
         raise Refused(
-            f"{where}: found another key of {peer.name}, expected its rotation.json; or remove the old one first"
+            f"{where}: found another key of {peer.name}, expected its rotation.json; or remove the"
+            " old one first"
         )
     _write_peers(folder, {**roster, peer.name: peer})
     return peer
@@ -79,7 +86,8 @@ def read_peers(folder: NodeFolder) -> dict[str, Peer]:
 
 def _write_peers(folder: NodeFolder, roster: dict[str, Peer]) -> None:
     tables = [
-        f"[peers.{literal(name)}]\norganisation = {literal(peer.organisation)}\nidentity = {literal(peer.identity.text)}\n"
+        f"[peers.{literal(name)}]\norganisation = {literal(peer.organisation)}\nidentity ="
+        f" {literal(peer.identity.text)}\n"
         for name, peer in sorted(roster.items())
     ]
     write_atomically(folder.peers, "\n".join(tables).encode(), mode=0o600)

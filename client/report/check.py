@@ -14,11 +14,15 @@ from fedlora.common.trust.sealed import Sealed, unseal
 
 
 def check_report(folder: Path, expected: PublicIdentity | None = None) -> PublicIdentity:
-    """Who signed the report in `folder`; Refused unless its two files, and no other, are as they were written."""
+    """Who signed the report in `folder`; Refused unless its two files, and no other, are as they
+    were written.
+    """
     sealed = read_report(folder / REPORT, expected)
     found = sorted(path.name for path in folder.iterdir())
     if found != sorted((REPORT, PAGE)):
-        raise Refused(f"{folder}: found {', '.join(found)[:200]}, expected {REPORT} and {PAGE} alone")
+        raise Refused(
+            f"{folder}: found {', '.join(found)[:200]}, expected {REPORT} and {PAGE} alone"
+        )
     digest = hashlib.sha256((folder / PAGE).read_bytes()).hexdigest()
     if digest != sealed.body.get("page_sha256"):
         raise Refused(f"{folder / PAGE}: found another page than the one whose digest was signed")

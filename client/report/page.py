@@ -1,7 +1,7 @@
 """The node's report as a page that a person reads: no script, nothing fetched.
 
-What is spent comes first, ε rounded up, and what is left rounded down; then each run in sentences, its figures beside
-them; then refusals, and at the end what only another program reads.
+What is spent comes first, ε rounded up, and what is left rounded down; then each run in sentences,
+its figures beside them; then refusals, and at the end what only another program reads.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ Body = Mapping[str, Any]
 Rows = Iterable[tuple[str, Any]]
 
 STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left;"
-    "vertical-align:top;overflow-wrap:anywhere}th{background:#f4f4f4;font-weight:600}"
-    ".summary{background:#eef4fb;border-left:4px solid #36c;padding:.6em 1em}"
+    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0"
+    " 1em;color:#222}table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid"
+    " #ccc;padding:.3em"
+    " .6em;text-align:left;vertical-align:top;overflow-wrap:anywhere}th{background:#f4f4f4;font-weight:600}.summary{background:#eef4fb;border-left:4px"
+    " solid #36c;padding:.6em 1em}"
 )
 MODES = {"record": "record or person (by the node)", "client": "institution", "none": "none"}
 
@@ -30,7 +31,10 @@ def page(body: Body) -> str:
     name = str(body["institution"])
     parts = [
         f"<h1>Privacy report of {_text(name)}</h1>",
-        f"<p>Written {_text(body['written'])}. Its signed form is report.json, which holds this page's digest.</p>",
+        (
+            f"<p>Written {_text(body['written'])}. Its signed form is report.json, which holds this"
+            " page's digest.</p>"
+        ),
         _summary(body),
         "<h2>Runs</h2>",
         *([_run(run) for run in body["runs"]] or ["<p>No run was consented to.</p>"]),
@@ -45,22 +49,27 @@ def page(body: Body) -> str:
         f"<h3>Versions</h3>{_rows(body['versions'].items())}",
     ]
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Privacy report of {_text(name)}</title>'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Privacy report of'
+        f" {_text(name)}</title>"
         f"<style>{STYLE}</style>{''.join(parts)}</html>\n"
     )
 
 
 def _summary(body: Body) -> str:
     lines = [_budget(each) for each in body["budgets"]]
-    refused = sum(line.get("times", 1) for line in body["refusals"]) + body["refusals_not_kept"]["count"]
+    refused = (
+        sum(line.get("times", 1) for line in body["refusals"]) + body["refusals_not_kept"]["count"]
+    )
     lost = sum(not run["manifest_kept"] for run in body["runs"])
     lines.append(
-        f"{len(body['runs'])} runs were consented to{f', {lost} of them without a manifest that is kept here' * bool(lost)}; "
-        f"{refused} requests of the coordinator were refused."
+        f"{len(body['runs'])} runs were consented"
+        f" to{f', {lost} of them without a manifest that is kept here' * bool(lost)}; {refused}"
+        " requests of the coordinator were refused."
     )
     why = (
-        "ε bounds what anybody can learn about one unit from all that left this node: a smaller one says less. It is "
-        "rounded up where it is spent and down where it is left. Once a budget is spent, the node trains no more."
+        "ε bounds what anybody can learn about one unit from all that left this node: a smaller one"
+        " says less. It is rounded up where it is spent and down where it is left. Once a budget is"
+        " spent, the node trains no more."
     )
     return f'<div class="summary">{_items(lines)}<p>{why}</p></div>'
 
@@ -69,12 +78,13 @@ def _budget(each: Body) -> str:
     epsilon, delta = shown_epsilon(each["epsilon_spent"]), shown_delta(each["delta_spent"])
     if not each["in_policy"]:
         return (
-            f"Budget {each['budget']}: ε {epsilon} and δ {delta} spent. It is no longer in the policy; its last caps were "
-            f"ε {each['epsilon']:g} and δ {each['delta']:g}."
+            f"Budget {each['budget']}: ε {epsilon} and δ {delta} spent. It is no longer in the"
+            f" policy; its last caps were ε {each['epsilon']:g} and δ {each['delta']:g}."
         )
     return (
-        f"Budget {each['budget']}: ε {epsilon} of {each['epsilon']:g} spent, {shown_left(each['epsilon_left'])} left; "
-        f"δ {delta} of {each['delta']:g} spent. It pays for {', '.join(each['data']) or 'no data set'}."
+        f"Budget {each['budget']}: ε {epsilon} of {each['epsilon']:g} spent,"
+        f" {shown_left(each['epsilon_left'])} left; δ {delta} of {each['delta']:g} spent. It pays"
+        f" for {', '.join(each['data']) or 'no data set'}."
     )
 
 
@@ -98,7 +108,8 @@ def _sent(run: Body) -> str:
     kinds = Counter(each["kind"] for each in run["sent"])
     return (
         "; ".join(
-            f"{count} × {kind}, {sum(each['bytes'] for each in run['sent'] if each['kind'] == kind):,} bytes"
+            f"{count} × {kind},"
+            f" {sum(each['bytes'] for each in run['sent'] if each['kind'] == kind):,} bytes"
             for kind, count in kinds.items()
         )
         or "nothing"
@@ -119,12 +130,18 @@ def _run(run: Body) -> str:
         ("ε charged", "none" if run["epsilon"] is None else shown_epsilon(run["epsilon"])),
         ("δ", shown_delta(run["delta"])),
         ("Accountant", run["accountant"]),
-        ("Second accountant", run["second_accountant"] + (f": ε {shown_epsilon(second)}" if second else "")),
+        (
+            "Second accountant",
+            run["second_accountant"] + (f": ε {shown_epsilon(second)}" if second else ""),
+        ),
         ("Budget", ", ".join(run["budget"])),
         ("Attempts used", updates if run["mode"] == "none" else _attempts(run)),
         ("Sent to the coordinator", _sent(run)),
         ("Aggregation", run["aggregation"]),
-        ("Sums that may hold an update of this node", f"{len(run['sums'])}, of them {confirmed} confirmed"),
+        (
+            "Sums that may hold an update of this node",
+            f"{len(run['sums'])}, of them {confirmed} confirmed",
+        ),
         ("Versions of the data", max((each.get("version", 0) for each in run["data"]), default=0)),
         ("Base model", run["base_digest"]),
         ("Manifest", run["manifest"]),
@@ -140,10 +157,14 @@ def _run(run: Body) -> str:
         "Clip of the head",
     )
     keys = ("name", "rounds", "attempts", "steps", "sampling_rate", "noise_multiplier", "clip")
-    rows = ([*(phase[key] for key in keys), phase["head_clip"] or "one for all"] for phase in run["phases"])
+    rows = (
+        [*(phase[key] for key in keys), phase["head_clip"] or "one for all"]
+        for phase in run["phases"]
+    )
     phases = _table(heads, rows)
     return (
-        f"<h3>Run {_text(run['run'])} of federation {_text(run['federation'])}: {_text(run['task'])}</h3>"
+        f"<h3>Run {_text(run['run'])} of federation {_text(run['federation'])}:"
+        f" {_text(run['task'])}</h3>"
         f"{''.join(f'<p>{_text(line)}</p>' for line in run['statement'])}{_rows(facts)}{phases}"
     )
 
@@ -166,13 +187,21 @@ def _refusals(body: Body) -> Iterable[str]:
         yield f"<p>{lost['count']} more refusals were counted by kind and not kept one by one:</p>"
         yield _table(
             ("Kind", "Times", "First", "Last"),
-            ((kind, each["count"], each["first"], each["last"]) for kind, each in lost["kinds"].items()),
+            (
+                (kind, each["count"], each["first"], each["last"])
+                for kind, each in lost["kinds"].items()
+            ),
         )
     if body["strangers"]:
         yield "<h3>Requests that the coordinator did not sign for this node</h3>"
-        yield f"<p>The newest of them; older ones make room. {len(body['strangers'])} are kept, by reason:</p>"
+        yield (
+            f"<p>The newest of them; older ones make room. {len(body['strangers'])} are kept, by"
+            " reason:</p>"
+        )
         reasons = Counter(line["reason"] for line in body["strangers"])
-        yield _table(("Times", "Reason"), ((count, reason) for reason, count in reasons.most_common(50)))
+        yield _table(
+            ("Times", "Reason"), ((count, reason) for reason, count in reasons.most_common(50))
+        )
 
 
 def _identities(body: Body) -> list[tuple[str, Any]]:
@@ -185,7 +214,10 @@ def _identities(body: Body) -> list[tuple[str, Any]]:
         ("Policy (digest of node.toml)", body["policy_digest"]),
         (
             "Ledger",
-            f"{body['ledger']['entries']} entries, head {body['ledger']['head']}, id {body['ledger']['id']}",
+            (
+                f"{body['ledger']['entries']} entries, head {body['ledger']['head']}, id"
+                f" {body['ledger']['id']}"
+            ),
         ),
     ]
 
@@ -196,7 +228,9 @@ def _rows(rows: Rows) -> str:
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     head = "".join(f"<th>{_text(each)}</th>" for each in heads)
-    lines = "".join(f"<tr>{''.join(f'<td>{_text(each)}</td>' for each in row)}</tr>" for row in rows)
+    lines = "".join(
+        f"<tr>{''.join(f'<td>{_text(each)}</td>' for each in row)}</tr>" for row in rows
+    )
     return f"<table><tr>{head}</tr>{lines}</table>"
 
 

@@ -1,8 +1,10 @@
-"""`fedlora-node report`: what a data protection officer asks for, signed by the node, and as a page.
+"""`fedlora-node report`: what a data protection officer asks for, signed by the node, and as a
+page.
 
-Everything comes from the ledger, the outbox, the refusal log and the manifests that the node itself kept. The
-figures are recomputed here; a second accountant (Rényi) states its own, larger, bound beside the first. The page's
-digest is in what is signed, so that no byte of either file, and no file beside them, changes unnoticed.
+Everything comes from the ledger, the outbox, the refusal log and the manifests that the node itself
+kept. The figures are recomputed here; a second accountant (Rényi) states its own, larger, bound
+beside the first. The page's digest is in what is signed, so that no byte of either file, and no
+file beside them, changes unnoticed.
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ from fedlora.common.disk.files import write_atomically
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.accountant import accountant_name, history_of, renyi_epsilon
-from fedlora.common.privacy.statement import noise_source, privacy_statement, secure_statement, unit_of
+from fedlora.common.privacy.statement import (
+    noise_source,
+    privacy_statement,
+    secure_statement,
+    unit_of,
+)
 from fedlora.common.protocol.messages import one_line
 from fedlora.common.trust.identity import Identity, Signed
 from fedlora.common.trust.sealed import seal
@@ -43,8 +50,10 @@ MECHANISMS = {
 }
 NEIGHBOURS = {
     "record": "data sets that differ by adding or removing one unit",
-    "client": "cohorts of which one institution's update is there or zero; a budget is charged for data sets that "
-    "differ by one record",
+    "client": (
+        "cohorts of which one institution's update is there or zero; a budget is charged for data"
+        " sets that differ by one record"
+    ),
     "none": "none: nothing is guaranteed",
 }
 SECOND = {
@@ -53,13 +62,20 @@ SECOND = {
     "none": "none: there is no ε",
 }
 ASSUMPTIONS = (
-    "A unit of privacy occurs at one institution only; where it occurs at several, its ε and δ add up.",
-    "Base model, label set and configuration were chosen without looking at the private records; validation and test "
-    "files are public.",
+    (
+        "A unit of privacy occurs at one institution only; where it occurs at several, its ε and δ"
+        " add up."
+    ),
+    (
+        "Base model, label set and configuration were chosen without looking at the private"
+        " records; validation and test files are public."
+    ),
     "Data sets that may hold the same persons charge the same budget of the policy.",
     "Ledger, key and head were never all put back to an older copy together.",
-    "Noise is drawn in floating point or whole numbers as each run states; the guarantee is the mathematical "
-    "mechanism's.",
+    (
+        "Noise is drawn in floating point or whole numbers as each run states; the guarantee is the"
+        " mathematical mechanism's."
+    ),
 )
 NOT_KEPT = "the ledger charged it; its manifest is not kept here"
 PACKAGES = ("fedlora", "flwr", "grpcio", "opacus", "torch", "transformers", "peft", "cryptography")
@@ -78,7 +94,9 @@ def write_report(
     return body
 
 
-def report_body(folder: NodeFolder, policy: Policy, identity: Identity, ledger: Ledger) -> dict[str, Any]:
+def report_body(
+    folder: NodeFolder, policy: Policy, identity: Identity, ledger: Ledger
+) -> dict[str, Any]:
     """The report as a table."""
     entries = ledger.entries()
     bodies = [entry.body for entry in entries]
@@ -101,7 +119,8 @@ def report_body(folder: NodeFolder, policy: Policy, identity: Identity, ledger: 
         "policy_digest": policy.digest,
         "budgets": [*_budgets(policy, ledger), *_former_budgets(policy, ledger, bodies)],
         "runs": [_run(folder, policy, bodies, digest) for digest in _runs(folder, bodies)],
-        # as they were told, and what the policy said; details, which may quote a record, stay in the node's own log
+        # as they were told, and what the policy said; details, which may quote a record, stay in
+        # the node's own log
         "refusals": refusals,
         "refusals_not_kept": not_kept,
         "strangers": strangers,
@@ -141,7 +160,10 @@ def _budgets(policy: Policy, ledger: Ledger) -> list[dict[str, Any]]:
 
 
 def _former_budgets(policy: Policy, ledger: Ledger, bodies: list[Body]) -> list[dict[str, Any]]:
-    """What runs charged to budgets that the policy has no more, with the caps of the last one: it stays spent."""
+    """What runs charged to budgets that the policy has no more, with the caps of the last one.
+
+    It stays spent.
+    """
     caps = {str(body["budget"]): body for body in bodies if body["kind"] == "consent"}
     rows = []
     for name, cap in caps.items():
@@ -173,7 +195,10 @@ def _run(folder: NodeFolder, policy: Policy, bodies: list[Body], digest: str) ->
 
 
 def _lost_run(digest: str, mine: list[Body], sizes: list[Release]) -> dict[str, Any]:
-    """A run of which the ledger alone tells: a kill came before its manifest was kept, or its folder is gone."""
+    """A run of which the ledger alone tells.
+
+    A kill came before its manifest was kept, or its folder is gone.
+    """
     consents = [body for body in mine if body["kind"] == "consent"]
     return {
         "manifest": digest,
@@ -203,7 +228,11 @@ def _sent(sizes: list[Release], update: str, to: str) -> list[dict[str, Any]]:
 
 
 def _kept_run(
-    folder: NodeFolder, signed: Signed, manifest: RunManifest, mine: list[Body], sizes: list[Release]
+    folder: NodeFolder,
+    signed: Signed,
+    manifest: RunManifest,
+    mine: list[Body],
+    sizes: list[Release],
 ) -> dict[str, Any]:
     digest = manifest.digest
     consents = [body for body in mine if body["kind"] == "consent"]
@@ -243,23 +272,30 @@ def _kept_run(
         ],
         "attempts_reserved": sum(body["kind"] == "reserve" for body in mine),
         # the ledger has no entry of a run without ε
-        "updates_committed": left
-        if manifest.mode == "none"
-        else sum(body["kind"] == "commit" for body in mine),
+        "updates_committed": (
+            left if manifest.mode == "none" else sum(body["kind"] == "commit" for body in mine)
+        ),
         "sent": _sent(sizes, update, signed.signer.fingerprint),
         "data": _versions(folder.run(digest) / "data.jsonl"),
         "base_digest": manifest.base_digest,
         "spec_digest": manifest.spec_digest,
-        "aggregation": "updates left in clear" if manifest.secure is None else "updates left under masks",
+        "aggregation": (
+            "updates left in clear" if manifest.secure is None else "updates left under masks"
+        ),
         "sums": _sums(folder.run(digest) / "secure.jsonl"),
-        "statement": [*privacy_statement(manifest, epsilon), *secure_statement(manifest)]
-        if epsilon is not None or manifest.mode == "none"
-        else [],
+        "statement": (
+            [*privacy_statement(manifest, epsilon), *secure_statement(manifest)]
+            if epsilon is not None or manifest.mode == "none"
+            else []
+        ),
     }
 
 
 def _versions(path: Path) -> list[dict[str, Any]]:
-    """When data were used, and whether they had changed; a digest would tell two guesses at them apart."""
+    """When data were used, and whether they had changed.
+
+    A digest would tell two guesses at them apart.
+    """
     lines = list(read_lines(path, "time", "data"))
     known = list(dict.fromkeys(line["data"] for line in lines))
     return [{"time": line["time"], "version": 1 + known.index(line["data"])} for line in lines]
@@ -272,13 +308,19 @@ def _accountant(manifest: RunManifest) -> str:
 
 
 def _sums(path: Path) -> list[dict[str, Any]]:
-    """Each sum that may hold an input of this node, by its last line: also where it was not asked to confirm it."""
+    """Each sum that may hold an input of this node, by its last line.
+
+    Also where it was not asked to confirm it.
+    """
     lines = enumerate(read_lines(path))
     return list({str(line.get("attempt", f"line {place}")): line for place, line in lines}.values())
 
 
 def _second(manifest: RunManifest) -> float | None:
-    """ε of the whole schedule by Rényi accounting: looser, and by other arithmetic; None where it has no bound."""
+    """ε of the whole schedule by Rényi accounting: looser, and by other arithmetic.
+
+    None where it has no bound.
+    """
     if manifest.mode != "record":
         return None
     epsilon = renyi_epsilon(history_of(manifest), manifest.delta)

@@ -1,4 +1,6 @@
-"""A trainer whose updates leave under masks: answers one stage at a time, and trains between the checks.
+"""A trainer whose updates leave under masks.
+
+Answers one stage at a time, and trains between the checks.
 
     offer, deal     an epoch's keys and shares                          (client.secagg.node)
     input           accept U2; may this attempt be masked at all?  Only then policy, ledger and training
@@ -30,7 +32,9 @@ Train = Callable[[], Vector]  # reserves and trains one attempt, and gives its u
 
 
 class SecureTrainer:
-    """One institution in one run. Refused where the manifest's terms are not what its own policy takes."""
+    """One institution in one run. Refused where the manifest's terms are not what its own policy
+    takes.
+    """
 
     def __init__(self, node: SecureNode, manifest: RunManifest) -> None:
         if manifest.secure is None:
@@ -81,7 +85,10 @@ class SecureTrainer:
         return self.prepare(delivery, plan, spec) or self.mask(plan, spec, train())
 
     def prepare(self, delivery: bytes, plan: RoundPlan, spec: AdapterSpec) -> bytes | None:
-        """Accept U2, and see that the attempt may be masked: before data are touched. What was sent for it, if it was."""
+        """Accept U2, and see that the attempt may be masked: before data are touched.
+
+        What was sent for it, if it was.
+        """
         sent = self.sent(plan)
         if sent is not None:
             return sent
@@ -109,7 +116,9 @@ class SecureTrainer:
         return stages.encoding_of(self._terms, phase, size, member_noise(self._manifest, phase))
 
     def _carriers(self, phase: int, spec: AdapterSpec) -> int:
-        """t - c of this cohort; Refused before anything trains where fewer carry the noise than was promised."""
+        """t - c of this cohort; Refused before anything trains where fewer carry the noise than was
+        promised.
+        """
         promised, colluders = self._manifest.skellam, self._terms.max_colluders
         if promised is None:
             raise Refused("manifest skellam: found none, expected the terms of shared noise")
@@ -117,14 +126,14 @@ class SecureTrainer:
         carriers = cohort.threshold(self._node.members) - colluders
         if carriers < promised.carriers:
             raise Refused(
-                f"cohort: {self._node.members} members leave {carriers} to carry the noise, expected at least "
-                f"{promised.carriers}"
+                f"cohort: {self._node.members} members leave {carriers} to carry the noise,"
+                f" expected at least {promised.carriers}"
             )
         moved = int(spec.moved_by(self._manifest.phases[phase].name).sum())
         if promised.coordinates[phase] != moved:
             raise BadInput(
-                f"manifest skellam coordinates: found {promised.coordinates[phase]} in phase {phase}, "
-                f"expected the {moved} that it moves"
+                f"manifest skellam coordinates: found {promised.coordinates[phase]} in phase"
+                f" {phase}, expected the {moved} that it moves"
             )
         return carriers
 
@@ -132,8 +141,9 @@ class SecureTrainer:
 def _check_shared_noise(policy: CohortPolicy, manifest: RunManifest, colluders: int) -> None:
     """Refused where this node expects more colluders than the others share their noise for.
 
-    They add the variance over t - c. Under a larger c of its own, what the honest ones add would be less than what
-    ε was computed for, and a larger share of this node alone would not make up for it.
+    They add the variance over t - c. Under a larger c of its own, what the honest ones add would be
+    less than what ε was computed for, and a larger share of this node alone would not make up for
+    it.
     """
     releases_of(manifest)
     if colluders < policy.max_colluders:

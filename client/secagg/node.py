@@ -3,10 +3,11 @@
     an epoch      offer -> deal -> accept
     an attempt    check -> (policy, ledger, training) -> mask -> confirm -> open, each once
 
-A refused message changes nothing and yields nothing. Sets are computed here, from lists that were checked here; no
-message says what to open. Secrets live in this object only: they are dropped after `open`, when a later attempt
-is masked, when the epoch ends, and when the process does. A node that was restarted is a drop-out until the next
-epoch; what it sent before it can send again, the same bytes, and nothing else (`sent`).
+A refused message changes nothing and yields nothing. Sets are computed here, from lists that were
+checked here; no message says what to open. Secrets live in this object only: they are dropped after
+`open`, when a later attempt is masked, when the epoch ends, and when the process does. A node that
+was restarted is a drop-out until the next epoch; what it sent before it can send again, the same
+bytes, and nothing else (`sent`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class _Attempt:
 
     seed: bytes
     mask_key: keys.KeyPair
-    shares: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # by dealer: of its b, of its s
+    # by dealer: of its b, of its s
+    shares: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
     context: bytes = _NEVER
     round: int = 0
     survivors: tuple[str, ...] = ()
@@ -70,7 +72,10 @@ class _EpochState:
 
 @dataclass(frozen=True)
 class Possible:
-    """A sum that may hold this node's input: from the moment it leaves, t others can make it legible. For its report."""
+    """A sum that may hold this node's input.
+
+    From the moment it leaves, t others can make it legible. For its report.
+    """
 
     round: int
     attempt: int
@@ -78,15 +83,17 @@ class Possible:
     threshold: int
     colluders: int  # that this node assumed
     dealt: int  # |U2|
-    members: int | None = None  # whose inputs are in the sum; None: this node was not asked to confirm it
+    # whose inputs are in the sum; None: this node was not asked to confirm it
+    members: int | None = None
     dropped: int | None = None  # dealt, and are not in it
 
 
 class SecureNode:
-    """One institution in one run. `noised`: its updates carry their own noise, fresh for each attempt.
+    """One institution in one run. `noised`: its updates carry their own noise, fresh for each
+    attempt.
 
-    An update without noise of its own leaves once a round, whatever happens to that attempt: in two cohorts, the
-    difference of the sums would be the update.
+    An update without noise of its own leaves once a round, whatever happens to that attempt: in two
+    cohorts, the difference of the sums would be the update.
     """
 
     def __init__(
@@ -100,7 +107,9 @@ class SecureNode:
         draw: shamir.RandomBytes = os.urandom,
     ) -> None:
         if policy.peers[policy.me].identity != identity.public:
-            raise BadInput(f"policy peers: found another identity for {policy.me} than its own key's")
+            raise BadInput(
+                f"policy peers: found another identity for {policy.me} than its own key's"
+            )
         self._identity, self._policy = identity, policy
         self._federation, self._run = federation, run
         self._outbox, self._noised, self._draw = outbox, noised, draw
@@ -121,19 +130,29 @@ class SecureNode:
         return tuple(self._state.bad_dealers) if self._state else ()
 
     def offer(self, epoch: Epoch) -> bytes:
-        """Fresh keys for a new epoch; whatever was before is dropped. Refused for an old epoch or attempt."""
+        """Fresh keys for a new epoch; whatever was before is dropped.
+
+        Refused for an old epoch or attempt.
+        """
         if (epoch.federation, epoch.run) != (self._federation, self._run):
-            raise Refused("epoch: found another federation or run than the one that was consented to")
+            raise Refused(
+                "epoch: found another federation or run than the one that was consented to"
+            )
         if epoch.number <= self._last_epoch:
-            raise Refused(f"epoch: found number {epoch.number}, expected one above {self._last_epoch}")
+            raise Refused(
+                f"epoch: found number {epoch.number}, expected one above {self._last_epoch}"
+            )
         if epoch.first <= self._last_attempt:
             raise Refused(
-                f"epoch: found attempt {epoch.first}, expected one above {self._last_attempt}: used before"
+                f"epoch: found attempt {epoch.first}, expected one above {self._last_attempt}: used"
+                " before"
             )
         self._last_epoch, self._state = epoch.number, None
         share_key = keys.KeyPair.generate(self._draw)
         attempts = {
-            each: _Attempt(shamir.to_bytes(shamir.below_p(self._draw)), keys.KeyPair.generate(self._draw))
+            each: _Attempt(
+                shamir.to_bytes(shamir.below_p(self._draw)), keys.KeyPair.generate(self._draw)
+            )
             for each in epoch.attempts
         }
         public = tuple(each.mask_key.public for each in attempts.values())
@@ -152,7 +171,8 @@ class SecureNode:
         for each in members:
             if self._seen_keys & {each.share_key, *each.mask_keys}:
                 raise Refused(
-                    f"cohort: found a key of an earlier epoch in the entry of {each.name}, expected fresh ones"
+                    f"cohort: found a key of an earlier epoch in the entry of {each.name}, expected"
+                    " fresh ones"
                 )
         self._seen_keys.update(*((each.share_key, *each.mask_keys) for each in members))
         state.members, state.cohort = members, digest_of_cohort
@@ -164,10 +184,14 @@ class SecureNode:
         if not state.cohort or state.own is None or state.dealers:
             raise Refused("dealers: not the next step of this epoch")
         read = Delivery.from_bytes(delivery)
-        dealers = cohort.check_dealers(self._policy, state.cohort, state.names, read.dealers, state.own)
+        dealers = cohort.check_dealers(
+            self._policy, state.cohort, state.names, read.dealers, state.own
+        )
         for dealer in read.dealers:
             if len(dealer.seeds) != commit.DIGEST_BYTES * state.epoch.count:
-                raise BadInput(f"dealers: found {len(dealer.seeds)} bytes of seed hashes of {dealer.name}")
+                raise BadInput(
+                    f"dealers: found {len(dealer.seeds)} bytes of seed hashes of {dealer.name}"
+                )
         for dealer, sealed, path in zip(read.dealers, read.sealed, read.paths, strict=True):
             if dealer.name != self._policy.me:
                 self._take_shares(state, dealer, sealed, path)
@@ -185,7 +209,10 @@ class SecureNode:
         return len(self._epoch().members)
 
     def check(self, slot: Slot, encoding: Encoding) -> None:
-        """Refused unless an input may be made for this attempt: before data or budget are touched."""
+        """Refused unless an input may be made for this attempt.
+
+        Before data or budget are touched.
+        """
         state = self._epoch()
         if not state.dealers:
             raise Refused("input: this epoch has no list of dealers yet")
@@ -196,8 +223,8 @@ class SecureNode:
             )
         if not self._noised and any(used == slot.round for used, _ in self._outbox.used()):
             raise Refused(
-                f"input: round {slot.round} was answered once, and an update without noise leaves once only: "
-                "the difference of two cohorts would show it"
+                f"input: round {slot.round} was answered once, and an update without noise leaves"
+                " once only: the difference of two cohorts would show it"
             )
 
     def mask(self, slot: Slot, encoding: Encoding, values: Ints) -> bytes:
@@ -210,7 +237,12 @@ class SecureNode:
         masked.apply_mask(masks.seed_mask(attempt.seed, context, state.dealers), positive=True)
         for name, public in self._mask_keys_of_others(state, slot.attempt):
             key = masks.pair_mask(
-                attempt.mask_key.agree(public), context, state.cohort, state.dealers, self._policy.me, name
+                attempt.mask_key.agree(public),
+                context,
+                state.cohort,
+                state.dealers,
+                self._policy.me,
+                name,
             )
             masked.apply_mask(key, positive=self._policy.me < name)
         message = MaskedInput(self._policy.me, context, state.dealers, masked.to_bytes())
@@ -229,7 +261,10 @@ class SecureNode:
         return Possible(round_number, attempt, n, cohort.threshold(n), c, len(state.dealer_names))
 
     def sent(self, round_number: int, attempt: int) -> bytes | None:
-        """The very bytes that were made for this attempt, also after a restart; None where there are none."""
+        """The very bytes that were made for this attempt, also after a restart.
+
+        None where there are none.
+        """
         return self._outbox.get(round_number, attempt)
 
     def confirm(self, attempt_number: int, survivors: bytes) -> bytes:
@@ -238,16 +273,24 @@ class SecureNode:
         if attempt.signed:
             raise Refused("survivors: found a second list for one attempt")
         names = wire.survivors_from_bytes(survivors)
-        cohort.check_subset(self._policy, "survivors", names, state.dealer_names, len(state.members))
+        cohort.check_subset(
+            self._policy, "survivors", names, state.dealer_names, len(state.members)
+        )
         listed = cohort.survivors_digest(attempt.context, state.dealers, names)
-        attempt.survivors, attempt.signed = names, (attempt.context, state.cohort, state.dealers, listed)
+        attempt.survivors, attempt.signed = (
+            names,
+            (attempt.context, state.cohort, state.dealers, listed),
+        )
         possible = self.possible(attempt.round, attempt_number)
         self.confirmed = replace(possible, members=len(names), dropped=possible.dealt - len(names))
         signature = self._identity.sign(wire.CONFIRM, *attempt.signed)
         return Confirmation(self._policy.me, signature).to_bytes()
 
     def open(self, attempt_number: int, agreement: bytes) -> bytes:
-        """One share for each of U2: of b for those in U3, of s for the others. Then the secrets are gone."""
+        """One share for each of U2: of b for those in U3, of s for the others.
+
+        Then the secrets are gone.
+        """
         state, attempt = self._masked(attempt_number)
         if not attempt.signed:
             raise Refused("unmask: this node has confirmed no list of survivors")
@@ -266,9 +309,14 @@ class SecureNode:
         return replace(message, signature=self._identity.sign(wire.OPENING, *signed)).to_bytes()
 
     def adopt(self, policy: CohortPolicy) -> None:
-        """The roster as its operator keeps it now: an epoch with a member that is no longer on it ends here."""
+        """The roster as its operator keeps it now.
+
+        An epoch with a member that is no longer on it ends here.
+        """
         state, before, self._policy = self._state, self._policy.peers, policy
-        if state is not None and any(policy.peers.get(name) != before.get(name) for name in state.names):
+        if state is not None and any(
+            policy.peers.get(name) != before.get(name) for name in state.names
+        ):
             self._state = None
 
     def _deal(self, state: _EpochState) -> bytes:
@@ -283,20 +331,26 @@ class SecureNode:
             for place, name in enumerate(names)
         ]
         seeds = b"".join(
-            commit.seed_hash(state.cohort, me, number, each.seed) for number, each in state.attempts.items()
+            commit.seed_hash(state.cohort, me, number, each.seed)
+            for number, each in state.attempts.items()
         )
         root = commit.MerkleTree([commit.leaf(each) for each in hashes]).root
         own = Dealer(me, root, seeds, b"")
         own = replace(own, signature=self._identity.sign(wire.SHARES, *own.signed(state.cohort)))
         sealed = []
         for place, member in enumerate(state.members):
-            mine = [(shares[number]["b"][place], shares[number]["s"][place]) for number in state.attempts]
+            mine = [
+                (shares[number]["b"][place], shares[number]["s"][place])
+                for number in state.attempts
+            ]
             if member.name == me:
                 for number, pair in zip(state.attempts, mine, strict=True):
                     state.attempts[number].shares[me] = pair
                 sealed.append(b"")
                 continue
-            key = masks.sealing_key(state.share_key.agree(member.share_key), state.cohort, me, member.name)
+            key = masks.sealing_key(
+                state.share_key.agree(member.share_key), state.cohort, me, member.name
+            )
             text = b"".join(part for pair in mine for part in pair)
             sealed.append(keys.seal(key, text, masks.sealed_for(state.cohort, me, member.name)))
         state.own = own
@@ -320,7 +374,10 @@ class SecureNode:
         return result
 
     def _take_shares(self, state: _EpochState, dealer: Dealer, sealed: bytes, path: bytes) -> None:
-        """Keep the dealer's shares; note the dealer where they are not what it signed. That costs only itself."""
+        """Keep the dealer's shares; note the dealer where they are not what it signed.
+
+        That costs only itself.
+        """
         me, where = self._policy.me, f"shares of {dealer.name}"
         public = next(offer.share_key for offer in state.members if offer.name == dealer.name)
         key = masks.sealing_key(state.share_key.agree(public), state.cohort, dealer.name, me)
@@ -334,7 +391,9 @@ class SecureNode:
                 for (number, kind), part in zip(labels, parts, strict=True)
             )
             place = state.names.index(me)
-            commit.check_path(dealer.root, commit.leaf(hashes), place, len(state.members), path, where)
+            commit.check_path(
+                dealer.root, commit.leaf(hashes), place, len(state.members), path, where
+            )
         except FedloraError:
             state.bad_dealers.append(dealer.name)
             return
@@ -345,7 +404,9 @@ class SecureNode:
         """The other dealers' mask keys for one attempt."""
         place = attempt - state.epoch.first
         dealt = set(state.dealer_names) - {self._policy.me}
-        return [(offer.name, offer.mask_keys[place]) for offer in state.members if offer.name in dealt]
+        return [
+            (offer.name, offer.mask_keys[place]) for offer in state.members if offer.name in dealt
+        ]
 
     def _drop_before(self, state: _EpochState, attempt: int) -> None:
         for earlier in [number for number in state.attempts if number < attempt]:

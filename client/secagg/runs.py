@@ -1,6 +1,9 @@
-"""The secure runs that a trainer takes part in: their secrets live here, in memory, and nowhere else.
+"""The secure runs that a trainer takes part in.
 
-Who may be in a cohort is read from `peers.toml` at every stage, for its operator may have changed it meanwhile.
+Their secrets live here, in memory, and nowhere else.
+
+Who may be in a cohort is read from `peers.toml` at every stage, for its operator may have changed
+it meanwhile.
 """
 
 from __future__ import annotations
@@ -22,12 +25,16 @@ from fedlora.common.trust.identity import Identity
 class SecureRuns:
     """One institution's half of each secure run that it consented to."""
 
-    def __init__(self, folder: NodeFolder, policy: Policy, identity: Identity, outbox: Outbox) -> None:
+    def __init__(
+        self, folder: NodeFolder, policy: Policy, identity: Identity, outbox: Outbox
+    ) -> None:
         self._folder, self._policy, self._identity, self._outbox = folder, policy, identity, outbox
         self._trainers: dict[str, SecureTrainer] = {}
 
     def check(self, manifest: RunManifest) -> None:
-        """Refused where no cohort of approved peers could ever be large enough, or the terms are not this node's."""
+        """Refused where no cohort of approved peers could ever be large enough, or the terms are
+        not this node's.
+        """
         asked = self._asked(manifest)
         if len(asked.peers) < asked.minimum_cohort:
             raise Refused(
@@ -37,7 +44,10 @@ class SecureRuns:
         self._started(manifest, asked, MemoryOutbox())  # are the terms such that it could?
 
     def trainer(self, manifest: RunManifest) -> SecureTrainer:
-        """The run's state machine, under the roster of this moment; a new one, without secrets, after a restart."""
+        """The run's state machine, under the roster of this moment.
+
+        A new one, without secrets, after a restart.
+        """
         asked = self._asked(manifest)
         known = self._trainers.get(manifest.digest)
         if known is not None:
@@ -50,7 +60,9 @@ class SecureRuns:
         self, manifest: RunManifest, asked: CohortPolicy, outbox: FolderOutbox | MemoryOutbox
     ) -> SecureTrainer:
         noised = manifest.mode != "none"
-        node = SecureNode(self._identity, asked, manifest.federation, manifest.digest, outbox, noised)
+        node = SecureNode(
+            self._identity, asked, manifest.federation, manifest.digest, outbox, noised
+        )
         return SecureTrainer(node, manifest)
 
     def _asked(self, manifest: RunManifest) -> CohortPolicy:

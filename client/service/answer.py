@@ -1,7 +1,10 @@
-"""The resident trainer: request bytes in, signed reply bytes out; all that decides, and no transport.
+"""The resident trainer: request bytes in, signed reply bytes out.
+
+All that decides, and no transport.
 
     1. parse; the coordinator's signature, under the key that `join` pinned
-    2. an offer: is it for this institution, and still good? the policy's verdicts; the network and the data; the reservation of the whole schedule; consent
+    2. an offer: is it for this institution, and still good? the policy's verdicts; the network and
+       the data; the reservation of the whole schedule; consent
     3. a task: was this very request answered? then the same bytes again
     4.         does it go on from what came before? replays and rewinds are refused
     5.         the policy once more, for it may have become stricter
@@ -9,8 +12,8 @@
     7.         the signed bytes are on disk; then they leave
     8. a stage: the same, where updates leave under masks only                      (client.secagg.masked_trainer)
 
-What the policy or a signature says no to is told to the coordinator. What goes wrong once data are in sight is
-told to the log alone: a message about a record is about somebody.
+What the policy or a signature says no to is told to the coordinator. What goes wrong once data are
+in sight is told to the log alone: a message about a record is about somebody.
 """
 
 from __future__ import annotations
@@ -81,9 +84,17 @@ class Work(Protocol):
         """Which coordinates the run's adapter has."""
 
     def train(
-        self, manifest: RunManifest, projection: Path, budget: Budget, plan: RoundPlan, vector: bytes
+        self,
+        manifest: RunManifest,
+        projection: Path,
+        budget: Budget,
+        plan: RoundPlan,
+        vector: bytes,
     ) -> tuple[bytes, str]:
-        """Reserve, train and commit one attempt; the update as little-endian float32, and the data's digest."""
+        """Reserve, train and commit one attempt.
+
+        The update as little-endian float32, and the data's digest.
+        """
 
 
 class _Private(FedloraError):
@@ -91,7 +102,10 @@ class _Private(FedloraError):
 
 
 class Place:
-    """What a request was about, for the reply and the log; without a manifest the coordinator did not sign it."""
+    """What a request was about, for the reply and the log.
+
+    Without a manifest the coordinator did not sign it.
+    """
 
     def __init__(self) -> None:
         self.manifest, self.round, self.attempt = "", 0, 0
@@ -129,7 +143,8 @@ class Resident:
                 return self._declined(invitation.federation, place, error)
 
     def _check_history(self) -> None:
-        """Refused where the ledger knows less than what this node kept of its consents and releases.
+        """Refused where the ledger knows less than what this node kept of its consents and
+        releases.
 
         That is how a ledger and a head look that were both put back to an older day.
         """
@@ -140,10 +155,12 @@ class Resident:
             if manifest.mode == "none":
                 continue
             left = {attempt for _, attempt, _ in self._outbox.sizes(manifest.digest)} - {0}
-            if manifest.digest not in consented or left - set(self._ledger.reservations(manifest.digest)):
+            if manifest.digest not in consented or left - set(
+                self._ledger.reservations(manifest.digest)
+            ):
                 raise Refused(
-                    f"ledger: knows less of {manifest.digest[:20]} than what was released: it and its head were "
-                    "restored from an older copy"
+                    f"ledger: knows less of {manifest.digest[:20]} than what was released: it and"
+                    " its head were restored from an older copy"
                 )
 
     def _answer(self, invitation: Invitation, data: bytes, place: Place) -> bytes:
@@ -161,14 +178,19 @@ class Resident:
         if manifest.secure is not None:
             self._secure.check(manifest)
         check_projection(manifest, offer.projection)
-        asked = offer.manifest.to_bytes()  # its address is another one each time that a run is offered
+        # its address is another one each time that a run is offered
+        asked = offer.manifest.to_bytes()
         kept = self._outbox.read(manifest.digest, 0, 0, asked)
         if kept is not None and self._is_ours(invitation, kept):
             return kept
         with _private():
             self._reserve(manifest, offer)
         reply = Consent(
-            self._policy.institution, manifest.digest, self._policy.digest, spend.epsilon, spend.delta
+            self._policy.institution,
+            manifest.digest,
+            self._policy.digest,
+            spend.epsilon,
+            spend.delta,
         )
         released = self._released(invitation.federation, reply, (0, 0), asked)
         budget = self._budget(manifest)
@@ -183,12 +205,17 @@ class Resident:
         return released
 
     def _reserve(self, manifest: RunManifest, offer: Offer) -> None:
-        """Check network and data, reserve the schedule, keep the manifest; what failed leaves nothing on the disk."""
+        """Check network and data, reserve the schedule, keep the manifest.
+
+        What failed leaves nothing on the disk.
+        """
         folder = self._folder.run(manifest.digest)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             write_atomically(folder / "projection.safetensors", offer.projection, mode=0o600)
-            digest = self._work.consent(manifest, folder / "projection.safetensors", self._budget(manifest))
+            digest = self._work.consent(
+                manifest, folder / "projection.safetensors", self._budget(manifest)
+            )
             self._note_data(folder, digest)
             write_atomically(folder / "manifest.signed", offer.manifest.to_bytes(), mode=0o600)
         except BaseException:
@@ -206,7 +233,9 @@ class Resident:
             raise BadInput("task manifest: found another than its plan's")
         manifest = self._planned(invitation, plan, place)
         if manifest.secure is not None:  # what is promised to be masked must not leave in clear
-            raise Refused("task: found a run whose updates leave under masks only, expected a stage of it")
+            raise Refused(
+                "task: found a run whose updates leave under masks only, expected a stage of it"
+            )
         kept = self._outbox.read(plan.manifest, plan.round, plan.attempt, data)
         if kept is not None:
             return kept
@@ -215,18 +244,25 @@ class Resident:
         reply = Answer(self._policy.institution, plan.manifest, plan.round, plan.attempt, update)
         released = self._released(invitation.federation, reply, (plan.round, plan.attempt), data)
         log.info(
-            "answered round %d, attempt %d of run %s", plan.round, plan.attempt, one_line(manifest.run)[:80]
+            "answered round %d, attempt %d of run %s",
+            plan.round,
+            plan.attempt,
+            one_line(manifest.run)[:80],
         )
         return released
 
     def _stage(self, invitation: Invitation, stage: Stage, place: Place) -> bytes:
-        """One step of secure aggregation. What its checks refuse is this attempt's alone: a later epoch may do."""
+        """One step of secure aggregation. What its checks refuse is this attempt's alone.
+
+        A later epoch may do.
+        """
         request = Request.from_bytes(stage.request.opened(STAGE_TAG, invitation.coordinator))
         plan = request.plan
         manifest = self._planned(invitation, plan, place)
         if request.institution != self._policy.institution:
             raise BadInput(
-                f"stage institution: found {request.institution}, expected {self._policy.institution}"
+                f"stage institution: found {request.institution}, expected"
+                f" {self._policy.institution}"
             )
         if manifest.secure is None:
             raise Refused("stage: found a run without secure aggregation, expected a task of it")
@@ -266,10 +302,15 @@ class Resident:
         update = self._trained(manifest, request.plan, request.vector)
         with _private():  # what is wrong with an update that has no mask yet is nobody's business
             self._note_sum(request.plan, trainer.possible(request.plan))  # before it can leave
-            return trainer.mask(request.plan, spec, vector_from_bytes(update, spec.size, "own update"))
+            return trainer.mask(
+                request.plan, spec, vector_from_bytes(update, spec.size, "own update")
+            )
 
     def _trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> bytes:
-        """The update of an attempt that goes on from all before it: reserved, trained and committed."""
+        """The update of an attempt that goes on from all before it.
+
+        Reserved, trained and committed.
+        """
         folder = self._folder.run(plan.manifest)
         plans = Plans(folder / "plans")
         with _private():
@@ -284,20 +325,27 @@ class Resident:
         return update
 
     def _planned(self, invitation: Invitation, plan: RoundPlan, place: Place) -> RunManifest:
-        """The manifest that `plan` belongs to; BadInput or Refused where it can't be a plan of it."""
+        """The manifest that `plan` belongs to.
+
+        BadInput or Refused where it can't be a plan of it.
+        """
         if not (0 < plan.round <= MAX_NUMBER and 0 < plan.attempt <= MAX_NUMBER):
             raise BadInput("plan: found a round or attempt out of range, expected 1 or more")
         place.manifest, place.round, place.attempt = plan.manifest, plan.round, plan.attempt
         manifest = self._known(invitation, plan.manifest)
         if manifest.phase_of(plan.round) != plan.phase:
-            raise BadInput(f"plan phase: found {plan.phase}, expected {manifest.phase_of(plan.round)}")
+            raise BadInput(
+                f"plan phase: found {plan.phase}, expected {manifest.phase_of(plan.round)}"
+            )
         return manifest
 
     def _known(self, invitation: Invitation, digest: str) -> RunManifest:
         """The manifest that this node consented to, from its own disk."""
         path = self._folder.run(digest) / "manifest.signed"
         if not _is_digest(digest) or not path.is_file():
-            raise Refused(f"plan manifest: found {one_line(digest)[:80]}, which was not consented to")
+            raise Refused(
+                f"plan manifest: found {one_line(digest)[:80]}, which was not consented to"
+            )
         manifest = read_manifest(
             Signed.from_bytes(path.read_bytes(), "kept manifest"), invitation.coordinator
         )
@@ -305,14 +353,18 @@ class Resident:
             raise Refused("plan manifest: what is kept under its name is another one")
         return manifest
 
-    def _judged(self, invitation: Invitation, manifest: RunManifest, consented: bool = False) -> Spend:
+    def _judged(
+        self, invitation: Invitation, manifest: RunManifest, consented: bool = False
+    ) -> Spend:
         """What the run costs, if the policy allows it; Refused otherwise."""
         name = self._policy.data_for(manifest.task, manifest.labels, manifest.unit)
         reserved = None
         with _private():
             spent = {each: self._ledger.spent(each) for each in self._policy.budgets}
             if name:
-                reserved = self._ledger.reserved_for(self._policy.data[name].budget, manifest.digest)
+                reserved = self._ledger.reserved_for(
+                    self._policy.data[name].budget, manifest.digest
+                )
         allow(judge(manifest, self._policy, invitation.federation, spent, reserved))
         if consented and manifest.mode != "none" and reserved is None:
             raise Refused(f"plan manifest: nothing was consented to for {manifest.digest[:20]}")
@@ -330,9 +382,13 @@ class Resident:
         return signed
 
     def _is_ours(self, invitation: Invitation, kept: bytes) -> bool:
-        """Whether today's key signed it: a consent holds no noise, and after a rotation it is signed anew."""
+        """Whether today's key signed it: a consent holds no noise, and after a rotation it is
+        signed anew.
+        """
         try:
-            reply_from_bytes(kept, invitation.federation, {self._policy.institution: self._identity.public})
+            reply_from_bytes(
+                kept, invitation.federation, {self._policy.institution: self._identity.public}
+            )
         except Refused:
             return False
         return True
@@ -344,7 +400,9 @@ class Resident:
         append_line(folder / "data.jsonl", {"time": _now(), "data": digest}, limit=None)
 
     def _declined(self, federation: str, place: Place, error: Exception) -> bytes:
-        """A signed no. Its reason is the whole truth only where no data were in sight, and never has a budget's figures."""
+        """A signed no. Its reason is the whole truth only where no data were in sight, and never
+        has a budget's figures.
+        """
         public = isinstance(error, BadInput | Refused) and not isinstance(error, _Private)
         reason = one_line(str(error)) if public else PRIVATE_REASON
         inner = error.__cause__ or error
@@ -359,7 +417,8 @@ class Resident:
             "refused": refused,
         }
         if isinstance(error, Denied):
-            line["verdict"] = one_line(error.detail)  # quotes no record: the node's report has it too
+            # quotes no record: the node's report has it too
+            line["verdict"] = one_line(error.detail)
         if not public:
             log.error("a request failed", exc_info=inner)
         told = line.get("verdict", reason)
@@ -386,7 +445,9 @@ def _private() -> Iterator[None]:
 
 
 def _is_digest(text: str) -> bool:
-    return len(text) == 71 and text.startswith("sha256:") and set(text[7:]) <= set("0123456789abcdef")
+    return (
+        len(text) == 71 and text.startswith("sha256:") and set(text[7:]) <= set("0123456789abcdef")
+    )
 
 
 def _now() -> str:

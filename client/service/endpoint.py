@@ -1,7 +1,9 @@
-"""The trainer's endpoint: one method and the standard health service, with limits on all that costs memory.
+"""The trainer's endpoint: one method and the standard health service, with limits on all that costs
+memory.
 
-Training runs on a thread of its own, so that health answers meanwhile. Who connects is not asked: a Unix
-socket of mode 0600 or 0660 or mutual TLS decides who may, and only what the coordinator signed trains.
+Training runs on a thread of its own, so that health answers meanwhile. Who connects is not asked: a
+Unix socket of mode 0600 or 0660 or mutual TLS decides who may, and only what the coordinator signed
+trains.
 """
 
 from __future__ import annotations
@@ -59,10 +61,12 @@ class Service:
         self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
 
     def serve(self) -> None:
-        """Until SIGTERM or SIGINT. Ends this process where the round at hand does not end in time, or at a second one.
+        """Until SIGTERM or SIGINT. Ends this process where the round at hand does not end in time,
+        or at a second one.
 
-        A thread can't be stopped, and an interpreter that returned from here would give up the lock of the only
-        trainer and wait for it. All that a round leaves is whole or absent, so any moment will do.
+        A thread can't be stopped, and an interpreter that returned from here would give up the lock
+        of the only trainer and wait for it. All that a round leaves is whole or absent, so any
+        moment will do.
         """
         asked = stop_event(lambda: _end_now("a second signal came"))
         self.start()
@@ -73,7 +77,10 @@ class Service:
             _end_now(f"the round at hand did not end within {GRACE:g} s")
 
     def stop(self, grace: float) -> bool:
-        """Take nothing new, and let the round at hand end within `grace` seconds; whether it did."""
+        """Take nothing new, and let the round at hand end within `grace` seconds.
+
+        Whether it did.
+        """
         end = time.monotonic() + grace
         self._health.enter_graceful_shutdown()
         answered = self._server.stop(grace)
@@ -82,16 +89,21 @@ class Service:
         if self.address.startswith("unix:"):
             Path(self.address.removeprefix("unix:")).unlink(missing_ok=True)
         # Who asked may have hung up meanwhile: a place is free again once its work has ended.
-        return all(self._room.acquire(timeout=max(0.0, end - time.monotonic())) for _ in range(WAITING))
+        return all(
+            self._room.acquire(timeout=max(0.0, end - time.monotonic())) for _ in range(WAITING)
+        )
 
     def _handlers(self) -> grpc.GenericRpcHandler:
-        # Unary to who asks. As a stream, a body is read when its turn comes: one is in memory, not all.
+        # Unary to who asks. As a stream, a body is read when its turn comes: one is in memory, not
+        # all.
         method = grpc.stream_unary_rpc_method_handler(self._handle)
         return grpc.method_handlers_generic_handler(SERVICE, {"Ask": method})
 
     def _handle(self, bodies: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         if not self._room.acquire(blocking=False):
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the trainer is busy; ask again later")
+            context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "the trainer is busy; ask again later"
+            )
         try:
             return self._worker.submit(lambda: self._ask(_body(bodies, context))).result()
         except CancelledError:
@@ -139,7 +151,9 @@ def _bind(server: grpc.Server, settings: TrainerPolicy, root: Path) -> str:
         return _bind_tls(server, settings, root)
     path = (root / settings.listen.removeprefix("unix:")).resolve()
     if len(str(path).encode()) > 100:
-        raise BadInput(f"node.toml [trainer] listen: {path} is too long for a socket, expected 100 bytes")
+        raise BadInput(
+            f"node.toml [trainer] listen: {path} is too long for a socket, expected 100 bytes"
+        )
     _remove_socket(path)
     with _umask(0o117 if settings.group_may_ask else 0o177):
         try:
@@ -150,16 +164,22 @@ def _bind(server: grpc.Server, settings: TrainerPolicy, root: Path) -> str:
 
 
 def _remove_socket(path: Path) -> None:
-    """Remove a killed trainer's socket, for the lock says that no other one lives; BadInput for all else there."""
+    """Remove a killed trainer's socket, for the lock says that no other one lives.
+
+    BadInput for all else there.
+    """
     try:
         held = path.lstat()
     except FileNotFoundError:
         return
     except OSError as error:
-        raise BadInput(f"node.toml [trainer] listen: {path} can't be read ({error.strerror})") from error
+        raise BadInput(
+            f"node.toml [trainer] listen: {path} can't be read ({error.strerror})"
+        ) from error
     if not stat.S_ISSOCK(held.st_mode):
         raise BadInput(
-            f"node.toml [trainer] listen: found a file or folder at {path}, expected a socket or nothing"
+            f"node.toml [trainer] listen: found a file or folder at {path}, expected a socket or"
+            " nothing"
         )
     path.unlink()
 
@@ -174,21 +194,32 @@ def _bind_tls(server: grpc.Server, settings: TrainerPolicy, root: Path) -> str:
         ) from error
     key = read_private(root / settings.tls_key)
     check_pair(certificate, key, settings.tls_certificate)
-    credentials = grpc.ssl_server_credentials([(key, certificate)], clients, require_client_auth=True)
+    credentials = grpc.ssl_server_credentials(
+        [(key, certificate)], clients, require_client_auth=True
+    )
     host = settings.listen.rpartition(":")[0]
     try:
         port = server.add_secure_port(settings.listen, credentials)
     except RuntimeError as error:
-        raise BadInput(f"node.toml [trainer] listen: {settings.listen} can't be listened on") from error
+        raise BadInput(
+            f"node.toml [trainer] listen: {settings.listen} can't be listened on"
+        ) from error
     return f"{host}:{port}"
 
 
 def check_pair(certificate: bytes, key: bytes, where: str) -> None:
-    """BadInput unless the key is the certificate's; Refused where the certificate is not valid now."""
+    """BadInput unless the key is the certificate's.
+
+    Refused where the certificate is not valid now.
+    """
     from datetime import UTC, datetime
 
     from cryptography import x509
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        PublicFormat,
+        load_pem_private_key,
+    )
 
     try:
         found = x509.load_pem_x509_certificate(certificate)
@@ -200,7 +231,8 @@ def check_pair(certificate: bytes, key: bytes, where: str) -> None:
         raise BadInput(f"{where}: found a key that does not match its certificate")
     if not found.not_valid_before_utc <= datetime.now(UTC) <= found.not_valid_after_utc:
         raise Refused(
-            f"{where}: found a certificate that is not valid now (until {found.not_valid_after_utc})"
+            f"{where}: found a certificate that is not valid now (until"
+            f" {found.not_valid_after_utc})"
         )
 
 

@@ -1,7 +1,8 @@
 """The workbench: the data set and the loaded model of one run, kept between rounds.
 
-The base comes from the folder that the policy names for the manifest's digest; the network from the manifest
-alone. How fast a step is, is measured on a fixed sentence: it must not depend on anybody's text.
+The base comes from the folder that the policy names for the manifest's digest; the network from the
+manifest alone. How fast a step is, is measured on a fixed sentence: it must not depend on anybody's
+text.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from fedlora.common.model.features import FeatureCache
 from fedlora.common.model.network import AdapterModel, build_model, load_tokenizer
 from fedlora.common.model.projection import Projection
 
-PROBE = "a sentence that anybody may read, of about the length of a short message to a bank or a hospital"
+PROBE = (
+    "a sentence that anybody may read, of about the length of a short message to a bank or a"
+    " hospital"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +55,13 @@ class Bench:
         self._prepared: Prepared | None = None
 
     def prepare(self, manifest: RunManifest, projection: Path) -> Prepared:
-        """Load what is not loaded yet; a data file that changed is read anew. BadInput says what is wrong."""
-        data = self._policy.data[self._policy.data_for(manifest.task, manifest.labels, manifest.unit)]
+        """Load what is not loaded yet; a data file that changed is read anew.
+
+        BadInput says what is wrong.
+        """
+        data = self._policy.data[
+            self._policy.data_for(manifest.task, manifest.labels, manifest.unit)
+        ]
         path = self._folder.under(data.path)
         if self._run != manifest.digest or self._gradients is None:
             self._run, self._prepared = "", None
@@ -72,33 +81,47 @@ class Bench:
         built = build_model(settings, lora, task_of(manifest), manifest.seed, _device(self._policy))
         if manifest.projection_digest:
             built.projection = Projection.read(projection)
-            if built.projection.digest != manifest.projection_digest:  # before it is kept for the run
+            # before it is kept for the run
+            if built.projection.digest != manifest.projection_digest:
                 raise BadInput(
                     f"manifest projection_digest: found {built.projection.digest}, expected "
                     f"{manifest.projection_digest}"
                 )
         probe = Records([PROBE] * 12, [PROBE] * 12, np.zeros(12, dtype=np.int64), None, {}, "probe")
-        choose_compute(built, built.task.encode(probe, built.tokenizer, manifest.max_length), "auto", "auto")
+        choose_compute(
+            built, built.task.encode(probe, built.tokenizer, manifest.max_length), "auto", "auto"
+        )
         return built
 
     def _read(
-        self, manifest: RunManifest, data: DataPolicy, path: Path, digest: str, gradients: PerSampleGradients
+        self,
+        manifest: RunManifest,
+        data: DataPolicy,
+        path: Path,
+        digest: str,
+        gradients: PerSampleGradients,
     ) -> Prepared:
         records = read_data(data, path)
         if file_digest(path) != digest:
             raise BadInput(f"{path.name}: changed while it was read")
         units = unit_groups(records.units, len(records))
-        # by the policy's δ, whatever the manifest's: a consent must not tell how many units there are
+        # by the policy's δ, whatever the manifest's: a consent must not tell how many units there
+        # are
         check_delta(self._policy.limits.delta, len(units), f"{path.name}, by [limits] delta:")
         model = gradients.model
         encoded = model.task.encode(records, model.tokenizer, manifest.max_length)
-        training = LocalTraining(gradients, FeatureCache(model), self._policy.trainer.micro_batch_tokens)
+        training = LocalTraining(
+            gradients, FeatureCache(model), self._policy.trainer.micro_batch_tokens
+        )
         client = ClientData(self._policy.institution, encoded, units)
         return Prepared(client, training, digest, len(records), len(units))
 
 
 def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[int, int]:
-    """Records and units of a data set, read and tokenised for each base as a run does it; BadInput names the row."""
+    """Records and units of a data set, read and tokenised for each base as a run does it.
+
+    BadInput names the row.
+    """
     data = policy.data[name]
     records = read_data(data, folder.under(data.path))
     units = len(unit_groups(records.units, len(records)))
@@ -109,7 +132,10 @@ def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[int, int]
 
 
 def read_data(data: DataPolicy, path: Path) -> Records:
-    """A data set as its policy describes it; a link that leads out of the folder that the policy names is refused."""
+    """A data set as its policy describes it.
+
+    A link that leads out of the folder that the policy names is refused.
+    """
     causal = data.task == "causal-lm"
     columns = Columns(
         text=data.text,

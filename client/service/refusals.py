@@ -1,9 +1,11 @@
-"""What a node refused, so kept that nobody whose requests are refused can push an older refusal out.
+"""What a node refused, so kept that nobody whose requests are refused can push an older refusal
+out.
 
-The first refusal of a run for a reason is a line of refusals.jsonl, which never rotates; what is refused again is
-counted in refusals.json. Where a run has `MOST_OF_A_RUN` lines, or the file is full, further reasons are counted by
-kind alone: the manifest's field, or the first words, with the first and the last time. So the disk is bounded, the
-oldest lines stay, and how many were not kept is known.
+The first refusal of a run for a reason is a line of refusals.jsonl, which never rotates; what is
+refused again is counted in refusals.json. Where a run has `MOST_OF_A_RUN` lines, or the file is
+full, further reasons are counted by kind alone: the manifest's field, or the first words, with the
+first and the last time. So the disk is bounded, the oldest lines stay, and how many were not kept
+is known.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ Line = dict[str, Any]
 
 
 class RefusalLog:
-    """The refusals of one node; `path` is refusals.jsonl, the counts lie beside it. One process writes."""
+    """The refusals of one node; `path` is refusals.jsonl, the counts lie beside it.
+
+    One process writes.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -63,11 +68,17 @@ class RefusalLog:
 
     def _has_room(self, manifest: str) -> bool:
         size = self._path.stat().st_size if self._path.exists() else 0
-        return self._lines < MOST_LINES and size < MOST_BYTES and self._of_run[manifest] < MOST_OF_A_RUN
+        return (
+            self._lines < MOST_LINES
+            and size < MOST_BYTES
+            and self._of_run[manifest] < MOST_OF_A_RUN
+        )
 
 
 def read_refusals(path: Path) -> tuple[list[Line], Line]:
-    """Each refusal that is kept, with how often and when last; and the count, by kind, of those that are not.
+    """Each refusal that is kept, with how often and when last.
+
+    And the count, by kind, of those that are not.
 
     Without the log's `detail`, which may quote a record; a policy's `verdict` never does.
     """

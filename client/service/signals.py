@@ -10,9 +10,10 @@ from collections.abc import Callable
 def stop_event(again: Callable[[], object] | None = None) -> threading.Event:
     """Set by the first SIGTERM or SIGINT; `again` is called by those that come once it is.
 
-    Whoever waits for it waits with a timeout, again and again: the kernel may give a signal to another thread (as it
-    does while a tracer has the main one stopped), and Python's handlers run when the main thread next wakes. And the
-    event is set by a thread of its own: a handler that interrupts a wait may find the event's lock held by itself.
+    Whoever waits for it waits with a timeout, again and again: the kernel may give a signal to
+    another thread (as it does while a tracer has the main one stopped), and Python's handlers run
+    when the main thread next wakes. And the event is set by a thread of its own: a handler that
+    interrupts a wait may find the event's lock held by itself.
     """
     stop = threading.Event()
 

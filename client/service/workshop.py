@@ -1,4 +1,7 @@
-"""What the resident trainer has done for it, with torch: consent and training of one run at a time."""
+"""What the resident trainer has done for it, with torch.
+
+Consent and training of one run at a time.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,12 @@ class Workshop:
             return self._bench.prepare(manifest, projection).training.gradients.model.spec
 
     def train(
-        self, manifest: RunManifest, projection: Path, budget: Budget, plan: RoundPlan, vector: bytes
+        self,
+        manifest: RunManifest,
+        projection: Path,
+        budget: Budget,
+        plan: RoundPlan,
+        vector: bytes,
     ) -> tuple[bytes, str]:
         with threads(self._threads):
             trainer = self._trainer(manifest, projection, budget)

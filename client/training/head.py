@@ -1,4 +1,7 @@
-"""One pass of the head alone, on cached features: the clipped sum of units' gradients in closed form."""
+"""One pass of the head alone, on cached features.
+
+The clipped sum of units' gradients in closed form.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedlora.client.training.step import GradientSum, checked_clip, clipped_units, factors, layers_of
+from fedlora.client.training.step import (
+    GradientSum,
+    checked_clip,
+    clipped_units,
+    factors,
+    layers_of,
+)
 
 HeadLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (n, classes), (n,) -> (n,)
 
@@ -26,13 +35,15 @@ def head_clipped_sum(
 ) -> GradientSum:
     """Clipped sum for a head of linear layers on (n, width) features, without per-sample gradients.
 
-    For a linear layer with inputs a_r and output gradients b_r, the gradient of a unit is Σ b_r a_rᵀ over its
-    records; for one record its squared norm with the bias is |b|² (|a|² + 1). `owners` is (n,), counts units from 0 and never decreases. `bound` None: no clip.
+    For a linear layer with inputs a_r and output gradients b_r, the gradient of a unit is Σ b_r
+    a_rᵀ over its records; for one record its squared norm with the bias is |b|² (|a|² + 1).
+    `owners` is (n,), counts units from 0 and never decreases. `bound` None: no clip.
 
-    All of it in float64: products of many rows round by a row's place and company, and weights that a coordinator
-    chose can make float32's rounding as large as a gradient. With features of length 64 and weights of 1e3, float64's
-    was at most 5e-12 of a clip in a linear head, and 1e-7 in one with a hidden layer. Whoever chooses the weights can
-    also make b so small and a so large that |b|² is 0 in float32, and b aᵀ is not.
+    All of it in float64: products of many rows round by a row's place and company, and weights that
+    a coordinator chose can make float32's rounding as large as a gradient. With features of length
+    64 and weights of 1e3, float64's was at most 5e-12 of a clip in a linear head, and 1e-7 in one
+    with a hidden layer. Whoever chooses the weights can also make b so small and a so large that
+    |b|² is 0 in float32, and b aᵀ is not.
     """
     if bound is not None:
         checked_clip(bound)
@@ -42,7 +53,9 @@ def head_clipped_sum(
     while start < len(features):
         stop = _unit_end(owners, start + rows)
         local = torch.from_numpy(owners[start:stop] - owners[start]).to(features.device)
-        part, bad = _head_part(head, losses, features[start:stop].double(), targets[start:stop], local, bound)
+        part, bad = _head_part(
+            head, losses, features[start:stop].double(), targets[start:stop], local, bound
+        )
         total += part
         nonfinite += bad
         units += int(local[-1]) + 1
@@ -53,7 +66,9 @@ def head_clipped_sum(
 def _unit_end(owners: npt.NDArray[np.int64], near: int) -> int:
     """The end of the unit that holds row `near - 1`, or of all rows."""
     return (
-        len(owners) if near >= len(owners) else int(np.searchsorted(owners, owners[near - 1], side="right"))
+        len(owners)
+        if near >= len(owners)
+        else int(np.searchsorted(owners, owners[near - 1], side="right"))
     )
 
 
@@ -83,8 +98,13 @@ def _head_part(
 def _clipped_records(
     inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], bound: float | None
 ) -> tuple[torch.Tensor, int]:
-    """Each record is a unit: its squared norm is |b|² (|a|² + 1), a sum of squares that can't cancel."""
-    terms = [b.square().sum(1) * (a.square().sum(1) + 1.0) for a, b in zip(inputs, gradients, strict=True)]
+    """Each record is a unit: its squared norm is |b|² (|a|² + 1), a sum of squares that can't
+    cancel.
+    """
+    terms = [
+        b.square().sum(1) * (a.square().sum(1) + 1.0)
+        for a, b in zip(inputs, gradients, strict=True)
+    ]
     norms = torch.stack(terms).sum(dim=0).sqrt()
     finite, weights = factors(norms, bound)
     flat = []

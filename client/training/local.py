@@ -1,7 +1,8 @@
-"""Local training: a phase's steps from a given state to an update, and nothing that remembers the data.
+"""Local training: a phase's steps from a given state to an update, and nothing that remembers the
+data.
 
-The proximal term and the optimiser act on gradients that are already noised (post-processing), so neither
-costs privacy, and the optimiser's moments may be carried from round to round.
+The proximal term and the optimiser act on gradients that are already noised (post-processing), so
+neither costs privacy, and the optimiser's moments may be carried from round to round.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class LocalResult:
 class LocalTraining:
     """Runs a phase's local steps on one resident model.
 
-    `micro_batch_tokens` bounds memory and changes nothing else. A private run takes its randomness from the
-    operating system; who calls decides by the source that is passed in.
+    `micro_batch_tokens` bounds memory and changes nothing else. A private run takes its randomness
+    from the operating system; who calls decides by the source that is passed in.
     """
 
     def __init__(
@@ -98,7 +99,9 @@ class LocalTraining:
             total = self._head_sum(data, drawn, at, groups if private else None)
         else:
             if private:
-                total = self.gradients.clipped_sum(data.encoded, data.units, drawn, groups, self._tokens)
+                total = self.gradients.clipped_sum(
+                    data.encoded, data.units, drawn, groups, self._tokens
+                )
             else:
                 batches = micro_batches(data.units, drawn, data.encoded.lengths, self._tokens)
                 total = self.gradients.plain_sum(data.encoded, batches)
@@ -109,7 +112,11 @@ class LocalTraining:
         return mean, total
 
     def _head_sum(
-        self, data: ClientData, drawn: npt.NDArray[np.int64], at: AdapterState, groups: ClipGroups | None
+        self,
+        data: ClientData,
+        drawn: npt.NDArray[np.int64],
+        at: AdapterState,
+        groups: ClipGroups | None,
     ) -> GradientSum:
         """Sum over the head's coordinates, zero elsewhere."""
         kept = self._features.get(data.owner, data.encoded, data.units.records, at)
@@ -132,14 +139,20 @@ class LocalTraining:
         return ClipGroups.split(self._model.spec, phase.clip, phase.head_clip)
 
 
-def _optimizer(phase: Phase, weights: torch.nn.Parameter, moments: Moments) -> torch.optim.Optimizer:
+def _optimizer(
+    phase: Phase, weights: torch.nn.Parameter, moments: Moments
+) -> torch.optim.Optimizer:
     if phase.optimizer == "sgd":
         return torch.optim.SGD([weights], lr=phase.learning_rate)
     if phase.optimizer != "adamw":
-        raise BadInput(f"manifest phase optimizer: found {phase.optimizer!r}, expected sgd or adamw")
+        raise BadInput(
+            f"manifest phase optimizer: found {phase.optimizer!r}, expected sgd or adamw"
+        )
     optimizer = torch.optim.AdamW([weights], lr=phase.learning_rate, weight_decay=0.0)
     if moments and phase.carry_optimizer:
-        optimizer.state[weights] = {name: torch.from_numpy(value.copy()) for name, value in moments.items()}
+        optimizer.state[weights] = {
+            name: torch.from_numpy(value.copy()) for name, value in moments.items()
+        }
         optimizer.state[weights]["step"] = optimizer.state[weights]["step"].reshape(())
     return optimizer
 
@@ -148,4 +161,7 @@ def _moments(optimizer: torch.optim.Optimizer, phase: Phase) -> Moments:
     if not phase.carry_optimizer or phase.optimizer != "adamw":
         return {}
     (state,) = optimizer.state.values()
-    return {name: np.atleast_1d(value.detach().numpy()).astype(np.float32) for name, value in state.items()}
+    return {
+        name: np.atleast_1d(value.detach().numpy()).astype(np.float32)
+        for name, value in state.items()
+    }

@@ -20,9 +20,10 @@ log = logging.getLogger(__name__)
 class MomentStore:
     """An optimiser's state between rounds: noised values, nothing else.
 
-    Two files for each client and phase, so that a round that is killed after its write and before the
-    server's commit finds the moments it started from. Each is whole and on disk before it replaces what was there;
-    one that can't be read is as good as none, for an optimiser begins anew without harm and an attempt is dear.
+    Two files for each client and phase, so that a round that is killed after its write and before
+    the server's commit finds the moments it started from. Each is whole and on disk before it
+    replaces what was there; one that can't be read is as good as none, for an optimiser begins anew
+    without harm and an attempt is dear.
     """
 
     folder: Path
@@ -40,12 +41,16 @@ class MomentStore:
         held = self._held(client, phase, round_number)
         base = max(held, key=lambda slot: _round_of(held[slot]), default=None)
         target = next(slot for slot in self._slots(client, phase) if slot != base)
-        write_atomically(target, save({**moments, "round": np.array([round_number], dtype=np.int64)}))
+        write_atomically(
+            target, save({**moments, "round": np.array([round_number], dtype=np.int64)})
+        )
 
     def _held(self, client: str, phase: int, before_round: int) -> dict[Path, Moments]:
         """What each slot holds that was written before `before_round`."""
         held = {slot: _moments(slot) for slot in self._slots(client, phase)}
-        return {slot: found for slot, found in held.items() if found and _round_of(found) < before_round}
+        return {
+            slot: found for slot, found in held.items() if found and _round_of(found) < before_round
+        }
 
     def _slots(self, client: str, phase: int) -> tuple[Path, Path]:
         stem = f"{hashlib.sha256(client.encode()).hexdigest()[:16]}-{phase}"

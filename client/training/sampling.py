@@ -1,8 +1,8 @@
 """Which privacy units a step uses, and in which micro-batches they are computed.
 
-The draw is Poisson: each unit joins with the public probability `rate`, independently of all others and of
-all earlier steps. That, and nothing else, is what the accountant amplifies. Length sorting happens *inside*
-one draw, where the order of a sum is all that it changes.
+The draw is Poisson: each unit joins with the public probability `rate`, independently of all others
+and of all earlier steps. That, and nothing else, is what the accountant amplifies. Length sorting
+happens *inside* one draw, where the order of a sum is all that it changes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Ints = npt.NDArray[np.int64]
 class MicroBatch:
     """Records that go through the model together.
 
-    `rows` (m,) index the encoded records, `owners` (m,) count the units of the draw from 0 and never
-    decrease. The last unit may go on in the next micro-batch: then `unfinished` is true.
+    `rows` (m,) index the encoded records, `owners` (m,) count the units of the draw from 0 and
+    never decrease. The last unit may go on in the next micro-batch: then `unfinished` is true.
     """
 
     rows: Ints
@@ -39,11 +39,13 @@ def draw_units(units: int, rate: float, source: Random) -> Ints:
     return np.flatnonzero(bernoulli(source, units, rate)).astype(np.int64)
 
 
-def micro_batches(units: UnitIndex, drawn: Ints, lengths: Ints, tokens: int) -> Iterator[MicroBatch]:
+def micro_batches(
+    units: UnitIndex, drawn: Ints, lengths: Ints, tokens: int
+) -> Iterator[MicroBatch]:
     """Cut a draw into micro-batches of at most `tokens` padded tokens (one record at the least).
 
-    Units are ordered by their longest record and keep their records together, so at most one unit is open
-    between two micro-batches. `lengths` is (records,), the tokens of every encoded record.
+    Units are ordered by their longest record and keep their records together, so at most one unit
+    is open between two micro-batches. `lengths` is (records,), the tokens of every encoded record.
     """
     rows, owners = _ordered(units, drawn, lengths)
     widths, start = lengths[rows], 0
@@ -57,11 +59,12 @@ def micro_batches(units: UnitIndex, drawn: Ints, lengths: Ints, tokens: int) -> 
 def private_batches(
     units: UnitIndex, drawn: Ints, lengths: Ints, tokens: int, padded: Ints, records: Records
 ) -> Iterator[MicroBatch]:
-    """Cut a draw into micro-batches in which no unit's gradient depends on another unit (`common.model.shapes`).
+    """Cut a draw into micro-batches in which no unit's gradient depends on another unit
+    (`common.model.shapes`).
 
-    Units of one record go together in batches of fixed shapes. A unit of several records goes by itself, in
-    micro-batches of its own records and at most `tokens` padded tokens. `padded` is (records,), what `lengths` are
-    filled up to in a fixed shape.
+    Units of one record go together in batches of fixed shapes. A unit of several records goes by
+    itself, in micro-batches of its own records and at most `tokens` padded tokens. `padded` is
+    (records,), what `lengths` are filled up to in a fixed shape.
     """
     sizes = units.offsets[drawn + 1] - units.offsets[drawn]
     single = units.records[units.offsets[drawn[sizes == 1]]]
@@ -73,7 +76,9 @@ def private_batches(
 
 
 def unit_records(units: UnitIndex, drawn: Ints) -> tuple[Ints, Ints]:
-    """Places in `units.records` of the drawn units' records, and the unit of the draw that owns each."""
+    """Places in `units.records` of the drawn units' records, and the unit of the draw that owns
+    each.
+    """
     sizes = units.offsets[drawn + 1] - units.offsets[drawn]
     owners = np.repeat(np.arange(len(drawn), dtype=np.int64), sizes)
     within = np.arange(len(owners), dtype=np.int64) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -81,7 +86,9 @@ def unit_records(units: UnitIndex, drawn: Ints) -> tuple[Ints, Ints]:
 
 
 def _ordered(units: UnitIndex, drawn: Ints, lengths: Ints) -> tuple[Ints, Ints]:
-    """Records of the drawn units, longest unit first (so that a lack of memory shows at once), and owners."""
+    """Records of the drawn units, longest unit first (so that a lack of memory shows at once), and
+    owners.
+    """
     places, owners = unit_records(units, drawn)
     longest = np.zeros(len(drawn), dtype=np.int64)
     np.maximum.at(longest, owners, lengths[units.records[places]])

@@ -2,13 +2,13 @@
 
     g = ( Σ_u clip(∇ Σ_{r in u} loss_r) + N(0, s²) ) / expected_units        (Abadi et al. 2016, per unit)
 
-Per-sample gradients are Opacus' `hooks`; norms, clip and sum are float32 outside autocast, noise is drawn
-and added in float64 from the operating system's generator. A head of linear layers on cached features needs
-no hooks: its per-sample gradient is an outer product, whose norm is a product of norms (Goodfellow 2015).
-Both paths are proven equal to a batch-of-one loop in tests/oracles.py.
+Per-sample gradients are Opacus' `hooks`; norms, clip and sum are float32 outside autocast, noise is
+drawn and added in float64 from the operating system's generator. A head of linear layers on cached
+features needs no hooks: its per-sample gradient is an outer product, whose norm is a product of
+norms (Goodfellow 2015). Both paths are proven equal to a batch-of-one loop in tests/oracles.py.
 
-The L2 sensitivity of the sum to adding or removing one unit is the clip of its group; over groups the scales
-obey Σ (C_g / s_g)² = 1 / noise_multiplier².
+The L2 sensitivity of the sum to adding or removing one unit is the clip of its group; over groups
+the scales obey Σ (C_g / s_g)² = 1 / noise_multiplier².
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ RECORDS = {"cpu": 4, "cuda": 512}
 
 @dataclass(frozen=True, eq=False)
 class ClipGroups:
-    """L2 bounds of disjoint coordinate groups of the flat vector: `group` is (size,) int, `bounds` (groups,)."""
+    """L2 bounds of disjoint coordinate groups of the flat vector.
+
+    `group` is (size,) int, `bounds` (groups,).
+    """
 
     group: npt.NDArray[np.int64]
     bounds: tuple[float, ...]
@@ -61,7 +64,10 @@ class ClipGroups:
 
 @dataclass(frozen=True, eq=False)
 class GradientSum:
-    """Sum of the units' (clipped) gradients: `vector` is (size,) float64. The counts never leave the node."""
+    """Sum of the units' (clipped) gradients.
+
+    `vector` is (size,) float64. The counts never leave the node.
+    """
 
     vector: npt.NDArray[np.float64]
     units: int
@@ -69,11 +75,17 @@ class GradientSum:
 
 
 def private_mean(
-    total: GradientSum, groups: ClipGroups, noise_multiplier: float, expected_units: float, source: Random
+    total: GradientSum,
+    groups: ClipGroups,
+    noise_multiplier: float,
+    expected_units: float,
+    source: Random,
 ) -> npt.NDArray[np.float64]:
     """(size,) float64: the noised sum over the public normaliser."""
     if noise_multiplier <= 0:
-        raise BadInput(f"noise_multiplier: found {noise_multiplier}, expected > 0 where privacy is on")
+        raise BadInput(
+            f"noise_multiplier: found {noise_multiplier}, expected > 0 where privacy is on"
+        )
     scale = groups.noise_std(noise_multiplier)
     noised = total.vector + gaussian(source, len(scale), 1.0) * scale
     return noised / expected_units
@@ -89,16 +101,25 @@ class PerSampleGradients:
         self.model = model
         self._hooks = GradSampleHooks(model.network, loss_reduction="sum")
         self._names = tuple(model.parameters)
-        self._hooked = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
+        self._hooked = [
+            parameter for parameter in model.network.parameters() if parameter.requires_grad
+        ]
         if {id(p) for p in self._hooked} != {id(p) for p in model.parameters.values()}:
             raise BadInput("adapter: the trainable parameters are not the exported ones")
 
     def clipped_sum(
-        self, data: Encoded, units: UnitIndex, drawn: npt.NDArray[np.int64], groups: ClipGroups, tokens: int
+        self,
+        data: Encoded,
+        units: UnitIndex,
+        drawn: npt.NDArray[np.int64],
+        groups: ClipGroups,
+        tokens: int,
     ) -> GradientSum:
-        """Σ over the drawn units of the unit's gradient, clipped once over all its records, per group.
+        """Σ over the drawn units of the unit's gradient, clipped once over all its records, per
+        group.
 
-        What a unit adds depends on no other unit, to the last bit before the sum; `tokens` bounds a micro-batch.
+        What a unit adds depends on no other unit, to the last bit before the sum; `tokens` bounds a
+        micro-batch.
         """
         total = _UnitSum(self.model.spec, groups, self.model.device)
         for batch in self.batches(data, units, drawn, tokens):
@@ -111,7 +132,9 @@ class PerSampleGradients:
         """The micro-batches of a private step."""
 
         def records(length: int, full: bool) -> int:
-            return self._records(Shape(min(RECORDS[self.model.device.type], tokens // length), length, full))
+            return self._records(
+                Shape(min(RECORDS[self.model.device.type], tokens // length), length, full)
+            )
 
         filled = padded(data.lengths, self.model.longest, self.model.device.type)
         return private_batches(units, drawn, data.lengths, tokens, filled, records)
@@ -130,14 +153,18 @@ class PerSampleGradients:
             every = np.arange(shape.records, dtype=np.int64)
             batch = MicroBatch(every, every, False, (shape.records, shape.tokens))
             with model.probed():
-                same, beside = (self._samples(each, batch) for each in probes(shape, model.vocabulary))
+                same, beside = (
+                    self._samples(each, batch) for each in probes(shape, model.vocabulary)
+                )
             return alike(same, beside)
 
         kind = ("gradient", model.precision, model.attention, shape)
         return model.shapes.records(kind, shape.records, try_it)
 
     def plain_sum(self, data: Encoded, batches: Iterable[MicroBatch]) -> GradientSum:
-        """Σ of gradients without a clip: training without privacy, at the cost of training without privacy."""
+        """Σ of gradients without a clip: training without privacy, at the cost of training without
+        privacy.
+        """
         self._hooks.disable_hooks()
         units = 0
         for batch in batches:
@@ -156,7 +183,8 @@ class PerSampleGradients:
         try:
             losses = self.model.task.losses(self.model.logits(inputs), inputs)
             with warnings.catch_warnings():
-                # Opacus registers full backward hooks on modules whose inputs are frozen: expected with LoRA
+                # Opacus registers full backward hooks on modules whose inputs are frozen: expected
+                # with LoRA
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
                 losses.sum().backward()  # type: ignore[no-untyped-call]
         except BaseException:
@@ -164,7 +192,9 @@ class PerSampleGradients:
             raise
 
     def _forget(self) -> None:
-        """A pass that was cut off, by a lack of memory say, leaves in the hooks what would spoil every later one."""
+        """A pass that was cut off, by a lack of memory say, leaves in the hooks what would spoil
+        every later one.
+        """
         for module in self.model.network.modules():
             for name in ("activations", "max_batch_len"):
                 module.__dict__.pop(name, None)
@@ -179,7 +209,8 @@ class PerSampleGradients:
         sample = getattr(parameter, "grad_sample", None)
         if not isinstance(sample, torch.Tensor):
             raise BadInput(
-                f"adapter {name}: found no per-sample gradient; the layer is not used, or used twice"
+                f"adapter {name}: found no per-sample gradient; the layer is not used, or used"
+                " twice"
             )
         parameter.grad_sample = None  # type: ignore[attr-defined]  # Opacus' own
         parameter.grad = None
@@ -194,14 +225,19 @@ class _UnitSum:
         self._groups = [int(groups.group[place][0]) for place in self._places]
         self._bounds = torch.tensor(groups.bounds, dtype=torch.float64, device=device)
         self._total = torch.zeros(spec.size, dtype=torch.float64, device=device)
-        self._open: list[torch.Tensor] | None = None  # the unit that goes on in the next micro-batch
+        # the unit that goes on in the next micro-batch
+        self._open: list[torch.Tensor] | None = None
         self._units = 0
         self._nonfinite = 0
 
     def add(self, samples: Sequence[torch.Tensor], batch: MicroBatch) -> None:
         owners = torch.from_numpy(batch.owners - batch.owners[0]).to(self._total.device)
         units = int(owners[-1]) + 1
-        sums = list(samples) if units == len(owners) else [_by_owner(s, owners, units) for s in samples]
+        sums = (
+            list(samples)
+            if units == len(owners)
+            else [_by_owner(s, owners, units) for s in samples]
+        )
         if self._open is not None:
             for each, begun in zip(sums, self._open, strict=True):
                 each[0] += begun
@@ -211,13 +247,17 @@ class _UnitSum:
             self._clip_and_sum([each[:whole] for each in sums])
 
     def _clip_and_sum(self, sums: Sequence[torch.Tensor]) -> None:
-        squares = torch.zeros(len(self._bounds), len(sums[0]), dtype=torch.float64, device=self._total.device)
+        squares = torch.zeros(
+            len(self._bounds), len(sums[0]), dtype=torch.float64, device=self._total.device
+        )
         for each, group in zip(sums, self._groups, strict=True):
             squares[group] += each.double().square().sum(dim=1)
         finite = torch.isfinite(squares).all(dim=0)
         norms = squares.sqrt()
         # min(1, C / norm): never above the bound, and 0 where anything of the unit is not finite
-        factors = torch.where(finite, self._bounds[:, None] / norms.clamp(min=self._bounds[:, None]), 0.0)
+        factors = torch.where(
+            finite, self._bounds[:, None] / norms.clamp(min=self._bounds[:, None]), 0.0
+        )
         all_finite = bool(finite.all())
         for each, group, place in zip(sums, self._groups, self._places, strict=True):
             safe = each if all_finite else torch.where(finite[:, None], each, 0.0)
@@ -237,17 +277,24 @@ def clipped_units(
     owners: torch.Tensor,
     bound: float | None,
 ) -> tuple[torch.Tensor, int]:
-    """Units of several records, one after the other: what is measured is the very tensor that is added.
+    """Units of several records, one after the other.
 
-    A norm from inner products of the records would cancel where they pull against each other, and come out far
-    below that of the gradient.
+    What is measured is the very tensor that is added.
+
+    A norm from inner products of the records would cancel where they pull against each other, and
+    come out far below that of the gradient.
     """
     sizes = torch.bincount(owners).tolist()
-    parts = [(torch.split(a, sizes), torch.split(b, sizes)) for a, b in zip(inputs, gradients, strict=True)]
+    parts = [
+        (torch.split(a, sizes), torch.split(b, sizes))
+        for a, b in zip(inputs, gradients, strict=True)
+    ]
     total: torch.Tensor | None = None
     bad = 0
     for unit in range(len(sizes)):
-        flat = [part for a, b in parts for part in ((b[unit].T @ a[unit]).flatten(), b[unit].sum(dim=0))]
+        flat = [
+            part for a, b in parts for part in ((b[unit].T @ a[unit]).flatten(), b[unit].sum(dim=0))
+        ]
         gradient = torch.cat(flat)
         finite, factor = factors(torch.linalg.vector_norm(gradient)[None], bound)
         if total is None:
@@ -265,7 +312,9 @@ def factors(norms: torch.Tensor, bound: float | None) -> tuple[torch.Tensor, tor
     """Which norms are finite, and what to multiply by: 0 where they are not."""
     finite = torch.isfinite(norms)
     weights = (
-        finite.to(norms.dtype) if bound is None else torch.where(finite, bound / norms.clamp(min=bound), 0.0)
+        finite.to(norms.dtype)
+        if bound is None
+        else torch.where(finite, bound / norms.clamp(min=bound), 0.0)
     )
     return finite, weights
 
@@ -277,7 +326,8 @@ def layers_of(head: nn.Module) -> list[nn.Module]:
         trainable = any(True for _ in layer.parameters())
         if trainable and not (isinstance(layer, nn.Linear) and layer.bias is not None):
             raise BadInput(
-                f"head: found a trainable {type(layer).__name__}, expected linear layers with a bias"
+                f"head: found a trainable {type(layer).__name__}, expected linear layers with a"
+                " bias"
             )
     return layers
 
@@ -289,5 +339,7 @@ def _by_owner(samples: torch.Tensor, owners: torch.Tensor, units: int) -> torch.
 
 def checked_clip(clip: float) -> float:
     if not SMALLEST_CLIP <= clip < float("inf"):
-        raise BadInput(f"clip: found {clip}, expected a finite number of at least {SMALLEST_CLIP:g}")
+        raise BadInput(
+            f"clip: found {clip}, expected a finite number of at least {SMALLEST_CLIP:g}"
+        )
     return clip

@@ -1,9 +1,11 @@
 """The trainer: the one object at an institution that touches its data.
 
-    1. consent: is the manifest for the model and adapter that lie here? reserve its whole ε and δ, or refuse
+    1. consent: is the manifest for the model and adapter that lie here? reserve its whole ε and δ,
+       or refuse
     2. train:   is the plan bound to that manifest and to this very state? reserve the attempt, durably
     3.          draw, clip, noise, step                                      (client.training.local)
-                in mode "client": train without noise, clip the whole update; noise follows with the mask
+                in mode "client": train without noise, clip the whole update; noise follows with the
+                mask
     4.          commit the digest of what leaves; hand it out
 
 Whatever a coordinator sends can only ask. In simulation the same object is called in process.
@@ -27,16 +29,15 @@ from fedlora.common.privacy.accountant import Spend, charged_epsilon, stated_eps
 from fedlora.common.privacy.randomness import OsRandom, Random, SeededRandom
 from fedlora.common.privacy.skellam import clipped
 
-LARGEST_VALUE = (
-    1e3  # of a broadcast adapter: attention's scores stay far below what a mask subtracts from padding
-)
+# of a broadcast adapter: attention's scores stay far below what a mask subtracts from padding
+LARGEST_VALUE = 1e3
 
 
 class Trainer:
     """An institution's side of a run. `ledger` None is for runs without privacy only.
 
-    `masked`: its updates leave under masks, which is where the noise of mode "client" is added; else such a run is
-    refused.
+    `masked`: its updates leave under masks, which is where the noise of mode "client" is added;
+    else such a run is refused.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Trainer:
         self._manifest: RunManifest | None = None
 
     def consent(self, manifest: RunManifest) -> None:
-        """Reserve the whole schedule; Refused past the cap, BadInput where the model is another one."""
+        """Reserve the whole schedule; Refused past the cap, BadInput where the model is another
+        one.
+        """
         model = self._training.gradients.model
         projection = "" if model.projection is None else model.projection.digest
         for name, found, expected in (
@@ -73,14 +76,21 @@ class Trainer:
             )
         if manifest.mode in ("record", "client"):
             self._required_ledger().consent(
-                self._budget, manifest.digest, charge(manifest), [phase.attempts for phase in manifest.phases]
+                self._budget,
+                manifest.digest,
+                charge(manifest),
+                [phase.attempts for phase in manifest.phases],
             )
         elif manifest.mode != "none":
-            raise BadInput(f"manifest mode: found {manifest.mode!r}, expected record, client or none")
+            raise BadInput(
+                f"manifest mode: found {manifest.mode!r}, expected record, client or none"
+            )
         self._manifest = manifest
 
     def train(self, plan: RoundPlan, state: AdapterState) -> Update:
-        """One attempt at one round. Nothing is read from the data before the ledger holds the reservation."""
+        """One attempt at one round. Nothing is read from the data before the ledger holds the
+        reservation.
+        """
         manifest = self._manifest
         if manifest is None or plan.manifest != manifest.digest:
             raise Refused(f"plan manifest: found {plan.manifest}, which was not consented to")
@@ -93,7 +103,8 @@ class Trainer:
         largest = float(np.abs(state.vector).max(initial=0.0))
         if largest > LARGEST_VALUE:
             raise BadInput(
-                f"plan adapter: found a value of size {largest:g}, expected at most {LARGEST_VALUE:g}"
+                f"plan adapter: found a value of size {largest:g}, expected at most"
+                f" {LARGEST_VALUE:g}"
             )
         ledger = self._required_ledger()
         ledger.reserve(self._budget.name, plan.manifest, plan.phase, plan.round, plan.attempt)
@@ -103,11 +114,16 @@ class Trainer:
         ledger.commit(self._budget.name, plan.manifest, plan.round, plan.attempt, _digest(released))
         return update
 
-    def _update(self, manifest: RunManifest, plan: RoundPlan, state: AdapterState, private: bool) -> Update:
+    def _update(
+        self, manifest: RunManifest, plan: RoundPlan, state: AdapterState, private: bool
+    ) -> Update:
         owner = self._data.owner
-        # A seed that somebody knows voids amplification: it serves runs without privacy only. It does not
-        # depend on the attempt, so that a resumed run ends with the bits of an undisturbed one.
-        source: Random = OsRandom() if private else SeededRandom(manifest.seed, "train", owner, plan.round)
+        # A seed that somebody knows voids amplification: it serves runs without privacy only. It
+        # does not depend on the attempt, so that a resumed run ends with the bits of an undisturbed
+        # one.
+        source: Random = (
+            OsRandom() if private else SeededRandom(manifest.seed, "train", owner, plan.round)
+        )
         phase = manifest.phases[plan.phase]
         moments = self._moments.read(owner, plan.phase, plan.round)
         by_step = manifest.mode == "record"
@@ -124,17 +140,25 @@ class Trainer:
 
 @lru_cache(maxsize=64)
 def charge(manifest: RunManifest) -> Spend:
-    """What a run with this manifest costs a budget; Refused where it claims less than its schedule costs."""
+    """What a run with this manifest costs a budget.
+
+    Refused where it claims less than its schedule costs.
+    """
     stated = schedule_epsilon(manifest)
     return Spend(charged_epsilon(manifest) if manifest.mode == "client" else stated, manifest.delta)
 
 
 @lru_cache(maxsize=64)
 def schedule_epsilon(manifest: RunManifest) -> float:
-    """ε of the manifest's whole schedule, computed here whatever the manifest claims; Refused above its claim."""
+    """ε of the manifest's whole schedule, computed here whatever the manifest claims.
+
+    Refused above its claim.
+    """
     stated = stated_epsilon(manifest)
     if stated > manifest.epsilon * (1 + 1e-6):
-        raise Refused(f"manifest epsilon: found {manifest.epsilon}, but its schedule costs {stated:.4f}")
+        raise Refused(
+            f"manifest epsilon: found {manifest.epsilon}, but its schedule costs {stated:.4f}"
+        )
     return stated
 
 

@@ -1,9 +1,10 @@
 """The released adapter as files, and the way to load it again.
 
-`adapter/` is a PEFT folder: `PeftModel.from_pretrained(base, "adapter")` gives the adapted backbone. Where
-the head is ours, `head.safetensors` lies beside it (`common.adapter.released` lists the files), and three lines load both:
+`adapter/` is a PEFT folder: `PeftModel.from_pretrained(base, "adapter")` gives the adapted
+backbone. Where the head is ours, `head.safetensors` lies beside it (`common.adapter.released` lists
+the files), and three lines load both:
 
-    from fedlora.common.export import load_adapter
+    from fedlora.common.adapter.peft import load_adapter
     classifier = load_adapter("runs/ag_news/adapter")
     print(classifier.predict(["Oil prices rose on Monday."]))
 
@@ -44,7 +45,12 @@ from fedlora.common.model.state import HEAD_PREFIX, AdapterState
 
 
 def export_adapter(
-    model: AdapterModel, state: AdapterState, settings: ModelConfig, lora: LoraConfig, seed: int, folder: Path
+    model: AdapterModel,
+    state: AdapterState,
+    settings: ModelConfig,
+    lora: LoraConfig,
+    seed: int,
+    folder: Path,
 ) -> None:
     """Write `state` as a PEFT folder, our head beside it, and the description of both."""
     model.load(state)
@@ -59,7 +65,11 @@ def export_adapter(
     config.base_model_name_or_path = settings.base
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a card, with nothing filled in
     if isinstance(model.network, PooledClassifier):
-        head = {n: np.ascontiguousarray(v) for n, v in state.named().items() if n.startswith(HEAD_PREFIX)}
+        head = {
+            n: np.ascontiguousarray(v)
+            for n, v in state.named().items()
+            if n.startswith(HEAD_PREFIX)
+        }
         save_file(head, folder / HEAD)
     if model.projection is not None:
         model.projection.write(folder / PROJECTION)
@@ -132,16 +142,21 @@ class LoadedAdapter:
 
 
 def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
-    """Load what `export_adapter` wrote. `base` overrides where the base model lies; its digest must agree.
+    """Load what `export_adapter` wrote. `base` overrides where the base model lies.
 
-    BadInput where it lay in a folder of whoever exported it, which isn't here, and `base` doesn't say where it is.
+    Its digest must agree.
+
+    BadInput where it lay in a folder of whoever exported it, which isn't here, and `base` doesn't
+    say where it is.
     """
     folder = Path(folder)
     description = read_description(folder)
     check_peft_config(folder, description)
     if not base and base_was_a_folder(folder, description) and not Path(description.base).is_dir():
         where = f"{folder / DESCRIPTION} base"
-        raise BadInput(f"{where}: found {description.base!r}, no folder here, expected base= with one")
+        raise BadInput(
+            f"{where}: found {description.base!r}, no folder here, expected base= with one"
+        )
     projection = read_projection(folder, description)
     settings = ModelConfig(
         projection=0 if projection is None else projection.width,
@@ -155,9 +170,15 @@ def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
         head_scale=description.head_scale,
     )
     lora = LoraConfig(
-        description.rank, description.alpha, description.targets, description.layers, description.variant
+        description.rank,
+        description.alpha,
+        description.targets,
+        description.layers,
+        description.variant,
     )
-    faults = [fault for each in (settings, lora) for fault in check_rules(each, str(folder / DESCRIPTION))]
+    faults = [
+        fault for each in (settings, lora) for fault in check_rules(each, str(folder / DESCRIPTION))
+    ]
     if faults:
         raise BadInput(faults)
     task = _task(description)

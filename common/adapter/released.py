@@ -1,10 +1,13 @@
-"""A released adapter as files, read without the network that it belongs to: what it is, and that it is whole.
+"""A released adapter as files, read without the network that it belongs to.
+
+What it is, and that it is whole.
 
     adapter_config.json, adapter_model.safetensors    PEFT's
     head.safetensors, projection.safetensors          the head and the map below it, where they are ours
     fedlora.json                                      what PEFT's configuration has no place for
     spec.json                                         names and shapes in the order of the flat vector: its SHA-256
-                                                      is the spec's digest, and with it the state's can be computed
+                                                      is the spec's digest, and with it the state's
+                                                      can be computed
 
 Needs neither torch nor PEFT, so whoever receives an adapter can check it before installing either.
 """
@@ -40,7 +43,8 @@ DESCRIPTION, SPEC = "fedlora.json", "spec.json"
 FILES = (CONFIG, WEIGHTS, HEAD, PROJECTION, DESCRIPTION, SPEC)
 PEFT_MODEL = "base_model.model."  # what PEFT puts before a name of the base's
 PEFT_HEADS = ["classifier", "score"]  # how the modules end that PEFT takes for a model's own head
-# What PEFT writes though it's neither null, false nor empty, and none of our networks has another value.
+# What PEFT writes though it's neither null, false nor empty, and none of our networks has another
+# value.
 PEFT_DEFAULTS = {
     "bias": "none",
     "inference_mode": True,
@@ -75,8 +79,14 @@ class Description:
 
     @property
     def digest(self) -> str:
-        """Of all that decides what the exported files compute; it lies beside them, and is checked on load."""
-        return "sha256:" + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """Of all that decides what the exported files compute.
+
+        It lies beside them, and is checked on load.
+        """
+        return (
+            "sha256:"
+            + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        )
 
 
 def write_description(folder: Path, description: Description, spec: AdapterSpec) -> None:
@@ -91,7 +101,10 @@ def description_text(description: Description) -> str:
 
 
 def read_released(folder: Path) -> tuple[Description, AdapterState]:
-    """What lies in `folder`, every file checked against its description; BadInput names what is wrong."""
+    """What lies in `folder`, every file checked against its description.
+
+    BadInput names what is wrong.
+    """
     description = read_description(folder)
     check_peft_config(folder, description)
     read_projection(folder, description)
@@ -107,11 +120,14 @@ def read_state(folder: Path, spec: AdapterSpec, description: Description) -> Ada
             raise BadInput(f"{path}: found a second {twice[0]}, expected each tensor in one file")
         named.update(found)
     expected = {tensor.name for tensor in spec.tensors}
-    frozen = {name for name in named if ".lora_A." in name and name not in expected}  # FFA: part of the base
+    # FFA: part of the base
+    frozen = {name for name in named if ".lora_A." in name and name not in expected}
     _check_frozen(folder, {name: named.pop(name) for name in frozen}, expected, description.seed)
     state = AdapterState.from_named(spec, named, str(folder))
     if state.digest != description.adapter_digest:
-        raise BadInput(f"{folder}: found adapter {state.digest}, expected {description.adapter_digest}")
+        raise BadInput(
+            f"{folder}: found adapter {state.digest}, expected {description.adapter_digest}"
+        )
     return state
 
 
@@ -140,17 +156,23 @@ def read_description(folder: Path) -> Description:
 
 
 def check_peft_config(folder: Path, description: Description) -> None:
-    """BadInput unless PEFT would build the network that is described here: every key counts, known to us or not."""
+    """BadInput unless PEFT would build the network that is described here.
+
+    Every key counts, known to us or not.
+    """
     path = folder / CONFIG
     if not path.is_file() or not (folder / WEIGHTS).is_file():
         raise BadInput(
-            f"{folder}: expected {' and '.join((CONFIG, WEIGHTS))}; pickled weights are never opened"
+            f"{folder}: expected {' and '.join((CONFIG, WEIGHTS))}; pickled weights are never"
+            " opened"
         )
     refuse_code(path)
     table: dict[str, Any] = json.loads(path.read_bytes())
     _check_base_name(path, table.pop("base_model_name_or_path", None), description)
     version = table.pop("peft_version", None)  # PEFT's before 0.18 wrote none
-    if version is not None and not (isinstance(version, str) and re.fullmatch(r"[\w.+@-]{1,80}", version)):
+    if version is not None and not (
+        isinstance(version, str) and re.fullmatch(r"[\w.+@-]{1,80}", version)
+    ):
         raise BadInput(f"{path} peft_version: found {_shown(version)}, expected a version")
     expected = _described_config(description)
     for name in sorted(expected.keys() | table.keys()):
@@ -164,13 +186,18 @@ def check_peft_config(folder: Path, description: Description) -> None:
 
 
 def base_was_a_folder(folder: Path, description: Description) -> bool:
-    """Whether `description.base` is where the base lay, not a name of it: PEFT's file has its digest then."""
+    """Whether `description.base` is where the base lay, not a name of it.
+
+    PEFT's file has its digest then.
+    """
     name = json.loads((folder / CONFIG).read_bytes()).get("base_model_name_or_path")
     return bool(name == description.base_digest != description.base)
 
 
 def published(folder: Path, description: Description) -> Description:
-    """What a release says: a base that lay in a folder by that folder's name, for a path is nobody's business."""
+    """What a release says: a base that lay in a folder by that folder's name, for a path is
+    nobody's business.
+    """
     if not base_was_a_folder(folder, description):
         return description
     return replace(description, base=Path(description.base).name.strip(".") or "base")
@@ -192,10 +219,14 @@ def _described_config(description: Description) -> dict[str, Any]:
 
 
 def _check_base_name(path: Path, found: Any, description: Description) -> None:
-    """PEFT's file names the base as the description does, or by its digest where that names a folder."""
+    """PEFT's file names the base as the description does, or by its digest where that names a
+    folder.
+    """
     if found not in (description.base, description.base_digest):
         expected = f"{_shown(description.base)} or {description.base_digest}"
-        raise BadInput(f"{path} base_model_name_or_path: found {_shown(found)}, expected {expected}")
+        raise BadInput(
+            f"{path} base_model_name_or_path: found {_shown(found)}, expected {expected}"
+        )
 
 
 def _in_order(found: Any) -> Any:
@@ -230,7 +261,8 @@ def read_projection(folder: Path, description: Description) -> Projection | None
     projection = Projection.read(folder / PROJECTION)
     if projection.digest != description.projection_digest:
         raise BadInput(
-            f"{folder / PROJECTION}: found {projection.digest}, expected {description.projection_digest}"
+            f"{folder / PROJECTION}: found {projection.digest}, expected"
+            f" {description.projection_digest}"
         )
     return projection
 
@@ -253,7 +285,9 @@ def read_spec(folder: Path) -> AdapterSpec:
 def _check_frozen(
     folder: Path, found: Mapping[str, npt.NDArray[np.float32]], trained: set[str], seed: int
 ) -> None:
-    """A frozen A in the file is the one that its seed gives: PEFT reads the file, and a node draws it anew.
+    """A frozen A in the file is the one that its seed gives.
+
+    PEFT reads the file, and a node draws it anew.
 
     The draws are those of `model.build_model`, which takes the frozen ones first, by name.
     """
@@ -269,7 +303,9 @@ def _check_frozen(
 
 
 def _read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """By their names in a spec; BadInput where there is another tensor than PEFT, or we for a head, put there."""
+    """By their names in a spec; BadInput where there is another tensor than PEFT, or we for a head,
+    put there.
+    """
     data = path.read_bytes()
     check_safetensors_header(data, str(path))
     try:
@@ -286,7 +322,9 @@ def _read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def _spec_name(saved: str, path: Path) -> str:
-    """A LoRA tensor has its name; PEFT stores a model's own head under the module's, and a spec calls it `head.`."""
+    """A LoRA tensor has its name; PEFT stores a model's own head under the module's, and a spec
+    calls it `head.`.
+    """
     if path.name == HEAD and saved.startswith(HEAD_PREFIX):
         return saved
     if path.name == WEIGHTS and ".lora_" in saved:

@@ -1,1 +1,4 @@
-"""How a value from outside becomes a frozen one: TOML, strict tables, and the configuration of a run."""
+"""How a value from outside becomes a frozen one.
+
+TOML, strict tables, and the configuration of a run.
+"""

@@ -1,8 +1,9 @@
 """A run's configuration: frozen dataclasses from TOML, every fault reported at once.
 
-Each field says beside its default what it may be. Fields marked `tuning` change speed and memory only; all
-others can change what is guaranteed or learnt, and most of them enter the signed manifest. Sections and keys
-that are not known are refused with a suggestion; what is not built yet is refused by name.
+Each field says beside its default what it may be. Fields marked `tuning` change speed and memory
+only; all others can change what is guaranteed or learnt, and most of them enter the signed
+manifest. Sections and keys that are not known are refused with a suggestion; what is not built yet
+is refused by name.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def _number(
     open_high: bool = False,
     tuning: bool = False,
 ) -> Any:
-    return field(default=default, metadata={"rule": Bounds(low, high, open_low, open_high), "tuning": tuning})
+    return field(
+        default=default, metadata={"rule": Bounds(low, high, open_low, open_high), "tuning": tuning}
+    )
 
 
 def _choice(default: str, *known: str, later: Sequence[str] = (), tuning: bool = False) -> Any:
@@ -64,13 +67,16 @@ def _items(default: tuple[Any, ...], rule: Bounds | Pattern, shortest: int = 0) 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    base: str = _text("minilm", NAME)  # a directory, the name of an installed model package, or a hub id
+    # a directory, the name of an installed model package, or a hub id
+    base: str = _text("minilm", NAME)
     digest: str = _text("", DIGEST)  # "sha256:…": what the base must be
     task: str = _choice("sequence-classification", "sequence-classification", "causal-lm")
     max_length: int = _number(64, 4, 32_768)
     pooling: str = _choice("default", "default", "mean", "layers")
-    pooled_layers: tuple[int, ...] = _items((), LAYER)  # for "layers": 0 is the embeddings; empty: all
-    projection: int = _number(0, 0, 16_384)  # principal directions of public features to whiten; 0: none
+    # for "layers": 0 is the embeddings; empty: all
+    pooled_layers: tuple[int, ...] = _items((), LAYER)
+    # principal directions of public features to whiten; 0: none
+    projection: int = _number(0, 0, 16_384)
     projection_ridge: float = _number(1.0, 0, 1e6)
     kernel_directions: int = _number(0, 0, 16_384)  # similarities to public texts, on top; 0: none
     kernel_gamma: float = _number(6.0, 0, 1e4, open_low=True)
@@ -97,7 +103,8 @@ class DataConfig:
     prompt: str = _text("")
     response: str = _text("")
     label: str = _text("label", NAME)
-    labels: tuple[str, ...] = _items((), NAME)  # public label set; empty: taken from test, never from train
+    # public label set; empty: taken from test, never from train
+    labels: tuple[str, ...] = _items((), NAME)
     unit: str = _text("")  # the column that names the privacy unit; empty: the record
 
 
@@ -108,7 +115,8 @@ class FederationConfig:
     alpha: float = _number(0.5, 0, 1e6, open_low=True)
     column: str = _text("")  # by-column
     rounds: int = _number(20, 1, 100_000)
-    spare_rounds: int = _number(0, 0, 100_000)  # attempts beyond rounds that the noise is calibrated for
+    # attempts beyond rounds that the noise is calibrated for
+    spare_rounds: int = _number(0, 0, 100_000)
     participation: float = _number(1.0, 0, 1, open_low=True)
     quorum: float = _number(1.0, 0, 1, open_low=True)
     deadline: float = _number(600.0, 0, 1e6, open_low=True)  # seconds
@@ -128,7 +136,8 @@ class TrainingConfig:
     head_rounds: int = _number(0, 0, 100_000)  # first rounds that train the head alone
     head_steps: int = _number(1, 1, 10_000)
     head_sampling_rate: float = _number(0.2, 0, 1, open_low=True)
-    head_expected_units: float = _number(0.0, 0, 1e9)  # 0: expected_units in proportion to the rates
+    # 0: expected_units in proportion to the rates
+    head_expected_units: float = _number(0.0, 0, 1e9)
     head_optimizer: str = _choice("sgd", "sgd", "adamw")
     head_learning_rate: float = _number(1.0, 0, 1e3, open_low=True)
     micro_batch_tokens: int = _number(4096, 1, 1 << 24, tuning=True)
@@ -142,17 +151,21 @@ class PrivacyConfig:
     epsilon: float = _number(3.0, 0, 1e4, open_low=True)
     delta: float = _number(1e-5, 0, 0.5, open_low=True)
     clip: float = _number(1.0, 1e-6, 1e6)
-    head_clip: float = _number(0.0, 0, 1e6)  # adapter phase: a clip of the head's own; 0: one for all
+    # adapter phase: a clip of the head's own; 0: one for all
+    head_clip: float = _number(0.0, 0, 1e6)
     head_phase_clip: float = _number(1.0, 1e-6, 1e6)
-    head_epsilon_share: float = _number(0.5, 0, 1, open_low=True)  # of ε that the head phase may use
-    # The population that data.train is drawn from: in a shared ledger, all runs on it charge one budget.
+    # of ε that the head phase may use
+    head_epsilon_share: float = _number(0.5, 0, 1, open_low=True)
+    # The population that data.train is drawn from: in a shared ledger, all runs on it charge one
+    # budget.
     population: str = _text("population", NAME)
 
 
 @dataclass(frozen=True)
 class AggregationConfig:
     strategy: str = _choice("fedavg", "fedavg", later=LATER_STRATEGIES)
-    secure: bool = False  # the coordinator learns sums of at least minimum_cohort updates, and nothing else
+    # the coordinator learns sums of at least minimum_cohort updates, and nothing else
+    secure: bool = False
     minimum_cohort: int = _number(5, 3, 1000)
     max_colluders: int = _number(1, 0, 1000)  # institutions that may side with the coordinator
     epoch_rounds: int = _number(8, 1, 256)  # for which keys and shares are exchanged ahead
@@ -160,7 +173,10 @@ class AggregationConfig:
 
 @dataclass(frozen=True)
 class FaultsConfig:
-    """Simulations of secure aggregation only: the share of institutions that drop out before a stage."""
+    """Simulations of secure aggregation only.
+
+    The share of institutions that drop out before a stage.
+    """
 
     keys: float = _number(0.0, 0, 1)
     shares: float = _number(0.0, 0, 1)
@@ -176,7 +192,8 @@ class ServerConfig:
     learning_rate: float = _number(1.0, 0, 1e3, open_low=True)
     momentum: float = _number(0.9, 0, 0.9999)
     beta2: float = _number(0.99, 0, 0.99999)
-    average_last: float = _number(0.0, 0, 1)  # share of a phase's last rounds whose states are averaged
+    # share of a phase's last rounds whose states are averaged
+    average_last: float = _number(0.0, 0, 1)
     decay: str = _choice("none", "none", "linear")  # of the learning rate, over a phase's rounds
     head_optimizer: str = _choice("momentum", "none", "momentum", "adam", "yogi")
     head_learning_rate: float = _number(1.0, 0, 1e3, open_low=True)
@@ -199,7 +216,10 @@ class Config:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file; `overrides` are `section.key=VALUE` with TOML values. BadInput lists every fault."""
+    """Read a TOML file; `overrides` are `section.key=VALUE` with TOML values.
+
+    BadInput lists every fault.
+    """
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_CONFIG_BYTES + 1)  # never more, whatever kind of file this is
@@ -221,7 +241,9 @@ def parse_config(text: str, where: str = "config", overrides: Sequence[str] = ()
     table = read_table(text, where, overrides)
     config, faults = read_fields(Config, table)
     together = [
-        f"{where} {fault}" for paths, fault in _together(config) if not any(p in faults for p in paths)
+        f"{where} {fault}"
+        for paths, fault in _together(config)
+        if not any(p in faults for p in paths)
     ]
     if faults or together:
         raise BadInput([*faults.values(), *together])
@@ -234,9 +256,14 @@ def config_to_toml(config: Config) -> str:
 
 
 def check_delta(delta: float, units: int, where: str) -> None:
-    """δ must be below one over the number of units: at 1/n, publishing a whole record is 'private'."""
+    """δ must be below one over the number of units.
+
+    At 1/n, publishing a whole record is 'private'.
+    """
     if units and delta >= 1 / units:
-        raise BadInput(f"{where} [privacy] delta = {delta:g}: expected less than 1/{units} = {1 / units:.2g}")
+        raise BadInput(
+            f"{where} [privacy] delta = {delta:g}: expected less than 1/{units} = {1 / units:.2g}"
+        )
 
 
 def check_rules(section: Any, where: str) -> list[str]:
@@ -278,7 +305,10 @@ def _together(config: Config) -> Iterator[Fault]:
     if config.model.head_hidden > 0 and config.model.pooling == "default":
         paths = ("model.head_hidden", "model.pooling")
         found = f"[model] head_hidden = {config.model.head_hidden}"
-        yield paths, f'{found}: expected 0 with pooling = "default", or pooling = "mean" or "layers"'
+        yield (
+            paths,
+            f'{found}: expected 0 with pooling = "default", or pooling = "mean" or "layers"',
+        )
     if config.model.projection > 0 and config.model.pooling == "default":
         found = f"[model] projection = {config.model.projection}"
         yield (
@@ -287,15 +317,24 @@ def _together(config: Config) -> Iterator[Fault]:
         )
     if config.model.kernel_directions > 0 and not config.model.projection:
         found = f"[model] kernel_directions = {config.model.kernel_directions}"
-        yield ("model.kernel_directions", "model.projection"), f"{found}: expected 0 with projection = 0"
+        yield (
+            ("model.kernel_directions", "model.projection"),
+            f"{found}: expected 0 with projection = 0",
+        )
     if config.model.pooled_layers and config.model.pooling != "layers":
         paths = ("model.pooled_layers", "model.pooling")
         yield (
             paths,
-            f'[model] pooled_layers: expected [] with pooling = "{config.model.pooling}", or "layers"',
+            (
+                f'[model] pooled_layers: expected [] with pooling = "{config.model.pooling}", or'
+                ' "layers"'
+            ),
         )
     if len(config.data.labels) == 1:
-        yield ("data.labels",), f"[data] labels = {shown([*config.data.labels])}: expected [] or at least two"
+        yield (
+            ("data.labels",),
+            f"[data] labels = {shown([*config.data.labels])}: expected [] or at least two",
+        )
     if config.model.task == "causal-lm":
         yield from _causal(config)
 
@@ -328,7 +367,10 @@ def _secure(config: Config) -> Iterator[Fault]:
         sizes = ", ".join(weak[:4]) + ", …" * (len(weak) > 4)
         yield (
             (*paths, "aggregation.max_colluders", "aggregation.minimum_cohort"),
-            f"{found}: expected at most {min(bear.values())}: nodes would refuse a cohort of {sizes}",
+            (
+                f"{found}: expected at most {min(bear.values())}: nodes would refuse a cohort of"
+                f" {sizes}"
+            ),
         )
     if federation.participation < 1 and asked.epoch_rounds > 1:
         found = f"[aggregation] epoch_rounds = {asked.epoch_rounds}"
@@ -344,7 +386,10 @@ def _client_level(config: Config) -> Iterator[Fault]:
         found = '[privacy] mode = "client"'
         yield (
             ("privacy.mode", "aggregation.secure"),
-            f"{found}: expected [aggregation] secure = true: a single update has but a share of the noise",
+            (
+                f"{found}: expected [aggregation] secure = true: a single update has but a share of"
+                " the noise"
+            ),
         )
     if config.privacy.head_clip > 0:
         found = f"[privacy] head_clip = {config.privacy.head_clip:g}"

@@ -1,4 +1,7 @@
-"""Frozen dataclasses from tables that somebody else wrote: every missing, extra or mistyped field is named."""
+"""Frozen dataclasses from tables that somebody else wrote.
+
+Every missing, extra or mistyped field is named.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,19 @@ def json_table(data: bytes, where: str) -> dict[str, Any]:
 
 
 T = TypeVar("T")
-_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+}
 
 
 def build_strictly(cls: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Construct a frozen dataclass from outside data; every missing, extra or mistyped field is named."""
+    """Construct a frozen dataclass from outside data.
+
+    Every missing, extra or mistyped field is named.
+    """
     if not isinstance(table, Mapping):
         raise BadInput(f"{where}: found {type(table).__name__}, expected a table")
     names = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
@@ -61,4 +72,6 @@ def is_kind(value: Any, kind: str) -> bool:
         )  # can't be written
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         return False
-    return isinstance(value, _KINDS[kind]) and (not isinstance(value, float) or math.isfinite(value))
+    return isinstance(value, _KINDS[kind]) and (
+        not isinstance(value, float) or math.isfinite(value)
+    )

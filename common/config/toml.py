@@ -1,7 +1,8 @@
 """Strict TOML for frozen dataclasses: types, bounds and names are checked, every fault at once.
 
-What a value may be is a `Rule` in its field's metadata. A fault names the file (or the `--set` option that
-brought the value), section, key, what was found and what was expected, on one line whatever the file holds.
+What a value may be is a `Rule` in its field's metadata. A fault names the file (or the `--set`
+option that brought the value), section, key, what was found and what was expected, on one line
+whatever the file holds.
 """
 
 from __future__ import annotations
@@ -100,12 +101,17 @@ class Each:
         if len(set(value)) != len(value):
             return "found an item twice, expected each once"
         faults = [(item, self.rule.fault(item, noun)) for item in value]
-        return next((f"found {shown(item)}, {fault} in each place" for item, fault in faults if fault), "")
+        return next(
+            (f"found {shown(item)}, {fault} in each place" for item, fault in faults if fault), ""
+        )
 
 
 @dataclass(frozen=True)
 class Table:
-    """Parsed TOML and where it came from; `overridden` holds the `section.key` paths that `--set` brought."""
+    """Parsed TOML and where it came from.
+
+    `overridden` holds the `section.key` paths that `--set` brought.
+    """
 
     values: Mapping[str, Any]
     where: str
@@ -123,7 +129,8 @@ def read_table(text: str, where: str, overrides: Sequence[str] = ()) -> Table:
     """Parse TOML and lay `section.key=VALUE` overrides over it; VALUE is TOML, or else a string."""
     try:
         values = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: an integer of more than 4,300 digits too
+    # ValueError: an integer of more than 4,300 digits too
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: found no TOML ({_one_line(error)})") from error
     faults = [fault for fault in (_override(values, override) for override in overrides) if fault]
     if faults:
@@ -150,7 +157,12 @@ def shown(value: Any) -> str:
     elif isinstance(value, str | bool | int | float):
         text = literal(value)
     elif isinstance(value, list):
-        text = "[" + ", ".join(shown(item) for item in value[:20]) + (", …" if len(value) > 20 else "") + "]"
+        text = (
+            "["
+            + ", ".join(shown(item) for item in value[:20])
+            + (", …" if len(value) > 20 else "")
+            + "]"
+        )
     else:
         text = f"a {'table' if isinstance(value, Mapping) else type(value).__name__}"
     return text if len(text) <= 80 else text[:79] + "…"
@@ -229,7 +241,11 @@ def _fault(kind: Any, value: Any, rule: Rule | None) -> str:
 def _converted(kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
         return tuple(value)
-    return float(value) if float in (get_args(kind) or (kind,)) and not isinstance(value, str) else value
+    return (
+        float(value)
+        if float in (get_args(kind) or (kind,)) and not isinstance(value, str)
+        else value
+    )
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -257,7 +273,10 @@ def _override(values: dict[str, Any], override: str) -> str:
         return f"--set {shown(override)}: expected section.key=VALUE"
     target = values if len(keys) == 1 else values.setdefault(keys[0], {})
     if not isinstance(target, dict):
-        return f"--set {shown(override)}: found {keys[0]} = {shown(target)}, expected a section [{keys[0]}]"
+        return (
+            f"--set {shown(override)}: found {keys[0]} = {shown(target)}, expected a section"
+            f" [{keys[0]}]"
+        )
     target[keys[-1]] = _override_value(text)
     return ""
 

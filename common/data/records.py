@@ -1,8 +1,8 @@
 """Reading records, and which of them form one unit of privacy.
 
-JSON lines, CSV and Parquet; every fault names file, row and column. Row numbers count a file's records from
-1, also in the part of a file that `take` picked. No training file decides what labels exist: the label set
-is public and fixed.
+JSON lines, CSV and Parquet; every fault names file, row and column. Row numbers count a file's
+records from 1, also in the part of a file that `take` picked. No training file decides what labels
+exist: the label set is public and fixed.
 """
 
 from __future__ import annotations
@@ -107,8 +107,12 @@ def read_records(
         raise BadInput(f"{where}: found no records, expected at least one")
     return Records(
         texts=texts,
-        responses=_strings(table[columns.response], where, columns.response) if columns.response else None,
-        labels=_labels(table[columns.label], labels, where, columns.label) if columns.label else None,
+        responses=_strings(table[columns.response], where, columns.response)
+        if columns.response
+        else None,
+        labels=_labels(table[columns.label], labels, where, columns.label)
+        if columns.label
+        else None,
         units=_names(table[columns.unit], where, columns.unit) if columns.unit else None,
         columns={name: _names(table[name], where, name) for name in columns.more},
         where=where,
@@ -116,7 +120,10 @@ def read_records(
 
 
 def read_label_set(path: Path, column: str) -> tuple[str, ...]:
-    """The labels that occur in a *public* file: 0..k-1 for integers, the sorted strings otherwise."""
+    """The labels that occur in a *public* file.
+
+    0..k-1 for integers, the sorted strings otherwise.
+    """
     where = path.name
     values = _table(path, (column,), None)[column]
     strings = _names(values, where, column)
@@ -135,7 +142,10 @@ def read_label_set(path: Path, column: str) -> tuple[str, ...]:
 
 
 def unit_groups(units: Sequence[str] | None, records: int | None = None) -> UnitIndex:
-    """Units in order of first appearance; with `units` None, each of `records` records is its own."""
+    """Units in order of first appearance.
+
+    With `units` None, each of `records` records is its own.
+    """
     if units is None:
         count = records or 0
         return UnitIndex(np.arange(count + 1, dtype=np.int64), np.arange(count, dtype=np.int64))
@@ -168,7 +178,9 @@ def check_unchanged(path: Path, digest: str) -> None:
     """BadInput where a data file is not what it was when the run began."""
     found = file_digest(path)
     if found != digest:
-        raise BadInput(f"{path.name}: found {found}, expected {digest}: the data changed during the run")
+        raise BadInput(
+            f"{path.name}: found {found}, expected {digest}: the data changed during the run"
+        )
 
 
 def _records_of(units: UnitIndex, chosen: Ints) -> Ints:
@@ -185,7 +197,9 @@ def _table(path: Path, wanted: Sequence[str], root: Path | None) -> dict[str, Va
     """The wanted columns as they stand in the file."""
     where = path.name
     if path.suffix not in READERS:
-        raise BadInput(f"{where}: found {path.suffix or 'no ending'}, expected one of {', '.join(READERS)}")
+        raise BadInput(
+            f"{where}: found {path.suffix or 'no ending'}, expected one of {', '.join(READERS)}"
+        )
     if root is not None and not path.resolve().is_relative_to(root.resolve()):
         raise BadInput(f"{where}: leads to a place outside {root.name}, expected a file inside it")
     if not path.is_file():
@@ -210,7 +224,9 @@ def _read_parquet(path: Path, wanted: Sequence[str], where: str) -> dict[str, Va
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _need(wanted, file.schema_arrow.names, where)
-            groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
+            groups = (
+                file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)
+            )
             _check_size(sum(group.total_byte_size for group in groups), where)
             table = file.read(columns=list(wanted))
             return {name: table[name].to_pylist() for name in wanted}
@@ -232,9 +248,13 @@ def _read_jsonl(path: Path, wanted: Sequence[str], where: str) -> dict[str, Valu
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = str(error).splitlines()[0]
-            raise BadInput(f"{where} line {number}: found no JSON ({reason}), expected an object") from error
+            raise BadInput(
+                f"{where} line {number}: found no JSON ({reason}), expected an object"
+            ) from error
         if not isinstance(record, dict):
-            raise BadInput(f"{where} line {number}: found {type(record).__name__}, expected an object")
+            raise BadInput(
+                f"{where} line {number}: found {type(record).__name__}, expected an object"
+            )
         _need(wanted, list(record), f"{where} row {row}")
         for name in wanted:
             table[name].append(record[name])
@@ -242,7 +262,10 @@ def _read_jsonl(path: Path, wanted: Sequence[str], where: str) -> dict[str, Valu
 
 
 def _read_csv(path: Path, wanted: Sequence[str], where: str) -> dict[str, Values]:
-    """RFC 4180 with a header. A field may hold 128 KiB: an unclosed quote must not swallow the file."""
+    """RFC 4180 with a header. A field may hold 128 KiB.
+
+    An unclosed quote must not swallow the file.
+    """
     table: dict[str, Values] = {name: [] for name in wanted}
     reader = csv.reader(_lines(path, where), strict=True)
     try:
@@ -256,7 +279,9 @@ def _read_csv(path: Path, wanted: Sequence[str], where: str) -> dict[str, Values
             for column, place in places if fields else ():
                 column.append(_number_or_text(fields[place]))
     except csv.Error as error:
-        raise BadInput(f"{where} line {reader.line_num}: found no CSV ({error}), expected fields") from error
+        raise BadInput(
+            f"{where} line {reader.line_num}: found no CSV ({error}), expected fields"
+        ) from error
     return table
 
 
@@ -290,7 +315,9 @@ def _need(wanted: Sequence[str], found: Sequence[str], where: str) -> None:
     faults = []
     for name in wanted:
         if name not in found:
-            faults.append(f"{where}: found columns {shown(sorted(found))}, expected {shown(name)} among them")
+            faults.append(
+                f"{where}: found columns {shown(sorted(found))}, expected {shown(name)} among them"
+            )
         elif list(found).count(name) > 1:
             faults.append(f"{where}: found column {shown(name)} twice, expected it once")
     if faults:
@@ -299,7 +326,8 @@ def _need(wanted: Sequence[str], found: Sequence[str], where: str) -> None:
 
 def _no_nulls(values: Values, where: str, column: str) -> None:
     for row, value in enumerate(values, start=1):
-        if value is None or value == "" or value != value:  # NaN is how pandas writes a missing value
+        # NaN is how pandas writes a missing value
+        if value is None or value == "" or value != value:
             raise BadInput(f"{where} row {row} {column}: found nothing, expected a value")
 
 
@@ -308,9 +336,13 @@ def _strings(values: Values, where: str, column: str) -> list[str]:
     for row, value in enumerate(values, start=1):
         if not isinstance(value, str | int) or isinstance(value, bool):
             found = "nothing" if value is None else type(value).__name__
-            raise BadInput(f"{where} row {row} {column}: found {found}, expected text or an integer")
+            raise BadInput(
+                f"{where} row {row} {column}: found {found}, expected text or an integer"
+            )
         if isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
-            raise BadInput(f"{where} row {row} {column}: found half a surrogate pair, expected text")
+            raise BadInput(
+                f"{where} row {row} {column}: found half a surrogate pair, expected text"
+            )
     return [str(value) for value in values]
 
 
@@ -322,7 +354,9 @@ def _names(values: Values, where: str, column: str) -> list[str]:
 
 def _labels(values: Values, labels: Sequence[str], where: str, column: str) -> Ints:
     if not labels:
-        raise BadInput(f"{where} {column}: found no public label set, expected one to read labels against")
+        raise BadInput(
+            f"{where} {column}: found no public label set, expected one to read labels against"
+        )
     _no_nulls(values, where, column)
     place = {label: index for index, label in enumerate(labels)}
     for row, value in enumerate(values, start=1):

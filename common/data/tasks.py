@@ -1,8 +1,9 @@
-"""What a model is trained for: how records become tokens, what one example's loss is, what is measured.
+"""What a model is trained for: how records become tokens, what one example's loss is, what is
+measured.
 
-A task joins the federation by implementing `Task`; the training loop, the clip and the server never ask
-which one it is. Losses are per example and independent of one another: anything that couples the examples
-of a batch would break the sensitivity that the clip gives.
+A task joins the federation by implementing `Task`; the training loop, the clip and the server never
+ask which one it is. Losses are per example and independent of one another: anything that couples
+the examples of a batch would break the sensitivity that the clip gives.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ class Encoded:
         lengths = self.offsets[rows + 1] - self.offsets[rows]
         count, width = (len(rows), int(lengths.max())) if shape is None else shape
         columns = np.arange(width)
-        ids, real = np.full((count, width), pad, dtype=np.int64), np.ones((count, width), dtype=np.int64)
+        ids, real = (
+            np.full((count, width), pad, dtype=np.int64),
+            np.ones((count, width), dtype=np.int64),
+        )
         inside = columns[None, :] < lengths[:, None]
         source = np.minimum(self.offsets[rows][:, None] + columns[None, :], len(self.tokens) - 1)
         ids[: len(rows)], real[: len(rows)] = np.where(inside, self.tokens[source], pad), inside
@@ -147,8 +151,8 @@ class SequenceClassification:
 class CausalLanguageModel:
     """Prompt and response; next-token cross entropy on the response alone, a mean for each example.
 
-    What is too long loses the left of its prompt and the right of its response; the response keeps at least
-    half of `max_length`.
+    What is too long loses the left of its prompt and the right of its response; the response keeps
+    at least half of `max_length`.
     """
 
     labels: tuple[str, ...] = ()
@@ -156,14 +160,18 @@ class CausalLanguageModel:
 
     def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
         if records.responses is None:
-            raise BadInput(f"{records.where}: found no responses, expected prompt and response columns")
+            raise BadInput(
+                f"{records.where}: found no responses, expected prompt and response columns"
+            )
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         rows, starts, cut = [], [], {"prompt": 0, "response": 0}
         room = max_length - len(begin)
         responses = _tokens(tokenizer, records.responses, special=False)
         _refuse_empty([len(ids) for ids in responses], records)
-        for prompt, response in zip(_tokens(tokenizer, records.texts, special=False), responses, strict=True):
+        for prompt, response in zip(
+            _tokens(tokenizer, records.texts, special=False), responses, strict=True
+        ):
             answer = response + end
             kept = answer[: max(room - len(prompt), room // 2)]
             left = room - len(kept)
@@ -190,7 +198,9 @@ class CausalLanguageModel:
         loss = float(totals["loss"]) / float(totals["tokens"])
         return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
 
-    def _response_losses(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _response_losses(
+        self, logits: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss and number of response tokens, each (n,)."""
         losses = functional.cross_entropy(
             logits[:, :-1].float().transpose(1, 2), batch.ids[:, 1:], reduction="none"
@@ -210,7 +220,11 @@ def add_totals(totals: Sequence[Totals]) -> Totals:
 
 def _tokens(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
     encoded = tokenizer(
-        list(texts), add_special_tokens=special, truncation=False, return_attention_mask=False, verbose=False
+        list(texts),
+        add_special_tokens=special,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
     )
     return list(encoded["input_ids"])
 
@@ -232,5 +246,7 @@ def _refuse_empty(lengths: Sequence[int], records: Records) -> None:
 def _ragged(rows: Sequence[Sequence[int]], targets: Ints, truncated: Mapping[str, int]) -> Encoded:
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
-    tokens = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(offsets[-1]))
+    tokens = np.fromiter(
+        (token for row in rows for token in row), dtype=np.int32, count=int(offsets[-1])
+    )
     return Encoded(tokens, offsets, np.ascontiguousarray(targets, dtype=np.int64), truncated)

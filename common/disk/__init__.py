@@ -1,1 +1,3 @@
-"""What survives a kill: files that are whole or not there, lines that are, and locks between processes."""
+"""What survives a kill: files that are whole or not there, lines that are, and locks between
+processes.
+"""

@@ -1,4 +1,6 @@
-"""Files that are either whole or not there, and logs whose lines are, whatever dies while they are written."""
+"""Files that are either whole or not there, and logs whose lines are, whatever dies while they are
+written.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def append_line(path: Path, table: Mapping[str, Any], limit: int | None = 8 << 20) -> None:
-    """Add one JSON line, durably; a log past `limit` bytes makes room, with one older generation kept.
+    """Add one JSON line, durably; a log past `limit` bytes makes room, with one older generation
+    kept.
 
     None: it never makes room, for its writer bounds it or its lines must stay.
     """

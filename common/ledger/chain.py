@@ -1,12 +1,13 @@
 """An append-only chain of entries in SQLite, whose signed head lies in a second place.
 
-Each entry holds the hash of the one before. The head (count and hash of the last entry) is signed and written
-after every entry, so that a chain that was deleted, truncated, edited or restored from an older copy is
-refused, at opening and before every further entry. An entry is durable before `append` returns; a kill
-between the entry and its head leaves the head one behind, and the next one who looks signs it anew.
+Each entry holds the hash of the one before. The head (count and hash of the last entry) is signed
+and written after every entry, so that a chain that was deleted, truncated, edited or restored from
+an older copy is refused, at opening and before every further entry. An entry is durable before
+`append` returns; a kill between the entry and its head leaves the head one behind, and the next one
+who looks signs it anew.
 
-What this can't see: both places, or all three files, restored to the same older moment or deleted together.
-Keep them on different disks, or send heads away, where that matters.
+What this can't see: both places, or all three files, restored to the same older moment or deleted
+together. Keep them on different disks, or send heads away, where that matters.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from fedlora.common.disk import locks
 from fedlora.common.disk.files import sync_folder, write_atomically
 from fedlora.common.errors import Refused
 
-_TABLE = "CREATE TABLE entries (number INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL) STRICT"
+_TABLE = (
+    "CREATE TABLE entries (number INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL)"
+    " STRICT"
+)
 _INSERT = "INSERT INTO entries VALUES (?, ?, ?)"
 _AFTER = "SELECT number, body, hash FROM entries WHERE number > ? ORDER BY number"
 
@@ -57,10 +61,16 @@ class _Position:
 
 
 class Chain:
-    """One open chain. `take` is handed every entry's body once, in order, whichever process wrote it."""
+    """One open chain. `take` is handed every entry's body once, in order, whichever process wrote
+    it.
+    """
 
     def __init__(
-        self, path: Path, head: Path, key: Ed25519PrivateKey, take: Callable[[Mapping[str, Any]], None]
+        self,
+        path: Path,
+        head: Path,
+        key: Ed25519PrivateKey,
+        take: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self._path = path
         self._head = head
@@ -83,7 +93,8 @@ class Chain:
     ) -> Chain:
         """Open a chain, or begin one with the entry `opening` where there was none.
 
-        Refused where the chain is not the one that the head was signed for, or one of the three files is missing.
+        Refused where the chain is not the one that the head was signed for, or one of the three
+        files is missing.
         """
         with _refusing(path):
             for each in (path, head, key):
@@ -94,8 +105,8 @@ class Chain:
             missing = [each for each in (path, head, key) if not each.exists()]
             if missing:
                 raise Refused(
-                    f"ledger {path}: {', '.join(map(str, missing))} is missing, expected ledger, head and key; "
-                    "it was deleted or moved, and without it nothing can be spent"
+                    f"ledger {path}: {', '.join(map(str, missing))} is missing, expected ledger,"
+                    " head and key; it was deleted or moved, and without it nothing can be spent"
                 )
             chain = cls(path, head, _read_key(key), take)
             try:
@@ -131,7 +142,9 @@ class Chain:
         with self.locked():
             entries = [entry for entry, _ in self._verified(_Position())]
             if len(entries) != self._at.count:
-                raise Refused(f"ledger {self._path}: found {len(entries)} entries, expected {self._at.count}")
+                raise Refused(
+                    f"ledger {self._path}: found {len(entries)} entries, expected {self._at.count}"
+                )
             return entries
 
     def _catch_up(self) -> None:
@@ -145,11 +158,16 @@ class Chain:
         for number, text, digest in self._connection.execute(_AFTER, (position.count,)).fetchall():
             position = position.next(text)
             if (number, digest) != (position.count, position.hash):
-                raise Refused(f"ledger {self._path} entry {number}: found other bytes than were written")
+                raise Refused(
+                    f"ledger {self._path} entry {number}: found other bytes than were written"
+                )
             yield Entry(number, json.loads(text), digest), position
 
     def _check_head(self) -> None:
-        """Refused unless the head was signed for this very chain; a head one entry behind is signed anew."""
+        """Refused unless the head was signed for this very chain.
+
+        A head one entry behind is signed anew.
+        """
         count, digest = self._read_head()
         if count > self._at.count:
             raise Refused(
@@ -158,7 +176,8 @@ class Chain:
             )
         if count < self._at.count - 1:
             raise Refused(
-                f"ledger head {self._head}: found {count} entries, expected {self._at.count}: it is an older copy"
+                f"ledger head {self._head}: found {count} entries, expected {self._at.count}: it is"
+                " an older copy"
             )
         if digest != (self._at.hash if count == self._at.count else self._at.before):
             raise Refused(f"ledger {self._path} entry {count}: found another hash than was signed")
@@ -184,7 +203,9 @@ class Chain:
 
 
 def _never_used(path: Path, head: Path, key: Path) -> bool:
-    """No key, and at most the opening entry: nothing was ever spent, at most a beginning was killed.
+    """No key, and at most the opening entry.
+
+    Nothing was ever spent, at most a beginning was killed.
 
     The key is the last file that a beginning writes. A deleted key with anything spent is not this.
     """
@@ -208,7 +229,12 @@ def _count(path: Path) -> int:
 
 
 def _begin(path: Path, head: Path, key: Path, opening: Mapping[str, Any]) -> None:
-    for leftover in (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm"), head):
+    for leftover in (
+        path,
+        path.with_name(path.name + "-wal"),
+        path.with_name(path.name + "-shm"),
+        head,
+    ):
         leftover.unlink(missing_ok=True)
     private, text = Ed25519PrivateKey.generate(), _canonical(opening)
     first = _Position().next(text)
@@ -224,8 +250,11 @@ def _begin(path: Path, head: Path, key: Path, opening: Mapping[str, Any]) -> Non
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     where = f"{path.resolve().as_uri()}?mode={mode}"  # only a beginning may create the file
-    # the lock keeps threads apart as well as processes, so the connection need not insist on one thread
-    connection = sqlite3.connect(where, uri=True, isolation_level=None, timeout=60, check_same_thread=False)
+    # the lock keeps threads apart as well as processes, so the connection need not insist on one
+    # thread
+    connection = sqlite3.connect(
+        where, uri=True, isolation_level=None, timeout=60, check_same_thread=False
+    )
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     return connection
@@ -234,14 +263,18 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 def _exclusive(path: Path) -> AbstractContextManager[None]:
     lock = path.with_name(path.name + ".lock")
     held = Refused(
-        f"ledger {path}: found {lock.name} held by another process for {locks.SECONDS:g} s, expected it free"
+        f"ledger {path}: found {lock.name} held by another process for {locks.SECONDS:g} s,"
+        " expected it free"
     )
     return locks.exclusive(lock, held, locks.SECONDS)
 
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """A file that can't be read or written is a refusal: whatever it held, nothing may be spent on top of it."""
+    """A file that can't be read or written is a refusal.
+
+    Whatever it held, nothing may be spent on top of it.
+    """
     try:
         yield
     except sqlite3.DatabaseError as error:

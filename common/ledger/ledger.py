@@ -4,9 +4,10 @@
     reserve   one attempt at one round, durable before data is touched; each attempt once
     commit    the digest of what left
 
-Nothing is ever refunded or deleted. ε and δ add up over runs (basic composition), exactly as the decimal
-numbers that people write: 0.1 three times fits a cap of 0.3, and nothing fits beyond it. Budgets have names:
-data never opens one, a policy does. How the entries are kept is `common.ledger.chain`.
+Nothing is ever refunded or deleted. ε and δ add up over runs (basic composition), exactly as the
+decimal numbers that people write: 0.1 three times fits a cap of 0.3, and nothing fits beyond it.
+Budgets have names: data never opens one, a policy does. How the entries are kept is
+`common.ledger.chain`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Budget:
     def __post_init__(self) -> None:
         for field, value in (("epsilon", self.epsilon), ("delta", self.delta)):
             if not (math.isfinite(value) and value > 0):
-                raise BadInput(f"budget {self.name} {field}: found {value}, expected a finite number > 0")
+                raise BadInput(
+                    f"budget {self.name} {field}: found {value}, expected a finite number > 0"
+                )
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,16 @@ class _Total:
 
 
 class Ledger:
-    """One ledger; safe for several processes and threads at once. An object does not survive a fork."""
+    """One ledger; safe for several processes and threads at once.
+
+    An object does not survive a fork.
+    """
 
     def __init__(self) -> None:
         self._consents: dict[tuple[str, str], _Consent] = {}  # by budget and manifest, as all below
         self._totals: dict[str, _Total] = {}  # by budget
-        self._phases: dict[tuple[str, str], dict[int, tuple[int, int]]] = {}  # attempt -> (phase, round)
+        # attempt -> (phase, round)
+        self._phases: dict[tuple[str, str], dict[int, tuple[int, int]]] = {}
         self._committed: set[tuple[str, str, int]] = set()
         self._chain: Chain
         self.id = ""  # drawn when the ledger was begun: which ledger this is
@@ -93,7 +100,10 @@ class Ledger:
         return ledger
 
     def consent(self, budget: Budget, manifest: str, spend: Spend, attempts: Sequence[int]) -> None:
-        """Reserve a run's whole spend; Refused past a cap. The same consent again changes nothing."""
+        """Reserve a run's whole spend; Refused past a cap.
+
+        The same consent again changes nothing.
+        """
         asked = _Consent(spend, tuple(attempts))
         if not asked.attempts or any(type(each) is not int or each < 0 for each in asked.attempts):
             raise BadInput(f"consent attempts: found {list(attempts)}, expected whole numbers >= 0")
@@ -101,7 +111,9 @@ class Ledger:
             given = self._consents.get((budget.name, manifest))
             if given is not None:
                 if not given.covers(asked):
-                    raise Refused(f"budget {budget.name}: consented to {manifest[:14]} on other terms")
+                    raise Refused(
+                        f"budget {budget.name}: consented to {manifest[:14]} on other terms"
+                    )
                 return
             self._check_caps(budget, spend)
             self._chain.append(
@@ -117,22 +129,30 @@ class Ledger:
                 }
             )
 
-    def reserve(self, budget: str, manifest: str, phase: int, round_number: int, attempt: int) -> None:
-        """Use up one attempt, durably; Refused without consent, a second time, or beyond the consented number."""
+    def reserve(
+        self, budget: str, manifest: str, phase: int, round_number: int, attempt: int
+    ) -> None:
+        """Use up one attempt, durably; Refused without consent, a second time, or beyond the
+        consented number.
+        """
         with self._chain.locked():
             consent = self._consents.get((budget, manifest))
             if consent is None:
                 raise Refused(f"budget {budget}: nothing was consented to for {manifest[:14]}")
             taken = self._phases.get((budget, manifest), {})
             if attempt in taken:
-                raise Refused(f"budget {budget}: attempt {attempt} was used before: a replay or a rewind")
+                raise Refused(
+                    f"budget {budget}: attempt {attempt} was used before: a replay or a rewind"
+                )
             if not 0 <= phase < len(consent.attempts):
                 raise Refused(
-                    f"budget {budget}: phase {phase} is not one of {len(consent.attempts)} consented to"
+                    f"budget {budget}: phase {phase} is not one of {len(consent.attempts)}"
+                    " consented to"
                 )
             if sum(used == phase for used, _ in taken.values()) >= consent.attempts[phase]:
                 raise Refused(
-                    f"budget {budget}: all {consent.attempts[phase]} attempts of phase {phase} are spent"
+                    f"budget {budget}: all {consent.attempts[phase]} attempts of phase {phase} are"
+                    " spent"
                 )
             self._chain.append(
                 {
@@ -145,14 +165,20 @@ class Ledger:
                 }
             )
 
-    def commit(self, budget: str, manifest: str, round_number: int, attempt: int, update: str) -> None:
+    def commit(
+        self, budget: str, manifest: str, round_number: int, attempt: int, update: str
+    ) -> None:
         """Record the digest of what a reserved attempt releases; once."""
         with self._chain.locked():
             _, reserved = self._phases.get((budget, manifest), {}).get(attempt, (0, None))
             if reserved is None or reserved != round_number:
-                raise Refused(f"budget {budget}: round {round_number} attempt {attempt} was not reserved")
+                raise Refused(
+                    f"budget {budget}: round {round_number} attempt {attempt} was not reserved"
+                )
             if (budget, manifest, attempt) in self._committed:
-                raise Refused(f"budget {budget}: round {round_number} attempt {attempt} was committed before")
+                raise Refused(
+                    f"budget {budget}: round {round_number} attempt {attempt} was committed before"
+                )
             self._chain.append(
                 {
                     "kind": "commit",
@@ -190,7 +216,10 @@ class Ledger:
         """The highest attempt number that any budget has reserved for a run; 0 for none."""
         with self._chain.locked():
             used = (
-                attempt for (_, run), taken in self._phases.items() if run == manifest for attempt in taken
+                attempt
+                for (_, run), taken in self._phases.items()
+                if run == manifest
+                for attempt in taken
             )
             return max(used, default=0)
 
@@ -223,7 +252,9 @@ class Ledger:
         elif kind == "commit" and (*key, body["attempt"]) not in self._committed:
             self._committed.add((*key, body["attempt"]))
         else:
-            raise Refused(f"ledger: found an entry of kind {kind!r} that no ledger of this version writes")
+            raise Refused(
+                f"ledger: found an entry of kind {kind!r} that no ledger of this version writes"
+            )
 
 
 def exceeded(budget: Budget, spent: Spend, more: Spend) -> str:

@@ -1,8 +1,9 @@
 """What coordinator and institutions say to each other, as frozen values without a transport.
 
-A `RunManifest` fixes everything public about a run; its digest names the run. A `RoundPlan` is bound to that
-digest, to one attempt and to the digest of the adapter it starts from. An `Update` answers exactly one plan.
-Canonical bytes are UTF-8 JSON with sorted keys and no white space; floats are Python's shortest round trip.
+A `RunManifest` fixes everything public about a run; its digest names the run. A `RoundPlan` is
+bound to that digest, to one attempt and to the digest of the adapter it starts from. An `Update`
+answers exactly one plan. Canonical bytes are UTF-8 JSON with sorted keys and no white space; floats
+are Python's shortest round trip.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ VERSION = 1
 class Phase:
     """A stretch of rounds that share one mechanism and one local recipe. All fields are public.
 
-    A step draws every privacy unit with probability `sampling_rate`, clips each unit's gradient to L2 norm
-    `clip` (or, where `head_clip` is not 0, head and LoRA coordinates separately to `head_clip` and `clip`),
-    sums, adds Gaussian noise and divides by `expected_units`. `noise_multiplier` is relative to the total
-    L2 sensitivity, whatever the groups: Σ (C_g / s_g)² = 1 / noise_multiplier².
+    A step draws every privacy unit with probability `sampling_rate`, clips each unit's gradient to
+    L2 norm `clip` (or, where `head_clip` is not 0, head and LoRA coordinates separately to
+    `head_clip` and `clip`), sums, adds Gaussian noise and divides by `expected_units`.
+    `noise_multiplier` is relative to the total L2 sensitivity, whatever the groups: Σ (C_g / s_g)²
+    = 1 / noise_multiplier².
     """
 
     name: str  # "head": only the head trains, on cached features; "adapter": head and LoRA train
@@ -46,13 +48,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class SecureTerms:
-    """How updates are masked and added where a run aggregates securely; `minimum_cohort` is the manifest's own.
+    """How updates are masked and added where a run aggregates securely.
 
-    A coordinate saturates at its phase's bound and has `levels` steps from 0 to it, in words of `bits` bits.
+    `minimum_cohort` is the manifest's own.
+
+    A coordinate saturates at its phase's bound and has `levels` steps from 0 to it, in words of
+    `bits` bits.
     """
 
     threshold: str  # the rule: t follows from the cohort, nobody chooses it
-    max_colluders: int  # beside the coordinator; a node assumes its own number, and may refuse this one
+    # beside the coordinator; a node assumes its own number, and may refuse this one
+    max_colluders: int
     epoch_attempts: int  # for which keys and shares are exchanged ahead
     bits: int
     levels: int
@@ -61,19 +67,25 @@ class SecureTerms:
 
 @dataclass(frozen=True)
 class SkellamTerms:
-    """What `mode = "client"` rests on beside the secure terms and each phase's clip and noise multiplier.
+    """What `mode = "client"` rests on beside the secure terms and each phase's clip and noise
+    multiplier.
 
-    The clip is of a whole update and equals its phase's update bound. The noise multiplier is that of a sum: each
-    institution adds its variance over (t - max_colluders), with the t of the cohort that it finds.
+    The clip is of a whole update and equals its phase's update bound. The noise multiplier is that
+    of a sum: each institution adds its variance over (t - max_colluders), with the t of the cohort
+    that it finds.
     """
 
     coordinates: tuple[int, ...]  # that a phase moves, and noises: one number for each phase
-    carriers: int  # t - max_colluders of the smallest cohort: honest institutions in any sum, at least
+    # t - max_colluders of the smallest cohort: honest institutions in any sum, at least
+    carriers: int
 
 
 @dataclass(frozen=True)
 class Network:
-    """What a node needs, beside the frozen base, to build the very network of a run; fields as in a configuration."""
+    """What a node needs, beside the frozen base, to build the very network of a run.
+
+    Fields as in a configuration.
+    """
 
     pooling: str
     pooled_layers: tuple[int, ...]
@@ -93,7 +105,9 @@ class Network:
         return cls(**found)
 
     def configs(self, base: str) -> tuple[ModelConfig, LoraConfig]:
-        """The configuration that builds it on the base at `base`; BadInput where no configuration could say so."""
+        """The configuration that builds it on the base at `base`; BadInput where no configuration
+        could say so.
+        """
         model, lora = (
             {f.name: getattr(self, f.name) for f in fields(self) if f.name in _names(cls)}
             for cls in (ModelConfig, LoraConfig)
@@ -203,7 +217,9 @@ def _network(table: Any) -> Network:
 def _secure_terms(table: Any) -> SecureTerms:
     """The terms as they stand in a manifest; BadInput names what is wrong."""
     bounds = table.get("update_bounds") if isinstance(table, dict) else None
-    if not isinstance(bounds, list) or not all(is_kind(bound, "float") and bound > 0 for bound in bounds):
+    if not isinstance(bounds, list) or not all(
+        is_kind(bound, "float") and bound > 0 for bound in bounds
+    ):
         raise BadInput("manifest secure update_bounds: expected a list of finite numbers > 0")
     return build_strictly(
         SecureTerms, {**table, "update_bounds": tuple(map(float, bounds))}, "manifest secure"
@@ -212,6 +228,8 @@ def _secure_terms(table: Any) -> SecureTerms:
 
 def _skellam_terms(table: Any) -> SkellamTerms:
     counts = table.get("coordinates") if isinstance(table, dict) else None
-    if not isinstance(counts, list) or not all(is_kind(count, "int") and count > 0 for count in counts):
+    if not isinstance(counts, list) or not all(
+        is_kind(count, "int") and count > 0 for count in counts
+    ):
         raise BadInput("manifest skellam coordinates: expected a list of whole numbers > 0")
     return build_strictly(SkellamTerms, {**table, "coordinates": tuple(counts)}, "manifest skellam")

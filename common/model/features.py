@@ -1,7 +1,9 @@
-"""What a head sees of each record while everything below it stands still, computed once and kept in memory.
+"""What a head sees of each record while everything below it stands still, computed once and kept in
+memory.
 
-Pooled features are as private as the text they come from: they live in this process only, never on a disk.
-They stay valid as long as the LoRA coordinates of the state do not change, which is what the key checks.
+Pooled features are as private as the text they come from: they live in this process only, never on
+a disk. They stay valid as long as the LoRA coordinates of the state do not change, which is what
+the key checks.
 """
 
 from __future__ import annotations
@@ -29,28 +31,40 @@ Progress = Callable[[int], None]  # called with the number of records done since
 class PooledTexts:
     """What one frozen transformer made of each text, for the runs of one process that ask again.
 
-    By content, so that runs which deal the same texts out differently share them: the trials of a sweep, and
-    the private run of a quickstart beside the one without privacy.
+    By content, so that runs which deal the same texts out differently share them: the trials of a
+    sweep, and the private run of a quickstart beside the one without privacy.
     """
 
     def __init__(self) -> None:
         self._model = ""
-        self._kept: dict[bytes, torch.Tensor] = {}  # by digest of the tokens: a row of the table of its call
+        # by digest of the tokens: a row of the table of its call
+        self._kept: dict[bytes, torch.Tensor] = {}
 
     def get(
         self, model: str, data: Encoded, rows: Rows, compute: Callable[[Rows], torch.Tensor]
     ) -> torch.Tensor:
-        """(len(rows), width): kept where `model` saw the text before, computed and kept where it did not."""
+        """(len(rows), width): kept where `model` saw the text before, computed and kept where it
+        did not.
+        """
         if model != self._model:
             self._kept.clear()
             self._model = model
-        digests = [hashlib.blake2b(data.tokens_of(row).tobytes(), digest_size=16).digest() for row in rows]
+        digests = [
+            hashlib.blake2b(data.tokens_of(row).tobytes(), digest_size=16).digest() for row in rows
+        ]
         fresh = np.array(
-            [place for place, digest in enumerate(digests) if digest not in self._kept], dtype=np.int64
+            [place for place, digest in enumerate(digests) if digest not in self._kept],
+            dtype=np.int64,
         )
         if len(fresh):
-            self._kept.update(zip([digests[place] for place in fresh], compute(rows[fresh]), strict=True))
-        return torch.stack([self._kept[digest] for digest in digests]) if digests else torch.empty(0, 0)
+            self._kept.update(
+                zip([digests[place] for place in fresh], compute(rows[fresh]), strict=True)
+            )
+        return (
+            torch.stack([self._kept[digest] for digest in digests])
+            if digests
+            else torch.empty(0, 0)
+        )
 
 
 class FeatureCache:
@@ -75,7 +89,9 @@ class FeatureCache:
         self._forget_unless(_below_head(state))
         if owner not in self._kept:
             self._model.load(state)
-            self._kept[owner] = pooled_features(self._model, data, rows, self._progress, self._texts)
+            self._kept[owner] = pooled_features(
+                self._model, data, rows, self._progress, self._texts
+            )
             self._shrink()
         self._kept.move_to_end(owner)
         return self._kept[owner]
@@ -106,12 +122,16 @@ def pooled_features(
         return torch.empty(0, 0)
     if texts is None:
         return _projected(model, _pooled(model, data, rows, progress))
-    frozen = f"{model.base_digest} {model.pooled_layers} {model.precision} {_below_head(model.state())}"
+    frozen = (
+        f"{model.base_digest} {model.pooled_layers} {model.precision} {_below_head(model.state())}"
+    )
     pooled = texts.get(frozen, data, rows, lambda fresh: _pooled(model, data, fresh, progress))
     return _projected(model, pooled)
 
 
-def _pooled(model: AdapterModel, data: Encoded, rows: Rows, progress: Progress | None) -> torch.Tensor:
+def _pooled(
+    model: AdapterModel, data: Encoded, rows: Rows, progress: Progress | None
+) -> torch.Tensor:
     """Forward passes in batches of fixed shapes: what comes of a record depends on it alone."""
     result: torch.Tensor | None = None
     lengths = padded(data.lengths[rows], model.longest, model.device.type)
@@ -136,10 +156,14 @@ def _records(model: AdapterModel, tokens: int, full: bool) -> int:
     def try_it() -> bool:
         every = np.arange(shape.records, dtype=np.int64)
         with model.probed():
-            same, beside = (_forward(model, probe, every, shape) for probe in probes(shape, model.vocabulary))
+            same, beside = (
+                _forward(model, probe, every, shape) for probe in probes(shape, model.vocabulary)
+            )
         return alike([same], [beside])
 
-    return model.shapes.records(("pooled", model.precision, model.attention, shape), shape.records, try_it)
+    return model.shapes.records(
+        ("pooled", model.precision, model.attention, shape), shape.records, try_it
+    )
 
 
 def _projected(model: AdapterModel, pooled: torch.Tensor) -> torch.Tensor:
@@ -152,7 +176,11 @@ def _projected(model: AdapterModel, pooled: torch.Tensor) -> torch.Tensor:
         return model.features(filled)[: len(part)]
 
     def try_it() -> bool:
-        rows = np.random.default_rng(0).normal(0, 1, (FEATURE_ROWS, pooled.shape[1])).astype(np.float32)
+        rows = (
+            np.random.default_rng(0)
+            .normal(0, 1, (FEATURE_ROWS, pooled.shape[1]))
+            .astype(np.float32)
+        )
         beside = torch.from_numpy(rows).to(pooled.device)
         same = beside[:1].expand(FEATURE_ROWS, -1).contiguous()
         with model.probed():
@@ -176,7 +204,10 @@ def length_batches(lengths: Rows, tokens: int) -> list[Rows]:
 
 
 def _below_head(state: AdapterState) -> str:
-    """Digest of the LoRA coordinates; "" where each B is 0, so that A, whatever it is, changes nothing."""
+    """Digest of the LoRA coordinates.
+
+    "" where each B is 0, so that A, whatever it is, changes nothing.
+    """
     named = state.named()
     if not any(value.any() for name, value in named.items() if ".lora_B." in name):
         return ""

@@ -1,9 +1,9 @@
 """The frozen base with a LoRA adapter, and the one way in and out of it: an `AdapterState`.
 
-PEFT places the adapter; a classifier over pooled hidden states is ours where the configuration asks for it.
-Dropout is off: a private step is already noisy, and each example's loss must depend on that example alone.
-The trainable parameters, the noised vector and the exported tensors are the same set, by construction:
-all three come from `AdapterModel.parameters`.
+PEFT places the adapter; a classifier over pooled hidden states is ours where the configuration asks
+for it. Dropout is off: a private step is already noisy, and each example's loss must depend on that
+example alone. The trainable parameters, the noised vector and the exported tensors are the same
+set, by construction: all three come from `AdapterModel.parameters`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from fedlora.common.model.shapes import Shapes
 from fedlora.common.model.state import HEAD_PREFIX, AdapterSpec, AdapterState, TensorSpec
 
 # PEFT 0.21 asks transformers 5 for a property under its old name.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+warnings.filterwarnings(
+    "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+)
 
 
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -76,12 +78,16 @@ class AdapterModel:
         self.attention = ""  # as set; "": as loaded
         self.shapes = Shapes()
         self.parameters: dict[str, nn.Parameter] = dict(_trainable(network))
-        self.spec = AdapterSpec(tuple(TensorSpec(n, tuple(p.shape)) for n, p in self.parameters.items()))
+        self.spec = AdapterSpec(
+            tuple(TensorSpec(n, tuple(p.shape)) for n, p in self.parameters.items())
+        )
 
     def load(self, state: AdapterState) -> None:
         """Put a state's values into the network; BadInput where it belongs to another model."""
         if state.spec != self.spec:
-            raise BadInput(f"adapter: found tensors of {state.spec.digest}, expected {self.spec.digest}")
+            raise BadInput(
+                f"adapter: found tensors of {state.spec.digest}, expected {self.spec.digest}"
+            )
         with torch.no_grad():
             for name, value in state.named().items():
                 self.parameters[name].copy_(torch.from_numpy(value.copy()))
@@ -99,7 +105,10 @@ class AdapterModel:
 
     @contextmanager
     def probed(self) -> Iterator[None]:
-        """Values of our own for as long as this lasts: a coordinator's could hide how the network rounds."""
+        """Values of our own for as long as this lasts.
+
+        A coordinator's could hide how the network rounds.
+        """
         before, values = self.state(), np.random.default_rng(0).normal(0, 0.05, self.spec.size)
         projection = self.projection
         self.load(AdapterState(self.spec, values.astype(np.float32)))
@@ -127,12 +136,16 @@ class AdapterModel:
     @property
     def projection(self) -> Projection | None:
         """The frozen map below the head; set before anything is trained."""
-        return self.network.pooling.projection if isinstance(self.network, PooledClassifier) else None
+        return (
+            self.network.pooling.projection if isinstance(self.network, PooledClassifier) else None
+        )
 
     @projection.setter
     def projection(self, projection: Projection | None) -> None:
         if not isinstance(self.network, PooledClassifier):
-            raise BadInput("[model] projection: found a model's own head, expected pooling = mean or layers")
+            raise BadInput(
+                "[model] projection: found a model's own head, expected pooling = mean or layers"
+            )
         self.network.pooling.projection = projection
 
     @property
@@ -147,14 +160,18 @@ class AdapterModel:
 
     @property
     def head(self) -> nn.Module:
-        """The head that a head phase trains; BadInput where it can't be trained on cached features."""
+        """The head that a head phase trains.
+
+        BadInput where it can't be trained on cached features.
+        """
         if isinstance(self.network, PooledClassifier):
             return self.network.head
         for name, module in self.network.named_modules():
             if name.endswith(f".modules_to_save.{PEFT_ADAPTER}") and isinstance(module, nn.Linear):
                 return module
         raise BadInput(
-            "[training] head_rounds: found a model without a linear head, expected pooling = mean or layers"
+            "[training] head_rounds: found a model without a linear head, expected pooling = mean"
+            " or layers"
         )
 
     @torch.no_grad()
@@ -164,7 +181,9 @@ class AdapterModel:
             with self.autocast():
                 return self.network.pooled(batch.ids, batch.mask).float()
         caught: list[torch.Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].float()))
+        hook = self.head.register_forward_pre_hook(
+            lambda _, inputs: caught.append(inputs[0].float())
+        )
         try:
             self.logits(batch)
         finally:
@@ -189,7 +208,9 @@ class AdapterModel:
 def build_model(
     model: ModelConfig, lora: LoraConfig, task: Task, seed: int, device: torch.device | None = None
 ) -> AdapterModel:
-    """Load the base from safetensors, freeze it, add LoRA and a head, and initialise both from `seed`."""
+    """Load the base from safetensors, freeze it, add LoRA and a head, and initialise both from
+    `seed`.
+    """
     folder = resolve_base(model.base)
     check_base(folder)
     digest = check_digest(folder, model.digest)
@@ -198,12 +219,18 @@ def build_model(
     _check_positions(network, model.max_length)
     _switch_dropout_off(network)
     _initialise(network, seed)
-    network.train()  # Opacus' hooks record in training mode only; without dropout the modes compute the same
-    return AdapterModel(network, task, tokenizer, digest, device or torch.device("cpu"), model.max_length)
+    # Opacus' hooks record in training mode only; without dropout the modes compute the same
+    network.train()
+    return AdapterModel(
+        network, task, tokenizer, digest, device or torch.device("cpu"), model.max_length
+    )
 
 
 def _check_positions(network: PooledClassifier | OwnHead, max_length: int) -> None:
-    """BadInput where a record of `max_length` tokens could not be embedded: here, not once the first long one comes."""
+    """BadInput where a record of `max_length` tokens could not be embedded.
+
+    Here, not once the first long one comes.
+    """
     most = getattr(network.backbone.config, "max_position_embeddings", None)
     if isinstance(most, int) and 0 < most < max_length:
         raise BadInput(
@@ -244,15 +271,21 @@ def _network(
             folder, num_labels=len(task.labels), **load
         )
         if base.config.pad_token_id is None:
-            base.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+            base.config.pad_token_id = (
+                tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+            )
         return OwnHead(_with_lora(base, model, lora, peft.TaskType.SEQ_CLS))
     base = transformers.AutoModel.from_pretrained(folder, **load)
     if getattr(base, "pooler", None) is not None:
         base.pooler = None  # ours replaces it; adapting what nothing reads would only add noise
     pooling = Pooling(_pooled_layers(model, base.config.num_hidden_layers), model.head_scale)
     backbone = _with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
-    width = model.kernel_directions or model.projection or base.config.hidden_size * len(pooling.layers)
-    return PooledClassifier(backbone, pooling, build_head(width, model.head_hidden, len(task.labels)))
+    width = (
+        model.kernel_directions or model.projection or base.config.hidden_size * len(pooling.layers)
+    )
+    return PooledClassifier(
+        backbone, pooling, build_head(width, model.head_hidden, len(task.labels))
+    )
 
 
 def _pooled_layers(model: ModelConfig, depth: int) -> tuple[int, ...]:
@@ -260,11 +293,15 @@ def _pooled_layers(model: ModelConfig, depth: int) -> tuple[int, ...]:
         return (depth,)
     layers = tuple(model.pooled_layers) or tuple(range(depth + 1))
     if not all(0 <= layer <= depth for layer in layers):
-        raise BadInput(f"[model] pooled_layers = {list(layers)}: expected indices from 0 to {depth}")
+        raise BadInput(
+            f"[model] pooled_layers = {list(layers)}: expected indices from 0 to {depth}"
+        )
     return layers
 
 
-def _with_lora(base: nn.Module, model: ModelConfig, lora: LoraConfig, kind: peft.TaskType) -> peft.PeftModel:
+def _with_lora(
+    base: nn.Module, model: ModelConfig, lora: LoraConfig, kind: peft.TaskType
+) -> peft.PeftModel:
     settings = peft.LoraConfig(
         task_type=kind,
         r=lora.rank,
@@ -276,7 +313,9 @@ def _with_lora(base: nn.Module, model: ModelConfig, lora: LoraConfig, kind: peft
     try:
         adapted = peft.get_peft_model(base, settings)
     except (ValueError, KeyError) as error:
-        raise BadInput(f"[lora] targets = {list(lora.targets)}: {str(error).splitlines()[0]}") from error
+        raise BadInput(
+            f"[lora] targets = {list(lora.targets)}: {str(error).splitlines()[0]}"
+        ) from error
     adapted.peft_config[PEFT_ADAPTER].base_model_name_or_path = model.base
     if lora.variant == "ffa":
         for name, parameter in adapted.named_parameters():
@@ -286,7 +325,9 @@ def _with_lora(base: nn.Module, model: ModelConfig, lora: LoraConfig, kind: peft
 
 
 def _trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Trainable parameters by the names they have in an `AdapterSpec`; heads begin with `HEAD_PREFIX`."""
+    """Trainable parameters by the names they have in an `AdapterSpec`; heads begin with
+    `HEAD_PREFIX`.
+    """
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -307,15 +348,20 @@ def _switch_dropout_off(network: nn.Module) -> None:
 
 
 def _initialise(network: nn.Module, seed: int) -> None:
-    """LoRA A and hidden layers uniform in ±1/sqrt(fan-in) from NumPy's Philox, everything else zero.
+    """LoRA A and hidden layers uniform in ±1/sqrt(fan-in) from NumPy's Philox, everything else
+    zero.
 
-    Not torch's generator: every institution must reach the same frozen A, on any machine. The last layer of
-    a head starts at zero, so that the first answer is uniform over the labels.
+    Not torch's generator: every institution must reach the same frozen A, on any machine. The last
+    layer of a head starts at zero, so that the first answer is uniform over the labels.
     """
     generator = np.random.Generator(np.random.Philox(seed))
-    last_head = [name for name, p in _trainable(network) if name.startswith(HEAD_PREFIX) and p.ndim == 2][-1:]
+    last_head = [
+        name for name, p in _trainable(network) if name.startswith(HEAD_PREFIX) and p.ndim == 2
+    ][-1:]
     tensors = dict(_trainable(network))
-    frozen_a = {n: p for n, p in network.named_parameters() if ".lora_A." in n and not p.requires_grad}
+    frozen_a = {
+        n: p for n, p in network.named_parameters() if ".lora_A." in n and not p.requires_grad
+    }
     with torch.no_grad():
         for name, parameter in sorted({**tensors, **frozen_a}.items()):
             if parameter.ndim == 2 and ".lora_B." not in name and name not in last_head:

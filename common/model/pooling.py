@@ -14,8 +14,10 @@ from fedlora.common.model.projection import Affine, Projection
 
 @dataclass(eq=False)
 class Pooling:
-    """Mean over real tokens of the hidden states `layers` (0 is the embeddings), each L2-normalised and
-    concatenated; projected and normalised again where there is a projection; multiplied by `scale`."""
+    """Mean over real tokens of the hidden states `layers` (0 is the embeddings), each L2-normalised
+    and
+    concatenated; projected and normalised again where there is a projection; multiplied by `scale`.
+    """
 
     layers: tuple[int, ...]
     scale: float
@@ -45,7 +47,9 @@ def _projected(features: torch.Tensor, projection: Projection) -> torch.Tensor:
 
 
 def _affine(rows: torch.Tensor, affine: Affine) -> torch.Tensor:
-    matrix, shift = (torch.from_numpy(part).to(rows.device) for part in (affine.matrix, affine.shift))
+    matrix, shift = (
+        torch.from_numpy(part).to(rows.device) for part in (affine.matrix, affine.shift)
+    )
     return rows @ matrix - shift
 
 

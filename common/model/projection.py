@@ -1,12 +1,13 @@
 """A frozen map between pooled features and the head, fitted on public text alone.
 
-Pooled hidden states are strongly correlated: a few directions carry most of their length and little of their
-meaning. Two stages make them easier for a clipped, noised, linear head:
+Pooled hidden states are strongly correlated: a few directions carry most of their length and little
+of their meaning. Two stages make them easier for a clipped, noised, linear head:
 
     whiten   centre, and divide each of the leading principal directions by its spread, so that a clipped
              gradient speaks for what matters, and fewer coordinates are noised
     kernel   similarities exp(γ(z·l - 1)) to public landmarks l, whitened likewise: a linear head on them is
-             a kernel machine (Nyström features, Williams and Seeger 2001), at the noise of a linear head
+             a kernel machine (Nyström features, Williams and Seeger 2001), at the noise of a linear
+             head
 
 The map is part of the frozen model: institutions receive it with the manifest, by digest.
 """
@@ -44,17 +45,20 @@ class Affine:
     def whitening(cls, features: npt.NDArray[np.floating], directions: int, ridge: float) -> Affine:
         """Centre (n, d) features and whiten their first `directions` principal directions.
 
-        Direction i is divided by sqrt(λ_i + ridge · mean λ): the ridge keeps weak directions from being blown up.
+        Direction i is divided by sqrt(λ_i + ridge · mean λ): the ridge keeps weak directions from
+        being blown up.
         """
         mean = features.mean(axis=0, dtype=np.float64)
         _, singular, rows = np.linalg.svd(features - mean, full_matrices=False)
         if directions > len(singular):
             raise BadInput(
-                f"[model] projection: found {directions} directions, expected at most the {len(singular)} that the "
-                "public validation part spans"
+                f"[model] projection: found {directions} directions, expected at most the"
+                f" {len(singular)} that the public validation part spans"
             )
         variances = singular**2 / len(features)
-        spread = np.sqrt(variances[:directions] + ridge * variances[: min(directions, LEADING)].mean())
+        spread = np.sqrt(
+            variances[:directions] + ridge * variances[: min(directions, LEADING)].mean()
+        )
         matrix = rows[:directions].T / spread
         return cls(matrix.astype(np.float32), (mean @ matrix).astype(np.float32))
 
@@ -70,14 +74,22 @@ class Kernel:
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """Whitening, and a kernel stage where there is one. Rows are brought to length 1 after each stage."""
+    """Whitening, and a kernel stage where there is one.
+
+    Rows are brought to length 1 after each stage.
+    """
 
     whiten: Affine
     kernel: Kernel | None = None
 
     @classmethod
     def fit(
-        cls, features: Floats, directions: int, ridge: float, kernel_directions: int = 0, gamma: float = 0.0
+        cls,
+        features: Floats,
+        directions: int,
+        ridge: float,
+        kernel_directions: int = 0,
+        gamma: float = 0.0,
     ) -> Projection:
         """From (n, d) public features; BadInput where they span fewer directions than asked for."""
         whiten = Affine.whitening(features, directions, ridge)
@@ -86,7 +98,8 @@ class Projection:
         landmarks = _unit_rows(features @ whiten.matrix - whiten.shift)
         similar = np.exp(gamma * (landmarks @ landmarks.T - 1.0)).astype(np.float64)
         values, vectors = np.linalg.eigh(similar)
-        root = vectors / np.sqrt(np.maximum(values, SMALLEST))  # K^(-1/2): what makes a kernel a feature map
+        # K^(-1/2): what makes a kernel a feature map
+        root = vectors / np.sqrt(np.maximum(values, SMALLEST))
         affine = Affine.whitening(similar @ root, kernel_directions, ridge)
         through = Affine((root @ affine.matrix).astype(np.float32), affine.shift)
         return cls(whiten, Kernel(landmarks.astype(np.float32), gamma, through))
@@ -116,7 +129,9 @@ class Projection:
 
         def affine(one: Affine) -> Affine:
             matrix = rng.normal(0, len(one.matrix) ** -0.5, one.matrix.shape)
-            return Affine(matrix.astype(np.float32), rng.normal(0, 0.1, one.shift.shape).astype(np.float32))
+            return Affine(
+                matrix.astype(np.float32), rng.normal(0, 0.1, one.shift.shape).astype(np.float32)
+            )
 
         if self.kernel is None:
             return Projection(affine(self.whiten))
@@ -124,7 +139,9 @@ class Projection:
         return Projection(affine(self.whiten), Kernel(landmarks, 1.0, affine(self.kernel.affine)))
 
     def write(self, path: Path) -> None:
-        write_atomically(path, bytes(save({n: np.ascontiguousarray(p) for n, p in self._parts().items()})))
+        write_atomically(
+            path, bytes(save({n: np.ascontiguousarray(p) for n, p in self._parts().items()}))
+        )
 
     @classmethod
     def read(cls, path: Path) -> Projection:

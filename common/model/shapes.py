@@ -1,16 +1,17 @@
 """Batches in which what a record gives depends on that record alone, to the last bit.
 
-The clip bounds what a unit adds to a sum. That is worth nothing where its presence also moves what *others* add: a
-matrix product rounds by the shape of its batch, padding changes the order of sums, a batch in which nobody is padded
-goes through other code, and an adapter that a coordinator chose can make such a rounding error as large as a gradient.
-So every private batch has a shape, that of each of its records:
+The clip bounds what a unit adds to a sum. That is worth nothing where its presence also moves what
+*others* add: a matrix product rounds by the shape of its batch, padding changes the order of sums,
+a batch in which nobody is padded goes through other code, and an adapter that a coordinator chose
+can make such a rounding error as large as a gradient. So every private batch has a shape, that of
+each of its records:
 
     tokens    more than the record's own length, up to a multiple of its device's BUCKETS, or the model's longest
     full      whether the record is as long as that: it has company of its own kind only
     records   fixed for these two; a batch is filled up with rows that are nobody's
 
-Then rows do not mix, and arithmetic is a function of a row's own values and of its place. That the place does not
-matter is seen by trying (`Shapes`): a record goes alone where it does.
+Then rows do not mix, and arithmetic is a function of a row's own values and of its place. That the
+place does not matter is seen by trying (`Shapes`): a record goes alone where it does.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from fedlora.common.data.tasks import Encoded
 # Tokens. On a GPU a batch costs its launches, hardly what it holds: few are best.
 BUCKETS = {"cpu": 8, "cuda": 32}
 Ints = npt.NDArray[np.int64]
-Records = Callable[[int, bool], int]  # of a batch, by its tokens and whether they are all the records' own
+# of a batch, by its tokens and whether they are all the records' own
+Records = Callable[[int, bool], int]
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,16 @@ class Shape:
 
 @dataclass(eq=False)
 class Shapes:
-    """Which kinds of work give each row of a shape the same bits wherever it stands and whatever stands beside it."""
+    """Which kinds of work give each row of a shape the same bits wherever it stands and whatever
+    stands beside it.
+    """
 
     _alike: dict[object, bool] = field(default_factory=dict)
 
     def records(self, kind: object, wanted: int, alike: Callable[[], bool]) -> int:
-        """`wanted`, or 1 where `alike`, which is tried once for each `kind`, says that rows differ by place."""
+        """`wanted`, or 1 where `alike`, which is tried once for each `kind`, says that rows differ
+        by place.
+        """
         if wanted <= 1:
             return 1
         key = (kind, torch.get_num_threads())  # a product is cut up among threads
@@ -56,13 +62,18 @@ class Shapes:
 
 
 def padded(lengths: Ints, longest: int, device: str) -> Ints:
-    """Tokens that each length is filled up to: more than it, but not more than `longest`, what the model is built for."""
+    """Tokens that each length is filled up to.
+
+    More than it, but not more than `longest`, what the model is built for.
+    """
     bucket = BUCKETS[device]
     return np.minimum((lengths // bucket + 1) * bucket, np.maximum(lengths, longest))
 
 
 def shaped(lengths: Ints, padded: Ints, records: Records) -> Iterator[tuple[Ints, Shape]]:
-    """Places of `lengths`, each once, the longest first, with the shape that each batch is filled to."""
+    """Places of `lengths`, each once, the longest first, with the shape that each batch is filled
+    to.
+    """
     kinds = 2 * padded + (lengths == padded)
     for kind in np.unique(kinds)[::-1]:
         tokens, full = int(kind) // 2, bool(kind % 2)
@@ -72,9 +83,14 @@ def shaped(lengths: Ints, padded: Ints, records: Records) -> Iterator[tuple[Ints
 
 
 def probes(shape: Shape, vocabulary: int) -> tuple[Encoded, Encoded]:
-    """One text of nobody's in every row; and once more in the first, beside others, of other lengths where it is padded."""
+    """One text of nobody's in every row.
+
+    And once more in the first, beside others, of other lengths where it is padded.
+    """
     rng, most = np.random.default_rng(0), shape.tokens - (not shape.full)
-    lengths = np.full(shape.records, most) if shape.full else rng.integers(1, most + 1, shape.records)
+    lengths = (
+        np.full(shape.records, most) if shape.full else rng.integers(1, most + 1, shape.records)
+    )
     lengths[0] = most
     texts = [rng.integers(0, vocabulary, length) for length in lengths]
     return _encoded([texts[0]] * shape.records), _encoded(texts)
@@ -87,9 +103,12 @@ def _encoded(texts: Sequence[Ints]) -> Encoded:
 
 
 def alike(same: Iterable[torch.Tensor], beside: Iterable[torch.Tensor]) -> bool:
-    """Whether each (records, …) tensor of the first probe has equal rows, and the second the same first row.
+    """Whether each (records, …) tensor of the first probe has equal rows, and the second the same
+    first row.
 
     What is not finite is not equal: then records go alone.
     """
     pairs = zip(same, beside, strict=True)
-    return all(bool((one == one[:1]).all()) and bool((one[0] == other[0]).all()) for one, other in pairs)
+    return all(
+        bool((one == one[:1]).all()) and bool((one[0] == other[0]).all()) for one, other in pairs
+    )

@@ -1,7 +1,8 @@
 """The adapter as a value: one flat float32 vector whose named parts a spec describes.
 
-Aggregation, noise, masks, digests and files all see the same vector; names and shapes exist only at the
-edges. Two states are equal exactly when spec and vector are equal bit for bit, and so are their digests.
+Aggregation, noise, masks, digests and files all see the same vector; names and shapes exist only at
+the edges. Two states are equal exactly when spec and vector are equal bit for bit, and so are their
+digests.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ class AdapterSpec:
         return mask
 
     def moved_by(self, phase: str) -> npt.NDArray[np.bool_]:
-        """(size,) true where a phase of that name moves a coordinate; BadInput for an unknown name."""
+        """(size,) true where a phase of that name moves a coordinate.
+
+        BadInput for an unknown name.
+        """
         if phase == "head":
             return self.head_mask()
         if phase == "adapter":
@@ -109,7 +113,9 @@ class AdapterState:
     def from_named(
         cls, spec: AdapterSpec, named: Mapping[str, npt.NDArray[np.float32]], where: str = "adapter"
     ) -> AdapterState:
-        """Flatten tensors by name; BadInput lists every missing, extra, misshapen or non-float32 tensor."""
+        """Flatten tensors by name; BadInput lists every missing, extra, misshapen or non-float32
+        tensor.
+        """
         faults = _named_faults(spec, named, where)
         if faults:
             raise BadInput(faults)
@@ -120,7 +126,10 @@ class AdapterState:
 
     def named(self) -> dict[str, npt.NDArray[np.float32]]:
         """Read-only views of the vector, by name and in shape."""
-        return {tensor.name: self.vector[place].reshape(tensor.shape) for tensor, place in self.spec.slices()}
+        return {
+            tensor.name: self.vector[place].reshape(tensor.shape)
+            for tensor, place in self.spec.slices()
+        }
 
     def to_bytes(self) -> bytes:
         """The state as a safetensors file."""
@@ -128,7 +137,10 @@ class AdapterState:
 
     @classmethod
     def from_bytes(cls, data: bytes, spec: AdapterSpec, where: str = "adapter") -> AdapterState:
-        """Parse a safetensors file from outside; BadInput unless it holds exactly the spec, all finite."""
+        """Parse a safetensors file from outside.
+
+        BadInput unless it holds exactly the spec, all finite.
+        """
         check_safetensors_header(data, where)
         try:
             named = load(data)
@@ -159,7 +171,9 @@ def check_safetensors_header(data: bytes, where: str) -> None:
     The library itself accepts duplicate keys and spends seconds on headers of 100,000 tensors.
     """
     if len(data) < 8:
-        raise BadInput(f"{where}: found {len(data)} bytes, expected a safetensors file (truncated?)")
+        raise BadInput(
+            f"{where}: found {len(data)} bytes, expected a safetensors file (truncated?)"
+        )
     (length,) = struct.unpack("<Q", data[:8])
     if length > min(MAX_HEADER_BYTES, len(data) - 8):
         raise BadInput(
@@ -171,7 +185,9 @@ def check_safetensors_header(data: bytes, where: str) -> None:
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: found a bad safetensors header ({error})") from error
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
-        raise BadInput(f"{where}: found a header that is not a table of at most {MAX_TENSORS} tensors")
+        raise BadInput(
+            f"{where}: found a header that is not a table of at most {MAX_TENSORS} tensors"
+        )
 
 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -181,10 +197,14 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return table
 
 
-def _named_faults(spec: AdapterSpec, named: Mapping[str, npt.NDArray[np.float32]], where: str) -> list[str]:
+def _named_faults(
+    spec: AdapterSpec, named: Mapping[str, npt.NDArray[np.float32]], where: str
+) -> list[str]:
     expected = {tensor.name: tensor.shape for tensor in spec.tensors}
     faults = [
-        f"{where} {name}: missing, expected {shape}" for name, shape in expected.items() if name not in named
+        f"{where} {name}: missing, expected {shape}"
+        for name, shape in expected.items()
+        if name not in named
     ]
     for name, value in named.items():
         if name not in expected:

@@ -1,1 +1,3 @@
-"""What a schedule costs, which noise it needs, where the noise comes from, and what may be said of it."""
+"""What a schedule costs, which noise it needs, where the noise comes from, and what may be said of
+it.
+"""

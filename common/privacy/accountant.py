@@ -1,11 +1,12 @@
-"""Accounting: what a schedule of Poisson-subsampled Gaussian steps costs, and the noise that keeps it in budget.
+"""Accounting: what a schedule of Poisson-subsampled Gaussian steps costs, and the noise that keeps
+it in budget.
 
-Neighbouring data sets differ by adding or removing one unit. ε is the upper end of Opacus' PRV accountant
-(Gopi, Lee and Wutschitz 2021), which composes the pair "removed"; tests hold it against dp-accounting's PLD,
-which composes both pairs and takes the worse. With `mode = "client"` a round is one release with distributed
-Skellam noise instead (`common.privacy.skellam`). Outside the range where its arithmetic is known to hold, ε is
-infinite: never something smaller than the truth. Everything here is a function of public numbers, so that
-anybody can run it and check it.
+Neighbouring data sets differ by adding or removing one unit. ε is the upper end of Opacus' PRV
+accountant (Gopi, Lee and Wutschitz 2021), which composes the pair "removed"; tests hold it against
+dp-accounting's PLD, which composes both pairs and takes the worse. With `mode = "client"` a round
+is one release with distributed Skellam noise instead (`common.privacy.skellam`). Outside the range
+where its arithmetic is known to hold, ε is infinite: never something smaller than the truth.
+Everything here is a function of public numbers, so that anybody can run it and check it.
 """
 
 from __future__ import annotations
@@ -28,29 +29,35 @@ COARSEST = 0.5  # the domain that Opacus computes is known to be safe for errors
 MOST_POINTS = 1 << 22  # of the accountant's mesh: seconds, and some 100 MB
 MOST_MECHANISMS = 16  # distinct ones; a manifest from outside must not keep a node busy for hours
 LARGEST_EPSILON = 200.0  # exp(-ε) and exp(ε) stay far inside double precision
-SMALLEST_DELTA = 1e-10  # below it rounding errors of the Fourier transform are no longer small against δ
+# below it rounding errors of the Fourier transform are no longer small against δ
+SMALLEST_DELTA = 1e-10
 SMALLEST_RATE = 1e-9  # below it exp(t) + q - 1 cancels; a larger rate only costs more
-SMALLEST_CLIP = (
-    1e-6  # far above the norm of all coordinates whose squares are 0 in float32: 1e-15 of 10⁸ of them
-)
+# far above the norm of all coordinates whose squares are 0 in float32: 1e-15 of 10⁸ of them
+SMALLEST_CLIP = 1e-6
 LARGEST_NOISE = 1e4  # above it the loss is narrower than the mesh; less noise only costs more
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """`steps` Poisson-subsampled Gaussian steps; the noise is relative to the L2 sensitivity, 0 is no noise."""
+    """`steps` Poisson-subsampled Gaussian steps.
+
+    The noise is relative to the L2 sensitivity, 0 is no noise.
+    """
 
     sampling_rate: float
     noise_multiplier: float
     steps: int
 
     def __post_init__(self) -> None:
-        # Each is a way to buy privacy for nothing: fewer than no steps would be taken off the others' cost.
+        # Each is a way to buy privacy for nothing: fewer than no steps would be taken off the
+        # others' cost.
         faults = []
         if not 0 <= self.sampling_rate <= 1:
             faults.append(f"sampling_rate: found {self.sampling_rate}, expected 0 to 1")
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
-            faults.append(f"noise_multiplier: found {self.noise_multiplier}, expected a finite number >= 0")
+            faults.append(
+                f"noise_multiplier: found {self.noise_multiplier}, expected a finite number >= 0"
+            )
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
             faults.append(f"steps: found {self.steps}, expected a whole number >= 0")
         if faults:
@@ -74,7 +81,9 @@ class Spend:
 
 
 def epsilon_of(history: Sequence[Mechanism], delta: float) -> float:
-    """Upper bound of ε at `delta` for all steps of `history` together; infinite where none is known.
+    """Upper bound of ε at `delta` for all steps of `history` together.
+
+    Infinite where none is known.
 
     The order of the history does not matter, and equal mechanisms count as one of more steps.
     """
@@ -83,7 +92,11 @@ def epsilon_of(history: Sequence[Mechanism], delta: float) -> float:
     merged = _merged(history)
     if not merged:
         return 0.0
-    if any(noise == 0 for noise, *_ in merged) or delta < SMALLEST_DELTA or len(merged) > MOST_MECHANISMS:
+    if (
+        any(noise == 0 for noise, *_ in merged)
+        or delta < SMALLEST_DELTA
+        or len(merged) > MOST_MECHANISMS
+    ):
         return math.inf
     return _composed(merged, delta)
 
@@ -110,11 +123,17 @@ def history_of(manifest: RunManifest) -> list[Mechanism]:
         for name, found in (("steps", phase.steps), ("attempts", phase.attempts)):
             if found < 0:
                 raise BadInput(f"manifest phase {name}: found {found}, expected at least 0")
-    return [Mechanism(p.sampling_rate, p.noise_multiplier, p.steps * p.attempts) for p in manifest.phases]
+    return [
+        Mechanism(p.sampling_rate, p.noise_multiplier, p.steps * p.attempts)
+        for p in manifest.phases
+    ]
 
 
 def releases_of(manifest: RunManifest) -> list[Release]:
-    """Every release of a manifest in mode "client", one kind a phase; BadInput where its terms are not whole."""
+    """Every release of a manifest in mode "client", one kind a phase.
+
+    BadInput where its terms are not whole.
+    """
     faults = _skellam_faults(manifest)
     if faults or manifest.secure is None or manifest.skellam is None:
         raise BadInput([f"manifest {fault}" for fault in faults])
@@ -125,12 +144,18 @@ def epsilon_of_attempts(manifest: RunManifest, attempts: Sequence[int]) -> float
     """ε of so many attempts of each phase; infinite where any of their steps has no noise."""
     if manifest.mode == "client":
         pairs = zip(releases_of(manifest), attempts, strict=True)
-        return epsilon_of_releases([replace(each, times=count) for each, count in pairs], manifest.delta)
-    if manifest.mode != "record":  # whatever such a run does to its updates, it is not what is composed here
+        return epsilon_of_releases(
+            [replace(each, times=count) for each, count in pairs], manifest.delta
+        )
+    # whatever such a run does to its updates, it is not what is composed here
+    if manifest.mode != "record":
         raise BadInput(
             f"manifest mode: found {manifest.mode!r}, expected record or client: there ε is defined"
         )
-    phases = [replace(phase, attempts=count) for phase, count in zip(manifest.phases, attempts, strict=True)]
+    phases = [
+        replace(phase, attempts=count)
+        for phase, count in zip(manifest.phases, attempts, strict=True)
+    ]
     return epsilon_of(history_of(replace(manifest, phases=tuple(phases))), manifest.delta)
 
 
@@ -142,8 +167,9 @@ def stated_epsilon(manifest: RunManifest) -> float:
 def charged_epsilon(manifest: RunManifest) -> float:
     """What the schedule costs a budget of records: never less than `stated_epsilon`.
 
-    In mode "client" ε is stated for an update that is there or zero. One record more or less makes it any other
-    update, which is twice as far: a budget that also pays for records would be charged too little by the former.
+    In mode "client" ε is stated for an update that is there or zero. One record more or less makes
+    it any other update, which is twice as far: a budget that also pays for records would be charged
+    too little by the former.
     """
     if manifest.mode == "client":
         return epsilon_of_releases(releases_of(manifest), manifest.delta, moved=2)
@@ -151,17 +177,22 @@ def charged_epsilon(manifest: RunManifest) -> float:
 
 
 def member_noise(manifest: RunManifest, phase: int) -> float:
-    """The standard deviation of what a member adds to its update after encoding, in levels; at most."""
+    """The standard deviation of what a member adds to its update after encoding, in levels.
+
+    At most.
+    """
     if manifest.mode != "client" or manifest.skellam is None:
         return 0.0
     return math.sqrt(releases_of(manifest)[phase].share(manifest.skellam.carriers))
 
 
 def group_scales(noise_multiplier: float, clips: Sequence[float]) -> list[float]:
-    """Noise standard deviation of each clip group, equal shares: Σ (C_g / s_g)² = 1 / noise_multiplier².
+    """Noise standard deviation of each clip group, equal shares.
 
-    One unit moves group g by at most C_g, so the mean of the scaled sum moves by at most 1 / noise_multiplier:
-    the groups together are one Gaussian mechanism of that noise multiplier.
+    Σ (C_g / s_g)² = 1 / noise_multiplier².
+
+    One unit moves group g by at most C_g, so the mean of the scaled sum moves by at most 1 /
+    noise_multiplier: the groups together are one Gaussian mechanism of that noise multiplier.
     """
     for name, values in (("noise_multiplier", [noise_multiplier]), ("clip", clips)):
         if not values or not all(math.isfinite(value) and value > 0 for value in values):
@@ -174,17 +205,24 @@ def accountant_name() -> str:
 
 
 def _merged(history: Sequence[Mechanism]) -> list[tuple[float, float, int]]:
-    """(noise multiplier, rate, steps) of each mechanism that costs anything, within what arithmetic holds."""
+    """(noise multiplier, rate, steps) of each mechanism that costs anything, within what arithmetic
+    holds.
+    """
     steps: Counter[tuple[float, float]] = Counter()
     for each in history:
         if each.steps > 0 and each.sampling_rate > 0:
-            noise, rate = min(each.noise_multiplier, LARGEST_NOISE), max(each.sampling_rate, SMALLEST_RATE)
+            noise, rate = (
+                min(each.noise_multiplier, LARGEST_NOISE),
+                max(each.sampling_rate, SMALLEST_RATE),
+            )
             steps[noise, rate] += each.steps
     return [(*mechanism, count) for mechanism, count in sorted(steps.items())]
 
 
 def _composed(history: list[tuple[float, float, int]], delta: float) -> float:
-    """Opacus' PRV upper bound for (noise multiplier, rate, steps), infinite where it can't be trusted."""
+    """Opacus' PRV upper bound for (noise multiplier, rate, steps), infinite where it can't be
+    trusted.
+    """
     import numpy as np
 
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -218,10 +256,13 @@ def prv_epsilon(history: list[tuple[float, float, int]], delta: float, error: fl
 
 
 def _discretisation(tail: float, steps: int, delta: float) -> float:
-    """The accountant's error of ε for a loss that stays within ±`tail`: a small share, or what the mesh allows."""
+    """The accountant's error of ε for a loss that stays within ±`tail`: a small share, or what the
+    mesh allows.
+    """
     if not tail <= LARGEST_EPSILON:
         raise ValueError("beyond the accountant's range")
-    # the mesh of Gopi et al.: error / √(steps · ln(12 / (δ / 1000)) / 2), over twice the tail and a margin
+    # the mesh of Gopi et al.: error / √(steps · ln(12 / (δ / 1000)) / 2), over twice the tail and a
+    # margin
     points_by_error = 2 * (tail + 4) * math.sqrt(steps * math.log(12_000 / delta) / 2)
     error = max(ACCURACY * tail, points_by_error / MOST_POINTS)
     if error > COARSEST:
@@ -230,24 +271,30 @@ def _discretisation(tail: float, steps: int, delta: float) -> float:
 
 
 def _skellam_faults(manifest: RunManifest) -> list[str]:
-    """What is missing or does not fit between the terms of distributed noise and the rest of a manifest."""
+    """What is missing or does not fit between the terms of distributed noise and the rest of a
+    manifest.
+    """
     secure, terms, phases = manifest.secure, manifest.skellam, manifest.phases
     if manifest.mode != "client" or secure is None or terms is None:
         return [f"mode: found {manifest.mode!r}, expected client with secure and skellam terms"]
     faults = []
     if not len(secure.update_bounds) == len(terms.coordinates) == len(phases):
         faults.append(
-            f"skellam: expected a bound and a number of coordinates for each of {len(phases)} phases"
+            f"skellam: expected a bound and a number of coordinates for each of {len(phases)}"
+            " phases"
         )
     elif any(
         phase.clip != bound or phase.head_clip
         for phase, bound in zip(phases, secure.update_bounds, strict=True)
     ):
-        faults.append("secure update_bounds: found others than the clips, which they are in mode client")
+        faults.append(
+            "secure update_bounds: found others than the clips, which they are in mode client"
+        )
     carriers = threshold(manifest.minimum_cohort) - secure.max_colluders
     if terms.carriers != carriers or carriers < 2:
         faults.append(
-            f"skellam carriers: found {terms.carriers}, expected t - max_colluders = {carriers}, at least 2"
+            f"skellam carriers: found {terms.carriers}, expected t - max_colluders = {carriers}, at"
+            " least 2"
         )
     if not faults:
         releases = _releases(manifest, secure, terms)

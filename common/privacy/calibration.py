@@ -1,4 +1,7 @@
-"""The smallest noise with which a schedule costs at most the ε that was asked for; found once, then kept."""
+"""The smallest noise with which a schedule costs at most the ε that was asked for.
+
+Found once, then kept.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ def calibrate(
     delta: float,
     cache: Path | None = None,
 ) -> float:
-    """The smallest noise multiplier, to 0.1 %, with which `fixed` and `steps` more steps cost at most ε.
+    """The smallest noise multiplier, to 0.1 %, with which `fixed` and `steps` more steps cost at
+    most ε.
 
     BadInput where no noise does. A cached value is believed only after one computation of its ε.
     """
@@ -53,7 +57,10 @@ def default_cache() -> Path:
 
 
 def smallest_noise(cost: Callable[[float], float], epsilon: float) -> float:
-    """The smallest noise multiplier, to 0.1 %, whose `cost` is at most ε; BadInput where there is none."""
+    """The smallest noise multiplier, to 0.1 %, whose `cost` is at most ε.
+
+    BadInput where there is none.
+    """
     from scipy.optimize import brentq
 
     def excess(log_sigma: float) -> float:  # close to a straight line; bounded, where ε is infinite
@@ -63,7 +70,9 @@ def smallest_noise(cost: Callable[[float], float], epsilon: float) -> float:
     while excess(high) > 0:
         high += math.log(2)
         if high > math.log(1e5):
-            raise BadInput(f"[privacy] epsilon = {epsilon:g}: no noise keeps the schedule within it")
+            raise BadInput(
+                f"[privacy] epsilon = {epsilon:g}: no noise keeps the schedule within it"
+            )
     low = high - math.log(2)
     while excess(low) <= 0:
         high, low = low, low - math.log(2)

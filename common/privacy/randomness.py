@@ -1,14 +1,17 @@
-"""Where random words come from, and the three things that are made of them: uniforms, noise and draws.
+"""Where random words come from, and the three things that are made of them.
+
+Uniforms, noise and draws.
 
     OsRandom      everything that privacy rests on: draws, noise, masks. Cannot be seeded, keeps no state, so
                   forks, restarts and equal seeds elsewhere never repeat a word.
     SeededRandom  experiments without privacy: a seed that somebody knows voids amplification and noise.
 
-Noise is a continuous Gaussian in double precision from 53-bit uniforms, with tails to 8.57 standard deviations
-(24-bit uniforms end at 5.8). A draw compares 64-bit integers and never includes a unit more often than its
-rate says. No function here touches a global generator (torch, NumPy, random).
+Noise is a continuous Gaussian in double precision from 53-bit uniforms, with tails to 8.57 standard
+deviations (24-bit uniforms end at 5.8). A draw compares 64-bit integers and never includes a unit
+more often than its rate says. No function here touches a global generator (torch, NumPy, random).
 
-Sources: Box and Muller 1958; AES-256-CTR as a generator, NIST SP 800-90A; Philox, Salmon et al. 2011.
+Sources: Box and Muller 1958; AES-256-CTR as a generator, NIST SP 800-90A; Philox, Salmon et al.
+2011.
 """
 
 from __future__ import annotations
@@ -40,7 +43,10 @@ class Random(Protocol):
 
 
 class OsRandom:
-    """The operating system's generator; large requests are AES-256-CTR under a key that is used once."""
+    """The operating system's generator.
+
+    Large requests are AES-256-CTR under a key that is used once.
+    """
 
     def words(self, n: int) -> Words:
         if n <= _DIRECT_WORDS:
@@ -54,7 +60,10 @@ class OsRandom:
 
 
 class SeededRandom:
-    """A reproducible stream for runs without privacy; `path` keeps purposes, clients and rounds apart."""
+    """A reproducible stream for runs without privacy.
+
+    `path` keeps purposes, clients and rounds apart.
+    """
 
     def __init__(self, seed: int, *path: int | str) -> None:
         # repr keeps 1 and "1", ("a", "b") and ("ab",) apart; plain concatenation would not
@@ -66,12 +75,17 @@ class SeededRandom:
 
 
 def uniform53(source: Random, n: int) -> npt.NDArray[np.float64]:
-    """(n,) multiples of 2⁻⁵³ in (0, 1], all equally likely; 0 is left out because its logarithm is taken."""
+    """(n,) multiples of 2⁻⁵³ in (0, 1], all equally likely; 0 is left out because its logarithm is
+    taken.
+    """
     return ((source.words(n) >> np.uint64(11)) + np.uint64(1)).astype(np.float64) * 2.0**-53
 
 
 def gaussian(source: Random, n: int, std: float) -> npt.NDArray[np.float64]:
-    """(n,) float64 independent N(0, std²) by Box-Muller; BadInput unless `std` is finite and > 0."""
+    """(n,) float64 independent N(0, std²) by Box-Muller.
+
+    BadInput unless `std` is finite and > 0.
+    """
     if not (math.isfinite(std) and std > 0):
         raise BadInput(f"noise standard deviation: found {std}, expected a finite number > 0")
     result = np.empty(_count(n), dtype=np.float64)
@@ -83,7 +97,10 @@ def gaussian(source: Random, n: int, std: float) -> npt.NDArray[np.float64]:
 
 
 def bernoulli(source: Random, n: int, rate: float) -> npt.NDArray[np.bool_]:
-    """(n,) independent draws, true with probability ⌊rate·2⁶⁴⌋/2⁶⁴: exact at 0 and 1, never above `rate`."""
+    """(n,) independent draws, true with probability ⌊rate·2⁶⁴⌋/2⁶⁴.
+
+    Exact at 0 and 1, never above `rate`.
+    """
     if not 0 <= rate <= 1:  # also refuses nan
         raise BadInput(f"sampling rate: found {rate}, expected 0 to 1")
     threshold = math.floor(Fraction(rate) * 2**64)

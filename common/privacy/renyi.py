@@ -1,8 +1,10 @@
-"""The Rényi bound of Poisson-subsampled Gaussian steps: Opacus' own, at a cost that no schedule drives up.
+"""The Rényi bound of Poisson-subsampled Gaussian steps.
 
-Divergences are Opacus' (Mironov, Talwar and Zhang 2019), and so is the conversion to ε. At rates near 1/2 the series of
-a fractional order is long: there the orders below 3 are bounded by a chord between whole ones. An upper bound of a
-divergence makes an upper bound of ε.
+Opacus' own, at a cost that no schedule drives up.
+
+Divergences are Opacus' (Mironov, Talwar and Zhang 2019), and so is the conversion to ε. At rates
+near 1/2 the series of a fractional order is long: there the orders below 3 are bounded by a chord
+between whole ones. An upper bound of a divergence makes an upper bound of ε.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ QUICK_ORDERS = tuple(order for order in ORDERS if order > 3 or float(order).is_i
 
 
 def renyi_bound(history: Sequence[tuple[float, float, int]], delta: float) -> float:
-    """Upper bound of ε at `delta` for (noise multiplier, rate, steps), noise above 0; what Opacus raises, it raises."""
+    """Upper bound of ε at `delta` for (noise multiplier, rate, steps), noise above 0.
+
+    What Opacus raises, it raises.
+    """
     from opacus.accountants.analysis import rdp
 
     total = sum(_step_curve(noise, rate) * count for noise, rate, count in history)
@@ -25,7 +30,9 @@ def renyi_bound(history: Sequence[tuple[float, float, int]], delta: float) -> fl
 
 @lru_cache(maxsize=1024)
 def _step_curve(noise: float, rate: float) -> Any:
-    """Rényi divergence of one step at each of `ORDERS`; an upper bound at some where the series would be long."""
+    """Rényi divergence of one step at each of `ORDERS`; an upper bound at some where the series
+    would be long.
+    """
     from opacus.accountants.analysis import rdp
 
     def curve(orders: Sequence[float]) -> Any:
@@ -37,21 +44,27 @@ def _step_curve(noise: float, rate: float) -> Any:
 
 
 def _series_is_long(noise: float, rate: float) -> bool:
-    """Whether the series of fractional orders below 3 have 10⁴ to 10⁶ terms, as they have at rates near 1/2.
+    """Whether the series of fractional orders below 3 have 10⁴ to 10⁶ terms, as they have at rates
+    near 1/2.
 
-    Terms fall by |log(1 / rate - 1)| each, down to e⁻³⁰, as far as the noise reaches, and by a power from there on.
+    Terms fall by |log(1 / rate - 1)| each, down to e⁻³⁰, as far as the noise reaches, and by a
+    power from there on.
     """
     return noise >= 5 and abs(rate - 0.5) < max(0.75 / noise, 0.01)
 
 
 def _filled(quick: Any) -> Any:
-    """A curve over `ORDERS` from one over `QUICK_ORDERS`: (order - 1) · divergence is convex, and 0 at order 1."""
+    """A curve over `ORDERS` from one over `QUICK_ORDERS`: (order - 1) · divergence is convex, and 0
+    at order 1.
+    """
     import numpy as np
 
     known = dict(zip(QUICK_ORDERS, quick, strict=True))
     two, three = known[2], 2 * known[3]
 
     def chord(order: float) -> float:
-        return float(known[2] if order < 2 else ((3 - order) * two + (order - 2) * three) / (order - 1))
+        return float(
+            known[2] if order < 2 else ((3 - order) * two + (order - 2) * three) / (order - 1)
+        )
 
     return np.array([known[order] if order in known else chord(order) for order in ORDERS])

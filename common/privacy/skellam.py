@@ -1,19 +1,21 @@
 """Distributed Skellam noise: what it costs, and how it is clipped for, drawn and checked.
 
-A release is the sum of whole numbers that secure aggregation gives, plus independent Skellam noise of variance μ
-on each coordinate: the difference of two Poisson variables. Sums of Skellam variables are Skellam, so each
-institution adds a share of the noise, and those who stay carry all of it.
+A release is the sum of whole numbers that secure aggregation gives, plus independent Skellam noise
+of variance μ on each coordinate: the difference of two Poisson variables. Sums of Skellam variables
+are Skellam, so each institution adds a share of the noise, and those who stay carry all of it.
 
     Δ2 = levels + √d / 2                      a clipped update in levels of the encoding, and its rounding
     Δ1 = min(√d Δ2, Δ2²)                      of whole numbers
     ε(α) = α Δ2² / 2μ + min(((2α - 1) Δ2² + 6 Δ1) / 4μ², 3 Δ1 / 2μ)        whole α >= 2, μ = (σ Δ2)²
 
-Neighbours differ in whether one institution's update is itself or zero, in a cohort that is fixed. Where any update
-may become any other (`moved = 2`: what one record at an institution can do at most), both sensitivities double.
+Neighbours differ in whether one institution's update is itself or zero, in a cohort that is fixed.
+Where any update may become any other (`moved = 2`: what one record at an institution can do at
+most), both sensitivities double.
 
-Sources: Agarwal, Kairouz and Liu 2021, The Skellam Mechanism for Differentially Private Federated Learning (the
-Rényi bound in d dimensions); Mironov 2017 (composition); Canonne, Kamath and Steinke 2020, proposition 12 (from
-Rényi to ε and δ); Loader 2000 (probabilities of Poisson without cancellation).
+Sources: Agarwal, Kairouz and Liu 2021, The Skellam Mechanism for Differentially Private Federated
+Learning (the Rényi bound in d dimensions); Mironov 2017 (composition); Canonne, Kamath and Steinke
+2020, proposition 12 (from Rényi to ε and δ); Loader 2000 (probabilities of Poisson without
+cancellation).
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ Floats = npt.NDArray[np.float64]
 
 ORDERS = (*range(2, 256), *(math.ceil(256 * 1.05**step) for step in range(170)))  # to about 10^6
 ROOM = 2.0**-20  # of the clip, left for rounding to float32 and for sums in float64
-LARGEST_RATE = 2.0**50  # of a Poisson variable: whole numbers and their differences stay exact in float64
+# of a Poisson variable: whole numbers and their differences stay exact in float64
+LARGEST_RATE = 2.0**50
 MOST_NOISE = 1e6  # a noise multiplier: far above any use, and its powers stay finite
 _BLOCKS = 64  # on each side of the mean; the last is beyond 34 standard deviations
 _CHUNK = 1 << 16  # trials at a time
@@ -57,7 +60,9 @@ class Release:
         # Each is a way to buy privacy for nothing.
         faults = []
         if not 0 <= self.noise_multiplier <= MOST_NOISE:  # also refuses nan
-            faults.append(f"noise_multiplier: found {self.noise_multiplier}, expected 0 to {MOST_NOISE:g}")
+            faults.append(
+                f"noise_multiplier: found {self.noise_multiplier}, expected 0 to {MOST_NOISE:g}"
+            )
         for name, least in (("levels", 1), ("coordinates", 1), ("times", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -67,7 +72,9 @@ class Release:
 
     @property
     def sensitivity(self) -> float:
-        """Δ2, in levels: a clipped update has norm `levels`, and rounding moves a coordinate by at most 1/2."""
+        """Δ2, in levels: a clipped update has norm `levels`, and rounding moves a coordinate by at
+        most 1/2.
+        """
         return self.levels + math.sqrt(self.coordinates) / 2
 
     @property
@@ -79,16 +86,20 @@ class Release:
         """The variance that each institution adds, so that any `carriers` of them add at least μ."""
         if carriers < 1:
             raise BadInput(f"noise carriers: found {carriers}, expected at least 1")
-        return self.variance / carriers * (1 + 2.0**-40)  # above: a quotient is rounded to either side
+        # above: a quotient is rounded to either side
+        return self.variance / carriers * (1 + 2.0**-40)
 
     def beyond(self, carriers: int) -> str:
-        """Why a share of this noise can't be drawn, or "": a run that asks for it would charge and never release."""
+        """Why a share of this noise can't be drawn, or "".
+
+        A run that asks for it would charge and never release.
+        """
         rate = self.share(carriers) / 2
         if rate <= LARGEST_RATE:
             return ""
         return (
-            f"noise of {self.noise_multiplier:g} with {self.levels} levels: found a Poisson rate of {rate:.3g}, "
-            "expected at most 2^50"
+            f"noise of {self.noise_multiplier:g} with {self.levels} levels: found a Poisson rate of"
+            f" {rate:.3g}, expected at most 2^50"
         )
 
     def renyi(self, order: int, moved: int = 1) -> float:
@@ -102,7 +113,10 @@ class Release:
 
 
 def epsilon_of_releases(releases: Sequence[Release], delta: float, moved: int = 1) -> float:
-    """Upper bound of ε at `delta` for all releases together; infinite where one of them has no noise."""
+    """Upper bound of ε at `delta` for all releases together.
+
+    Infinite where one of them has no noise.
+    """
     if not 0 < delta < 1:
         raise BadInput(f"delta: found {delta}, expected above 0 and below 1")
     done = [each for each in releases if each.times > 0]
@@ -116,9 +130,12 @@ def epsilon_of_releases(releases: Sequence[Release], delta: float, moved: int = 
 
 
 def clipped(update: Vector, bound: float) -> Vector:
-    """`update` (float32) scaled to an L2 norm of at most `bound`, ROOM below it; zero where it is not finite.
+    """`update` (float32) scaled to an L2 norm of at most `bound`, ROOM below it.
 
-    An update that is no number must not become a visible failure: whether it is one depends on the data.
+    Zero where it is not finite.
+
+    An update that is no number must not become a visible failure: whether it is one depends on the
+    data.
     """
     if not (math.isfinite(bound) and bound > 0):
         raise BadInput(f"clip: found {bound}, expected a finite number > 0")
@@ -132,19 +149,23 @@ def clipped(update: Vector, bound: float) -> Vector:
 def noised(
     source: Random, levels: Ints, moved: npt.NDArray[np.bool_], release: Release, carriers: int
 ) -> Ints:
-    """An encoded update with this institution's share of the noise on the coordinates that a phase moves.
+    """An encoded update with this institution's share of the noise on the coordinates that a phase
+    moves.
 
-    BadInput where the update is longer than what is accounted for, or moves another coordinate: whoever clipped
-    it, what leaves is checked as the whole numbers that it is.
+    BadInput where the update is longer than what is accounted for, or moves another coordinate:
+    whoever clipped it, what leaves is checked as the whole numbers that it is.
     """
     norm = float(np.linalg.norm(levels.astype(np.float64)))
     if not norm <= release.sensitivity:
-        raise BadInput(f"update: found {norm:.10g} levels, expected at most {release.sensitivity:.10g}")
+        raise BadInput(
+            f"update: found {norm:.10g} levels, expected at most {release.sensitivity:.10g}"
+        )
     if levels[~moved].any():
         raise BadInput("update: found a change where the phase moves nothing")
     if int(np.count_nonzero(moved)) != release.coordinates:
         raise BadInput(
-            f"update: found {np.count_nonzero(moved)} coordinates that move, expected {release.coordinates}"
+            f"update: found {np.count_nonzero(moved)} coordinates that move, expected"
+            f" {release.coordinates}"
         )
     result = levels.copy()
     result[moved] += skellam(source, release.coordinates, release.share(carriers))
@@ -152,20 +173,25 @@ def noised(
 
 
 def skellam(source: Random, n: int, variance: float) -> Ints:
-    """(n,) independent Skellam variables of mean 0: the difference of two of Poisson at half the variance."""
+    """(n,) independent Skellam variables of mean 0.
+
+    The difference of two of Poisson at half the variance.
+    """
     return poisson(source, n, variance / 2) - poisson(source, n, variance / 2)
 
 
 def poisson(source: Random, n: int, rate: float) -> Ints:
     """(n,) independent Poisson variables, by rejection; BadInput unless 0 < rate <= 2⁵⁰.
 
-    Blocks of width w, a power of two near √rate, lie to both sides of ⌊rate⌋. A proposal takes a side by one bit,
-    the block b with probability 2^-(b+1) and a place in it uniformly: all three exactly, from whole words. It
-    stays with probability p(k) / (M q(k)), by a uniform of 64 bits. p falls away from its mode, so M is the largest
-    ratio at the blocks' inner ends: no ratio is above 1.
+    Blocks of width w, a power of two near √rate, lie to both sides of ⌊rate⌋. A proposal takes a
+    side by one bit, the block b with probability 2^-(b+1) and a place in it uniformly: all three
+    exactly, from whole words. It stays with probability p(k) / (M q(k)), by a uniform of 64 bits. p
+    falls away from its mode, so M is the largest ratio at the blocks' inner ends: no ratio is above
+    1.
 
-    Error: log p is right to 1e-12, so each probability is to a factor 1 ± 1e-12; and the last uniform has 64 bits,
-    so up to 2^-64 M q(k) of it is missing, which is less than 1e-18 of the mass in all.
+    Error: log p is right to 1e-12, so each probability is to a factor 1 ± 1e-12; and the last
+    uniform has 64 bits, so up to 2^-64 M q(k) of it is missing, which is less than 1e-18 of the
+    mass in all.
     """
     if not 0 < rate <= LARGEST_RATE:  # also refuses nan
         raise BadInput(f"Poisson rate: found {rate}, expected above 0 and at most 2^50")
@@ -200,7 +226,8 @@ class _Hat:
         """Those of `n` proposals that stay."""
         first, second, third = source.words(3 * n).reshape(3, n)
         run = first >> np.uint64(1) | np.uint64(1 << 63)  # ends every run of zeros
-        block = np.bitwise_count(run ^ (run - np.uint64(1))).astype(np.int64) - 1  # zeros at its end
+        # zeros at its end
+        block = np.bitwise_count(run ^ (run - np.uint64(1))).astype(np.int64) - 1
         place = (block << self.bits) + (second & np.uint64((1 << self.bits) - 1)).astype(np.int64)
         value = np.where(first & np.uint64(1), self.middle - 1 - place, self.middle + place)
         ratio = log_poisson(value, self.rate) - _log_proposal(block, self.bits) - self.log_bound
@@ -214,7 +241,9 @@ def _log_proposal(block: Ints, bits: int) -> Floats:
 
 
 def log_poisson(values: npt.NDArray[Any], rate: float) -> Floats:
-    """log p(k) for whole numbers k of any sign: -∞ below 0, else right to 1e-12 where it is above -700.
+    """log p(k) for whole numbers k of any sign.
+
+    -∞ below 0, else right to 1e-12 where it is above -700.
 
     Loader's form: what is large cancels before it is computed, and Stirling's series has the rest.
     """
@@ -225,7 +254,9 @@ def log_poisson(values: npt.NDArray[Any], rate: float) -> Floats:
     series = np.zeros_like(v)
     for odd in range(19, 1, -2):
         series = (series + 1.0 / odd) * square
-    deviance = np.where(np.abs(v) <= _SMALL, gap * v + 2.0 * k * v * series, k * np.log(k / rate) - gap)
+    deviance = np.where(
+        np.abs(v) <= _SMALL, gap * v + 2.0 * k * v * series, k * np.log(k / rate) - gap
+    )
     inverse = 1.0 / (k * k)
     stirling = (
         1 / 12 - (1 / 360 - (1 / 1260 - (1 / 1680 - inverse / 1188) * inverse) * inverse) * inverse

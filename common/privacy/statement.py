@@ -35,7 +35,10 @@ def unit_of(manifest: RunManifest) -> str:
 def privacy_statement(manifest: RunManifest, epsilon: float | None) -> list[str]:
     """The guarantee of a run that reserved `epsilon`, and what it rests on."""
     if manifest.mode == "none":
-        return ["This run trained without privacy: nothing is guaranteed to anybody whose records it used."]
+        return [
+            "This run trained without privacy: nothing is guaranteed to anybody whose records it"
+            " used."
+        ]
     if manifest.mode == "client" and epsilon is not None:
         return _client_statement(manifest)
     if manifest.mode != "record" or epsilon is None:
@@ -46,25 +49,40 @@ def privacy_statement(manifest: RunManifest, epsilon: float | None) -> list[str]
         else "a single record"
     )
     return [
-        f"Each institution's updates are ({shown_epsilon(epsilon)}, {shown_delta(manifest.delta)})-differentially private. "
-        f"The unit is {unit}; neighbouring data sets differ by adding or removing one unit.",
-        "ε covers the whole schedule that was consented to, spare attempts included, also where the run "
-        f"stopped earlier. It was computed by {accountant_name()} for the sampling that ran: "
-        + _phases(manifest),
-        "Every step draws each unit independently at a public rate (Poisson sampling), clips each unit's gradient "
-        "once, adds Gaussian noise to the sum and divides by a public number. Draws and noise come from the "
-        "operating system's generator.",
-        f"The noise is {NOISE_SOURCE}: the guarantee is that of the mathematical mechanism, and the last bits of "
-        "floating point numbers are not covered by it.",
-        "Assumed: a unit occurs at one institution only (otherwise its ε and δ add up), the base model, the label "
-        "set and the configuration were chosen without looking at the private records, and validation and test "
-        "files are public.",
-        "Not covered: who took part and when, how long training took, and how the hyperparameters were found.",
+        (
+            f"Each institution's updates are ({shown_epsilon(epsilon)},"
+            f" {shown_delta(manifest.delta)})-differentially private. The unit is {unit};"
+            " neighbouring data sets differ by adding or removing one unit."
+        ),
+        "ε covers the whole schedule that was consented to, spare attempts included, also where"
+        f" the run stopped earlier. It was computed by {accountant_name()} for the sampling that"
+        " ran: " + _phases(manifest),
+        (
+            "Every step draws each unit independently at a public rate (Poisson sampling), clips"
+            " each unit's gradient once, adds Gaussian noise to the sum and divides by a public"
+            " number. Draws and noise come from the operating system's generator."
+        ),
+        (
+            f"The noise is {NOISE_SOURCE}: the guarantee is that of the mathematical mechanism, and"
+            " the last bits of floating point numbers are not covered by it."
+        ),
+        (
+            "Assumed: a unit occurs at one institution only (otherwise its ε and δ add up), the"
+            " base model, the label set and the configuration were chosen without looking at the"
+            " private records, and validation and test files are public."
+        ),
+        (
+            "Not covered: who took part and when, how long training took, and how the"
+            " hyperparameters were found."
+        ),
     ]
 
 
 def _client_statement(manifest: RunManifest) -> list[str]:
-    """ε is computed from the manifest: what was reserved of a budget is the larger one, of a record."""
+    """ε is computed from the manifest.
+
+    What was reserved of a budget is the larger one, of a record.
+    """
     secure, terms = manifest.secure, manifest.skellam
     if secure is None or terms is None:
         raise ValueError("no statement is known for mode 'client' without its terms")
@@ -74,36 +92,65 @@ def _client_statement(manifest: RunManifest) -> list[str]:
         for phase, count in zip(manifest.phases, terms.coordinates, strict=True)
     )
     return [
-        f"The sums of updates that left the institutions are ({shown_epsilon(stated_epsilon(manifest))}, "
-        f"{shown_delta(manifest.delta)})-differentially private. The unit is an institution, with all its records; neighbours differ in whether "
-        "its update is added or zero, in a cohort that is fixed.",
-        f"One record more or less at an institution changes its update to any other: for it the same run is "
-        f"({shown_epsilon(charged_epsilon(manifest))}, {shown_delta(manifest.delta)})-differentially private, and that is what "
-        "budgets are charged.",
-        "ε covers every attempt that was consented to, also where the run stopped earlier. It was computed with the "
-        f"Rényi bound of the Skellam mechanism (Agarwal, Kairouz and Liu 2021): {releases}.",
-        "Each institution trains without noise, clips its whole update, rounds it to whole numbers and adds a share "
-        f"of integer noise from the operating system's generator. The noise is {SKELLAM_SOURCE}: an update by "
-        "itself is protected by its mask, not by ε.",
-        "This holds only with secure aggregation whose sums have at least t = ⌊2n/3⌋ + 1 of the n institutions of a "
-        f"round, of which at most c = {secure.max_colluders} side with the coordinator or leave their noise out: any "
-        f"t - c others, at least {terms.carriers}, carry all of the noise. It is computational, as masks are.",
-        "Assumed: base model, label set and configuration were chosen without looking at the private records, and "
-        "validation and test files are public.",
-        "Not covered: who took part and when, how long training took, and how the hyperparameters were found.",
+        (
+            "The sums of updates that left the institutions are"
+            f" ({shown_epsilon(stated_epsilon(manifest))},"
+            f" {shown_delta(manifest.delta)})-differentially private. The unit is an institution,"
+            " with all its records; neighbours differ in whether its update is added or zero, in a"
+            " cohort that is fixed."
+        ),
+        (
+            "One record more or less at an institution changes its update to any other: for it the"
+            f" same run is ({shown_epsilon(charged_epsilon(manifest))},"
+            f" {shown_delta(manifest.delta)})-differentially private, and that is what budgets are"
+            " charged."
+        ),
+        (
+            "ε covers every attempt that was consented to, also where the run stopped earlier. It"
+            " was computed with the Rényi bound of the Skellam mechanism (Agarwal, Kairouz and Liu"
+            f" 2021): {releases}."
+        ),
+        (
+            "Each institution trains without noise, clips its whole update, rounds it to whole"
+            " numbers and adds a share of integer noise from the operating system's generator. The"
+            f" noise is {SKELLAM_SOURCE}: an update by itself is protected by its mask, not by ε."
+        ),
+        (
+            "This holds only with secure aggregation whose sums have at least t = ⌊2n/3⌋ + 1 of"
+            f" the n institutions of a round, of which at most c = {secure.max_colluders} side with"
+            " the coordinator or leave their noise out: any t - c others, at least"
+            f" {terms.carriers}, carry all of the noise. It is computational, as masks are."
+        ),
+        (
+            "Assumed: base model, label set and configuration were chosen without looking at the"
+            " private records, and validation and test files are public."
+        ),
+        (
+            "Not covered: who took part and when, how long training took, and how the"
+            " hyperparameters were found."
+        ),
     ]
 
 
 def secure_statement(manifest: RunManifest) -> list[str]:
-    """What secure aggregation adds, and under which conditions; nothing where updates were sent in clear."""
+    """What secure aggregation adds, and under which conditions.
+
+    Nothing where updates were sent in clear.
+    """
     terms = manifest.secure
     if terms is None:
         return []
     return [
-        f"Updates were aggregated securely: the coordinator learnt sums of at least {manifest.minimum_cohort} "
-        f"institutions' updates and, as long as at most {terms.max_colluders} of them sided with it, no single "
-        "one. With n institutions in a round, t = ⌊2n/3⌋ + 1 of them had to stay to the end.",
-        "Secure aggregation is no differential privacy: a sum can say much about its parts. ε is what bounds that.",
+        (
+            "Updates were aggregated securely: the coordinator learnt sums of at least"
+            f" {manifest.minimum_cohort} institutions' updates and, as long as at most"
+            f" {terms.max_colluders} of them sided with it, no single one. With n institutions in a"
+            " round, t = ⌊2n/3⌋ + 1 of them had to stay to the end."
+        ),
+        (
+            "Secure aggregation is no differential privacy: a sum can say much about its parts. ε"
+            " is what bounds that."
+        ),
     ]
 
 
@@ -112,8 +159,8 @@ def secure_summary(
 ) -> dict[str, Any] | None:
     """How a run was aggregated, from what was noted of each sum that was or may have been learnt.
 
-    A sum that did not count in the end is one of them. `liars` were proven before there was a sum. None where the
-    run was not aggregated securely.
+    A sum that did not count in the end is one of them. `liars` were proven before there was a sum.
+    None where the run was not aggregated securely.
     """
     if manifest.secure is None:
         return None
@@ -125,7 +172,8 @@ def secure_summary(
         "threshold": _range(sums, "threshold"),
         "smallest_sum": _range(sums, "members")[0],
         "dropouts": {
-            stage: sum(_lost(each, before, after) for each in sums) for stage, before, after in DROP_OUTS
+            stage: sum(_lost(each, before, after) for each in sums)
+            for stage, before, after in DROP_OUTS
         },
         "liars": sorted({*liars, *(name for each in sums for name in each["liars"])}),
         "suspected": sorted({name for each in sums for name in each.get("suspected", ())}),
@@ -135,7 +183,9 @@ def secure_summary(
 
 
 def _lost(each: Mapping[str, Any], before: str, after: str) -> int:
-    """Drop-outs of a stage; none are known where a coordinator stopped before it knew who came out of it."""
+    """Drop-outs of a stage; none are known where a coordinator stopped before it knew who came out
+    of it.
+    """
     return 0 if each[after] is None else max(each[before] - each[after], 0)
 
 
@@ -161,8 +211,8 @@ def shown_delta(delta: float) -> str:
 
 def _phases(manifest: RunManifest) -> str:
     parts = [
-        f"phase {phase.name}, {phase.steps * phase.attempts} steps at rate {phase.sampling_rate:g} with noise "
-        f"multiplier {phase.noise_multiplier:.4g}"
+        f"phase {phase.name}, {phase.steps * phase.attempts} steps at rate {phase.sampling_rate:g}"
+        f" with noise multiplier {phase.noise_multiplier:.4g}"
         for phase in manifest.phases
     ]
     return "; ".join(parts) + "."

@@ -1,4 +1,6 @@
-"""The project's messages as Flower records, and back: what arrives is checked here before it is believed.
+"""The project's messages as Flower records, and back.
+
+What arrives is checked here before it is believed.
 
     offer    coordinator -> node   the run's manifest
     consent  node -> coordinator   the clients that this node answers for and that consented
@@ -6,8 +8,9 @@
     update   node -> coordinator   that client's delta
     refusal  node -> coordinator   why there is none: one line that a person can act on
 
-A vector travels as little-endian float32 without a header. Flower's own array format is NumPy's file format,
-which is never opened on bytes from outside (`np.load` also reads archives that unpack to any size).
+A vector travels as little-endian float32 without a header. Flower's own array format is NumPy's
+file format, which is never opened on bytes from outside (`np.load` also reads archives that unpack
+to any size).
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A client's answer where it sends no update. `refused`: by policy or budget, so asking again is vain."""
+    """A client's answer where it sends no update. `refused`: by policy or budget, so asking again
+    is vain.
+    """
 
     client: str
     reason: str
@@ -118,7 +123,11 @@ def update_record(update: Update) -> RecordDict:
 
 def refusal_record(client: str, error: FedloraError) -> RecordDict:
     """Tell the coordinator why, on one line."""
-    values = {"client": client, "reason": one_line(str(error)), "refused": isinstance(error, Refused)}
+    values = {
+        "client": client,
+        "reason": one_line(str(error)),
+        "refused": isinstance(error, Refused),
+    }
     return _record("refusal", values)
 
 
@@ -149,7 +158,10 @@ def read_answer(record: RecordDict) -> tuple[str, ...]:
 
 
 def envelope_record(kind: str, data: bytes) -> RecordDict:
-    """One opaque message of a deployment: whoever carries it parses nothing (`common.protocol.messages` does)."""
+    """One opaque message of a deployment.
+
+    Whoever carries it parses nothing (`common.protocol.messages` does).
+    """
     return _record("envelope", {"envelope": kind, "data": data})
 
 
@@ -186,20 +198,27 @@ def _kind(record: RecordDict) -> str:
 def _fields(
     record: RecordDict, kind: str, kinds: Mapping[str, type], *, vector: bool = False
 ) -> dict[str, object]:
-    """Values of a message of this kind; every missing, extra or mistyped part is named in one BadInput."""
+    """Values of a message of this kind.
+
+    Every missing, extra or mistyped part is named in one BadInput.
+    """
     found = _kind(record)
     if found != kind:
         raise BadInput(f"message kind: found {one_line(repr(found))}, expected {kind!r}")
     table: dict[str, object] = dict(record[FIELDS].items())
     del table["kind"], table["version"]
     parts = {FIELDS, ARRAYS} if vector else {FIELDS}
-    faults = [f"{kind}: found an extra record {one_line(name)!r}" for name in record if name not in parts]
+    faults = [
+        f"{kind}: found an extra record {one_line(name)!r}" for name in record if name not in parts
+    ]
     faults += [f"{kind} {one_line(name)}: unknown field" for name in table if name not in kinds]
     for name, expected in kinds.items():
         if name not in table:
             faults.append(f"{kind} {name}: missing")
         elif type(table[name]) is not expected:  # bool is not int
-            faults.append(f"{kind} {name}: found {type(table[name]).__name__}, expected {expected.__name__}")
+            faults.append(
+                f"{kind} {name}: found {type(table[name]).__name__}, expected {expected.__name__}"
+            )
     if faults:
         raise BadInput(faults)
     return table

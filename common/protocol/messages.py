@@ -1,4 +1,6 @@
-"""What coordinator and institutions send each other in a deployment: signed bytes that any carrier may take.
+"""What coordinator and institutions send each other in a deployment.
+
+Signed bytes that any carrier may take.
 
     offer    coordinator -> node   the signed manifest, the projection that it names, and a signed address: to which
                                    institution this offer goes, and until when
@@ -9,9 +11,10 @@
     staged   node -> coordinator   the node's own message of that step
     decline  node -> coordinator   why there is none
 
-A message is a mark, a version, a kind and its parts, each behind its length as 8 bytes, big-endian. Manifest, address
-and plan carry the coordinator's signature; a reply carries its institution's, over federation, manifest, round,
-attempt, kind and body. So nobody between the two can change, swap or reuse one, and a relay need not parse any.
+A message is a mark, a version, a kind and its parts, each behind its length as 8 bytes, big-endian.
+Manifest, address and plan carry the coordinator's signature; a reply carries its institution's,
+over federation, manifest, round, attempt, kind and body. So nobody between the two can change, swap
+or reuse one, and a relay need not parse any.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ REPLY_TAG = "fedlora-reply-1"
 
 @dataclass(frozen=True)
 class Offer:
-    """A run's manifest, signed under MANIFEST_TAG, and the `Address` of this offer, signed under OFFER_TAG.
+    """A run's manifest, signed under MANIFEST_TAG, and the `Address` of this offer, signed under
+    OFFER_TAG.
 
     `projection` is a safetensors file, or b"" where there is none.
     """
@@ -67,7 +71,11 @@ class Address:
 
     def to_bytes(self) -> bytes:
         return _json(
-            {"manifest": self.manifest, "institution": self.institution, "not_after": self.not_after}
+            {
+                "manifest": self.manifest,
+                "institution": self.institution,
+                "not_after": self.not_after,
+            }
         )
 
     @classmethod
@@ -78,7 +86,10 @@ class Address:
 
 @dataclass(frozen=True)
 class Task:
-    """One attempt at one round: the plan, signed under PLAN_TAG; `vector` is the adapter, little-endian float32."""
+    """One attempt at one round: the plan, signed under PLAN_TAG.
+
+    `vector` is the adapter, little-endian float32.
+    """
 
     manifest_digest: str
     plan: Signed
@@ -87,7 +98,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of secure aggregation: the bytes of a `secagg.requests.Request`, signed under STAGE_TAG."""
+    """One step of secure aggregation.
+
+    The bytes of a `secagg.requests.Request`, signed under STAGE_TAG.
+    """
 
     request: Signed
 
@@ -154,7 +168,10 @@ def request_to_bytes(request: Request) -> bytes:
 
 
 def request_from_bytes(data: bytes, limit: int = MAX_REQUEST_BYTES) -> Request:
-    """BadInput unless `data` is exactly one request of this version; signatures are checked by who opens them."""
+    """BadInput unless `data` is exactly one request of this version.
+
+    Signatures are checked by who opens them.
+    """
     kind, parts = _split(data, "request", REQUEST_VERSION, limit)
     if kind == "offer":
         manifest, projection, address = _exactly(parts, 3, "offer")
@@ -176,7 +193,9 @@ def reply_to_bytes(identity: Identity, federation: str, reply: Reply) -> bytes:
     kind, (round_number, attempt), body = _described(reply)
     header = _header(federation, reply.manifest, round_number, attempt, kind, reply.institution)
     signature = identity.sign(REPLY_TAG, *header, body)
-    return _joined(REPLY_VERSION, kind.encode(), *header[1:4], reply.institution.encode(), body, signature)
+    return _joined(
+        REPLY_VERSION, kind.encode(), *header[1:4], reply.institution.encode(), body, signature
+    )
 
 
 def reply_from_bytes(
@@ -185,7 +204,9 @@ def reply_from_bytes(
     members: Mapping[str, PublicIdentity],
     limit: int = MAX_REPLY_BYTES,
 ) -> Reply:
-    """The reply of a member; Refused where the member named did not sign it, BadInput where it is malformed."""
+    """The reply of a member; Refused where the member named did not sign it, BadInput where it is
+    malformed.
+    """
     kind, parts = _split(data, "reply", REPLY_VERSION, limit)
     if kind not in _READERS:
         raise BadInput(f"reply kind: found {kind!r}, expected one of {', '.join(_READERS)}")
@@ -195,10 +216,21 @@ def reply_from_bytes(
     if member is None:
         raise Refused(f"{kind}: found the institution {institution!r}, which is not a member")
     member.verify(
-        signature, REPLY_TAG, federation.encode(), manifest, round_, attempt, kind.encode(), name, body
+        signature,
+        REPLY_TAG,
+        federation.encode(),
+        manifest,
+        round_,
+        attempt,
+        kind.encode(),
+        name,
+        body,
     )
     place = _Place(
-        institution, _line(manifest, f"{kind} manifest", 0), _number(round_, kind), _number(attempt, kind)
+        institution,
+        _line(manifest, f"{kind} manifest", 0),
+        _number(round_, kind),
+        _number(attempt, kind),
     )
     return _READERS[kind](place, body)
 
@@ -211,7 +243,9 @@ def vector_to_bytes(vector: Vector) -> bytes:
 def vector_from_bytes(data: bytes, size: int, where: str) -> Vector:
     """The (size,) float32 vector, read-only; BadInput where length or a value is wrong."""
     if len(data) != 4 * size:
-        raise BadInput(f"{where} vector: found {len(data)} bytes, expected {4 * size} for {size} coordinates")
+        raise BadInput(
+            f"{where} vector: found {len(data)} bytes, expected {4 * size} for {size} coordinates"
+        )
     vector = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
     if not np.isfinite(vector).all():
         raise BadInput(f"{where} vector: found a value that is not finite")
@@ -219,7 +253,10 @@ def vector_from_bytes(data: bytes, size: int, where: str) -> Vector:
 
 
 def one_line(text: str) -> str:
-    """Text from outside as one printable line of bounded length: it ends in logs, terminals and reports."""
+    """Text from outside as one printable line of bounded length.
+
+    It ends in logs, terminals and reports.
+    """
     kept = printable(text[: MAX_REASON + 1])
     return kept if len(kept) <= MAX_REASON else kept[: MAX_REASON - 1] + "…"
 
@@ -252,7 +289,9 @@ def _described(reply: Reply) -> tuple[str, tuple[int, int], bytes]:
 def _read_consent(place: _Place, body: bytes) -> Consent:
     table = _table(body, "consent", {"policy": str, "epsilon": float, "delta": float})
     if (place.round, place.attempt) != (0, 0):
-        raise BadInput(f"consent: found round {place.round} attempt {place.attempt}, expected 0 and 0")
+        raise BadInput(
+            f"consent: found round {place.round} attempt {place.attempt}, expected 0 and 0"
+        )
     for name in ("epsilon", "delta"):
         if not (math.isfinite(table[name]) and table[name] >= 0):
             raise BadInput(f"consent {name}: found {table[name]}, expected a finite number >= 0")
@@ -271,7 +310,9 @@ def _read_staged(place: _Place, body: bytes) -> Staged:
 def _read_decline(place: _Place, body: bytes) -> Decline:
     table = _table(body, "decline", {"reason": str, "refused": bool})
     reason = one_line(table["reason"])
-    return Decline(place.institution, place.manifest, place.round, place.attempt, reason, table["refused"])
+    return Decline(
+        place.institution, place.manifest, place.round, place.attempt, reason, table["refused"]
+    )
 
 
 _READERS: dict[str, Callable[[_Place, bytes], Reply]] = {
@@ -311,7 +352,9 @@ def _split(data: bytes, where: str, expected: int, limit: int) -> tuple[str, lis
         (length,) = struct.unpack(">Q", data[start : start + 8])
         start += 8
         if length > len(data) - start:
-            raise BadInput(f"{where}: found a part of {length} bytes, but {len(data) - start} are left")
+            raise BadInput(
+                f"{where}: found a part of {length} bytes, but {len(data) - start} are left"
+            )
         parts.append(data[start : start + length])
         start += length
     if not parts:
@@ -360,6 +403,8 @@ def _table(body: bytes, where: str, kinds: Mapping[str, type]) -> dict[str, Any]
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise BadInput(f"{where} {name}: found {type(value).__name__}, expected {kind.__name__}")
+            raise BadInput(
+                f"{where} {name}: found {type(value).__name__}, expected {kind.__name__}"
+            )
         table[name] = value
     return table

@@ -1,7 +1,9 @@
-"""What the stages of secure aggregation are called, how a plan and a manifest become its values, and what travels.
+"""What the stages of secure aggregation are called, how a plan and a manifest become its values,
+and what travels.
 
-A `Request` is what any carrier takes to a node: opaque to relay, SuperNode and SuperLink. The answer that comes back
-is the node's own signed message, as it is. Neither a carrier nor the coordinator is trusted by the node.
+A `Request` is what any carrier takes to a node: opaque to relay, SuperNode and SuperLink. The
+answer that comes back is the node's own signed message, as it is. Neither a carrier nor the
+coordinator is trusted by the node.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def slot_of(plan: RoundPlan, base: str) -> Slot:
 
 
 def encoding_of(terms: SecureTerms, phase: int, size: int, noise: float = 0.0) -> Encoding:
-    """The fixed point of a phase; BadInput where the terms have no such phase. `noise`: of a member, in levels."""
+    """The fixed point of a phase; BadInput where the terms have no such phase. `noise`: of a
+    member, in levels.
+    """
     if not 0 <= phase < len(terms.update_bounds):
         raise BadInput(
             f"secure aggregation phase: found {phase}, expected 0 to {len(terms.update_bounds) - 1}"
@@ -51,7 +55,10 @@ def encoding_of(terms: SecureTerms, phase: int, size: int, noise: float = 0.0) -
 
 @dataclass(frozen=True)
 class Request:
-    """One stage asked of one institution. `vector` is the global adapter (float32, little-endian), at the input only."""
+    """One stage asked of one institution.
+
+    `vector` is the global adapter (float32, little-endian), at the input only.
+    """
 
     stage: str
     institution: str
@@ -69,7 +76,9 @@ class Request:
         stage, institution, plan, message, vector = fields_of(data, _REQUEST, 5)
         found = stage.decode(errors="replace")
         if found not in STAGES:
-            raise BadInput(f"{_REQUEST} stage: found {found[:40]!r}, expected one of {', '.join(STAGES)}")
+            raise BadInput(
+                f"{_REQUEST} stage: found {found[:40]!r}, expected one of {', '.join(STAGES)}"
+            )
         if bool(vector) != (found == INPUT):
             raise BadInput(f"{_REQUEST} vector: found {len(vector)} bytes at the stage {found}")
         return cls(found, name_of(institution), RoundPlan.from_bytes(plan), message, vector)

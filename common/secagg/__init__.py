@@ -8,5 +8,6 @@
     wire      contexts and messages as canonical bytes
     cohort    whom a node counts, thresholds, and the checks of every list that a server names
 
-`client.secagg` and `server.secagg` are the two halves that use them; docs/secure-aggregation.md is the protocol.
+`client.secagg` and `server.secagg` are the two halves that use them; docs/secure-aggregation.md is
+the protocol.
 """

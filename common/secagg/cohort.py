@@ -1,7 +1,7 @@
 """Whom a node counts, and the checks of every list that a coordinator names.
 
-A peer counts after this node's own operator approved its identity; a coordinator can remove one, never add one.
-With n = |U1| and t = ⌊2n/3⌋ + 1 a node goes on only where
+A peer counts after this node's own operator approved its identity; a coordinator can remove one,
+never add one. With n = |U1| and t = ⌊2n/3⌋ + 1 a node goes on only where
 
     2t - n > c     two sets of t signers share an honest one, who signs one list only: no two lists are confirmed
     t - c >= 2     a sum holds at least two honest inputs
@@ -44,7 +44,10 @@ def most_colluders(members: int) -> int:
 
 @dataclass(frozen=True)
 class CohortPolicy:
-    """What one institution asks of any cohort that it joins. `peers` is its own list, itself included."""
+    """What one institution asks of any cohort that it joins.
+
+    `peers` is its own list, itself included.
+    """
 
     me: str
     peers: Mapping[str, Peer]
@@ -55,10 +58,13 @@ class CohortPolicy:
         faults = []
         if type(self.minimum_cohort) is not int or self.minimum_cohort < SMALLEST_COHORT:
             faults.append(
-                f"policy minimum_cohort: found {self.minimum_cohort!r}, expected at least {SMALLEST_COHORT}"
+                f"policy minimum_cohort: found {self.minimum_cohort!r}, expected at least"
+                f" {SMALLEST_COHORT}"
             )
         if type(self.max_colluders) is not int or self.max_colluders < 0:
-            faults.append(f"policy max_colluders: found {self.max_colluders!r}, expected at least 0")
+            faults.append(
+                f"policy max_colluders: found {self.max_colluders!r}, expected at least 0"
+            )
         if self.me not in self.peers:
             faults.append(f"policy peers: found no entry for {self.me} itself")
         if any(name != peer.name for name, peer in self.peers.items()):
@@ -73,7 +79,9 @@ class CohortPolicy:
         return self.peers[name]
 
 
-def cohort_digest(policy_identities: Sequence[bytes], epoch: Epoch, offers: Sequence[KeyOffer]) -> bytes:
+def cohort_digest(
+    policy_identities: Sequence[bytes], epoch: Epoch, offers: Sequence[KeyOffer]
+) -> bytes:
     """H(U1): names, identities as the reader knows them, and all keys."""
     members = [
         framed("member", offer.name.encode(), identity, offer.share_key, *offer.mask_keys)
@@ -93,7 +101,9 @@ def survivors_digest(context: bytes, dealers: bytes, names: Sequence[str]) -> by
     return wire.names_digest(wire.SURVIVORS, context, dealers, names=names)
 
 
-def check_cohort(policy: CohortPolicy, epoch: Epoch, offers: Sequence[KeyOffer], own: KeyOffer) -> bytes:
+def check_cohort(
+    policy: CohortPolicy, epoch: Epoch, offers: Sequence[KeyOffer], own: KeyOffer
+) -> bytes:
     """H(U1), once every condition on U1 holds; Refused or BadInput with the one that does not."""
     names = [offer.name for offer in offers]
     _check_order("cohort", names)
@@ -106,7 +116,9 @@ def check_cohort(policy: CohortPolicy, epoch: Epoch, offers: Sequence[KeyOffer],
     if len({peer.identity for peer in peers}) != len(peers):
         raise Refused("cohort: found two members with one identity")
     if len(offers) < policy.minimum_cohort:
-        raise Refused(f"cohort: found {len(offers)} members, expected at least {policy.minimum_cohort}")
+        raise Refused(
+            f"cohort: found {len(offers)} members, expected at least {policy.minimum_cohort}"
+        )
     check_colluders(len(offers), policy.max_colluders)
     for offer, peer in zip(offers, peers, strict=True):
         check_offer(offer, peer.identity, epoch)
@@ -124,7 +136,8 @@ def check_colluders(members: int, colluders: int) -> None:
         )
     if t - colluders < 2:
         raise Refused(
-            f"cohort: {colluders} of t = {t} may collude, expected at least two honest inputs in a sum"
+            f"cohort: {colluders} of t = {t} may collude, expected at least two honest inputs in"
+            " a sum"
         )
 
 
@@ -144,11 +157,17 @@ def check_distinct_keys(offers: Sequence[KeyOffer]) -> None:
     """Refused where a key occurs twice, with whomever and for whichever attempt."""
     public = [key for offer in offers for key in (offer.share_key, *offer.mask_keys)]
     if len(set(public)) != len(public):
-        raise Refused("cohort: found one key twice, expected a fresh one for each member and attempt")
+        raise Refused(
+            "cohort: found one key twice, expected a fresh one for each member and attempt"
+        )
 
 
 def check_dealers(
-    policy: CohortPolicy, cohort: bytes, members: Sequence[str], dealers: Sequence[Dealer], own: Dealer
+    policy: CohortPolicy,
+    cohort: bytes,
+    members: Sequence[str],
+    dealers: Sequence[Dealer],
+    own: Dealer,
 ) -> bytes:
     """H(U2), once U2 is within U1, large enough, and dealt by its members themselves."""
     names = [dealer.name for dealer in dealers]
@@ -156,14 +175,18 @@ def check_dealers(
     if own not in dealers:
         raise Refused("dealers: found another entry for this node than the one that it sent")
     for dealer in dealers:
-        policy.member(dealer.name).identity.verify(dealer.signature, wire.SHARES, *dealer.signed(cohort))
+        policy.member(dealer.name).identity.verify(
+            dealer.signature, wire.SHARES, *dealer.signed(cohort)
+        )
     return dealers_digest(cohort, dealers)
 
 
 def check_subset(
     policy: CohortPolicy, what: str, names: Sequence[str], whole: Sequence[str], members: int
 ) -> None:
-    """Refused unless `names` lie within `whole`, hold this node, and are at least max(t, minimum cohort)."""
+    """Refused unless `names` lie within `whole`, hold this node, and are at least max(t, minimum
+    cohort).
+    """
     _check_order(what, names)
     strangers = set(names) - set(whole)
     if strangers:
@@ -189,7 +212,9 @@ def check_agreement(
     if not set(names) <= set(survivors):
         raise Refused("agreement: found a signer who is not in U3")
     if len(names) < threshold(members):
-        raise Refused(f"agreement: found {len(names)} signatures, expected at least {threshold(members)}")
+        raise Refused(
+            f"agreement: found {len(names)} signatures, expected at least {threshold(members)}"
+        )
     for each in confirmations:
         policy.member(each.name).identity.verify(each.signature, wire.CONFIRM, *signed)
 

@@ -1,8 +1,9 @@
 """What a dealer signs about its shares: a Merkle root over one leaf for each receiver.
 
-A leaf is made of the hashes of that receiver's shares, two for each attempt (of b, then of s). A receiver proves
-its own leaf by a path of about log2(n) hashes; the coordinator keeps all hashes and checks every opened share. A
-share is 256 bits that t - 1 others say nothing about, so its hash says nothing about it either.
+A leaf is made of the hashes of that receiver's shares, two for each attempt (of b, then of s). A
+receiver proves its own leaf by a path of about log2(n) hashes; the coordinator keeps all hashes and
+checks every opened share. A share is 256 bits that t - 1 others say nothing about, so its hash says
+nothing about it either.
 """
 
 from __future__ import annotations
@@ -15,15 +16,26 @@ from fedlora.common.trust.identity import digest
 DIGEST_BYTES = 32
 
 
-def share_hash(cohort: bytes, dealer: str, receiver: str, attempt: int, kind: str, share: bytes) -> bytes:
+def share_hash(
+    cohort: bytes, dealer: str, receiver: str, attempt: int, kind: str, share: bytes
+) -> bytes:
     """The hash of one share; `kind` is "b" or "s"."""
-    fields = (cohort, dealer.encode(), receiver.encode(), attempt.to_bytes(8, "big"), kind.encode(), share)
+    fields = (
+        cohort,
+        dealer.encode(),
+        receiver.encode(),
+        attempt.to_bytes(8, "big"),
+        kind.encode(),
+        share,
+    )
     return digest("fedlora-secagg-1 share", *fields)
 
 
 def seed_hash(cohort: bytes, dealer: str, attempt: int, seed: bytes) -> bytes:
     """The hash of a dealer's b itself, so that a rebuilt b can be checked."""
-    return digest("fedlora-secagg-1 seed", cohort, dealer.encode(), attempt.to_bytes(8, "big"), seed)
+    return digest(
+        "fedlora-secagg-1 seed", cohort, dealer.encode(), attempt.to_bytes(8, "big"), seed
+    )
 
 
 def leaf(hashes: bytes) -> bytes:
@@ -58,7 +70,9 @@ class MerkleTree:
 def check_path(root: bytes, found: bytes, index: int, count: int, path: bytes, where: str) -> None:
     """Refused unless `found` is the leaf at `index` of the `count` leaves under `root`."""
     if len(path) % DIGEST_BYTES:
-        raise BadInput(f"{where}: found a path of {len(path)} bytes, expected hashes of {DIGEST_BYTES}")
+        raise BadInput(
+            f"{where}: found a path of {len(path)} bytes, expected hashes of {DIGEST_BYTES}"
+        )
     siblings = [path[at : at + DIGEST_BYTES] for at in range(0, len(path), DIGEST_BYTES)]
     node = found
     while count > 1:

@@ -1,9 +1,12 @@
-"""Key agreement, key derivation and sealing: X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), ChaCha20-Poly1305 (RFC 8439).
+"""Key agreement, key derivation and sealing.
 
-A public key counts only in its canonical encoding and outside the small subgroups: so a u-coordinate has one
-encoding, and nobody can force a shared secret that others know. Two keys may still give one secret: u and 1/u differ
-by a point of order 2, which every secret multiplies away. So a key that is derived from a secret is bound to the
-names of both and to H(U1), which holds the keys as they are. A sealing key serves one message, so its nonce is 0.
+X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), ChaCha20-Poly1305 (RFC 8439).
+
+A public key counts only in its canonical encoding and outside the small subgroups: so a
+u-coordinate has one encoding, and nobody can force a shared secret that others know. Two keys may
+still give one secret: u and 1/u differ by a point of order 2, which every secret multiplies away.
+So a key that is derived from a secret is bound to the names of both and to H(U1), which holds the
+keys as they are. A sealing key serves one message, so its nonce is 0.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Fixed point in a ring, masks, and the words that detect accidents.
 
-A coordinate x becomes q = round(x · levels / bound), saturated at ±levels, as a word of Z_2^bits. Sums of n words
-are exact as long as n · levels stays below half the ring, which `Encoding.check` makes sure of before anything
-is sent. A mask is the AES-256-CTR key stream of a key that is used once; adding masks never rounds.
+A coordinate x becomes q = round(x · levels / bound), saturated at ±levels, as a word of Z_2^bits.
+Sums of n words are exact as long as n · levels stays below half the ring, which `Encoding.check`
+makes sure of before anything is sent. A mask is the AES-256-CTR key stream of a key that is used
+once; adding masks never rounds.
 
-Two words of 64 bits follow the coordinates: a count of 1, and Σ r_k q_k mod 2^64 for a public random r. They are
-masked like the rest. They detect accidents (a lost, doubled or damaged input), not attackers.
+Two words of 64 bits follow the coordinates: a count of 1, and Σ r_k q_k mod 2^64 for a public
+random r. They are masked like the rest. They detect accidents (a lost, doubled or damaged input),
+not attackers.
 """
 
 from __future__ import annotations
@@ -39,11 +41,11 @@ class Encoding:
 
     size: int
     bits: int
-    bound: float  # a coordinate saturates at ± this; a public value of its own, not the privacy clip
+    # a coordinate saturates at ± this; a public value of its own, not the privacy clip
+    bound: float
     levels: int  # integer steps from 0 to the bound
-    noise: float = (
-        0.0  # standard deviation, in levels, of what a member adds beyond the bound; an upper bound
-    )
+    # standard deviation, in levels, of what a member adds beyond the bound; an upper bound
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         faults = []
@@ -61,8 +63,13 @@ class Encoding:
             raise BadInput([f"secure aggregation {fault}" for fault in faults])
 
     @classmethod
-    def fitting(cls, size: int, bound: float, levels: int, members: int, noise: float = 0.0) -> Encoding:
-        """The narrower ring in which a sum of `members` words is exact; BadInput where neither is wide enough."""
+    def fitting(
+        cls, size: int, bound: float, levels: int, members: int, noise: float = 0.0
+    ) -> Encoding:
+        """The narrower ring in which a sum of `members` words is exact.
+
+        BadInput where neither is wide enough.
+        """
         narrow = cls(size, 32, bound, levels, noise)
         if narrow.fits(members):
             return narrow
@@ -82,8 +89,9 @@ class Encoding:
         """BadInput where a sum could wrap."""
         if not self.fits(members):
             raise BadInput(
-                f"secure aggregation range: {members} members of {self.levels} levels with noise {self.noise:g} do "
-                f"not fit half of 2^{self.bits}: expected fewer members or levels"
+                f"secure aggregation range: {members} members of {self.levels} levels with noise"
+                f" {self.noise:g} do not fit half of 2^{self.bits}: expected fewer members or"
+                " levels"
             )
 
     @property
@@ -96,7 +104,10 @@ class Encoding:
         return self.size * self.bits // 8 + 8 * CHECK_WORDS
 
     def encode(self, values: npt.NDArray[np.floating[Any]]) -> Ints:
-        """(size,) int64 levels, to the nearest; BadInput for another shape or a value that is not finite."""
+        """(size,) int64 levels, to the nearest.
+
+        BadInput for another shape or a value that is not finite.
+        """
         if values.shape != (self.size,):
             raise BadInput(f"update: found shape {values.shape}, expected ({self.size},)")
         if not np.isfinite(values).all():
@@ -117,7 +128,8 @@ class Masked:
     encoding: Encoding
     body: WordArray  # (size,)
     tail: npt.NDArray[np.uint64]  # (CHECK_WORDS,)
-    _scratch: bytearray = field(default_factory=bytearray, repr=False)  # for key streams, kept between masks
+    # for key streams, kept between masks
+    _scratch: bytearray = field(default_factory=bytearray, repr=False)
 
     @classmethod
     def zeros(cls, encoding: Encoding) -> Masked:
@@ -127,7 +139,9 @@ class Masked:
     def of(cls, encoding: Encoding, values: Ints, check_key: bytes) -> Masked:
         """A node's unmasked input: its levels, a count of 1, and the linear check."""
         if values.shape != (encoding.size,) or values.dtype != np.int64:
-            raise BadInput(f"levels: found {values.dtype} {values.shape}, expected int64 ({encoding.size},)")
+            raise BadInput(
+                f"levels: found {values.dtype} {values.shape}, expected int64 ({encoding.size},)"
+            )
         body = values.astype(encoding.dtype)  # two's complement: the ring's own signs
         tail = np.array([1, linear_check(check_key, values)], dtype="<u8")
         return cls(encoding, body, tail)
@@ -170,7 +184,10 @@ class Masked:
         return self.body.view(signed).astype(np.int64)
 
     def check(self, members: int, check_key: bytes) -> Ints:
-        """The levels of an unmasked sum of `members` inputs; BadInput where a check word or the range is off."""
+        """The levels of an unmasked sum of `members` inputs.
+
+        BadInput where a check word or the range is off.
+        """
         values = self.levels()
         count, linear = (int(word) for word in self.tail)
         if count != members:

@@ -1,7 +1,7 @@
 """Shamir's secret sharing over the field of P = 2^256 - 189 (Shamir 1979).
 
-A secret below P is the value at 0 of a random polynomial of degree t - 1; a share is its value at x = 1 … n.
-t shares give it back, t - 1 say nothing about it.
+A secret below P is the value at 0 of a random polynomial of degree t - 1; a share is its value at x
+= 1 … n. t shares give it back, t - 1 say nothing about it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def split(secret: int, threshold: int, holders: int, draw: RandomBytes) -> list[
 def weights_at_zero(places: Sequence[int]) -> list[int]:
     """Lagrange weights of distinct places x > 0 for the value at 0."""
     if not places or len(set(places)) != len(places) or min(places) < 1:
-        raise BadInput(f"shares: found the places {list(places)[:8]}, expected distinct numbers from 1")
+        raise BadInput(
+            f"shares: found the places {list(places)[:8]}, expected distinct numbers from 1"
+        )
     weights = []
     for x in places:
         above, below = 1, 1
@@ -61,7 +63,9 @@ def from_bytes(data: bytes, where: str) -> int:
     """A field element; BadInput for another length or a number not below P."""
     value = int.from_bytes(data, "big")
     if len(data) != BYTES or value >= P:
-        raise BadInput(f"{where}: found {len(data)} bytes that are no field element, expected {BYTES}")
+        raise BadInput(
+            f"{where}: found {len(data)} bytes that are no field element, expected {BYTES}"
+        )
     return value
 
 

@@ -1,8 +1,9 @@
 """Contexts and messages as canonical bytes.
 
-Every message is `framed`: a tag and its fields, each behind its length in 8 bytes, big-endian; a list is a field that
-is framed itself. Numbers have 8 bytes, big-endian; names are UTF-8. One value has one encoding: whatever does not
-read back to the same bytes is refused. `CLEAR_FIELDS` is all that a coordinator sees of a node.
+Every message is `framed`: a tag and its fields, each behind its length in 8 bytes, big-endian; a
+list is a field that is framed itself. Numbers have 8 bytes, big-endian; names are UTF-8. One value
+has one encoding: whatever does not read back to the same bytes is refused. `CLEAR_FIELDS` is all
+that a coordinator sees of a node.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from fedlora.common.errors import BadInput
 from fedlora.common.trust.identity import KEY_BYTES, SIGNATURE_BYTES, digest, framed
 
 PROTOCOL = "fedlora-secagg-1"
-KEYS, COHORT, SHARES, DEALERS = (f"{PROTOCOL} {stage}" for stage in ("keys", "cohort", "shares", "dealers"))
+KEYS, COHORT, SHARES, DEALERS = (
+    f"{PROTOCOL} {stage}" for stage in ("keys", "cohort", "shares", "dealers")
+)
 INPUT, SURVIVORS, CONFIRM, AGREEMENT, OPENING = (
     f"{PROTOCOL} {stage}" for stage in ("masked", "survivors", "confirm", "agreement", "opening")
 )
@@ -25,8 +28,9 @@ MOST_ATTEMPTS = 256  # of an epoch
 MOST_NAME_BYTES = 256
 _LENGTH = 8
 
-# What a coordinator sees of a node, and why it says nothing about that node's update. docs/secure-aggregation.md
-# holds this as a table; a test compares it, and that no message has another field.
+# What a coordinator sees of a node, and why it says nothing about that node's update.
+# docs/secure-aggregation.md holds this as a table; a test compares it, and that no message has
+# another field.
 CLEAR_FIELDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "KeyOffer": {
@@ -141,17 +145,22 @@ class KeyOffer:
     def from_bytes(cls, data: bytes) -> KeyOffer:
         epoch, name, share_key, masks, signature = fields_of(data, KEYS, 5)
         mask_keys = tuple(fields_of(masks, "list", None, MOST_ATTEMPTS, KEY_BYTES))
-        return cls(name_of(name), sized(epoch, 32), sized(share_key, 32), mask_keys, _signature(signature))
+        return cls(
+            name_of(name), sized(epoch, 32), sized(share_key, 32), mask_keys, _signature(signature)
+        )
 
 
 @dataclass(frozen=True)
 class Deal:
-    """Stage 2, node to coordinator: sealed shares for every peer of U1, in order, and what is signed of them."""
+    """Stage 2, node to coordinator: sealed shares for every peer of U1, in order, and what is
+    signed of them.
+    """
 
     name: str
     cohort: bytes
     sealed: tuple[bytes, ...]  # empty at the dealer's own place
-    hashes: bytes  # for each receiver in order, for each attempt: of the share of b, of the share of s
+    # for each receiver in order, for each attempt: of the share of b, of the share of s
+    hashes: bytes
     seeds: bytes  # for each attempt: of b
     signature: bytes = b""
 
@@ -191,7 +200,10 @@ class Dealer:
 
 @dataclass(frozen=True)
 class Delivery:
-    """Stage 2, coordinator to one node: U2, and for each of its dealers that node's sealed shares and path."""
+    """Stage 2, coordinator to one node.
+
+    U2, and for each of its dealers that node's sealed shares and path.
+    """
 
     dealers: tuple[Dealer, ...]
     sealed: tuple[bytes, ...]
@@ -204,10 +216,14 @@ class Delivery:
     @classmethod
     def from_bytes(cls, data: bytes) -> Delivery:
         dealers, sealed, paths = fields_of(data, DEALERS, 3)
-        read = tuple(Dealer.from_bytes(each) for each in fields_of(dealers, "list", None, MOST_MEMBERS))
+        read = tuple(
+            Dealer.from_bytes(each) for each in fields_of(dealers, "list", None, MOST_MEMBERS)
+        )
         parts = [tuple(fields_of(each, "list", None, MOST_MEMBERS)) for each in (sealed, paths)]
         if not len(read) == len(parts[0]) == len(parts[1]):
-            raise BadInput(f"{DEALERS}: found lists of {len(read)}, {len(parts[0])} and {len(parts[1])}")
+            raise BadInput(
+                f"{DEALERS}: found lists of {len(read)}, {len(parts[0])} and {len(parts[1])}"
+            )
         return cls(read, *parts)
 
 
@@ -222,17 +238,29 @@ class MaskedInput:
     signature: bytes = b""
 
     def signed(self) -> tuple[bytes, ...]:
-        return (self.context, self.dealers, self.name.encode(), digest("vector", bytes(self.vector)))
+        return (
+            self.context,
+            self.dealers,
+            self.name.encode(),
+            digest("vector", bytes(self.vector)),
+        )
 
     def to_bytes(self) -> bytes:
         return framed(
-            INPUT, self.name.encode(), self.context, self.dealers, bytes(self.vector), self.signature
+            INPUT,
+            self.name.encode(),
+            self.context,
+            self.dealers,
+            bytes(self.vector),
+            self.signature,
         )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> MaskedInput:
         name, context, dealers, vector, signature = fields_of(data, INPUT, 5)
-        return cls(name_of(name), sized(context, 32), sized(dealers, 32), vector, _signature(signature))
+        return cls(
+            name_of(name), sized(context, 32), sized(dealers, 32), vector, _signature(signature)
+        )
 
 
 @dataclass(frozen=True)
@@ -253,7 +281,10 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class Opening:
-    """Stage 5, node to coordinator: one share for each of U2, in order; `NO_SHARE` where the dealer's was bad."""
+    """Stage 5, node to coordinator: one share for each of U2, in order.
+
+    `NO_SHARE` where the dealer's was bad.
+    """
 
     name: str
     shares: bytes
@@ -298,20 +329,26 @@ def agreement_to_bytes(confirmations: Sequence[Confirmation]) -> bytes:
 
 
 def agreement_from_bytes(data: bytes) -> tuple[Confirmation, ...]:
-    return tuple(Confirmation.from_bytes(each) for each in fields_of(data, AGREEMENT, None, MOST_MEMBERS))
+    return tuple(
+        Confirmation.from_bytes(each) for each in fields_of(data, AGREEMENT, None, MOST_MEMBERS)
+    )
 
 
 def fields_of(
     data: bytes, tag: str, count: int | None, most: int = 16, size: int | None = None
 ) -> list[bytes]:
-    """The fields behind `tag`; BadInput unless there are `count` of them (None: up to `most`) and nothing else."""
+    """The fields behind `tag`; BadInput unless there are `count` of them (None: up to `most`) and
+    nothing else.
+    """
     parts: list[bytes] = []
     at = 0
     while at < len(data):
         end = at + _LENGTH
         length = struct.unpack(">Q", data[at:end])[0] if end <= len(data) else len(data)
         if length > len(data) - end or len(parts) > (most if count is None else count):
-            raise BadInput(f"{tag}: found a field that does not end within the message, or too many fields")
+            raise BadInput(
+                f"{tag}: found a field that does not end within the message, or too many fields"
+            )
         parts.append(bytes(data[end : end + length]))
         at = end + length
     if not parts or parts[0] != tag.encode():

@@ -1,8 +1,11 @@
-"""How an institution and a federation get to know each other: a request one way, an invitation the other.
+"""How an institution and a federation get to know each other.
 
-Both are signed by who wrote them, which shows that the writer holds the key, and nothing more: that the key is
-the right one, two people settle by reading fingerprints to each other on the telephone. Peers are admitted to an
-institution's roster by its own operator, from a peer's request; a coordinator can remove one, never add one.
+A request one way, an invitation the other.
+
+Both are signed by who wrote them, which shows that the writer holds the key, and nothing more: that
+the key is the right one, two people settle by reading fingerprints to each other on the telephone.
+Peers are admitted to an institution's roster by its own operator, from a peer's request; a
+coordinator can remove one, never add one.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from fedlora.common.trust.sealed import Sealed, seal, unseal
 REQUEST_TAG = "fedlora-enrolment-1"
 INVITATION_TAG = "fedlora-invitation-1"
 VERSION = 1
-NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,62}[a-z0-9])?")  # safe as a file name, in a log and on a line
+# safe as a file name, in a log and on a line
+NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,62}[a-z0-9])?")
 FEDERATION = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
 MAX_TEXT = 1 << 16
 REQUEST, INVITATION, ROTATION = "an enrolment request", "an invitation", "a rotation"
@@ -93,7 +97,9 @@ def request_from_text(text: str, where: str) -> EnrolmentRequest:
     fields = _fields(sealed, FIELDS[REQUEST], where)
     if not NAME.fullmatch(fields["name"]):
         found = fields["name"][:80]
-        raise BadInput(f"{where} name: found {found!r}, expected lower-case letters, digits, '.' and '-'")
+        raise BadInput(
+            f"{where} name: found {found!r}, expected lower-case letters, digits, '.' and '-'"
+        )
     _check_line(fields["organisation"], f"{where} organisation")
     check_flower_key(fields["flower_key"], f"{where} flower_key")
     try:
@@ -124,7 +130,10 @@ def invitation_from_text(text: str, where: str) -> Invitation:
     fields = _fields(sealed, FIELDS[INVITATION], where)
     _check_line(fields["federation"], f"{where} federation")
     host, _, port = fields["address"].rpartition(":")
-    if not re.fullmatch(r"[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:]{2,39}\]", host) or not port.isdecimal():
+    if (
+        not re.fullmatch(r"[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:]{2,39}\]", host)
+        or not port.isdecimal()
+    ):
         raise BadInput(f"{where} address: found {fields['address'][:80]!r}, expected host:port")
     if not 0 < int(port[:6]) < 65536:
         raise BadInput(f"{where} address: found port {port[:6]}, expected 1 to 65535")
@@ -133,7 +142,10 @@ def invitation_from_text(text: str, where: str) -> Invitation:
 
 
 def certificate_fingerprint(pem: str, where: str) -> str:
-    """SHA-256 of a certificate, in groups as an identity's fingerprint; BadInput where it is none."""
+    """SHA-256 of a certificate, in groups as an identity's fingerprint.
+
+    BadInput where it is none.
+    """
     try:
         certificate = x509.load_pem_x509_certificate(pem.encode())
     except ValueError as error:
@@ -145,7 +157,10 @@ def certificate_fingerprint(pem: str, where: str) -> str:
 
 
 def check_flower_key(line: str, where: str) -> None:
-    """BadInput unless `line` is the OpenSSH public key that Flower's node authentication takes: ECDSA, P-384."""
+    """BadInput unless `line` is the OpenSSH public key that Flower's node authentication takes.
+
+    ECDSA, P-384.
+    """
     expected = "expected an OpenSSH line of an ECDSA P-384 public key"
     if not re.fullmatch(r"ecdsa-sha2-nistp384 [A-Za-z0-9+/=]{1,400}", line):
         raise BadInput(f"{where}: found {line[:60]!r}, {expected}")
@@ -156,12 +171,18 @@ def check_flower_key(line: str, where: str) -> None:
     if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP384R1):
         raise BadInput(f"{where}: found another kind of key, {expected}")
     if key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() != line:
-        # base64 leaves room for other spellings; keys are told apart by their text, and Flower's by what it says
-        raise BadInput(f"{where}: found another spelling of a key, expected the one that ssh-keygen writes")
+        # base64 leaves room for other spellings; keys are told apart by their text, and Flower's by
+        # what it says
+        raise BadInput(
+            f"{where}: found another spelling of a key, expected the one that ssh-keygen writes"
+        )
 
 
 def check_kind(text: str, expected: str, where: str) -> None:
-    """BadInput where a text is plainly one of the others: its signature would be wrong under this one's tag too."""
+    """BadInput where a text is plainly one of the others.
+
+    Its signature would be wrong under this one's tag too.
+    """
     try:
         keys = set(json.loads(text)["body"])
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -184,8 +205,12 @@ def _fields(sealed: Sealed, names: tuple[str, ...], where: str) -> dict[str, str
     if type(version) is not int or version != VERSION:
         raise BadInput(f"{where} version: found {str(version)[:20]!r}, expected {VERSION}")
     if set(sealed.body) != {"version", *names}:
-        raise BadInput(f"{where}: found fields {sorted(sealed.body)}, expected {', '.join(names)}"[:400])
-    faults = [f"{where} {name}: expected text" for name in names if not isinstance(sealed.body[name], str)]
+        raise BadInput(
+            f"{where}: found fields {sorted(sealed.body)}, expected {', '.join(names)}"[:400]
+        )
+    faults = [
+        f"{where} {name}: expected text" for name in names if not isinstance(sealed.body[name], str)
+    ]
     if faults:
         raise BadInput(faults)
     return {name: str(sealed.body[name]) for name in names}

@@ -1,7 +1,8 @@
 """Who speaks: Ed25519 identities, and what they sign.
 
-Everything signed is framed: a tag that names the protocol and the stage, then each field with its length before
-it. So no two lists of fields give the same bytes, and a signature made for one stage is worth nothing in another.
+Everything signed is framed: a tag that names the protocol and the stage, then each field with its
+length before it. So no two lists of fields give the same bytes, and a signature made for one stage
+is worth nothing in another.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ KEY_BYTES, SIGNATURE_BYTES = 32, 64
 
 
 def framed(tag: str, *fields: bytes) -> bytes:
-    """The bytes that are hashed or signed: tag and fields, each behind its length as 8 bytes, big-endian."""
+    """The bytes that are hashed or signed.
+
+    Tag and fields, each behind its length as 8 bytes, big-endian.
+    """
     return b"".join(_pieces(tag, fields))
 
 
@@ -55,7 +59,9 @@ class PublicIdentity:
 
     @classmethod
     def from_text(cls, text: str, where: str) -> PublicIdentity:
-        """From `ed25519:` and base64, as `text` writes it. No fault quotes `text`: it may be a private key."""
+        """From `ed25519:` and base64, as `text` writes it. No fault quotes `text`: it may be a
+        private key.
+        """
         kind, _, rest = text.strip().partition(":")
         expected = f"expected a public key: ed25519: and {KEY_BYTES} bytes in base64"
         if kind != "ed25519":
@@ -74,7 +80,9 @@ class PublicIdentity:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the key in eight groups of eight hexadecimal digits, to be read out on the telephone."""
+        """SHA-256 of the key in eight groups of eight hexadecimal digits, to be read out on the
+        telephone.
+        """
         found = hashlib.sha256(self.key).hexdigest()
         return " ".join(found[at : at + 8] for at in range(0, 64, 8))
 
@@ -83,7 +91,9 @@ class PublicIdentity:
         try:
             Ed25519PublicKey.from_public_bytes(self.key).verify(signature, framed(tag, *fields))
         except (InvalidSignature, ValueError) as error:
-            raise Refused(f"{tag}: found a signature that {self.fingerprint[:17]}… did not make") from error
+            raise Refused(
+                f"{tag}: found a signature that {self.fingerprint[:17]}… did not make"
+            ) from error
 
 
 def _kind_of(text: str) -> str:
@@ -99,7 +109,9 @@ class Identity:
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
-        raw = key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+        raw = key.public_key().public_bytes(
+            serialization.Encoding.Raw, serialization.PublicFormat.Raw
+        )
         self.public = PublicIdentity(raw)
 
     @classmethod
@@ -110,7 +122,9 @@ class Identity:
     def create(cls, path: Path) -> Identity:
         """A new identity at `path` (PEM, mode 0600); BadInput where one lies there."""
         if path.exists():
-            raise BadInput(f"{path}: found a key, expected none: a new identity would orphan the old one")
+            raise BadInput(
+                f"{path}: found a key, expected none: a new identity would orphan the old one"
+            )
         identity = cls.generate()
         identity.write(path)
         return identity
@@ -122,14 +136,18 @@ class Identity:
         try:
             key = serialization.load_pem_private_key(data, password=None)
         except (ValueError, TypeError) as error:
-            raise BadInput(f"{path}: found no private key, expected an Ed25519 key in PEM") from error
+            raise BadInput(
+                f"{path}: found no private key, expected an Ed25519 key in PEM"
+            ) from error
         if not isinstance(key, Ed25519PrivateKey):
             raise BadInput(f"{path}: found a {type(key).__name__}, expected an Ed25519 key")
         return cls(key)
 
     def write(self, path: Path) -> None:
         pem = self._key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, pem, mode=0o600)
@@ -140,7 +158,10 @@ class Identity:
 
 
 def read_private(path: Path) -> bytes:
-    """The bytes of a file that nobody but its owner may read; Refused or BadInput where it is not that."""
+    """The bytes of a file that nobody but its owner may read.
+
+    Refused or BadInput where it is not that.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -155,7 +176,10 @@ def read_private(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class Signed:
-    """A body that one identity signed for one purpose; `tag` is known to the reader, and is not sent."""
+    """A body that one identity signed for one purpose.
+
+    `tag` is known to the reader, and is not sent.
+    """
 
     body: bytes
     signer: PublicIdentity

@@ -1,7 +1,9 @@
-"""A member's new identity: its new enrolment request, handed over under the signature of the old key.
+"""A member's new identity: its new enrolment request, handed over under the signature of the old
+key.
 
-So whoever holds the old key names its successor, and the new key shows in the request that it agrees. Where the
-old key is lost, there is no rotation: the member is revoked and enrols anew, with fingerprints on the telephone.
+So whoever holds the old key names its successor, and the new key shows in the request that it
+agrees. Where the old key is lost, there is no rotation: the member is revoked and enrols anew, with
+fingerprints on the telephone.
 """
 
 from __future__ import annotations
@@ -10,7 +12,13 @@ import json
 from dataclasses import dataclass
 
 from fedlora.common.errors import BadInput
-from fedlora.common.trust.enrolment import MAX_TEXT, ROTATION, EnrolmentRequest, check_kind, request_from_text
+from fedlora.common.trust.enrolment import (
+    MAX_TEXT,
+    ROTATION,
+    EnrolmentRequest,
+    check_kind,
+    request_from_text,
+)
 from fedlora.common.trust.identity import Identity, PublicIdentity
 from fedlora.common.trust.sealed import seal, unseal
 
@@ -34,7 +42,10 @@ def rotation_to_text(old: Identity, request: str) -> str:
 
 
 def is_rotation(text: str) -> bool:
-    """Whether a signed text is meant as a rotation, and not as a request; who signed it is not asked."""
+    """Whether a signed text is meant as a rotation, and not as a request.
+
+    Who signed it is not asked.
+    """
     try:
         return bool(json.loads(text[: 2 * MAX_TEXT])["body"].keys() == {"request"})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

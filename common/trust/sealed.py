@@ -1,7 +1,8 @@
 """Signed tables as text: what a person can read, a signature covers, and no flipped byte survives.
 
-A sealed text is JSON with a body, the key of who signed it and the signature. It has one spelling only: a text
-that reads the same but is written in another way is refused, so that any change to the file is noticed.
+A sealed text is JSON with a body, the key of who signed it and the signature. It has one spelling
+only: a text that reads the same but is written in another way is refused, so that any change to the
+file is noticed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def seal(identity: Identity, tag: str, body: Mapping[str, Any]) -> str:
 def unseal(text: str, tag: str, where: str, expected: PublicIdentity | None = None) -> Sealed:
     """The table; Refused unless who is named signed it, and is `expected` where that is given.
 
-    Without `expected` this shows integrity only: that the text is as its signer wrote it, whoever that is.
+    Without `expected` this shows integrity only: that the text is as its signer wrote it, whoever
+    that is.
     """
     try:
         if len(text) > MAX_TEXT_BYTES:
@@ -45,7 +47,9 @@ def unseal(text: str, tag: str, where: str, expected: PublicIdentity | None = No
         signature = base64.b64decode(encoded, validate=True)
         canonical = _canonical(body)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BadInput(f"{where}: found no signed text, expected body, signer and signature") from error
+        raise BadInput(
+            f"{where}: found no signed text, expected body, signer and signature"
+        ) from error
     if not isinstance(body, dict) or not isinstance(signer, str):
         raise BadInput(f"{where}: found no signed text, expected a table that somebody signed")
     found = PublicIdentity.from_text(signer, f"{where} signer")

@@ -1,8 +1,11 @@
-"""The federation's own certificate authority: one key, one certificate for the address that institutions dial.
+"""The federation's own certificate authority.
 
-Institutions pin the authority's certificate when they join, so the server's certificate can be renewed at any
-time without asking them. Everything is ECDSA on P-384. Keys are PEM of mode 0600. A renewal keeps the key and
-replaces one file, so that a kill never leaves a key beside another key's certificate.
+One key, one certificate for the address that institutions dial.
+
+Institutions pin the authority's certificate when they join, so the server's certificate can be
+renewed at any time without asking them. Everything is ECDSA on P-384. Keys are PEM of mode 0600. A
+renewal keeps the key and replaces one file, so that a kill never leaves a key beside another key's
+certificate.
 """
 
 from __future__ import annotations
@@ -51,10 +54,14 @@ class Authority:
 
     @classmethod
     def create(cls, folder: Path, federation: str, now: datetime | None = None) -> Authority:
-        """A new authority in `folder`; BadInput where one lies there, since institutions have pinned it."""
+        """A new authority in `folder`; BadInput where one lies there, since institutions have
+        pinned it.
+        """
         for name in (CA_KEY, CA_CERTIFICATE):
             if (folder / name).exists():
-                raise BadInput(f"{folder / name}: found one, expected none: institutions have pinned it")
+                raise BadInput(
+                    f"{folder / name}: found one, expected none: institutions have pinned it"
+                )
         key = generate_private_key(SECP384R1())
         certificate = _authority_certificate(key, federation, now or datetime.now(UTC))
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +71,9 @@ class Authority:
 
     @classmethod
     def load(cls, folder: Path) -> Authority:
-        """BadInput where key and certificate don't belong together, Refused where others can read the key."""
+        """BadInput where key and certificate don't belong together, Refused where others can read
+        the key.
+        """
         key = read_key(folder / CA_KEY)
         certificate = read_certificate(folder / CA_CERTIFICATE)
         _check_pair(key, certificate, folder / CA_KEY, folder / CA_CERTIFICATE)
@@ -84,7 +93,9 @@ def issue_server(
     new_key: bool = False,
     now: datetime | None = None,
 ) -> x509.Certificate:
-    """Write a certificate for `hosts` (names and IP addresses) to `folder`; its key is kept where one is there."""
+    """Write a certificate for `hosts` (names and IP addresses) to `folder`; its key is kept where
+    one is there.
+    """
     faults = [
         f"host: found {host[:80]!r}, expected a host name or an IP address"
         for host in hosts
@@ -107,7 +118,10 @@ def issue_server(
 def check_server(
     folder: Path, authority: x509.Certificate, host: str, now: datetime | None = None
 ) -> x509.Certificate:
-    """The server's certificate; BadInput where it would fail at the institutions: key, authority, time or host."""
+    """The server's certificate; BadInput where it would fail at the institutions.
+
+    Key, authority, time or host.
+    """
     path, now = folder / SERVER_CERTIFICATE, now or datetime.now(UTC)
     certificate = read_certificate(path)
     _check_pair(read_key(folder / SERVER_KEY), certificate, folder / SERVER_KEY, path)
@@ -115,12 +129,15 @@ def check_server(
         certificate.verify_directly_issued_by(authority)
     except (InvalidSignature, ValueError, TypeError) as error:
         raise BadInput(
-            f"{path}: found a certificate of another authority, expected one of {_name(authority)!r}"
+            f"{path}: found a certificate of another authority, expected one of"
+            f" {_name(authority)!r}"
         ) from error
     _check_time(authority, "certificate authority", now)
     _check_time(certificate, str(path), now)
     if host not in hosts_of(certificate):
-        raise BadInput(f"{path}: found the hosts {', '.join(hosts_of(certificate))}, expected {host}")
+        raise BadInput(
+            f"{path}: found the hosts {', '.join(hosts_of(certificate))}, expected {host}"
+        )
     return certificate
 
 
@@ -143,7 +160,9 @@ def read_certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
-        raise BadInput(f"{path}: can't be read ({error.strerror}), expected a certificate in PEM") from error
+        raise BadInput(
+            f"{path}: can't be read ({error.strerror}), expected a certificate in PEM"
+        ) from error
     except ValueError as error:
         raise BadInput(f"{path}: found no certificate, expected one in PEM") from error
 
@@ -160,7 +179,9 @@ def read_key(path: Path) -> EllipticCurvePrivateKey:
     return key
 
 
-def _authority_certificate(key: EllipticCurvePrivateKey, federation: str, now: datetime) -> x509.Certificate:
+def _authority_certificate(
+    key: EllipticCurvePrivateKey, federation: str, now: datetime
+) -> x509.Certificate:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{federation[:40]} federation")])
     usage = _usage(sign_certificates=True)
     return (
@@ -173,7 +194,11 @@ def _authority_certificate(key: EllipticCurvePrivateKey, federation: str, now: d
 
 
 def _server_certificate(
-    authority: Authority, key: EllipticCurvePrivateKey, hosts: Sequence[str], now: datetime, days: int
+    authority: Authority,
+    key: EllipticCurvePrivateKey,
+    hosts: Sequence[str],
+    now: datetime,
+    days: int,
 ) -> x509.Certificate:
     public, issuer = key.public_key(), authority.key.public_key()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
@@ -220,10 +245,16 @@ def _general_name(host: str) -> x509.GeneralName:
 
 
 def _is_host(host: str) -> bool:
-    return isinstance(_general_name(host), x509.IPAddress) if ":" in host else bool(HOST.fullmatch(host))
+    return (
+        isinstance(_general_name(host), x509.IPAddress)
+        if ":" in host
+        else bool(HOST.fullmatch(host))
+    )
 
 
-def _check_pair(key: EllipticCurvePrivateKey, certificate: x509.Certificate, at: Path, path: Path) -> None:
+def _check_pair(
+    key: EllipticCurvePrivateKey, certificate: x509.Certificate, at: Path, path: Path
+) -> None:
     if certificate.public_key() != key.public_key():
         raise BadInput(f"{path}: found a certificate of another key, expected one of {at}")
 
@@ -231,7 +262,9 @@ def _check_pair(key: EllipticCurvePrivateKey, certificate: x509.Certificate, at:
 def _check_time(certificate: x509.Certificate, where: str, now: datetime) -> None:
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > end:
-        raise BadInput(f"{where}: expired on {end:%Y-%m-%d}, expected a valid certificate; renew it")
+        raise BadInput(
+            f"{where}: expired on {end:%Y-%m-%d}, expected a valid certificate; renew it"
+        )
     if now < start:
         raise BadInput(f"{where}: valid from {start:%Y-%m-%d} only; is this machine's clock right?")
 

@@ -17,4 +17,5 @@ class Coordinator:
     federation: str
     identity: Identity
     members: Members  # the active ones, at this moment
-    former: Callable[[str], Sequence[PublicIdentity]] = lambda name: ()  # keys that a member had before
+    # keys that a member had before
+    former: Callable[[str], Sequence[PublicIdentity]] = lambda name: ()

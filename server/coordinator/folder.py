@@ -1,4 +1,5 @@
-"""A coordinator's folder: everything that a federation's server needs, made in one go or not at all.
+"""A coordinator's folder: everything that a federation's server needs, made in one go or not at
+all.
 
 coordinator.toml     federation, address, ports
 coordinator.pub      the public key that manifests and exports are verified with
@@ -49,7 +50,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 MAX_SETTINGS_BYTES = 1 << 16
 LOOPBACK = ("localhost", "127.0.0.1")  # nginx and the run's own processes reach SuperLink there
 PORT = {"rule": Bounds(1, 65535)}
-HOST = Pattern(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}|[0-9A-Fa-f:]{2,39}", "a host name or an IP address")
+HOST = Pattern(
+    r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}|[0-9A-Fa-f:]{2,39}", "a host name or an IP address"
+)
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,17 @@ class Directory:
     def create(
         cls, path: Path, federation: str, host: str, port: int = 9443, superlink_port: int = 9300
     ) -> Directory:
-        """A new folder at `path`, whole or not at all; BadInput where a name is none or something lies there."""
+        """A new folder at `path`, whole or not at all.
+
+        BadInput where a name is none or something lies there.
+        """
         given, path = path, path.absolute()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise BadInput(f"{path}: found something there, expected no folder or an empty one")
         if not re.fullmatch(r"[\w/.@+ -]+", str(path)):
-            raise BadInput(f"{str(path)!r}: found a path that nginx.conf can't name, expected plain letters")
+            raise BadInput(
+                f"{str(path)!r}: found a path that nginx.conf can't name, expected plain letters"
+            )
         text = _filled(SETTINGS, {
             "FEDERATION": literal(federation),
             "HOST": literal(host),
@@ -151,7 +159,9 @@ class Directory:
         check_server(self.root / "tls", authority, self.settings.address.host)
 
     def renew(self, days: int = SERVER_DAYS, new_key: bool = False) -> None:
-        """A new server certificate, invitation and proxy configuration for the address in the settings."""
+        """A new server certificate, invitation and proxy configuration for the address in the
+        settings.
+        """
         authority, host = self.authority, self.settings.address.host
         issue_server(authority, self.root / "tls", _hosts(host), days=days, new_key=new_key)
         write_atomically(self.root / INVITATION, self.invitation().encode())
@@ -165,12 +175,17 @@ class Directory:
     def coordinator(self) -> Coordinator:
         """Who speaks in a run, and to whom: members are read anew each time they are asked for."""
         registry = self.registry
-        return Coordinator(self.settings.federation, self.identity, registry.active, registry.former)
+        return Coordinator(
+            self.settings.federation, self.identity, registry.active, registry.former
+        )
 
     def superlink_files(self) -> Files:
         tls = self.root / "tls"
         return Files(
-            self.root / "ca" / "ca.crt", tls / "server.crt", tls / "server.key", self.root / "superlink"
+            self.root / "ca" / "ca.crt",
+            tls / "server.crt",
+            tls / "server.key",
+            self.root / "superlink",
         )
 
     def flower_keys(self) -> Mapping[str, str]:
@@ -192,8 +207,9 @@ class Directory:
             return {name: (int(node), str(key)) for name, (node, key) in table.items()}
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(
-                f"{path}: found no table of node numbers and keys, expected what was written; where it is lost, "
-                f"remove {path.parent / 'superlink.db'} too: all nodes are then registered anew"
+                f"{path}: found no table of node numbers and keys, expected what was written; where"
+                f" it is lost, remove {path.parent / 'superlink.db'} too: all nodes are then"
+                " registered anew"
             ) from error
 
     def write_registered(self, nodes: Mapping[str, tuple[int, str]]) -> None:
@@ -202,7 +218,11 @@ class Directory:
 
     def runs(self) -> list[Path]:
         """Folders of the runs that were begun, oldest first."""
-        found = [path for path in (self.root / "runs").glob("*") if path.name.isdecimal() and path.is_dir()]
+        found = [
+            path
+            for path in (self.root / "runs").glob("*")
+            if path.name.isdecimal() and path.is_dir()
+        ]
         return sorted(found, key=lambda path: int(path.name))
 
     def new_run(self) -> Path:
@@ -214,7 +234,9 @@ class Directory:
 
 
 def _training(public: Path) -> str:
-    """The example, with the paths of public files as they are said in the directory that init runs in."""
+    """The example, with the paths of public files as they are said in the directory that init runs
+    in.
+    """
     places = {"TEST": public / "test.parquet", "VALIDATION": public / "validation.parquet"}
     return _filled(TRAINING, {name: literal(str(path)) for name, path in places.items()})
 
@@ -273,7 +295,10 @@ def _proxy(root: Path, settings: Settings) -> str:
 
 
 def _worker() -> str:
-    """Where root starts nginx, its worker must be able to write a body into this folder: it is the owner's."""
+    """Where root starts nginx, its worker must be able to write a body into this folder.
+
+    It is the owner's.
+    """
     try:
         owner = pwd.getpwuid(os.geteuid())
         group = grp.getgrgid(owner.pw_gid)

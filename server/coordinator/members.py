@@ -1,9 +1,11 @@
-"""Who is a member: `members.json`, signed by the coordinator's identity and read anew whenever somebody asks.
+"""Who is a member: `members.json`, signed by the coordinator's identity and read anew whenever
+somebody asks.
 
-A request enrols once. One name, one organisation, one identity and one Flower key belong to one member: two of a
-kind would let one organisation count twice in a cohort. An identity that was ever a member's never comes back
-under another name, and a revoked one never comes back at all. An entry is closed, never deleted. Each version has
-a number that is kept in a second place, so that an older copy, in which a revoked key is alive, is refused.
+A request enrols once. One name, one organisation, one identity and one Flower key belong to one
+member: two of a kind would let one organisation count twice in a cohort. An identity that was ever
+a member's never comes back under another name, and a revoked one never comes back at all. An entry
+is closed, never deleted. Each version has a number that is kept in a second place, so that an older
+copy, in which a revoked key is alive, is refused.
 """
 
 from __future__ import annotations
@@ -51,7 +53,10 @@ class Registry:
     """The members of a federation, in one signed file."""
 
     def __init__(self, path: Path, coordinator: Identity, revision: Path | None = None) -> None:
-        """`revision`: where the number of the newest version is kept; beside `path`, if nothing else is said."""
+        """`revision`: where the number of the newest version is kept.
+
+        Beside `path`, if nothing else is said.
+        """
         self._path, self._coordinator = path, coordinator
         self._revision = revision or path.with_suffix(".revision")
 
@@ -67,7 +72,8 @@ class Registry:
     def members(self) -> tuple[Member, ...]:
         """Every entry, ended ones too, in the order of enrolment.
 
-        Refused where the coordinator did not sign it, or it is an older copy, in which ended keys count again.
+        Refused where the coordinator did not sign it, or it is an older copy, in which ended keys
+        count again.
         """
         body = self._body()
         return tuple(_member(row, self._path.name) for row in body.get("members", []))
@@ -88,8 +94,9 @@ class Registry:
         revision = sealed.body.get("revision", 0)
         if type(revision) is not int or revision < kept or (revision > 1 and not kept):
             raise Refused(
-                f"{self._path.name} revision: found {revision}, expected {kept or 'the number that is kept'} "
-                f"({self._revision}): it was restored from an older copy"
+                f"{self._path.name} revision: found {revision}, expected"
+                f" {kept or 'the number that is kept'} ({self._revision}): it was restored from an"
+                " older copy"
             )
         return sealed.body
 
@@ -101,13 +108,20 @@ class Registry:
             raise BadInput(f"{self._revision}: found no number, expected a revision") from error
 
     def active(self) -> Mapping[str, PublicIdentity]:
-        """By name, as of now: the round loop asks before every round, so that a revocation counts from the next."""
+        """By name, as of now: the round loop asks before every round, so that a revocation counts
+        from the next.
+        """
         return {member.name: member.identity for member in self.members() if member.active}
 
     def former(self, name: str) -> tuple[PublicIdentity, ...]:
-        """The keys that ended under this name, of the same organisation: a name never goes to another one."""
+        """The keys that ended under this name, of the same organisation.
+
+        A name never goes to another one.
+        """
         return tuple(
-            member.identity for member in self.members() if member.name == name and not member.active
+            member.identity
+            for member in self.members()
+            if member.name == name and not member.active
         )
 
     def flower_keys(self) -> Mapping[str, str]:
@@ -115,7 +129,10 @@ class Registry:
         return {member.name: member.flower_key for member in self.members() if member.active}
 
     def enrol(self, request: str, where: str) -> Member:
-        """The member that a request's text makes; Refused where it was used, or collides with another member."""
+        """The member that a request's text makes.
+
+        Refused where it was used, or collides with another member.
+        """
         with self._locked():
             members = self.members()
             new = _entry(request_from_text(request, where), request)
@@ -133,17 +150,22 @@ class Registry:
             return ended
 
     def rotate(self, rotation: str, where: str) -> Member:
-        """Replace a member's key by the one that its old key names; `rotation` is common.rotation's text."""
+        """Replace a member's key by the one that its old key names.
+
+        `rotation` is common.rotation's text.
+        """
         with self._locked():
             members, found = self.members(), rotation_from_text(rotation, where)
             old = _active(members, found.request.name)
             if old.identity != found.old:
                 raise Refused(
-                    f"{where}: found the signature of {found.old.text}, expected {old.identity.text}"
+                    f"{where}: found the signature of {found.old.text}, expected"
+                    f" {old.identity.text}"
                 )
             if folded(old.organisation) != folded(found.request.organisation):
                 raise Refused(
-                    f"{where} organisation: found {found.request.organisation!r}, expected {old.organisation!r}"
+                    f"{where} organisation: found {found.request.organisation!r}, expected"
+                    f" {old.organisation!r}"
                 )
             ended = replace(old, ended=_now(), reason=ROTATED)
             new = _entry(found.request, found.text)
@@ -159,7 +181,9 @@ class Registry:
         """The file first: a kill in between leaves it ahead of the number, which is borne."""
         rows = [asdict(member) | {"identity": member.identity.text} for member in members]
         text = seal(
-            self._coordinator, MEMBERS_TAG, {"version": VERSION, "revision": revision, "members": rows}
+            self._coordinator,
+            MEMBERS_TAG,
+            {"version": VERSION, "revision": revision, "members": rows},
         )
         write_atomically(self._path, text.encode())
         write_atomically(self._revision, f"{revision}\n".encode())
@@ -168,36 +192,52 @@ class Registry:
         """Two operators at once change it one after the other."""
         lock = self._path.with_suffix(".lock")
         held = FedloraError(
-            f"{lock}: found it held by another process for {locks.SECONDS:g} s, expected it free; nothing was changed"
+            f"{lock}: found it held by another process for {locks.SECONDS:g} s, expected it free;"
+            " nothing was changed"
         )
         return locks.exclusive(lock, held, locks.SECONDS)
 
 
 def _entry(request: EnrolmentRequest, text: str) -> Member:
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Member(request.name, request.organisation, request.identity, request.flower_key, digest, _now())
+    return Member(
+        request.name, request.organisation, request.identity, request.flower_key, digest, _now()
+    )
 
 
-def _check_new(members: Sequence[Member], new: Member, where: str, predecessor: Member | None = None) -> None:
-    """Refused where `new` would be somebody twice; a `predecessor` may leave its Flower key behind."""
+def _check_new(
+    members: Sequence[Member], new: Member, where: str, predecessor: Member | None = None
+) -> None:
+    """Refused where `new` would be somebody twice.
+
+    A `predecessor` may leave its Flower key behind.
+    """
     if any(member.request == new.request for member in members):
         raise Refused(f"{where}: found a request that was used already, expected a new one")
     for member in members:
         if member.identity == new.identity:
-            raise Refused(f"{where}: found the identity of {member.name}, which was enrolled before")
+            raise Refused(
+                f"{where}: found the identity of {member.name}, which was enrolled before"
+            )
         if member.flower_key == new.flower_key and member != predecessor:
-            raise Refused(f"{where} flower_key: found the key of {member.name}, expected one of its own")
+            raise Refused(
+                f"{where} flower_key: found the key of {member.name}, expected one of its own"
+            )
         if member.name == new.name and folded(member.organisation) != folded(new.organisation):
             raise Refused(
-                f"{where} name: found {new.name}, which is or was {member.organisation!r}; statements go by names"
+                f"{where} name: found {new.name}, which is or was {member.organisation!r};"
+                " statements go by names"
             )
         if not member.active:
             continue
         if member.name == new.name:
-            raise Refused(f"{where} name: found {new.name}, which is a member; rotate its key, or revoke it")
+            raise Refused(
+                f"{where} name: found {new.name}, which is a member; rotate its key, or revoke it"
+            )
         if folded(member.organisation) == folded(new.organisation):
             raise Refused(
-                f"{where} organisation: found {new.organisation!r}, which is the member {member.name}"
+                f"{where} organisation: found {new.organisation!r}, which is the member"
+                f" {member.name}"
             )
 
 
@@ -211,9 +251,15 @@ def _active(members: Sequence[Member], name: str) -> Member:
 
 def _member(row: object, where: str) -> Member:
     names = {field.name for field in fields(Member)}
-    if not isinstance(row, dict) or set(row) != names or not all(isinstance(v, str) for v in row.values()):
+    if (
+        not isinstance(row, dict)
+        or set(row) != names
+        or not all(isinstance(v, str) for v in row.values())
+    ):
         raise BadInput(f"{where}: found a member with other fields than {', '.join(sorted(names))}")
-    return Member(**(row | {"identity": PublicIdentity.from_text(row["identity"], f"{where} identity")}))
+    return Member(
+        **(row | {"identity": PublicIdentity.from_text(row["identity"], f"{where} identity")})
+    )
 
 
 def _now() -> str:

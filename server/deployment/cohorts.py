@@ -35,24 +35,32 @@ from fedlora.server.secagg.seen_keys import SeenKeys
 from fedlora.server.secagg.sums import SecureCohort
 
 QUICK = 30.0  # seconds at most for a stage in which nobody trains, and
-PARTS = {OFFER: 0.25, DEAL: 0.25, CONFIRM: 0.5, OPEN: 1.0}  # of what is left of the attempt's deadline
+# of what is left of the attempt's deadline
+PARTS = {OFFER: 0.25, DEAL: 0.25, CONFIRM: 0.5, OPEN: 1.0}
 
 
 class ClearCohort:
-    """A `Cohort` of institutions that sign what they say, and send their noised updates as they are."""
+    """A `Cohort` of institutions that sign what they say, and send their noised updates as they
+    are.
+    """
 
     def __init__(self, who: Participants) -> None:
         self._who = who
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
-        """The sum of the updates that count, added as they come; within the deadline, waiting for members included."""
+        """The sum of the updates that count, added as they come.
+
+        Within the deadline, waiting for members included.
+        """
         started = time.monotonic()
         members = self._who.gather()
         asked, failures = self._who.asked(members)
         total, replies = np.zeros(state.spec.size, dtype=np.float64), 0
         for name, answer in self._answers(plan, state, asked):
             found = (
-                answer if isinstance(answer, Failure) else self._judged(name, answer, plan, state, members)
+                answer
+                if isinstance(answer, Failure)
+                else self._judged(name, answer, plan, state, members)
             )
             if isinstance(found, Failure):
                 failures.append(found)
@@ -74,7 +82,9 @@ class ClearCohort:
     def _answers(
         self, plan: RoundPlan, state: AdapterState, asked: list[str]
     ) -> Iterator[tuple[str, bytes | Failure]]:
-        request = request_to_bytes(Task(plan.manifest, self._signed(plan), vector_to_bytes(state.vector)))
+        request = request_to_bytes(
+            Task(plan.manifest, self._signed(plan), vector_to_bytes(state.vector))
+        )
         yield from self._who.take(dict.fromkeys(asked, request), self._who.left)
 
     def _signed(self, plan: RoundPlan) -> Signed:
@@ -99,7 +109,9 @@ class ClearCohort:
             if isinstance(reply, Decline):
                 return Failure(name, reply.reason, reply.refused)
             if not isinstance(reply, Answer):
-                raise BadInput(f"{name}: found a {type(reply).__name__.lower()}, expected an update")
+                raise BadInput(
+                    f"{name}: found a {type(reply).__name__.lower()}, expected an update"
+                )
             vector = vector_from_bytes(reply.vector, state.spec.size, f"update of {name}")
             update = Update(name, reply.manifest, reply.round, reply.attempt, vector)
             update.check(plan, state.spec.size)
@@ -111,15 +123,22 @@ class ClearCohort:
 
 
 def _check_moved(update: Update, phase: str, spec: AdapterSpec) -> None:
-    """BadInput where it moves what its phase leaves alone: such a coordinate is neither clipped nor noised by anybody."""
+    """BadInput where it moves what its phase leaves alone.
+
+    Such a coordinate is neither clipped nor noised by anybody.
+    """
     if update.delta[~spec.moved_by(phase)].any():
         raise BadInput(
-            f"update of {update.client}: found a coordinate moved that phase {phase} leaves alone, expected 0"
+            f"update of {update.client}: found a coordinate moved that phase {phase} leaves alone,"
+            " expected 0"
         )
 
 
 class SignedStages:
-    """An `Exchange` of secure aggregation between machines: each request signed, each answer its member's own."""
+    """An `Exchange` of secure aggregation between machines.
+
+    Each request signed, each answer its member's own.
+    """
 
     def __init__(self, who: Participants) -> None:
         self._who = who
@@ -139,13 +158,19 @@ class SignedStages:
         for name, answer in self._who.take(Lazy(messages, signed), self._seconds(stage)):
             yield (
                 name,
-                answer if isinstance(answer, Failure) else self._message(name, answer, plan, members),
+                (
+                    answer
+                    if isinstance(answer, Failure)
+                    else self._message(name, answer, plan, members)
+                ),
             )
 
     def _seconds(self, stage: str) -> float:
         """Training may use all that the two stages after it need not."""
         left = self._who.left
-        return left - 2 * min(QUICK, left / 5) if stage == INPUT else min(QUICK, PARTS[stage] * left)
+        return (
+            left - 2 * min(QUICK, left / 5) if stage == INPUT else min(QUICK, PARTS[stage] * left)
+        )
 
     def _message(
         self, name: str, data: bytes, plan: RoundPlan, members: Mapping[str, PublicIdentity]
@@ -157,13 +182,21 @@ class SignedStages:
             return Failure(name, one_line(str(error)))
         if isinstance(reply, Decline):
             return Failure(name, reply.reason, reply.refused)
-        if not isinstance(reply, Staged) or (reply.round, reply.attempt) != (plan.round, plan.attempt):
-            return Failure(name, f"found a {type(reply).__name__.lower()} of another attempt or kind")
+        if not isinstance(reply, Staged) or (reply.round, reply.attempt) != (
+            plan.round,
+            plan.attempt,
+        ):
+            return Failure(
+                name, f"found a {type(reply).__name__.lower()} of another attempt or kind"
+            )
         return reply.message
 
 
 class MaskedCohort:
-    """A `Cohort` of institutions whose updates leave them under masks; single ones are known to nobody."""
+    """A `Cohort` of institutions whose updates leave them under masks.
+
+    Single ones are known to nobody.
+    """
 
     def __init__(self, who: Participants) -> None:
         self._who = who
@@ -181,12 +214,15 @@ class MaskedCohort:
         )
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
-        """The sum of one attempt; without replies where too few stayed, and then nothing was unmasked."""
+        """The sum of one attempt; without replies where too few stayed, and then nothing was
+        unmasked.
+        """
         self._asked, failures = self._who.asked(self._who.gather())
         self._declined = len(failures)
         found = self._sums.total(plan, state)
         count = max(found.asked, found.replies + len(failures) + len(found.failures))
-        # Whose update moves what its phase leaves alone is hidden in the sum; what it moved there is left out.
+        # Whose update moves what its phase leaves alone is hidden in the sum; what it moved there
+        # is left out.
         moved = state.spec.moved_by(self._who.manifest.phases[plan.phase].name)
         total = np.where(moved, found.total, 0.0)
         return replace(found, total=total, asked=count, failures=(*failures, *found.failures))

@@ -1,12 +1,15 @@
-"""The coordinator's end of Flower: a cohort that asks institutions through a Grid and adds what they answer.
+"""The coordinator's end of Flower.
+
+A cohort that asks institutions through a Grid and adds what they answer.
 
     1. choose whom to ask                                       (`choose`: all, or by Poisson participation)
     2. one message each; its id is kept, and says from then on who has answered
     3. poll until all have answered or the deadline has passed
     4. check each reply against the plan; add it to one float64 sum; forget it
 
-Who failed is known by message id alone: Flower answers for a dead node in its own name (`src_node_id = 1`).
-A reply counts once, for the client that was asked, in the attempt that asked; all others are refused.
+Who failed is known by message id alone: Flower answers for a dead node in its own name
+(`src_node_id = 1`). A reply counts once, for the client that was asked, in the attempt that asked;
+all others are refused.
 """
 
 from __future__ import annotations
@@ -48,7 +51,10 @@ server_app = ServerApp()
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """`fedlora-server run`: one run of a coordinator's folder, begun or resumed; how it ended lies in its folder."""
+    """`fedlora-server run`: one run of a coordinator's folder, begun or resumed.
+
+    How it ended lies in its folder.
+    """
     from fedlora.server.coordinator.folder import Directory
     from fedlora.server.deployment.serve import serve
 
@@ -63,7 +69,9 @@ def main(grid: Grid, context: Context) -> None:
 
 @dataclass(frozen=True)
 class Clock:
-    """Time as the cohort sees it. `sleep` may raise KeyboardInterrupt to end a run at its last checkpoint."""
+    """Time as the cohort sees it. `sleep` may raise KeyboardInterrupt to end a run at its last
+    checkpoint.
+    """
 
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
@@ -87,9 +95,9 @@ def enrol(
 ) -> Enrolment:
     """Offer the run to every node that comes online, until `expected` clients take part.
 
-    It ends earlier where `deadline` seconds have passed, or `patience` seconds without a new node once all
-    have answered. Refused, with every reason, where no client takes part. A client belongs to the node that
-    named it first; a second node that claims it is declined.
+    It ends earlier where `deadline` seconds have passed, or `patience` seconds without a new node
+    once all have answered. Refused, with every reason, where no client takes part. A client belongs
+    to the node that named it first; a second node that claims it is declined.
     """
     clock = clock or Clock()
     end = clock.now() + deadline
@@ -107,15 +115,17 @@ def enrol(
             clock.sleep(LONGEST_POLL)
     if not nodes:
         reasons = [f"node {failure.client}: {failure.reason}" for failure in declined]
-        raise Refused("\n".join(reasons) or f"no node came online within {min(deadline, patience):g} s")
+        raise Refused(
+            "\n".join(reasons) or f"no node came online within {min(deadline, patience):g} s"
+        )
     return Enrolment(nodes, tuple(declined))
 
 
 class GridCohort:
     """A `Cohort` whose clients are behind a Flower Grid.
 
-    `nodes` maps a client to the node that answers for it; `choose` names the clients asked for a plan.
-    `deadline` is in seconds, for a whole attempt.
+    `nodes` maps a client to the node that answers for it; `choose` names the clients asked for a
+    plan. `deadline` is in seconds, for a whole attempt.
     """
 
     def __init__(
@@ -164,13 +174,18 @@ class GridCohort:
                 tasks.append((client, self._nodes[client], record))
             else:
                 yield Failure(client, "no node answers for it")
-        for client, answer in _exchange(self._grid, MessageType.TRAIN, tasks, self._deadline, self._clock):
+        for client, answer in _exchange(
+            self._grid, MessageType.TRAIN, tasks, self._deadline, self._clock
+        ):
             size = state.spec.size
             yield answer if isinstance(answer, Failure) else _judge(client, answer, plan, size)
 
 
 class GridCarrier:
-    """A deployment's `Carrier`: opaque envelopes to members' nodes; `nodes` is read anew, for members come and go."""
+    """A deployment's `Carrier`: opaque envelopes to members' nodes.
+
+    `nodes` is read anew, for members come and go.
+    """
 
     def __init__(
         self, grid: Grid, nodes: Callable[[], Mapping[str, int]], clock: Clock | None = None
@@ -181,7 +196,9 @@ class GridCarrier:
         connected = set(self._grid.get_node_ids())
         return {name for name, node in self._nodes().items() if node in connected}
 
-    def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+    def ask(
+        self, requests: Mapping[str, bytes], deadline: float
+    ) -> Iterator[tuple[str, bytes | Failure]]:
         """Each name once, as the answers come in."""
         nodes = self._nodes()
         for name in requests:
@@ -206,9 +223,12 @@ def _carried(name: str, record: RecordDict) -> bytes | Failure:
 
 
 class GridExchange:
-    """An `Exchange` of secure aggregation over a Flower Grid: opaque bytes each way, one deadline a stage.
+    """An `Exchange` of secure aggregation over a Flower Grid.
 
-    What comes back is the institution's own signed message; whoever carried it is not asked who it is.
+    Opaque bytes each way, one deadline a stage.
+
+    What comes back is the institution's own signed message; whoever carried it is not asked who it
+    is.
     """
 
     def __init__(
@@ -232,13 +252,20 @@ class GridExchange:
         for name in messages:
             if name not in self._nodes:
                 yield name, Failure(name, "no node answers for it")
-        tasks = ((name, self._nodes[name], record(name)) for name in messages if name in self._nodes)
-        for name, answer in _exchange(self._grid, MessageType.TRAIN, tasks, self._deadline, self._clock):
+        tasks = (
+            (name, self._nodes[name], record(name)) for name in messages if name in self._nodes
+        )
+        for name, answer in _exchange(
+            self._grid, MessageType.TRAIN, tasks, self._deadline, self._clock
+        ):
             yield name, answer if isinstance(answer, Failure) else _opened(name, answer, limit)
 
 
 def _opened(name: str, record: RecordDict, limit: int) -> bytes | Failure:
-    """The bytes of an answer, or why there are none: a node that declines says so in an envelope of its own."""
+    """The bytes of an answer, or why there are none.
+
+    A node that declines says so in an envelope of its own.
+    """
     try:
         kind, data = flower.read_envelope(record, limit)
         if kind in (DECLINED, REFUSED):
@@ -275,12 +302,15 @@ def _exchange(
 ) -> Iterator[tuple[str, RecordDict | Failure]]:
     """Send each (name, node, content); yield each name once, with the reply or why there is none.
 
-    No reply is kept, nor a content once it is sent. A message that no open id waits for is refused: late, sent twice or never asked for.
+    No reply is kept, nor a content once it is sent. A message that no open id waits for is refused:
+    late, sent twice or never asked for.
     """
     end = clock.now() + deadline
     waiting: dict[str, tuple[str, int]] = {}
     for name, node, content in contents:
-        message_id = _push(grid, Message(content, node, message_type, ttl=max(end - clock.now(), 1.0)))
+        message_id = _push(
+            grid, Message(content, node, message_type, ttl=max(end - clock.now(), 1.0))
+        )
         if message_id is None:
             yield name, Failure(name, "the message could not be sent")
         else:
@@ -291,7 +321,9 @@ def _exchange(
         for reply in replies:
             asked = waiting.pop(reply.metadata.reply_to_message_id, None)
             if asked is None:
-                log.warning("refused a reply from node %s that nobody waits for", reply.metadata.src_node_id)
+                log.warning(
+                    "refused a reply from node %s that nobody waits for", reply.metadata.src_node_id
+                )
             else:
                 yield asked[0], _content_or_failure(reply, *asked)
         left = end - clock.now()
@@ -305,7 +337,9 @@ def _exchange(
 
 
 def _push(grid: Grid, message: Message) -> str | None:
-    """Id of the message, or None: a grid answers a message that it can't take with nothing or with None."""
+    """Id of the message, or None: a grid answers a message that it can't take with nothing or with
+    None.
+    """
     ids = list(grid.push_messages([message]))
     return ids[0] if len(ids) == 1 and ids[0] else None
 
@@ -341,7 +375,10 @@ def _judge(client: str, record: RecordDict, plan: RoundPlan, size: int) -> Updat
 
 
 def _register(nodes: dict[str, int], node: int, record: RecordDict) -> Failure | None:
-    """Enter the clients that `node` answers for; a Failure where it declines or claims another's client."""
+    """Enter the clients that `node` answers for.
+
+    A Failure where it declines or claims another's client.
+    """
     try:
         clients = flower.read_answer(record)
     except (BadInput, Refused) as error:

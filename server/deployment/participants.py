@@ -1,7 +1,8 @@
-"""Who takes part in a run: active members whose node is connected get the signed manifest, and consent or decline.
+"""Who takes part in a run: active members whose node is connected get the signed manifest, and
+consent or decline.
 
-A consent is kept as the bytes that its institution signed, so a resumed run knows who gave one. Who is a member is
-read anew for each attempt: a revocation or a new key counts from the next one on.
+A consent is kept as the bytes that its institution signed, so a resumed run knows who gave one. Who
+is a member is read anew for each attempt: a revocation or a new key counts from the next one on.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from fedlora.server.rounds.cohort import Failure, participants
 log = logging.getLogger(__name__)
 LOOK = 1.0  # seconds between two looks at who is connected
 DOUBT = 30.0  # seconds at most for who failed in the last attempt to show that it is there again
-PATIENCE = 0.25  # of the deadline, for who is away while a quorum is here: who is here needs the rest
+# of the deadline, for who is away while a quorum is here: who is here needs the rest
+PATIENCE = 0.25
 WAITING = "waiting"  # in the run's folder: whom it waits for; empty where it does not
 
 
@@ -49,12 +51,17 @@ class Carrier(Protocol):
     def online(self) -> set[str]:
         """Names of the members whose node is connected."""
 
-    def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+    def ask(
+        self, requests: Mapping[str, bytes], deadline: float
+    ) -> Iterator[tuple[str, bytes | Failure]]:
         """Each name once, as the answers come in, within `deadline` seconds."""
 
 
 class Lazy(Mapping[str, bytes]):
-    """Requests that are made when they are looked at, and not kept: each may hold the model, and there are many."""
+    """Requests that are made when they are looked at, and not kept.
+
+    Each may hold the model, and there are many.
+    """
 
     def __init__(self, names: Iterable[str], make: Callable[[str], bytes]) -> None:
         self._names, self._make = tuple(names), make
@@ -72,7 +79,8 @@ class Lazy(Mapping[str, bytes]):
 class Participants:
     """The institutions of one run. `folder` is the run's, `expected` how many are waited for.
 
-    An attempt ends `deadline` seconds after its `gather`, waiting included; `left` is what remains of them.
+    An attempt ends `deadline` seconds after its `gather`, waiting included; `left` is what remains
+    of them.
     """
 
     def __init__(
@@ -102,11 +110,13 @@ class Participants:
         return dict(self._consents)
 
     def gather(self) -> Mapping[str, PublicIdentity]:
-        """Members, once as many as are expected have consented and are connected, or waiting is vain.
+        """Members, once as many as are expected have consented and are connected, or waiting is
+        vain.
 
-        Where a quorum is here, the others are waited for until a part of the deadline has passed, otherwise until
-        all of it has. Who failed in the last attempt is offered the run again, which its node answers with the consent that it
-        gave: an attempt costs all others a part of their budget, and is not begun while one of them starts anew.
+        Where a quorum is here, the others are waited for until a part of the deadline has passed,
+        otherwise until all of it has. Who failed in the last attempt is offered the run again,
+        which its node answers with the consent that it gave: an attempt costs all others a part of
+        their budget, and is not begun while one of them starts anew.
         """
         self._began = time.monotonic()
         while True:
@@ -127,7 +137,9 @@ class Participants:
     def _missing(self, members: Iterable[str], connected: Iterable[str]) -> str:
         """Whom an attempt waits for, in words that change only when somebody comes or goes."""
         here = set(connected)
-        silent = sorted((here - set(self._consents) - set(self._declined)) | (here & self._doubtful))
+        silent = sorted(
+            (here - set(self._consents) - set(self._declined)) | (here & self._doubtful)
+        )
         parts = [f"waiting for {self._expected} members: {len(here)} connected"]
         if away := sorted(set(members) - here):
             parts.append(f"missing {', '.join(away)}")
@@ -147,7 +159,10 @@ class Participants:
         return max(0.0, self.deadline - self._waited)
 
     def asked(self, members: Mapping[str, PublicIdentity]) -> tuple[list[str], list[Failure]]:
-        """Whom to ask for an attempt, and who is none of them; nobody where the sum could not count anyway."""
+        """Whom to ask for an attempt, and who is none of them.
+
+        Nobody where the sum could not count anyway.
+        """
         failures = [failure for name, failure in self._declined.items() if name in members]
         consented = sorted(set(self._consents) & set(members))
         asked = participants(consented, self.manifest.participation, OsRandom())
@@ -156,12 +171,20 @@ class Participants:
         here, needed = len(asked) - len(away), self.needed(len(asked) + len(failures))
         if here >= needed and self.left:
             return asked, failures
-        final = bool(failures) and not away and set(members) <= set(self._consents) | set(self._declined)
+        final = (
+            bool(failures)
+            and not away
+            and set(members) <= set(self._consents) | set(self._declined)
+        )
         found = f"{here} take part" if here < needed else "no time is left"
-        failure = Failure("cohort", f"{found}, expected at least {needed}", refused=final and here < needed)
+        failure = Failure(
+            "cohort", f"{found}, expected at least {needed}", refused=final and here < needed
+        )
         return [], [*failures, *away, failure]
 
-    def take(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+    def take(
+        self, requests: Mapping[str, bytes], deadline: float
+    ) -> Iterator[tuple[str, bytes | Failure]]:
         """Carry a request to each who is connected; each name once."""
         online = self.carrier.online()
         for name in requests:
@@ -190,7 +213,10 @@ class Participants:
         return max(self.manifest.minimum_cohort, math.ceil(self._quorum * of - 1e-9))
 
     def _patience(self, connected: Iterable[str], members: int) -> float:
-        """Seconds that others are waited for: all there are, where those who surely answer are no quorum."""
+        """Seconds that others are waited for.
+
+        All there are, where those who surely answer are no quorum.
+        """
         sure = (set(self._consents) & set(connected)) - self._doubtful
         quorum = len(sure) >= self.needed(min(self._expected, members))
         return self.deadline * (PATIENCE if quorum else 1.0)
@@ -226,7 +252,9 @@ class Participants:
         """For this process's life; its reason lies where `fedlora-server status` finds it."""
         log.warning("%s declines: %s", failure.client, failure.reason)
         self._declined[failure.client] = failure
-        write_atomically(self._consents_folder() / f"{failure.client}.declined", failure.reason.encode())
+        write_atomically(
+            self._consents_folder() / f"{failure.client}.declined", failure.reason.encode()
+        )
 
     def _offers(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """An offer to each, good for as long as an attempt lasts."""
@@ -253,7 +281,8 @@ class Participants:
         What a former key signed, or is at another ε than the schedule's, is asked for anew.
         """
         members = self.coordinator.members()
-        for path in (self.folder / "consents").glob("*.declined"):  # of an earlier process: asked anew
+        # of an earlier process: asked anew
+        for path in (self.folder / "consents").glob("*.declined"):
             path.unlink()
         for path in sorted((self.folder / "consents").glob("*.reply")):
             if path.stem in members:

@@ -1,7 +1,8 @@
 """Which process carries a run out, and how it ended: files in the run's folder, for who started it.
 
-A process whose SuperLink or whose starter was killed may live on, and find its way back to a SuperLink that is
-started again. So each is appointed by name, one works at a time, and one that is no longer appointed ends itself.
+A process whose SuperLink or whose starter was killed may live on, and find its way back to a
+SuperLink that is started again. So each is appointed by name, one works at a time, and one that is
+no longer appointed ends itself.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ class Outcome:
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """Of the last process that somebody waited for to its end; BadInput where the file is no outcome."""
+    """Of the last process that somebody waited for to its end.
+
+    BadInput where the file is no outcome.
+    """
     path = folder / OUTCOME
     if not path.exists():
         return None
@@ -63,7 +67,10 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def outcome_of(work: Callable[[], object], folder: Path, token: str) -> None:
-    """Run `work`, alone in its folder, and leave how it ended: the exit code, and one line to a fault."""
+    """Run `work`, alone in its folder, and leave how it ended.
+
+    The exit code, and one line to a fault.
+    """
     try:
         with _only_while_appointed(folder, token), _only_process(folder):
             work()
@@ -83,7 +90,10 @@ def is_held(folder: Path) -> bool:
 
 @contextmanager
 def _only_while_appointed(folder: Path, token: str) -> Iterator[None]:
-    """End this process once another is appointed. All that it writes is whole or absent, so any moment will do."""
+    """End this process once another is appointed.
+
+    All that it writes is whole or absent, so any moment will do.
+    """
     done = threading.Event()
 
     def watch() -> None:
@@ -102,7 +112,10 @@ def _only_while_appointed(folder: Path, token: str) -> Iterator[None]:
 
 
 def _superseded(path: Path, token: str) -> bool:
-    """Whether another process is appointed, or the run is gone; where the file can't be read, the next look tells."""
+    """Whether another process is appointed, or the run is gone.
+
+    Where the file can't be read, the next look tells.
+    """
     try:
         return path.read_bytes() != token.encode()
     except FileNotFoundError:

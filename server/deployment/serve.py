@@ -1,13 +1,17 @@
-"""A run between real machines: the round loop of the simulator over institutions that answer for themselves.
+"""A run between real machines: the round loop of the simulator over institutions that answer for
+themselves.
 
     1. who takes part                                                                (server.deployment.participants)
-    2. in clear: one signed plan an attempt; its exact bytes are on disk before they are sent. A reply counts
-       where its institution signed it, for this run, round and attempt, and it is finite, of the right shape,
-       and within the public bound on its norm
-    3. under masks: one signed request a stage; what comes back is for the state machines of server.secagg
+    2. in clear: one signed plan an attempt; its exact bytes are on disk before they are sent. A
+       reply counts
+       where its institution signed it, for this run, round and attempt, and it is finite, of the
+       right shape, and within the public bound on its norm
+    3. under masks: one signed request a stage; what comes back is for the state machines of
+       server.secagg
     4. all else is the simulator's: the loop, the checkpoint, the strategies, the summary
 
-A `Carrier` takes bytes to members and brings bytes back; Flower's grid is one, the tests have another.
+A `Carrier` takes bytes to members and brings bytes back; Flower's grid is one, the tests have
+another.
 """
 
 from __future__ import annotations
@@ -22,10 +26,7 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.projection import PROJECTION
 from fedlora.common.privacy.accountant import stated_epsilon
 from fedlora.common.privacy.calibration import default_cache
-from fedlora.common.protocol.messages import (
-    MANIFEST_TAG,
-    Consent,
-)
+from fedlora.common.protocol.messages import MANIFEST_TAG, Consent
 from fedlora.common.trust.identity import Signed
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.cohorts import cohort_of
@@ -39,9 +40,12 @@ from fedlora.server.runs.summary import write_summary
 
 
 def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str, Any]:
-    """Begin the run in `folder`, or go on with it, to its summary; raises what the round loop raises.
+    """Begin the run in `folder`, or go on with it, to its summary.
 
-    A run that ends early leaves its last adapter and its summary all the same: an export tells what became of it.
+    Raises what the round loop raises.
+
+    A run that ends early leaves its last adapter and its summary all the same: an export tells what
+    became of it.
     """
     config = load_config(folder / "config.toml")
     if config.federation.clients < config.aggregation.minimum_cohort:
@@ -51,8 +55,11 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
         )
     path = folder / "checkpoint"
     if not (path / "manifest.json").exists():
-        if (folder / "manifest.signed").exists():  # offered to institutions: a new one would be charged anew
-            raise BadInput(f"{path / 'manifest.json'}: missing, expected that of the run that was begun")
+        # offered to institutions: a new one would be charged anew
+        if (folder / "manifest.signed").exists():
+            raise BadInput(
+                f"{path / 'manifest.json'}: missing, expected that of the run that was begun"
+            )
         (folder / PROJECTION).unlink(missing_ok=True)  # of a beginning that was killed
     public = PublicSide.build(config, read_public(config), folder)
     if (path / "manifest.json").exists():
@@ -74,7 +81,9 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
     run = Conducted(config, folder, public, checkpoint, "flower")
     progress, ended = to_its_end(checkpoint, lambda: conduct(run, cohort_of(who)))
     if has_result(progress, ended):
-        stated = {name: _stated(checkpoint.manifest, consent) for name, consent in who.consents.items()}
+        stated = {
+            name: _stated(checkpoint.manifest, consent) for name, consent in who.consents.items()
+        }
         summary = conclude(run, progress, stated) | {
             "institutions": sorted(stated),
             "ended": str(ended or ""),
@@ -86,7 +95,10 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
 
 
 def _stated(manifest: RunManifest, consent: Consent) -> float:
-    """ε for the unit of this run's mode: for an institution it is less than what a consent charges for records."""
+    """ε for the unit of this run's mode.
+
+    For an institution it is less than what a consent charges for records.
+    """
     return stated_epsilon(manifest) if manifest.mode == "client" else consent.epsilon
 
 

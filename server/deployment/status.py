@@ -1,4 +1,7 @@
-"""`fedlora-server status`: rounds, members, and the ε that each of them states; it reads files only."""
+"""`fedlora-server status`: rounds, members, and the ε that each of them states.
+
+It reads files only.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,9 @@ def show(directory: Directory, console: Console, follow: bool) -> None:
 
 def _view(directory: Directory, folder: Path) -> Group:
     where = Text(f"{directory.settings.federation}, run {folder.name}: {_progress(folder)}")
-    return Group(where, Text(_state(directory, folder)), _members(directory, folder), _rounds(folder))
+    return Group(
+        where, Text(_state(directory, folder)), _members(directory, folder), _rounds(folder)
+    )
 
 
 def _progress(folder: Path) -> str:
@@ -53,7 +58,10 @@ def _progress(folder: Path) -> str:
     if found is None:
         return "not begun"
     attempts = sum(phase.attempts for phase in found.manifest.phases)
-    return f"round {found.round} of {found.manifest.rounds}, {sum(found.begun)} of {attempts} attempts used"
+    return (
+        f"round {found.round} of {found.manifest.rounds}, {sum(found.begun)} of {attempts} attempts"
+        " used"
+    )
 
 
 def _state(directory: Directory, folder: Path) -> str:
@@ -70,11 +78,16 @@ def _members(directory: Directory, folder: Path) -> Table:
     lines = _lines(folder)
     for name, entries in _by_name(directory).items():
         failed = [
-            (line["round"], reason) for line in lines for who, reason in line["failures"] if who == name
+            (line["round"], reason)
+            for line in lines
+            for who, reason in line["failures"]
+            if who == name
         ]
         epsilon = _stated(directory, folder, name, entries)
         answered = [
-            line["round"] for line in lines if epsilon and all(who != name for who, _ in line["failures"])
+            line["round"]
+            for line in lines
+            if epsilon and all(who != name for who, _ in line["failures"])
         ]
         declined = folder / "consents" / f"{name}.declined"
         last = f"{failed[-1][0]}: {failed[-1][1]}" if failed else ""
@@ -134,8 +147,13 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def _checked(line: dict[str, Any]) -> dict[str, Any]:
-    """What is shown of a line, each as the round loop writes it; an error where something is missing or another."""
+    """What is shown of a line, each as the round loop writes it.
+
+    An error where something is missing or another.
+    """
     counts = {name: int(line[name]) for name in ("round", "attempt", "replies", "asked")}
-    figures = {name: float(line[name]) for name in ("accuracy", "epsilon") if line.get(name) is not None}
+    figures = {
+        name: float(line[name]) for name in ("accuracy", "epsilon") if line.get(name) is not None
+    }
     failures = [(str(who), str(reason)) for who, reason in line["failures"]]
     return {**counts, **figures, "seconds": float(line["seconds"]), "failures": failures}

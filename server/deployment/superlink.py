@@ -1,10 +1,13 @@
-"""Flower's SuperLink as this project runs it: TLS, node authentication, process isolation, nothing that calls out.
+"""Flower's SuperLink as this project runs it.
+
+TLS, node authentication, process isolation, nothing that calls out.
 
     flower-superlink     all of Flower's APIs on one port of loopback; a proxy lets institutions reach the Fleet API
     flower-superexec     starts the ServerApp, and only who has the secret may ask for it
     flwr                 Flower's command line: registers nodes and starts runs
 
-SuperLink is attached to where it runs already. What it starts is installed code: the bundle carries none.
+SuperLink is attached to where it runs already. What it starts is installed code: the bundle carries
+none.
 """
 
 from __future__ import annotations
@@ -71,7 +74,10 @@ token = ""
 
 @dataclass(eq=False)
 class SuperLink:
-    """SuperLink on `port` of loopback; as a context it is started, or attached to, and what was started is stopped."""
+    """SuperLink on `port` of loopback.
+
+    As a context it is started, or attached to, and what was started is stopped.
+    """
 
     files: Files
     port: int
@@ -121,13 +127,18 @@ class SuperLink:
     def register(self, name: str, public_key: str, known: Set[int]) -> int:
         """Flower's number for a node with this OpenSSH public key; registered once.
 
-        A kill may have come before its number was noted: then it is the one node beside those `known`.
+        A kill may have come before its number was noted: then it is the one node beside those
+        `known`.
         """
         path = self.files.state / "keys" / f"{name}.pub"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (public_key + "\n").encode())
         try:
-            return int(self._flwr("supernode", "register", str(path), CONNECTION, "--name", name)["node-id"])
+            return int(
+                self._flwr("supernode", "register", str(path), CONNECTION, "--name", name)[
+                    "node-id"
+                ]
+            )
         except FedloraError as error:
             if KEY_IN_USE not in str(error):
                 raise
@@ -138,8 +149,9 @@ class SuperLink:
         found = {int(node["node-id"]) for node in nodes if node["status"] != UNREGISTERED} - known
         if len(found) != 1:
             raise FedloraError(
-                f"SuperLink: found {len(found)} nodes that {self.files.state / 'nodes.json'} does not have, expected one; "
-                f"stop SuperLink and remove that file and superlink.db: all nodes are then registered anew"
+                f"SuperLink: found {len(found)} nodes that {self.files.state / 'nodes.json'} does"
+                " not have, expected one; stop SuperLink and remove that file and superlink.db:"
+                " all nodes are then registered anew"
             )
         return found.pop()
 
@@ -154,7 +166,9 @@ class SuperLink:
     def start_run(self, settings: Mapping[str, str]) -> str:
         """Flower's number of a new run of the bundle."""
         values = " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
-        return str(self._flwr("run", str(self._bundle()), CONNECTION, "--run-config", values)["run-id"])
+        return str(
+            self._flwr("run", str(self._bundle()), CONNECTION, "--run-config", values)["run-id"]
+        )
 
     def run_status(self, run: str) -> tuple[str, str]:
         """Flower's status of a run, "finished:failed" among them, and its details."""
@@ -170,7 +184,9 @@ class SuperLink:
     def lost(self) -> str:
         """The log of a process that was started here and has ended; empty where all live."""
         logs = zip(self._processes, LOGS, strict=False)  # none where it was attached to
-        return next((str(self.files.state / log) for each, log in logs if each.poll() is not None), "")
+        return next(
+            (str(self.files.state / log) for each, log in logs if each.poll() is not None), ""
+        )
 
     def stop_run(self, run: str) -> None:
         with suppress(FedloraError):
@@ -204,13 +220,19 @@ class SuperLink:
         folder = self.files.state / "bundle"
         folder.mkdir(exist_ok=True)
         (folder / "pyproject.toml").write_text(BUNDLE)
-        (folder / "README.md").write_text("One run of a fedlora federation; all code is installed.\n")
+        (folder / "README.md").write_text(
+            "One run of a fedlora federation; all code is installed.\n"
+        )
         return folder
 
     def _start(self, command: Sequence[str], name: str) -> None:
         with (self.files.state / name).open("ab") as stream:
             process = subprocess.Popen(  # noqa: S603
-                command, env=self._environment(), stdout=stream, stderr=stream, start_new_session=True
+                command,
+                env=self._environment(),
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
             )
         self._processes.append(process)
 
@@ -218,7 +240,9 @@ class SuperLink:
         end = time.monotonic() + START_SECONDS
         while not _listens(self.port):
             if self._processes[-1].poll() is not None or time.monotonic() > end:
-                raise FedloraError(f"SuperLink did not start: {self.files.state / LOGS[0]} says why")
+                raise FedloraError(
+                    f"SuperLink did not start: {self.files.state / LOGS[0]} says why"
+                )
             time.sleep(0.1)
 
     def _environment(self) -> dict[str, str]:
@@ -230,10 +254,17 @@ class SuperLink:
         command = [_installed("flwr"), *arguments, "--format", "json"]
         try:
             done = subprocess.run(  # noqa: S603
-                command, env=self._environment(), capture_output=True, text=True, timeout=seconds, check=False
+                command,
+                env=self._environment(),
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+                check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise FedloraError(f"flwr {arguments[0]}: found no answer within {seconds:g} s") from error
+            raise FedloraError(
+                f"flwr {arguments[0]}: found no answer within {seconds:g} s"
+            ) from error
         start = done.stdout.find("{")
         try:
             found: dict[str, Any] = json.loads(done.stdout[start:])

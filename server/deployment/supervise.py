@@ -1,8 +1,9 @@
 """`fedlora-server run` and `resume`: SuperLink, its nodes, one Flower run, and how it ended.
 
-What trains and decides runs in Flower's ServerApp process (`server.deployment.serve`). This process prepares the
-run's folder, keeps SuperLink alive, lets members in and revoked ones out, and watches: whatever of the two is
-killed, the checkpoint in the run's folder is what `resume` goes on from, in a new Flower run.
+What trains and decides runs in Flower's ServerApp process (`server.deployment.serve`). This process
+prepares the run's folder, keeps SuperLink alive, lets members in and revoked ones out, and watches:
+whatever of the two is killed, the checkpoint in the run's folder is what `resume` goes on from, in
+a new Flower run.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ Tell = Callable[[str], None]  # whom a run waits for
 
 
 def begin(directory: Directory, config: Path, beside: bool = False) -> Path:
-    """The folder of a new run, with its configuration; BadInput lists what is wrong with it, and nothing is made.
+    """The folder of a new run, with its configuration.
+
+    BadInput lists what is wrong with it, and nothing is made.
 
     Refused where the last run has not ended, unless the new one is begun `beside` it.
     """
@@ -54,22 +57,30 @@ def _check_last(directory: Directory, beside: bool) -> None:
     runs = directory.runs()
     for folder in runs:
         if is_held(folder):
-            raise Refused(f"{folder}: found a process that carries this run out, expected its end first")
+            raise Refused(
+                f"{folder}: found a process that carries this run out, expected its end first"
+            )
     for folder in runs[-1:]:
         reserved, outcome = any((folder / "consents").glob("*.reply")), read_outcome(folder)
         ended = outcome is not None and outcome.code in (0, Refused.exit_code)
         if reserved and not ended and not beside:
             raise Refused(
-                f"{folder}: found a run that has not ended; fedlora-server resume goes on with it, and run --new "
-                f"begins another, which is charged anew"
+                f"{folder}: found a run that has not ended; fedlora-server resume goes on with it,"
+                " and run --new begins another, which is charged anew"
             )
 
 
 def _from_anywhere(config: Config) -> Config:
     """With whole paths: `resume` may be started in another folder than `run`."""
-    validation, test = (str(Path(str(each)).resolve()) for each in (config.data.validation, config.data.test))
+    validation, test = (
+        str(Path(str(each)).resolve()) for each in (config.data.validation, config.data.test)
+    )
     base = config.model.base
-    model = replace(config.model, base=str(Path(base).resolve())) if Path(base).is_dir() else config.model
+    model = (
+        replace(config.model, base=str(Path(base).resolve()))
+        if Path(base).is_dir()
+        else config.model
+    )
     return replace(config, data=replace(config.data, validation=validation, test=test), model=model)
 
 
@@ -84,28 +95,37 @@ def _faults(config: Config) -> list[str]:
     for name, value in (("validation", config.data.validation), ("test", config.data.test)):
         if not isinstance(value, str):
             found.append(
-                f"[data] {name} = {value:g}: expected a public file, for a coordinator has no training file"
+                f"[data] {name} = {value:g}: expected a public file, for a coordinator has no"
+                " training file"
             )
         elif not Path(value).is_file():
             found.append(
-                f"[data] {name} = {value!r}: found no such file from {Path.cwd()}, where relative paths begin"
+                f"[data] {name} = {value!r}: found no such file from {Path.cwd()}, where relative"
+                " paths begin"
             )
     return found
 
 
 def _check_members(directory: Directory, config: Config) -> None:
-    """Refused where nobody who may join could make up the smallest cohort: waiting would be vain."""
+    """Refused where nobody who may join could make up the smallest cohort.
+
+    Waiting would be vain.
+    """
     active, least = len(directory.registry.active()), config.aggregation.minimum_cohort
     if active < least:
         raise Refused(
-            f"members.json: found {active} active members, expected at least the minimum_cohort of {least}"
+            f"members.json: found {active} active members, expected at least the minimum_cohort of"
+            f" {least}"
         )
 
 
 def carry_out(
     directory: Directory, folder: Path, watch: Watch, tell: Tell = lambda text: None
 ) -> dict[str, Any]:
-    """Run what lies in `folder` to its end; the summary. Raises how it ended where it did not end well."""
+    """Run what lies in `folder` to its end; the summary.
+
+    Raises how it ended where it did not end well.
+    """
     _check_members(directory, load_config(folder / "config.toml"))
     for name in (OUTCOME, WAITING):
         (folder / name).unlink(missing_ok=True)
@@ -124,7 +144,8 @@ def carry_out(
 def admit(directory: Directory, link: SuperLink) -> list[str]:
     """Register active members' nodes with SuperLink, and let revoked ones in no more.
 
-    What does not work with one member is no reason to stop for the others: it is returned, a line each.
+    What does not work with one member is no reason to stop for the others: it is returned, a line
+    each.
     """
     registered, wanted, faults = dict(directory.registered()), directory.flower_keys(), []
     for name, (node, key) in list(registered.items()):
@@ -155,7 +176,10 @@ class _Vigil:
     unanswered: int = 0  # questions in a row
 
     def ended(self) -> str:
-        """Why Flower does not go on with the run; empty where it does. FedloraError where it can't be asked."""
+        """Why Flower does not go on with the run; empty where it does.
+
+        FedloraError where it can't be asked.
+        """
         try:
             status, details = self.link.run_status(self.run)
         except FedloraError:
@@ -174,9 +198,18 @@ class _Vigil:
 
 
 def _followed(
-    directory: Directory, link: SuperLink, run: str, folder: Path, token: str, watch: Watch, tell: Tell
+    directory: Directory,
+    link: SuperLink,
+    run: str,
+    folder: Path,
+    token: str,
+    watch: Watch,
+    tell: Tell,
 ) -> dict[str, Any]:
-    """How the run ended, as its process left it; what Flower says where that process left nothing."""
+    """How the run ended, as its process left it.
+
+    What Flower says where that process left nothing.
+    """
     metrics, seen, ending = folder / "metrics.jsonl", 0, outcome_path(folder, token)
     asked, said, vigil, faults = time.monotonic(), "", _Vigil(link, run), list[str]()
     while not ending.exists():

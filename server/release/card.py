@@ -1,4 +1,7 @@
-"""The model card of a released adapter: what it is, what is guaranteed, and what each institution signed."""
+"""The model card of a released adapter.
+
+What it is, what is guaranteed, and what each institution signed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.privacy.statement import DROP_OUTS, privacy_statement, secure_statement, shown_epsilon
+from fedlora.common.privacy.statement import (
+    DROP_OUTS,
+    privacy_statement,
+    secure_statement,
+    shown_epsilon,
+)
 from fedlora.common.protocol.messages import Consent
 
 FIGURES = ("accuracy", "macro_f1", "perplexity", "loss")
@@ -26,23 +34,33 @@ def model_card(
     parts = [_head(manifest), _introduction(manifest, figures, len(organisations))]
     lines = [*privacy_statement(manifest, epsilon), *secure_statement(manifest), *_masked(figures)]
     parts += ["## Privacy", "\n".join(f"- {line}" for line in lines)]
-    heading = f"| institution | organisation | {'ε of a record' if manifest.mode == 'client' else 'ε'} | δ | policy |"
+    heading = (
+        f"| institution | organisation | {'ε of a record' if manifest.mode == 'client' else 'ε'} |"
+        " δ | policy |"
+    )
     parts += ["\n".join([heading, "|---|---|---|---|---|", *rows])]
     parts += ["The figures are each institution's own; `statements/` has them as it signed them."]
     measured = [f"| {n} | {figures[n]:.4g} |" for n in FIGURES if isinstance(figures.get(n), float)]
     if measured:
-        parts += ["## Measured on public data", "\n".join(["| figure | value |", "|---|---|", *measured])]
+        parts += [
+            "## Measured on public data",
+            "\n".join(["| figure | value |", "|---|---|", *measured]),
+        ]
     return "\n\n".join([*parts, USE]) + "\n"
 
 
 def shown_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
     """What a card shows of a run's figures, as JSON holds it; anything else is left out."""
-    shown: dict[str, Any] = {name: figures[name] for name in FIGURES if isinstance(figures.get(name), float)}
+    shown: dict[str, Any] = {
+        name: figures[name] for name in FIGURES if isinstance(figures.get(name), float)
+    }
     if type(figures.get("rounds")) is int:
         shown["rounds"] = figures["rounds"]
     secure = figures.get("secure")
     if isinstance(secure, Mapping):
-        pairs = {name: list(secure[name]) for name in PAIRS if isinstance(secure.get(name), list | tuple)}
+        pairs = {
+            name: list(secure[name]) for name in PAIRS if isinstance(secure.get(name), list | tuple)
+        }
         counts = {name: secure[name] for name in COUNTS if type(secure.get(name)) is int}
         ends = [end for pair in pairs.values() for end in pair]
         lost = secure.get("dropouts")
@@ -55,16 +73,19 @@ def shown_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _masked(figures: Mapping[str, Any]) -> list[str]:
-    """What was learnt under masks, as the coordinator recorded it: sums that did not count in the end included."""
+    """What was learnt under masks, as the coordinator recorded it.
+
+    Sums that did not count in the end included.
+    """
     secure = figures.get("secure")
     if not isinstance(secure, Mapping):
         return []
     (fewest, most), (low, high) = secure["cohort"], secure["threshold"]
     lost = ", ".join(f"{stage} {secure['dropouts'][stage]}" for stage, *_ in DROP_OUTS)
     return [
-        f"{secure['sums']} sums were learnt under masks: cohorts of {fewest} to {most}, t of {low} to {high}, at most "
-        f"{secure['colluders']} colluders assumed, at least {secure['smallest_sum']} updates in each. Drop-outs by "
-        f"stage: {lost}."
+        f"{secure['sums']} sums were learnt under masks: cohorts of {fewest} to {most}, t of {low}"
+        f" to {high}, at most {secure['colluders']} colluders assumed, at least"
+        f" {secure['smallest_sum']} updates in each. Drop-outs by stage: {lost}."
     ]
 
 
@@ -97,21 +118,23 @@ def _introduction(manifest: RunManifest, figures: Mapping[str, Any], institution
     rounds = f"{done}" if done == manifest.rounds else f"{done} of the planned {manifest.rounds}"
     labels = f" over {len(manifest.labels)} labels" if manifest.labels else ""
     return (
-        f"A LoRA adapter (rank {manifest.network.rank}) for {manifest.task}{labels}, trained in {rounds} "
-        f"rounds by {institutions} institutions on texts that never left them. Run `{manifest.digest}`, base model "
-        f"`{_cell(manifest.base_digest)}`."
+        f"A LoRA adapter (rank {manifest.network.rank}) for {manifest.task}{labels}, trained in"
+        f" {rounds} rounds by {institutions} institutions on texts that never left them. Run"
+        f" `{manifest.digest}`, base model `{_cell(manifest.base_digest)}`."
     )
 
 
 def _cell(text: str) -> str:
     """Text from outside that can't end a cell, a line or a code span, nor bring a link or a tag."""
-    return "".join(letter if letter.isprintable() and letter not in "|<>[]`\\" else " " for letter in text)
+    return "".join(
+        letter if letter.isprintable() and letter not in "|<>[]`\\" else " " for letter in text
+    )
 
 
 USE = """## Use
 
 ```python
-from fedlora.common.export import load_adapter
+from fedlora.common.adapter.peft import load_adapter
 
 classifier = load_adapter("adapter")
 ```

@@ -1,4 +1,5 @@
-"""The released adapter: what a receiver needs to use it, and to check where it came from without asking anybody.
+"""The released adapter: what a receiver needs to use it, and to check where it came from without
+asking anybody.
 
     adapter/            PEFT's files, the head where it is ours, and what they are (common.adapter.released)
     README.md           the model card, with the privacy statement: it follows from the other files, word for word
@@ -9,12 +10,12 @@
     reports/            an institution's own report, where it gave one
     release.json        the SHA-256 of every file above, signed by the coordinator
 
-Every byte is covered: a file that was changed, added or removed is named. Without the coordinator's key from
-elsewhere that shows integrity only: that the folder is as whoever made it left it.
+Every byte is covered: a file that was changed, added or removed is named. Without the coordinator's
+key from elsewhere that shows integrity only: that the folder is as whoever made it left it.
 
-The adapter is of the network, the labels and the base that the manifest names, and its tensors are the ones that
-its own description counts. That these values came from this run's updates nobody can compute who has not seen
-them: it rests on the coordinator's signature.
+The adapter is of the network, the labels and the base that the manifest names, and its tensors are
+the ones that its own description counts. That these values came from this run's updates nobody can
+compute who has not seen them: it rests on the coordinator's signature.
 """
 
 from __future__ import annotations
@@ -24,11 +25,7 @@ import os
 import shutil
 from pathlib import Path
 
-from fedlora.common.adapter.released import (
-    DESCRIPTION,
-    description_text,
-    published,
-)
+from fedlora.common.adapter.released import DESCRIPTION, description_text, published
 from fedlora.common.disk.files import sync_folder, write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.protocol.messages import Consent
@@ -62,7 +59,10 @@ from fedlora.server.release.verify import (
 
 
 def export(folder: Path, coordinator: Identity, release: Release, adapter: Path) -> list[str]:
-    """Write `folder` and verify it; BadInput where it exists, or a statement is none. `adapter` is a PEFT folder."""
+    """Write `folder` and verify it; BadInput where it exists, or a statement is none.
+
+    `adapter` is a PEFT folder.
+    """
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder}: found something there, expected no folder or an empty one")
@@ -72,11 +72,13 @@ def export(folder: Path, coordinator: Identity, release: Release, adapter: Path)
     try:
         scratch.mkdir(parents=True)
         _fill(scratch, coordinator, release, adapter)
-        checked = verify(scratch, coordinator.public)  # nothing is handed out that nobody could verify
+        # nothing is handed out that nobody could verify
+        checked = verify(scratch, coordinator.public)
         found = read_adapter(scratch)[1].digest
         if found != release.adapter:
             raise Refused(
-                f"{adapter}: found adapter {found}, expected {release.adapter}, which the run committed"
+                f"{adapter}: found adapter {found}, expected {release.adapter}, which the run"
+                " committed"
             )
         scratch.rename(folder)
     finally:
@@ -94,7 +96,10 @@ def _fill(folder: Path, coordinator: Identity, release: Release, adapter: Path) 
         (folder / name).mkdir()
     if unknown := sorted({*release.statements, *release.reports} - set(release.institutions)):
         raise BadInput(f"{STATEMENTS}: found {unknown[0]!r}, expected members only")
-    manifest, keys = release.manifest, {n: each.identity for n, each in release.institutions.items()}
+    manifest, keys = (
+        release.manifest,
+        {n: each.identity for n, each in release.institutions.items()},
+    )
     statements: dict[str, Consent] = {}
     for name, data in release.statements.items():
         statements[name] = opened_consent(data, name, manifest, keys)
@@ -110,7 +115,9 @@ def _fill(folder: Path, coordinator: Identity, release: Release, adapter: Path) 
         for name, each in release.institutions.items()
     }
     body = {"version": VERSION, "institutions": members}
-    _write(folder / MANIFEST, seal(coordinator, RELEASE_MANIFEST_TAG, json.loads(manifest.to_bytes())))
+    _write(
+        folder / MANIFEST, seal(coordinator, RELEASE_MANIFEST_TAG, json.loads(manifest.to_bytes()))
+    )
     _write(folder / MEMBERS, seal(coordinator, EXPORT_MEMBERS_TAG, body))
     figures = shown_figures(release.figures)
     _write(folder / FIGURES, json.dumps(figures, indent=1, sort_keys=True) + "\n")

@@ -1,4 +1,6 @@
-"""A finished run's folder as a release: what the round loop left there, and the members as they were enrolled.
+"""A finished run's folder as a release.
+
+What the round loop left there, and the members as they were enrolled.
 
 checkpoint/                the run's manifest, and the state that it committed last
 consents/NAME.reply        the exact bytes that NAME signed
@@ -23,8 +25,12 @@ from fedlora.server.release.layout import Institution, Release
 from fedlora.server.rounds.checkpoint import Checkpoint
 
 
-def export_run(directory: Directory, run: Path, target: Path, reports: Path | None = None) -> list[str]:
-    """Release the finished run in the folder `run`; `reports` holds NAME.json of `fedlora-node report`, if any."""
+def export_run(
+    directory: Directory, run: Path, target: Path, reports: Path | None = None
+) -> list[str]:
+    """Release the finished run in the folder `run`; `reports` holds NAME.json of `fedlora-node
+    report`, if any.
+    """
     summary = read_summary(run)
     checkpoint = Checkpoint.open(run / "checkpoint", read_spec(run / "adapter"))
     manifest = checkpoint.manifest
@@ -54,7 +60,9 @@ def find_run(directory: Directory, number: int | None) -> Path:
     for path in runs:
         if int(path.name) == number:
             return path
-    raise BadInput(f"run: found {number}, expected one of {', '.join(path.name for path in runs)}"[:400])
+    raise BadInput(
+        f"run: found {number}, expected one of {', '.join(path.name for path in runs)}"[:400]
+    )
 
 
 def read_text(path: Path, limit: int = 1 << 20) -> str:
@@ -74,13 +82,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _institution(directory: Directory, name: str, signed: bytes, federation: str) -> Institution:
-    """The member as it was when it signed: keys rotate, and members leave, while their statements stay."""
+    """The member as it was when it signed.
+
+    Keys rotate, and members leave, while their statements stay.
+    """
     known = [member for member in directory.registry.members() if member.name == name]
     for member in reversed(known):
         if _signed_by(signed, federation, name, member.identity):
-            others = [each.identity for each in known if each is not member and each.reason != REVOKED]
+            others = [
+                each.identity for each in known if each is not member and each.reason != REVOKED
+            ]
             return Institution(member.organisation, member.identity, tuple(others))
-    raise BadInput(f"consents/{name}.reply: found a signature of no key that {name} was enrolled with")
+    raise BadInput(
+        f"consents/{name}.reply: found a signature of no key that {name} was enrolled with"
+    )
 
 
 def _signed_by(data: bytes, federation: str, name: str, identity: PublicIdentity) -> bool:

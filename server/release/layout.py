@@ -10,15 +10,23 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.trust.identity import PublicIdentity
 
 RELEASE_TAG = "fedlora-release-1"
-RELEASE_MANIFEST_TAG = (
-    "fedlora-release-manifest-1"  # no offer: whoever has an export can't make a node consent
-)
+# no offer: whoever has an export can't make a node consent
+RELEASE_MANIFEST_TAG = "fedlora-release-manifest-1"
 EXPORT_MEMBERS_TAG = "fedlora-release-members-1"
 REPORT_TAG = "fedlora-node-report-1"
 VERSION = 1
 INDEX, MANIFEST, MEMBERS, CARD = "release.json", "manifest.json", "members.json", "README.md"
 FIGURES = "figures.json"
-SHARED = ("pooling", "pooled_layers", "head_hidden", "head_scale", "rank", "alpha", "layers", "variant")
+SHARED = (
+    "pooling",
+    "pooled_layers",
+    "head_hidden",
+    "head_scale",
+    "rank",
+    "alpha",
+    "layers",
+    "variant",
+)
 ADAPTER, STATEMENTS, REPORTS = "adapter", "statements", "reports"
 MAX_FILES = 10_000
 
@@ -29,16 +37,21 @@ class Institution:
 
     organisation: str
     identity: PublicIdentity  # whose signature its statement has
-    others: tuple[PublicIdentity, ...] = ()  # its keys before and after: a later report has a later one
+    # its keys before and after: a later report has a later one
+    others: tuple[PublicIdentity, ...] = ()
 
 
 @dataclass(frozen=True)
 class Release:
-    """What an export is made of. `statements` are the exact bytes that each institution signed (protocol.Consent)."""
+    """What an export is made of. `statements` are the exact bytes that each institution signed
+    (protocol.Consent).
+    """
 
     manifest: RunManifest
     institutions: Mapping[str, Institution]
     statements: Mapping[str, bytes]
     adapter: str  # digest of the state that the run committed last
-    figures: Mapping[str, Any] = field(default_factory=dict)  # of summary.json; what a card shows of them
-    reports: Mapping[str, str] = field(default_factory=dict)  # sealed texts of `fedlora-node report`
+    # of summary.json; what a card shows of them
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    # sealed texts of `fedlora-node report`
+    reports: Mapping[str, str] = field(default_factory=dict)

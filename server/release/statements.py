@@ -1,4 +1,6 @@
-"""An institution's signed statement as a file: what it says in words, and the very bytes that say so.
+"""An institution's signed statement as a file.
+
+What it says in words, and the very bytes that say so.
 
 The words are made from the bytes; a file whose words say something else is refused by who reads it.
 """
@@ -20,7 +22,10 @@ SAME = 1e-6  # relative: the last bits of an ε differ between machines
 
 @dataclass(frozen=True)
 class Statement:
-    """`signed` is a reply of common.protocol.messages, unopened; `text` the file that it was found in."""
+    """`signed` is a reply of common.protocol.messages, unopened.
+
+    `text` the file that it was found in.
+    """
 
     signed: bytes
     text: str
@@ -29,13 +34,16 @@ class Statement:
 def consent_faults(consent: Consent, manifest: RunManifest) -> list[str]:
     """Why it states another ε or δ than the schedule costs, if it does.
 
-    What is released states the largest ε: one that understates makes it promise too much, and one that overstates
-    makes an institution's word the headline of all.
+    What is released states the largest ε: one that understates makes it promise too much, and one
+    that overstates makes an institution's word the headline of all.
     """
     epsilon, delta = schedule_cost(manifest)
     return [
         f"{name}: found {found:g}, expected {cost:g}, what the schedule costs"
-        for name, found, cost in (("epsilon", consent.epsilon, epsilon), ("delta", consent.delta, delta))
+        for name, found, cost in (
+            ("epsilon", consent.epsilon, epsilon),
+            ("delta", consent.delta, delta),
+        )
         if not cost * (1 - SAME) <= found <= cost * (1 + SAME)
     ]
 

@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.common.adapter.released import FILES as ADAPTER_FILES
-from fedlora.common.adapter.released import (
-    Description,
-    read_released,
-)
+from fedlora.common.adapter.released import Description, read_released
 from fedlora.common.config.strict import MAX_MESSAGE_BYTES
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
@@ -44,13 +41,21 @@ from fedlora.server.release.layout import (
     VERSION,
     Institution,
 )
-from fedlora.server.release.statements import Statement, consent_faults, read_statement, statement_text
+from fedlora.server.release.statements import (
+    Statement,
+    consent_faults,
+    read_statement,
+    statement_text,
+)
 
 
 def verify(folder: Path, key: PublicIdentity | None = None) -> list[str]:
-    """What was checked, a line each, offline; Refused or BadInput names the first file that is not as it was signed.
+    """What was checked, a line each, offline.
 
-    Neither these lines nor a fault's can hold more than they seem to: whoever made the folder wrote what they name.
+    Refused or BadInput names the first file that is not as it was signed.
+
+    Neither these lines nor a fault's can hold more than they seem to: whoever made the folder wrote
+    what they name.
     """
     try:
         return _verified(folder, key)
@@ -68,7 +73,9 @@ def _verified(folder: Path, key: PublicIdentity | None) -> list[str]:
     body = _sealed(folder, MANIFEST, RELEASE_MANIFEST_TAG, signer).body
     manifest = RunManifest.from_bytes(json.dumps(body).encode())
     if not FEDERATION.fullmatch(manifest.federation):
-        raise BadInput(f"{MANIFEST} federation: found {manifest.federation[:80]!r}, expected a short name")
+        raise BadInput(
+            f"{MANIFEST} federation: found {manifest.federation[:80]!r}, expected a short name"
+        )
     institutions = _institutions(_sealed(folder, MEMBERS, EXPORT_MEMBERS_TAG, signer).body)
     statements = _statements(folder, manifest, institutions, expected)
     reports = _reports(folder, institutions, expected)
@@ -79,7 +86,10 @@ def _verified(folder: Path, key: PublicIdentity | None) -> list[str]:
         f"files        {len(expected)} as they were signed, none added, none missing",
         f"manifest     {manifest.digest} of {manifest.federation}, {manifest.rounds} rounds",
         f"adapter      {adapter}, of the network in the manifest",
-        f"statements   {len(statements)}, each signed by its institution; ε at most {shown_epsilon(largest)}",
+        (
+            f"statements   {len(statements)}, each signed by its institution; ε at most"
+            f" {shown_epsilon(largest)}"
+        ),
         *([f"reports      {len(reports)}, each signed by its institution"] if reports else []),
         f"signed by    {signer.fingerprint}",
     ]
@@ -91,7 +101,11 @@ def _verified(folder: Path, key: PublicIdentity | None) -> list[str]:
 def _index(body: Mapping[str, Any]) -> dict[str, str]:
     """Digests by path; BadInput where it is another table than `export` writes."""
     files = body.get("files")
-    if set(body) != {"version", "files"} or body["version"] != VERSION or not isinstance(files, dict):
+    if (
+        set(body) != {"version", "files"}
+        or body["version"] != VERSION
+        or not isinstance(files, dict)
+    ):
         raise BadInput(f"{INDEX}: found another table than version {VERSION} of an export")
     if not all(isinstance(digest, str) for digest in files.values()):
         raise BadInput(f"{INDEX} files: expected a digest for each")
@@ -112,17 +126,23 @@ def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
     for place, folders, files in os.walk(folder):
         if not folders and not files:
             raise Refused(
-                f"{Path(place).relative_to(folder).as_posix()}: found an empty folder, expected none"
+                f"{Path(place).relative_to(folder).as_posix()}: found an empty folder, expected"
+                " none"
             )
 
 
 def files_of(folder: Path) -> set[str]:
-    """Every file but the index, by path; Refused where something is neither a file nor a folder of files."""
+    """Every file but the index, by path.
+
+    Refused where something is neither a file nor a folder of files.
+    """
     found: set[str] = set()
 
     def unlisted(error: OSError) -> None:
         shown = Path(error.filename).relative_to(folder).as_posix()
-        raise Refused(f"{shown}: can't be listed ({error.strerror}), expected a folder of the release")
+        raise Refused(
+            f"{shown}: can't be listed ({error.strerror}), expected a folder of the release"
+        )
 
     for place, folders, files in os.walk(folder, onerror=unlisted):
         for name in (*folders, *files):
@@ -158,14 +178,23 @@ def _institutions(body: Mapping[str, Any]) -> dict[str, Institution]:
 
 
 def _statements(
-    folder: Path, manifest: RunManifest, institutions: Mapping[str, Institution], files: Mapping[str, str]
+    folder: Path,
+    manifest: RunManifest,
+    institutions: Mapping[str, Institution],
+    files: Mapping[str, str],
 ) -> dict[str, Consent]:
     """Every institution's own statement about this run."""
-    names = {name.removeprefix(f"{STATEMENTS}/") for name in files if name.startswith(f"{STATEMENTS}/")}
+    names = {
+        name.removeprefix(f"{STATEMENTS}/") for name in files if name.startswith(f"{STATEMENTS}/")
+    }
     if other := names ^ {f"{name}.json" for name in institutions}:
-        raise Refused(f"{STATEMENTS}/{sorted(other)[0]}: expected one statement of each institution")
+        raise Refused(
+            f"{STATEMENTS}/{sorted(other)[0]}: expected one statement of each institution"
+        )
     if manifest.mode != "none" and len(institutions) < manifest.minimum_cohort:
-        raise Refused(f"{MEMBERS}: found {len(institutions)}, expected at least {manifest.minimum_cohort}")
+        raise Refused(
+            f"{MEMBERS}: found {len(institutions)}, expected at least {manifest.minimum_cohort}"
+        )
     keys = {name: each.identity for name, each in institutions.items()}
     found = {}
     for name in institutions:
@@ -185,13 +214,17 @@ def opened_consent(
     if not isinstance(reply, Consent) or reply.institution != name:
         raise Refused(f"{where}: found no consent of {name}")
     if reply.manifest != manifest.digest:
-        raise Refused(f"{where}: found a statement about {reply.manifest}, expected {manifest.digest}")
+        raise Refused(
+            f"{where}: found a statement about {reply.manifest}, expected {manifest.digest}"
+        )
     if faults := consent_faults(reply, manifest):
         raise Refused(f"{where} {'; '.join(faults)}")
     return reply
 
 
-def _reports(folder: Path, institutions: Mapping[str, Institution], files: Mapping[str, str]) -> list[str]:
+def _reports(
+    folder: Path, institutions: Mapping[str, Institution], files: Mapping[str, str]
+) -> list[str]:
     found = [name for name in sorted(files) if name.startswith(f"{REPORTS}/")]
     for where in found:
         name = where.removeprefix(f"{REPORTS}/").removesuffix(".json")
@@ -209,7 +242,10 @@ def _check_card(
     institutions: Mapping[str, Institution],
     statements: Mapping[str, Consent],
 ) -> None:
-    """The card is the text that follows from what was signed: a coordinator can't write another ε into it."""
+    """The card is the text that follows from what was signed.
+
+    A coordinator can't write another ε into it.
+    """
     try:
         figures = json.loads(_text(folder, FIGURES))
     except (ValueError, RecursionError) as error:
@@ -231,7 +267,10 @@ def rebuilt_card(
 
 
 def _check_adapter(folder: Path, manifest: RunManifest) -> str:
-    """The adapter's digest, computed from its tensors; Refused where it is another one than the manifest's run makes."""
+    """The adapter's digest, computed from its tensors.
+
+    Refused where it is another one than the manifest's run makes.
+    """
     if other := sorted({path.name for path in (folder / ADAPTER).iterdir()} - set(ADAPTER_FILES)):
         raise Refused(f"{ADAPTER}/{other[0]}: found a file that no adapter has")
     description, state = read_adapter(folder)
@@ -248,7 +287,9 @@ def _check_adapter(folder: Path, manifest: RunManifest) -> str:
         *((name, getattr(description, name), getattr(network, name)) for name in SHARED),
     ):
         if found != expected:
-            raise Refused(f"{ADAPTER} {name}: found {str(found)[:80]}, expected {str(expected)[:80]}")
+            raise Refused(
+                f"{ADAPTER} {name}: found {str(found)[:80]}, expected {str(expected)[:80]}"
+            )
     return state.digest
 
 
@@ -278,7 +319,9 @@ def _text(folder: Path, name: str) -> str:
             raise BadInput(f"{name}: found more than {limit} bytes")
         return data.decode()
     except OSError as error:
-        raise BadInput(f"{name}: can't be read ({error.strerror}), expected what an export has") from error
+        raise BadInput(
+            f"{name}: can't be read ({error.strerror}), expected what an export has"
+        ) from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{name}: found bytes that are not UTF-8") from error
 
@@ -294,4 +337,6 @@ def digest_of(folder: Path, name: str) -> str:
         with (folder / name).open("rb") as stream:
             return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise Refused(f"{name}: can't be read ({error.strerror}), expected what was released") from error
+        raise Refused(
+            f"{name}: can't be read ({error.strerror}), expected what was released"
+        ) from error

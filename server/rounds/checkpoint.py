@@ -6,8 +6,8 @@
     state-N.safetensors the state, the released state and the strategy's memory after round N
     progress.json       the round, and the digest of that file: the one pointer, replaced atomically
 
-A file that is not byte for byte what was written is refused; the last good state stays until a newer one is
-durable, so that neither a kill nor a full disk can lose it.
+A file that is not byte for byte what was written is refused; the last good state stays until a
+newer one is durable, so that neither a kill nor a full disk can lose it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,17 @@ from fedlora.server.strategies.strategy import ServerState
 
 VERSION = 1  # of these files' layout
 STATE, RELEASED, MEMORY = "state", "released", "memory."
-NAMES = r"(manifest|attempts|progress)\.json|state-\d+\.safetensors|ledger-head\.json|ledger\.key"  # a simulation's own ledger's
+# a simulation's own ledger's
+NAMES = r"(manifest|attempts|progress)\.json|state-\d+\.safetensors|ledger-head\.json|ledger\.key"
 WRITTEN = re.compile(rf"({NAMES})|\.({NAMES})\.\d+")  # the second: half written when a kill came
 
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """Where a run stands after `round` committed rounds. `released` is what would be exported now."""
+    """Where a run stands after `round` committed rounds.
+
+    `released` is what would be exported now.
+    """
 
     round: int
     state: AdapterState
@@ -103,7 +107,9 @@ class Checkpoint:
         if manifest.to_bytes() != data:
             raise BadInput(f"{path}: found other bytes than were written")
         if manifest.spec_digest != spec.digest:
-            raise BadInput(f"{path} spec_digest: found {manifest.spec_digest}, expected {spec.digest}")
+            raise BadInput(
+                f"{path} spec_digest: found {manifest.spec_digest}, expected {spec.digest}"
+            )
         checkpoint = cls(folder, manifest, spec)
         checkpoint.load()
         checkpoint._check_names()
@@ -123,13 +129,16 @@ class Checkpoint:
         return int(attempts["total"]) + 1
 
     def spent(self, phase: int) -> str:
-        """Why a phase has no attempt left; "" where it has one, as it always has without privacy."""
+        """Why a phase has no attempt left.
+
+        "" where it has one, as it always has without privacy.
+        """
         recipe, begun = self.manifest.phases[phase], self.attempts_begun(phase)
         if self.manifest.mode == "none" or begun < recipe.attempts:
             return ""
         return (
-            f"phase {recipe.name}: all {begun} attempts that the noise was calibrated for are spent; "
-            "the last adapter is kept"
+            f"phase {recipe.name}: all {begun} attempts that the noise was calibrated for are"
+            " spent; the last adapter is kept"
         )
 
     def attempts_begun(self, phase: int) -> int:
@@ -139,7 +148,9 @@ class Checkpoint:
     def commit(self, progress: Progress) -> None:
         """Make a round durable. The state before it stays until this one is the one pointed to."""
         vectors = {MEMORY + name: value for name, value in progress.memory.vectors.items()}
-        data = bytes(save({STATE: progress.state.vector, RELEASED: progress.released.vector, **vectors}))
+        data = bytes(
+            save({STATE: progress.state.vector, RELEASED: progress.released.vector, **vectors})
+        )
         name = f"state-{progress.round}.safetensors"
         self._write(name, data)
         table = {
@@ -184,7 +195,10 @@ class Checkpoint:
         )
 
     def check_against_ledger(self, used: int) -> None:
-        """Refused where a ledger has seen attempt `used` and fewer were begun here: this is an older copy."""
+        """Refused where a ledger has seen attempt `used` and fewer were begun here.
+
+        This is an older copy.
+        """
         begun = int(self._attempts()["total"])
         if used > begun:
             raise Refused(
@@ -210,7 +224,8 @@ class Checkpoint:
         for field_, expected in (("version", VERSION), ("manifest", self.manifest.digest)):
             if table.get(field_) != expected:
                 raise BadInput(
-                    f"{self.folder / name} {field_}: found {table.get(field_)!r}, expected {expected!r}"
+                    f"{self.folder / name} {field_}: found {table.get(field_)!r}, expected"
+                    f" {expected!r}"
                 )
         return table
 
@@ -224,13 +239,21 @@ class Checkpoint:
             ) from error
 
     def _check_names(self) -> None:
-        """BadInput where something lies there that no run writes. What a kill leaves is known by its name."""
+        """BadInput where something lies there that no run writes.
+
+        What a kill leaves is known by its name.
+        """
         for path in sorted(self.folder.iterdir()):
             if not WRITTEN.fullmatch(path.name) or path.is_symlink() or not path.is_file():
-                raise BadInput(f"{path}: found what no run writes, expected a checkpoint's files only")
+                raise BadInput(
+                    f"{path}: found what no run writes, expected a checkpoint's files only"
+                )
 
     def _clear(self, current: str) -> None:
-        """Remove older states and what a kill left half written; what can't go now goes next time."""
+        """Remove older states and what a kill left half written.
+
+        What can't go now goes next time.
+        """
         stale = [path for path in self.folder.glob("state-*.safetensors") if path.name != current]
         for pattern in (".state-*", ".progress.json.*", ".attempts.json.*", ".manifest.json.*"):
             stale += self.folder.glob(pattern)
@@ -253,5 +276,7 @@ def _unsealed(path: Path) -> dict[str, Any]:
         if isinstance(table, dict) and _sealed(table) == data:
             return table
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path}: found a checkpoint that can't be read ({type(error).__name__})") from error
+        raise BadInput(
+            f"{path}: found a checkpoint that can't be read ({type(error).__name__})"
+        ) from error
     raise BadInput(f"{path}: found other bytes than were written")

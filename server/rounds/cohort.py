@@ -28,7 +28,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class SecureRecord:
-    """An attempt that was or may have been unmasked: who was in it, stage by stage; all of it public."""
+    """An attempt that was or may have been unmasked: who was in it, stage by stage.
+
+    All of it public.
+    """
 
     round: int
     attempt: int

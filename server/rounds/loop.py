@@ -2,15 +2,17 @@
 
     1. begin an attempt: its number is durable before anybody hears of it
     2. plan: the manifest's digest, the phase, the round, the attempt and the state it starts from
-    3. ask a cohort for the sum of its updates; below the quorum the attempt is spent, and the next begins
+    3. ask a cohort for the sum of its updates; below the quorum the attempt is spent, and the next
+       begins
     4. apply: the phase's strategy turns the mean update into the next state
     5. average the states of a phase's last rounds, where the configuration asks for it
     6. evaluate on public validation data, where it is due
     7. observe: a log line is written, and dropped by who resumes if the commit does not follow
     8. commit: from here on the round can't be lost
 
-A `Cohort` is the one seam: Flower's grid, the in-process engine and the tests' fakes implement it. Whatever
-is killed or interrupted when, the checkpoint holds the last committed round, and the loop goes on from there.
+A `Cohort` is the one seam: Flower's grid, the in-process engine and the tests' fakes implement it.
+Whatever is killed or interrupted when, the checkpoint holds the last committed round, and the loop
+goes on from there.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ log = logging.getLogger(__name__)
 class Rules:
     """How rounds end. `average_last` is the share of a phase's last rounds that are averaged.
 
-    `patience` ends a run after that many evaluations without a better score. It counts in the last phase
-    only: the others prepare it, and stopping there would skip what the run is for.
+    `patience` ends a run after that many evaluations without a better score. It counts in the last
+    phase only: the others prepare it, and stopping there would skip what the run is for.
     """
 
     quorum: float = 1.0
@@ -77,10 +79,13 @@ def run_rounds(
     validate: Validate,
     observe: Observe,
 ) -> Progress:
-    """From the last committed round to the last one, or until patience ends. `strategies` has one a phase.
+    """From the last committed round to the last one, or until patience ends.
 
-    Raises Spent when a phase's attempts are, Refused where a refusal makes asking vain, QuorumLost where a run without
-    privacy has tried as often as it was planned to; the checkpoint then holds the last adapter.
+    `strategies` has one a phase.
+
+    Raises Spent when a phase's attempts are, Refused where a refusal makes asking vain, QuorumLost
+    where a run without privacy has tried as often as it was planned to; the checkpoint then holds
+    the last adapter.
     """
     manifest, progress = checkpoint.manifest, checkpoint.load()
     while progress.round < manifest.rounds and not _patience_is_over(manifest, progress, rules):
@@ -101,7 +106,9 @@ def run_rounds(
 def _ask(
     checkpoint: Checkpoint, cohort: Cohort, progress: Progress, phase: int, rules: Rules
 ) -> tuple[RoundPlan, CohortSum]:
-    """Attempt the next round until a quorum answers, a refusal makes it vain, or the attempts are spent."""
+    """Attempt the next round until a quorum answers, a refusal makes it vain, or the attempts are
+    spent.
+    """
     manifest, state = checkpoint.manifest, progress.state
     while True:
         attempt = checkpoint.begin_attempt(phase)
@@ -112,13 +119,18 @@ def _ask(
         lost = _lost(plan, answer, rules)
         if reason := checkpoint.spent(phase):
             raise Spent(f"{reason} ({lost})") from lost
-        if isinstance(lost, Refused) or checkpoint.attempts_begun(phase) >= manifest.phases[phase].attempts:
+        if (
+            isinstance(lost, Refused)
+            or checkpoint.attempts_begun(phase) >= manifest.phases[phase].attempts
+        ):
             raise lost
         log.warning("%s; the next attempt begins", lost)
 
 
 def _checked(answer: CohortSum, plan: RoundPlan, size: int) -> CohortSum:
-    """BadInput for a sum that would be broadcast, or would make the adapter something that is no number."""
+    """BadInput for a sum that would be broadcast, or would make the adapter something that is no
+    number.
+    """
     where = f"round {plan.round}: the cohort's sum"
     if answer.total.shape != (size,) or answer.total.dtype != np.float64:
         raise BadInput(
@@ -132,7 +144,10 @@ def _checked(answer: CohortSum, plan: RoundPlan, size: int) -> CohortSum:
 
 
 def _lost(plan: RoundPlan, answer: CohortSum, rules: Rules) -> QuorumLost | Refused:
-    """What to raise for a cohort below its quorum: a refusal where nothing but refusals is in the way."""
+    """What to raise for a cohort below its quorum.
+
+    A refusal where nothing but refusals is in the way.
+    """
     reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in answer.failures[:5])
     more = f"; and {len(answer.failures) - 5} more" if len(answer.failures) > 5 else ""
     text = (
@@ -146,7 +161,10 @@ def _lost(plan: RoundPlan, answer: CohortSum, rules: Rules) -> QuorumLost | Refu
 def _apply(
     strategy: SumStrategy, plan: RoundPlan, before: Progress, answer: CohortSum
 ) -> tuple[AdapterState, ServerState]:
-    """The next state; the same one where nobody was asked. FedloraError where it is no longer finite."""
+    """The next state; the same one where nobody was asked.
+
+    FedloraError where it is no longer finite.
+    """
     if not answer.replies:
         return before.state, before.memory
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below, and named
@@ -154,15 +172,19 @@ def _apply(
     if all(np.isfinite(vector).all() for vector in (state.vector, *memory.vectors.values())):
         return state, memory
     raise FedloraError(
-        f"round {plan.round}: the strategy's step left the range of float32, expected a finite adapter; "
-        f"the one of round {before.round} is kept. A smaller [server] learning_rate may help"
+        f"round {plan.round}: the strategy's step left the range of float32, expected a finite"
+        f" adapter; the one of round {before.round} is kept. A smaller [server] learning_rate may"
+        " help"
     )
 
 
 def _released(
     manifest: RunManifest, number: int, state: AdapterState, memory: ServerState, rules: Rules
 ) -> tuple[AdapterState, ServerState]:
-    """The state to evaluate and export: the running average once the phase's averaging has begun."""
+    """The state to evaluate and export.
+
+    The running average once the phase's averaging has begun.
+    """
     phase = manifest.phase_of(number)
     averaged = round(rules.average_last * manifest.phases[phase].rounds)
     if number <= _last_round(manifest, phase) - averaged:
@@ -176,7 +198,11 @@ def _scored(progress: Progress, metrics: Mapping[str, float]) -> Progress:
         return progress
     score = metrics["accuracy"] if "accuracy" in metrics else -metrics["loss"]
     better = math.isfinite(score) and (progress.best is None or score > progress.best)
-    return replace(progress, best=score, stale=0) if better else replace(progress, stale=progress.stale + 1)
+    return (
+        replace(progress, best=score, stale=0)
+        if better
+        else replace(progress, stale=progress.stale + 1)
+    )
 
 
 def _next(
@@ -187,7 +213,10 @@ def _next(
     memory: ServerState,
     scored: Progress,
 ) -> Progress:
-    """A phase ends with its released state; the next starts there, with nothing remembered but the score."""
+    """A phase ends with its released state.
+
+    The next starts there, with nothing remembered but the score.
+    """
     if _ends_phase(manifest, number):
         stale = scored.stale if number == manifest.rounds else 0
         return Progress(number, released, released, ServerState(), scored.best, stale)
@@ -195,7 +224,11 @@ def _next(
 
 
 def _record(
-    manifest: RunManifest, plan: RoundPlan, answer: CohortSum, metrics: Mapping[str, float], seconds: float
+    manifest: RunManifest,
+    plan: RoundPlan,
+    answer: CohortSum,
+    metrics: Mapping[str, float],
+    seconds: float,
 ) -> RoundRecord:
     return RoundRecord(
         round=plan.round,

@@ -1,14 +1,16 @@
-"""The public bound on the norm of an update: beyond it, an update is its sender's failure, not the sum's.
+"""The public bound on the norm of an update.
 
-A sum hides who sent what, so one absurd update must be refused before it is added. The bound follows from
-the manifest alone and is generous: an honest node never meets it, and nothing about its data is needed. It
-does not make a malicious node harmless; robust rules do that.
+Beyond it, an update is its sender's failure, not the sum's.
+
+A sum hides who sent what, so one absurd update must be refused before it is added. The bound
+follows from the manifest alone and is generous: an honest node never meets it, and nothing about
+its data is needed. It does not make a malicious node harmless; robust rules do that.
 
 With s steps, rate η, proximal μ, and G a bound on one step's noised gradient, SGD moves by at most
-η G s (1 + η μ)^s. G is MAX_DRAW_RATIO times the clip (a draw of that many times the expected units, all
-aligned) plus the norm of the noise. AdamW moves no coordinate by more than ADAM_STEP η a step: by
-Cauchy-Schwarz |m̂| <= 7.3 √v̂ for β = (0.9, 0.999). A run without privacy clips nothing; with SGD only gross
-nonsense is refused there.
+η G s (1 + η μ)^s. G is MAX_DRAW_RATIO times the clip (a draw of that many times the expected units,
+all aligned) plus the norm of the noise. AdamW moves no coordinate by more than ADAM_STEP η a step:
+by Cauchy-Schwarz |m̂| <= 7.3 √v̂ for β = (0.9, 0.999). A run without privacy clips nothing; with
+SGD only gross nonsense is refused there.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from fedlora.common.manifest.plan import Update
 from fedlora.common.privacy.accountant import member_noise
 
 MAX_DRAW_RATIO = 100.0
-NOISE_TAIL = 10.0  # a Gaussian vector's norm passes its root mean square by this many deviations: never seen
+# a Gaussian vector's norm passes its root mean square by this many deviations: never seen
+NOISE_TAIL = 10.0
 ADAM_STEP = 10.0
 PLAIN_RMS = 100.0  # root mean square of an un-clipped update's coordinates
 
@@ -33,21 +36,25 @@ def check_norm(update: Update, bound: float) -> None:
     norm = float(np.linalg.norm(update.delta.astype(np.float64)))
     if not norm <= bound:
         raise BadInput(
-            f"update of {update.client}: found an L2 norm of {norm:.4g}, expected at most {bound:.4g}"
+            f"update of {update.client}: found an L2 norm of {norm:.4g}, expected at most"
+            f" {bound:.4g}"
         )
 
 
 def update_bound(manifest: RunManifest, phase: int, size: int) -> float:
     """The largest L2 norm that an update of (size,) coordinates may have in a phase. Public."""
     recipe = manifest.phases[phase]
-    if manifest.mode == "client" and manifest.secure is not None:  # clipped whole, rounded, noised after that
+    # clipped whole, rounded, noised after that
+    if manifest.mode == "client" and manifest.secure is not None:
         levels = manifest.secure.levels
         noise = member_noise(manifest, phase) * (math.sqrt(size) + NOISE_TAIL)
         return recipe.clip * (levels + math.sqrt(size) / 2 + noise) / levels
     if recipe.optimizer == "adamw":
         return recipe.steps * ADAM_STEP * recipe.learning_rate * math.sqrt(size)
     if recipe.optimizer != "sgd":
-        raise BadInput(f"manifest phase optimizer: found {recipe.optimizer!r}, expected sgd or adamw")
+        raise BadInput(
+            f"manifest phase optimizer: found {recipe.optimizer!r}, expected sgd or adamw"
+        )
     if manifest.mode == "none":
         return PLAIN_RMS * math.sqrt(size)
     if manifest.mode != "record":  # nor "client" without secure aggregation
@@ -59,9 +66,10 @@ def update_bound(manifest: RunManifest, phase: int, size: int) -> float:
 def coordinate_bound(phase: Phase, mode: str) -> float:
     """Where a coordinate of an update saturates under secure aggregation. Public.
 
-    Not the clip: a noised update is longer. A drawn sum of twice the expected units whose gradients all lie in this
-    one coordinate fits, and so do NOISE_TAIL deviations of its noise; what is beyond is cut off, not refused.
-    In mode "client" the whole update is clipped and its noise added after this: there, and only there, it is the clip.
+    Not the clip: a noised update is longer. A drawn sum of twice the expected units whose gradients
+    all lie in this one coordinate fits, and so do NOISE_TAIL deviations of its noise; what is
+    beyond is cut off, not refused. In mode "client" the whole update is clipped and its noise added
+    after this: there, and only there, it is the clip.
     """
     recipe = phase
     if mode == "client":
@@ -69,7 +77,9 @@ def coordinate_bound(phase: Phase, mode: str) -> float:
     if recipe.optimizer == "adamw":
         return recipe.steps * ADAM_STEP * recipe.learning_rate
     if recipe.optimizer != "sgd":
-        raise BadInput(f"manifest phase optimizer: found {recipe.optimizer!r}, expected sgd or adamw")
+        raise BadInput(
+            f"manifest phase optimizer: found {recipe.optimizer!r}, expected sgd or adamw"
+        )
     if mode == "none":
         step = PLAIN_RMS
     elif mode == "record":
@@ -84,7 +94,10 @@ def coordinate_bound(phase: Phase, mode: str) -> float:
 
 
 def _gradient_bound(phase: Phase, size: int) -> float:
-    """The norm of one noised mean gradient. Two groups share the noise: each gets √2 of what one would."""
+    """The norm of one noised mean gradient. Two groups share the noise.
+
+    Each gets √2 of what one would.
+    """
     groups = 2 if phase.head_clip else 1
     clip = math.hypot(phase.clip, phase.head_clip)
     noise = math.sqrt(groups) * phase.noise_multiplier * clip * (math.sqrt(size) + NOISE_TAIL)

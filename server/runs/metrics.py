@@ -17,7 +17,8 @@ from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.loop import RoundRecord
 from fedlora.server.runs.public_data import PublicSide
 
-Observe = Callable[[int, Mapping[str, float | None]], None]  # a round's number, and what a person watches
+# a round's number, and what a person watches
+Observe = Callable[[int, Mapping[str, float | None]], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,9 @@ class MetricsLog:
     def write(self, record: RoundRecord, progress: Progress) -> None:
         run = self._run
         phase = next(phase for phase in run.manifest.phases if phase.name == record.phase)
-        attempts = [run.checkpoint.attempts_begun(index) for index in range(len(run.manifest.phases))]
+        attempts = [
+            run.checkpoint.attempts_begun(index) for index in range(len(run.manifest.phases))
+        ]
         line = {
             "round": record.round,
             "phase": record.phase,
@@ -70,26 +73,32 @@ class MetricsLog:
             "failures": [[failure.client, failure.reason] for failure in record.failures],
             **({} if record.secure is None else {"secure": asdict(record.secure)}),
             # by the public normaliser: how many units were really drawn does not leave a node
-            "examples_per_second": record.replies
-            * phase.steps
-            * phase.expected_units
-            / max(record.seconds, 1e-9),
+            "examples_per_second": (
+                record.replies * phase.steps * phase.expected_units / max(record.seconds, 1e-9)
+            ),
             **dict(record.metrics.items()),
         }
         with self._path.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
         self._observe(
             record.round,
-            {name: line.get(name) for name in ("accuracy", "loss", "epsilon", "examples_per_second")},  # type: ignore[misc]
+            {
+                name: line.get(name)
+                for name in ("accuracy", "loss", "epsilon", "examples_per_second")
+            },  # type: ignore[misc]
         )
 
 
 def _round_of(line: str) -> float:
-    """The round of a line of metrics.jsonl; infinite where the line was cut off, or is none that was written."""
+    """The round of a line of metrics.jsonl.
+
+    Infinite where the line was cut off, or is none that was written.
+    """
     try:
         table = json.loads(line)
         figures = [
-            float(table[name]) for name in ("elapsed_seconds", "seconds", "examples_per_second", "replies")
+            float(table[name])
+            for name in ("elapsed_seconds", "seconds", "examples_per_second", "replies")
         ]
         return float(table["round"]) if all(map(math.isfinite, figures)) else math.inf
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,6 @@
-"""What a coordinator needs and may see: the frozen model, the public records that score it, the state it begins with.
+"""What a coordinator needs and may see.
+
+The frozen model, the public records that score it, the state it begins with.
 
 Simulation and deployment build it alike. Institutions build the same network from the manifest.
 """
@@ -33,11 +35,15 @@ class PublicRecords:
 
 
 def read_public(config: Config) -> PublicRecords:
-    """What a coordinator without private data reads; BadInput where validation is a share of a training file."""
+    """What a coordinator without private data reads.
+
+    BadInput where validation is a share of a training file.
+    """
     data = config.data
     if not isinstance(data.validation, str):
         raise BadInput(
-            f"[data] validation = {data.validation:g}: expected a public file, for a coordinator has no training file"
+            f"[data] validation = {data.validation:g}: expected a public file, for a coordinator"
+            " has no training file"
         )
     labels = read_labels(config)
     validation, test = (
@@ -95,20 +101,29 @@ class PublicSide:
     ) -> PublicSide:
         """Load the model, encode the records, fit the projection. BadInput names what is wrong.
 
-        The projection is computed once for a run and must not change in it: it lies in the run's `folder`.
+        The projection is computed once for a run and must not change in it: it lies in the run's
+        `folder`.
         """
         model = build_model(config.model, config.lora, records.task, config.seed, device)
         if config.training.head_rounds:
             _ = model.head  # refuses a model whose head can't be trained by itself
-        test, validation = encode(config, model, records.test), encode(config, model, records.validation)
+        test, validation = (
+            encode(config, model, records.test),
+            encode(config, model, records.validation),
+        )
         public = np.arange(len(validation), dtype=np.int64)
         score = public
         if config.model.projection:
-            # Whitened rows of the fit look unlike any others: they must not score what was fitted on them.
+            # Whitened rows of the fit look unlike any others: they must not score what was fitted
+            # on them.
             fit, score = public[::2], public[1::2]
-            model.projection = _projection(model, validation, fit, config.model, folder / PROJECTION, texts)
+            model.projection = _projection(
+                model, validation, fit, config.model, folder / PROJECTION, texts
+            )
         # Measured on public records: how long a step takes must not depend on anybody's text.
-        compute = choose_compute(model, validation, config.training.attention, config.training.precision)
+        compute = choose_compute(
+            model, validation, config.training.attention, config.training.precision
+        )
         features = FeatureCache(model, progress=progress, texts=texts)
         return cls(
             model=model,
@@ -132,7 +147,9 @@ def _projection(
     path: Path,
     texts: PooledTexts | None,
 ) -> Projection:
-    """The run's projection: read where it was fitted before, else fitted on the public validation part."""
+    """The run's projection: read where it was fitted before, else fitted on the public validation
+    part.
+    """
     if path.is_file():
         return Projection.read(path)
     features = pooled_features(model, public, rows, texts=texts).cpu().numpy()
@@ -145,5 +162,6 @@ def _projection(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     fitted.write(path)
-    # Not `fitted`: another memory order is another rounding, and a resumed run would not have the same bits.
+    # Not `fitted`: another memory order is another rounding, and a resumed run would not have the
+    # same bits.
     return Projection.read(path)

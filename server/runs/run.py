@@ -1,6 +1,8 @@
-"""One run at the coordinator: the round loop over a cohort, a line for each round, and what is summed up at its end.
+"""One run at the coordinator: the round loop over a cohort, a line for each round, and what is
+summed up at its end.
 
-Simulation and deployment conduct a run alike; they differ in the cohort, and in what else they may know.
+Simulation and deployment conduct a run alike; they differ in the cohort, and in what else they may
+know.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from fedlora.server.runs.summary import summary_of
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 
 
-def conduct(run: Conducted, cohort: Cohort, observe: Observe = lambda number, figures: None) -> Progress:
+def conduct(
+    run: Conducted, cohort: Cohort, observe: Observe = lambda number, figures: None
+) -> Progress:
     """The round loop, with a line of metrics.jsonl for each committed round."""
     config, manifest = run.config, run.manifest
 
     def validate(state: AdapterState, phase: int) -> Mapping[str, float]:
-        return run.public.validation.evaluate(state, head_only=manifest.phases[phase].name == "head")
+        return run.public.validation.evaluate(
+            state, head_only=manifest.phases[phase].name == "head"
+        )
 
     return run_rounds(
         checkpoint=run.checkpoint,
@@ -45,7 +51,9 @@ def conduct(run: Conducted, cohort: Cohort, observe: Observe = lambda number, fi
     )
 
 
-def to_its_end(checkpoint: Checkpoint, work: Callable[[], Progress]) -> tuple[Progress, FedloraError | None]:
+def to_its_end(
+    checkpoint: Checkpoint, work: Callable[[], Progress]
+) -> tuple[Progress, FedloraError | None]:
     """Where `work` got to, and what it ended with where that is not the last round."""
     try:
         return work(), None
@@ -54,11 +62,16 @@ def to_its_end(checkpoint: Checkpoint, work: Callable[[], Progress]) -> tuple[Pr
 
 
 def has_result(progress: Progress, ended: FedloraError | None) -> bool:
-    """Whether there is an adapter to leave: of a run that is done, that has committed a round, or that is over."""
+    """Whether there is an adapter to leave.
+
+    Of a run that is done, that has committed a round, or that is over.
+    """
     return ended is None or progress.round > 0 or isinstance(ended, Spent)
 
 
-def conclude(run: Conducted, progress: Progress, epsilon_by_client: Mapping[str, float]) -> dict[str, Any]:
+def conclude(
+    run: Conducted, progress: Progress, epsilon_by_client: Mapping[str, float]
+) -> dict[str, Any]:
     """Score the test file, export the adapter; the summary that every run has."""
     started = time.monotonic()
     run.public.features.clear()

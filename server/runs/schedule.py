@@ -1,7 +1,8 @@
 """From a configuration to the manifest: the public schedule, with its noise calibrated.
 
-σ is the smallest that keeps the whole schedule, all attempts of all phases, within ε. A head phase may use
-`head_epsilon_share` of ε by itself; the adapter phase then takes what the composition leaves.
+σ is the smallest that keeps the whole schedule, all attempts of all phases, within ε. A head phase
+may use `head_epsilon_share` of ε by itself; the adapter phase then takes what the composition
+leaves.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from fedlora.common.secagg.cohort import THRESHOLD_RULE, threshold
 from fedlora.common.secagg.ring import Encoding
 from fedlora.server.rounds.norm_bound import coordinate_bound
 
-LEVELS = 1 << 22  # of a coordinate: as fine as float32 for a value at the bound; 511 institutions in 32 bits
-ROUNDING = 0.1  # of the clip: what rounding may add to the sensitivity where large noise leaves fewer levels
+# of a coordinate: as fine as float32 for a value at the bound; 511 institutions in 32 bits
+LEVELS = 1 << 22
+# of the clip: what rounding may add to the sensitivity where large noise leaves fewer levels
+ROUNDING = 0.1
 
 
 def make_manifest(
@@ -93,7 +96,9 @@ def _secure_terms(
 
 
 def public_phases(config: Config) -> tuple[Phase, ...]:
-    """The phases with noise 0: the head alone first, where `head_rounds` asks for it, then everything."""
+    """The phases with noise 0: the head alone first, where `head_rounds` asks for it, then
+    everything.
+    """
     head, rounds = config.training.head_rounds, config.federation.rounds
     phases = (_head_phase(config, head), _adapter_phase(config, rounds - head))
     return tuple(phase for phase in phases if phase.rounds > 0)
@@ -141,14 +146,18 @@ def _adapter_phase(config: Config, rounds: int) -> Phase:
 def _shared_noise(
     config: Config, phases: tuple[Phase, ...], moved: Mapping[str, int] | None
 ) -> tuple[tuple[Phase, ...], SkellamTerms, int]:
-    """Phases with the noise of a sum, how it is shared, and the levels; one release an attempt, no amplification.
+    """Phases with the noise of a sum, how it is shared, and the levels.
 
-    The more noise, the fewer levels of a clip are needed, and the fewer are possible: a share is drawn exactly
-    up to a bound. So they are the largest power of two with which every phase's share can be drawn.
+    One release an attempt, no amplification.
+
+    The more noise, the fewer levels of a clip are needed, and the fewer are possible: a share is
+    drawn exactly up to a bound. So they are the largest power of two with which every phase's share
+    can be drawn.
     """
     if moved is None or not config.aggregation.secure:
         raise BadInput(
-            '[privacy] mode = "client": expected [aggregation] secure = true, and what each phase moves'
+            '[privacy] mode = "client": expected [aggregation] secure = true, and what each phase'
+            " moves"
         )
     coordinates, levels = tuple(moved[phase.name] for phase in phases), LEVELS
     carriers = threshold(config.aggregation.minimum_cohort) - config.aggregation.max_colluders
@@ -158,8 +167,8 @@ def _shared_noise(
             return done, SkellamTerms(coordinates, carriers), levels
         levels //= 2
     raise BadInput(
-        f"[privacy] epsilon = {config.privacy.epsilon:g}: needs noise that with {max(coordinates)} coordinates "
-        "can't be drawn as whole numbers; expected a larger epsilon, or fewer rounds"
+        f"[privacy] epsilon = {config.privacy.epsilon:g}: needs noise that with {max(coordinates)}"
+        " coordinates can't be drawn as whole numbers; expected a larger epsilon, or fewer rounds"
     )
 
 
@@ -169,7 +178,10 @@ def _with_shared_noise(
     privacy, done = config.privacy, list[Phase]()
     for phase, count in zip(phases, coordinates, strict=True):
         share = 1.0 if phase is phases[-1] else privacy.head_epsilon_share
-        spent, one = _releases(done, coordinates, levels), Release(1.0, levels, count, phase.attempts)
+        spent, one = (
+            _releases(done, coordinates, levels),
+            Release(1.0, levels, count, phase.attempts),
+        )
         sigma = smallest_noise(
             lambda noise, spent=spent, one=one: epsilon_of_releases(  # type: ignore[misc]
                 [*spent, replace(one, noise_multiplier=noise)], privacy.delta
@@ -183,7 +195,9 @@ def _with_shared_noise(
 def _releases(phases: Sequence[Phase], coordinates: Sequence[int], levels: int) -> list[Release]:
     """Of the first phases, in order."""
     pairs = zip(phases, coordinates, strict=False)
-    return [Release(phase.noise_multiplier, levels, count, phase.attempts) for phase, count in pairs]
+    return [
+        Release(phase.noise_multiplier, levels, count, phase.attempts) for phase, count in pairs
+    ]
 
 
 def _calibrated(config: Config, phases: tuple[Phase, ...], cache: Path | None) -> tuple[Phase, ...]:
@@ -194,7 +208,12 @@ def _calibrated(config: Config, phases: tuple[Phase, ...], cache: Path | None) -
         share = 1.0 if last else config.privacy.head_epsilon_share
         steps = phase.steps * phase.attempts
         sigma = calibrate(
-            spent, phase.sampling_rate, steps, share * config.privacy.epsilon, config.privacy.delta, cache
+            spent,
+            phase.sampling_rate,
+            steps,
+            share * config.privacy.epsilon,
+            config.privacy.delta,
+            cache,
         )
         spent.append(Mechanism(phase.sampling_rate, sigma, steps))
         done.append(replace(phase, noise_multiplier=sigma))

@@ -30,10 +30,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def summary_of(
-    run: Conducted,
-    progress: Progress,
-    metrics: Mapping[str, float],
-    by_client: Mapping[str, float],
+    run: Conducted, progress: Progress, metrics: Mapping[str, float], by_client: Mapping[str, float]
 ) -> dict[str, Any]:
     manifest, config, public = run.manifest, run.config, run.public
     private, whole = manifest.mode != "none", manifest.mode == "client"
@@ -64,7 +61,9 @@ def summary_of(
         "seconds": (lines[-1]["elapsed_seconds"] if lines else 0.0),
         "training_seconds": seconds,
         "examples_per_second": examples / seconds if seconds else 0.0,
-        "client_rounds_per_second": sum(line["replies"] for line in lines) / seconds if seconds else 0.0,
+        "client_rounds_per_second": sum(line["replies"] for line in lines) / seconds
+        if seconds
+        else 0.0,
         "peak_rss_bytes": peak_rss_bytes(),
         "trainable_parameters": public.model.spec.size,
         "strategy": manifest.strategy,
@@ -92,8 +91,13 @@ def versions() -> dict[str, str]:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory that this program held; getrusage would count what its parent held before it."""
+    """The most memory that this program held.
+
+    Getrusage would count what its parent held before it.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

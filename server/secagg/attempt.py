@@ -1,4 +1,7 @@
-"""The coordinator's half of one attempt: inputs, confirmations, openings, and the sum that they allow."""
+"""The coordinator's half of one attempt.
+
+Inputs, confirmations, openings, and the sum that they allow.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,9 @@ class Listed:
 
 @dataclass(frozen=True, eq=False)
 class SecureSum:
-    """The sum of one attempt: levels of `members` inputs, who dropped out after dealing, and who lied."""
+    """The sum of one attempt: levels of `members` inputs, who dropped out after dealing, and who
+    lied.
+    """
 
     levels: Ints
     members: tuple[str, ...]
@@ -56,7 +61,10 @@ class SecureSum:
 
 
 class ServerAttempt:
-    """One attempt of an epoch: from masked inputs to the sum. With fewer inputs than `needed` nothing is unmasked."""
+    """One attempt of an epoch: from masked inputs to the sum.
+
+    With fewer inputs than `needed` nothing is unmasked.
+    """
 
     def __init__(self, listed: Listed, slot: Slot, encoding: Encoding, needed: int = 0) -> None:
         if slot.attempt not in listed.epoch.attempts:
@@ -73,20 +81,27 @@ class ServerAttempt:
         self._agreed = False
         self._openers: set[str] = set()
         self._liars: set[str] = set()
-        self._shares: dict[str, dict[int, int]] = {name: {} for name in listed.deals}  # by dealer and place
-        self._without: dict[str, list[str]] = {name: [] for name in listed.deals}  # openers without its share
+        # by dealer and place
+        self._shares: dict[str, dict[int, int]] = {name: {} for name in listed.deals}
+        # openers without its share
+        self._without: dict[str, list[str]] = {name: [] for name in listed.deals}
         self._unmasked = False
 
     @property
     def liars(self) -> tuple[str, ...]:
-        """Who opened what its dealer did not sign, or dealt what does not rebuild: each signed the proof."""
+        """Who opened what its dealer did not sign, or dealt what does not rebuild.
+
+        Each signed the proof.
+        """
         return tuple(sorted(self._liars))
 
     @property
     def suspected(self) -> Mapping[str, tuple[str, ...]]:
-        """Dealers without whose secret the sum can't be had, and who says that its share does not open.
+        """Dealers without whose secret the sum can't be had, and who says that its share does not
+        open.
 
-        Only where more say so than may conspire: no signature proves it, and with more colluders it is false.
+        Only where more say so than may conspire: no signature proves it, and with more colluders it
+        is false.
         """
         t, colluders = self._listed.threshold, self._listed.colluders
         return {
@@ -104,9 +119,13 @@ class ServerAttempt:
         if message.name not in self._listed.deals or message.name in self._inputs:
             raise Refused(f"{where}: found one of somebody who is not in U2, or a second one")
         if (message.context, message.dealers) != (self._context, self._listed.dealers):
-            raise Refused(f"{where}: found one for another federation, run, round, attempt, model or cohort")
+            raise Refused(
+                f"{where}: found one for another federation, run, round, attempt, model or cohort"
+            )
         masked = Masked.from_bytes(self._encoding, message.vector, where)
-        self._listed.identities[message.name].verify(message.signature, wire.INPUT, *message.signed())
+        self._listed.identities[message.name].verify(
+            message.signature, wire.INPUT, *message.signed()
+        )
         self._sum.add(masked)
         self._inputs.add(message.name)
         return message.name
@@ -116,7 +135,9 @@ class ServerAttempt:
         if self._survivors:
             raise Refused("survivors: U3 is fixed already")
         if len(self._inputs) < self._needed:
-            raise QuorumLost(f"input: {len(self._inputs)} nodes answered, expected at least {self._needed}")
+            raise QuorumLost(
+                f"input: {len(self._inputs)} nodes answered, expected at least {self._needed}"
+            )
         self._survivors = tuple(sorted(self._inputs))
         listed = cohort.survivors_digest(self._context, self._listed.dealers, self._survivors)
         self._signed = (self._context, self._listed.cohort, self._listed.dealers, listed)
@@ -128,7 +149,9 @@ class ServerAttempt:
         if not self._survivors or self._agreed:
             raise Refused("confirmation: found one before U3 or after its agreement")
         if message.name not in self._survivors or message.name in self._confirmations:
-            raise Refused(f"confirmation: found one of {message.name}, who is not in U3 or has signed")
+            raise Refused(
+                f"confirmation: found one of {message.name}, who is not in U3 or has signed"
+            )
         self._listed.identities[message.name].verify(message.signature, wire.CONFIRM, *self._signed)
         self._confirmations[message.name] = message
         return message.name
@@ -139,14 +162,17 @@ class ServerAttempt:
             raise Refused("confirmation: not the next step of this attempt")
         if len(self._confirmations) < self._listed.threshold:
             raise QuorumLost(
-                f"confirmation: {len(self._confirmations)} nodes signed, expected {self._listed.threshold}"
+                f"confirmation: {len(self._confirmations)} nodes signed, expected"
+                f" {self._listed.threshold}"
             )
         self._agreed = True
         enough = sorted(self._confirmations.items())[: self._listed.threshold]
         return wire.agreement_to_bytes([each for _, each in enough])
 
     def add_opening(self, data: bytes) -> str:
-        """Stage 5: a node's shares, each checked against its dealer's signed hash; returns the sender's name.
+        """Stage 5: a node's shares, each checked against its dealer's signed hash.
+
+        Returns the sender's name.
 
         Of a message with a share that was not dealt nothing is kept but that its sender lied.
         """
@@ -169,11 +195,15 @@ class ServerAttempt:
         return message.name
 
     def result(self) -> SecureSum:
-        """Unmask, once; QuorumLost with too few shares, BadInput where a dealer lied or a check word is off."""
+        """Unmask, once; QuorumLost with too few shares, BadInput where a dealer lied or a check
+        word is off.
+        """
         if not self._agreed or self._unmasked:
             raise Refused("result: not the next step of this attempt")
         weights: dict[tuple[int, ...], list[int]] = {}
-        secrets = {name: shamir.to_bytes(self._rebuilt(name, weights)) for name in self._listed.deals}
+        secrets = {
+            name: shamir.to_bytes(self._rebuilt(name, weights)) for name in self._listed.deals
+        }
         self._unmasked = True
         for name, secret in secrets.items():
             if name in self._survivors:
@@ -226,7 +256,9 @@ class ServerAttempt:
         if len(shares) < t:
             without = sorted(self._without[name])
             said = f"; {', '.join(without)} say that theirs do not open" if without else ""
-            raise QuorumLost(f"unmask: {len(shares)} shares of {name} were opened, expected {t}{said}")
+            raise QuorumLost(
+                f"unmask: {len(shares)} shares of {name} were opened, expected {t}{said}"
+            )
         places = tuple(sorted(shares)[:t])
         if places not in weights:
             weights[places] = shamir.weights_at_zero(places)
@@ -238,7 +270,9 @@ class ServerAttempt:
         expected = deal.seeds[at : at + commit.DIGEST_BYTES]
         if commit.seed_hash(self._listed.cohort, name, attempt, seed) != expected:
             raise self._lied(name)
-        self._sum.apply_mask(masks.seed_mask(seed, self._context, self._listed.dealers), positive=False)
+        self._sum.apply_mask(
+            masks.seed_mask(seed, self._context, self._listed.dealers), positive=False
+        )
 
     def _remove_pair_masks(self, name: str, secret: bytes) -> None:
         """Of one who dropped out: take off what each survivor added or subtracted for it."""
@@ -249,7 +283,12 @@ class ServerAttempt:
         for survivor in self._survivors:
             secret_of_two = pair.agree(self._listed.offers[survivor].mask_keys[place])
             key = masks.pair_mask(
-                secret_of_two, self._context, self._listed.cohort, self._listed.dealers, name, survivor
+                secret_of_two,
+                self._context,
+                self._listed.cohort,
+                self._listed.dealers,
+                name,
+                survivor,
             )
             self._sum.apply_mask(key, positive=survivor > name)
 

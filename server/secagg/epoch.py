@@ -3,10 +3,11 @@
     an epoch      add_offer … -> close_offers (U1) -> add_deal … -> close_deals (U2) -> delivery to each
     an attempt    add_input … -> close_inputs (U3) -> add_confirmation … -> agreement -> add_opening … -> result
 
-Inputs are added as they come and forgotten: memory is one sum, whatever the number of nodes. A message that does
-not count raises BadInput or Refused and changes nothing; whoever sent it is a drop-out. Too few at any stage is
-QuorumLost: nothing was unmasked. Openings are checked against what their dealers signed: a liar is who signed the
-proof of it. That a share did not open is a word against a word: more than c such words make a dealer suspected.
+Inputs are added as they come and forgotten: memory is one sum, whatever the number of nodes. A
+message that does not count raises BadInput or Refused and changes nothing; whoever sent it is a
+drop-out. Too few at any stage is QuorumLost: nothing was unmasked. Openings are checked against
+what their dealers signed: a liar is who signed the proof of it. That a share did not open is a word
+against a word: more than c such words make a dealer suspected.
 """
 
 from __future__ import annotations
@@ -15,23 +16,18 @@ from collections.abc import Mapping
 
 from fedlora.common.errors import BadInput, QuorumLost, Refused
 from fedlora.common.secagg import cohort, commit, keys, shamir, wire
-from fedlora.common.secagg.wire import (
-    Deal,
-    Dealer,
-    Delivery,
-    Epoch,
-    KeyOffer,
-)
+from fedlora.common.secagg.wire import Deal, Dealer, Delivery, Epoch, KeyOffer
 from fedlora.common.trust.identity import PublicIdentity
 from fedlora.server.secagg.attempt import Listed, identity_of
 from fedlora.server.secagg.seen_keys import SeenKeys
 
 
 class ServerEpoch:
-    """Keys and shares of one epoch. `identities` are the registry's, `minimum` the manifest's minimum cohort.
+    """Keys and shares of one epoch. `identities` are the registry's, `minimum` the manifest's
+    minimum cohort.
 
-    `seen` are the keys of earlier epochs: nodes refuse a list with one of them, so whoever offers one is left out.
-    `colluders` are assumed at most, beside the coordinator.
+    `seen` are the keys of earlier epochs: nodes refuse a list with one of them, so whoever offers
+    one is left out. `colluders` are assumed at most, beside the coordinator.
     """
 
     def __init__(
@@ -66,11 +62,15 @@ class ServerEpoch:
         return offer.name
 
     def close_offers(self) -> bytes:
-        """U1, for all its members: as many as offered, or as few less, the last, as it takes to bear the colluders."""
+        """U1, for all its members: as many as offered, or as few less, the last, as it takes to
+        bear the colluders.
+        """
         if self._cohort:
             raise Refused("keys: U1 is fixed already")
         if len(self._offers) < self._minimum:
-            raise QuorumLost(f"keys: {len(self._offers)} nodes offered, expected at least {self._minimum}")
+            raise QuorumLost(
+                f"keys: {len(self._offers)} nodes offered, expected at least {self._minimum}"
+            )
         self._offers = dict(sorted(list(self._offers.items())[: self._bearing()]))
         self._seen.add(self._offers.values())
         known = [self._identities[name].key for name in self._offers]
@@ -83,13 +83,16 @@ class ServerEpoch:
         return list(self._offers) if self._cohort else []
 
     def _bearing(self) -> int:
-        """The largest cohort of those who offered that nodes accept: what it bears does not grow with each member."""
+        """The largest cohort of those who offered that nodes accept.
+
+        What it bears does not grow with each member.
+        """
         for size in range(len(self._offers), self._minimum - 1, -1):
             if cohort.most_colluders(size) >= self._colluders:
                 return size
         raise QuorumLost(
-            f"keys: {len(self._offers)} nodes offered, expected a cohort of at least {self._minimum} that bears "
-            f"{self._colluders} colluders"
+            f"keys: {len(self._offers)} nodes offered, expected a cohort of at least"
+            f" {self._minimum} that bears {self._colluders} colluders"
         )
 
     def add_deal(self, data: bytes) -> str:
@@ -108,11 +111,15 @@ class ServerEpoch:
         full = keys.TAG_BYTES + 2 * shamir.BYTES * count
         expected = [0 if name == deal.name else full for name in self._offers]
         if [len(part) for part in deal.sealed] != expected:
-            raise BadInput(f"shares of {deal.name}: found sealed parts of another size than {full} bytes")
+            raise BadInput(
+                f"shares of {deal.name}: found sealed parts of another size than {full} bytes"
+            )
         parts = [deal.hashes[at : at + size] for at in range(0, len(deal.hashes), size)]
         tree = commit.MerkleTree([commit.leaf(part) for part in parts])
         dealer = Dealer(deal.name, tree.root, deal.seeds, deal.signature)
-        self._identities[deal.name].verify(deal.signature, wire.SHARES, *dealer.signed(self._cohort))
+        self._identities[deal.name].verify(
+            deal.signature, wire.SHARES, *dealer.signed(self._cohort)
+        )
         self._deals[deal.name], self._trees[deal.name] = deal, tree
         return deal.name
 

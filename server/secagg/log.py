@@ -1,7 +1,10 @@
-"""What a coordinator learnt under masks: one line for each attempt, on disk before its masks are asked for.
+"""What a coordinator learnt under masks.
 
-A line says what may have been learnt, also where the sum was thrown away afterwards or the process died: summary and
-card count these lines, and not the committed rounds. A second line of an attempt, with its end, replaces the first.
+One line for each attempt, on disk before its masks are asked for.
+
+A line says what may have been learnt, also where the sum was thrown away afterwards or the process
+died: summary and card count these lines, and not the committed rounds. A second line of an attempt,
+with its end, replaces the first.
 """
 
 from __future__ import annotations
@@ -34,19 +37,28 @@ def note_in(folder: Path) -> Callable[[SecureRecord], None]:
 
 
 def liars_in(folder: Path) -> set[str]:
-    """Who was proven to lie in this run: by what it opened or dealt, or by a key that it signed for two epochs."""
+    """Who was proven to lie in this run.
+
+    By what it opened or dealt, or by a key that it signed for two epochs.
+    """
     by_keys = {str(each["liar"]) for each in tables_of(folder / KEYS) if "liar" in each}
     return by_keys | {str(name) for each in sums_of(folder) for name in each["liars"]}
 
 
 def sums_of(folder: Path) -> list[Mapping[str, Any]]:
-    """The last line of each attempt, in order; of one that was cut short the masks were not asked for, or another is."""
+    """The last line of each attempt, in order.
+
+    Of one that was cut short the masks were not asked for, or another is.
+    """
     found = {int(each["attempt"]): each for each in tables_of(folder / SUMS)}
     return [found[attempt] for attempt in sorted(found)]
 
 
 def tables_of(path: Path) -> list[Mapping[str, Any]]:
-    """A log's lines; BadInput for one that a kill did not cut short and that is none. The log counts what was cut."""
+    """A log's lines; BadInput for one that a kill did not cut short and that is none.
+
+    The log counts what was cut.
+    """
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     found: list[Mapping[str, Any]] = []
     cut_short = 0
@@ -61,5 +73,7 @@ def tables_of(path: Path) -> list[Mapping[str, Any]]:
         if table is not None:
             found.append(table)
     if cut_short:
-        log.warning("%s: found %d lines that can't be read, and counted the others", path, cut_short)
+        log.warning(
+            "%s: found %d lines that can't be read, and counted the others", path, cut_short
+        )
     return found

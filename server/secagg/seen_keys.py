@@ -1,7 +1,10 @@
-"""The keys of a run's earlier epochs, and who signed them: nodes refuse every list that holds one again.
+"""The keys of a run's earlier epochs, and who signed them.
 
-Nodes remember them as long as they run, so the coordinator must over its own restarts: else one member that repeats
-an old key makes all others refuse each U1. Who signs one key for two epochs is proven to lie by its own signatures.
+Nodes refuse every list that holds one again.
+
+Nodes remember them as long as they run, so the coordinator must over its own restarts: else one
+member that repeats an old key makes all others refuse each U1. Who signs one key for two epochs is
+proven to lie by its own signatures.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ log = logging.getLogger(__name__)
 
 
 class SeenKeys:
-    """As hashes: a key that was recorded does not lie on a disk. In `folder`, durably; without one in memory only."""
+    """As hashes: a key that was recorded does not lie on a disk. In `folder`, durably.
+
+    Without one in memory only.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._path = None if folder is None else folder / KEYS
@@ -31,19 +37,24 @@ class SeenKeys:
             self._take(table)
 
     def check(self, offer: KeyOffer) -> None:
-        """Refused where a key was seen; who signed it for another epoch, its own or somebody's, is a liar."""
+        """Refused where a key was seen; who signed it for another epoch, its own or somebody's, is
+        a liar.
+        """
         epoch = offer.epoch.hex()
         again = sorted({self._seen[key] for key in _hashes(offer) if key in self._seen})
         for earlier, owner in again:
             # Of the same epoch it is no lie: a carrier may bring one offer twice.
             if earlier != epoch and offer.name not in self.liars:
                 log.warning(
-                    "keys: %s signed a key that %s had signed for an earlier epoch", offer.name, owner
+                    "keys: %s signed a key that %s had signed for an earlier epoch",
+                    offer.name,
+                    owner,
                 )
                 self._keep({"liar": offer.name, "owner": owner, "epochs": [earlier, epoch]})
         if again:
             raise Refused(
-                f"keys of {offer.name}: found one that {again[0][1]} signed for an earlier epoch, expected fresh ones"
+                f"keys of {offer.name}: found one that {again[0][1]} signed for an earlier epoch,"
+                " expected fresh ones"
             )
 
     def add(self, offers: Collection[KeyOffer]) -> None:

@@ -3,8 +3,9 @@
     an epoch      offer -> deal                               when the last one is used up, or an attempt was lost
     an attempt    input -> confirm -> open                    the three exchanges of a steady round
 
-An `Exchange` carries bytes to institutions and back: in one process, through Flower's grid, or between machines.
-Whoever does not answer, or answers what does not count, is a drop-out of that stage.
+An `Exchange` carries bytes to institutions and back: in one process, through Flower's grid, or
+between machines. Whoever does not answer, or answers what does not count, is a drop-out of that
+stage.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class Exchange(Protocol):
     def ask(
         self, stage: str, messages: Mapping[str, bytes], plan: RoundPlan, state: AdapterState
     ) -> Iterator[tuple[str, bytes | Failure]]:
-        """Each name once, as the answers come in. The stage `input` carries plan and state beside the bytes."""
+        """Each name once, as the answers come in.
+
+        The stage `input` carries plan and state beside the bytes.
+        """
 
 
 @dataclass(eq=False)
@@ -58,9 +62,9 @@ class _EpochInUse:
 class SecureCohort:
     """Asks `choose(plan)` and gives the sum of their updates; single updates it can't give.
 
-    `members` are the identities that count, read anew for each attempt. `needed` says how many of those asked must
-    be in a sum that counts: a smaller one is not unmasked. `note` keeps what is about to be learnt; `liars` and
-    `seen` keys are known from before a restart.
+    `members` are the identities that count, read anew for each attempt. `needed` says how many of
+    those asked must be in a sum that counts: a smaller one is not unmasked. `note` keeps what is
+    about to be learnt; `liars` and `seen` keys are known from before a restart.
     """
 
     def __init__(
@@ -85,7 +89,9 @@ class SecureCohort:
         self._suspected: set[str] = set()  # left out of later epochs where enough others are there
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
-        """The sum of one attempt; without replies where too few stayed, and then nothing was unmasked."""
+        """The sum of one attempt; without replies where too few stayed, and then nothing was
+        unmasked.
+        """
         started = time.monotonic()
         asked, failures = list(self._choose(plan)), _Failures()
         total, record, replies = np.zeros(state.spec.size, dtype=np.float64), None, 0
@@ -104,7 +110,8 @@ class SecureCohort:
     def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
         """Refused: a strategy that needs each update and secure aggregation exclude each other."""
         raise Refused(
-            "secure aggregation: found a strategy that needs every update in clear, expected one of sums"
+            "secure aggregation: found a strategy that needs every update in clear, expected one of"
+            " sums"
         )
 
     def _epoch_for(
@@ -117,19 +124,26 @@ class SecureCohort:
         manifest = self._manifest
         last = sum(phase.attempts for phase in manifest.phases)
         count = max(1, min(self._terms.epoch_attempts, last - plan.attempt + 1))
-        # Numbered by its first attempt: above every epoch that nodes remember, whatever was restarted.
+        # Numbered by its first attempt: above every epoch that nodes remember, whatever was
+        # restarted.
         epoch = Epoch(manifest.federation, manifest.digest, plan.attempt, plan.attempt, count)
         smallest = max(manifest.minimum_cohort, needed)
         server = ServerEpoch(epoch, members, smallest, self._seen, self._terms.max_colluders)
         request = stages.epoch_to_bytes(epoch)
         liars = self._liars | self._seen.liars
         for liar in sorted(liars & set(asked)):
-            failures.add(Failure(liar, "left out: it signed a lie in an earlier attempt of this run"))
+            failures.add(
+                Failure(liar, "left out: it signed a lie in an earlier attempt of this run")
+            )
         others = self._heard([name for name in asked if name not in liars], smallest, failures)
-        here = self._collect(OFFER, dict.fromkeys(others, request), plan, state, server.add_offer, failures)
+        here = self._collect(
+            OFFER, dict.fromkeys(others, request), plan, state, server.add_offer, failures
+        )
         cohort_list = server.close_offers()
         for name in sorted(set(here) - set(server.members)):
-            failures.add(Failure(name, f"left out: no cohort of {len(here)} bears the colluders assumed"))
+            failures.add(
+                Failure(name, f"left out: no cohort of {len(here)} bears the colluders assumed")
+            )
         self._collect(
             DEAL, dict.fromkeys(server.members, cohort_list), plan, state, server.add_deal, failures
         )
@@ -138,31 +152,46 @@ class SecureCohort:
         return self._epoch
 
     def _heard(self, names: list[str], smallest: int, failures: _Failures) -> list[str]:
-        """Without the suspected, as long as enough others are left; without proof nobody ends a run."""
+        """Without the suspected, as long as enough others are left.
+
+        Without proof nobody ends a run.
+        """
         others = [name for name in names if name not in self._suspected]
         if len(others) < smallest:
             return names
         for name in sorted(set(names) - set(others)):
             failures.add(
-                Failure(name, "left out: several say that its shares do not open, which is no proof")
+                Failure(
+                    name, "left out: several say that its shares do not open, which is no proof"
+                )
             )
         return others
 
     @staticmethod
-    def _goes_on(listed: Listed, plan: RoundPlan, members: Mapping[str, PublicIdentity], needed: int) -> bool:
-        """Not beyond the epoch, nor where too few dealt, nor where one of its cohort was revoked or has a new key."""
+    def _goes_on(
+        listed: Listed, plan: RoundPlan, members: Mapping[str, PublicIdentity], needed: int
+    ) -> bool:
+        """Not beyond the epoch, nor where too few dealt, nor where one of its cohort was revoked or
+        has a new key.
+        """
         same = all(members.get(name) == listed.identities[name] for name in listed.offers)
         return same and len(listed.deals) >= needed and plan.attempt in listed.epoch.attempts
 
     def _attempt(
-        self, epoch: _EpochInUse, plan: RoundPlan, state: AdapterState, asked: int, failures: _Failures
+        self,
+        epoch: _EpochInUse,
+        plan: RoundPlan,
+        state: AdapterState,
+        asked: int,
+        failures: _Failures,
     ) -> tuple[SecureSum, SecureRecord]:
         """Stages 3 to 6, over all of U2: who drops out of one attempt may be back in the next."""
         slot = stages.slot_of(plan, self._manifest.base_digest)
         encoding = self._encoding(plan, state.spec.size)
         server = ServerAttempt(epoch.listed, slot, encoding, self._needed(asked))
         messages = {
-            name: epoch.deliver(name) if name in epoch.undelivered else b"" for name in epoch.listed.deals
+            name: epoch.deliver(name) if name in epoch.undelivered else b""
+            for name in epoch.listed.deals
         }
 
         def add_input(data: bytes) -> str:
@@ -173,7 +202,12 @@ class SecureCohort:
         inside = self._collect(INPUT, messages, plan, state, add_input, failures)
         survivors = server.close_inputs()
         here = self._collect(
-            CONFIRM, dict.fromkeys(inside, survivors), plan, state, server.add_confirmation, failures
+            CONFIRM,
+            dict.fromkeys(inside, survivors),
+            plan,
+            state,
+            server.add_confirmation,
+            failures,
         )
         agreement = server.agreement()
         record = SecureRecord(
@@ -203,14 +237,21 @@ class SecureCohort:
         return result, record
 
     def _leave_out(self, server: ServerAttempt, round_number: int) -> None:
-        """From the next epoch on: who is proven to have lied, and whose shares too many say do not open."""
+        """From the next epoch on: who is proven to have lied, and whose shares too many say do not
+        open.
+        """
         for liar in server.liars:
-            log.warning("round %d: %s signed a share that is not what was dealt", round_number, liar)
+            log.warning(
+                "round %d: %s signed a share that is not what was dealt", round_number, liar
+            )
             self._liars.add(liar)
         for dealer, without in server.suspected.items():
             names = ", ".join(without)
             log.warning(
-                "round %d: %s say that the shares of %s do not open; no proof", round_number, names, dealer
+                "round %d: %s say that the shares of %s do not open; no proof",
+                round_number,
+                names,
+                dealer,
             )
             self._suspected.add(dealer)
 
@@ -246,12 +287,17 @@ class SecureCohort:
     def _decoded(
         self, result: SecureSum, plan: RoundPlan, size: int
     ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """The sum in the adapter's units; BadInput where its mean is longer than any honest update."""
+        """The sum in the adapter's units.
+
+        BadInput where its mean is longer than any honest update.
+        """
         total = self._encoding(plan, size).decode(result.levels)
         bound = update_bound(self._manifest, plan.phase, size)
         norm = float(np.linalg.norm(total)) / len(result.members)
         if not norm <= bound * (1 + 1e-6):
-            raise BadInput(f"sum: found a mean update of norm {norm:.4g}, expected at most {bound:.4g}")
+            raise BadInput(
+                f"sum: found a mean update of norm {norm:.4g}, expected at most {bound:.4g}"
+            )
         return total
 
 
@@ -269,7 +315,10 @@ class _Failures:
             self._others.append(failure)
 
     def found(self) -> tuple[Failure, ...]:
-        """Refusals alone where nothing else is in the way: then the round loop ends with a refusal."""
+        """Refusals alone where nothing else is in the way.
+
+        Then the round loop ends with a refusal.
+        """
         first = list(self._by_name.values())
         if first and all(failure.refused for failure in first):
             return tuple(first)

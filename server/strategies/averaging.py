@@ -1,7 +1,7 @@
 """FedAvg with a server optimiser (Reddi et al. 2021), and the average of a phase's last states.
 
-The mean update is a pseudo-gradient: x ← x + step(mean). All of it is post-processing of what the nodes
-released, so none of it costs privacy.
+The mean update is a pseudo-gradient: x ← x + step(mean). All of it is post-processing of what the
+nodes released, so none of it costs privacy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from fedlora.common.model.state import AdapterState
 from fedlora.server.strategies.strategy import ServerState
 
 Floats = npt.NDArray[np.float64]
-ADAPTIVITY = 1e-3  # τ of Reddi et al.; their second moment starts at τ², and neither moment is bias-corrected
+# τ of Reddi et al.; their second moment starts at τ², and neither moment is bias-corrected
+ADAPTIVITY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,18 @@ class ServerOptimizer:
     def __post_init__(self) -> None:
         faults = []
         if self.name not in RULES:
-            faults.append(f"[server] optimizer: found {self.name!r}, expected one of {', '.join(RULES)}")
+            faults.append(
+                f"[server] optimizer: found {self.name!r}, expected one of {', '.join(RULES)}"
+            )
         if not 0 < self.learning_rate < math.inf:
-            faults.append(f"[server] learning_rate: found {self.learning_rate}, expected a finite number > 0")
+            faults.append(
+                f"[server] learning_rate: found {self.learning_rate}, expected a finite number > 0"
+            )
         for field in ("momentum", "beta2"):
             if not 0 <= getattr(self, field) < 1:
-                faults.append(f"[server] {field}: found {getattr(self, field)}, expected 0 <= {field} < 1")
+                faults.append(
+                    f"[server] {field}: found {getattr(self, field)}, expected 0 <= {field} < 1"
+                )
         if faults:
             raise BadInput(faults)
 
@@ -70,22 +77,33 @@ class FedAvg:
 Rule = Callable[[ServerOptimizer, ServerState, Floats], tuple[Floats, ServerState]]
 
 
-def _plain(optimizer: ServerOptimizer, memory: ServerState, mean: Floats) -> tuple[Floats, ServerState]:
+def _plain(
+    optimizer: ServerOptimizer, memory: ServerState, mean: Floats
+) -> tuple[Floats, ServerState]:
     return mean, memory
 
 
-def _momentum(optimizer: ServerOptimizer, memory: ServerState, mean: Floats) -> tuple[Floats, ServerState]:
+def _momentum(
+    optimizer: ServerOptimizer, memory: ServerState, mean: Floats
+) -> tuple[Floats, ServerState]:
     velocity = optimizer.momentum * _vector(memory, "velocity", mean) + mean
     return velocity, _kept(memory, velocity=velocity)
 
 
-def _adam(optimizer: ServerOptimizer, memory: ServerState, mean: Floats) -> tuple[Floats, ServerState]:
+def _adam(
+    optimizer: ServerOptimizer, memory: ServerState, mean: Floats
+) -> tuple[Floats, ServerState]:
     return _adaptive(
-        optimizer, memory, mean, lambda second, square: second + (1 - optimizer.beta2) * (square - second)
+        optimizer,
+        memory,
+        mean,
+        lambda second, square: second + (1 - optimizer.beta2) * (square - second),
     )
 
 
-def _yogi(optimizer: ServerOptimizer, memory: ServerState, mean: Floats) -> tuple[Floats, ServerState]:
+def _yogi(
+    optimizer: ServerOptimizer, memory: ServerState, mean: Floats
+) -> tuple[Floats, ServerState]:
     def second_moment(second: Floats, square: Floats) -> Floats:
         return second - (1 - optimizer.beta2) * square * np.sign(second - square)
 
@@ -107,7 +125,9 @@ RULES: dict[str, Rule] = {"none": _plain, "momentum": _momentum, "adam": _adam, 
 
 
 def add_to_average(state: AdapterState, memory: ServerState) -> tuple[AdapterState, ServerState]:
-    """The mean of this state and of all that were added since the phase's averaging began, and the memory."""
+    """The mean of this state and of all that were added since the phase's averaging began, and the
+    memory.
+    """
     count = memory.counts.get("averaged", 0)
     before = _vector(memory, "average", state.vector)
     average = before + (state.vector - before) / (count + 1)
@@ -116,7 +136,9 @@ def add_to_average(state: AdapterState, memory: ServerState) -> tuple[AdapterSta
     return AdapterState(state.spec, average.astype(np.float32)), counted
 
 
-def _vector(memory: ServerState, name: str, like: npt.NDArray[np.floating], start: float = 0.0) -> Floats:
+def _vector(
+    memory: ServerState, name: str, like: npt.NDArray[np.floating], start: float = 0.0
+) -> Floats:
     stored = memory.vectors.get(name)
     return np.full(like.shape, start) if stored is None else stored.astype(np.float64)
 

@@ -1,8 +1,11 @@
-"""What a round between processes costs beyond its training: in clear, under masks, and in an app as Flower's template has it.
+"""What a round between processes costs beyond its training.
 
-Three institutions, the same base model and corpus, real processes on this machine. The app follows Flower's Hugging Face
-template: no privacy, no TLS, and each message loads the model anew. Of our nodes, training lasts from the plan that is
-kept to the update that is kept; the app measures its own. Evaluation on clients, which the template has, is left out.
+In clear, under masks, and in an app as Flower's template has it.
+
+Three institutions, the same base model and corpus, real processes on this machine. The app follows
+Flower's Hugging Face template: no privacy, no TLS, and each message loads the model anew. Of our
+nodes, training lasts from the plan that is kept to the update that is kept; the app measures its
+own. Evaluation on clients, which the template has, is left out.
 
     python simulations/benchmarks/federation.py [--json FILE] [--rounds 5]
 """
@@ -131,7 +134,9 @@ def ours(root: Path, rounds: int, secure: bool) -> Cost:
             raise FedloraError(f"the federation did not end well; {root / 'logs'} says why")
     lines = (federation.last_run() / "metrics.jsonl").read_text().splitlines()
     seconds = [json.loads(line)["seconds"] for line in lines]
-    training = [max(_trained(federation.node(name))[place] for name in NAMES) for place in range(rounds)]
+    training = [
+        max(_trained(federation.node(name))[place] for name in NAMES) for place in range(rounds)
+    ]
     return _cost("ours, under masks" if secure else "ours, in clear", seconds, training)
 
 
@@ -139,30 +144,52 @@ def _trained(node: Path) -> list[float]:
     """Of each round, from the plan that the node kept to the update that it kept."""
     plans = sorted(node.glob("runs/*/plans/*.plan"))
     updates = {
-        path.stem[-6:]: path for path in node.glob("outbox/*/*") if not path.stem.startswith("000000-")
+        path.stem[-6:]: path
+        for path in node.glob("outbox/*/*")
+        if not path.stem.startswith("000000-")
     }
     return [updates[plan.stem].stat().st_mtime - plan.stat().st_mtime for plan in plans]
 
 
 def template(root: Path, rounds: int) -> Cost:
-    """The same institutions' texts in an app after Flower's template, on SuperLink and three SuperNodes."""
+    """The same institutions' texts in an app after Flower's template, on SuperLink and three
+    SuperNodes.
+    """
     app, out, port = root / "app", root / "out.json", free_port()
     app.mkdir(parents=True)
-    for name, text in (("pyproject.toml", PROJECT), ("server_app.py", SERVER), ("client_app.py", CLIENT)):
+    for name, text in (
+        ("pyproject.toml", PROJECT),
+        ("server_app.py", SERVER),
+        ("client_app.py", CLIENT),
+    ):
         (app / name).write_text(text)
     (root / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure ='
+        " true\n"
     )
     corpus = generate(7)
     commands = [["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]]
     for name in NAMES:
         mine = [each for each in corpus.train if each["institution"] == name]
-        records = [{"text": each["text"], "label": list(CLASSES).index(each["label"])} for each in mine]
+        records = [
+            {"text": each["text"], "label": list(CLASSES).index(each["label"])} for each in mine
+        ]
         (root / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
-        options = ["--superlink", f"127.0.0.1:{port}", "--host", "127.0.0.1", "--port", str(free_port())]
+        options = [
+            "--superlink",
+            f"127.0.0.1:{port}",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(free_port()),
+        ]
         config = f'data="{root / name}.jsonl"'
         commands.append(["flower-supernode", "--insecure", *options, "--node-config", config])
-    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
+    quiet = {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     path = os.pathsep.join([str(BIN), os.environ["PATH"]])
     environment = {**os.environ, **quiet, "FLWR_HOME": str(root), "PATH": path}
     environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
@@ -172,10 +199,14 @@ def template(root: Path, rounds: int) -> Cost:
             for command in commands:
                 start = [str(BIN / command[0]), *command[1:]]
                 processes.append(
-                    subprocess.Popen(start, env=environment, stdout=log, stderr=log, start_new_session=True)
+                    subprocess.Popen(
+                        start, env=environment, stdout=log, stderr=log, start_new_session=True
+                    )
                 )
                 wait_until(lambda: listens(port), "SuperLink")
-        settings = f'rounds={rounds} base="{resolve_base("minilm")}" labels={len(CLASSES)} out="{out}"'
+        settings = (
+            f'rounds={rounds} base="{resolve_base("minilm")}" labels={len(CLASSES)} out="{out}"'
+        )
         words = [str(BIN / "flwr"), "run", str(app), "--run-config", settings]
         subprocess.run(words, env=environment, check=True, capture_output=True)
         wait_until(out.exists, "the app's end", SECONDS)
@@ -211,7 +242,12 @@ def main() -> None:
         ]
     table = Table("system", "a round s", "training s", "beyond it s", "first round s")
     for cost in costs:
-        figures = (cost.round_seconds, cost.training_seconds, cost.beyond_seconds, cost.first_round_seconds)
+        figures = (
+            cost.round_seconds,
+            cost.training_seconds,
+            cost.beyond_seconds,
+            cost.first_round_seconds,
+        )
         table.add_row(cost.system, *(f"{figure:.1f}" for figure in figures))
     Console().print(table)
     if arguments.json:

@@ -1,13 +1,16 @@
-"""Examples a second of one training step on AG News' real lengths: ours with and without privacy, and others'.
+"""Examples a second of one training step on AG News' real lengths.
+
+Ours with and without privacy, and others'.
 
     private  this project's step: Poisson-sized batch, per-unit clip, noise
     plain    the same without clip and noise
     recipe   what people write with torch, transformers and PEFT: float32, padded to max_length, no privacy
     opacus   Opacus' PrivacyEngine (hooks) on that recipe
 
-The same records, the same network (MiniLM, LoRA r=8 on query and value, its own head) and the same batch for
-all four; repetitions are interleaved in one process, and ratios are of medians. Peak memory is taken from one
-process for each. The floor is what the machine's own matrix products would need for the real tokens.
+The same records, the same network (MiniLM, LoRA r=8 on query and value, its own head) and the same
+batch for all four; repetitions are interleaved in one process, and ratios are of medians. Peak
+memory is taken from one process for each. The floor is what the machine's own matrix products would
+need for the real tokens.
 
     python simulations/benchmarks/private_step.py [--json FILE] [--records 128] [--repeats 5]
 """
@@ -46,7 +49,8 @@ from fedlora.server.runs.summary import peak_rss_bytes
 AG_NEWS = Path("../shared/data/ag_news/train.parquet")
 MAX_LENGTH = 128
 RECIPE_BATCH = 32
-TOKENS = {"cpu": 2048, "cuda": 65536}  # of a micro-batch: small ones pad less, and a GPU wants to be filled
+# of a micro-batch: small ones pad less, and a GPU wants to be filled
+TOKENS = {"cpu": 2048, "cuda": 65536}
 LABELS = ("0", "1", "2", "3")
 Step = Callable[[], None]
 
@@ -112,7 +116,9 @@ def _plain(records: int, device: torch.device, tokens: int) -> Case:
 
 def _recipe(records: int, device: torch.device, tokens: int) -> Case:
     model, data = _model(records, device)
-    optimizer = torch.optim.AdamW([p for p in model.network.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.network.parameters() if p.requires_grad], lr=1e-3
+    )
     loader = DataLoader(_padded_set(data), batch_size=RECIPE_BATCH, shuffle=True)
 
     def step() -> None:
@@ -123,7 +129,9 @@ def _recipe(records: int, device: torch.device, tokens: int) -> Case:
 
 def _opacus(records: int, device: torch.device, tokens: int) -> Case:
     model, data = _model(records, device)
-    optimizer: Any = torch.optim.AdamW([p for p in model.network.parameters() if p.requires_grad], lr=1e-3)
+    optimizer: Any = torch.optim.AdamW(
+        [p for p in model.network.parameters() if p.requires_grad], lr=1e-3
+    )
     loader: Any = DataLoader(_padded_set(data), batch_size=RECIPE_BATCH, shuffle=True)
     network, optimizer, loader = PrivacyEngine().make_private(
         module=model.network,
@@ -158,7 +166,9 @@ def _epoch(network: torch.nn.Module, optimizer: Any, loader: Any, device: torch.
 
 def _model(records: int, device: torch.device) -> tuple[AdapterModel, Encoded]:
     task = SequenceClassification(LABELS)
-    model = build_model(ModelConfig(max_length=MAX_LENGTH), LoraConfig(rank=8), task, seed=1, device=device)
+    model = build_model(
+        ModelConfig(max_length=MAX_LENGTH), LoraConfig(rank=8), task, seed=1, device=device
+    )
     read = read_records(AG_NEWS, Columns(text="text", label="label"), LABELS)
     rows = np.random.default_rng(0).permutation(len(read))[:records].astype(np.int64)
     return model, task.encode(read.take(rows), model.tokenizer, MAX_LENGTH)
@@ -201,7 +211,10 @@ def _figures(
     model, data = _model(arguments.records, device)
     real = int(data.lengths.sum())
     speed = {name: arguments.records / statistics.median(times) for name, times in seconds.items()}
-    floors = {name: arguments.records / (_flop(model, real) / rate) for name, rate in _matmul(device).items()}
+    floors = {
+        name: arguments.records / (_flop(model, real) / rate)
+        for name, rate in _matmul(device).items()
+    }
     return {
         **speed,
         "private_to_plain": speed["private"] / speed["plain"],
@@ -212,7 +225,9 @@ def _figures(
         "real_tokens": real,
         "padded_tokens": {name: case.padded for name, case in built.items()},
         "peak_rss_bytes": {name: _peak(name, arguments) for name in built},
-        "attention": built["private"].model.network.backbone.base_model.model.config._attn_implementation,  # type: ignore[union-attr]
+        "attention": built[
+            "private"
+        ].model.network.backbone.base_model.model.config._attn_implementation,  # type: ignore[union-attr]
         "precision": str(built["private"].model.precision),
         "micro_batch_tokens": arguments.tokens or TOKENS[device.type],
         "threads": torch.get_num_threads(),
@@ -224,7 +239,9 @@ def _figures(
 def _flop(model: AdapterModel, tokens: int) -> float:
     """Forward and backward through frozen matrices: 2 + 2 operations for each weight and token."""
     layers = [
-        p for n, p in model.network.named_parameters() if ".layer." in n and "lora_" not in n and p.ndim == 2
+        p
+        for n, p in model.network.named_parameters()
+        if ".layer." in n and "lora_" not in n and p.ndim == 2
     ]
     return 4.0 * tokens * sum(p.numel() for p in layers)
 
@@ -268,7 +285,10 @@ def _print(figures: dict[str, Any]) -> None:
     for name in CASES:
         ratio = figures["padded_tokens"][name] / figures["real_tokens"]
         table.add_row(
-            name, f"{figures[name]:.1f}", f"{ratio:.2f}", f"{figures['peak_rss_bytes'][name] / 1e6:.0f}"
+            name,
+            f"{figures[name]:.1f}",
+            f"{ratio:.2f}",
+            f"{figures['peak_rss_bytes'][name] / 1e6:.0f}",
         )
     for name, rate in figures["floor"].items():
         table.add_row(f"floor by {name} products", f"{rate:.1f}", "", "")

@@ -1,7 +1,9 @@
-"""What a client costs when there are many: memory, start-up and CPU time with 100, 1,000 and 10,000 clients.
+"""What a client costs when there are many.
 
-Each size runs in a fresh process: clients of 32 AG News records, a cohort of about 20 by Poisson participation,
-record-level privacy with a ledger.
+Memory, start-up and CPU time with 100, 1,000 and 10,000 clients.
+
+Each size runs in a fresh process: clients of 32 AG News records, a cohort of about 20 by Poisson
+participation, record-level privacy with a ledger.
 
     python simulations/benchmarks/scale.py [--json FILE] [--rounds 6]
 """
@@ -81,7 +83,9 @@ def main() -> None:
 
 def _measure(clients: int, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)  # CPU time, not waiting for another core
-    config = parse_config(CONFIG.format(clients=clients, rounds=rounds, participation=COHORT / clients))
+    config = parse_config(
+        CONFIG.format(clients=clients, rounds=rounds, participation=COHORT / clients)
+    )
     with TemporaryDirectory() as folder:
         run = begin(config, Paths.of(Path(folder)))
         run.federation.partition = _many(len(run.federation.units), config)
@@ -104,7 +108,9 @@ def _many(units: int, config: Config) -> Partition:
     """More clients than there are records for: each holds 32 drawn from all, so clients overlap."""
     clients = config.federation.clients
     drawn = np.random.default_rng(config.seed).integers(0, units, clients * RECORDS)
-    return replace(Partition(np.arange(clients + 1, dtype=np.int64) * RECORDS, drawn.astype(np.int64)))
+    return replace(
+        Partition(np.arange(clients + 1, dtype=np.int64) * RECORDS, drawn.astype(np.int64))
+    )
 
 
 def _in_a_fresh_process(size: int, rounds: int) -> dict[str, Any]:
@@ -115,7 +121,9 @@ def _in_a_fresh_process(size: int, rounds: int) -> dict[str, Any]:
 
 
 def _print(figures: list[dict[str, Any]]) -> None:
-    table = Table("clients", "peak MB", "start s", "CPU s a client-round", "to 100 clients", box=None)
+    table = Table(
+        "clients", "peak MB", "start s", "CPU s a client-round", "to 100 clients", box=None
+    )
     for row in figures:
         table.add_row(
             f"{row['clients']:,}",

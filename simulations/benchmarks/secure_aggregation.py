@@ -1,9 +1,11 @@
-"""What secure aggregation costs: the whole protocol with signatures and sealing, for a node and for the coordinator.
+"""What secure aggregation costs: the whole protocol with signatures and sealing, for a node and for
+the coordinator.
 
-Each case runs in a fresh process, the coordinator's; the institutions live in a second one, so that the memory of
-one is not taken for the other's. CPU time is counted around the state machines' steps, not around the pipe.
-Beside it, in the same run, the primitives of Flower's SecAgg+ (mask expansion, key agreement, shares, sealing), each
-measured by itself and multiplied by how often a complete graph needs it.
+Each case runs in a fresh process, the coordinator's; the institutions live in a second one, so that
+the memory of one is not taken for the other's. CPU time is counted around the state machines'
+steps, not around the pipe. Beside it, in the same run, the primitives of Flower's SecAgg+ (mask
+expansion, key agreement, shares, sealing), each measured by itself and multiplied by how often a
+complete graph needs it.
 
     python simulations/benchmarks/secure_aggregation.py [--json FILE] [--quick]
 """
@@ -69,7 +71,9 @@ def measure(nodes: int, parameters: int, dropouts: int) -> dict[str, Any]:
     child = context.Process(target=institutions, args=(theirs, nodes, parameters))
     child.start()
     keys = json.loads(ours.recv_bytes())
-    server = _Coordinator(ours, {name: PublicIdentity(bytes.fromhex(key)) for name, key in keys.items()})
+    server = _Coordinator(
+        ours, {name: PublicIdentity(bytes.fromhex(key)) for name, key in keys.items()}
+    )
     gc.collect()
     before = _peak()
     levels = server.run(Encoding.fitting(parameters, 1.0, LEVELS, nodes), dropouts)
@@ -143,12 +147,22 @@ def institutions(pipe: Connection, nodes: int, parameters: int) -> None:
     peers = {name: Peer(name, name, identity.public) for name, identity in identities.items()}
     members = {
         name: SecureNode(
-            identities[name], CohortPolicy(name, peers, 3), EPOCH.federation, EPOCH.run, MemoryOutbox()
+            identities[name],
+            CohortPolicy(name, peers, 3),
+            EPOCH.federation,
+            EPOCH.run,
+            MemoryOutbox(),
         )
         for name in names
     }
-    pipe.send_bytes(json.dumps({name: peer.identity.key.hex() for name, peer in peers.items()}).encode())
-    cpu, sent, received = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    pipe.send_bytes(
+        json.dumps({name: peer.identity.key.hex() for name, peer in peers.items()}).encode()
+    )
+    cpu, sent, received = (
+        dict.fromkeys(names, 0.0),
+        dict.fromkeys(names, 0),
+        dict.fromkeys(names, 0),
+    )
     total = np.zeros(parameters, dtype=np.int64)
     while True:
         asked = pipe.recv_bytes().decode()
@@ -157,7 +171,11 @@ def institutions(pipe: Connection, nodes: int, parameters: int) -> None:
         name, stage = asked.split()
         message = pipe.recv_bytes()
         node = members[name]
-        update = np.random.default_rng(int(name[5:])).uniform(-1, 1, parameters) if stage == "mask" else None
+        update = (
+            np.random.default_rng(int(name[5:])).uniform(-1, 1, parameters)
+            if stage == "mask"
+            else None
+        )
         before = time.process_time()
         answer = _answer(node, stage, message, encoding, update)
         cpu[name] += time.process_time() - before
@@ -177,7 +195,11 @@ def institutions(pipe: Connection, nodes: int, parameters: int) -> None:
 
 
 def _answer(
-    node: SecureNode, stage: str, message: bytes, encoding: Encoding, update: np.ndarray[Any, Any] | None
+    node: SecureNode,
+    stage: str,
+    message: bytes,
+    encoding: Encoding,
+    update: np.ndarray[Any, Any] | None,
 ) -> bytes:
     if stage == "offer":
         return node.offer(EPOCH)
@@ -196,7 +218,9 @@ def _answer(
 
 
 def flower(nodes: int, parameters: int, dropouts: int) -> dict[str, float] | None:
-    """CPU seconds of Flower's SecAgg+ primitives for the same round on a complete graph; None where they don't run.
+    """CPU seconds of Flower's SecAgg+ primitives for the same round on a complete graph.
+
+    None where they don't run.
 
     No signatures, no key authentication, no consistency round: less work for less protection.
     """
@@ -220,10 +244,12 @@ def flower(nodes: int, parameters: int, dropouts: int) -> dict[str, float] | Non
     quantize = _each(lambda: rounding.quantize(update, 1.0, 1 << 22), 2)
     combine = _each(lambda: sharing.combine_shares(shares[:t]), 2)
     return {
-        "node_cpu_seconds": quantize + nodes * expand + 2 * share + (nodes - 1) * (2 * agree + seal),
-        "server_cpu_seconds": nodes * combine
-        + (stayed + dropouts * stayed) * expand
-        + dropouts * stayed * agree,
+        "node_cpu_seconds": (
+            quantize + nodes * expand + 2 * share + (nodes - 1) * (2 * agree + seal)
+        ),
+        "server_cpu_seconds": (
+            nodes * combine + (stayed + dropouts * stayed) * expand + dropouts * stayed * agree
+        ),
         "seconds_a_mask": expand,
     }
 
@@ -236,7 +262,9 @@ def _each(step: Callable[[], object], times: int) -> float:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def _in_a_fresh_process(*case: int) -> dict[str, Any]:

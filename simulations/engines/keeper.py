@@ -1,8 +1,9 @@
 """Secure aggregation on Ray: any actor may train any institution, and one keeps all their secrets.
 
-A node's state machine has to outlive its messages, and Flower's simulation promises no node the same actor twice.
-So the state machines live in an actor of their own, by name; the actor that trains asks it before and after.
-What reaches the coordinator through Flower's grid are masked vectors, as between machines.
+A node's state machine has to outlive its messages, and Flower's simulation promises no node the
+same actor twice. So the state machines live in an actor of their own, by name; the actor that
+trains asks it before and after. What reaches the coordinator through Flower's grid are masked
+vectors, as between machines.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from fedlora.simulations.engines.masked import Roster
 
 
 class _Keeper:
-    """The nodes of one run. What one refuses comes back as text: an exception would arrive as Ray's."""
+    """The nodes of one run. What one refuses comes back as text.
+
+    An exception would arrive as Ray's.
+    """
 
     def __init__(self, names: list[str], manifest: bytes, settings: AggregationConfig) -> None:
         self._roster = Roster(names, RunManifest.from_bytes(manifest), settings)
@@ -50,11 +54,14 @@ class _Keeper:
         return self._trainers[name]
 
 
-_Said = tuple[bytes | None, str, bool]  # the answer; or why there is none, and whether it is a refusal
+# the answer; or why there is none, and whether it is a refusal
+_Said = tuple[bytes | None, str, bool]
 
 
 class Keeper:
-    """The handle of a run's keeper; the coordinator's process starts it, the actors that train find it by name."""
+    """The handle of a run's keeper; the coordinator's process starts it, the actors that train find
+    it by name.
+    """
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor

@@ -1,8 +1,10 @@
-"""Secure aggregation in one process: the real state machines, the real bytes, and accidents by configuration.
+"""Secure aggregation in one process.
 
-Every institution is a `SecureTrainer` of its own with its own identity, roster and secrets; the coordinator is the
-`SecureCohort` of the deployment. `[faults]` makes institutions drop out at a stage, or the coordinator attack: then
-the nodes refuse, and the round is lost instead of a secret.
+The real state machines, the real bytes, and accidents by configuration.
+
+Every institution is a `SecureTrainer` of its own with its own identity, roster and secrets; the
+coordinator is the `SecureCohort` of the deployment. `[faults]` makes institutions drop out at a
+stage, or the coordinator attack: then the nodes refuse, and the round is lost instead of a secret.
 """
 
 from __future__ import annotations
@@ -41,14 +43,18 @@ TrainerOf = Callable[[str], Trains]
 class Roster:
     """Identities of a simulated federation, each approved by every operator."""
 
-    def __init__(self, names: list[str], manifest: RunManifest, settings: AggregationConfig) -> None:
+    def __init__(
+        self, names: list[str], manifest: RunManifest, settings: AggregationConfig
+    ) -> None:
         self._manifest, self._settings = manifest, settings
         self._identities = {name: Identity.generate() for name in names}
         self.peers = {name: Peer(name, name, key.public) for name, key in self._identities.items()}
 
     def trainer(self, name: str) -> SecureTrainer:
         """A node of that name that has just started."""
-        policy = CohortPolicy(name, self.peers, self._settings.minimum_cohort, self._settings.max_colluders)
+        policy = CohortPolicy(
+            name, self.peers, self._settings.minimum_cohort, self._settings.max_colluders
+        )
         node = SecureNode(
             self._identities[name],
             policy,
@@ -61,7 +67,10 @@ class Roster:
 
 
 class Institutions:
-    """An `Exchange` whose institutions live in this process. Each is made when it is first asked."""
+    """An `Exchange` whose institutions live in this process.
+
+    Each is made when it is first asked.
+    """
 
     def __init__(
         self, names: list[str], manifest: RunManifest, config: Config, trainer_of: TrainerOf
@@ -111,7 +120,11 @@ class Institutions:
         except (BadInput, Refused) as error:
             return Failure(name, f"{stage}: {error}", refused=isinstance(error, Refused))
         self.masked_vectors += stage == stages.INPUT
-        if stage == stages.OPEN and self._faults.attack == "corrupt-share" and name == min(self.peers):
+        if (
+            stage == stages.OPEN
+            and self._faults.attack == "corrupt-share"
+            and name == min(self.peers)
+        ):
             return _corrupted(answer)
         return answer
 

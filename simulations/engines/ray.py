@@ -1,11 +1,13 @@
 """The same federation on Flower's Ray simulation: `flwr run .`, or `fedlora-sim run --engine ray`.
 
-The round loop of the sequential engine runs inside Flower's ServerApp and asks a `GridCohort`; its trainers
-run inside Flower's ClientApp. A simulated node answers for every client whose number, modulo the count of
-nodes, is the node's partition id: any number of nodes serves any number of clients.
+The round loop of the sequential engine runs inside Flower's ServerApp and asks a `GridCohort`; its
+trainers run inside Flower's ClientApp. A simulated node answers for every client whose number,
+modulo the count of nodes, is the node's partition id: any number of nodes serves any number of
+clients.
 
-Nodes and coordinator share the run's folder: configuration, manifest, ledger and the trainers' state between
-rounds lie there, so it does not matter which actor trains a client. An actor builds its federation once.
+Nodes and coordinator share the run's folder: configuration, manifest, ledger and the trainers'
+state between rounds lie there, so it does not matter which actor trains a client. An actor builds
+its federation once.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ from fedlora.simulations.report.pages import write_report
 
 QUICKSTART = "quickstart"
 MAX_NODES = 100  # Flower looks at its nodes one by one; more nodes than actors gain nothing
-NODES_FILE = "nodes.json"  # in the run's folder: what a node needs beside configuration and manifest
+# in the run's folder: what a node needs beside configuration and manifest
+NODES_FILE = "nodes.json"
 START_SECONDS = 1800.0  # for the actors to start, load the model and encode the data
 STOP_SECONDS = 120.0  # for the round loop to notice that Flower has gone
 
@@ -98,7 +101,9 @@ def serve(grid: Grid, context: Context) -> None:
     config = _config(name, shlex.split(str(settings["set"])), folder)
     paths = Paths.of(folder, Path(ledger) if ledger else None)
     run = begin(config, paths, settings["resume"] is True, engine="ray")
-    done, ended = to_its_end(run.checkpoint, lambda: train(run, _cohort(grid, run, Clock()), _print_round))
+    done, ended = to_its_end(
+        run.checkpoint, lambda: train(run, _cohort(grid, run, Clock()), _print_round)
+    )
     if has_result(done, ended):
         summary = finish(run, done, synthetic=name == QUICKSTART, ended=str(ended or ""))
         print(f"report  {write_report(folder)}", flush=True)
@@ -125,7 +130,9 @@ def train_on_ray(run: Run, observe: Observe) -> Progress:
     Flower runs the loop in a thread beside its simulation; when either ends, so does the other.
     """
     if importlib.util.find_spec("ray") is None:
-        raise BadInput("--engine ray: found no Ray, expected an installation with the extra: fedlora[sim]")
+        raise BadInput(
+            "--engine ray: found no Ray, expected an installation with the extra: fedlora[sim]"
+        )
     stop = threading.Event()
     outcome: Future[Progress] = Future()
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -145,7 +152,9 @@ def train_on_ray(run: Run, observe: Observe) -> Progress:
     return outcome.result(timeout=0)
 
 
-def _server(run: Run, observe: Observe, stop: threading.Event, outcome: Future[Progress]) -> ServerApp:
+def _server(
+    run: Run, observe: Observe, stop: threading.Event, outcome: Future[Progress]
+) -> ServerApp:
     app = ServerApp()
 
     @app.main()
@@ -214,7 +223,9 @@ def _cohort(grid: Grid, run: Run, clock: Clock) -> Cohort:
     enrolled = enrol(grid, run.manifest, clients, START_SECONDS, clock=clock)
 
     def choose(plan: RoundPlan) -> list[str]:
-        return [client_name(client) for client in choose_clients(run.manifest, run.federation, plan)]
+        return [
+            client_name(client) for client in choose_clients(run.manifest, run.federation, plan)
+        ]
 
     deadline = run.config.federation.deadline
     if run.manifest.secure is None:
@@ -265,7 +276,9 @@ class _Resident:
             raise BadInput(f"plan client: found {client}, which is not in this federation")
         secure = self.manifest.secure is not None
         number = self.numbers[client]
-        return self.federation.trainer(number, self.manifest, self.ledger, self.moments, masked=secure)
+        return self.federation.trainer(
+            number, self.manifest, self.ledger, self.moments, masked=secure
+        )
 
 
 def _resident(folder: Path) -> _Resident:
@@ -277,7 +290,10 @@ def _resident(folder: Path) -> _Resident:
 def _build(folder: Path, digest: str) -> _Resident:
     """Once for each actor and run; `digest` tells runs apart that had the same folder."""
     shared = _Shared.read(folder)
-    chosen = [f'training.attention="{shared.attention}"', f'training.precision="{shared.precision}"']
+    chosen = [
+        f'training.attention="{shared.attention}"',
+        f'training.precision="{shared.precision}"',
+    ]
     federation = Federation.build(
         load_config(folder / "config.toml", chosen), folder, device=torch.device(shared.device)
     )
@@ -292,7 +308,10 @@ def _build(folder: Path, digest: str) -> _Resident:
 
 def _answer_offer(message: Message, context: Context, folder: Path) -> Message:
     """Name this node's clients. Each consents when it is first asked, as in the sequential engine."""
-    place, nodes = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
+    place, nodes = (
+        int(context.node_config["partition-id"]),
+        int(context.node_config["num-partitions"]),
+    )
     try:
         resident, offered = _resident(folder), flower.read_offer(message.content)
         if offered.digest != resident.manifest.digest:
@@ -333,7 +352,9 @@ def _staged(resident: _Resident, record: RecordDict) -> RecordDict:
         return resident.trainer(request.institution).train(request.plan, state).delta
 
     try:
-        return flower.envelope_record(SECURE, Keeper.find(resident.manifest).answer(data, spec, train))
+        return flower.envelope_record(
+            SECURE, Keeper.find(resident.manifest).answer(data, spec, train)
+        )
     except FedloraError as error:
         kind = REFUSED if isinstance(error, Refused) else DECLINED
         return flower.envelope_record(kind, one_line(str(error)).encode())

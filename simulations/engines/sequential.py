@@ -1,7 +1,8 @@
-"""The in-process engine: clients train one after the other, and their updates are added as they come.
+"""The in-process engine: clients train one after the other, and their updates are added as they
+come.
 
-A `Cohort` like Flower's grid, so the round loop that runs here is the one that runs in production. Memory is
-one float64 sum, whatever the number of clients.
+A `Cohort` like Flower's grid, so the round loop that runs here is the one that runs in production.
+Memory is one float64 sum, whatever the number of clients.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ class SequentialCohort:
     """All clients of a federation, trained in this process."""
 
     def __init__(
-        self, federation: Federation, manifest: RunManifest, ledger: Ledger | None, moments: MomentStore
+        self,
+        federation: Federation,
+        manifest: RunManifest,
+        ledger: Ledger | None,
+        moments: MomentStore,
     ) -> None:
         self._federation = federation
         self._manifest = manifest
@@ -51,7 +56,9 @@ class SequentialCohort:
             else:
                 total += answer.delta
                 replies += 1
-        return CohortSum(total, replies, len(asked), tuple(failures), time.monotonic() - started, None)
+        return CohortSum(
+            total, replies, len(asked), tuple(failures), time.monotonic() - started, None
+        )
 
     def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
         """The valid updates of one attempt, one by one."""
@@ -77,7 +84,10 @@ def secure_cohort(
     moments: MomentStore,
     folder: Path,
 ) -> SecureCohort:
-    """The same clients behind the state machines of secure aggregation: nobody adds updates in clear."""
+    """The same clients behind the state machines of secure aggregation.
+
+    Nobody adds updates in clear.
+    """
     numbers = {client_name(client): client for client in federation.clients}
     institutions = Institutions(
         list(numbers),
@@ -100,11 +110,13 @@ def secure_cohort(
 def choose_clients(manifest: RunManifest, federation: Federation, plan: RoundPlan) -> list[int]:
     """Who is asked in a round: each client with the public participation rate, independently.
 
-    Record-level ε never counts participation, so the draw need not be secret; it is repeatable only where the
-    whole run is.
+    Record-level ε never counts participation, so the draw need not be secret; it is repeatable only
+    where the whole run is.
     """
     source: Random = (
-        SeededRandom(manifest.seed, "participation", plan.round) if manifest.mode == "none" else OsRandom()
+        SeededRandom(manifest.seed, "participation", plan.round)
+        if manifest.mode == "none"
+        else OsRandom()
     )
     return participants(federation.clients, manifest.participation, source)
 
@@ -112,5 +124,7 @@ def choose_clients(manifest: RunManifest, federation: Federation, plan: RoundPla
 def sequential(run: Run) -> Cohort:
     """The in-process engine; with secure aggregation the coordinator's part of it learns sums only."""
     if run.manifest.secure is not None:
-        return secure_cohort(run.federation, run.manifest, run.ledger, run.moments, run.paths.folder)
+        return secure_cohort(
+            run.federation, run.manifest, run.ledger, run.moments, run.paths.folder
+        )
     return SequentialCohort(run.federation, run.manifest, run.ledger, run.moments)

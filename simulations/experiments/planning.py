@@ -66,7 +66,9 @@ def measure(federation: Federation) -> Speed:
     return Speed(forward / len(rows), step / len(rows))
 
 
-def _step(federation: Federation, data: Encoded, units: UnitIndex, rows: npt.NDArray[np.int64]) -> None:
+def _step(
+    federation: Federation, data: Encoded, units: UnitIndex, rows: npt.NDArray[np.int64]
+) -> None:
     gradients, config = federation.training.gradients, federation.config
     tokens = config.training.micro_batch_tokens
     if config.privacy.mode == "record":
@@ -83,7 +85,9 @@ def _schedule(federation: Federation, manifest: RunManifest, speed: Speed) -> Ta
     for phase in manifest.phases:
         examples = phase.rounds * phase.steps * phase.sampling_rate * units * manifest.participation
         seconds = (
-            federation.feature_records * speed.forward if phase.name == "head" else examples * speed.step
+            federation.feature_records * speed.forward
+            if phase.name == "head"
+            else examples * speed.step
         )
         table.add_row(
             phase.name,
@@ -104,7 +108,9 @@ def _epsilon_by_round(manifest: RunManifest) -> Table:
     table = Table("round", "ε", box=None)
     shown = sorted({round(share * manifest.rounds) for share in np.linspace(0.1, 1.0, 10)} - {0})
     for number in shown:
-        table.add_row(str(number), shown_epsilon(epsilon_of_attempts(manifest, _taken(manifest, number))))
+        table.add_row(
+            str(number), shown_epsilon(epsilon_of_attempts(manifest, _taken(manifest, number)))
+        )
     whole = shown_epsilon(stated_epsilon(manifest))
     table.add_row(
         "all attempts", f"{whole} at δ = {shown_delta(manifest.delta)}, for one {unit_of(manifest)}"

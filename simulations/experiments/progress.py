@@ -1,4 +1,7 @@
-"""What a person sees while a run goes on: one bar, with accuracy, ε so far and examples a second."""
+"""What a person sees while a run goes on.
+
+One bar, with accuracy, ε so far and examples a second.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,9 @@ class RunProgress:
 
     def round(self, number: int, figures: Mapping[str, float | None]) -> None:
         """Round `number` was committed."""
-        shown = "  ".join(_figure(name, value) for name, value in figures.items() if value is not None)
+        shown = "  ".join(
+            _figure(name, value) for name, value in figures.items() if value is not None
+        )
         self._progress.update(self._rounds, completed=number, figures=shown)
 
 

@@ -1,4 +1,5 @@
-"""`fedlora-sim quickstart`: untrained, without privacy and private, side by side, on text made up on the spot.
+"""`fedlora-sim quickstart`: untrained, without privacy and private, side by side, on text made up
+on the spot.
 
 It shows what a run leaves behind, not how good the method is: the corpus is synthetic, and says so.
 """
@@ -32,7 +33,14 @@ WRITTEN = (
     "adapter",
     "checkpoint",
     "clients",
-    *("config.toml", "data.sha256", "ledger.id", "manifest.json", "metrics.jsonl", "projection.safetensors"),
+    *(
+        "config.toml",
+        "data.sha256",
+        "ledger.id",
+        "manifest.json",
+        "metrics.jsonl",
+        "projection.safetensors",
+    ),
     *("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger.sqlite.lock"),
     *("summary.json", "report.html"),
 )
@@ -42,15 +50,23 @@ def run_quickstart(folder: Path, console: Console, threads: int = 0) -> dict[str
     """Three results and a report under `folder`; returns the private run's summary."""
     _make_room(folder)
     config = _with_corpus(load_config(CONFIG), folder / "data")
-    console.print("quickstart: a synthetic corpus of five institutions; nothing here is anybody's data")
+    console.print(
+        "quickstart: a synthetic corpus of five institutions; nothing here is anybody's data"
+    )
     open_config = replace(config, privacy=replace(config.privacy, mode="none"))
     with with_threads(threads):
         texts = PooledTexts()
-        untrained, plain = _one_run(open_config, folder / BASELINE, console, texts, "without privacy")
+        untrained, plain = _one_run(
+            open_config, folder / BASELINE, console, texts, "without privacy"
+        )
         _, private = _one_run(config, folder, console, texts, "private")
     comparison = {
         name: {key: summary.get(key) for key in ("accuracy", "macro_f1", "loss", "epsilon")}
-        for name, summary in (("untrained", untrained), ("non-private", plain), ("private", private))
+        for name, summary in (
+            ("untrained", untrained),
+            ("non-private", plain),
+            ("private", private),
+        )
     }
     summary = private | {"comparison": comparison}
     write_summary(folder, summary)
@@ -78,11 +94,16 @@ def _with_corpus(config: Config, folder: Path) -> Config:
 
 
 def _make_room(folder: Path) -> None:
-    """A quickstart, finished or not, may be run again in place: what it wrote goes, and nothing else."""
+    """A quickstart, finished or not, may be run again in place.
+
+    What it wrote goes, and nothing else.
+    """
     if not folder.exists() or not any(folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
     elif not (folder / MARK).exists():
-        raise BadInput(f"{folder}: found other files, expected an empty folder or an earlier quickstart")
+        raise BadInput(
+            f"{folder}: found other files, expected an empty folder or an earlier quickstart"
+        )
     for name in WRITTEN:
         path = folder / name
         if path.is_dir():

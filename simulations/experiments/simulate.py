@@ -35,7 +35,10 @@ def run_to_report(
     synthetic: bool = False,
     texts: PooledTexts | None = None,
 ) -> dict[str, Any]:
-    """Train, finish and report; returns the summary. A run that ends early leaves its last adapter, and raises why."""
+    """Train, finish and report; returns the summary.
+
+    A run that ends early leaves its last adapter, and raises why.
+    """
     if engine == "batched":
         raise BadInput("--engine batched: not built yet; expected sequential or ray")
     if engine not in ENGINES:

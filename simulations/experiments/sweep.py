@@ -1,7 +1,7 @@
 """`fedlora-sim sweep`: one run for each value of a key, and the privacy-utility curve over them.
 
-Choosing the best of several trials leaks something about the data that no trial's ε covers: the page says
-that the trials were not accounted together.
+Choosing the best of several trials leaks something about the data that no trial's ε covers: the
+page says that the trials were not accounted together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from fedlora.common.model.features import PooledTexts
 from fedlora.simulations.experiments.simulate import run_to_report
 from fedlora.simulations.report.pages import write_sweep_report
 
-KEPT = ("accuracy", "macro_f1", "perplexity", "loss", "epsilon", "delta", "mode", "seconds", "validation")
+KEPT = (
+    "accuracy",
+    "macro_f1",
+    "perplexity",
+    "loss",
+    "epsilon",
+    "delta",
+    "mode",
+    "seconds",
+    "validation",
+)
 
 
 def run_sweep(
@@ -30,7 +40,9 @@ def run_sweep(
     device: str = "auto",
     threads: int = 0,
 ) -> Path:
-    """Run `config` once for each value; sweep.json and sweep.html under `folder`. Finished values are kept."""
+    """Run `config` once for each value; sweep.json and sweep.html under `folder`. Finished values
+    are kept.
+    """
     key, values = _values(over)
     trials, texts = [], PooledTexts()
     # all of them first: a bad value is named before anything runs
@@ -41,17 +53,26 @@ def run_sweep(
         done = target / "summary.json"
         if done.is_file():
             if (target / "config.toml").read_text() != config_to_toml(settings):
-                raise BadInput(f"{target}: found a trial of another configuration, expected another --out")
+                raise BadInput(
+                    f"{target}: found a trial of another configuration, expected another --out"
+                )
             summary = json.loads(done.read_text())
             if summary.get("ended"):
                 raise BadInput(
-                    f"{target}: found a trial that ended early ({summary['ended']}), expected another --out"
+                    f"{target}: found a trial that ended early ({summary['ended']}), expected"
+                    " another --out"
                 )
         else:
             console.print(f"[bold]{setting}[/bold]")
             resume = (target / "checkpoint" / "manifest.json").exists()
             summary = run_to_report(
-                settings, target, console, resume=resume, device=device, threads=threads, texts=texts
+                settings,
+                target,
+                console,
+                resume=resume,
+                device=device,
+                threads=threads,
+                texts=texts,
             )
         trials.append({"key": key, "value": value, **{name: summary.get(name) for name in KEPT}})
         write_atomically(folder / "sweep.json", (json.dumps(trials, indent=2) + "\n").encode())

@@ -1,9 +1,12 @@
-"""A synthetic corpus for the quickstart: messages to the service desks of five made-up institutions.
+"""A synthetic corpus for the quickstart.
 
-It is made hard on purpose, so that a good model gets about nine of ten right and none gets all: classes share
-their words, a message mentions other things in passing, some could be meant either way, and a share of the
-training labels is wrong. Institutions write in their own manner and see different matters. A seed fixes every
-byte, on every Python: only `random.Random.random`, whose stream is guaranteed, is drawn from.
+Messages to the service desks of five made-up institutions.
+
+It is made hard on purpose, so that a good model gets about nine of ten right and none gets all:
+classes share their words, a message mentions other things in passing, some could be meant either
+way, and a share of the training labels is wrong. Institutions write in their own manner and see
+different matters. A seed fixes every byte, on every Python: only `random.Random.random`, whose
+stream is guaranteed, is drawn from.
 """
 
 from __future__ import annotations
@@ -124,7 +127,10 @@ EITHER_MESSAGES: dict[tuple[str, str], tuple[str, ...]] = {
         "{colleague} has no forms editor yet",
         "we need the newer records system at {place}",
     ),
-    ("access", "data"): ("I can't find the folder of {place} any more", "the mailing list is empty for me"),
+    ("access", "data"): (
+        "I can't find the folder of {place} any more",
+        "the mailing list is empty for me",
+    ),
     ("hardware", "software"): (
         "the scanner only makes blank pages",
         "the laptop of {colleague} hangs at the start",
@@ -133,7 +139,10 @@ EITHER_MESSAGES: dict[tuple[str, str], tuple[str, ...]] = {
         "the folder of {place} does not open since {day}",
         "the statistics never finish loading",
     ),
-    ("orders", "data"): ("the list of our laptops is wrong", "{colleague} is still listed at {place}"),
+    ("orders", "data"): (
+        "the list of our laptops is wrong",
+        "{colleague} is still listed at {place}",
+    ),
 }
 
 ASIDES = (
@@ -167,7 +176,9 @@ DAYS = ("Monday", "Tuesday", "Thursday", "Friday", "the 3rd", "the 9th", "the 14
 
 @dataclass(frozen=True)
 class Institution:
-    """How one institution's staff write, and how often they write about what (in the order of CLASSES)."""
+    """How one institution's staff write, and how often they write about what (in the order of
+    CLASSES).
+    """
 
     name: str
     size: float
@@ -269,7 +280,9 @@ def _message(source: Random, institution: Institution, label: str) -> str:
     body = _either(source, label) if source.random() < EITHER else _problem(source, label)
     if source.random() < ASIDE:
         aside = _pick(source, ASIDES)
-        body = _pick(source, (f"{body}; {aside}", f"{aside}, but {body}", f"{body}, although {aside}"))
+        body = _pick(
+            source, (f"{body}; {aside}", f"{aside}, but {body}", f"{body}, although {aside}")
+        )
     body = _fill(source, body, institution)
     opening, ending = _pick(source, institution.openings), _pick(source, institution.endings)
     if not opening:
@@ -291,7 +304,11 @@ def _either(source: Random, label: str) -> str:
 
 
 def _fill(source: Random, text: str, institution: Institution) -> str:
-    for name, options in (("{colleague}", COLLEAGUES), ("{day}", DAYS), ("{place}", institution.places)):
+    for name, options in (
+        ("{colleague}", COLLEAGUES),
+        ("{day}", DAYS),
+        ("{place}", institution.places),
+    ):
         while name in text:
             text = text.replace(name, _pick(source, options), 1)
     return text

@@ -1,4 +1,6 @@
-"""Dealing units out to simulated institutions. A unit is never split, and every unit is dealt exactly once.
+"""Dealing units out to simulated institutions.
+
+A unit is never split, and every unit is dealt exactly once.
 
     iid        each unit to a client drawn uniformly, sizes equal to within one
     dirichlet  for each label, its units are cut by proportions from Dirichlet(alpha)   (Hsu et al. 2019)
@@ -43,7 +45,9 @@ class Partition:
         return np.diff(self.offsets)
 
 
-def partition_units(config: FederationConfig, records: Records, units: UnitIndex, seed: int) -> Partition:
+def partition_units(
+    config: FederationConfig, records: Records, units: UnitIndex, seed: int
+) -> Partition:
     """Deal `units` out as the configuration says; BadInput where there are too few."""
     if len(units) < config.clients:
         raise BadInput(
@@ -53,7 +57,9 @@ def partition_units(config: FederationConfig, records: Records, units: UnitIndex
     rng = np.random.Generator(np.random.Philox(seed))
     if config.partition == "by-column":
         return _by_column(config, records, units)
-    owners = DEALERS[config.partition](_unit_labels(records, units), config.clients, config.alpha, rng)
+    owners = DEALERS[config.partition](
+        _unit_labels(records, units), config.clients, config.alpha, rng
+    )
     return _grouped(owners, config.clients)
 
 
@@ -86,7 +92,12 @@ def _quantity(labels: Ints, clients: int, alpha: float, rng: np.random.Generator
 
 
 Dealer = Callable[[Ints, int, float, np.random.Generator], Ints]
-DEALERS: dict[str, Dealer] = {"iid": _iid, "dirichlet": _dirichlet, "shards": _shards, "quantity": _quantity}
+DEALERS: dict[str, Dealer] = {
+    "iid": _iid,
+    "dirichlet": _dirichlet,
+    "shards": _shards,
+    "quantity": _quantity,
+}
 
 
 def _by_column(config: FederationConfig, records: Records, units: UnitIndex) -> Partition:
@@ -134,7 +145,8 @@ def _nobody_empty(owners: Ints, clients: int, rng: np.random.Generator) -> Ints:
     if not len(empty):
         return owners
     order = rng.permutation(len(owners))
-    _, firsts = np.unique(owners[order], return_index=True)  # what each owner keeps whatever happens
+    # what each owner keeps whatever happens
+    _, firsts = np.unique(owners[order], return_index=True)
     spare = np.delete(order, firsts)
     owners = owners.copy()
     owners[spare[: len(empty)]] = empty
@@ -142,5 +154,7 @@ def _nobody_empty(owners: Ints, clients: int, rng: np.random.Generator) -> Ints:
 
 
 def _grouped(owners: Ints, clients: int, names: tuple[str, ...] = ()) -> Partition:
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=clients))]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=clients))]).astype(
+        np.int64
+    )
     return Partition(offsets, np.argsort(owners, kind="stable").astype(np.int64), names)

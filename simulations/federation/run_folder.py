@@ -35,7 +35,8 @@ from fedlora.server.runs.run import conclude, conduct
 from fedlora.server.runs.summary import write_summary
 from fedlora.simulations.federation.population import Federation, client_name
 
-DATA, LEDGER = "data.sha256", "ledger.id"  # in a run's folder: which data and which ledger it began with
+# in a run's folder: which data and which ledger it began with
+DATA, LEDGER = "data.sha256", "ledger.id"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Paths:
     def open_ledger(self) -> Ledger:
         """The ledger; its signed head lies apart from it, with the run or beside a shared ledger."""
         own = self.ledger.parent == self.folder
-        head = self.checkpoint / "ledger-head.json" if own else self.ledger.with_suffix(".head.json")
+        head = (
+            self.checkpoint / "ledger-head.json" if own else self.ledger.with_suffix(".head.json")
+        )
         key = self.checkpoint / "ledger.key" if own else self.ledger.with_suffix(".key")
         return Ledger.open(self.ledger, head, key)
 
@@ -78,7 +81,12 @@ class Run:
     @property
     def conducted(self) -> Conducted:
         return Conducted(
-            self.config, self.paths.folder, self.federation.public, self.checkpoint, self.engine, self.began
+            self.config,
+            self.paths.folder,
+            self.federation.public,
+            self.checkpoint,
+            self.engine,
+            self.began,
         )
 
     @property
@@ -97,18 +105,24 @@ def begin(
 ) -> Run:
     """Build everything; `texts` are shared with other runs of this process.
 
-    BadInput where the folder holds another run, or, with `resume`, none; Refused without the run's own ledger.
+    BadInput where the folder holds another run, or, with `resume`, none; Refused without the run's
+    own ledger.
     """
     began = time.monotonic()
     _check_folder(config, paths, resume)
     if engine == "ray" and config.faults != FaultsConfig():
-        raise BadInput("--engine ray: [faults] are made up by the sequential engine only, expected none")
+        raise BadInput(
+            "--engine ray: [faults] are made up by the sequential engine only, expected none"
+        )
     if not resume:
-        # Of a beginning that was killed: fitted on what was public then, and may be private in this run.
+        # Of a beginning that was killed: fitted on what was public then, and may be private in this
+        # run.
         (paths.folder / PROJECTION).unlink(missing_ok=True)
     federation = Federation.build(config, paths.folder, progress, device, texts)
     if resume:
-        _check_kept(paths.folder / DATA, federation.data_digest, f"{config.data.train}: found other bytes")
+        _check_kept(
+            paths.folder / DATA, federation.data_digest, f"{config.data.train}: found other bytes"
+        )
         checkpoint = Checkpoint.open(paths.checkpoint, federation.model.spec)
         ledger = _same_ledger(paths)
     else:
@@ -120,7 +134,8 @@ def begin(
         # last: from here on it is a run, and can be resumed
         checkpoint = Checkpoint.create(paths.checkpoint, manifest, federation.public.initial)
     checkpoint.check_against_ledger(ledger.attempts_used(checkpoint.manifest.digest))
-    # After the checkpoint: a kill in between must not spend the budget of a run that then never was.
+    # After the checkpoint: a kill in between must not spend the budget of a run that then never
+    # was.
     federation.charge(checkpoint.manifest, ledger)
     return Run(config, paths, federation, checkpoint, ledger, engine, began)
 
@@ -145,7 +160,9 @@ def train(run: Run, cohort: Cohort, observe: Observe = lambda number, figures: N
     return conduct(run.conducted, cohort, observe)
 
 
-def finish(run: Run, progress: Progress, synthetic: bool = False, ended: str = "") -> dict[str, Any]:
+def finish(
+    run: Run, progress: Progress, synthetic: bool = False, ended: str = ""
+) -> dict[str, Any]:
     """Score the test file, export the adapter, write summary.json; what stands in it is returned.
 
     `ended` says why a run that did not reach its last round stopped where it did.
@@ -169,12 +186,17 @@ def _epsilon_by_client(run: Run) -> dict[str, float]:
         spend = run.ledger.reserved_for(run.federation.budget_name(client), run.manifest.digest)
         result[client_name(client)] = 0.0 if spend is None else spend.epsilon
     if run.manifest.mode == "client":  # charged for records, stated for institutions
-        return {name: stated_epsilon(run.manifest) if spent else 0.0 for name, spent in result.items()}
+        return {
+            name: stated_epsilon(run.manifest) if spent else 0.0 for name, spent in result.items()
+        }
     return result
 
 
 def _by_class(run: Run) -> dict[str, Any]:
-    """Confusion, recall, and each client's accuracy: the recall of each class, weighted by its label mix."""
+    """Confusion, recall, and each client's accuracy.
+
+    The recall of each class, weighted by its label mix.
+    """
     confusion = run.federation.public.test.totals.get("confusion")
     if confusion is None:
         return {"labels": []}
@@ -185,9 +207,12 @@ def _by_class(run: Run) -> dict[str, Any]:
     return {
         "labels": labels,
         "confusion": confusion.astype(int).tolist(),
-        "recall_by_class": {label: float(value) for label, value in zip(labels, recall, strict=True)},
+        "recall_by_class": {
+            label: float(value) for label, value in zip(labels, recall, strict=True)
+        },
         "accuracy_by_client": {
-            client_name(client): float(mix @ recall / max(mix.sum(), 1)) for client, mix in enumerate(mixes)
+            client_name(client): float(mix @ recall / max(mix.sum(), 1))
+            for client, mix in enumerate(mixes)
         },
     }
 
@@ -195,7 +220,9 @@ def _by_class(run: Run) -> dict[str, Any]:
 def _check_folder(config: Config, paths: Paths, resume: bool) -> None:
     begun = (paths.checkpoint / "manifest.json").exists()
     if begun and not resume:
-        raise BadInput(f"{paths.folder}: found a run, expected an empty folder; --resume goes on with it")
+        raise BadInput(
+            f"{paths.folder}: found a run, expected an empty folder; --resume goes on with it"
+        )
     if not resume:
         return
     if not begun:
@@ -203,5 +230,6 @@ def _check_folder(config: Config, paths: Paths, resume: bool) -> None:
     before = (paths.folder / "config.toml").read_text()
     if before != config_to_toml(config):
         raise BadInput(
-            f"{paths.folder}/config.toml: found another configuration than the one given to --resume"
+            f"{paths.folder}/config.toml: found another configuration than the one given to"
+            " --resume"
         )

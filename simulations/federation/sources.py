@@ -1,4 +1,7 @@
-"""A configuration's files as records: training, public validation, public test, and the public label set."""
+"""A configuration's files as records.
+
+Training, public validation, public test, and the public label set.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.common.config.schema import Config, check_delta
-from fedlora.common.data.records import Records, file_digest, read_records, split_validation, unit_groups
+from fedlora.common.data.records import (
+    Records,
+    file_digest,
+    read_records,
+    split_validation,
+    unit_groups,
+)
 from fedlora.common.data.tasks import Task
 from fedlora.common.errors import BadInput
 from fedlora.server.runs.public_data import columns_of, read_labels, task_of
@@ -38,7 +47,9 @@ def read_sources(config: Config) -> Sources:
             read_records(Path(data.validation), columns_of(config, private=False), labels),
         )
     else:
-        kept, aside = split_validation(unit_groups(whole.units, len(whole)), data.validation, config.seed)
+        kept, aside = split_validation(
+            unit_groups(whole.units, len(whole)), data.validation, config.seed
+        )
         train, validation = whole.take(kept), whole.take(aside, f"{whole.where} (validation part)")
     if config.privacy.mode == "record":
         check_delta(config.privacy.delta, len(unit_groups(train.units, len(train))), whole.where)

@@ -1,4 +1,6 @@
-"""How the report writes numbers: a privacy loss is never rounded down, nothing looks more exact than it is."""
+"""How the report writes numbers: a privacy loss is never rounded down, nothing looks more exact
+than it is.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,11 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     """The 95 % interval of a share seen in `count` records (Wilson 1927)."""
     z = 1.96
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    half = (
+        z
+        * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+        / (1 + z * z / count)
+    )
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -89,9 +95,10 @@ def cohorts(secure: Mapping[str, Any]) -> str:
     lowest, highest = secure["threshold"]
     lost = ", ".join(f"{stage} {count}" for stage, count in secure["dropouts"].items() if count)
     return (
-        f"{secure['sums']} sums of {_span(smallest, largest)} institutions with t = {_span(lowest, highest)}, "
-        f"at least {secure['minimum_cohort']} demanded, {secure['smallest_sum']} in the smallest sum, "
-        f"{secure['colluders']} assumed to collude, drop-outs: {lost or 'none'}"
+        f"{secure['sums']} sums of {_span(smallest, largest)} institutions with t ="
+        f" {_span(lowest, highest)}, at least {secure['minimum_cohort']} demanded,"
+        f" {secure['smallest_sum']} in the smallest sum, {secure['colluders']} assumed to collude,"
+        f" drop-outs: {lost or 'none'}"
     )
 
 

@@ -1,8 +1,9 @@
-"""report.html and sweep.html: self-contained pages, written from the files of a run's folder and nothing else.
+"""report.html and sweep.html: self-contained pages, written from the files of a run's folder and
+nothing else.
 
-Every text that came from a configuration, a data file or an institution is escaped by the template engine; what
-is marked as safe is the SVG that `plots` draws, whose texts matplotlib escapes. There is no script and no link
-to anything outside the page.
+Every text that came from a configuration, a data file or an institution is escaped by the template
+engine; what is marked as safe is the SVG that `plots` draws, whose texts matplotlib escapes. There
+is no script and no link to anything outside the page.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ NARROW = 12  # labels that fit into a table; more are drawn as a heat map
 SHOWN = 15  # rows of lists that could be long
 COMPARED = {
     "untrained": ("Before training", "the base model with an untrained head"),
-    "non-private": ("Trained without privacy", "the same schedule without noise, nothing guaranteed"),
+    "non-private": (
+        "Trained without privacy",
+        "the same schedule without noise, nothing guaranteed",
+    ),
     "private": ("Trained with privacy", "what this run releases"),
 }
 TECHNICAL = (
@@ -69,7 +73,9 @@ def write_report(folder: Path) -> Path:
         "participation": _participation(lines, summary["partition"]["clients"]),
         "errors": _errors(summary),
         "technical": [
-            (title, show(summary[key])) for key, title, show in TECHNICAL if summary.get(key) is not None
+            (title, show(summary[key]))
+            for key, title, show in TECHNICAL
+            if summary.get(key) is not None
         ],
     }
     return _write(folder / "report.html", "report.html", values)
@@ -80,7 +86,8 @@ def write_sweep_report(folder: Path) -> Path:
     trials = _parsed(folder / "sweep.json")
     if not isinstance(trials, list) or not trials:
         raise BadInput(
-            f"{folder / 'sweep.json'}: found no trials, expected a list with one object for each value"
+            f"{folder / 'sweep.json'}: found no trials, expected a list with one object for each"
+            " value"
         )
     metric = "perplexity" if trials[0].get("perplexity") is not None else "accuracy"
     values = {
@@ -94,7 +101,9 @@ def write_sweep_report(folder: Path) -> Path:
 
 
 def _write(path: Path, template: str, values: Mapping[str, Any]) -> Path:
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined
+    )
     shown = (
         numbers.number,
         numbers.percent,
@@ -105,7 +114,9 @@ def _write(path: Path, template: str, values: Mapping[str, Any]) -> Path:
     )
     environment.filters.update({show.__name__: show for show in shown})
     environment.globals.update(wilson=numbers.wilson, named=plots.NAMED)
-    write_atomically(path, environment.get_template(template).render(values).encode("utf-8", "replace"))
+    write_atomically(
+        path, environment.get_template(template).render(values).encode("utf-8", "replace")
+    )
     return path
 
 
@@ -123,7 +134,9 @@ def _table(path: Path) -> Summary:
     if not isinstance(table, dict):
         raise BadInput(f"{path}: found {type(table).__name__}, expected a table")
     missing = [
-        name for name in ("task", "clients", "rounds", "privacy_statement", "partition") if name not in table
+        name
+        for name in ("task", "clients", "rounds", "privacy_statement", "partition")
+        if name not in table
     ]
     if missing:
         raise BadInput([f"{path} {name}: missing" for name in missing])
@@ -139,7 +152,9 @@ def _lines(path: Path) -> Lines:
             parsed.append(json.loads(line))
         except ValueError as error:
             if number < len(found):
-                raise BadInput(f"{path} line {number}: found bytes that are not JSON ({error})") from error
+                raise BadInput(
+                    f"{path} line {number}: found bytes that are not JSON ({error})"
+                ) from error
     return parsed
 
 
@@ -172,7 +187,9 @@ def _comparison(summary: Summary) -> dict[str, Any] | None:
 def _rounds(summary: Summary, lines: Lines) -> dict[str, Any]:
     """The curves over the rounds, each with a sentence that says the same."""
     known = ("accuracy", "perplexity") if "accuracy" in summary else ("perplexity",)
-    metric = next((name for name in known if any(_finite(line.get(name)) for line in lines)), "loss")
+    metric = next(
+        (name for name in known if any(_finite(line.get(name)) for line in lines)), "loss"
+    )
     scored = [(line["round"], line[metric]) for line in lines if _finite(line.get(metric))]
     spent = [(line["round"], line["epsilon"]) for line in lines if _finite(line.get("epsilon"))]
     phases = _phases(lines)
@@ -180,12 +197,17 @@ def _rounds(summary: Summary, lines: Lines) -> dict[str, Any]:
     pictures = []
     if scored:
         svg = plots.by_round(scored, f"{metric} (validation)", metric == "accuracy", phases)
-        text = f"{metric.capitalize()} on the public validation part: {show(scored[0][1])} after round {scored[0][0]}"
+        text = (
+            f"{metric.capitalize()} on the public validation part: {show(scored[0][1])} after round"
+            f" {scored[0][0]}"
+        )
         pictures.append((svg, f"{text}, {show(scored[-1][1])} after round {scored[-1][0]}."))
     if spent:
         whole = summary.get("epsilon")
         svg = plots.by_round(spent, "ε of the rounds so far", False, phases, whole, plots.SECOND)
-        text = f"ε of the rounds so far: {numbers.epsilon(spent[-1][1])} after round {spent[-1][0]}."
+        text = (
+            f"ε of the rounds so far: {numbers.epsilon(spent[-1][1])} after round {spent[-1][0]}."
+        )
         text += f" The dashed line is what the whole schedule reserved, {numbers.epsilon(whole)}."
         pictures.append((svg, text))
     return {"pictures": pictures, "phases": phases, "metric": metric}
@@ -210,23 +232,34 @@ def _clients(summary: Summary) -> dict[str, Any]:
     columns += [("ε", numbers.epsilon, epsilon)] if epsilon else []
     columns += [("accuracy", numbers.percent, accuracy)] if accuracy else []
     if len(names) <= FEW:
-        return {"columns": columns, "rows": _client_rows(names, columns), "pictures": [], "spreads": []}
+        return {
+            "columns": columns,
+            "rows": _client_rows(names, columns),
+            "pictures": [],
+            "spreads": [],
+        }
     spreads = [(title, show, tables.spread(values)) for title, show, values in columns]
     drawn = [(title, values) for title, _, values in columns if min(values) < max(values)]
-    pictures = [(plots.histogram(values, title, title == "accuracy"), title) for title, values in drawn]
+    pictures = [
+        (plots.histogram(values, title, title == "accuracy"), title) for title, values in drawn
+    ]
     return {"columns": columns, "rows": [], "pictures": pictures, "spreads": spreads}
 
 
-def _client_rows(names: Sequence[str], columns: Sequence[Any]) -> list[tuple[str, list[tuple[str, float]]]]:
+def _client_rows(
+    names: Sequence[str], columns: Sequence[Any]
+) -> list[tuple[str, list[tuple[str, float]]]]:
     """For each client its figures, as text and as the length of a bar in percent."""
     tops = [1.0 if title == "accuracy" else max([*values, 1e-12]) for title, _, values in columns]
     return [
         (
             name,
             [
-                (show(values[place]), 100 * min(values[place] / top, 1.0))
-                if place < len(values)
-                else ("–", 0.0)
+                (
+                    (show(values[place]), 100 * min(values[place] / top, 1.0))
+                    if place < len(values)
+                    else ("–", 0.0)
+                )
                 for (_, show, values), top in zip(columns, tops, strict=True)
             ],
         )
@@ -236,7 +269,9 @@ def _client_rows(names: Sequence[str], columns: Sequence[Any]) -> list[tuple[str
 
 def _partition(summary: Summary) -> dict[str, Any]:
     """Clients by labels: a shaded table, a heat map, or, for many clients, how skewed they are."""
-    names, labels = ([str(name) for name in summary["partition"][key]] for key in ("clients", "labels"))
+    names, labels = (
+        [str(name) for name in summary["partition"][key]] for key in ("clients", "labels")
+    )
     counts = _counts(summary)
     found: dict[str, Any] = {"labels": labels, "rows": (), "picture": None, "skew": None}
     if len(labels) < 2:
@@ -258,7 +293,9 @@ def _participation(lines: Lines, clients: Sequence[str]) -> dict[str, Any]:
     reasons: dict[str, list[tuple[str, int]]] = {}
     for line in lines:
         for client, reason in line.get("failures") or ():
-            reasons.setdefault(str(reason), []).append((names.get(client, str(client)), int(line["round"])))
+            reasons.setdefault(str(reason), []).append(
+                (names.get(client, str(client)), int(line["round"]))
+            )
     failures = [
         (reason, len(seen), sorted({c for c, _ in seen}), [r for _, r in seen])
         for reason, seen in reasons.items()
@@ -275,7 +312,9 @@ def _participation(lines: Lines, clients: Sequence[str]) -> dict[str, Any]:
 
 
 def _errors(summary: Summary) -> dict[str, Any] | None:
-    """The confusion matrix as a table or a heat map, the most frequent mistakes, and recall by class."""
+    """The confusion matrix as a table or a heat map, the most frequent mistakes, and recall by
+    class.
+    """
     if not summary.get("confusion"):
         return None
     labels = [str(label) for label in summary["labels"]]
@@ -283,14 +322,21 @@ def _errors(summary: Summary) -> dict[str, Any] | None:
     shares = tables.row_shares(counts)
     small = len(labels) <= NARROW
     recall = sorted(
-        zip(labels, shares.diagonal(), counts.sum(axis=1), strict=True), key=lambda row: float(row[1])
+        zip(labels, shares.diagonal(), counts.sum(axis=1), strict=True),
+        key=lambda row: float(row[1]),
     )
     return {
         "labels": labels,
         "rows": tables.shaded(counts, labels, shares) if small else (),
-        "picture": None if small else plots.heat(shares, labels, labels, "true class", "guessed class", True),
+        "picture": (
+            None
+            if small
+            else plots.heat(shares, labels, labels, "true class", "guessed class", True)
+        ),
         "frequent": tables.confusions(counts, labels, 8 if small else SHOWN),
-        "recall": [(label, float(share), int(total)) for label, share, total in recall if total > 0],
+        "recall": [
+            (label, float(share), int(total)) for label, share, total in recall if total > 0
+        ],
     }
 
 
@@ -306,7 +352,9 @@ def _curve(trials: Lines, metric: str) -> Markup | None:
         ):
             if value is not None and _finite(value) and place is not None:
                 series[name].append((place, float(value)))
-    drawn = {name: sorted(points) if numeric else points for name, points in series.items() if points}
+    drawn = {
+        name: sorted(points) if numeric else points for name, points in series.items() if points
+    }
     if not drawn:
         return None
     places = [_number(trial["value"]) or 0.0 for trial in trials]

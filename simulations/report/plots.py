@@ -1,6 +1,7 @@
 """The report's pictures as inline SVG: no network, no scripts, no ids that clash on one page.
 
-Texts are never parsed as mathematics, and a letter that the layout's font lacks is drawn by the reader's.
+Texts are never parsed as mathematics, and a letter that the layout's font lacks is drawn by the
+reader's.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def by_round(
     limit: float | None = None,
     color: str = ACCENT,
 ) -> Markup:
-    """A figure over the rounds; `phases` are names with their first rounds, `limit` a line it may not pass."""
+    """A figure over the rounds; `phases` are names with their first rounds, `limit` a line it may
+    not pass.
+    """
     with _figure(4.4, 2.7) as (figure, axes):
         axes.plot(
             *_columns(points),
@@ -72,7 +75,11 @@ def by_round(
         for phase, start in phases[1:]:
             axes.axvline(start - 0.5, color=MUTED, linewidth=0.8)
             axes.annotate(
-                f" {phase}", (start - 0.5, 1.0), xycoords=("data", "axes fraction"), va="bottom", color=MUTED
+                f" {phase}",
+                (start - 0.5, 1.0),
+                xycoords=("data", "axes fraction"),
+                va="bottom",
+                color=MUTED,
             )
         return _svg(figure, f"rounds-{name}")
 
@@ -100,18 +107,26 @@ def heat(
     column_title: str,
     square: bool = False,
 ) -> Markup:
-    """A heat map, darker for more, with small values lifted (square root) so that rare ones can be seen."""
+    """A heat map, darker for more, with small values lifted (square root) so that rare ones can be
+    seen.
+    """
     width, height = 8.6, 8.0 if square else float(np.clip(1.6 + 0.22 * len(rows), 2.4, 8.0))
     with _figure(width, height) as (figure, axes):
         top = max(float(np.nanmax(values, initial=0.0)), 1e-12)
         norm = PowerNorm(0.5, vmin=0.0, vmax=top)
         axes.imshow(values, cmap=SHADES, norm=norm, aspect="auto", interpolation="none")
-        for axis, names, title in ((axes.xaxis, columns, column_title), (axes.yaxis, rows, row_title)):
+        for axis, names, title in (
+            (axes.xaxis, columns, column_title),
+            (axes.yaxis, rows, row_title),
+        ):
             named = len(names) <= NAMED
             axis.set_ticks(
-                range(len(names)) if named else [], labels=[short(n) for n in names] if named else []
+                range(len(names)) if named else [],
+                labels=[short(n) for n in names] if named else [],
             )
-            axis.set_label_text(title if named else f"{title} ({len(names)}, in the order of the label set)")
+            axis.set_label_text(
+                title if named else f"{title} ({len(names)}, in the order of the label set)"
+            )
         axes.tick_params(axis="x", rotation=90 if len(columns) > 8 else 0)
         for spine in axes.spines.values():
             spine.set_visible(True)
@@ -138,7 +153,12 @@ def curve(
         if log:
             axes.set_xscale("log")
         ticks = sorted(
-            {point[0] for points in series.values() for point in points if not isinstance(point[0], str)}
+            {
+                point[0]
+                for points in series.values()
+                for point in points
+                if not isinstance(point[0], str)
+            }
         )
         if ticks:
             axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])

@@ -1,7 +1,9 @@
-"""What the report shows as tables: cells shaded as in a heat map, frequent confusions, spreads over clients.
+"""What the report shows as tables.
 
-A table stays readable on a phone and to a screen reader, which a picture does not; pictures are for what is
-too large for a table.
+Cells shaded as in a heat map, frequent confusions, spreads over clients.
+
+A table stays readable on a phone and to a screen reader, which a picture does not; pictures are for
+what is too large for a table.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import numpy.typing as npt
 
 Matrix = npt.NDArray[np.float64]
 
-# Black and white: on any ground one of the two has a contrast of at least 4.58; a softer ink would not.
+# Black and white: on any ground one of the two has a contrast of at least 4.58; a softer ink would
+# not.
 PAPER, ACCENT, INK = (255, 255, 255), (15, 92, 115), (0, 0, 0)
 QUANTILES = ((0.0, "least"), (0.05, "5 %"), (0.5, "median"), (0.95, "95 %"), (1.0, "most"))
 
@@ -47,7 +50,11 @@ class Confusion:
 def shaded(counts: Matrix, names: Sequence[str], shares: Matrix) -> tuple[Row, ...]:
     """Rows of `counts`, each cell shaded by its share in 0..1."""
     return tuple(
-        Row(name, tuple(Cell(float(v), shade(s)) for v, s in zip(row, share, strict=True)), float(row.sum()))
+        Row(
+            name,
+            tuple(Cell(float(v), shade(s)) for v, s in zip(row, share, strict=True)),
+            float(row.sum()),
+        )
         for name, row, share in zip(names, counts, shares, strict=True)
     )
 
@@ -73,13 +80,19 @@ def confusions(counts: Matrix, labels: Sequence[str], most: int) -> list[Confusi
 def spread(values: Sequence[float]) -> list[tuple[str, float]]:
     """Least, median, most and what lies between, of one figure over many clients."""
     finite = np.asarray([value for value in values if np.isfinite(value)])
-    return [(title, float(np.quantile(finite, at))) for at, title in QUANTILES] if len(finite) else []
+    return (
+        [(title, float(np.quantile(finite, at))) for at, title in QUANTILES] if len(finite) else []
+    )
 
 
 def shade(share: float) -> str:
-    """CSS colours of a cell: the ground from paper to accent, and the ink that is easier to read on it."""
+    """CSS colours of a cell: the ground from paper to accent, and the ink that is easier to read on
+    it.
+    """
     clamped = min(max(share, 0.0), 1.0) ** 0.7  # small shares can still be told from none
-    ground = tuple(round(low + (high - low) * clamped) for low, high in zip(PAPER, ACCENT, strict=True))
+    ground = tuple(
+        round(low + (high - low) * clamped) for low, high in zip(PAPER, ACCENT, strict=True)
+    )
     ink = max((INK, PAPER), key=lambda color: contrast(color, ground))
     return f"background:{_hex(ground)};color:{_hex(ink)}"
 
@@ -92,7 +105,8 @@ def contrast(one: Sequence[int], other: Sequence[int]) -> float:
 
 def _luminance(color: Sequence[int]) -> float:
     linear = [
-        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (part / 255 for part in color)
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (part / 255 for part in color)
     ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

@@ -89,10 +89,14 @@ def offer_of(
     manifest: RunManifest, key: Identity = COORDINATOR, projection: bytes = b"",
     to: str = "north", seconds: float = 60, digest: str = "",
 ) -> bytes:  # fmt: skip
-    """An offer that is good for `seconds` from now, whose address names `to` and `digest`, or else the manifest's own."""
+    """An offer that is good for `seconds` from now, whose address names `to` and `digest`, or else
+    the manifest's own.
+    """
     address = Address(digest or manifest.digest, to, int(time.time() + seconds))
     signed = Signed.by(key, MANIFEST_TAG, manifest.to_bytes())
-    return request_to_bytes(Offer(signed, projection, Signed.by(key, OFFER_TAG, address.to_bytes())))
+    return request_to_bytes(
+        Offer(signed, projection, Signed.by(key, OFFER_TAG, address.to_bytes()))
+    )
 
 
 def task_of(
@@ -101,7 +105,9 @@ def task_of(
 ) -> bytes:  # fmt: skip
     index = manifest.phase_of(round_) if phase is None else phase
     plan = RoundPlan(manifest.digest, index, round_, attempt, adapter)
-    return request_to_bytes(Task(manifest.digest, Signed.by(key, PLAN_TAG, plan.to_bytes()), vector))
+    return request_to_bytes(
+        Task(manifest.digest, Signed.by(key, PLAN_TAG, plan.to_bytes()), vector)
+    )
 
 
 def nothing() -> None:
@@ -129,7 +135,12 @@ class FakeWork:
         return self.adapter
 
     def train(
-        self, manifest: RunManifest, projection: Path, budget: Budget, plan: RoundPlan, vector: bytes
+        self,
+        manifest: RunManifest,
+        projection: Path,
+        budget: Budget,
+        plan: RoundPlan,
+        vector: bytes,
     ) -> tuple[bytes, str]:
         place = (budget.name, plan.manifest)
         if manifest.mode != "none":
@@ -156,7 +167,9 @@ class Institution:
         self.folder = NodeFolder(self.root)
         if not self.folder.identity.exists():
             enrolment.init(self.folder, self.name, self.organisation)
-            self.set_policy(POLICY.format(base=BASE, folder="base").replace('"north"', f'"{self.name}"'))
+            self.set_policy(
+                POLICY.format(base=BASE, folder="base").replace('"north"', f'"{self.name}"')
+            )
             invitation = Invitation("f", "127.0.0.1:9092", CERTIFICATE, COORDINATOR.public)
             enrolment.join(self.folder, invitation_to_text(COORDINATOR, invitation), "invitation")
         self.restart()

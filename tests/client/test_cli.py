@@ -1,4 +1,6 @@
-"""The institution's commands: each fault one line that names it, and each answer what its operator must know."""
+"""The institution's commands: each fault one line that names it, and each answer what its operator
+must know.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ def north(tmp_path: Path, tiny_bert: Path) -> Institution:
 
 
 def test_a_file_where_a_folder_must_be_is_one_line(
-    north: Institution, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    north: Institution,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "f"
     file.touch()
@@ -75,19 +80,31 @@ def test_a_damaged_roster_or_manifest_is_named(
     kept = north.folder.runs / "ab" / "manifest.signed"
     kept.parent.mkdir(parents=True)
     signed = Signed.by(COORDINATOR, MANIFEST_TAG, manifest_of().to_bytes()).to_bytes()
-    for data, expected in ((b"x" * 5, 2), (b"x" * 500, 3), (signed[:-1], 3), (signed[:-1] + b"x", 3)):
+    for data, expected in (
+        (b"x" * 5, 2),
+        (b"x" * 500, 3),
+        (signed[:-1], 3),
+        (signed[:-1] + b"x", 3),
+    ):
         kept.write_bytes(data)
         code, _, err = run(capsys, monkeypatch, "serve", *node)
         assert code == expected and len(err.splitlines()) == 1 and f": {kept}: " in err, err
 
 
 def test_a_manifest_can_not_write_codes_on_a_terminal(
-    north: Institution, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    north: Institution,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "m.json"
-    file.write_bytes(replace(manifest_of(), run="r\x1b[8m", strategy="s\x1b[8m", task="t\x1b[8m").to_bytes())
+    file.write_bytes(
+        replace(manifest_of(), run="r\x1b[8m", strategy="s\x1b[8m", task="t\x1b[8m").to_bytes()
+    )
     monkeypatch.setattr(cli, "console", Console(width=300))
-    code, out, err = run(capsys, monkeypatch, "policy", "explain", str(file), "--node", str(north.root))
+    code, out, err = run(
+        capsys, monkeypatch, "policy", "explain", str(file), "--node", str(north.root)
+    )
     assert code == 3 and "r [8m" in out and "task = t [8m" in err and "\x1b" not in out + err
 
 
@@ -115,7 +132,10 @@ def test_check_data_names_the_row(
 
 
 def test_a_link_out_of_the_data_folder_is_refused(  # data-symlink-outside-root
-    north: Institution, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    north: Institution,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     notes = north.root / "notes.jsonl"
     notes.rename(tmp_path / "elsewhere.jsonl")
@@ -125,21 +145,30 @@ def test_a_link_out_of_the_data_folder_is_refused(  # data-symlink-outside-root
 
 
 def test_bases_lie_in_the_nodes_folder_first_and_have_a_digest_to_print(
-    north: Institution, tiny_bert: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    north: Institution,
+    tiny_bert: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (north.root / "models").mkdir()
     (north.root / "models" / "encoder").symlink_to(tiny_bert)
     north.set_policy(POLICY.format(base=base_digest(tiny_bert), folder="models/encoder"))
     code, out, err = run(capsys, monkeypatch, "check-data", "--node", str(north.root))
     assert code == 0 and "models/encoder: sha256:" in out, err
-    assert run(capsys, monkeypatch, "base", str(tiny_bert))[:2] == (0, base_digest(tiny_bert) + "\n")
+    assert run(capsys, monkeypatch, "base", str(tiny_bert))[:2] == (
+        0,
+        base_digest(tiny_bert) + "\n",
+    )
     code, _, err = run(capsys, monkeypatch, "base", "no-such-folder")
     assert code == 2 and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["identity.pem", "relay"])
 def test_only_a_socket_makes_room_for_the_trainers(north: Institution, name: str) -> None:
-    with ThreadPoolExecutor(1) as pool, pytest.raises(BadInput, match="expected a socket or nothing"):
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(BadInput, match="expected a socket or nothing"),
+    ):
         _bind(grpc.server(pool), TrainerPolicy(listen=f"unix:{name}"), north.root)
     assert (north.root / name).exists()
 
@@ -191,7 +220,9 @@ def test_the_ledger_tells_what_a_budget_spent_that_the_policy_has_no_more(
     north.ask(offer_of(manifest_of()))
     north.ledger.close()
     words = ("ledger", "--node", str(north.root))
-    assert run(capsys, monkeypatch, *words)[1].startswith("people: ε 0.191 of 2, δ 1e-05 of 0.0001\n")
+    assert run(capsys, monkeypatch, *words)[1].startswith(
+        "people: ε 0.191 of 2, δ 1e-05 of 0.0001\n"
+    )
     north.set_policy(north.folder.policy.read_text().replace("people", "persons"))
     _, out, _ = run(capsys, monkeypatch, *words)
     assert out.startswith(
@@ -206,7 +237,10 @@ def test_peers_are_told_by_name_when_they_come_and_go(
     request = enrolment.init(south, "south", "Süd Klinik")
     node = ("--node", str(north.root))
     _, out, _ = run(capsys, monkeypatch, "join", str(south.request), "--approve", *node)
-    assert "approved south (Süd Klinik); compare by telephone" in out and request.identity.fingerprint in out
+    assert (
+        "approved south (Süd Klinik); compare by telephone" in out
+        and request.identity.fingerprint in out
+    )
     _, out, _ = run(capsys, monkeypatch, "join", "south", "--remove", *node)
     assert out.startswith("removed south (Süd Klinik)")
 
@@ -222,7 +256,10 @@ def test_help_explains_each_argument_and_the_version_is_told(
 
 @pytest.mark.parametrize("command", ["serve", "check-data"])
 def test_no_model_library_is_let_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
 ) -> None:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,7 @@
-"""A federation, a disk and a clock-free run that the server's tests share: no model, no network, no noise."""
+"""A federation, a disk and a clock-free run that the server's tests share.
+
+No model, no network, no noise.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,9 @@ def manifest_of(
     *rounds: int, spare: int = 0, mode: str = "none", spec: AdapterSpec = SPEC, **changes: object
 ) -> RunManifest:
     """A run with a phase for each of `rounds`; of two or more, the first is the head's."""
-    names = ["head", "adapter", "adapter"][-len(rounds) :] if len(rounds) != 2 else ["head", "adapter"]
+    names = (
+        ["head", "adapter", "adapter"][-len(rounds) :] if len(rounds) != 2 else ["head", "adapter"]
+    )
     phase = Phase("", 0, 0, 1, 0.1, 16.0, 0.0, 1.0, 0.0, "sgd", 0.5, False, 0.0)
     phases = tuple(
         replace(phase, name=name, rounds=count, attempts=count + spare, **changes)  # type: ignore[arg-type]
@@ -72,7 +77,8 @@ def _nothing() -> None:
 
 @dataclass
 class Institutions:
-    """A cohort that pulls the state towards each client's own target, half the way each round, and wobbles.
+    """A cohort that pulls the state towards each client's own target, half the way each round, and
+    wobbles.
 
     What a client answers depends on client, round and state alone, as in a run without privacy.
     """
@@ -87,7 +93,9 @@ class Institutions:
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
         self.before()
-        assert plan.attempt not in {each.attempt for each in self.plans}, "an attempt was used twice"
+        assert plan.attempt not in {each.attempt for each in self.plans}, (
+            "an attempt was used twice"
+        )
         self.plans.append(plan)
         total, replies, failures = np.zeros(state.spec.size), 0, []
         asked = self.asked(plan) if self.asked else range(self.clients)
@@ -106,7 +114,9 @@ class Institutions:
     def update(self, client: int, plan: RoundPlan, state: AdapterState) -> Update:
         noise = np.random.default_rng([client, plan.round]).normal(size=state.spec.size)
         delta = 0.5 * (target(client, state.spec.size) - state.vector) + self.wobble * noise
-        honest = Update(f"client-{client}", plan.manifest, plan.round, plan.attempt, delta.astype(np.float32))
+        honest = Update(
+            f"client-{client}", plan.manifest, plan.round, plan.attempt, delta.astype(np.float32)
+        )
         update = self.behaviours.get(client, _honest)(honest)
         update.check(plan, state.spec.size)
         check_norm(update, update_bound(self.manifest, plan.phase, state.spec.size))
@@ -125,8 +135,8 @@ class Killed(BaseException):
 class Disk:
     """Counts what is done to the disk, and fails where it is told to.
 
-    Every step is numbered from 0: opening, syncing, renaming and removing a file, and whatever else calls
-    `step`. A kill or a full disk at a sync leaves half of what was written.
+    Every step is numbered from 0: opening, syncing, renaming and removing a file, and whatever else
+    calls `step`. A kill or a full disk at a sync leaves half of what was written.
     """
 
     fail_at: int | None = None
@@ -137,7 +147,11 @@ class Disk:
 
     def step(self, descriptor: int | None = None) -> None:
         here, self.steps = self.steps, self.steps + 1
-        if self.fail_at is None or here < self.fail_at or (here > self.fail_at and not self.lasting):
+        if (
+            self.fail_at is None
+            or here < self.fail_at
+            or (here > self.fail_at and not self.lasting)
+        ):
             return
         if descriptor is not None and os.fstat(descriptor).st_size and not _is_folder(descriptor):
             os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
@@ -160,7 +174,10 @@ def full_disk() -> OSError:
 
 
 class _Os:
-    """The `os` that common.disk.files sees. Nothing is really synced: the tests would take minutes."""
+    """The `os` that common.disk.files sees. Nothing is really synced.
+
+    The tests would take minutes.
+    """
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
@@ -193,7 +210,10 @@ def _is_folder(descriptor: int) -> bool:
 
 @dataclass
 class Run:
-    """A run in a folder that can be started, killed and started again; it keeps a log as a real one does."""
+    """A run in a folder that can be started, killed and started again.
+
+    It keeps a log as a real one does.
+    """
 
     folder: Path
     manifest: RunManifest
@@ -221,7 +241,9 @@ class Run:
         self.log = [record for record in self.log if record.round <= committed]
         strategy = FedAvg(ServerOptimizer(self.optimizer, 0.5, 0.9, 0.99))
         strategies = [strategy for _ in self.manifest.phases]
-        return run_rounds(checkpoint, self.cohort, strategies, self.rules, self._validate, self._observe)
+        return run_rounds(
+            checkpoint, self.cohort, strategies, self.rules, self._validate, self._observe
+        )
 
     def _validate(self, state: AdapterState, phase: int) -> Mapping[str, float]:
         self.step()

@@ -25,7 +25,9 @@ from fedlora.server.release.layout import REPORT_TAG, Institution, Release
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 
 BASE = "sha256:" + "1" * 64
-SPEC = AdapterSpec((TensorSpec("base.query.lora_A.weight", (2, 4)), TensorSpec("head.weight", (2, 4))))
+SPEC = AdapterSpec(
+    (TensorSpec("base.query.lora_A.weight", (2, 4)), TensorSpec("head.weight", (2, 4)))
+)
 STATE = AdapterState(SPEC, np.linspace(-1, 1, SPEC.size, dtype=np.float32))
 
 
@@ -79,7 +81,9 @@ def release(of: Party, run: RunManifest | None = None) -> Release:
     found = run or manifest()
     return Release(
         manifest=found,
-        institutions={n: Institution(f"{n} | <b>clinic</b>", each.public) for n, each in of.members.items()},
+        institutions={
+            n: Institution(f"{n} | <b>clinic</b>", each.public) for n, each in of.members.items()
+        },
         statements={name: consent(each, name, found) for name, each in of.members.items()},
         adapter=STATE.digest,
         figures={"accuracy": 0.8123, "rounds": 3},
@@ -91,10 +95,14 @@ def described(run: RunManifest, state: AdapterState = STATE) -> Description:
     names = {"task", "labels", "base_digest", "max_length", "projection_digest", "seed"}
     own = {name: getattr(run, name) for name in names}
     shared = {
-        f.name: getattr(run.network, f.name) for f in fields(Network) if f.name in Description.__annotations__
+        f.name: getattr(run.network, f.name)
+        for f in fields(Network)
+        if f.name in Description.__annotations__
     }
     targets = tuple(sorted(run.network.targets))
-    return Description(**(own | shared | {"base": "b", "adapter_digest": state.digest, "targets": targets}))
+    return Description(
+        **(own | shared | {"base": "b", "adapter_digest": state.digest, "targets": targets})
+    )
 
 
 def peft_config(of: Description) -> dict[str, object]:
@@ -112,12 +120,17 @@ def peft_config(of: Description) -> dict[str, object]:
 
 
 def adapter(folder: Path, state: AdapterState = STATE, **changes: object) -> Path:
-    """The files that `export_adapter` writes, for a network of two tensors; `changes` are to its description."""
+    """The files that `export_adapter` writes, for a network of two tensors.
+
+    `changes` are to its description.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     description = replace(described(manifest(), state), **changes)  # type: ignore[arg-type]
     (folder / "adapter_config.json").write_text(json.dumps(peft_config(description)))
     for name, part in (("adapter_model", "base."), ("head", "head.")):
-        named = {key: np.array(value) for key, value in state.named().items() if key.startswith(part)}
+        named = {
+            key: np.array(value) for key, value in state.named().items() if key.startswith(part)
+        }
         save_file(named, folder / f"{name}.safetensors")
     write_description(folder, description, state.spec)
     return folder
@@ -131,7 +144,9 @@ def exported(folder: Path, of: Party) -> Path:
 def finished_run(directory: Directory, members: Mapping[str, Identity]) -> None:
     """What the round loop leaves."""
     run, found = directory.new_run(), manifest()
-    Checkpoint.create(run / "checkpoint", found, AdapterState.zeros(SPEC)).commit(Progress(3, STATE, STATE))
+    Checkpoint.create(run / "checkpoint", found, AdapterState.zeros(SPEC)).commit(
+        Progress(3, STATE, STATE)
+    )
     (run / "consents").mkdir()
     for name, identity in members.items():
         (run / "consents" / f"{name}.reply").write_bytes(consent(identity, name, found))

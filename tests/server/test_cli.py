@@ -24,7 +24,9 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+def command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Command:
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -39,7 +41,9 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
 @pytest.fixture
 def made(command: Command, tmp_path: Path) -> Directory:
-    code, out, _ = command("init", "coordinator", "--federation", "bank-intents", "--host", "127.0.0.1")
+    code, out, _ = command(
+        "init", "coordinator", "--federation", "bank-intents", "--host", "127.0.0.1"
+    )
     directory = Directory.open(tmp_path / "coordinator")
     assert code == 0 and directory.identity.public.fingerprint in out
     return directory
@@ -60,7 +64,11 @@ def test_from_init_to_verify(command: Command, made: Directory, tmp_path: Path) 
     assert code == 0 and "revoked" in out and "rotated" in out and new.public.fingerprint in out
     reports = tmp_path / "reports"
     reports.mkdir()
-    for name, key, expected in (("south", new, 3), ("north", Identity.generate(), 3), ("north", new, 0)):
+    for name, key, expected in (
+        ("south", new, 3),
+        ("north", Identity.generate(), 3),
+        ("north", new, 0),
+    ):
         (reports / f"{name}.json").write_text(seal(key, REPORT_TAG, {"institution": name}))
         code, out, err = command("export", "export", "--reports", "reports")
         assert code == expected and ("one of" in err) == bool(expected), err
@@ -78,7 +86,10 @@ def test_from_init_to_verify(command: Command, made: Directory, tmp_path: Path) 
 def test_a_run_s_adapter_that_was_changed_is_not_released(
     command: Command, made: Directory, tmp_path: Path
 ) -> None:
-    """One bit of a weight, and then what any copy of it would say: a description that goes with it."""
+    """One bit of a weight, and then what any copy of it would say.
+
+    A description that goes with it.
+    """
     members = {"north": Identity.generate(), "south": Identity.generate()}
     for name, identity in members.items():
         made.registry.enrol(request(identity, name), name)
@@ -107,7 +118,11 @@ def test_faults_are_one_line_and_a_code(command: Command, made: Directory, tmp_p
         (("enrol", "north.json"), 2, "--yes"),
         (("enrol", "absent.json"), 2, "can't be read"),
         (("revoke", "east"), 2, "expected one of north"),
-        (("rotate", "north.json"), 2, "north.json: found an enrolment request, expected a rotation"),
+        (
+            ("rotate", "north.json"),
+            2,
+            "north.json: found an enrolment request, expected a rotation",
+        ),
         (
             ("enrol", "coordinator/invitation.json"),
             2,
@@ -157,7 +172,9 @@ def test_files_that_are_missing_or_spoilt_are_named(command: Command, made: Dire
             made.registered()
 
 
-def test_both_fingerprints_are_compared_before_a_key_is_replaced(command: Command, made: Directory) -> None:
+def test_both_fingerprints_are_compared_before_a_key_is_replaced(
+    command: Command, made: Directory
+) -> None:
     old, new = Identity.generate(), Identity.generate()
     made.registry.enrol(request(old, "north"), "north")
     Path("r.json").write_text(rotation_to_text(old, request(new, "north")))
@@ -175,7 +192,9 @@ def test_renewal_and_invitation(command: Command, made: Directory) -> None:
     assert command("invite")[1] == (made.root / "invitation.json").read_text()
 
 
-def test_runs_are_handed_on(command: Command, made: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_handed_on(
+    command: Command, made: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, _, err = command("resume")
     assert code == 2 and "found no run" in err
     calls: list[Path] = []

@@ -41,10 +41,20 @@ def test_every_fault_is_a_line_and_the_exit_code_is_2(
         (("run", "quickstart", "--engine", "batched"), "not built yet"),
         (("run", "quickstart", "--engine", "warp"), "expected one of sequential, ray"),
         (
-            ("run", "quickstart", "--set", "aggregation.secure=true", "--set", "federation.clients=4"),
+            (
+                "run",
+                "quickstart",
+                "--set",
+                "aggregation.secure=true",
+                "--set",
+                "federation.clients=4",
+            ),
             "expected at most the 4 institutions of a round",
         ),
-        (("run", "quickstart", "--set", "privacy.mode=client"), "expected [aggregation] secure = true"),
+        (
+            ("run", "quickstart", "--set", "privacy.mode=client"),
+            "expected [aggregation] secure = true",
+        ),
         (("run", "quickstart", "--device", "tpu"), "expected cpu, cuda or auto"),
         (("sweep", "quickstart", "--over", "epsilon"), "section.key=VALUE"),
         (("report", "no-such-run"), "expected a run that has finished"),

@@ -1,4 +1,6 @@
-"""What a coordinator may choose must not undo the clip, nor ask the data a question that costs nothing."""
+"""What a coordinator may choose must not undo the clip, nor ask the data a question that costs
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ SHORT, LONG = "w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6"
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("clip", (1e-40, 9e-7, 0.0, float("nan"))),  # squares of what it should bound are 0 in float32
+        # squares of what it should bound are 0 in float32
+        ("clip", (1e-40, 9e-7, 0.0, float("nan"))),
         ("head_clip", (1e-40, -1.0)),
         ("expected_units", (1e-40, 0.0)),
         ("learning_rate", (1e-40, 1e4)),
@@ -49,12 +52,16 @@ def test_what_would_undo_the_clip_is_not_allowed(
     policy = Institution(tmp_path / "n").folder.load_policy()
     for value in values:
         run = manifest_of(replace(PHASE, **{field: value}))  # type: ignore[arg-type]
-        (verdict,) = [each for each in judge(run, policy, "f", {}, None) if each.field.endswith(f".{field}")]
+        (verdict,) = [
+            each for each in judge(run, policy, "f", {}, None) if each.field.endswith(f".{field}")
+        ]
         assert not verdict.allowed, value
 
 
 def test_what_would_ask_the_data_is_not_allowed(tmp_path: Path) -> None:
-    """A length below that of any record would be consented to or declined by the shortest one there is."""
+    """A length below that of any record would be consented to or declined by the shortest one there
+    is.
+    """
     policy = Institution(tmp_path / "n").folder.load_policy()
     for changes in ({"max_length": -9}, {"max_length": 3}, {"seed": -1}):
         verdicts = judge(manifest_of(**changes), policy, "f", {}, None)
@@ -107,7 +114,10 @@ def model_of(base: Path) -> AdapterModel:
 
 
 def hostile(model: AdapterModel) -> AdapterState:
-    """Attention whose score of a padded place is +inf, and of every other one 0: known from the public base."""
+    """Attention whose score of a padded place is +inf, and of every other one 0.
+
+    Known from the public base.
+    """
     embeddings: Any = model.network.backbone.base_model.model.embeddings  # type: ignore[union-attr]
     ids = model.tokenizer([SHORT, LONG], padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -129,7 +139,9 @@ def hostile(model: AdapterModel) -> AdapterState:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_record_that_pads_the_others_moves_the_sum_by_one_clip(tiny_bert: Path, attention: str) -> None:
+def test_a_record_that_pads_the_others_moves_the_sum_by_one_clip(
+    tiny_bert: Path, attention: str
+) -> None:
     model = model_of(tiny_bert)
     gradients = PerSampleGradients(model)
     model.load(hostile(model))
@@ -152,7 +164,8 @@ def test_a_record_that_pads_the_others_moves_the_sum_by_one_clip(tiny_bert: Path
 
 
 def amplifier(base: Path, projected: bool) -> AdapterModel:
-    """A model whose attention is a function of rounding errors, by an adapter within every bound that a node checks.
+    """A model whose attention is a function of rounding errors, by an adapter within every bound
+    that a node checks.
 
     Query and key project what comes out of a LayerNorm on the direction in which it is 0.
     """
@@ -176,7 +189,10 @@ def amplifier(base: Path, projected: bool) -> AdapterModel:
 def test_rounding_that_an_adapter_amplifies_depends_on_no_other_unit(
     tiny_bert: Path, attention: str, kind: str
 ) -> None:
-    """60 units with and without one more, which is longer: what the 60 add to the sum has the same bits."""
+    """60 units with and without one more, which is longer.
+
+    What the 60 add to the sum has the same bits.
+    """
     model = amplifier(tiny_bert, projected=kind == "head")
     model.set_attention(attention)
     gradients, state = PerSampleGradients(model), model.state()
@@ -233,11 +249,17 @@ def test_records_go_alone_where_their_place_or_company_would_matter(
 def test_who_has_no_padding_depends_on_nobody_who_has(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no row of a batch is padded, attention may go through other code: a shorter record must not decide that."""
+    """Where no row of a batch is padded, attention may go through other code.
+
+    A shorter record must not decide that.
+    """
     model = model_of(tiny_bert)
     gradients, logits = PerSampleGradients(model), model.logits
-    monkeypatch.setattr(model, "logits", lambda batch: logits(batch) * (2.0 if batch.mask.all() else 1.0))
-    texts = [" ".join(["w1"] * words) for words in (10, *[14] * 8)]  # and two of BERT's own: 16 is a bucket
+    monkeypatch.setattr(
+        model, "logits", lambda batch: logits(batch) * (2.0 if batch.mask.all() else 1.0)
+    )
+    # and two of BERT's own: 16 is a bucket
+    texts = [" ".join(["w1"] * words) for words in (10, *[14] * 8)]
     records = Records(texts, None, np.zeros(9, dtype=np.int64), None, {}, "x")
     data, units = model.task.encode(records, model.tokenizer, 16), unit_groups(None, 9)
     groups = ClipGroups.flat(model.spec, 1e3)
@@ -252,7 +274,10 @@ def test_who_has_no_padding_depends_on_nobody_who_has(
 def test_a_projection_is_tried_with_values_of_our_own(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A coordinator's, or rows unlike real ones, could hide that a row's place matters: here positive rows do."""
+    """A coordinator's, or rows unlike real ones, could hide that a row's place matters.
+
+    Here positive rows do.
+    """
     model = amplifier(tiny_bert, projected=True)
     theirs, real = model.projection, pooling._projected
 
@@ -261,7 +286,9 @@ def test_a_projection_is_tried_with_values_of_our_own(
     def fault(rows: torch.Tensor, projection: Projection) -> torch.Tensor:
         calls.append(len(rows))
         hidden = bool((rows > 0).all()) or projection is theirs
-        return real(rows, projection) * (1.0 if hidden else 1 + 1e-6 * torch.arange(len(rows))[:, None])
+        return real(rows, projection) * (
+            1.0 if hidden else 1 + 1e-6 * torch.arange(len(rows))[:, None]
+        )
 
     monkeypatch.setattr(pooling, "_projected", fault)
     pooled = np.random.default_rng(3).normal(0, 1, (70, 32)).astype(np.float32)
@@ -279,7 +306,9 @@ def test_a_pass_that_was_cut_off_spoils_no_later_one(
     data, units = model.task.encode(records, model.tokenizer, 16), unit_groups(None, 9)
 
     def total() -> Any:
-        return gradients.clipped_sum(data, units, np.arange(9), ClipGroups.flat(model.spec, 1.0), 4096).vector
+        return gradients.clipped_sum(
+            data, units, np.arange(9), ClipGroups.flat(model.spec, 1.0), 4096
+        ).vector
 
     def cut(batch: Batch) -> torch.Tensor:
         logits(batch)

@@ -22,12 +22,19 @@ def ours(tmp_path: Path) -> Authority:
 
 
 def settings(certificate: str = "trainer", key: str = "trainer") -> TrainerPolicy:
-    files = {"tls_certificate": f"{certificate}.crt", "tls_key": f"{key}.key", "tls_clients": "ca.crt"}
+    files = {
+        "tls_certificate": f"{certificate}.crt",
+        "tls_key": f"{key}.key",
+        "tls_clients": "ca.crt",
+    }
     return TrainerPolicy(listen="127.0.0.1:0", **files)  # type: ignore[arg-type]
 
 
 def door(folder: Path, address: str, authority: str, name: str) -> Door:
-    return Door(address, *(str(folder / each) for each in (f"{authority}.crt", f"{name}.crt", f"{name}.key")))
+    return Door(
+        address,
+        *(str(folder / each) for each in (f"{authority}.crt", f"{name}.crt", f"{name}.key")),
+    )
 
 
 def test_only_a_relay_with_a_certificate_of_ours_is_heard(ours: Authority, tmp_path: Path) -> None:
@@ -51,11 +58,14 @@ def test_only_a_relay_with_a_certificate_of_ours_is_heard(ours: Authority, tmp_p
     assert heard == [b"x"]
 
 
-def test_certificates_that_can_not_serve_are_refused_at_the_start(ours: Authority, tmp_path: Path) -> None:
+def test_certificates_that_can_not_serve_are_refused_at_the_start(
+    ours: Authority, tmp_path: Path
+) -> None:
     ours.issue("old", days=-1)
     with pytest.raises(Refused, match="not valid now"):  # cert-expired
         Service(bytes, settings("old", "old"), tmp_path)
-    with pytest.raises(BadInput, match="does not match its certificate"):  # key-does-not-match-certificate
+    # key-does-not-match-certificate
+    with pytest.raises(BadInput, match="does not match its certificate"):
         Service(bytes, settings("trainer", "relay"), tmp_path)
     with pytest.raises(BadInput, match="can't be read"):
         Service(bytes, settings("none", "relay"), tmp_path)

@@ -1,4 +1,6 @@
-"""The relay loads nothing heavy, hands bytes over as they are, and says on one line when the trainer is away."""
+"""The relay loads nothing heavy, hands bytes over as they are, and says on one line when the
+trainer is away.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ def message(data: bytes) -> Message:
 
 
 def test_the_relay_starts_quickly_and_without_torch() -> None:
-    code = f"import sys, fedlora.client.network.relay, fedlora.client.network.supernode; sys.exit(any(m in sys.modules for m in {HEAVY}))"
+    code = (
+        "import sys, fedlora.client.network.relay, fedlora.client.network.supernode;"
+        f" sys.exit(any(m in sys.modules for m in {HEAVY}))"
+    )
     started = time.monotonic()
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
     assert time.monotonic() - started < 4
@@ -62,7 +67,9 @@ def test_bytes_go_there_and_back_as_they_are(tmp_path: Path) -> None:
 def test_an_absent_trainer_is_named_on_one_line(tmp_path: Path) -> None:
     reply = train(message(b"x"), context(f"unix:{tmp_path}/none.sock"))
     kind, line = read_envelope(reply.content, 1000)
-    assert kind == NO_ANSWER and b"unavailable" in line and b"none.sock" in line and b"\n" not in line
+    assert (
+        kind == NO_ANSWER and b"unavailable" in line and b"none.sock" in line and b"\n" not in line
+    )
 
 
 def test_where_the_trainer_is_comes_from_the_nodes_own_configuration() -> None:
@@ -172,12 +179,17 @@ def test_a_process_that_dies_is_started_again_until_it_is_stopped(tmp_path: Path
     assert len(mark.read_text()) >= 2 and not running.is_alive()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a Linux parent-death signal: not shown here")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="needs a Linux parent-death signal: not shown here"
+)
 def test_a_link_that_is_killed_leaves_no_relay_behind(tmp_path: Path) -> None:
     """It would go on without its link, and SuperLink would turn the next one away for as long."""
     mark = tmp_path / "mark"
     child = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    link = f"import sys, threading; from fedlora.client.network.supernode import supervise; supervise([sys.executable, '-c', {child!r}], threading.Event())"
+    link = (
+        "import sys, threading; from fedlora.client.network.supernode import supervise;"
+        f" supervise([sys.executable, '-c', {child!r}], threading.Event())"
+    )
     process = subprocess.Popen([sys.executable, "-c", link])
     _wait_for(lambda: mark.exists() and mark.read_text() != "")
     number = int(mark.read_text())
@@ -201,12 +213,15 @@ def _wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_a_signal_that_another_thread_gets_ends_the_trainer_too(tmp_path: Path) -> None:
-    """As the kernel gives it where a tracer has the main thread stopped: a wait without end would sleep on."""
+    """As the kernel gives it where a tracer has the main thread stopped.
+
+    A wait without end would sleep on.
+    """
     code = f"""
 import signal, threading
 from pathlib import Path
-from fedlora.client.policy import TrainerPolicy
-from fedlora.client.service import Service
+from fedlora.client.node.policy import TrainerPolicy
+from fedlora.client.service.endpoint import Service
 threading.Timer(1.0, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM)).start()
 Service(lambda data: data, TrainerPolicy(), Path({str(tmp_path)!r})).serve()
 """

@@ -20,7 +20,15 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.privacy.accountant import Spend
 from fedlora.common.protocol.messages import Answer, Consent
-from tests.client.institution import BASE, PHASE, POLICY, Institution, manifest_of, offer_of, task_of
+from tests.client.institution import (
+    BASE,
+    PHASE,
+    POLICY,
+    Institution,
+    manifest_of,
+    offer_of,
+    task_of,
+)
 
 TEXT = POLICY.format(base=BASE, folder="base")
 RUN = manifest_of()
@@ -41,10 +49,17 @@ RUN = manifest_of()
         pytest.param("delta = 1e-4", 'delta = "1e-4"', "delta = ", id="cfg-delta-string"),
         pytest.param("rounds = 10", "round = 10", 'did you mean "rounds"', id="cfg-unknown-key"),
         pytest.param("rounds = 10", "rounds = 1.5", "an integer", id="cfg-wrong-type"),
-        pytest.param('budget = "people"', 'budget = "them"', "expected one of people", id="unknown-budget"),
-        pytest.param("[limits]", '[limits]\nmetrics = ["loss"]', "not built yet", id="metrics-do-not-leave"),
         pytest.param(
-            BASE, "", r"\[bases\] \"\": expected .sha256:. and 64 hexadecimal digits$", id="no-digest"
+            'budget = "people"', 'budget = "them"', "expected one of people", id="unknown-budget"
+        ),
+        pytest.param(
+            "[limits]", '[limits]\nmetrics = ["loss"]', "not built yet", id="metrics-do-not-leave"
+        ),
+        pytest.param(
+            BASE,
+            "",
+            r"\[bases\] \"\": expected .sha256:. and 64 hexadecimal digits$",
+            id="no-digest",
         ),
         pytest.param(BASE, "sha256:12", "64 hexadecimal", id="short-digest"),
         pytest.param("north", "North Pole", "lower-case", id="institution-name"),
@@ -59,19 +74,27 @@ def test_bad_policies_are_named(old: str, new: str, match: str) -> None:
 
 def test_several_faults_are_named_at_once() -> None:  # cfg-several-faults
     with pytest.raises(BadInput) as caught:
-        parse_policy(TEXT.replace("epsilon = 2.0", "epsilon = -1").replace("rounds = 10", "rounds = 0"))
+        parse_policy(
+            TEXT.replace("epsilon = 2.0", "epsilon = -1").replace("rounds = 10", "rounds = 0")
+        )
     assert len(caught.value.faults) == 2
     with pytest.raises(BadInput) as caught:
         parse_policy(
-            TEXT.replace("minimum_cohort = 3", "minimum_cohort = 2").replace("delta = 1e-4", "delta = 1")
+            TEXT.replace("minimum_cohort = 3", "minimum_cohort = 2").replace(
+                "delta = 1e-4", "delta = 1"
+            )
         )
     assert len(caught.value.faults) == 3 and "minimum_cohort" in str(caught.value)
     assert len(TEXT.split("delta = 1e-4")) == 3
 
 
 def test_a_budget_counts_one_kind_of_unit() -> None:
-    more = '[data.more]\npath = "x.csv"\nbudget = "people"\nlabels = ["a", "b"]\nunit = "patient_id"\n'
-    with pytest.raises(BadInput, match=r'data.more\] unit: found "patient_id", but \[data.notes\].*"record"'):
+    more = (
+        '[data.more]\npath = "x.csv"\nbudget = "people"\nlabels = ["a", "b"]\nunit = "patient_id"\n'
+    )
+    with pytest.raises(
+        BadInput, match=r'data.more\] unit: found "patient_id", but \[data.notes\].*"record"'
+    ):
         parse_policy(TEXT + more)
     other = "[budgets.others]\nepsilon = 1.0\ndelta = 1e-5\n"
     parse_policy(TEXT + other + more.replace('budget = "people"', 'budget = "others"'))
@@ -129,8 +152,11 @@ def test_too_little_noise_says_how_many_rounds_would_fit() -> None:  # cfg-noise
     run = manifest_of(replace(PHASE, noise_multiplier=0.5))
     with pytest.raises(Denied, match=r"noise_multiplier = 0.5: expected at least 0.6;") as caught:
         allow(judge(run, parse_policy(TEXT), "f", {}))
-    assert "attempts of this phase fit" not in str(caught.value)  # a budget's cap is the operator's alone
-    (fit,) = map(int, re.findall(r"with 0.6, (\d+) attempts of this phase fit 2 of ε", caught.value.detail))
+    # a budget's cap is the operator's alone
+    assert "attempts of this phase fit" not in str(caught.value)
+    (fit,) = map(
+        int, re.findall(r"with 0.6, (\d+) attempts of this phase fit 2 of ε", caught.value.detail)
+    )
     for rounds, fits in ((fit, True), (fit + 1, False)):
         enough = manifest_of(replace(PHASE, noise_multiplier=0.6, attempts=rounds))
         assert (projected(enough).epsilon <= 2.0) is fits
@@ -138,14 +164,17 @@ def test_too_little_noise_says_how_many_rounds_would_fit() -> None:  # cfg-noise
 
 def test_what_is_denied_says_where_the_policy_allows_it() -> None:
     asked = replace(RUN, base_digest="sha256:0", unit="person", task="other")
-    for field, verdict in {each.field: each for each in judge(asked, parse_policy(TEXT), "f", {})}.items():
+    for field, verdict in {
+        each.field: each for each in judge(asked, parse_policy(TEXT), "f", {})
+    }.items():
         if field in ("base_digest", "unit", "task"):
             assert "node.toml" in verdict.reason, verdict
 
 
 def test_every_field_of_a_manifest_has_a_verdict() -> None:
     fields = {
-        verdict.field.split("[")[0].split(".")[0] for verdict in judge(RUN, parse_policy(TEXT), "f", {})
+        verdict.field.split("[")[0].split(".")[0]
+        for verdict in judge(RUN, parse_policy(TEXT), "f", {})
     }
     assert set(RunManifest.__dataclass_fields__) <= fields
     phase = {
@@ -217,7 +246,9 @@ manifests = st.builds(
 
 
 class Rig:
-    """One institution over all examples, and what must never be passed, counted apart from the ledger."""
+    """One institution over all examples, and what must never be passed, counted apart from the
+    ledger.
+    """
 
     def __init__(self, root: Path) -> None:
         self.north = Institution(root)
@@ -258,7 +289,9 @@ def rig_folder() -> Iterator[Path]:
 
 
 def walk(folder: Path, runs: list[RunManifest], moves: list[int]) -> None:
-    """Offers and tasks of several runs in turn, with restarts, and older ledgers put back between them."""
+    """Offers and tasks of several runs in turn, with restarts, and older ledgers put back between
+    them.
+    """
     root = folder / "node"
     shutil.rmtree(root, ignore_errors=True)
     rig = Rig(root)
@@ -276,7 +309,10 @@ def walk(folder: Path, runs: list[RunManifest], moves: list[int]) -> None:
 
 
 def _restore(rig: Rig, old: Path) -> None:
-    """An older copy of the ledger: nothing trains, nothing is consented to; the right one serves again."""
+    """An older copy of the ledger: nothing trains, nothing is consented to.
+
+    The right one serves again.
+    """
     north = rig.north
     north.ledger.close()
     ledger = north.root / "ledger.sqlite"
@@ -307,7 +343,9 @@ def test_no_manifest_trains_past_the_policy(
 @pytest.mark.chaos
 @settings(max_examples=4_000, deadline=None, suppress_health_check=list(HealthCheck))
 @case
-def test_ten_thousand_manifests(rig_folder: Path, runs: list[RunManifest], moves: list[int]) -> None:
+def test_ten_thousand_manifests(
+    rig_folder: Path, runs: list[RunManifest], moves: list[int]
+) -> None:
     # 4,000 walks of one to four manifests each
     walk(rig_folder, runs, moves)
 
@@ -318,4 +356,6 @@ def test_verdicts_alone_never_let_a_forbidden_manifest_in(run: RunManifest) -> N
     policy = parse_policy(TEXT)
     if all(verdict.allowed for verdict in judge(run, policy, "f", {})):
         assert Rig.allowed(None, run)  # type: ignore[arg-type]
-        assert projected(run).epsilon <= min(2.0, run.epsilon * (1 + 1e-6)) and 0 < run.delta <= 1e-4
+        assert (
+            projected(run).epsilon <= min(2.0, run.epsilon * (1 + 1e-6)) and 0 < run.delta <= 1e-4
+        )

@@ -1,4 +1,6 @@
-"""The node's report tells all, in words and figures that agree, and no byte of it changes unnoticed."""
+"""The node's report tells all, in words and figures that agree, and no byte of it changes
+unnoticed.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,20 @@ def write(north: Institution, out: Path) -> dict[str, Any]:
 
 
 def test_a_report_tells_all(north: Institution, tmp_path: Path) -> None:
-    for data in (offer_of(RUN), task_of(RUN), offer_of(replace(RUN, run="2", minimum_cohort=1)), b"x"):
+    for data in (
+        offer_of(RUN),
+        task_of(RUN),
+        offer_of(replace(RUN, run="2", minimum_cohort=1)),
+        b"x",
+    ):
         north.ask(data)
     body = write(north, tmp_path / "out")
     (told,) = body["runs"]
     assert told["epsilon"] < told["epsilon_second_accountant"] < 2 * told["epsilon"]
     assert told["phases"][0]["noise_multiplier"] == 3.0
-    assert [each["kind"] for each in told["sent"]] == ["consent", "update"] and told["sent"][1]["bytes"] > 0
+    assert [each["kind"] for each in told["sent"]] == ["consent", "update"] and told["sent"][1][
+        "bytes"
+    ] > 0
     assert len(body["refusals"]) == len(body["strangers"]) == 1 and body["ledger"]["entries"] == 4
     assert body["budgets"][0]["epsilon_spent"] == told["epsilon"]
     assert told["accountant"] == body["accountant"] and "PRV" in told["accountant"]
@@ -72,13 +81,18 @@ def test_a_run_of_shared_noise_is_told_as_what_it_is(north: Institution) -> None
     (folder / "manifest.signed").write_bytes(signed.to_bytes())
     (told,) = body_of(north)["runs"]
     assert (
-        "Skellam" in told["noise"] and "institution" in told["neighbours"] and told["unit"] == "institution"
+        "Skellam" in told["noise"]
+        and "institution" in told["neighbours"]
+        and told["unit"] == "institution"
     )
     assert told["epsilon_second_accountant"] is None and told["second_accountant"].startswith(
         "none: no second"
     )
     assert "Skellam" in told["accountant"]
-    assert charged_epsilon(run) > 0 and "floating" not in page(body_of(north)).split("<h2>What is assumed")[0]
+    assert (
+        charged_epsilon(run) > 0
+        and "floating" not in page(body_of(north)).split("<h2>What is assumed")[0]
+    )
 
 
 def test_the_page_begins_with_what_is_spent_rounded_against_the_node(north: Institution) -> None:
@@ -104,7 +118,10 @@ class Killed(BaseException):
 def test_a_run_that_the_ledger_charged_is_told_without_its_manifest(
     north: Institution, tmp_path: Path
 ) -> None:
-    """A kill between the ledger's entry and the manifest's file; and a run whose folder was lost later."""
+    """A kill between the ledger's entry and the manifest's file.
+
+    And a run whose folder was lost later.
+    """
     consent = north.work.consent
 
     def killed(*arguments: Any) -> str:
@@ -126,10 +143,15 @@ def test_a_run_that_the_ledger_charged_is_told_without_its_manifest(
     assert sum(run["epsilon"] for run in body["runs"]) == body["budgets"][0]["epsilon_spent"] > 0
     for run in told.values():
         assert not run["manifest_kept"] and "manifest is not kept" in run["note"]
-        assert run["budget"] == ["people"] and run["delta"] == 1e-5 and run["attempts_consented"] == 4
+        assert (
+            run["budget"] == ["people"] and run["delta"] == 1e-5 and run["attempts_consented"] == 4
+        )
     assert [told[each.digest]["attempts_reserved"] for each in (RUN, lost)] == [0, 1]
     shown = page(body)
-    assert "2 runs were consented to, 2 of them without" in shown and "its manifest is not kept here" in shown
+    assert (
+        "2 runs were consented to, 2 of them without" in shown
+        and "its manifest is not kept here" in shown
+    )
     assert "4 consented to; 1 reserved, 1 updates made" in shown
 
 
@@ -158,7 +180,11 @@ def test_updates_without_noise_are_counted_as_what_left(north: Institution) -> N
 
 def test_only_a_confirmed_sum_is_counted_as_confirmed(north: Institution) -> None:
     north.ask(offer_of(RUN))
-    sums = [{"attempt": 1, "members": None}, {"attempt": 2, "members": None}, {"attempt": 2, "members": 4}]
+    sums = [
+        {"attempt": 1, "members": None},
+        {"attempt": 2, "members": None},
+        {"attempt": 2, "members": 4},
+    ]
     path = north.folder.run(RUN.digest) / "secure.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in sums))
     shown = page(body_of(north))

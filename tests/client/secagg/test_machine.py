@@ -1,13 +1,17 @@
-"""A hostile coordinator with one colluding institution, at random: whatever it sends in whatever order,
+"""A hostile coordinator with one colluding institution, at random.
+
+Whatever it sends in whatever order,
 
     * no honest node opens both shares of one peer in one attempt
-    * never are t shares of both kinds within its reach (honest openings and what the colluder holds)
+    * never are t shares of both kinds within its reach (honest openings and what the colluder
+      holds)
     * no node makes two inputs for one attempt, nor, without noise, two for one round
     * no node opens anything for a list below max(t, minimum cohort), or one that it did not confirm
     * no node confirms two lists for one attempt of an epoch; no key is offered twice
     * no node deals to somebody unapproved or revoked, or to fewer than its minimum
 
-Shares are told apart by their dealers' signed hashes, not by what a node says. 1,000 steps in CI, 10,000 in `make chaos`.
+Shares are told apart by their dealers' signed hashes, not by what a node says. 1,000 steps in CI,
+10,000 in `make chaos`.
 """
 
 from __future__ import annotations
@@ -32,12 +36,31 @@ from hypothesis.stateful import (
 from fedlora.common.errors import FedloraError
 from fedlora.common.secagg import commit, keys, shamir, wire
 from fedlora.common.secagg.cohort import dealers_digest, survivors_digest, threshold
-from fedlora.common.secagg.wire import Confirmation, Deal, Dealer, Delivery, Epoch, KeyOffer, Opening, Slot
+from fedlora.common.secagg.wire import (
+    Confirmation,
+    Deal,
+    Dealer,
+    Delivery,
+    Epoch,
+    KeyOffer,
+    Opening,
+    Slot,
+)
 from fedlora.common.trust.identity import Identity
-from tests.secure_world import ADAPTER, FEDERATION, IDENTITIES, RUN, World, encoding_of, remove, slot_of
+from tests.secure_world import (
+    ADAPTER,
+    FEDERATION,
+    IDENTITIES,
+    RUN,
+    World,
+    encoding_of,
+    remove,
+    slot_of,
+)
 
 T = TypeVar("T")
-REACHED: Counter[str] = Counter()  # what the random coordinators got as far as; the tests below look at it
+# what the random coordinators got as far as; the tests below look at it
+REACHED: Counter[str] = Counter()
 ENCODING = encoding_of(size=3)
 ADAPTERS = (ADAPTER, "sha256:another")
 STRANGER = Identity.generate()
@@ -86,7 +109,10 @@ class HostileCoordinator(RuleBasedStateMachine):
 
     @rule(seed=st.integers(0, 2**64))
     def move(self, seed: int) -> None:
-        """Mostly the step that an honest coordinator would take, so that it gets somewhere; else any."""
+        """Mostly the step that an honest coordinator would take, so that it gets somewhere.
+
+        Else any.
+        """
         self.moves += 1
         self.rng = Random(f"{seed} {self.moves}")
         legal = [self.new_epoch, self.deal, self.accept, self.mask, self.confirm, self.open]
@@ -153,7 +179,9 @@ class HostileCoordinator(RuleBasedStateMachine):
             return [*listed, chosen]
         if hostile == "older":
             chosen = self.rng.choice(self.older)
-            return sorted([o for o in listed if o.name != chosen.name] + [chosen], key=lambda o: o.name)
+            return sorted(
+                [o for o in listed if o.name != chosen.name] + [chosen], key=lambda o: o.name
+            )
         if hostile == "swap":
             chosen = replace(chosen, share_key=mine)
         elif hostile == "sybil":
@@ -177,7 +205,9 @@ class HostileCoordinator(RuleBasedStateMachine):
                 continue
             sent = self.delivery(name, cohort, u1, self.some(have))
             if hostile == "root" and sent.dealers:
-                sent = replace(sent, dealers=(*sent.dealers[:-1], replace(sent.dealers[-1], root=bytes(32))))
+                sent = replace(
+                    sent, dealers=(*sent.dealers[:-1], replace(sent.dealers[-1], root=bytes(32)))
+                )
             if hostile == "mixed":
                 sent = replace(sent, sealed=tuple(reversed(sent.sealed)))
             encoded = sent.to_bytes()
@@ -193,7 +223,9 @@ class HostileCoordinator(RuleBasedStateMachine):
         for name in only:
             deal = self.deals[cohort, name]
             size = len(deal.hashes) // len(u1)
-            leaves = [commit.leaf(deal.hashes[at : at + size]) for at in range(0, len(deal.hashes), size)]
+            leaves = [
+                commit.leaf(deal.hashes[at : at + size]) for at in range(0, len(deal.hashes), size)
+            ]
             tree = commit.MerkleTree(leaves)
             dealers.append(Dealer(name, tree.root, deal.seeds, deal.signature))
             sealed.append(deal.sealed[place])
@@ -240,7 +272,9 @@ class HostileCoordinator(RuleBasedStateMachine):
                 continue
             signed = self.signed_by(name)
             found = [
-                each for each in self.signatures if self.is_over(each, signed) and each.name in self.u3[name]
+                each
+                for each in self.signatures
+                if self.is_over(each, signed) and each.name in self.u3[name]
             ]
             found = list({each.name: each for each in found if each.name != self.colluder}.values())
             forged = IDENTITIES[len(self.names) - 1].sign(

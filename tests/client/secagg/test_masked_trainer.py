@@ -118,7 +118,9 @@ def test_a_cohort_too_large_for_the_ring_is_refused_before_training() -> None:
 
 
 def test_terms_that_a_node_does_not_take() -> None:
-    node = SecureNode(IDENTITIES[0], CohortPolicy(NAMES[0], peers_of(3), 3, 1), "test", "run", MemoryOutbox())
+    node = SecureNode(
+        IDENTITIES[0], CohortPolicy(NAMES[0], peers_of(3), 3, 1), "test", "run", MemoryOutbox()
+    )
     for run, said in (
         (manifest(None), "expected the terms"),
         (manifest(replace(TERMS, threshold="n/2")), "expected '2n/3[+]1'"),
@@ -137,7 +139,9 @@ def test_terms_that_a_node_does_not_take() -> None:
 
 def test_another_identity_than_the_rosters() -> None:
     with pytest.raises(BadInput, match="than its own key's"):
-        SecureNode(IDENTITIES[1], CohortPolicy(NAMES[0], peers_of(3), 3, 1), "test", "run", MemoryOutbox())
+        SecureNode(
+            IDENTITIES[1], CohortPolicy(NAMES[0], peers_of(3), 3, 1), "test", "run", MemoryOutbox()
+        )
 
 
 def test_terms_in_a_manifest_from_outside() -> None:

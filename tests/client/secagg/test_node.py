@@ -51,13 +51,17 @@ def deals(world: World, cohort_list: bytes) -> dict[str, Deal]:
     return {name: Deal.from_bytes(world.nodes[name].deal(cohort_list)) for name in world.names}
 
 
-def delivery(found: dict[str, Deal], to: str, names: Sequence[str], only: Collection[str]) -> Delivery:
+def delivery(
+    found: dict[str, Deal], to: str, names: Sequence[str], only: Collection[str]
+) -> Delivery:
     """U2 = `only`, as it is sent to one node."""
     size = len(next(iter(found.values())).hashes) // len(names)
     place, dealers, paths = list(names).index(to), [], []
     for name in only:
         hashes = found[name].hashes
-        tree = commit.MerkleTree([commit.leaf(hashes[at : at + size]) for at in range(0, len(hashes), size)])
+        tree = commit.MerkleTree(
+            [commit.leaf(hashes[at : at + size]) for at in range(0, len(hashes), size)]
+        )
         dealers.append(Dealer(name, tree.root, found[name].seeds, found[name].signature))
         paths.append(tree.path(place))
     return Delivery(tuple(dealers), tuple(found[name].sealed[place] for name in only), tuple(paths))
@@ -75,14 +79,17 @@ def masked(world: World, listed: Listed) -> ServerAttempt:
     return server
 
 
-# --- the three published attacks on Flower's SecAgg+ --------------------------------------------------------
+# --- the three published attacks on Flower's SecAgg+
+# --------------------------------------------------------
 
 
 def test_attack_seed_search() -> None:
-    """SecAgg+ expands masks with a generator of 28 effective bits: a few known words give the seed by search.
+    """SecAgg+ expands masks with a generator of 28 effective bits.
 
-    Here a mask is AES-256-CTR under a key derived from 256 bits, all of which count: whatever 28 bits a search
-    runs through, the other 228 make another key, and so another stream.
+    A few known words give the seed by search.
+
+    Here a mask is AES-256-CTR under a key derived from 256 bits, all of which count: whatever 28
+    bits a search runs through, the other 228 make another key, and so another stream.
     """
     context, dealers = bytes(32), bytes(32)
     seed = bytes(range(32))
@@ -95,20 +102,26 @@ def test_attack_seed_search() -> None:
     own, peer = keys.KeyPair(seed), keys.KeyPair(bytes(reversed(seed)))
     shared = own.agree(peer.public)
     low = [(int.from_bytes(shared, "big") ^ 1 << bit).to_bytes(32, "big") for bit in range(256)]
-    derived = {masks.pair_mask(each, context, context, dealers, "a", "b") for each in [*low, shared]}
+    derived = {
+        masks.pair_mask(each, context, context, dealers, "a", "b") for each in [*low, shared]
+    }
     assert len(derived) == 257
-    # SecAgg+ itself: the victim's word minus the candidate's mask is small for one of few seeds. Here none of
-    # 2^12 truncated seeds explains a word.
-    word = int.from_bytes(key_stream(masks.seed_mask(seed, context, dealers)).update(bytes(16)), "big")
+    # SecAgg+ itself: the victim's word minus the candidate's mask is small for one of few seeds.
+    # Here none of 2^12 truncated seeds explains a word.
+    word = int.from_bytes(
+        key_stream(masks.seed_mask(seed, context, dealers)).update(bytes(16)), "big"
+    )
     for guess in range(1 << 12):
         candidate = masks.seed_mask(guess.to_bytes(32, "big"), context, dealers)
         assert int.from_bytes(key_stream(candidate).update(bytes(16)), "big") != word
 
 
 def test_attack_overlapping_survivor_lists() -> None:
-    """`unmask-overlap`: SecAgg+ takes a list of survivors and one of the dead, and opens both shares of whoever is in both.
+    """`unmask-overlap`: SecAgg+ takes a list of survivors and one of the dead, and opens both
+    shares of whoever is in both.
 
-    Here nobody says what to open: a node computes the dead as U2 without the one list that it confirmed.
+    Here nobody says what to open: a node computes the dead as U2 without the one list that it
+    confirmed.
     """
     world = World(5)
     server = masked(world, begun(world))
@@ -132,9 +145,12 @@ def test_attack_overlapping_survivor_lists() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_attack_cohort_and_threshold_chosen_by_the_server(count: int) -> None:
-    """`cohort-below-minimum`: with SecAgg+ the server names cohort and threshold; with a threshold of 1 it unmasks alone.
+    """`cohort-below-minimum`: with SecAgg+ the server names cohort and threshold.
 
-    Here t follows from |U1|, no message carries it, and a cohort below the node's own minimum is refused.
+    With a threshold of 1 it unmasks alone.
+
+    Here t follows from |U1|, no message carries it, and a cohort below the node's own minimum is
+    refused.
     """
     world = World(5, minimum=5)
     found = offers(world)
@@ -145,7 +161,8 @@ def test_attack_cohort_and_threshold_chosen_by_the_server(count: int) -> None:
     assert not fields & {"threshold", "weight", "examples", "active", "dead"}
 
 
-# --- U1 ----------------------------------------------------------------------------------------------------
+# --- U1
+# ----------------------------------------------------------------------------------------------------
 
 
 def stranger(name: str = "sybil") -> tuple[Identity, KeyOffer]:
@@ -171,7 +188,9 @@ def test_a_sybil_under_a_members_name() -> None:
     found = offers(world)
     _, sybil = stranger(node_name(3))
     with pytest.raises(Refused, match="did not make"):
-        world.nodes[VICTIM].deal(as_list([sybil if o.name == sybil.name else o for o in found.values()]))
+        world.nodes[VICTIM].deal(
+            as_list([sybil if o.name == sybil.name else o for o in found.values()])
+        )
 
 
 @pytest.mark.parametrize("field", ["share_key", "mask_keys"])
@@ -181,9 +200,15 @@ def test_a_swapped_key(field: str) -> None:
     found = offers(world)
     mine = keys.KeyPair(b"\x01" * 32).public
     offer = found[node_name(2)]
-    changed = replace(offer, share_key=mine) if field == "share_key" else replace(offer, mask_keys=(mine,))
+    changed = (
+        replace(offer, share_key=mine)
+        if field == "share_key"
+        else replace(offer, mask_keys=(mine,))
+    )
     with pytest.raises(Refused, match="did not make"):
-        world.nodes[VICTIM].deal(as_list([changed if o.name == changed.name else o for o in found.values()]))
+        world.nodes[VICTIM].deal(
+            as_list([changed if o.name == changed.name else o for o in found.values()])
+        )
 
 
 def test_my_own_entry_must_be_what_i_sent() -> None:
@@ -199,7 +224,9 @@ def test_my_own_entry_must_be_what_i_sent() -> None:
 
 
 def test_keys_of_another_epoch_or_run() -> None:
-    """`msg-replayed`, `msg-wrong-run`: keys are signed for one federation, run, epoch and its attempts."""
+    """`msg-replayed`, `msg-wrong-run`: keys are signed for one federation, run, epoch and its
+    attempts.
+    """
     world = World(5)
     stale = offers(world)[node_name(4)]
     now = offers(world, number=2)
@@ -236,7 +263,10 @@ def test_cohort_duplicate_key() -> None:
 
 
 def test_a_key_reused_over_epochs() -> None:
-    """A member who signs old keys for a new epoch: one s for two rounds would expose the earlier input."""
+    """A member who signs old keys for a new epoch.
+
+    One s for two rounds would expose the earlier input.
+    """
     world = World(5)
     first = list(offers(world).values())
     world.nodes[VICTIM].deal(as_list(first))
@@ -248,7 +278,9 @@ def test_a_key_reused_over_epochs() -> None:
 
 
 def test_cohort_two_keys_one_organisation() -> None:
-    """`cohort-two-keys-one-organisation`: organisations are named in the node's own file, not by the coordinator."""
+    """`cohort-two-keys-one-organisation`: organisations are named in the node's own file, not by
+    the coordinator.
+    """
     world = World(5)
     peers = peers_of(5)
     peers[node_name(1)] = replace(peers[node_name(1)], organisation="organisation-2")
@@ -264,7 +296,9 @@ def test_two_names_one_identity() -> None:
     world = World(5)
     peers = peers_of(5)
     peers[node_name(1)] = replace(peers[node_name(2)], name=node_name(1), organisation="other")
-    node = SecureNode(IDENTITIES[0], CohortPolicy(VICTIM, peers, 3, 1), FEDERATION, RUN, MemoryOutbox())
+    node = SecureNode(
+        IDENTITIES[0], CohortPolicy(VICTIM, peers, 3, 1), FEDERATION, RUN, MemoryOutbox()
+    )
     own = KeyOffer.from_bytes(node.offer(epoch_of()))
     with pytest.raises(Refused, match="one identity"):
         node.deal(as_list([own, *list(offers(world).values())[1:]]))
@@ -320,14 +354,19 @@ def test_an_organisation_in_another_spelling_is_the_same() -> None:
     world = World(5)
     peers = peers_of(5)
     again = replace(peers[node_name(3)], organisation="  ORGANISATION-4 ")
-    world.nodes[VICTIM].adopt(replace(world.nodes[VICTIM].policy, peers=peers | {again.name: again}))
+    world.nodes[VICTIM].adopt(
+        replace(world.nodes[VICTIM].policy, peers=peers | {again.name: again})
+    )
     with pytest.raises(Refused, match="two members of one organisation"):
         world.nodes[VICTIM].deal(as_list(offers(world).values()))
 
 
 @pytest.mark.parametrize("changed", ["identity", "organisation"])
 def test_an_epoch_ends_where_a_member_is_another_to_its_operator(changed: str) -> None:
-    """A rotated key or a corrected organisation: whoever was checked is not who is on the roster."""
+    """A rotated key or a corrected organisation.
+
+    Whoever was checked is not who is on the roster.
+    """
     world = World(5)
     begun(world)
     peers = peers_of(5)
@@ -342,19 +381,26 @@ def test_an_epoch_ends_where_a_member_is_another_to_its_operator(changed: str) -
 
 
 def test_another_key_may_give_the_same_secret_and_then_names_tell_them_apart() -> None:
-    """u and 1/u differ by the point of order 2, which every secret multiplies away: a twin of a key without its secret."""
+    """u and 1/u differ by the point of order 2, which every secret multiplies away.
+
+    A twin of a key without its secret.
+    """
     one, two = keys.KeyPair.generate(os.urandom), keys.KeyPair.generate(os.urandom)
     twin = pow(int.from_bytes(two.public, "little"), -1, 2**255 - 19).to_bytes(32, "little")
     keys.check_public(twin, "twin")
     assert twin != two.public and one.agree(twin) == one.agree(two.public)
     shared, any_hash = one.agree(twin), bytes(32)
-    derived = {masks.pair_mask(shared, any_hash, any_hash, any_hash, "a", name) for name in ("b", "twin")}
+    derived = {
+        masks.pair_mask(shared, any_hash, any_hash, any_hash, "a", name) for name in ("b", "twin")
+    }
     derived |= {masks.sealing_key(shared, any_hash, "a", name) for name in ("b", "twin")}
     assert len(derived) == 4
 
 
 def test_a_key_has_one_encoding() -> None:
-    """Else `k` and `k + p` would be two distinct keys with one secret, or one of low order in disguise."""
+    """Else `k` and `k + p` would be two distinct keys with one secret, or one of low order in
+    disguise.
+    """
     for value in (2**255 - 19, 2**255 - 18, 2**255, 2**256 - 1):
         with pytest.raises(Refused, match="not canonical"):
             keys.check_public(value.to_bytes(32, "little"), "key")
@@ -375,7 +421,10 @@ def test_a_key_has_one_encoding() -> None:
     ],
 )
 def test_the_bound_on_colluders(members: int, colluders: int, fine: bool) -> None:
-    """2t - n > c, so that two lists can't both be confirmed; t - c >= 2, so that a sum hides somebody."""
+    """2t - n > c, so that two lists can't both be confirmed.
+
+    T - c >= 2, so that a sum hides somebody.
+    """
     world = World(members, colluders=colluders)
     found = as_list(offers(world).values())
     if fine:
@@ -409,7 +458,8 @@ def test_policy_min_cohort_below_3() -> None:
         CohortPolicy(VICTIM, {VICTIM: peers_of(2)[node_name(1)]})
 
 
-# --- U2 ----------------------------------------------------------------------------------------------------
+# --- U2
+# ----------------------------------------------------------------------------------------------------
 
 
 def dealt(world: World) -> dict[str, Deal]:
@@ -444,7 +494,9 @@ def test_a_dealer_who_is_no_member_or_did_not_sign() -> None:
         (elsewhere, "did not make"),  # signed for another U1
     ):
         with pytest.raises(Refused, match=why):
-            world.nodes[VICTIM].accept(replace(right, dealers=(*right.dealers[:4], changed)).to_bytes())
+            world.nodes[VICTIM].accept(
+                replace(right, dealers=(*right.dealers[:4], changed)).to_bytes()
+            )
     own = replace(right.dealers[0], root=bytes(32))
     with pytest.raises(Refused, match="another entry for this node"):
         world.nodes[VICTIM].accept(replace(right, dealers=(own, *right.dealers[1:])).to_bytes())
@@ -484,18 +536,23 @@ def test_a_refused_u2_leaves_no_share_behind() -> None:
     node = world.nodes[VICTIM]
     assert node._state is not None
     short = replace(right.dealers[-1], seeds=b"")
-    short = replace(short, signature=IDENTITIES[4].sign(wire.SHARES, *short.signed(node._state.cohort)))
+    short = replace(
+        short, signature=IDENTITIES[4].sign(wire.SHARES, *short.signed(node._state.cohort))
+    )
     with pytest.raises(BadInput, match="seed hashes of node-004"):
         node.accept(replace(right, dealers=(*right.dealers[:-1], short)).to_bytes())
     assert not node.accepted
     assert all(set(attempt.shares) == {VICTIM} for attempt in node._state.attempts.values())
 
 
-# --- input -------------------------------------------------------------------------------------------------
+# --- input
+# -------------------------------------------------------------------------------------------------
 
 
 def test_one_input_for_an_attempt() -> None:
-    """`msg-replayed`: asked twice, for another model or another round, a node never makes a second input."""
+    """`msg-replayed`: asked twice, for another model or another round, a node never makes a second
+    input.
+    """
     world = World(5)
     begun(world)
     node = world.nodes[VICTIM]
@@ -520,14 +577,18 @@ def test_a_later_attempt_closes_the_earlier_one() -> None:
 
 
 def test_the_same_update_in_two_cohorts() -> None:
-    """An update without noise of its own, asked for again in a cohort without one peer: the difference is that peer's."""
+    """An update without noise of its own, asked for again in a cohort without one peer.
+
+    The difference is that peer's.
+    """
     world = World(5, noised=False)
     world.attempt(world.begin(epoch_of()), slot_of())
     world.begin(epoch_of(2, first=2), no_keys=[node_name(4)])
     with pytest.raises(Refused, match="the difference of two cohorts"):
         world.nodes[VICTIM].check(slot_of(attempt=2, round_number=1), encoding_of())
     world.nodes[VICTIM].check(slot_of(attempt=2, round_number=2), encoding_of())
-    noised = World(5)  # with noise, sampling and a reservation of its own, each attempt is accounted for
+    # with noise, sampling and a reservation of its own, each attempt is accounted for
+    noised = World(5)
     noised.attempt(noised.begin(epoch_of()), slot_of())
     noised.begin(epoch_of(2, first=2), no_keys=[node_name(4)])
     noised.nodes[VICTIM].check(slot_of(attempt=2, round_number=1), encoding_of())
@@ -582,7 +643,10 @@ def test_an_input_that_could_not_be_kept_is_never_made_again() -> None:
 
 
 def test_nodes_with_different_models_or_lists_give_noise() -> None:
-    """Different adapters, or different U2, derive different masks: nothing cancels, nobody confirms the other."""
+    """Different adapters, or different U2, derive different masks.
+
+    Nothing cancels, nobody confirms the other.
+    """
     world = World(5)
     listed = begun(world)
     one, other = slot_of(), slot_of(adapter="sha256:other")
@@ -593,7 +657,9 @@ def test_nodes_with_different_models_or_lists_give_noise() -> None:
     with pytest.raises(Refused, match="another federation, run, round, attempt, model or cohort"):
         server.add_input(answer)
     survivors = wire.survivors_to_bytes(world.names)
-    found = [Confirmation.from_bytes(world.nodes[name].confirm(1, survivors)) for name in world.names]
+    found = [
+        Confirmation.from_bytes(world.nodes[name].confirm(1, survivors)) for name in world.names
+    ]
     with pytest.raises(Refused, match="did not make"):
         world.nodes[VICTIM].open(1, wire.agreement_to_bytes(found))
     world.nodes[VICTIM].open(1, wire.agreement_to_bytes(found[:4]))  # t of the same mind
@@ -618,7 +684,13 @@ def test_masked_words_depend_on_context_and_lists() -> None:
     epoch = epoch_of(count=2)
     contexts = {
         slot.context(epoch)
-        for slot in (slot_of(), slot_of(2), slot_of(1, 2), slot_of(adapter="x"), replace(slot_of(), base="x"))
+        for slot in (
+            slot_of(),
+            slot_of(2),
+            slot_of(1, 2),
+            slot_of(adapter="x"),
+            replace(slot_of(), base="x"),
+        )
     }
     contexts |= {
         slot_of().context(each)
@@ -632,14 +704,16 @@ def test_masked_words_depend_on_context_and_lists() -> None:
     assert len(contexts) == 9 and ADAPTER and world.names
 
 
-# --- U3 and unmasking ----------------------------------------------------------------------------------------
+# --- U3 and unmasking
+# ----------------------------------------------------------------------------------------
 
 
 def test_two_u3_lists_to_two_halves() -> None:
-    """The coordinator tells half of the nodes that the victim survived, and half that it dropped out.
+    """The coordinator tells half of the nodes that the victim survived, and half that it dropped
+    out.
 
-    Were both halves to open, it would hold b and s of the victim. t signatures of one list are needed, two sets of
-    t share an honest node, and an honest node signs one list.
+    Were both halves to open, it would hold b and s of the victim. t signatures of one list are
+    needed, two sets of t share an honest node, and an honest node signs one list.
     """
     world = World(5)
     masked(world, begun(world))
@@ -650,7 +724,11 @@ def test_two_u3_lists_to_two_halves() -> None:
         signed[which].append(Confirmation.from_bytes(world.nodes[name].confirm(1, lists[which])))
     everything = [*signed[0], *signed[1]]
     for name in world.names:
-        for agreement in (*signed, sorted(everything, key=lambda each: each.name), [*signed[0], *signed[0]]):
+        for agreement in (
+            *signed,
+            sorted(everything, key=lambda each: each.name),
+            [*signed[0], *signed[0]],
+        ):
             with pytest.raises(Refused):
                 world.nodes[name].open(1, wire.agreement_to_bytes(agreement))
 
@@ -663,7 +741,9 @@ def test_unmask_below_t() -> None:
         with pytest.raises(Refused, match="expected at least 5"):
             world.nodes[VICTIM].confirm(1, wire.survivors_to_bytes(names))
     survivors = server.close_inputs()
-    found = [Confirmation.from_bytes(world.nodes[name].confirm(1, survivors)) for name in world.names]
+    found = [
+        Confirmation.from_bytes(world.nodes[name].confirm(1, survivors)) for name in world.names
+    ]
     for count in (0, 1, 3):
         with pytest.raises(Refused, match="expected at least 4"):
             world.nodes[VICTIM].open(1, wire.agreement_to_bytes(found[:count]))
@@ -692,7 +772,9 @@ def test_a_signer_twice_a_stranger_or_a_signature_for_another_list() -> None:
     world = World(5)
     server = masked(world, begun(world))
     survivors = server.close_inputs()
-    found = [Confirmation.from_bytes(world.nodes[name].confirm(1, survivors)) for name in world.names]
+    found = [
+        Confirmation.from_bytes(world.nodes[name].confirm(1, survivors)) for name in world.names
+    ]
     flipped = bytes([found[1].signature[0] ^ 1]) + found[1].signature[1:]
     for changed, why in (
         ([*found[:3], found[0]], "one signer twice"),
@@ -718,7 +800,9 @@ def test_survivors_who_did_not_deal() -> None:
 
 
 def test_what_is_opened() -> None:
-    """Of the members of U3 the share of b, of the others that of s, and each is what its dealer dealt."""
+    """Of the members of U3 the share of b, of the others that of s, and each is what its dealer
+    dealt.
+    """
     world = World(5)
     listed = begun(world)
     server = ServerAttempt(listed, slot_of(), world.encoding)
@@ -728,7 +812,9 @@ def test_what_is_opened() -> None:
     for name in world.names[:4]:
         server.add_confirmation(world.nodes[name].confirm(1, survivors))
     opening = Opening.from_bytes(world.nodes[VICTIM].open(1, server.agreement()))
-    shares = [opening.shares[at : at + shamir.BYTES] for at in range(0, len(opening.shares), shamir.BYTES)]
+    shares = [
+        opening.shares[at : at + shamir.BYTES] for at in range(0, len(opening.shares), shamir.BYTES)
+    ]
     for name, share in zip(world.names, shares, strict=True):
         kind = "b" if name in world.names[:4] else "s"
         found = commit.share_hash(listed.cohort, name, VICTIM, 1, kind, share)
@@ -750,7 +836,9 @@ def test_masked_words_are_uniform_and_say_nothing_of_the_input() -> None:
     world.encoding = type(world.encoding)(size, 32, 1.0, 1 << 20)
     begun(world)
     values = world.values(VICTIM)
-    message = wire.MaskedInput.from_bytes(world.nodes[VICTIM].mask(slot_of(), world.encoding, values))
+    message = wire.MaskedInput.from_bytes(
+        world.nodes[VICTIM].mask(slot_of(), world.encoding, values)
+    )
     counts = np.bincount(np.frombuffer(message.vector, np.uint8), minlength=256)
     expected = len(message.vector) / 256
     chi = float(((counts - expected) ** 2 / expected).sum())

@@ -1,4 +1,7 @@
-"""What a node's secure runs ask of a cohort: the stricter of its own policy and the manifest, whatever leaves."""
+"""What a node's secure runs ask of a cohort.
+
+The stricter of its own policy and the manifest, whatever leaves.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,15 @@ class World:
         for name, node in self.nodes.items():
             for other in NAMES:
                 if other != name:
-                    roster.approve(node.folder, (root / other / "enrolment.json").read_text(), other)
+                    roster.approve(
+                        node.folder, (root / other / "enrolment.json").read_text(), other
+                    )
 
     def runs(self, name: str) -> SecureRuns:
         node = self.nodes[name]
-        return SecureRuns(node.folder, node.folder.load_policy(), node.identity, Outbox(node.root / "outbox"))
+        return SecureRuns(
+            node.folder, node.folder.load_policy(), node.identity, Outbox(node.root / "outbox")
+        )
 
 
 @pytest.fixture

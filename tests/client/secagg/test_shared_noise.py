@@ -1,4 +1,6 @@
-"""Mode "client": noise that institutions share under masks is never less than what ε was computed for."""
+"""Mode "client": noise that institutions share under masks is never less than what ε was computed
+for.
+"""
 
 from __future__ import annotations
 
@@ -68,10 +70,14 @@ def manifest(
 class Clipping:
     """A trainer that clips as it should; `calls` counts how often data was touched."""
 
-    def __init__(self, number: int, run: RunManifest, length: float = 10.0, absent: bool = False) -> None:
+    def __init__(
+        self, number: int, run: RunManifest, length: float = 10.0, absent: bool = False
+    ) -> None:
         self.number, self.run, self.length, self.absent, self.calls = number, run, length, absent, 0
 
-    def delta(self, plan: RoundPlan, spec: AdapterSpec) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    def delta(
+        self, plan: RoundPlan, spec: AdapterSpec
+    ) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         phase = self.run.phases[plan.phase]
         drawn = np.random.default_rng([self.number, plan.round]).normal(size=spec.size)
         drawn[~spec.moved_by(phase.name)] = 0
@@ -96,7 +102,9 @@ class Federation:
         self.nodes: dict[str, SecureTrainer] = {}
         for number, name in enumerate(self.names):
             policy = CohortPolicy(name, peers_of(count), minimum, colluders)
-            node = SecureNode(IDENTITIES[number], policy, run.federation, run.digest, MemoryOutbox())
+            node = SecureNode(
+                IDENTITIES[number], policy, run.federation, run.digest, MemoryOutbox()
+            )
             self.nodes[name] = SecureTrainer(node, run)
             self.trainers[name] = Clipping(number, run)
         identities = {name: peer.identity for name, peer in peers_of(count).items()}
@@ -116,7 +124,9 @@ class Federation:
         if stage != stages.INPUT:
             return self.nodes[name].answer(stage, message, plan)
         spec = self.state.spec
-        return self.nodes[name].input(message, plan, spec, lambda: self.trainers[name].train(plan, spec))
+        return self.nodes[name].input(
+            message, plan, spec, lambda: self.trainers[name].train(plan, spec)
+        )
 
     def round(self, number: int, attempt: int) -> CohortSum:
         phase = self.run.phase_of(number)
@@ -136,14 +146,17 @@ class Federation:
         return (found.total - plain) * (LEVELS / CLIP)
 
 
-# --- the noise in the sum --------------------------------------------------------------------------------------
+# --- the noise in the sum
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "colluders", "gone"), [(5, 1, 1), (7, 2, 2), (5, 1, 0)])
 def test_the_noise_of_an_unmasked_sum_is_at_least_what_is_claimed(
     count: int, colluders: int, gone: int
 ) -> None:
-    """t of n stay. Without the c colluders' shares, which they may leave out, the rest is the claimed variance."""
+    """t of n stay. Without the c colluders' shares, which they may leave out, the rest is the
+    claimed variance.
+    """
     minimum = 3 if colluders == 1 else 5
     federation = Federation(count, manifest(SPEC, minimum, colluders), SPEC, colluders=colluders)
     run = federation.run
@@ -182,18 +195,24 @@ def test_every_attempt_has_noise_of_its_own() -> None:
     assert one.replies == two.replies == 3 and not np.array_equal(one.total, two.total)
 
 
-# --- what a node refuses ---------------------------------------------------------------------------------------
+# --- what a node refuses
+# ---------------------------------------------------------------------------------------
 
 
 def test_a_node_that_expects_more_colluders_than_the_others_share_for() -> None:
-    """They would add the variance over t - 1: two who leave theirs out would take it below the claim."""
+    """They would add the variance over t - 1.
+
+    Two who leave theirs out would take it below the claim.
+    """
     with pytest.raises(Refused, match="expected at least this node's 2"):
         Federation(7, manifest(minimum=5), SMALL, 3, 2)
     assert Federation(7, manifest(minimum=5, colluders=2), SMALL, 3, 1).round(1, 1).replies == 7
 
 
 def test_a_cohort_that_leaves_fewer_to_carry_the_noise_than_promised() -> None:
-    """The manifest promises cohorts of 9, this node's own minimum of 3 would take 5. Nothing trains."""
+    """The manifest promises cohorts of 9, this node's own minimum of 3 would take 5. Nothing
+    trains.
+    """
     federation = Federation(5, manifest(minimum=9), SMALL)
     with pytest.raises(Refused, match="5 members leave 3 to carry the noise, expected at least 6"):
         asked_for_input(federation)
@@ -231,19 +250,27 @@ def test_more_colluders_than_the_cohort_bears() -> None:
         asked_for_input(Federation(9, run, SMALL, 3, 1))
     federation = Federation(9, run, SMALL, 3, 1)
     found = federation.round(1, 1)
-    assert found.replies == 0 and any("that bears 5 colluders" in each.reason for each in found.failures)
-    assert all(each.calls == 0 for each in federation.trainers.values() if isinstance(each, Clipping))
+    assert found.replies == 0 and any(
+        "that bears 5 colluders" in each.reason for each in found.failures
+    )
+    assert all(
+        each.calls == 0 for each in federation.trainers.values() if isinstance(each, Clipping)
+    )
 
 
 @pytest.mark.parametrize("coordinates", [(1, 5), (2, 4), (2, 6)])
 def test_another_number_of_coordinates_than_a_phase_moves(coordinates: tuple[int, int]) -> None:
     run = manifest()
     assert run.skellam is not None
-    federation = Federation(3, replace(run, skellam=replace(run.skellam, coordinates=coordinates)), SMALL)
+    federation = Federation(
+        3, replace(run, skellam=replace(run.skellam, coordinates=coordinates)), SMALL
+    )
     number = 1 if coordinates[0] != 2 else 3
     found = federation.round(number, number)
     assert found.replies == 0 and any("that it moves" in each.reason for each in found.failures)
-    assert all(each.calls == 0 for each in federation.trainers.values() if isinstance(each, Clipping))
+    assert all(
+        each.calls == 0 for each in federation.trainers.values() if isinstance(each, Clipping)
+    )
 
 
 class Careless:
@@ -263,7 +290,9 @@ class Careless:
         ((0.1, 0.0, 0.0, 0.1, 0.1), 1, "moves nothing"),
     ],
 )
-def test_what_was_not_clipped_does_not_leave(values: tuple[float, ...], number: int, said: str) -> None:
+def test_what_was_not_clipped_does_not_leave(
+    values: tuple[float, ...], number: int, said: str
+) -> None:
     federation = Federation(3, manifest(), SMALL)
     federation.trainers[federation.names[0]] = Careless(*values)
     found = federation.round(number, number)
@@ -278,12 +307,17 @@ def test_terms_that_do_not_fit_each_other() -> None:
         (replace(run, secure=None), "mode"),
         (replace(run, skellam=replace(run.skellam, carriers=3)), "carriers"),
         (
-            replace(run, skellam=SkellamTerms((2, 5), 1), secure=replace(run.secure, max_colluders=2)),
+            replace(
+                run, skellam=SkellamTerms((2, 5), 1), secure=replace(run.secure, max_colluders=2)
+            ),
             "carriers",
         ),
         (replace(run, skellam=replace(run.skellam, coordinates=(5,))), "coordinates"),
         (replace(run, secure=replace(run.secure, update_bounds=(CLIP, 2 * CLIP))), "update_bounds"),
-        (replace(run, phases=(replace(run.phases[0], head_clip=0.1), run.phases[1])), "update_bounds"),
+        (
+            replace(run, phases=(replace(run.phases[0], head_clip=0.1), run.phases[1])),
+            "update_bounds",
+        ),
         (replace(run, minimum_cohort=9), "carriers"),
     ):
         with pytest.raises(BadInput, match=said):
@@ -310,7 +344,8 @@ def test_terms_in_a_manifest_from_outside() -> None:
             RunManifest.from_bytes(good.replace(before, after).encode())
 
 
-# --- noise that can be drawn ---------------------------------------------------------------------------------------
+# --- noise that can be drawn
+# ---------------------------------------------------------------------------------------
 
 
 def asked(epsilon: float, rounds: int, coordinates: int = 1540) -> RunManifest:
@@ -331,9 +366,14 @@ def asked(epsilon: float, rounds: int, coordinates: int = 1540) -> RunManifest:
     )
 
 
-@pytest.mark.parametrize(("epsilon", "rounds"), [(3.0, 20), (1.0, 60), (0.5, 20), (2.0, 100), (0.05, 200)])
+@pytest.mark.parametrize(
+    ("epsilon", "rounds"), [(3.0, 20), (1.0, 60), (0.5, 20), (2.0, 100), (0.05, 200)]
+)
 def test_whatever_starts_can_draw_its_noise(epsilon: float, rounds: int) -> None:
-    """Few levels where there is much noise: what a node would charge for, it can release. Rounding is paid for."""
+    """Few levels where there is much noise: what a node would charge for, it can release.
+
+    Rounding is paid for.
+    """
     run = asked(epsilon, rounds)
     assert run.secure is not None and run.skellam is not None
     (release,) = releases_of(run)
@@ -359,7 +399,9 @@ def test_nodes_refuse_noise_that_cannot_be_drawn_before_they_consent(sigma: floa
     run = manifest()
     assert run.secure is not None
     fine = replace(run.secure, levels=1 << 24)
-    loud = replace(run, secure=fine, phases=tuple(replace(p, noise_multiplier=sigma) for p in run.phases))
+    loud = replace(
+        run, secure=fine, phases=tuple(replace(p, noise_multiplier=sigma) for p in run.phases)
+    )
     with pytest.raises(BadInput, match=r"noise_multiplier|Poisson rate"):
         releases_of(loud)
     said = reasons(loud, policy())
@@ -368,7 +410,8 @@ def test_nodes_refuse_noise_that_cannot_be_drawn_before_they_consent(sigma: floa
     assert ("phases[0].noise_multiplier" in reasons(record, policy())) == (sigma > 1e6)
 
 
-# --- what it costs, and who says so ----------------------------------------------------------------------------
+# --- what it costs, and who says so
+# ----------------------------------------------------------------------------
 
 
 def policy(client_level: bool = True, least: float = 0.5) -> Policy:
@@ -388,7 +431,9 @@ def policy(client_level: bool = True, least: float = 0.5) -> Policy:
 def reasons(run: RunManifest, asked: Policy, **spent: float) -> dict[str, str]:
     from fedlora.common.privacy.accountant import Spend
 
-    found = judge(run, asked, "test", {name: Spend(epsilon, 0.0) for name, epsilon in spent.items()})
+    found = judge(
+        run, asked, "test", {name: Spend(epsilon, 0.0) for name, epsilon in spent.items()}
+    )
     return {verdict.field: verdict.reason for verdict in found if verdict.reason}
 
 
@@ -407,12 +452,19 @@ def test_a_policy_opts_in_and_projects_what_it_costs() -> None:
 
 
 def test_a_budget_of_records_is_charged_for_an_update_that_becomes_any_other() -> None:
-    """Zero-out is half as far as one record may move an update: its ε would be too little for a record."""
+    """Zero-out is half as far as one record may move an update.
+
+    Its ε would be too little for a record.
+    """
     run = manifest()
-    louder = replace(run, phases=tuple(replace(each, noise_multiplier=SIGMA / 2) for each in run.phases))
+    louder = replace(
+        run, phases=tuple(replace(each, noise_multiplier=SIGMA / 2) for each in run.phases)
+    )
     assert charged_epsilon(run) == pytest.approx(stated_epsilon(louder), rel=1e-3)
     assert projected(run).epsilon == charged_epsilon(run) > 1.5 * stated_epsilon(run)
-    assert epsilon_of_attempts(run, [3, 3]) == stated_epsilon(run) > epsilon_of_attempts(run, [3, 2])
+    assert (
+        epsilon_of_attempts(run, [3, 3]) == stated_epsilon(run) > epsilon_of_attempts(run, [3, 2])
+    )
 
 
 def test_the_statement_says_whose_noise_it_is() -> None:
@@ -435,7 +487,9 @@ def test_bounds_of_the_sum() -> None:
     run = manifest(SPEC)
     assert coordinate_bound(run.phases[0], "client") == CLIP
     noise = member_noise(run, 1)
-    assert noise == pytest.approx(SIGMA * (LEVELS + math.sqrt(SPEC.size) / 2) / math.sqrt(2), rel=1e-9)
+    assert noise == pytest.approx(
+        SIGMA * (LEVELS + math.sqrt(SPEC.size) / 2) / math.sqrt(2), rel=1e-9
+    )
     bound = update_bound(run, 1, SPEC.size)
     assert (
         CLIP * noise * math.sqrt(SPEC.size) / LEVELS

@@ -33,8 +33,12 @@ class Authority:
         (self.folder / f"{name}.key").chmod(0o600)
         self._write(name, key, self, days, ca=False)
 
-    def _write(self, name: str, key: ec.EllipticCurvePrivateKey, by: Authority, days: int, ca: bool) -> None:
-        subject, issuer = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, n)]) for n in (name, by.name))
+    def _write(
+        self, name: str, key: ec.EllipticCurvePrivateKey, by: Authority, days: int, ca: bool
+    ) -> None:
+        subject, issuer = (
+            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, n)]) for n in (name, by.name)
+        )
         now = datetime.now(UTC)
         start, end = now - timedelta(days=3), now + timedelta(days=days)
         built = (
@@ -43,7 +47,10 @@ class Authority:
             )
             .add_extension(x509.BasicConstraints(ca, None), critical=True)
             .add_extension(
-                x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
+                x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]),
+                critical=False,
             )
         )
-        (self.folder / f"{name}.crt").write_bytes(built.sign(by.key, SHA256()).public_bytes(Encoding.PEM))
+        (self.folder / f"{name}.crt").write_bytes(
+            built.sign(by.key, SHA256()).public_bytes(Encoding.PEM)
+        )

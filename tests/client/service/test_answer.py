@@ -1,4 +1,6 @@
-"""The resident trainer says yes to what the coordinator signed and the policy allows, once, and no to the rest."""
+"""The resident trainer says yes to what the coordinator signed and the policy allows, once, and no
+to the rest.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.projection import Affine, Projection
-from fedlora.common.protocol.messages import PLAN_TAG, Answer, Consent, Decline, Task, request_to_bytes
+from fedlora.common.protocol.messages import (
+    PLAN_TAG,
+    Answer,
+    Consent,
+    Decline,
+    Task,
+    request_to_bytes,
+)
 from fedlora.common.trust.identity import Identity, Signed
 from tests.client.institution import (
     BASE,
@@ -112,11 +121,19 @@ STRANGER = Identity.generate()
         pytest.param(task_of(replace(RUN, run="2")), "not consented", id="msg-wrong-run"),
         pytest.param(task_of(RUN, phase=1), "plan phase: found 1", id="msg-wrong-stage"),
         pytest.param(offer_of(replace(RUN, federation="g")), "expected f", id="another-federation"),
-        pytest.param(offer_of(replace(RUN, minimum_cohort=2)), "at least 3", id="cohort-below-minimum"),
-        pytest.param(offer_of(replace(RUN, epsilon=0.01)), "its schedule costs", id="understated-epsilon"),
+        pytest.param(
+            offer_of(replace(RUN, minimum_cohort=2)), "at least 3", id="cohort-below-minimum"
+        ),
+        pytest.param(
+            offer_of(replace(RUN, epsilon=0.01)), "its schedule costs", id="understated-epsilon"
+        ),
         pytest.param(offer_of(replace(RUN, mode="none")), "without noise", id="unnoised"),
-        pytest.param(offer_of(replace(RUN, mode="client")), "client_level is false", id="client-mode"),
-        pytest.param(offer_of(replace(RUN, base_digest="sha256:0")), "base_digest", id="unpinned-base"),
+        pytest.param(
+            offer_of(replace(RUN, mode="client")), "client_level is false", id="client-mode"
+        ),
+        pytest.param(
+            offer_of(replace(RUN, base_digest="sha256:0")), "base_digest", id="unpinned-base"
+        ),
         pytest.param(offer_of(replace(RUN, labels=("b", "a"))), "labels", id="other-labels"),
         pytest.param(offer_of(replace(RUN, unit="patient")), "unit", id="other-unit"),
         pytest.param(offer_of(RUN, projection=b"x"), "projection", id="unnamed-projection"),
@@ -132,7 +149,8 @@ def test_what_is_not_allowed_trains_nothing(north: Institution, data: bytes, mat
     assert [entry.hash for entry in north.ledger.entries()] == before and not north.work.trained
 
 
-def test_every_flipped_bit_of_a_plan_is_refused(north: Institution) -> None:  # msg-signature-flipped
+# msg-signature-flipped
+def test_every_flipped_bit_of_a_plan_is_refused(north: Institution) -> None:
     north.ask(offer_of(RUN))
     plan = RoundPlan(RUN.digest, 0, 1, 1, "sha256:a")
     signed = Signed.by(COORDINATOR, PLAN_TAG, plan.to_bytes()).to_bytes()
@@ -153,7 +171,9 @@ def test_a_fault_in_sight_of_data_is_told_to_the_log_alone(north: Institution) -
     north.ask(offer_of(RUN))
 
     def fails() -> None:
-        raise BadInput("notes.jsonl row 5 label: found 'diabetes', expected one of the 2 public labels")
+        raise BadInput(
+            "notes.jsonl row 5 label: found 'diabetes', expected one of the 2 public labels"
+        )
 
     north.work.during = fails
     reply = declined(north, task_of(RUN))
@@ -164,12 +184,19 @@ def test_a_fault_in_sight_of_data_is_told_to_the_log_alone(north: Institution) -
     assert isinstance(north.ask(task_of(RUN, attempt=2)), Answer)
 
 
-def test_junk_has_a_log_of_its_own_and_a_spoilt_line_is_told(north: Institution, tmp_path: Path) -> None:
-    """Whoever reaches the trainer can fill a log until it makes room: not the one of what the coordinator signed."""
+def test_junk_has_a_log_of_its_own_and_a_spoilt_line_is_told(
+    north: Institution, tmp_path: Path
+) -> None:
+    """Whoever reaches the trainer can fill a log until it makes room.
+
+    Not the one of what the coordinator signed.
+    """
     assert declined(north, offer_of(replace(RUN, minimum_cohort=1))).manifest
     kept = north.folder.refusals.read_bytes()
     assert not declined(north, b"x").manifest
-    assert north.folder.refusals.read_bytes() == kept and len(north.folder.strangers.read_bytes()) > 10
+    assert (
+        north.folder.refusals.read_bytes() == kept and len(north.folder.strangers.read_bytes()) > 10
+    )
     with north.folder.refusals.open("ab") as stream:
         stream.write(b'{"time": "2026\xff\n[1]\n{"reason": 3}\n')
     policy = north.folder.load_policy()
@@ -218,11 +245,18 @@ def test_counts_of_refusals_that_are_none_are_told_as_unreadable(
     for found in (
         {"again": {}, "kinds": {}, "not_kept": float("inf")},
         {"again": {}, "kinds": {"x": {"count": 1, "last": "t"}}, "not_kept": 1},
-        {"again": {"x": {"count": True, "first": "t", "last": "t"}}, "kinds": {"x": kind}, "not_kept": 1},
+        {
+            "again": {"x": {"count": True, "first": "t", "last": "t"}},
+            "kinds": {"x": kind},
+            "not_kept": 1,
+        },
     ):
         north.folder.refusals.with_suffix(".json").write_text(json.dumps(found))
         caplog.clear()
-        assert "unreadable" in page(reported(north)) or not reported(north)["refusals_not_kept"]["count"]
+        assert (
+            "unreadable" in page(reported(north))
+            or not reported(north)["refusals_not_kept"]["count"]
+        )
         north.restart()
         assert declined(north, offer_of(replace(RUN, minimum_cohort=1))).refused
         assert "refusals.json: found no counts" in caplog.records[0].getMessage()
@@ -232,16 +266,23 @@ def test_counts_of_refusals_that_are_none_are_told_as_unreadable(
 
 
 def test_an_old_offer_is_not_for_good(north: Institution) -> None:
-    """What a relay kept back, or brought to the wrong node, spends nothing, and the next honest offer is served."""
+    """What a relay kept back, or brought to the wrong node, spends nothing, and the next honest
+    offer is served.
+    """
     for data in (offer_of(RUN, seconds=-3600), offer_of(RUN, to="south")):
         reply = declined(north, data)
         assert not reply.refused and not reply.manifest
     assert north.ledger.spent("people").epsilon == 0
-    assert isinstance(north.ask(offer_of(RUN, seconds=-200)), Consent), "clocks may differ by minutes"
+    assert isinstance(north.ask(offer_of(RUN, seconds=-200)), Consent), (
+        "clocks may differ by minutes"
+    )
 
 
 def test_refusals_push_no_refusal_out(north: Institution, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A coordinator's first refused attempt stays in the report, however many it adds; the rest is counted."""
+    """A coordinator's first refused attempt stays in the report, however many it adds.
+
+    The rest is counted.
+    """
     monkeypatch.setattr("fedlora.client.service.refusals.MOST_LINES", 20)
     monkeypatch.setattr("fedlora.client.service.refusals.MOST_OF_A_RUN", 5)
     first = declined(north, offer_of(replace(RUN, mode="none"))).reason
@@ -258,15 +299,24 @@ def test_refusals_push_no_refusal_out(north: Institution, monkeypatch: pytest.Mo
     assert len(body["refusals"]) == 20 and body["refusals"][0]["reason"] == first
     assert [line["times"] for line in body["refusals"][-3:]] == [2, 2, 2]
     kinds = body["refusals_not_kept"]["kinds"]
-    assert kinds["manifest minimum_cohort"]["count"] == kinds["manifest labels"]["count"] == 60 - 2 * 14
-    assert sum(line["times"] for line in body["refusals"]) + body["refusals_not_kept"]["count"] == 1 + 8 + 60
+    assert (
+        kinds["manifest minimum_cohort"]["count"]
+        == kinds["manifest labels"]["count"]
+        == 60 - 2 * 14
+    )
+    assert (
+        sum(line["times"] for line in body["refusals"]) + body["refusals_not_kept"]["count"]
+        == 1 + 8 + 60
+    )
     north.folder.refusals.with_suffix(".json").write_text('{"again": {"x": 3}}')
     assert "unreadable" in reported(north)["refusals_not_kept"]["kinds"]
 
 
 def projection(seed: int) -> tuple[str, bytes]:
     generator = np.random.default_rng(seed)
-    made = Projection(Affine(generator.normal(size=(4, 2)).astype(np.float32), np.zeros(2, np.float32)))
+    made = Projection(
+        Affine(generator.normal(size=(4, 2)).astype(np.float32), np.zeros(2, np.float32))
+    )
     return made.digest, save({"matrix": made.whiten.matrix, "shift": made.whiten.shift})
 
 
@@ -304,7 +354,9 @@ def test_a_stricter_policy_stops_a_run_that_was_consented_to(north: Institution)
     assert "expected at most 2" in declined(north, task_of(RUN)).reason
 
 
-def test_nothing_leaves_that_is_not_on_disk(north: Institution, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_leaves_that_is_not_on_disk(
+    north: Institution, monkeypatch: pytest.MonkeyPatch
+) -> None:
     north.ask(offer_of(RUN))
 
     def full(*_: object, **__: object) -> None:
@@ -342,7 +394,9 @@ def test_another_coordinator_is_not_pinned_over_the_first(north: Institution) ->
     other = invitation_to_text(STRANGER, Invitation("f", "evil:1", CERTIFICATE, STRANGER.public))
     with pytest.raises(Refused, match="is pinned"):
         enrolment.join(north.folder, other, "i")
-    renewed = invitation_to_text(COORDINATOR, Invitation("f", "new:2", CERTIFICATE, COORDINATOR.public))
+    renewed = invitation_to_text(
+        COORDINATOR, Invitation("f", "new:2", CERTIFICATE, COORDINATOR.public)
+    )
     assert enrolment.join(north.folder, renewed, "i").address == "new:2"
 
 
@@ -370,13 +424,16 @@ def test_new_keys_are_new_and_the_old_ones_are_kept(north: Institution) -> None:
     assert Identity.load(kept).public == old and kept.stat().st_mode & 0o077 == 0
 
 
-def test_a_key_that_others_can_read_is_refused(north: Institution) -> None:  # key-file-readable-by-others
+# key-file-readable-by-others
+def test_a_key_that_others_can_read_is_refused(north: Institution) -> None:
     north.folder.identity.chmod(0o644)
     with pytest.raises(Refused, match="others can read"):
         north.restart()
 
 
-def test_a_ledger_restored_with_its_head_is_noticed_by_what_was_released(north: Institution) -> None:
+def test_a_ledger_restored_with_its_head_is_noticed_by_what_was_released(
+    north: Institution,
+) -> None:
     import shutil
 
     files = [north.root / "ledger.sqlite", north.folder.under("head/head.json")]
@@ -404,7 +461,9 @@ def test_a_manifest_of_thousands_of_phases_keeps_nobody_busy(north: Institution)
 
     from tests.client.institution import PHASE
 
-    phases = tuple(replace(PHASE, noise_multiplier=0.3, sampling_rate=k / 9000) for k in range(1, 2000))
+    phases = tuple(
+        replace(PHASE, noise_multiplier=0.3, sampling_rate=k / 9000) for k in range(1, 2000)
+    )
     started = time.monotonic()
     assert declined(north, offer_of(replace(RUN, phases=phases))).refused
     assert time.monotonic() - started < 10

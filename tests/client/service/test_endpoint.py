@@ -63,7 +63,9 @@ class Trainer:
         (self.north.root / "trainer.sock").unlink(missing_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (self.north.root / "log").open("ab") as log:
-            self.process = subprocess.Popen(self.command("serve"), env=environment, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                self.command("serve"), env=environment, stdout=log, stderr=log
+            )
         deadline = time.monotonic() + 60
         while not self._listens():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log
@@ -86,14 +88,18 @@ class Trainer:
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         tls = 'tls_certificate = "trainer.crt"\ntls_key = "trainer.key"\ntls_clients = "ca.crt"\n'
         self.north.set_policy(self.north.folder.policy.read_text() + f'listen = "{address}"\n{tls}')
-        self.line = Door(address, *(str(root / each) for each in ("ca.crt", "relay.crt", "relay.key")))
+        self.line = Door(
+            address, *(str(root / each) for each in ("ca.crt", "relay.crt", "relay.key"))
+        )
 
     @property
     def log(self) -> str:
         return (self.north.root / "log").read_text()
 
     def ask(self, data: bytes) -> Reply:
-        return reply_from_bytes(self.door.ask(data, 120), "f", {"north": self.north.identity.public})
+        return reply_from_bytes(
+            self.door.ask(data, 120), "f", {"north": self.north.identity.public}
+        )
 
     def task(self, round_: int, attempt: int) -> bytes:
         vector = self.state.vector.astype("<f4").tobytes()
@@ -113,14 +119,17 @@ class Trainer:
 
 @pytest.fixture(scope="module")
 def model(tiny_bert: Path) -> AdapterModel:
-    return build_model(replace(MODEL, base=str(tiny_bert)), LORA, SequenceClassification(LABELS), seed=5)
+    return build_model(
+        replace(MODEL, base=str(tiny_bert)), LORA, SequenceClassification(LABELS), seed=5
+    )
 
 
 @pytest.fixture
 def trainer(tmp_path: Path, tiny_bert: Path, model: AdapterModel) -> Iterator[Trainer]:
     north = Institution(tmp_path / "n")
     north.set_policy(
-        POLICY.format(base=model.base_digest, folder=tiny_bert) + "[trainer]\nmicro_batch_tokens = 200\n"
+        POLICY.format(base=model.base_digest, folder=tiny_bert)
+        + "[trainer]\nmicro_batch_tokens = 200\n"
     )
     rows = [json.dumps({"text": f"w{k % 50} good", "label": LABELS[k % 2]}) for k in range(300)]
     (north.root / "notes.jsonl").write_text("\n".join(rows))
@@ -195,7 +204,8 @@ def test_the_endpoint_ends_with_a_signal_and_takes_no_second_trainer(trainer: Tr
 SLOW = """
 import sys, time
 from pathlib import Path
-from fedlora.client import cli, resident, service
+from fedlora.client import cli
+from fedlora.client.service import answer, endpoint
 
 def ask(trainer, data):
     (root / "training").touch()
@@ -203,8 +213,8 @@ def ask(trainer, data):
     (root / "committed").touch()
     return b"done"
 
-root, service.GRACE = Path(sys.argv[1]), float(sys.argv[2])
-resident.Resident.ask = ask
+root, endpoint.GRACE = Path(sys.argv[1]), float(sys.argv[2])
+answer.Resident.ask = ask
 sys.argv = ["fedlora-node", "serve", "--node", str(root)]
 cli.main()
 """
@@ -225,11 +235,15 @@ def test_a_trainer_that_stops_has_the_lock_as_long_as_it_trains(
     north = Institution(tmp_path / "n")
     north.ledger.close()
     command = [sys.executable, "-c", SLOW, str(north.root), str(grace)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
         try:
             _until((north.root / "trainer.sock").exists)
             with Door(f"unix:{(north.root / 'trainer.sock').resolve()}").channel() as channel:
-                call = channel.unary_unary(METHOD).future(str(seconds).encode(), wait_for_ready=True)
+                call = channel.unary_unary(METHOD).future(
+                    str(seconds).encode(), wait_for_ready=True
+                )
                 _until((north.root / "training").exists)
                 call.cancel()
             for _ in range(signals):
@@ -264,12 +278,17 @@ def _is_free(folder: NodeFolder) -> bool:
 
 @pytest.mark.parametrize("transport", ["unix", "tls"])
 def test_strangers_cost_an_honest_round_little(trainer: Trainer, transport: str) -> None:
-    """1,000 idle connections and bodies of 300 MB one after the other cost at most 300 MB; the times are printed."""
+    """1,000 idle connections and bodies of 300 MB one after the other cost at most 300 MB.
+
+    The times are printed.
+    """
     if transport == "tls":
         trainer.over_tcp()
     trainer.run = replace(
         trainer.run,
-        phases=(replace(trainer.run.phases[0], steps=20, sampling_rate=0.4, noise_multiplier=24.0),),
+        phases=(
+            replace(trainer.run.phases[0], steps=20, sampling_rate=0.4, noise_multiplier=24.0),
+        ),
     )
     trainer.start()
     assert isinstance(trainer.ask(offer_of(trainer.run)), Consent), trainer.log
@@ -294,12 +313,13 @@ def test_strangers_cost_an_honest_round_little(trainer: Trainer, transport: str)
         for each in idle:
             each.close()
     print(
-        f"{transport}: alone {alone:.2f} s, beside {honest:.2f} s, {refused} refused, {grown >> 20} MB more, "
-        f"{burst >> 20} MB after {BURST} bodies of {LIMIT >> 20} MB at once"
+        f"{transport}: alone {alone:.2f} s, beside {honest:.2f} s, {refused} refused, {grown >> 20}"
+        f" MB more, {burst >> 20} MB after {BURST} bodies of {LIMIT >> 20} MB at once"
     )
     assert found.status == health_pb2.HealthCheckResponse.SERVING
     assert refused and grown < 300 << 20, (refused, grown)
-    assert burst < 6 * LIMIT, burst  # one at a time: were all of them read, it would be more than twelve
+    # one at a time: were all of them read, it would be more than twelve
+    assert burst < 6 * LIMIT, burst
 
 
 def _round(trainer: Trainer, attempt: int) -> float:

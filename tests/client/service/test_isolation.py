@@ -1,7 +1,8 @@
 """Hostile code under the relay's user gets nothing: no data, no training, a line in the log.
 
-The trainer runs in a network namespace of its own, with nothing in it; the hostile bundle under another user.
-Where namespaces or users are not to be had, the test skips: this guarantee was then not shown here.
+The trainer runs in a network namespace of its own, with nothing in it; the hostile bundle under
+another user. Where namespaces or users are not to be had, the test skips: this guarantee was then
+not shown here.
 """
 
 from __future__ import annotations
@@ -94,18 +95,32 @@ def test_a_hostile_bundle_under_the_relays_user_gets_nothing(place: Path) -> Non
             assert trainer.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.5)
-        attack = ["env", sys.executable, str(script), str(north.root), str(door / "s"), str(requests)]
+        attack = [
+            "env",
+            sys.executable,
+            str(script),
+            str(north.root),
+            str(door / "s"),
+            str(requests),
+        ]
         with public_folder() as scratch:
             words = [*as_nobody(scratch), *attack]
-            done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, cwd=place)
+            done = subprocess.run(
+                words, capture_output=True, text=True, timeout=120, check=False, cwd=place
+            )
         assert done.returncode == 0, done.stderr
     finally:
         trainer.terminate()
         trainer.communicate(timeout=60)
     found = json.loads(done.stdout)
     assert found["read"] == [] and (north.root / "node.toml").exists()
-    assert len(found["replies"]) == 4 and bytes.fromhex(found["replies"][3]) == answer  # it has left before
-    logs = [path.read_text() for path in (north.folder.refusals, north.folder.strangers) if path.exists()]
+    # it has left before
+    assert len(found["replies"]) == 4 and bytes.fromhex(found["replies"][3]) == answer
+    logs = [
+        path.read_text()
+        for path in (north.folder.refusals, north.folder.strangers)
+        if path.exists()
+    ]
     assert len("".join(logs).splitlines()) == 3
     north.restart()
     assert [entry.hash for entry in north.ledger.entries()] == before

@@ -31,7 +31,9 @@ def test_a_forged_projection_spoils_no_later_one(tmp_path: Path, tiny_bert: Path
     rows = [json.dumps({"text": f"w{k} good", "label": "ab"[k % 2]}) for k in range(8)]
     (north.root / "notes.jsonl").write_text("\n".join(rows))
     network = Network.of(replace(ModelConfig(pooling="mean"), projection=2), LoraConfig(rank=2))
-    run = manifest_of(base_digest=base_digest(tiny_bert), projection_digest=right.digest, network=network)
+    run = manifest_of(
+        base_digest=base_digest(tiny_bert), projection_digest=right.digest, network=network
+    )
     bench = Bench(north.folder, north.folder.load_policy())
     for _ in range(2):
         with pytest.raises(BadInput, match="projection_digest"):

@@ -33,7 +33,8 @@ class Case:
     gradients: PerSampleGradients
     data: Encoded
     reference: AdapterModel
-    near: float  # of the sum of the units' norms: what single precision can promise about a sum of vectors
+    # of the sum of the units' norms: what single precision can promise about a sum of vectors
+    near: float
 
 
 RECORDS = 24
@@ -41,7 +42,9 @@ RECORDS = 24
 
 def texts(count: int, seed: int) -> list[str]:
     rng = np.random.default_rng(seed)
-    return [" ".join(f"w{k}" for k in rng.integers(0, 60, rng.integers(2, 20))) for _ in range(count)]
+    return [
+        " ".join(f"w{k}" for k in rng.integers(0, 60, rng.integers(2, 20))) for _ in range(count)
+    ]
 
 
 def records(labels: bool) -> Records:
@@ -114,7 +117,9 @@ def units_of(sizes: list[int]) -> UnitIndex:
 
 @pytest.mark.parametrize("sizes", [[], [1], [1] * 9, [3], [7, 1, 1, 5, 2], [9, 9]], ids=str)
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
-def test_the_clipped_sum_is_that_of_a_batch_of_one_loop(case: Case, sizes: list[int], tokens: int) -> None:
+def test_the_clipped_sum_is_that_of_a_batch_of_one_loop(
+    case: Case, sizes: list[int], tokens: int
+) -> None:
     model, gradients, data = case.model, case.gradients, case.data
     units = units_of(sizes)
     groups = ClipGroups.flat(model.spec, 0.7)
@@ -140,8 +145,12 @@ def test_without_a_clip_it_is_the_plain_gradient(case: Case) -> None:
     model, gradients, data = case.model, case.gradients, case.data
     units, drawn = units_of([1, 4, 2]), np.arange(3, dtype=np.int64)
     found = gradients.plain_sum(data, micro_batches(units, drawn, data.lengths, 50))
-    expected = clipped_sum_by_ones(case.reference, data, units, drawn, ClipGroups.flat(model.spec, 1e9))
-    assert np.linalg.norm(found.vector - expected) <= case.near * max(float(np.linalg.norm(expected)), 1e-30)
+    expected = clipped_sum_by_ones(
+        case.reference, data, units, drawn, ClipGroups.flat(model.spec, 1e9)
+    )
+    assert np.linalg.norm(found.vector - expected) <= case.near * max(
+        float(np.linalg.norm(expected)), 1e-30
+    )
 
 
 def test_a_record_that_is_not_finite_is_zeroed_and_counted(
@@ -154,7 +163,9 @@ def test_a_record_that_is_not_finite_is_zeroed_and_counted(
 
     def with_nan(self: object, logits: torch.Tensor, batch: object) -> torch.Tensor:
         rows = losses(self, logits, batch)  # type: ignore[arg-type]
-        return rows * torch.where(torch.from_numpy(current == poisoned).to(rows.device), torch.nan, 1.0)
+        return rows * torch.where(
+            torch.from_numpy(current == poisoned).to(rows.device), torch.nan, 1.0
+        )
 
     original = gradients._backward
     current = np.zeros(0, dtype=np.int64)
@@ -174,7 +185,9 @@ def test_a_record_that_is_not_finite_is_zeroed_and_counted(
     assert np.linalg.norm(found.vector - expected) <= case.near * 1.4
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     sizes=st.lists(st.integers(1, 6), max_size=6),
     hidden=st.sampled_from([0, 5]),
@@ -200,8 +213,13 @@ def test_the_head_without_hooks_is_the_batch_of_one_loop(
 
 
 @pytest.mark.parametrize(("scale", "bound"), [(10.0, 0.01), (10.0, 0.1), (100.0, 0.1)])
-def test_a_unit_whose_records_pull_against_each_other_is_clipped(scale: float, bound: float) -> None:
-    """2,000 texts that hardly differ, half of them of each label: a norm from inner products comes out as 0."""
+def test_a_unit_whose_records_pull_against_each_other_is_clipped(
+    scale: float, bound: float
+) -> None:
+    """2,000 texts that hardly differ, half of them of each label.
+
+    A norm from inner products comes out as 0.
+    """
     torch.manual_seed(0)
     head = torch.nn.Sequential(torch.nn.Linear(384, 2))
     for parameter in head.parameters():
@@ -214,7 +232,9 @@ def test_a_unit_whose_records_pull_against_each_other_is_clipped(scale: float, b
     largest = 0.0
     for spread in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
         common = torch.nn.functional.normalize(torch.randn(1, 384), dim=1)
-        near = torch.nn.functional.normalize(common + spread * torch.randn(2_000, 384), dim=1) * scale
+        near = (
+            torch.nn.functional.normalize(common + spread * torch.randn(2_000, 384), dim=1) * scale
+        )
         found = head_clipped_sum(head, losses, near, targets, owners, bound)
         largest = max(largest, float(np.linalg.norm(found.vector.astype(np.float64))))
     assert 0.5 * bound < largest <= bound * (1 + 1e-5)
@@ -230,7 +250,9 @@ def test_noise_has_the_claimed_scale_in_each_group_and_not_another(case: Case) -
         [private_mean(GradientSum(zero, 0, 0), groups, 1.3, 10.0, OsRandom()) for _ in range(300)]
     )
     for inside, scale in zip(
-        (~model.spec.head_mask(), model.spec.head_mask()), group_scales(1.3, (0.2, 3.0)), strict=True
+        (~model.spec.head_mask(), model.spec.head_mask()),
+        group_scales(1.3, (0.2, 3.0)),
+        strict=True,
     ):
         ratio = draws[:, inside].std() * 10.0 / scale
         assert 0.97 < ratio < 1.03

@@ -49,7 +49,9 @@ def data(model: AdapterModel) -> ClientData:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    return Ledger.open(tmp_path / "ledger.sqlite", tmp_path / "elsewhere" / "head.json", tmp_path / "key")
+    return Ledger.open(
+        tmp_path / "ledger.sqlite", tmp_path / "elsewhere" / "head.json", tmp_path / "key"
+    )
 
 
 def manifest(model: AdapterModel, mode: str = "record", **changes: object) -> RunManifest:
@@ -67,10 +69,14 @@ def plan(run: RunManifest, state: AdapterState, round_: int = 1, attempt: int = 
 
 @pytest.fixture
 def trainer(data: ClientData, training: LocalTraining, ledger: Ledger, tmp_path: Path) -> Trainer:
-    return Trainer(data, training, ledger, Budget("here", 60.0, 1e-2), MomentStore(tmp_path / "moments"))
+    return Trainer(
+        data, training, ledger, Budget("here", 60.0, 1e-2), MomentStore(tmp_path / "moments")
+    )
 
 
-def test_an_update_is_reserved_then_committed(trainer: Trainer, ledger: Ledger, model: AdapterModel) -> None:
+def test_an_update_is_reserved_then_committed(
+    trainer: Trainer, ledger: Ledger, model: AdapterModel
+) -> None:
     run, state = manifest(model), AdapterState.zeros(model.spec)
     trainer.consent(run)
     update = trainer.train(plan(run, state), state)
@@ -86,7 +92,13 @@ def test_the_head_phase_clips_each_unit_once(
     units = UnitIndex(np.array([0, 3, 6, 8]), np.arange(8))
     grouped = ClientData("grouped", data.encoded, units)
     phase = replace(
-        PHASE, name="head", sampling_rate=1.0, clip=0.05, optimizer="sgd", steps=1, learning_rate=1.0
+        PHASE,
+        name="head",
+        sampling_rate=1.0,
+        clip=0.05,
+        optimizer="sgd",
+        steps=1,
+        learning_rate=1.0,
     )
     monkeypatch.setattr("fedlora.client.training.step.gaussian", lambda source, n, std: np.zeros(n))
     state = model.state()
@@ -145,12 +157,16 @@ def test_replays_rewinds_and_strangers_are_refused(trainer: Trainer, model: Adap
 
 
 @pytest.mark.parametrize("field", ["base_digest", "spec_digest", "projection_digest"])
-def test_a_manifest_for_another_model_is_bad_input(trainer: Trainer, model: AdapterModel, field: str) -> None:
+def test_a_manifest_for_another_model_is_bad_input(
+    trainer: Trainer, model: AdapterModel, field: str
+) -> None:
     with pytest.raises(BadInput, match=field):
         trainer.consent(manifest(model, **{field: "sha256:" + "0" * 64}))
 
 
-def test_a_manifest_that_understates_its_epsilon_is_refused(trainer: Trainer, model: AdapterModel) -> None:
+def test_a_manifest_that_understates_its_epsilon_is_refused(
+    trainer: Trainer, model: AdapterModel
+) -> None:
     with pytest.raises(Refused, match="its schedule costs"):
         trainer.consent(manifest(model, epsilon=0.01))
 
@@ -190,7 +206,9 @@ def test_a_run_without_privacy_repeats_itself_whatever_the_attempt(
     run, state = manifest(model, mode="none"), AdapterState.zeros(model.spec)
     deltas = []
     for attempt in (1, 2):
-        one = Trainer(data, training, None, Budget("here", 1.0, 1e-2), MomentStore(tmp_path / str(attempt)))
+        one = Trainer(
+            data, training, None, Budget("here", 1.0, 1e-2), MomentStore(tmp_path / str(attempt))
+        )
         one.consent(run)
         deltas.append(one.train(plan(run, state, attempt=attempt), state).delta)
     assert np.array_equal(deltas[0], deltas[1])
@@ -201,18 +219,23 @@ def test_moments_are_those_before_the_round_also_after_a_kill(tmp_path: Path) ->
     for number in (1, 2, 5):
         store.write("c", 0, number, {"step": np.full(1, number, dtype=np.float32)})
     assert store.read("c", 0, 6)["step"][0] == 5
-    store.write("c", 0, 5, {"step": np.full(1, 50, dtype=np.float32)})  # the round was killed and ran again
+    # the round was killed and ran again
+    store.write("c", 0, 5, {"step": np.full(1, 50, dtype=np.float32)})
     assert store.read("c", 0, 5)["step"][0] == 2  # and again, from where it began
     assert store.read("c", 0, 6)["step"][0] == 50
     assert store.read("c", 1, 6) == {} and store.read("d", 0, 6) == {}
 
 
 def test_moments_that_were_torn_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut in the middle of a write costs an optimiser's state at most, never an attempt of every round."""
+    """A power cut in the middle of a write costs an optimiser's state at most, never an attempt of
+    every round.
+    """
     store = MomentStore(tmp_path)
     for number in (1, 2):
         store.write("c", 0, number, {"step": np.full(99, number, dtype=np.float32)})
-    newest = max(tmp_path.iterdir(), key=lambda path: store.read("c", 0, 3)["step"][0] == 2 and path.name)
+    newest = max(
+        tmp_path.iterdir(), key=lambda path: store.read("c", 0, 3)["step"][0] == 2 and path.name
+    )
     whole = newest.read_bytes()
     for torn in (b"", whole[:5], whole[:50], whole[:-1]):
         newest.write_bytes(torn)

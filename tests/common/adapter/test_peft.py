@@ -88,9 +88,13 @@ CHANGES = {
     "a list": lambda target: (target / "fedlora.json").write_text("[]"),
     "st-truncated": lambda target: _cut(target / "adapter_model.safetensors"),
     "another frozen A": lambda target: _overwrite(target / "adapter_model.safetensors"),
-    "a tensor beside": lambda target: _add(target / "adapter_model.safetensors", "base_model.model.a.weight"),
+    "a tensor beside": lambda target: _add(
+        target / "adapter_model.safetensors", "base_model.model.a.weight"
+    ),
     "a head in PEFT's file": lambda target: _move_head(target),
-    "a second head": lambda target: _add(target / "head.safetensors", "base_model.model.classifier.weight"),
+    "a second head": lambda target: _add(
+        target / "head.safetensors", "base_model.model.classifier.weight"
+    ),
 }
 
 
@@ -114,7 +118,9 @@ def test_what_is_exported_reads_without_the_network_and_names_no_folder_of_this_
     assert state.digest == description.adapter_digest
     assert sorted(path.name for path in exported.iterdir()) == sorted(set(FILES) - {PROJECTION})
     assert str(tiny_bert) not in (exported / "adapter_config.json").read_text()
-    network = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(tiny_bert), exported)
+    network = peft.PeftModel.from_pretrained(
+        transformers.AutoModel.from_pretrained(tiny_bert), exported
+    )
     assert any(".lora_B." in name for name, _ in network.named_parameters())
 
 
@@ -132,7 +138,9 @@ def test_a_changed_adapter_is_refused_without_the_network(
 def test_what_an_older_peft_does_not_know_may_be_missing(exported: Path, tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     shutil.copytree(exported, target)
-    edited("adapter_config.json", use_qalora="gone", peft_version="gone", megatron_core="gone")(target)
+    edited("adapter_config.json", use_qalora="gone", peft_version="gone", megatron_core="gone")(
+        target
+    )
     read_released(target)
 
 
@@ -154,9 +162,15 @@ def test_one_tensor_under_two_names_is_refused(tiny_bert: Path, tmp_path: Path) 
             read_released(tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT's, where it sets it
-def test_what_peft_writes_for_other_bases_is_what_is_expected(tiny_llama: Path, tmp_path: Path) -> None:
-    """A head of two layers, whose names have one part more; and layers that store their weights transposed."""
+# PEFT's, where it sets it
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_what_peft_writes_for_other_bases_is_what_is_expected(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """A head of two layers, whose names have one part more.
+
+    And layers that store their weights transposed.
+    """
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
     roberta = transformers.RobertaConfig(
         vocab_size=90,
@@ -174,7 +188,10 @@ def test_what_peft_writes_for_other_bases_is_what_is_expected(tiny_llama: Path, 
         place = tmp_path / task.name
         tokenizer.save_pretrained(place / "base")
         base.save_pretrained(place / "base")
-        settings, lora = ModelConfig(base=str(place / "base"), task=task.name), LoraConfig(2, targets=targets)
+        settings, lora = (
+            ModelConfig(base=str(place / "base"), task=task.name),
+            LoraConfig(2, targets=targets),
+        )
         model = build_model(settings, lora, task, seed=7)
         export_adapter(model, model.state(), settings, lora, 7, place / "adapter")
         assert read_released(place / "adapter")[1] == load_adapter(place / "adapter").model.state()
@@ -194,7 +211,8 @@ def test_a_base_in_a_folder_is_published_by_its_name_alone(
         load_adapter(target)
     assert str(caught.value).startswith(f"{target / 'fedlora.json'} base: found '{tiny_bert.name}'")
     assert load_adapter(target, base=str(tiny_bert)).model.state() == state
-    edited("adapter_config.json", base_model_name_or_path=told.base)(target)  # a name, as a hub's is
+    # a name, as a hub's is
+    edited("adapter_config.json", base_model_name_or_path=told.base)(target)
     assert published(target, told) == told
 
 
@@ -210,7 +228,9 @@ def test_a_changed_spec_is_refused(exported: Path, tmp_path: Path, text: str) ->
 @pytest.mark.parametrize(
     "name", ["vocab.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
 )
-def test_whatever_a_tokenizer_reads_is_in_the_digest(tiny_bert: Path, tmp_path: Path, name: str) -> None:
+def test_whatever_a_tokenizer_reads_is_in_the_digest(
+    tiny_bert: Path, tmp_path: Path, name: str
+) -> None:
     folder = tmp_path / "base"
     shutil.copytree(tiny_bert, folder)
     (folder / name).write_text("{}")

@@ -81,7 +81,10 @@ BAD = {
         ["run.toml [training] carry_optimizer = 1: expected true or false"],
     ),
     "cfg-wrong-type": (
-        "lora = 3\n[model]\ntask = 7\n[federation]\nrounds = 2.0\n[data]\nlabels = [1, 2]\nvalidation = []",
+        (
+            "lora = 3\n[model]\ntask = 7\n[federation]\nrounds = 2.0\n[data]\nlabels = [1,"
+            " 2]\nvalidation = []"
+        ),
         [
             "run.toml [model] task = 7: expected one of sequence-classification, causal-lm",
             "run.toml lora = 3: expected a section [lora]",
@@ -91,43 +94,71 @@ BAD = {
         ],
     ),
     "cfg-several-faults": (
-        'seed = -1\n[lora]\nrank = 0\n[privacy]\nmod = "none"\nclip = -1.0\n[federation]\nclients = 4\n[aggregation]\nsecure = true',
+        (
+            'seed = -1\n[lora]\nrank = 0\n[privacy]\nmod = "none"\nclip ='
+            " -1.0\n[federation]\nclients = 4\n[aggregation]\nsecure = true"
+        ),
         [
             "run.toml seed = -1: expected an integer >= 0 and <= 9223372036854775807",
             "run.toml [lora] rank = 0: expected an integer >= 1 and <= 1024",
             'run.toml [privacy] mod: unknown key; did you mean "mode"?',
             "run.toml [privacy] clip = -1.0: expected a finite number >= 1e-06 and <= 1e+06",
-            "run.toml [aggregation] minimum_cohort = 5: expected at most the 4 institutions of a round",
+            (
+                "run.toml [aggregation] minimum_cohort = 5: expected at most the 4 institutions of"
+                " a round"
+            ),
         ],
     ),
     "cfg-items": (
-        '[lora]\nlayers = [0, -1]\ntargets = []\n[data]\nlabels = ["a", "a"]\n[model]\ndigest = "sha256:12"',
+        (
+            '[lora]\nlayers = [0, -1]\ntargets = []\n[data]\nlabels = ["a", "a"]\n[model]\ndigest ='
+            ' "sha256:12"'
+        ),
         [
-            'run.toml [model] digest = "sha256:12": expected "sha256:" and 64 hexadecimal digits, or ""',
+            (
+                'run.toml [model] digest = "sha256:12": expected "sha256:" and 64 hexadecimal'
+                ' digits, or ""'
+            ),
             "run.toml [lora] targets = []: found 0 items, expected at least 1",
-            "run.toml [lora] layers = [0, -1]: found -1, expected an integer >= 0 and <= 10000 in each place",
+            (
+                "run.toml [lora] layers = [0, -1]: found -1, expected an integer >= 0 and <= 10000"
+                " in each place"
+            ),
             'run.toml [data] labels = ["a", "a"]: found an item twice, expected each once',
         ],
     ),
     "cfg-mode-client": (
         '[privacy]\nmode = "client"',
         [
-            'run.toml [privacy] mode = "client": expected [aggregation] secure = true: a single update has but a '
-            "share of the noise"
+            'run.toml [privacy] mode = "client": expected [aggregation] secure = true: a single'
+            " update has but a share of the noise"
         ],
     ),
     "cfg-colluders-of-a-larger-cohort": (
-        "[federation]\nclients = 14\n[aggregation]\nsecure = true\nminimum_cohort = 6\nmax_colluders = 3",
-        ["run.toml [aggregation] max_colluders = 3: expected at most 2: nodes would refuse a cohort of 7"],
+        (
+            "[federation]\nclients = 14\n[aggregation]\nsecure = true\nminimum_cohort ="
+            " 6\nmax_colluders = 3"
+        ),
+        [
+            "run.toml [aggregation] max_colluders = 3: expected at most 2: nodes would refuse a"
+            " cohort of 7"
+        ],
     ),
     "cfg-colluders-of-many-cohorts": (
-        "[federation]\nclients = 20\n[aggregation]\nsecure = true\nminimum_cohort = 5\nmax_colluders = 4",
+        (
+            "[federation]\nclients = 20\n[aggregation]\nsecure = true\nminimum_cohort ="
+            " 5\nmax_colluders = 4"
+        ),
         [
-            "run.toml [aggregation] max_colluders = 4: expected at most 2: nodes would refuse a cohort of 5, 6, 7, 8, …"
+            "run.toml [aggregation] max_colluders = 4: expected at most 2: nodes would refuse a"
+            " cohort of 5, 6, 7, 8, …"
         ],
     ),
     "cfg-secure-participation-of-thousands": (
-        "[federation]\nclients = 1001\nparticipation = 0.1\n[aggregation]\nsecure = true\nepoch_rounds = 1",
+        (
+            "[federation]\nclients = 1001\nparticipation = 0.1\n[aggregation]\nsecure ="
+            " true\nepoch_rounds = 1"
+        ),
         ["run.toml [federation] clients = 1001: expected at most 1000: every pair shares a mask"],
     ),
     "cfg-mode-client-head-clip": (
@@ -140,7 +171,10 @@ BAD = {
     ),
     "cfg-strategy-unknown": (
         '[aggregation]\nstrategy = "fedavgg"',
-        ['run.toml [aggregation] strategy = "fedavgg": expected one of fedavg; did you mean "fedavg"?'],
+        [
+            'run.toml [aggregation] strategy = "fedavgg": expected one of fedavg; did you mean'
+            ' "fedavg"?'
+        ],
     ),
     "cfg-column-missing": (
         '[federation]\npartition = "by-column"',
@@ -153,8 +187,10 @@ BAD = {
     "cfg-pooling": (
         "[model]\nhead_hidden = 8\npooled_layers = [1]",
         [
-            "run.toml [model] head_hidden = 8: "
-            'expected 0 with pooling = "default", or pooling = "mean" or "layers"',
+            (
+                "run.toml [model] head_hidden = 8: "
+                'expected 0 with pooling = "default", or pooling = "mean" or "layers"'
+            ),
             'run.toml [model] pooled_layers: expected [] with pooling = "default", or "layers"',
         ],
     ),
@@ -163,8 +199,10 @@ BAD = {
         ['run.toml [data] labels = ["a"]: expected [] or at least two'],
     ),
     "cfg-causal": (
-        '[model]\ntask = "causal-lm"\npooling = "mean"\n'
-        "[training]\nhead_rounds = 2\n[privacy]\nhead_clip = 0.5",
+        (
+            '[model]\ntask = "causal-lm"\npooling = "mean"\n'
+            "[training]\nhead_rounds = 2\n[privacy]\nhead_clip = 0.5"
+        ),
         [
             'run.toml [data] response = "": expected a column, since task = "causal-lm"',
             'run.toml [model] pooling = "mean": expected "default", since task = "causal-lm"',
@@ -207,7 +245,13 @@ def test_a_file_of_exactly_1_mib_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("delta", "units", "refused"),
-    [(1e-5, 99_999, False), (1e-5, 100_000, True), (0.5, 2, True), (0.5, 1, False), (1e-5, 0, False)],
+    [
+        (1e-5, 99_999, False),
+        (1e-5, 100_000, True),
+        (0.5, 2, True),
+        (0.5, 1, False),
+        (1e-5, 0, False),
+    ],
     ids=["below", "cfg-delta-not-below-1/n", "half", "one-unit", "no-units"],
 )
 def test_delta_against_the_units(delta: float, units: int, refused: bool) -> None:
@@ -263,24 +307,32 @@ def test_the_contract_of_design() -> None:
         "faults",
     ]
     assert (config.seed, config.model.base, config.model.max_length) == (7, "minilm", 64)
-    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16.0, ("query", "value"))
+    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (
+        8,
+        16.0,
+        ("query", "value"),
+    )
     assert (config.data.validation, config.data.text, config.data.label) == (0.03, "text", "label")
     assert (config.federation.clients, config.federation.partition, config.federation.alpha) == (
         10,
         "dirichlet",
         0.5,
     )
-    assert (config.federation.rounds, config.federation.spare_rounds, config.federation.deadline) == (
-        20,
-        0,
-        600,
+    assert (
+        config.federation.rounds,
+        config.federation.spare_rounds,
+        config.federation.deadline,
+    ) == (20, 0, 600)
+    assert (
+        config.training.steps,
+        config.training.sampling_rate,
+        config.training.expected_units,
+    ) == (2, 0.02, 128)
+    assert (config.privacy.mode, config.privacy.epsilon, config.privacy.delta) == (
+        "record",
+        3.0,
+        1e-5,
     )
-    assert (config.training.steps, config.training.sampling_rate, config.training.expected_units) == (
-        2,
-        0.02,
-        128,
-    )
-    assert (config.privacy.mode, config.privacy.epsilon, config.privacy.delta) == ("record", 3.0, 1e-5)
     assert (config.aggregation.strategy, config.aggregation.secure) == ("fedavg", False)
     assert (config.server.optimizer, config.server.learning_rate) == ("none", 1.0)
 
@@ -326,7 +378,10 @@ def test_overrides_are_laid_over_the_file() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("privacy.epsilon=nan", "--set privacy.epsilon = nan: expected a finite number > 0 and <= 10000"),
+        (
+            "privacy.epsilon=nan",
+            "--set privacy.epsilon = nan: expected a finite number > 0 and <= 10000",
+        ),
         ("privacy.epsilom=1", '--set privacy.epsilom: unknown key; did you mean "epsilon"?'),
         ("privacy.epsilon", '--set "privacy.epsilon": expected section.key=VALUE'),
         ("a.b.c=1", '--set "a.b.c=1": expected section.key=VALUE'),
@@ -383,24 +438,35 @@ def test_round_trip_through_toml(config: Config) -> None:
 @given(
     st.sampled_from([f"{s}.{f.name}" for s in SECTIONS for f in fields(getattr(Config(), s))]),
     st.one_of(
-        st.integers(), st.floats(), st.booleans(), st.text(max_size=9), st.lists(st.integers(), max_size=3)
+        st.integers(),
+        st.floats(),
+        st.booleans(),
+        st.text(max_size=9),
+        st.lists(st.integers(), max_size=3),
     ),
 )
 def test_any_value_is_taken_or_refused_by_name(path: str, value: Any) -> None:
-    """No value of any type crashes the reader, and what is taken has the field's type and round-trips."""
+    """No value of any type crashes the reader, and what is taken has the field's type and
+    round-trips.
+    """
     section, key = path.split(".")
     shown = repr(value).lower() if isinstance(value, bool | float) else repr(value)
     try:
         config = parse_config("", "run.toml", [f"{path}={shown}"])
     except BadInput as error:
-        assert any(key in line or "not built yet" in line or section in line for line in error.faults)
+        assert any(
+            key in line or "not built yet" in line or section in line for line in error.faults
+        )
         return
     assert type(getattr(getattr(config, section), key)) in (str, int, float, bool, tuple)
     assert parse_config(config_to_toml(config)) == config
 
 
 def test_a_network_is_what_its_configuration_says() -> None:
-    model, lora = ModelConfig(pooling="layers", pooled_layers=(0, 3), head_hidden=4), LoraConfig(rank=3)
+    model, lora = (
+        ModelConfig(pooling="layers", pooled_layers=(0, 3), head_hidden=4),
+        LoraConfig(rank=3),
+    )
     network = Network.of(model, lora)
     assert network.configs(model.base) == (model, lora)
     with pytest.raises(BadInput, match=r"manifest network rank = 0: expected"):

@@ -59,7 +59,9 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
 WRITERS = {".jsonl": write_jsonl, ".csv": write_csv, ".parquet": write_parquet}
 
 
-def fault(path: Path, columns: Columns = COLUMNS, labels: tuple[str, ...] = LABELS, **more: Any) -> str:
+def fault(
+    path: Path, columns: Columns = COLUMNS, labels: tuple[str, ...] = LABELS, **more: Any
+) -> str:
     """The one line that reading `path` ends in."""
     with pytest.raises(BadInput) as caught:
         read_records(path, columns, labels, **more)
@@ -109,11 +111,21 @@ def _rows(*rows: dict[str, Any]) -> Callable[[Path], Any]:
 
 BAD: dict[str, Bad] = {
     "data-empty": ("a.jsonl", _text(""), "a.jsonl: found no records, expected at least one"),
-    "data-empty-lines": ("a.jsonl", _text("\n\n"), "a.jsonl: found no records, expected at least one"),
-    "data-empty-csv": ("a.csv", _text("text,label,who\n"), "a.csv: found no records, expected at least one"),
+    "data-empty-lines": (
+        "a.jsonl",
+        _text("\n\n"),
+        "a.jsonl: found no records, expected at least one",
+    ),
+    "data-empty-csv": (
+        "a.csv",
+        _text("text,label,who\n"),
+        "a.csv: found no records, expected at least one",
+    ),
     "data-not-utf8": (
         "a.jsonl",
-        _text(b'{"text": "a", "label": 0, "who": "b"}\n{"text": "caf\xe9", "label": 0, "who": "b"}\n'),
+        _text(
+            b'{"text": "a", "label": 0, "who": "b"}\n{"text": "caf\xe9", "label": 0, "who": "b"}\n'
+        ),
         "a.jsonl line 2: found a byte that is not UTF-8 at 13, expected UTF-8",
     ),
     "data-not-utf8-csv": (
@@ -204,7 +216,10 @@ BAD: dict[str, Bad] = {
     "data-not-json": (
         "a.jsonl",
         _text('{"text": '),
-        "a.jsonl line 1: found no JSON (Expecting value: line 1 column 10 (char 9)), expected an object",
+        (
+            "a.jsonl line 1: found no JSON (Expecting value: line 1 column 10 (char 9)), expected"
+            " an object"
+        ),
     ),
     "data-not-an-object": (
         "a.jsonl",
@@ -221,7 +236,11 @@ BAD: dict[str, Bad] = {
         _text('text,label,who\n"a,0,b\n'),
         "a.csv line 2: found no CSV (unexpected end of data), expected fields",
     ),
-    "data-ending": ("a.txt", _text("a"), "a.txt: found .txt, expected one of .jsonl, .csv, .parquet"),
+    "data-ending": (
+        "a.txt",
+        _text("a"),
+        "a.txt: found .txt, expected one of .jsonl, .csv, .parquet",
+    ),
 }
 
 
@@ -231,30 +250,41 @@ def test_bad_data(name: str, write: Callable[[Path], Any], expected: str, tmp_pa
     assert fault(tmp_path / name) == expected
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".csv"], ids=["data-line-100MB", "data-line-100MB-csv"])
+@pytest.mark.parametrize(
+    "ending", [".jsonl", ".csv"], ids=["data-line-100MB", "data-line-100MB-csv"]
+)
 def test_long_line(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"a{ending}"
     with path.open("wb") as stream:
         stream.write(b"text,label,who\n" if ending == ".csv" else b"\n")
         stream.truncate(100_000_000)  # one line of zeros; the file system keeps no block for it
     line = fault(path)
-    assert line == f"{path.name} line 2: found more than {data.MAX_LINE_BYTES} bytes, expected fewer"
+    assert (
+        line == f"{path.name} line 2: found more than {data.MAX_LINE_BYTES} bytes, expected fewer"
+    )
 
 
-@pytest.mark.parametrize("number", ["9" * 5_000, "9" * 19, "٣", "007"], ids=["5000", "19", "arabic", "zeros"])
+@pytest.mark.parametrize(
+    "number", ["9" * 5_000, "9" * 19, "٣", "007"], ids=["5000", "19", "arabic", "zeros"]
+)
 def test_digits_in_csv_text_stay_text(number: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f"text,label,who\n{number},1,b\n", encoding="utf-8")
     assert read_records(tmp_path / "a.csv", COLUMNS, LABELS).texts == [number]
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["data-symlink-outside-root", "data-path-outside-root"])
+@pytest.mark.parametrize(
+    "direct", [True, False], ids=["data-symlink-outside-root", "data-path-outside-root"]
+)
 def test_outside_root(direct: bool, tmp_path: Path) -> None:
     root = tmp_path / "node"
     root.mkdir()
     outside = write_jsonl(tmp_path / "a.jsonl", ROWS)
     (root / "a.jsonl").symlink_to(outside)
     path = root / "a.jsonl" if direct else root / ".." / "a.jsonl"
-    assert fault(path, root=root) == "a.jsonl: leads to a place outside node, expected a file inside it"
+    assert (
+        fault(path, root=root)
+        == "a.jsonl: leads to a place outside node, expected a file inside it"
+    )
     (root / "b.jsonl").symlink_to(write_jsonl(root / "c.jsonl", ROWS))
     (tmp_path / "link").symlink_to(root)
     for way_in in (root, tmp_path / "link"):
@@ -289,8 +319,9 @@ def test_no_such_file(tmp_path: Path) -> None:
 def test_labels_need_a_public_set(tmp_path: Path) -> None:
     """An empty set must not turn into labels that the training file made up."""
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    assert fault(path, labels=()) == (
-        "a.jsonl label: found no public label set, expected one to read labels against"
+    assert (
+        fault(path, labels=())
+        == "a.jsonl label: found no public label set, expected one to read labels against"
     )
 
 
@@ -298,7 +329,10 @@ def test_labels_need_a_public_set(tmp_path: Path) -> None:
     ("labels", "expected"),
     [
         ([0, 1, -1], "test.jsonl row 3 label: found -1, expected an integer >= 0 and < 100000"),
-        ([0, 10**12], "test.jsonl row 2 label: found 1000000000000, expected an integer >= 0 and < 100000"),
+        (
+            [0, 10**12],
+            "test.jsonl row 2 label: found 1000000000000, expected an integer >= 0 and < 100000",
+        ),
         ([0, 0], "test.jsonl label: found 1 labels, expected 2 to 100000"),
         (["a", None], "test.jsonl row 2 label: found nothing, expected a value"),
         ([1.5, 0], "test.jsonl row 1 label: found float, expected text or an integer"),
@@ -329,7 +363,8 @@ def test_changed_data(change: str, tmp_path: Path) -> None:
     else:
         path.unlink()
     with pytest.raises(
-        BadInput, match=r"the data changed during the run" if change == "edited" else "can't be read"
+        BadInput,
+        match=r"the data changed during the run" if change == "edited" else "can't be read",
     ):
         check_unchanged(path, digest)
 
@@ -355,7 +390,9 @@ def test_without_units_each_record_is_its_own(records: int) -> None:
 
 
 @given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=60), st.floats(0.001, 0.999), st.integers(0, 2**63 - 1)
+    st.lists(st.integers(0, 9), min_size=1, max_size=60),
+    st.floats(0.001, 0.999),
+    st.integers(0, 2**63 - 1),
 )
 def test_validation_never_splits_a_unit(owners: list[int], share: float, seed: int) -> None:
     names = [str(owner) for owner in owners]
@@ -386,7 +423,9 @@ def test_no_unit_at_all() -> None:
 
 
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=10))
-def test_any_text_survives_a_file(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+def test_any_text_survives_a_file(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str]
+) -> None:
     clean = [text.replace("\r", "").replace("\0", "") for text in texts]
     folder = tmp_path_factory.mktemp("any")
     for ending, write in WRITERS.items():

@@ -45,7 +45,9 @@ def test_a_ledgers_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ledger = Ledger.open(*files)
     with held(tmp_path / "ledger.sqlite.lock"):
         for step in (ledger.entries, lambda: Ledger.open(*files)):
-            with pytest.raises(Refused, match=r"ledger\.sqlite\.lock held by another process for 0\.2 s"):
+            with pytest.raises(
+                Refused, match=r"ledger\.sqlite\.lock held by another process for 0\.2 s"
+            ):
                 step()
     assert len(ledger.entries()) == 1
     ledger.close()
@@ -56,14 +58,19 @@ def test_a_registrys_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     registry = Registry.create(tmp_path / "members.json", Identity.generate())
     with (
         held(tmp_path / "members.lock"),
-        pytest.raises(FedloraError, match=r"members\.lock: found it held by another process for 0\.2 s"),
+        pytest.raises(
+            FedloraError, match=r"members\.lock: found it held by another process for 0\.2 s"
+        ),
     ):
         registry.revoke("north")
 
 
 def test_a_lock_that_is_given_up_in_time_is_taken(tmp_path: Path) -> None:
     started = time.monotonic()
-    with held(tmp_path / "lock", 0.3), locks.exclusive(tmp_path / "lock", FedloraError("held"), 30.0):
+    with (
+        held(tmp_path / "lock", 0.3),
+        locks.exclusive(tmp_path / "lock", FedloraError("held"), 30.0),
+    ):
         assert 0.2 < time.monotonic() - started < 20.0
         with (
             pytest.raises(FedloraError, match="held"),

@@ -79,7 +79,8 @@ def used(place: Place, rounds: int = 3) -> Ledger:
     return ledger
 
 
-# --- budgets ---------------------------------------------------------------------------------------------
+# --- budgets
+# ---------------------------------------------------------------------------------------------
 
 
 def test_consent_reserves_the_whole_schedule_and_survives_a_restart(place: Place) -> None:
@@ -136,7 +137,8 @@ def test_a_cap_is_never_passed(place: Place, name: str, spend: Spend) -> None:
 def test_sums_are_those_of_the_numbers_that_people_write(place: Place) -> None:
     ledger, budget = place.open(), Budget("tenths", 0.3, 1e-5)
     for number in range(3):
-        ledger.consent(budget, f"sha256:{number}", Spend(0.1, 1e-6), [1])  # 0.1 + 0.1 + 0.1 > 0.3 in floats
+        # 0.1 + 0.1 + 0.1 > 0.3 in floats
+        ledger.consent(budget, f"sha256:{number}", Spend(0.1, 1e-6), [1])
     assert ledger.spent("tenths") == Spend(0.3, 3e-6)
     with pytest.raises(Refused):
         ledger.consent(budget, "sha256:4", Spend(5e-324, 0), [1])
@@ -180,7 +182,8 @@ def test_attempts_are_whole_numbers(place: Place, attempts: list[int]) -> None:
         place.open().consent(WARD, RUN, Spend(1, 0), attempts)
 
 
-# --- attempts --------------------------------------------------------------------------------------------
+# --- attempts
+# --------------------------------------------------------------------------------------------
 
 
 def test_an_attempt_is_used_once(place: Place) -> None:
@@ -245,7 +248,8 @@ def test_two_open_ledgers_see_each_other(place: Place) -> None:
     assert first.entries() == second.entries()
 
 
-# --- kills -----------------------------------------------------------------------------------------------
+# --- kills
+# -----------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -273,7 +277,9 @@ def test_a_kill_between_the_entry_and_its_head_spends_the_attempt(
     assert json.loads(place.files[1].read_text())["count"] == len(survivor.entries())  # signed anew
 
 
-def test_a_kill_before_the_entry_spends_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_before_the_entry_spends_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ledger = used(place)
     before = ledger.entries()
     with monkeypatch.context() as patch:
@@ -331,8 +337,8 @@ def test_a_beginning_that_was_killed_begins_again(
 WORK = """
 import sys
 from pathlib import Path
-from fedlora.common.ledger import Budget, Ledger
-from fedlora.common.privacy import Spend
+from fedlora.common.ledger.ledger import Budget, Ledger
+from fedlora.common.privacy.accountant import Spend
 ledger = Ledger.open(*(Path(name) for name in sys.argv[1:4]))
 ledger.consent(Budget("ward", 3.0, 1e-5), "sha256:run", Spend(1.5, 1e-6), [100000])
 first = ledger.attempts_used("sha256:run") + 1
@@ -357,7 +363,9 @@ def test_what_was_acknowledged_survives_kill_9(place: Place) -> None:
         assert printed == sorted(set(printed)) and (not printed or printed[0] > acknowledged)
         acknowledged = max([acknowledged, *printed])
         ledger = place.open()
-        reserved = [entry.body["attempt"] for entry in ledger.entries() if entry.body["kind"] == "reserve"]
+        reserved = [
+            entry.body["attempt"] for entry in ledger.entries() if entry.body["kind"] == "reserve"
+        ]
         assert reserved == list(range(1, len(reserved) + 1))
         assert acknowledged <= len(reserved) <= acknowledged + 1
         assert ledger.spent("ward") == Spend(1.5, 1e-6)
@@ -365,14 +373,15 @@ def test_what_was_acknowledged_survives_kill_9(place: Place) -> None:
     assert acknowledged > 0
 
 
-# --- races -----------------------------------------------------------------------------------------------
+# --- races
+# -----------------------------------------------------------------------------------------------
 
 RACE = """
 import sys, time
 from pathlib import Path
 from fedlora.common.errors import Refused
-from fedlora.common.ledger import Budget, Ledger
-from fedlora.common.privacy import Spend
+from fedlora.common.ledger.ledger import Budget, Ledger
+from fedlora.common.privacy.accountant import Spend
 time.sleep(max(0, float(sys.argv[5]) - time.time()))
 ledger = Ledger.open(*(Path(name) for name in sys.argv[1:4]))
 granted = 0
@@ -408,7 +417,8 @@ def test_processes_that_race_share_one_budget(place: Place) -> None:
     assert place.open().spent("ward") == Spend(3.0, 0)
 
 
-# --- tampering -------------------------------------------------------------------------------------------
+# --- tampering
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gone", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
@@ -469,11 +479,13 @@ def test_what_is_forged_with_right_hashes_fails_at_the_head(place: Place) -> Non
     position, rows = chain._Position(), []
     for entry in place.open().entries():
         body = json.dumps(
-            {**entry.body, "epsilon": 0.0} if entry.body["kind"] == "consent" else entry.body, sort_keys=True
+            {**entry.body, "epsilon": 0.0} if entry.body["kind"] == "consent" else entry.body,
+            sort_keys=True,
         )
         position = position.next(body)
         rows.append(
-            f"UPDATE entries SET body = '{body}', hash = '{position.hash}' WHERE number = {entry.number}"
+            f"UPDATE entries SET body = '{body}', hash = '{position.hash}' WHERE number ="
+            f" {entry.number}"
         )
     place.sql(*rows)
     with pytest.raises(Refused, match="another hash than was signed"):

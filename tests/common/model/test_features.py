@@ -76,7 +76,9 @@ def test_what_is_shared_lies_below_the_projection(model: AdapterModel) -> None:
 
 
 @pytest.mark.parametrize(("part", "again"), [(".lora_B.", 5), (".lora_A.", 0), ("head", 0)])
-def test_features_are_computed_again_where_they_changed(model: AdapterModel, part: str, again: int) -> None:
+def test_features_are_computed_again_where_they_changed(
+    model: AdapterModel, part: str, again: int
+) -> None:
     """A alone changes nothing while B is 0, and the head lies above."""
     count = Count()
     cache = FeatureCache(model, progress=count)

@@ -1,4 +1,7 @@
-"""The network around an adapter state: in, out, exported, loaded again; unsafe folders never opened."""
+"""The network around an adapter state: in, out, exported, loaded again.
+
+Unsafe folders never opened.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,9 @@ TEXTS = ["w1 good w3", "w2", "bad w5 w6 w7 w8 loan", "poor the w9"]
 HEADS = [("mean", 0), ("layers", 0), ("layers", 6), ("default", 0)]
 
 
-def classifier(folder: Path, pooling: str, hidden: int = 0, lora: LoraConfig | None = None) -> AdapterModel:
+def classifier(
+    folder: Path, pooling: str, hidden: int = 0, lora: LoraConfig | None = None
+) -> AdapterModel:
     settings = ModelConfig(base=str(folder), pooling=pooling, head_hidden=hidden)
     return build_model(settings, lora or LoraConfig(rank=2), SequenceClassification(LABELS), seed=3)
 
@@ -46,7 +51,9 @@ def records(texts: list[str], responses: list[str] | None = None) -> Records:
 
 
 @pytest.mark.parametrize(("pooling", "hidden"), HEADS)
-def test_a_state_goes_in_and_comes_out_unchanged(tiny_bert: Path, pooling: str, hidden: int) -> None:
+def test_a_state_goes_in_and_comes_out_unchanged(
+    tiny_bert: Path, pooling: str, hidden: int
+) -> None:
     model = classifier(tiny_bert, pooling, hidden)
     state = scrambled(model)
     model.load(state)
@@ -69,7 +76,9 @@ def test_an_exported_adapter_gives_the_same_logits(
     assert torch.allclose(loaded.logits(TEXTS), expected, atol=1e-5)
     assert set(loaded.predict(TEXTS)) <= set(LABELS)
     if pooling == "default":  # PEFT alone loads all of it
-        base = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(
+            tiny_bert, num_labels=3
+        )
         alone = peft.PeftModel.from_pretrained(base, tmp_path).eval()
         with torch.no_grad():
             found = alone(input_ids=batch.ids, attention_mask=batch.mask).logits
@@ -77,13 +86,22 @@ def test_an_exported_adapter_gives_the_same_logits(
 
 
 @pytest.mark.parametrize("pooling", ["mean", "layers"])
-def test_peft_alone_loads_the_adapted_backbone(tiny_bert: Path, tmp_path: Path, pooling: str) -> None:
+def test_peft_alone_loads_the_adapted_backbone(
+    tiny_bert: Path, tmp_path: Path, pooling: str
+) -> None:
     model = classifier(tiny_bert, pooling)
     state = scrambled(model)
     export_adapter(
-        model, state, ModelConfig(base=str(tiny_bert), pooling=pooling), LoraConfig(rank=2), 3, tmp_path
+        model,
+        state,
+        ModelConfig(base=str(tiny_bert), pooling=pooling),
+        LoraConfig(rank=2),
+        3,
+        tmp_path,
     )
-    alone = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(tiny_bert), tmp_path).eval()
+    alone = peft.PeftModel.from_pretrained(
+        transformers.AutoModel.from_pretrained(tiny_bert), tmp_path
+    ).eval()
     batch = model.task.encode(records(TEXTS), model.tokenizer, 64).batch(
         np.arange(4), model.pad, model.device
     )
@@ -104,7 +122,9 @@ def test_a_causal_model_exports_and_completes(tiny_llama: Path, tmp_path: Path) 
     export_adapter(model, state, settings, lora, 3, tmp_path)
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     alone = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    batch = model.task.encode(records(TEXTS, TEXTS), model.tokenizer, 64).batch(np.arange(4), 0, model.device)
+    batch = model.task.encode(records(TEXTS, TEXTS), model.tokenizer, 64).batch(
+        np.arange(4), 0, model.device
+    )
     with torch.no_grad():
         found = alone(input_ids=batch.ids, attention_mask=batch.mask).logits
         assert torch.allclose(found, model.logits(batch), atol=1e-5)
@@ -121,7 +141,9 @@ def test_a_projection_goes_with_its_adapter(tiny_bert: Path, tmp_path: Path, ker
     model.projection = Projection.fit(public, 5, 0.1, kernel, 2.0)
     state = scrambled(model)
     export_adapter(model, state, settings, LoraConfig(rank=2), 3, tmp_path)
-    batch = model.task.encode(records(TEXTS), model.tokenizer, 64).batch(np.arange(4), 0, model.device)
+    batch = model.task.encode(records(TEXTS), model.tokenizer, 64).batch(
+        np.arange(4), 0, model.device
+    )
     assert torch.allclose(load_adapter(tmp_path).logits(TEXTS), model.logits(batch), atol=1e-5)
     path = tmp_path / "projection.safetensors"
     Projection.fit(public + 1, 5, 0.1, kernel, 2.0).write(path)
@@ -155,7 +177,9 @@ def test_a_linear_head_on_kernel_features_is_a_kernel_machine() -> None:
     assert np.allclose(mapped.T @ mapped / 30, np.eye(20), atol=1e-2)
 
 
-def test_frozen_a_is_the_same_on_every_machine_and_survives_export(tiny_bert: Path, tmp_path: Path) -> None:
+def test_frozen_a_is_the_same_on_every_machine_and_survives_export(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
     lora = LoraConfig(rank=2, variant="ffa")
     model = classifier(tiny_bert, "mean", lora=lora)
     torch.manual_seed(99)
@@ -167,7 +191,9 @@ def test_frozen_a_is_the_same_on_every_machine_and_survives_export(tiny_bert: Pa
     export_adapter(
         model, scrambled(model), ModelConfig(base=str(tiny_bert), pooling="mean"), lora, 3, tmp_path
     )
-    batch = model.task.encode(records(TEXTS), model.tokenizer, 64).batch(np.arange(4), 0, model.device)
+    batch = model.task.encode(records(TEXTS), model.tokenizer, 64).batch(
+        np.arange(4), 0, model.device
+    )
     assert torch.allclose(load_adapter(tmp_path).logits(TEXTS), model.logits(batch), atol=1e-5)
 
 
@@ -176,12 +202,16 @@ def test_padding_and_neighbours_do_not_change_an_example(tiny_bert: Path) -> Non
     model.load(scrambled(model))
     data = model.task.encode(records(TEXTS), model.tokenizer, 64)
     together = model.logits(data.batch(np.arange(4), 0, model.device))
-    alone = torch.cat([model.logits(data.batch(np.array([row]), 0, model.device)) for row in range(4)])
+    alone = torch.cat(
+        [model.logits(data.batch(np.array([row]), 0, model.device)) for row in range(4)]
+    )
     assert torch.allclose(together, alone, atol=1e-5)
 
 
 @given(st.integers(0, 30), st.integers(1, 30), st.integers(6, 24))
-def test_prompts_lose_their_left_and_responses_their_right(prompt: int, response: int, length: int) -> None:
+def test_prompts_lose_their_left_and_responses_their_right(
+    prompt: int, response: int, length: int
+) -> None:
     class Words:  # a tokenizer whose tokens are the numbers in the text
         bos_token_id, eos_token_id = 1, 2
 
@@ -214,7 +244,8 @@ def test_a_language_model_is_scored_on_its_response_alone(tiny_llama: Path) -> N
     batch = data.batch(np.array([0]), 0, model.device)
     logits = model.logits(batch)
     logp = torch.log_softmax(logits[0].detach().float(), dim=1)
-    scored = [float(logp[place - 1, batch.ids[0, place]]) for place in range(4, 7)]  # two words and the end
+    # two words and the end
+    scored = [float(logp[place - 1, batch.ids[0, place]]) for place in range(4, 7)]
     assert task.losses(logits, batch).item() == pytest.approx(-sum(scored) / 3, abs=1e-5)
 
 
@@ -234,7 +265,9 @@ def broken(folder: Path, target: Path, name: str) -> None:
     """A copy of a model or adapter folder with one fault."""
     shutil.copytree(folder, target)
     weights = next(target.glob("*model.safetensors"))
-    config = next(path for path in (target / "config.json", target / "adapter_config.json") if path.exists())
+    config = next(
+        path for path in (target / "config.json", target / "adapter_config.json") if path.exists()
+    )
     if name == "adapter-config-code":
         table = json.loads(config.read_text())
         config.write_text(json.dumps({**table, "auto_map": {"AutoModel": "evil.Model"}}))

@@ -35,7 +35,9 @@ def states(draw: st.DrawFn) -> AdapterState:
     spec = draw(specs)
     values = draw(
         st.lists(
-            st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=spec.size, max_size=spec.size
+            st.floats(width=32, allow_nan=False, allow_infinity=False),
+            min_size=spec.size,
+            max_size=spec.size,
         )
     )
     return AdapterState(spec, np.array(values, dtype=np.float32))
@@ -43,14 +45,19 @@ def states(draw: st.DrawFn) -> AdapterState:
 
 @given(states())
 def test_round_trips_keep_every_bit(state: AdapterState) -> None:
-    assert AdapterState.from_named(state.spec, state.named()).vector.tobytes() == state.vector.tobytes()
+    assert (
+        AdapterState.from_named(state.spec, state.named()).vector.tobytes()
+        == state.vector.tobytes()
+    )
     back = AdapterState.from_bytes(state.to_bytes(), state.spec)
     assert back.vector.tobytes() == state.vector.tobytes()
     assert back == state and back.digest == state.digest
 
 
 @given(states(), st.data())
-def test_one_changed_coordinate_changes_the_digest(state: AdapterState, data: st.DataObject) -> None:
+def test_one_changed_coordinate_changes_the_digest(
+    state: AdapterState, data: st.DataObject
+) -> None:
     if state.spec.size:
         place = data.draw(st.integers(0, state.spec.size - 1))
         changed = state.vector.copy()
@@ -105,7 +112,9 @@ BAD = {
 def test_bad_files_are_refused_in_one_line(name: str) -> None:
     with pytest.raises(BadInput) as caught:
         AdapterState.from_bytes(BAD[name], SPEC, "adapter.safetensors")
-    assert caught.value.faults and all(line.startswith("adapter.safetensors") for line in caught.value.faults)
+    assert caught.value.faults and all(
+        line.startswith("adapter.safetensors") for line in caught.value.faults
+    )
     assert all("\n" not in line for line in caught.value.faults)
 
 

@@ -1,4 +1,6 @@
-"""ε is never less than the truth: closed forms where there are any, an independent accountant elsewhere.
+"""ε is never less than the truth.
+
+Closed forms where there are any, an independent accountant elsewhere.
 
 Closed forms: Balle and Wang 2018 (Gaussian), Steinke 2022 (one subsampled step). The accountant is
 dp-accounting's PLD, which composes both directions of add/remove.
@@ -41,14 +43,17 @@ from fedlora.common.privacy.calibration import calibrate
 def gaussian_delta(epsilon: float, shift: float) -> float:
     """δ(ε) between N(0, 1) and N(shift, 1), exactly."""
     return float(
-        norm.cdf(shift / 2 - epsilon / shift) - math.exp(epsilon) * norm.cdf(-shift / 2 - epsilon / shift)
+        norm.cdf(shift / 2 - epsilon / shift)
+        - math.exp(epsilon) * norm.cdf(-shift / 2 - epsilon / shift)
     )
 
 
 def one_step_deltas(epsilon: float, rate: float, sigma: float) -> tuple[float, float]:
     """δ(ε) of one subsampled step, exactly, for the pairs "removed" and "added"."""
     removed = rate * gaussian_delta(math.log1p(math.expm1(epsilon) / rate), 1 / sigma)
-    inverse = math.log1p(math.expm1(-epsilon) / rate) if math.expm1(-epsilon) / rate > -1 else -math.inf
+    inverse = (
+        math.log1p(math.expm1(-epsilon) / rate) if math.expm1(-epsilon) / rate > -1 else -math.inf
+    )
     if inverse == -math.inf:  # no outcome is that much likelier without the unit
         return removed, 0.0
     # where the loss of "added" passes ε: all x below this
@@ -64,7 +69,9 @@ def pld_epsilon(history: list[Mechanism], delta: float) -> float:
     composed = None
     for each in history:
         one = pld.from_gaussian_mechanism(
-            each.noise_multiplier, sampling_prob=each.sampling_rate, value_discretization_interval=mesh
+            each.noise_multiplier,
+            sampling_prob=each.sampling_rate,
+            value_discretization_interval=mesh,
         ).self_compose(each.steps)
         composed = one if composed is None else composed.compose(one)
     assert composed is not None
@@ -74,7 +81,8 @@ def pld_epsilon(history: list[Mechanism], delta: float) -> float:
 def random_mechanism(rng: random.Random) -> Mechanism:
     rate = math.exp(rng.uniform(math.log(3e-3), 0))
     steps = round(math.exp(rng.uniform(0, math.log(1000))))
-    # noise that keeps ε in a range of interest, from 1/2 to 6 times √(steps) · rate, and never below 0.4
+    # noise that keeps ε in a range of interest, from 1/2 to 6 times √(steps) · rate, and never
+    # below 0.4
     sigma = max(0.4, rate * math.sqrt(steps) * math.exp(rng.uniform(math.log(0.5), math.log(6))))
     return Mechanism(rate, sigma, steps)
 
@@ -90,7 +98,10 @@ def test_never_below_an_independent_accountant(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_different_mechanisms_compose(seed: int) -> None:
     rng = random.Random(100 + seed)
-    history, delta = [random_mechanism(rng) for _ in range(rng.randint(2, 3))], 10 ** rng.uniform(-8, -3)
+    history, delta = (
+        [random_mechanism(rng) for _ in range(rng.randint(2, 3))],
+        10 ** rng.uniform(-8, -3),
+    )
     found, expected = epsilon_of(history, delta), pld_epsilon(history, delta)
     assert 0.99 * expected <= found <= 1.02 * expected + 0.005, (history, delta)
     assert epsilon_of(history[::-1], delta) == found
@@ -99,9 +110,7 @@ def test_different_mechanisms_compose(seed: int) -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(
-    rate=st.floats(1e-4, 0.999),
-    sigma=st.floats(0.4, 20),
-    delta=st.sampled_from([1e-3, 1e-5, 1e-7]),
+    rate=st.floats(1e-4, 0.999), sigma=st.floats(0.4, 20), delta=st.sampled_from([1e-3, 1e-5, 1e-7])
 )
 def test_one_step_is_within_its_closed_form(rate: float, sigma: float, delta: float) -> None:
     epsilon = epsilon_of([Mechanism(rate, sigma, 1)], delta)
@@ -115,11 +124,13 @@ def test_without_subsampling_it_is_the_gaussian_mechanism(sigma: float, steps: i
     for delta in (1e-3, 1e-6):
         epsilon = epsilon_of([Mechanism(1.0, sigma, steps)], delta)
         shift = math.sqrt(steps) / sigma
-        assert gaussian_delta(epsilon, shift) <= delta < gaussian_delta(0.99 * epsilon - 0.002, shift)
+        assert (
+            gaussian_delta(epsilon, shift) <= delta < gaussian_delta(0.99 * epsilon - 0.002, shift)
+        )
 
 
-# σ that Opacus 1.6 (PRV) and dp-accounting 0.6 (PLD) found for δ = 1e-5, q = 64/5000 and 234 steps. Opacus'
-# own tolerance is 0.01 in ε, which is what separates its column from PLD's at ε = 1.
+# σ that Opacus 1.6 (PRV) and dp-accounting 0.6 (PLD) found for δ = 1e-5, q = 64/5000 and 234 steps.
+# Opacus' own tolerance is 0.01 in ε, which is what separates its column from PLD's at ε = 1.
 GOLDEN = [(1.0, 1.108, 1.101), (3.0, 0.736, 0.735), (8.0, 0.530, 0.529)]
 
 
@@ -127,7 +138,9 @@ GOLDEN = [(1.0, 1.108, 1.101), (3.0, 0.736, 0.735), (8.0, 0.530, 0.529)]
 def test_calibration_finds_the_golden_noise(epsilon: float, prv: float, exact: float) -> None:
     sigma = calibrate([], 64 / 5000, 234, epsilon, 1e-5)
     assert exact - 0.0005 <= sigma <= prv + 0.0005
-    cost = [epsilon_of([Mechanism(64 / 5000, sigma * factor, 234)], 1e-5) for factor in (1, 1 / 1.001)]
+    cost = [
+        epsilon_of([Mechanism(64 / 5000, sigma * factor, 234)], 1e-5) for factor in (1, 1 / 1.001)
+    ]
     assert cost[0] <= epsilon < cost[1]
 
 
@@ -195,7 +208,9 @@ def test_a_cached_noise_is_checked(
 def test_a_cache_that_cannot_be_written_costs_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "epsilon_of", lambda history, delta: 2.0 / history[-1].noise_multiplier)
+    monkeypatch.setattr(
+        calibration, "epsilon_of", lambda history, delta: 2.0 / history[-1].noise_multiplier
+    )
     (tmp_path / "file").write_text("")
     assert calibrate([], 0.1, 10, 1.0, 1e-5, tmp_path / "file" / "calibration.json") >= 2.0
 
@@ -204,7 +219,8 @@ def test_what_costs_nothing_and_what_has_no_bound() -> None:
     assert epsilon_of([], 1e-5) == 0
     assert epsilon_of([Mechanism(0.0, 0.0, 10), Mechanism(0.5, 0.0, 0)], 1e-5) == 0
     assert epsilon_of([Mechanism(0.5, 0.0, 1)], 1e-5) == math.inf
-    assert epsilon_of([Mechanism(0.5, 1.0, 1)], 1e-11) == math.inf  # below the arithmetic's resolution
+    # below the arithmetic's resolution
+    assert epsilon_of([Mechanism(0.5, 1.0, 1)], 1e-11) == math.inf
     assert epsilon_of([Mechanism(0.01, 1.0 + k, 1) for k in range(17)], 1e-5) == math.inf
     assert epsilon_of([Mechanism(0.5, 1.0, 3)], 0.9) == 0
 
@@ -270,7 +286,10 @@ def test_a_chord_is_above_the_series_that_it_stands_for(noise: float, rate: floa
 
 @pytest.mark.parametrize("noise", [10.0, 300.0, 1e4, 1e6])
 def test_no_schedule_keeps_a_node_busy_with_sums(noise: float) -> None:
-    """At a rate of 1/2 the series of a fractional order has as many terms as noise: minutes for sixteen phases."""
+    """At a rate of 1/2 the series of a fractional order has as many terms as noise.
+
+    Minutes for sixteen phases.
+    """
     epsilon_of([Mechanism(0.1, 1.0, 1)], 1e-5)  # imports
     history = [Mechanism(0.5 - place * 1e-6, noise, 20) for place in range(4)]
     began = time.process_time()
@@ -286,7 +305,9 @@ def test_the_renyi_bound_is_infinite_where_there_is_none() -> None:
 
 def test_equal_mechanisms_count_as_one_of_more_steps() -> None:
     one = Mechanism(0.1, 2.0, 30)
-    assert epsilon_of([one, one, replace(one, steps=40)], 1e-5) == epsilon_of([replace(one, steps=100)], 1e-5)
+    assert epsilon_of([one, one, replace(one, steps=40)], 1e-5) == epsilon_of(
+        [replace(one, steps=100)], 1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Noise has the claimed scale and tails, draws the claimed rate, and no seed of anybody fixes either."""
+"""Noise has the claimed scale and tails, draws the claimed rate, and no seed of anybody fixes
+either.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,15 @@ class FixedWords:
 
 
 def is_normal(sample: npt.NDArray[np.float64], std: float) -> bool:
-    """Within 1 % of the claimed scale, centred, and of the right shape; wrong alarm below one in a million."""
+    """Within 1 % of the claimed scale, centred, and of the right shape.
+
+    Wrong alarm below one in a million.
+    """
     right_scale = abs(float(sample.std()) / std - 1) < 0.01
     centred = abs(float(sample.mean())) < 6 * std / np.sqrt(len(sample))
-    return right_scale and centred and bool(stats.kstest(sample[:100_000] / std, "norm").pvalue > 1e-7)
+    return (
+        right_scale and centred and bool(stats.kstest(sample[:100_000] / std, "norm").pvalue > 1e-7)
+    )
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=["os", "seeded"])
@@ -57,7 +64,11 @@ def test_noise_has_the_claimed_scale_and_no_other(source: Random) -> None:
 def test_neighbouring_noise_is_uncorrelated() -> None:
     sample = gaussian(OsRandom(), 1_000_000, 1.0)
     half = len(sample) // 2
-    for shifted in (sample[:-1] * sample[1:], sample[:half] * sample[half:], sample[:-1] ** 2 * sample[1:]):
+    for shifted in (
+        sample[:-1] * sample[1:],
+        sample[:half] * sample[half:],
+        sample[:-1] ** 2 * sample[1:],
+    ):
         assert abs(float(shifted.mean())) < 6 * float(shifted.std()) / np.sqrt(len(shifted))
 
 
@@ -83,7 +94,8 @@ def test_inclusion_is_binomial(source: Random, rate: float) -> None:
     units, steps = 5000, 400
     drawn = np.stack([bernoulli(source, units, rate) for _ in range(steps)])
     assert stats.binomtest(int(drawn.sum()), drawn.size, rate).pvalue > 1e-7
-    for counts, trials in ((drawn.sum(axis=0), steps), (drawn.sum(axis=1), units)):  # by unit, and by step
+    # by unit, and by step
+    for counts, trials in ((drawn.sum(axis=0), steps), (drawn.sum(axis=1), units)):
         dispersion = ((counts - trials * rate) ** 2 / (trials * rate * (1 - rate))).sum()
         assert 1e-7 < stats.chi2.sf(dispersion, len(counts)) < 1 - 1e-7
     both = drawn[:-1] & drawn[1:]  # independent from step to step
@@ -96,7 +108,10 @@ def test_a_draw_is_exact_at_the_ends_and_never_above_its_rate() -> None:
     assert bernoulli(FixedWords(2**62 - 1, 2**62), 2, 0.25).tolist() == [True, False]
     assert not bernoulli(FixedWords(0), 1, 2.0**-65).any()
     below_one = 1 - 2.0**-53
-    assert bernoulli(FixedWords(2**64 - 2**11 - 1, 2**64 - 2**11), 2, below_one).tolist() == [True, False]
+    assert bernoulli(FixedWords(2**64 - 2**11 - 1, 2**64 - 2**11), 2, below_one).tolist() == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0000001, float("nan"), float("inf")])
@@ -115,7 +130,10 @@ def test_a_scale_that_is_none_is_refused(std: float) -> None:
 def test_any_length(n: int) -> None:
     for source in SOURCES:
         assert (
-            source.words(n).shape == gaussian(source, n, 1.0).shape == bernoulli(source, n, 0.5).shape == (n,)
+            source.words(n).shape
+            == gaussian(source, n, 1.0).shape
+            == bernoulli(source, n, 0.5).shape
+            == (n,)
         )
     assert len(np.unique(gaussian(OsRandom(), n, 1.0))) == n
     with pytest.raises(BadInput, match="at least 0"):
@@ -124,12 +142,15 @@ def test_any_length(n: int) -> None:
 
 def test_words_never_repeat_over_calls_objects_and_restarts() -> None:
     program = (
-        "from fedlora.common.privacy.randomness import OsRandom; import sys; "
-        f"sys.stdout.buffer.write(OsRandom().words(1000).tobytes() + OsRandom().words({LARGE}).tobytes())"
+        "from fedlora.common.privacy.randomness import OsRandom; import sys;"
+        " sys.stdout.buffer.write(OsRandom().words(1000).tobytes() +"
+        f" OsRandom().words({LARGE}).tobytes())"
     )
     seen = [OsRandom().words(n) for n in (1000, LARGE, 1000, LARGE)]
     for _ in range(2):
-        output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout
+        output = subprocess.run(
+            [sys.executable, "-c", program], check=True, capture_output=True
+        ).stdout
         seen.append(np.frombuffer(output, dtype=np.uint64))
     words = np.concatenate(seen)
     assert len(words) == 2 * (1000 + LARGE) * 2

@@ -1,4 +1,5 @@
-"""Distributed Skellam noise: ε never below a slow computation of the truth, and noise that is what was accounted.
+"""Distributed Skellam noise: ε never below a slow computation of the truth, and noise that is what
+was accounted.
 
 The slow computations use mpmath's Bessel functions: p(k) = exp(-μ) I_k(μ), summed term by term.
 """
@@ -31,7 +32,8 @@ from fedlora.common.privacy.skellam import (
 )
 
 SOURCE = OsRandom()
-# --- the truth, slowly -----------------------------------------------------------------------------------------
+# --- the truth, slowly
+# -----------------------------------------------------------------------------------------
 
 
 @cache
@@ -41,7 +43,10 @@ def log_pmf(k: int, mu: float) -> mpmath.mpf:
 
 
 def true_renyi(order: int, shifts: tuple[int, ...], mu: float) -> float:
-    """D_α of noise on `shifts` from noise on 0: coordinates add up, each a sum over whole numbers."""
+    """D_α of noise on `shifts` from noise on 0.
+
+    Coordinates add up, each a sum over whole numbers.
+    """
     total = mpmath.mpf(0)
     for shift in shifts:
         reach = int(order * shift + 30 * math.sqrt(mu) + 40)
@@ -54,7 +59,10 @@ def true_renyi(order: int, shifts: tuple[int, ...], mu: float) -> float:
 
 
 def true_epsilon(shift: int, mu: float, times: int, delta: float) -> float:
-    """The smallest ε at `delta` of `times` releases of one coordinate: losses convolved, to a fine grid above."""
+    """The smallest ε at `delta` of `times` releases of one coordinate.
+
+    Losses convolved, to a fine grid above.
+    """
     reach = int(12 * math.sqrt(mu) + 20)
     support = np.arange(-reach, reach + 1)
     upper = np.array([float(log_pmf(int(k) - shift, mu)) for k in support])
@@ -96,7 +104,8 @@ def release_of(shifts: tuple[int, ...], mu: float, times: int = 1) -> Release:
     return made
 
 
-# --- the accountant --------------------------------------------------------------------------------------------
+# --- the accountant
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mu", [0.05, 0.7, 4.0, 30.0, 150.0])
@@ -110,7 +119,9 @@ def test_the_bound_is_never_below_the_divergence(shifts: tuple[int, ...], mu: fl
             assert bound <= 1.1 * truth  # and it is no empty bound where there is noise
 
 
-@pytest.mark.parametrize(("shift", "mu", "times"), [(1, 9.0, 1), (1, 20.0, 8), (2, 30.0, 3), (1, 1.0, 2)])
+@pytest.mark.parametrize(
+    ("shift", "mu", "times"), [(1, 9.0, 1), (1, 20.0, 8), (2, 30.0, 3), (1, 1.0, 2)]
+)
 def test_epsilon_is_never_below_the_truth(shift: int, mu: float, times: int) -> None:
     truth = true_epsilon(shift, mu, times, 1e-5)
     bound = epsilon_of_releases([release_of((shift,), mu, times)], 1e-5)
@@ -118,7 +129,10 @@ def test_epsilon_is_never_below_the_truth(shift: int, mu: float, times: int) -> 
 
 
 def test_the_bound_by_hand() -> None:
-    """α Δ2²/2μ + min(((2α-1) Δ2² + 6 Δ1)/4μ², 3 Δ1/2μ): either part of the minimum, and Δ1 <= √d Δ2 or Δ2²."""
+    """α Δ2²/2μ + min(((2α-1) Δ2² + 6 Δ1)/4μ², 3 Δ1/2μ).
+
+    Either part of the minimum, and Δ1 <= √d Δ2 or Δ2².
+    """
     assert release_of((1,), 4.0).renyi(2) == pytest.approx(2 / 8 + (3 + 6) / 64)
     assert release_of((1,), 0.25).renyi(2) == pytest.approx(2 / 0.5 + 3 / 0.5)
     assert release_of((3,), 4.0).renyi(2) == pytest.approx(18 / 8 + (27 + 18) / 64)
@@ -164,7 +178,9 @@ def test_more_noise_costs_less_and_more_releases_cost_more(
 
 
 def test_what_buys_nothing() -> None:
-    assert epsilon_of_releases([], 1e-5) == epsilon_of_releases([Release(1.0, 4, 4, 0)], 1e-5) == 0.0
+    assert (
+        epsilon_of_releases([], 1e-5) == epsilon_of_releases([Release(1.0, 4, 4, 0)], 1e-5) == 0.0
+    )
     assert epsilon_of_releases([Release(1.0, 4, 4, 1), Release(0.0, 4, 4, 1)], 1e-5) == math.inf
     good = {"noise_multiplier": 1.0, "levels": 4, "coordinates": 4, "times": 1}
     for change in (
@@ -187,18 +203,24 @@ def test_what_buys_nothing() -> None:
         Release(1.0, 4, 4, 1).share(0)
 
 
-# --- the clip --------------------------------------------------------------------------------------------------
+# --- the clip
+# --------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=50), st.floats(1e-3, 1e3))
 @settings(max_examples=300, deadline=None)
-def test_a_clipped_update_encodes_to_no_more_than_its_sensitivity(values: list[float], bound: float) -> None:
+def test_a_clipped_update_encodes_to_no_more_than_its_sensitivity(
+    values: list[float], bound: float
+) -> None:
     from fedlora.common.secagg.ring import Encoding
 
     vector = clipped(np.array(values, dtype=np.float32), bound)
     assert np.linalg.norm(vector.astype(np.float64)) <= bound
     levels = Encoding(len(values), 64, bound, 1 << 22).encode(vector)
-    assert math.isqrt(sum(int(level) ** 2 for level in levels)) <= (1 << 22) + math.sqrt(len(values)) / 2
+    assert (
+        math.isqrt(sum(int(level) ** 2 for level in levels))
+        <= (1 << 22) + math.sqrt(len(values)) / 2
+    )
 
 
 def test_what_is_short_stays_and_what_is_no_number_is_nothing() -> None:
@@ -225,7 +247,8 @@ def test_what_leaves_is_checked_as_whole_numbers() -> None:
         noised(SOURCE, np.array([1, 0, 0]), np.array([True, False, False]), release, 2)
 
 
-# --- the noise -------------------------------------------------------------------------------------------------
+# --- the noise
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate", [0.05, 3.7, 15.9, 64.0, 1000.25, 3.3e9, 2.6e13, 2.0**50])
@@ -242,7 +265,10 @@ def test_probabilities_are_right_to_twelve_digits(rate: float) -> None:
 
 @pytest.mark.parametrize("rate", [0.3, 4.0, 18.5, 400.0])
 def test_poisson_by_chi_squared(rate: float) -> None:
-    """Against scipy's pmf, tails pooled: a wrong proposal, bound or side fails by orders of magnitude."""
+    """Against scipy's pmf, tails pooled.
+
+    A wrong proposal, bound or side fails by orders of magnitude.
+    """
     n = 200_000
     drawn = poisson(SOURCE, n, rate)
     low, high = (int(stats.poisson.ppf(q, rate)) for q in (1e-4, 1 - 1e-4))
@@ -268,14 +294,17 @@ def test_skellam_by_chi_squared(variance: float) -> None:
 
 @pytest.mark.parametrize("variance", [50.0, 1e6, 5e13])
 def test_moments_and_tails(variance: float) -> None:
-    """Mean, variance, excess kurtosis 1/μ, and tails beyond three and four deviations, all two-sided."""
+    """Mean, variance, excess kurtosis 1/μ, and tails beyond three and four deviations, all
+    two-sided.
+    """
     n = 300_000
     scaled = skellam(SOURCE, n, variance) / math.sqrt(variance)
     assert abs(scaled.mean()) < 6 / math.sqrt(n)
     assert abs(scaled.var() - 1) < 6 * math.sqrt((2 + 1 / variance) / n)
     assert abs((scaled**4).mean() - 3 - 1 / variance) < 6 * math.sqrt(96 / n)
     assert abs((scaled**3).mean()) < 6 * math.sqrt(15 / n)
-    if variance > 1e5:  # there the tails are the Gaussian's to within far less than the sample shows
+    # there the tails are the Gaussian's to within far less than the sample shows
+    if variance > 1e5:
         for deviations in (3.0, 4.0):
             for side in (scaled > deviations, scaled < -deviations):
                 expected = n * stats.norm.sf(deviations)
@@ -307,7 +336,10 @@ def test_rates_that_cannot_be_drawn() -> None:
 
 
 def test_shares_of_those_who_stay_carry_the_whole_noise() -> None:
-    """Seven of ten, two of them colluding: five carry μ. Measured over 10^5 coordinates, within 2 %."""
+    """Seven of ten, two of them colluding: five carry μ.
+
+    Measured over 10^5 coordinates, within 2 %.
+    """
     release, n = Release(2.0, 1 << 22, 100_000, 1), 100_000
     honest = sum(skellam(SOURCE, n, release.share(5)) for _ in range(5))
     assert np.var(honest) == pytest.approx(release.variance, rel=0.02)

@@ -23,7 +23,9 @@ from fedlora.common.protocol import flower
 from fedlora.common.protocol.messages import MAX_REASON
 
 FINITE = arrays(
-    np.float32, st.integers(0, 40), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
+    np.float32,
+    st.integers(0, 40),
+    elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
 )
 NAMES = st.text(st.characters(categories=("L", "N", "P")), min_size=1, max_size=flower.MAX_NAME)
 COUNTS = st.integers(1, 2**31)
@@ -66,7 +68,12 @@ def test_update_round_trip(client: str, number: int, attempt: int, delta: Vector
     sent = Update(client, "sha256:m", number, attempt, delta)
     got = flower.read_reply(over_the_wire(flower.update_record(sent)), delta.size)
     assert isinstance(got, Update)
-    assert (got.client, got.manifest, got.round, got.attempt) == (client, "sha256:m", number, attempt)
+    assert (got.client, got.manifest, got.round, got.attempt) == (
+        client,
+        "sha256:m",
+        number,
+        attempt,
+    )
     assert got.delta.dtype == np.float32
     assert got.delta.tobytes() == delta.tobytes()
 
@@ -118,7 +125,11 @@ def put(**values: object) -> Callable[[RecordDict], object]:
 
 
 def send(
-    *, dtype: str = "float32", size: int = 4, stype: str = flower.LITTLE_ENDIAN, data: bytes = bytes(16)
+    *,
+    dtype: str = "float32",
+    size: int = 4,
+    stype: str = flower.LITTLE_ENDIAN,
+    data: bytes = bytes(16),
 ) -> Callable[[RecordDict], object]:
     array = Array(dtype, (size,), stype, data)
     return lambda record: record.update({flower.ARRAYS: ArrayRecord({flower.VECTOR: array})})
@@ -136,10 +147,19 @@ BAD: dict[str, tuple[Callable[[RecordDict], object], str]] = {
     "empty-name": (put(client=""), "update client: expected a printable name"),
     "unprintable-name": (put(client="a\x1b[2J"), "update client: expected a printable name"),
     "long-name": (put(client="a" * 201), "update client: expected a printable name"),
-    "extra-record": (lambda record: record.update({"more": ConfigRecord()}), "found an extra record 'more'"),
+    "extra-record": (
+        lambda record: record.update({"more": ConfigRecord()}),
+        "found an extra record 'more'",
+    ),
     "no-vector": (lambda record: record.pop(flower.ARRAYS), "found no record 'fedlora.arrays'"),
-    "msg-oversize": (send(data=bytes(4 << 20)), "found 4194304 bytes of shape (4,), expected 16 of (4,)"),
-    "vec-short": (send(size=3, data=bytes(12)), "found 12 bytes of shape (3,), expected 16 of (4,)"),
+    "msg-oversize": (
+        send(data=bytes(4 << 20)),
+        "found 4194304 bytes of shape (4,), expected 16 of (4,)",
+    ),
+    "vec-short": (
+        send(size=3, data=bytes(12)),
+        "found 12 bytes of shape (3,), expected 16 of (4,)",
+    ),
     "vec-long": (send(size=5, data=bytes(20)), "found 20 bytes of shape (5,), expected 16 of (4,)"),
     "vec-shape-lies": (send(size=5), "found 16 bytes of shape (5,)"),
     "npz-bomb": (send(stype="numpy.ndarray"), "found float32 as numpy.ndarray"),
@@ -177,7 +197,9 @@ def test_a_state_that_is_not_finite_is_refused(value: float) -> None:
 def test_a_state_of_another_model_is_refused() -> None:
     state = AdapterState(spec_of(ZEROS), ZEROS)
     with pytest.raises(BadInput, match="expected 20 of"):
-        flower.read_plan(flower.plan_record("north", PLAN, state), spec_of(np.zeros(5, dtype=np.float32)))
+        flower.read_plan(
+            flower.plan_record("north", PLAN, state), spec_of(np.zeros(5, dtype=np.float32))
+        )
 
 
 @pytest.mark.parametrize("clients", [["a", "a"], [1, 2], ["a\n"]])

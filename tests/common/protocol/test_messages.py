@@ -46,8 +46,12 @@ DECLINE = Decline("north", "", 0, 0, "no\nway", True)
 numbers = st.integers(0, 2**31)
 replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(Answer, st.just("north"), st.just(DIGEST), numbers, numbers, st.binary(max_size=64)),
-    st.builds(Consent, st.just("north"), st.just(DIGEST), st.just("p"), st.floats(0, 1e6), st.floats(0, 1)),
-    st.builds(Decline, st.just("north"), st.just(DIGEST), numbers, numbers, st.just("why"), st.booleans()),
+    st.builds(
+        Consent, st.just("north"), st.just(DIGEST), st.just("p"), st.floats(0, 1e6), st.floats(0, 1)
+    ),
+    st.builds(
+        Decline, st.just("north"), st.just(DIGEST), numbers, numbers, st.just("why"), st.booleans()
+    ),
 )
 
 
@@ -58,7 +62,11 @@ def test_requests_come_back_as_they_went(request_: Request) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"{}", b'{"institution":1,"manifest":"m","not_after":1}', ADDRESS.to_bytes().replace(b"19", b"1e9")],
+    [
+        b"{}",
+        b'{"institution":1,"manifest":"m","not_after":1}',
+        ADDRESS.to_bytes().replace(b"19", b"1e9"),
+    ],
 )
 def test_an_address_is_whole(body: bytes) -> None:
     assert Address.from_bytes(ADDRESS.to_bytes()) == ADDRESS

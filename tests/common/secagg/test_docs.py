@@ -1,6 +1,7 @@
 """docs/secure-aggregation.md lists exactly the fields that the code lets out.
 
-python -c "from tests.common.test_secagg_docs import *; PAGE.write_text(with_table(PAGE.read_text()))"
+python -c "from tests.common.test_secagg_docs import *;
+PAGE.write_text(with_table(PAGE.read_text()))"
 """
 
 from __future__ import annotations
@@ -37,5 +38,8 @@ def test_the_table_of_what_it_bears() -> None:
     page = PAGE.read_text()
     for members in (3, 5, 10, 20, 100):
         five = "does not start" if members < 5 else borne(members, 5)
-        row = f"| {members} | {threshold(members)} | {borne(members)} | {five} | {most_colluders(members)} |"
+        row = (
+            f"| {members} | {threshold(members)} | {borne(members)} | {five} |"
+            f" {most_colluders(members)} |"
+        )
         assert row in page, row

@@ -34,7 +34,8 @@ CASES: list[dict[str, Any]] = json.loads(VECTORS.read_text()) if VECTORS.exists(
 ENCODINGS = st.sampled_from([32, 64])
 KEYS = st.binary(min_size=32, max_size=32)
 
-# --- known answers -------------------------------------------------------------------------------------------
+# --- known answers
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
@@ -111,11 +112,15 @@ def played(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def identity_of(name: str) -> Identity:
-    return Identity(Ed25519PrivateKey.from_private_bytes(oracles.CountedDraws("identity of " + name)(32)))
+    return Identity(
+        Ed25519PrivateKey.from_private_bytes(oracles.CountedDraws("identity of " + name)(32))
+    )
 
 
 def write_known_answers() -> None:
-    """`python -c "from tests.common.test_secagg import *; write_known_answers()"`: by the reference alone."""
+    """`python -c "from tests.common.test_secagg import *; write_known_answers()"`: by the reference
+    alone.
+    """
     rng = np.random.default_rng(4)
     written = []
     for names, size, bits in (
@@ -135,25 +140,33 @@ def write_known_answers() -> None:
             "values": values.tolist(),
         }
         expected = oracles.secure_round(given)
-        written.append({"id": f"{len(names)}-nodes-{bits}-bits", "given": given, "expected": expected})
+        written.append(
+            {"id": f"{len(names)}-nodes-{bits}-bits", "given": given, "expected": expected}
+        )
     VECTORS.parent.mkdir(exist_ok=True)
     VECTORS.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
 
 
-# --- the reference itself, by the standards' own vectors -------------------------------------------------------
+# --- the reference itself, by the standards' own vectors
+# -------------------------------------------------------
 
 
 def test_the_reference_primitives() -> None:
     """FIPS 197 C.3, RFC 7748 6.1, RFC 5869 test case 1 (first block)."""
     key = bytes(range(32))
-    assert oracles.aes256(key, bytes.fromhex("00112233445566778899aabbccddeeff")).hex() == (
-        "8ea2b7ca516745bfeafc49904b496089"
+    assert (
+        oracles.aes256(key, bytes.fromhex("00112233445566778899aabbccddeeff")).hex()
+        == "8ea2b7ca516745bfeafc49904b496089"
     )
     alice = bytes.fromhex("77076d0a7318a57d3c16c17251b26645df4c2f87ebc0992ab177fba51db92c2a")
-    assert oracles.x25519(alice).hex() == "8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a"
+    assert (
+        oracles.x25519(alice).hex()
+        == "8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a"
+    )
     secret, salt = b"\x0b" * 22, bytes(range(13))
-    assert oracles.hkdf_sha256(secret, salt, bytes(range(0xF0, 0xFA))).hex() == (
-        "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf"
+    assert (
+        oracles.hkdf_sha256(secret, salt, bytes(range(0xF0, 0xFA))).hex()
+        == "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf"
     )
 
 
@@ -168,7 +181,8 @@ def test_primitives_equal_the_reference(key: bytes, text: bytes, bound_to: bytes
     assert keys.KeyPair(key).public == oracles.x25519(key)
 
 
-# --- Shamir ----------------------------------------------------------------------------------------------------
+# --- Shamir
+# ----------------------------------------------------------------------------------------------------
 
 
 @given(st.data(), st.integers(0, shamir.P - 1), st.integers(1, 12))
@@ -186,7 +200,9 @@ def test_t_minus_1_shares_say_nothing() -> None:
     shares = shamir.split(12345, 3, 5, os.urandom)
     for secret in (0, 1, 99999, shamir.P - 1):
         weights = shamir.weights_at_zero([1, 2, 5])
-        fifth = (secret - weights[0] * shares[0] - weights[1] * shares[1]) * pow(weights[2], -1, shamir.P)
+        fifth = (secret - weights[0] * shares[0] - weights[1] * shares[1]) * pow(
+            weights[2], -1, shamir.P
+        )
         assert shamir.combine(weights, [shares[0], shares[1], fifth % shamir.P]) == secret
     many = [shamir.split(1, 2, 2, os.urandom)[0] for _ in range(200)]
     assert len(set(many)) == 200
@@ -209,7 +225,8 @@ def test_shamir_refuses_nonsense() -> None:
     assert shamir.below_p(lambda size: next(draws)) == 7
 
 
-# --- the ring --------------------------------------------------------------------------------------------------
+# --- the ring
+# --------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 40), st.integers(1, 6), ENCODINGS, st.randoms(use_true_random=False))
@@ -239,7 +256,10 @@ def test_encoding_saturates_and_rounds_to_the_nearest(values: list[float]) -> No
     levels = encoding.encode(np.array(values, dtype=np.float32))
     expected = [min(max(round(value * (1 << 20) / 2.0), -(1 << 20)), 1 << 20) for value in values]
     assert np.abs(levels - expected).max() <= 0
-    assert np.abs(encoding.decode(levels) - np.clip(values, -2, 2)).max() <= 2.0 / (1 << 20) / 2 * 1.0001
+    assert (
+        np.abs(encoding.decode(levels) - np.clip(values, -2, 2)).max()
+        <= 2.0 / (1 << 20) / 2 * 1.0001
+    )
 
 
 def test_a_wrapped_damaged_doubled_or_lost_input_is_found() -> None:
@@ -274,8 +294,16 @@ def test_range_checks_at_the_start() -> None:
         Encoding.fitting(4, 1.0, 1 << 52, 2048)
     with pytest.raises(BadInput, match="do not fit half of 2\\^32"):
         Encoding(4, 32, 1.0, 1 << 30).check(2)
-    for changes in ({"size": 0}, {"bits": 16}, {"bound": float("nan")}, {"bound": 0.0}, {"levels": 0}):
-        with pytest.raises(BadInput, match=f"{next(iter(changes)).replace('bound', 'update_bound')}: found"):
+    for changes in (
+        {"size": 0},
+        {"bits": 16},
+        {"bound": float("nan")},
+        {"bound": 0.0},
+        {"levels": 0},
+    ):
+        with pytest.raises(
+            BadInput, match=f"{next(iter(changes)).replace('bound', 'update_bound')}: found"
+        ):
             Encoding(**{"size": 4, "bits": 32, "bound": 1.0, "levels": 8, **changes})  # type: ignore[arg-type]
 
 
@@ -298,7 +326,8 @@ def test_long_vectors_go_through_in_parts() -> None:
     assert linear_check(b"k" * 32, values) == expected
 
 
-# --- Merkle ----------------------------------------------------------------------------------------------------
+# --- Merkle
+# ----------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(KEYS, min_size=1, max_size=13), st.data())
@@ -319,12 +348,15 @@ def test_a_path_proves_its_leaf_only(leaves: list[bytes], data: st.DataObject) -
                 commit.check_path(tree.root, leaf, index, len(leaves), attempt, "leaf")
 
 
-# --- bytes -----------------------------------------------------------------------------------------------------
+# --- bytes
+# -----------------------------------------------------------------------------------------------------
 
 NAMES = st.text(min_size=1, max_size=8)
 DIGESTS, SIGNATURES = st.binary(min_size=32, max_size=32), st.binary(min_size=64, max_size=64)
 MESSAGES = st.one_of(
-    st.builds(wire.KeyOffer, NAMES, DIGESTS, DIGESTS, st.lists(DIGESTS, max_size=3).map(tuple), SIGNATURES),
+    st.builds(
+        wire.KeyOffer, NAMES, DIGESTS, DIGESTS, st.lists(DIGESTS, max_size=3).map(tuple), SIGNATURES
+    ),
     st.builds(
         wire.Deal,
         NAMES,
@@ -343,7 +375,10 @@ MESSAGES = st.one_of(
 @given(MESSAGES, st.data())
 @settings(max_examples=150)
 def test_messages_have_one_encoding(message: Any, data: st.DataObject) -> None:
-    """What is read is what was written; cut, longer or relabelled bytes are refused, nothing else is raised."""
+    """What is read is what was written.
+
+    Cut, longer or relabelled bytes are refused, nothing else is raised.
+    """
     sent = message.to_bytes()
     assert type(message).from_bytes(sent) == message
     cut = data.draw(st.integers(0, len(sent) - 1))
@@ -370,7 +405,10 @@ def test_noise_is_never_a_message(data: bytes) -> None:
 
 
 def test_requests_travel_whole() -> None:
-    """What a carrier takes to a node reads back to the same; anything else is refused before it is looked at."""
+    """What a carrier takes to a node reads back to the same.
+
+    Anything else is refused before it is looked at.
+    """
     plan = RoundPlan("sha256:m", 0, 3, 4, "sha256:a")
     for request in (
         Request("confirm", "bank", plan, b"message"),

@@ -41,7 +41,9 @@ def certificate() -> str:
     return built.sign(key, SHA256()).public_bytes(Encoding.PEM).decode()
 
 
-REQUEST = EnrolmentRequest("north", "Nord Klinik", KEY.public, flower_key(), "2026-11-23T10:00:00+00:00")
+REQUEST = EnrolmentRequest(
+    "north", "Nord Klinik", KEY.public, flower_key(), "2026-11-23T10:00:00+00:00"
+)
 INVITATION = Invitation("f", "server.example:9092", certificate(), KEY.public)
 
 

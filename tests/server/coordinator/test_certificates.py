@@ -1,4 +1,6 @@
-"""Certificates that TLS accepts for the right host, and a line that says what is wrong with the others."""
+"""Certificates that TLS accepts for the right host, and a line that says what is wrong with the
+others.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +45,18 @@ def handshake(tls: Path, ca: Path, host: str) -> str:
 
 
 @pytest.mark.parametrize("host", ["fl.example.org", "127.0.0.1", "::1"])
-def test_tls_accepts_each_host_of_the_certificate(tmp_path: Path, authority: Authority, host: str) -> None:
+def test_tls_accepts_each_host_of_the_certificate(
+    tmp_path: Path, authority: Authority, host: str
+) -> None:
     issue_server(authority, tmp_path / "tls", ["fl.example.org", "127.0.0.1", "::1"])
     assert handshake(tmp_path / "tls", tmp_path / "ca" / "ca.crt", host) == "TLSv1.3"
     with pytest.raises(ssl.SSLCertVerificationError, match=r"match|not valid for"):
         handshake(tmp_path / "tls", tmp_path / "ca" / "ca.crt", "other.example.org")
 
 
-def test_keys_are_private_and_an_authority_is_made_once(tmp_path: Path, authority: Authority) -> None:
+def test_keys_are_private_and_an_authority_is_made_once(
+    tmp_path: Path, authority: Authority
+) -> None:
     issue_server(authority, tmp_path / "tls", ["a.example"])
     for path in (tmp_path / "ca" / "ca.key", tmp_path / "tls" / SERVER_KEY):
         assert path.stat().st_mode & 0o777 == 0o600
@@ -86,7 +92,8 @@ def test_faults_of_a_certificate_are_named(tmp_path: Path, authority: Authority)
     with pytest.raises(BadInput, match=r"found the hosts a\.example, expected b\.example"):
         check_server(tls, ca, "b.example")
     other = Authority.create(tmp_path / "other", "bank-intents")  # the same name, another key
-    with pytest.raises(BadInput, match=r"server\.crt: found a certificate of another authority"):  # wrong-ca
+    # wrong-ca
+    with pytest.raises(BadInput, match=r"server\.crt: found a certificate of another authority"):
         check_server(tls, other.certificate, "a.example")
     issue_server(authority, tmp_path / "second", ["a.example"])
     path.write_bytes((tmp_path / "second" / SERVER_CERTIFICATE).read_bytes())

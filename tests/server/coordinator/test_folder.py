@@ -17,7 +17,9 @@ from fedlora.server.coordinator.folder import Directory
 
 @pytest.fixture
 def made(tmp_path: Path) -> Directory:
-    return Directory.create(tmp_path / "coordinator", "bank-intents", "127.0.0.1", free_port(), free_port())
+    return Directory.create(
+        tmp_path / "coordinator", "bank-intents", "127.0.0.1", free_port(), free_port()
+    )
 
 
 def free_port() -> int:

@@ -1,4 +1,6 @@
-"""The registry admits each institution once, ends it at once, and notices every change that nobody signed."""
+"""The registry admits each institution once, ends it at once, and notices every change that nobody
+signed.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,8 @@ def test_a_request_is_used_once_also_after_revocation(registry: Registry) -> Non
         registry.enrol(text, "r")
     with pytest.raises(Refused, match="enrolled before"):
         registry.enrol(request(NORTH, "north"), "r")
-    with pytest.raises(Refused, match="is or was 'north clinic'"):  # its statements would be another's
+    # its statements would be another's
+    with pytest.raises(Refused, match="is or was 'north clinic'"):
         registry.enrol(request(Identity.generate(), "north", "Another clinic"), "r")
     registry.enrol(request(Identity.generate(), "north"), "r")  # a new key, after a telephone call
 
@@ -104,7 +107,8 @@ def test_nobody_is_a_member_twice(registry: Registry) -> None:
         registry.enrol(request(NORTH, "north2", "Another"), "r")
     with pytest.raises(Refused, match="flower_key"):
         registry.enrol(request(SOUTH, "south", "South", key), "r")
-    for spelling in ("Nord Klinik", "nord  KLINIK", "\uff2eord Klinik"):  # cohort-two-keys-one-organisation
+    # cohort-two-keys-one-organisation
+    for spelling in ("Nord Klinik", "nord  KLINIK", "\uff2eord Klinik"):
         with pytest.raises(Refused, match="organisation"):
             registry.enrol(request(SOUTH, "south", spelling), "r")
     with pytest.raises(Refused, match="name"):

@@ -31,7 +31,9 @@ HUGE = 300 << 20
 
 @pytest.fixture
 def made(tmp_path: Path) -> Directory:
-    return Directory.create(tmp_path / "coordinator", "bank-intents", "127.0.0.1", free_port(), free_port())
+    return Directory.create(
+        tmp_path / "coordinator", "bank-intents", "127.0.0.1", free_port(), free_port()
+    )
 
 
 class Upstream(http.server.BaseHTTPRequestHandler):
@@ -101,7 +103,8 @@ def test_institutions_reach_the_fleet_api_and_nothing_else(made: Directory) -> N
                 connection.close()
 
         assert ask("/v1/fleet/pull-messages") == (200, "/v1/fleet/pull-messages")
-        assert ask("/v1/control/../fleet/pull-messages") == (200, "/v1/fleet/pull-messages")  # as checked
+        # as checked
+        assert ask("/v1/control/../fleet/pull-messages") == (200, "/v1/fleet/pull-messages")
         for path in (
             "/v1/control/start-run",
             "/v1/runtime/acquire-task",
@@ -169,8 +172,11 @@ def _flood(port: int, context: ssl.SSLContext, stop: threading.Event) -> int:
     while not stop.is_set():
         raw = socket.create_connection(("127.0.0.1", port), timeout=60)
         with context.wrap_socket(raw, server_hostname="127.0.0.1") as stream:
-            stream.sendall(b"POST /v1/fleet/x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-            with suppress(ConnectionError):  # it reads on for a while after its answer, and then no more
+            stream.sendall(
+                b"POST /v1/fleet/x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+            )
+            # it reads on for a while after its answer, and then no more
+            with suppress(ConnectionError):
                 for _ in range(HUGE >> 20):
                     stream.sendall(part)
             with suppress(ConnectionError):

@@ -1,4 +1,7 @@
-"""Members' nodes at SuperLink, over kills and over members who mean ill; and whether Flower still carries a run."""
+"""Members' nodes at SuperLink, over kills and over members who mean ill.
+
+And whether Flower still carries a run.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ OURS = "us"
 
 
 class Stand(SuperLink):
-    """`flwr` answered by Flower's own table of nodes; `cut` is a kill once Flower has done its part."""
+    """`flwr` answered by Flower's own table of nodes.
+
+    `cut` is a kill once Flower has done its part.
+    """
 
     nodes: SqlLinkState
     cut = False
@@ -40,7 +46,11 @@ class Stand(SuperLink):
                 self.nodes.delete_node(OURS, int(arguments[2]))
             else:
                 known = self.nodes.get_node_info(owner_aids=[OURS])
-                return {"nodes": [{"node-id": str(each.node_id), "status": each.status} for each in known]}
+                return {
+                    "nodes": [
+                        {"node-id": str(each.node_id), "status": each.status} for each in known
+                    ]
+                }
         except ValueError as error:
             taken = "in use" in str(error)
             code = ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE if taken else ApiErrorCode.NODE_NOT_FOUND
@@ -66,7 +76,9 @@ def link(made: Directory) -> Iterator[Stand]:
     yield link
 
 
-def test_a_kill_between_flower_and_the_note_of_it_is_made_good(made: Directory, link: Stand) -> None:
+def test_a_kill_between_flower_and_the_note_of_it_is_made_good(
+    made: Directory, link: Stand
+) -> None:
     for _ in made.flower_keys():
         link.cut = True
         with pytest.raises(KeyboardInterrupt):
@@ -92,7 +104,10 @@ def test_a_node_that_is_not_taken_stops_nobody_else(made: Directory, link: Stand
 
 
 def test_another_spelling_of_a_key_is_refused(made: Directory) -> None:
-    """Base64 of a P-384 key has spare bits: a member could take another's key from SuperLink's point of view."""
+    """Base64 of a P-384 key has spare bits.
+
+    A member could take another's key from SuperLink's point of view.
+    """
     key = made.flower_keys()["north"]
     body = key.rstrip("=")
     twin = body[:-1] + chr(ord(body[-1]) + 1) + "=" * (len(key) - len(body))

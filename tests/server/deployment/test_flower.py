@@ -179,8 +179,13 @@ def test_the_sum_of_good_updates() -> None:
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=0, max_size=12), st.data())
 def test_only_what_arrives_in_time_is_added(values: list[float], data: st.DataObject) -> None:
-    delays = [data.draw(st.sampled_from([0.0, 1.0, DEADLINE - 1, DEADLINE + 1, 1e6])) for _ in values]
-    nodes = {10 + i: good(value, delay) for i, (value, delay) in enumerate(zip(values, delays, strict=True))}
+    delays = [
+        data.draw(st.sampled_from([0.0, 1.0, DEADLINE - 1, DEADLINE + 1, 1e6])) for _ in values
+    ]
+    nodes = {
+        10 + i: good(value, delay)
+        for i, (value, delay) in enumerate(zip(values, delays, strict=True))
+    }
     grid = FakeGrid(nodes)
     found = cohort_of(grid).total(PLAN, STATE)
     timely = [value for value, delay in zip(values, delays, strict=True) if delay <= DEADLINE]
@@ -193,23 +198,40 @@ def test_only_what_arrives_in_time_is_added(values: list[float], data: st.DataOb
 BAD: dict[str, tuple[Behaviour, str]] = {
     "silent": (silent, "no answer within 60 s"),
     "late-input": (good(after=DEADLINE + 0.1), "no answer within 60 s"),
-    "dead-node": (error(5, "Node Unavailable", source=SUPERLINK), "Flower error 5: Node Unavailable"),
+    "dead-node": (
+        error(5, "Node Unavailable", source=SUPERLINK),
+        "Flower error 5: Node Unavailable",
+    ),
     "crashed": (
         error(2, "Traceback (most recent call last):\n  File x\nValueError: no"),
         "2: ValueError: no",
     ),
     "declined": (
-        answers(lambda message: flower.refusal_record(name_of(message), Refused("budget is spent"))),
+        answers(
+            lambda message: flower.refusal_record(name_of(message), Refused("budget is spent"))
+        ),
         "budget is spent",
     ),
-    "msg-wrong-sender": (answers(lambda message: update(message, client="client-10")), "found client-10"),
+    "msg-wrong-sender": (
+        answers(lambda message: update(message, client="client-10")),
+        "found client-10",
+    ),
     "refusal-for-another": (
         answers(lambda message: flower.refusal_record("client-10", Refused("no"))),
         "found client-10, expected client-11",
     ),
-    "msg-wrong-run": (answers(lambda message: update(message, manifest="sha256:x")), "expected round 2"),
-    "msg-wrong-round": (answers(lambda message: update(message, round=3)), "found round 3 attempt 4"),
-    "msg-replayed": (answers(lambda message: update(message, attempt=3)), "found round 2 attempt 3"),
+    "msg-wrong-run": (
+        answers(lambda message: update(message, manifest="sha256:x")),
+        "expected round 2",
+    ),
+    "msg-wrong-round": (
+        answers(lambda message: update(message, round=3)),
+        "found round 3 attempt 4",
+    ),
+    "msg-replayed": (
+        answers(lambda message: update(message, attempt=3)),
+        "found round 2 attempt 3",
+    ),
     "vec-nan": (answers(lambda message: update(message, np.nan)), "a value that is not finite"),
     "vec-short": (
         answers(lambda message: update(message, delta=np.zeros(2, dtype=np.float32))),
@@ -306,7 +328,9 @@ def test_nobody_asked() -> None:
 
 def test_each_yields_the_good_updates() -> None:
     grid = FakeGrid({10: good(1.0, after=2.0), 11: good(2.0), 12: silent})
-    found = [(answer.client, float(answer.delta[0])) for answer in cohort_of(grid).each(PLAN, STATE)]
+    found = [
+        (answer.client, float(answer.delta[0])) for answer in cohort_of(grid).each(PLAN, STATE)
+    ]
     assert found == [("client-11", 2.0), ("client-10", 1.0)]
 
 
@@ -361,7 +385,8 @@ def test_enrolment() -> None:
 
 def test_enrolment_waits_for_nodes_that_come_later_and_no_longer_than_needed() -> None:
     grid = FakeGrid(
-        {10: consents("a"), 11: consents("b"), 12: consents("c")}, online={10: 0.0, 11: 3.0, 12: 50.0}
+        {10: consents("a"), 11: consents("b"), 12: consents("c")},
+        online={10: 0.0, 11: 3.0, 12: 50.0},
     )
     found = enrol(grid, MANIFEST, 2, DEADLINE, clock=grid.clock())
     assert found.nodes == {"a": 10, "b": 11}

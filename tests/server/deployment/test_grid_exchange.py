@@ -1,4 +1,7 @@
-"""Secure aggregation through a Flower grid: opaque envelopes, late and lying carriers, and the plain sum at the end."""
+"""Secure aggregation through a Flower grid.
+
+Opaque envelopes, late and lying carriers, and the plain sum at the end.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,9 @@ class Institution:
     def __init__(self, number: int) -> None:
         self.name, self.mood, self.seconds = node_name(number), "", 1.0
         policy = CohortPolicy(self.name, peers_of(COUNT), 3, 1)
-        node = SecureNode(IDENTITIES[number], policy, MANIFEST.federation, MANIFEST.digest, MemoryOutbox())
+        node = SecureNode(
+            IDENTITIES[number], policy, MANIFEST.federation, MANIFEST.digest, MemoryOutbox()
+        )
         self.node = SecureTrainer(node, MANIFEST)
         self.delta = np.random.default_rng(number).normal(size=SPEC.size).astype(np.float32)
 
@@ -83,7 +88,9 @@ class Institution:
             return flower.envelope_record(DECLINED, str(error).encode())
         if self.mood == "garbage" and request.stage == "deal":
             deal = Deal.from_bytes(answer)
-            answer = replace(deal, sealed=tuple(bytes(len(part)) for part in deal.sealed)).to_bytes()
+            answer = replace(
+                deal, sealed=tuple(bytes(len(part)) for part in deal.sealed)
+            ).to_bytes()
         if self.mood == "lie" and request.stage == "open":
             answer = self.lie(answer, request.plan)
         return flower.envelope_record(SECURE, answer)
@@ -103,7 +110,9 @@ class Institution:
 class Federation:
     def __init__(self) -> None:
         self.institutions = [Institution(number) for number in range(COUNT)]
-        self.grid = FakeGrid({10 + number: each.answers for number, each in enumerate(self.institutions)})
+        self.grid = FakeGrid(
+            {10 + number: each.answers for number, each in enumerate(self.institutions)}
+        )
         nodes = {name: 10 + number for number, name in enumerate(NAMES)}
         exchange = GridExchange(self.grid, nodes, 60.0, self.grid.clock())
         identities = {name: peer.identity for name, peer in peers_of(COUNT).items()}
@@ -159,7 +168,10 @@ def test_a_nodes_reason_reaches_the_coordinator() -> None:
 
 
 def test_a_liar_is_named_and_left_out_of_later_epochs() -> None:
-    """The round still ends with the sum of all five inputs; from the next epoch on there are four."""
+    """The round still ends with the sum of all five inputs.
+
+    From the next epoch on there are four.
+    """
     federation = Federation()
     federation.institutions[3].mood = "lie"
     found = federation.round(1)
@@ -174,11 +186,17 @@ def test_a_liar_is_named_and_left_out_of_later_epochs() -> None:
 def test_a_dealer_that_several_can_not_open_is_left_out_without_being_called_a_liar(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One attempt is lost; the next epoch goes on without it. Where all are needed it is asked again."""
+    """One attempt is lost; the next epoch goes on without it.
+
+    Where all are needed it is asked again.
+    """
     federation = Federation()
     federation.institutions[1].mood = "garbage"
     found = federation.round(1)
-    assert found.replies == 0 and "1 shares of node-001 were opened, expected 4" in found.failures[0].reason
+    assert (
+        found.replies == 0
+        and "1 shares of node-001 were opened, expected 4" in found.failures[0].reason
+    )
     assert "no proof" in caplog.text and NAMES[1] in caplog.text
     federation.institutions[1].mood = ""
     found = federation.round(2)

@@ -1,4 +1,7 @@
-"""Secure aggregation between machines: real nodes behind the deployment's cohort, byte for byte what travels."""
+"""Secure aggregation between machines.
+
+Real nodes behind the deployment's cohort, byte for byte what travels.
+"""
 
 from __future__ import annotations
 
@@ -68,12 +71,16 @@ class World:
         self.folder.mkdir()
         self.nodes = {name: Institution(root / name, name, f"The {name}") for name in NAMES}
         source = np.random.default_rng(3)
-        self.updates = {name: source.uniform(-0.05, 0.05, SPEC.size).astype("<f4") for name in NAMES}
+        self.updates = {
+            name: source.uniform(-0.05, 0.05, SPEC.size).astype("<f4") for name in NAMES
+        }
         for name, node in self.nodes.items():
             node.work.update, node.work.adapter = self.updates[name].tobytes(), SPEC
             for other in NAMES:
                 if other != name:
-                    roster.approve(node.folder, (root / other / "enrolment.json").read_text(), other)
+                    roster.approve(
+                        node.folder, (root / other / "enrolment.json").read_text(), other
+                    )
         self.away: dict[str, set[str]] = {}  # by stage: who does not answer
         self.revoked: set[str] = set()
         self.carried: list[tuple[str, Reply]] = []
@@ -83,12 +90,18 @@ class World:
         self.cohort = cohort_of(self.who)
 
     def members(self) -> Mapping[str, PublicIdentity]:
-        return {name: each.identity.public for name, each in self.nodes.items() if name not in self.revoked}
+        return {
+            name: each.identity.public
+            for name, each in self.nodes.items()
+            if name not in self.revoked
+        }
 
     def online(self) -> set[str]:
         return set(self.nodes)
 
-    def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+    def ask(
+        self, requests: Mapping[str, bytes], deadline: float
+    ) -> Iterator[tuple[str, bytes | Failure]]:
         for name, data in requests.items():
             stage = stage_of(data)
             if name in self.away.get(stage, ()):
@@ -134,9 +147,13 @@ def test_the_sum_is_exact_and_only_masked_vectors_leave(world: World) -> None:
         assert np.abs(found.total - expected).max() <= 4 * step / 2 + 1e-12
     assert [stage for stage, _ in world.carried].count("deal") == 4  # one epoch for three attempts
     for stage, reply in world.carried:
-        assert isinstance(reply, Consent) if stage == "offered" else isinstance(reply, Staged), stage
+        assert isinstance(reply, Consent) if stage == "offered" else isinstance(reply, Staged), (
+            stage
+        )
         if isinstance(reply, Staged) and stage == "input":
-            words = np.frombuffer(MaskedInput.from_bytes(reply.message).vector, dtype="<u4")[: SPEC.size]
+            words = np.frombuffer(MaskedInput.from_bytes(reply.message).vector, dtype="<u4")[
+                : SPEC.size
+            ]
             assert abs(np.corrcoef(words, world.updates[reply.institution])[0, 1]) < 0.2
         elif isinstance(reply, Staged):
             for vector in world.updates.values():
@@ -153,7 +170,8 @@ def test_a_drop_out_at_any_stage(world: World, stage: str) -> None:
     assert found.replies == len(here) and [each.client for each in found.failures] == ["west"]
     assert np.abs(found.total - np.sum(here, axis=0, dtype=np.float64)).max() < 1e-5
     world.away.clear()
-    assert world.total(2).replies == (3 if stage in ("offer", "deal") else 4)  # an epoch's cohort is fixed
+    # an epoch's cohort is fixed
+    assert world.total(2).replies == (3 if stage in ("offer", "deal") else 4)
 
 
 def test_report_and_card_say_how_it_was_added(world: World, tmp_path: Path) -> None:
@@ -172,7 +190,9 @@ def test_report_and_card_say_how_it_was_added(world: World, tmp_path: Path) -> N
     assert run["aggregation"] == "updates left under masks" and "aggregated securely" in " ".join(
         run["statement"]
     )
-    said = [(each["round"], each["cohort"], each["threshold"], each["dropped"]) for each in run["sums"]]
+    said = [
+        (each["round"], each["cohort"], each["threshold"], each["dropped"]) for each in run["sums"]
+    ]
     assert said == [
         (1, 4, 3, 0),
         (2, 4, 3, 1),
@@ -181,13 +201,23 @@ def test_report_and_card_say_how_it_was_added(world: World, tmp_path: Path) -> N
     ]  # it may, for all that this node knows
     figures = shown_figures({"secure": secure_summary(RUN, sums_of(world.folder))})
     card = model_card(RUN, dict.fromkeys(NAMES, "Org"), dict(world.who.consents), figures)
-    assert "aggregated securely" in card and "3 sums were learnt under masks: cohorts of 4 to 4" in card
-    assert "at least 3 updates in each" in card and "keys 0, shares 0, input 1, confirm 0, open 1" in card
-    clear = model_card(replace(RUN, secure=None), dict.fromkeys(NAMES, "Org"), dict(world.who.consents), {})
+    assert (
+        "aggregated securely" in card
+        and "3 sums were learnt under masks: cohorts of 4 to 4" in card
+    )
+    assert (
+        "at least 3 updates in each" in card
+        and "keys 0, shares 0, input 1, confirm 0, open 1" in card
+    )
+    clear = model_card(
+        replace(RUN, secure=None), dict.fromkeys(NAMES, "Org"), dict(world.who.consents), {}
+    )
     assert "securely" not in clear and "masks" not in clear
 
 
-def test_a_report_holds_sums_that_the_node_was_not_asked_about(world: World, tmp_path: Path) -> None:
+def test_a_report_holds_sums_that_the_node_was_not_asked_about(
+    world: World, tmp_path: Path
+) -> None:
     """Its input left: t others can make the sum legible, and it may never hear of it."""
     world.away = {"confirm": {"north"}}
     assert world.total(1).replies == 4
@@ -197,12 +227,12 @@ def test_a_report_holds_sums_that_the_node_was_not_asked_about(world: World, tmp
     assert world.total(3).replies == 4
     north = world.nodes["north"]
     policy = north.folder.load_policy()
-    (run,) = write_report(north.folder, policy, north.identity, north.ledger, tmp_path / "out")["runs"]
-    assert [(each["attempt"], each["dealt"], each["members"], each["dropped"]) for each in run["sums"]] == [
-        (1, 4, None, None),
-        (2, 4, None, None),
-        (3, 4, 4, 0),
+    (run,) = write_report(north.folder, policy, north.identity, north.ledger, tmp_path / "out")[
+        "runs"
     ]
+    assert [
+        (each["attempt"], each["dealt"], each["members"], each["dropped"]) for each in run["sums"]
+    ] == [(1, 4, None, None), (2, 4, None, None), (3, 4, 4, 0)]
     for attempt in (4, 5):  # nothing left: nothing is written
         world.away = {"input": {"north"}}
         world.total(attempt, 3)
@@ -223,20 +253,29 @@ def test_a_restarted_node_is_a_drop_out_until_the_next_epoch(world: World) -> No
     world.restart("north")
     found = world.total(2)
     assert (
-        found.replies == 3 and not found.failures[0].refused and "joins the next" in found.failures[0].reason
+        found.replies == 3
+        and not found.failures[0].refused
+        and "joins the next" in found.failures[0].reason
     )
     for attempt in (3, 4):
         assert world.total(attempt, 3).replies == 3
-    assert world.trained("north") == 0  # nothing was trained for an attempt that it could not be part of
+    # nothing was trained for an attempt that it could not be part of
+    assert world.trained("north") == 0
 
 
-def test_where_everybody_is_needed_a_restart_costs_one_attempt_and_nothing_is_learnt(tmp_path: Path) -> None:
-    """A sum that would be thrown away is not unmasked, and the node that was missed is in the next epoch."""
+def test_where_everybody_is_needed_a_restart_costs_one_attempt_and_nothing_is_learnt(
+    tmp_path: Path,
+) -> None:
+    """A sum that would be thrown away is not unmasked, and the node that was missed is in the next
+    epoch.
+    """
     world = World(tmp_path, quorum=1.0)
     assert world.total(1).replies == 4
     world.restart("north")
     assert world.total(2).replies == 0
-    assert [stage for stage, _ in world.carried].count("confirm") == 4 and len(sums_of(world.folder)) == 1
+    assert [stage for stage, _ in world.carried].count("confirm") == 4 and len(
+        sums_of(world.folder)
+    ) == 1
     assert world.total(3, 2).replies == 4
 
 
@@ -251,7 +290,9 @@ def test_every_node_restarted_meets_in_a_new_epoch(world: World) -> None:
 
 def test_the_same_bytes_for_one_attempt_also_after_a_restart(world: World) -> None:
     world.total(1)
-    (kept,) = [reply for stage, reply in world.carried if stage == "input" and reply.institution == "north"]
+    (kept,) = [
+        reply for stage, reply in world.carried if stage == "input" and reply.institution == "north"
+    ]
     assert isinstance(kept, Staged)
     assert [path.suffix for path in sorted((world.nodes["north"].root / "outbox").glob("*/*"))] == [
         ".reply",
@@ -278,14 +319,19 @@ def test_a_peer_that_the_operator_removed_is_in_no_cohort(world: World) -> None:
     world.total(1)
     roster.remove_peer(world.nodes["north"].folder, "west")
     found = world.total(2)
-    assert found.replies == 3 and world.trained("north") == 1  # north goes, rather than be summed with west
+    # north goes, rather than be summed with west
+    assert found.replies == 3 and world.trained("north") == 1
     assert {each.client for each in found.failures} == {"north"}
 
 
-def stage(run: RunManifest, to: str = "north", key: Identity = COORDINATOR, name: str = "input") -> bytes:
+def stage(
+    run: RunManifest, to: str = "north", key: Identity = COORDINATOR, name: str = "input"
+) -> bytes:
     plan = RoundPlan(run.digest, 0, 1, 1, START.digest)
     vector = START.vector.tobytes() if name == "input" else b""
-    return request_to_bytes(Stage(Signed.by(key, STAGE_TAG, Request(name, to, plan, b"", vector).to_bytes())))
+    return request_to_bytes(
+        Stage(Signed.by(key, STAGE_TAG, Request(name, to, plan, b"", vector).to_bytes()))
+    )
 
 
 def test_what_is_promised_to_be_masked_does_not_leave_in_clear(world: World) -> None:
@@ -339,7 +385,10 @@ def test_a_liar_stays_out_when_the_coordinator_starts_again(
 def test_a_key_that_is_repeated_after_a_restart_costs_its_member_only(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The nodes remember it, and would refuse each list that holds it: so the coordinator remembers it too."""
+    """The nodes remember it, and would refuse each list that holds it.
+
+    So the coordinator remembers it too.
+    """
     offer, before = SecureNode.offer, dict[str, bytes]()
 
     def repeating(node: SecureNode, epoch: Epoch) -> bytes:
@@ -351,7 +400,10 @@ def test_a_key_that_is_repeated_after_a_restart_costs_its_member_only(
 
     monkeypatch.setattr(SecureNode, "offer", repeating)
     assert world.total(1).replies == 4
-    for attempt, reason in ((2, "that west signed for an earlier epoch"), (3, "left out: it signed a lie")):
+    for attempt, reason in (
+        (2, "that west signed for an earlier epoch"),
+        (3, "left out: it signed a lie"),
+    ):
         world.cohort = cohort_of(world.who)  # as a coordinator that was started again makes it
         found = world.total(attempt)
         assert found.replies == 3, found.failures
@@ -364,7 +416,10 @@ def test_a_key_that_is_repeated_after_a_restart_costs_its_member_only(
 def test_a_coordinator_that_was_killed_while_masks_were_asked_for_counts_no_drop_outs(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until its second line nobody knows how many opened; all that is known is that the sum may have been learnt."""
+    """Until its second line nobody knows how many opened.
+
+    All that is known is that the sum may have been learnt.
+    """
     ask = SignedStages.ask
 
     def killed(self: SignedStages, stage: str, *rest: Any) -> Iterator[tuple[str, bytes | Failure]]:
@@ -395,7 +450,10 @@ def test_a_restored_ledger_is_noticed_by_what_left_masked(world: World, tmp_path
     north = world.nodes["north"]
     world.who.gather()
     north.ledger.close()
-    kept = {path: path.read_bytes() for path in (north.root / "ledger.sqlite", north.root / "head/head.json")}
+    kept = {
+        path: path.read_bytes()
+        for path in (north.root / "ledger.sqlite", north.root / "head/head.json")
+    }
     world.restart("north")
     world.total(1)
     assert list(Outbox(north.root / "outbox").masked(RUN.digest).used()) == [(1, 1)]
@@ -417,20 +475,29 @@ def opted_in(root: Path, run: RunManifest) -> World:
         node.ledger.close()
         node.restart()
     for name in NAMES:
-        world.nodes[name].work.update, world.nodes[name].work.adapter = world.updates[name].tobytes(), SPEC
+        world.nodes[name].work.update, world.nodes[name].work.adapter = (
+            world.updates[name].tobytes(),
+            SPEC,
+        )
     return world
 
 
 def test_privacy_of_whole_institutions(tmp_path: Path) -> None:
-    """The noise of the sum is at least what ε was computed for; a record is charged, an institution stated."""
+    """The noise of the sum is at least what ε was computed for.
+
+    A record is charged, an institution stated.
+    """
     world = opted_in(tmp_path, SHARED)
     found = world.total(1)
     assert found.replies == 4 and not found.failures
     noise = found.total - np.sum(list(world.updates.values()), axis=0, dtype=np.float64)
     least = SHARED.phases[0].noise_multiplier * SHARED.phases[0].clip
-    assert 0.87 < noise.std() / (least * np.sqrt(4 / 2)) < 1.13  # six deviations; any two carry it all
+    # six deviations; any two carry it all
+    assert 0.87 < noise.std() / (least * np.sqrt(4 / 2)) < 1.13
     cost = charged_epsilon(SHARED)
-    assert {name: each.epsilon for name, each in world.who.consents.items()} == dict.fromkeys(NAMES, cost)
+    assert {name: each.epsilon for name, each in world.who.consents.items()} == dict.fromkeys(
+        NAMES, cost
+    )
     assert world.nodes["east"].ledger.spent("people").epsilon == cost > stated_epsilon(SHARED)
     card = model_card(SHARED, dict.fromkeys(NAMES, "Org"), dict(world.who.consents), {})
     assert f"({shown_epsilon(stated_epsilon(SHARED))}, 1e-05)" in card and "ε of a record" in card
@@ -445,7 +512,10 @@ def test_nobody_shares_noise_who_did_not_opt_in(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_an_update_before_its_noise_is_not_told(tmp_path: Path) -> None:
-    """An update longer than its clip: the coordinator learns that a node failed, and not how long it was."""
+    """An update longer than its clip.
+
+    The coordinator learns that a node failed, and not how long it was.
+    """
     world = opted_in(tmp_path, SHARED)
     world.nodes["north"].work.update = (100 * world.updates["north"]).astype("<f4").tobytes()
     found = world.total(1)

@@ -17,7 +17,7 @@ from fedlora.server.deployment.process import SUPERSEDED, appoint, outcome_of, o
 FOREVER = """
 import sys, time
 from pathlib import Path
-from fedlora.server.outcome import outcome_of
+from fedlora.server.deployment.process import outcome_of
 folder = Path(sys.argv[1])
 outcome_of(lambda: [(folder / "works").touch(), time.sleep(600)], folder, sys.argv[2])
 """
@@ -37,7 +37,9 @@ def test_a_process_that_was_replaced_ends_and_gives_the_run_up(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_who_is_appointed_is_looked_at_again_where_it_could_not_be_read(tmp_path: Path, gone: bool) -> None:
+def test_who_is_appointed_is_looked_at_again_where_it_could_not_be_read(
+    tmp_path: Path, gone: bool
+) -> None:
     """A folder in the file's place can't be read; a file that is gone says that the run is."""
     process = subprocess.Popen([sys.executable, "-c", FOREVER, str(tmp_path), appoint(tmp_path)])
     end = time.monotonic() + 60
@@ -73,7 +75,9 @@ def test_what_went_wrong_is_one_line_and_a_code(tmp_path: Path) -> None:
         assert json.loads(outcome_path(tmp_path, token).read_text()) == expected
 
 
-def test_a_run_that_is_held_is_not_carried_out_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_held_is_not_carried_out_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(outcome, "LOCK_SECONDS", 0.05)
     token = appoint(tmp_path)
     worked: list[int] = []

@@ -1,4 +1,7 @@
-"""`fedlora-server resume` over a damaged checkpoint: it is refused by name, whichever file it is, and goes on once mended."""
+"""`fedlora-server resume` over a damaged checkpoint.
+
+It is refused by name, whichever file it is, and goes on once mended.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,9 @@ class Hands:
     def online(self) -> set[str]:
         return set(self.identities)
 
-    def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+    def ask(
+        self, requests: Mapping[str, bytes], deadline: float
+    ) -> Iterator[tuple[str, bytes | Failure]]:
         key = self.directory.identity.public
         for name, data in requests.items():
             asked = request_from_bytes(data)
@@ -107,7 +112,9 @@ def begun(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> D
     identities = {name: Identity.generate() for name in NAMES}
     for name, identity in identities.items():
         directory.registry.enrol(request(identity, name), name)
-    rows = "".join(json.dumps({"text": f"w{k} good", "label": "ab"[k % 2]}) + "\n" for k in range(20))
+    rows = "".join(
+        json.dumps({"text": f"w{k} good", "label": "ab"[k % 2]}) + "\n" for k in range(20)
+    )
     (tmp_path / "public.jsonl").write_text(rows)
     text = TRAINING.format(
         base=tiny_bert, digest=base_digest(tiny_bert), layers="[]", labels='["a", "b"]', clients=3,
@@ -154,7 +161,11 @@ def test_a_damaged_checkpoint_is_never_gone_on_from(
             else:
                 path.write_bytes(damaged)
             code, err = command(begun, monkeypatch, capsys, "resume")
-            assert code == 2 and err and all(name in line for line in err.splitlines()), (name, code, err)
+            assert code == 2 and err and all(name in line for line in err.splitlines()), (
+                name,
+                code,
+                err,
+            )
             path.write_bytes(good)
     for other in sorted((begun.root.parent / "good" / "checkpoint").iterdir()):
         assert (folder / "checkpoint" / other.name).read_bytes() == other.read_bytes()
@@ -166,9 +177,15 @@ def test_a_damaged_checkpoint_is_never_gone_on_from(
 
 @pytest.mark.parametrize("committed", [1, 0])
 def test_spent_attempts_end_the_run_with_its_last_adapter(
-    begun: Directory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], committed: int
+    begun: Directory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    committed: int,
 ) -> None:
-    """Exit 3 however the last attempt was lost, and again when it is resumed; what there is can be released."""
+    """Exit 3 however the last attempt was lost, and again when it is resumed.
+
+    What there is can be released.
+    """
     Here.hands.answering = False
     if not committed:
         supervise.begin(begun, begun.root.parent / "training.toml", beside=True)
@@ -182,14 +199,18 @@ def test_spent_attempts_end_the_run_with_its_last_adapter(
     target = begun.root.parent / "export"
     code, said = command(begun, monkeypatch, capsys, "export", str(target))
     assert (
-        code == 0 and f"trained in {committed} of the planned 2 rounds" in (target / "README.md").read_text()
+        code == 0
+        and f"trained in {committed} of the planned 2 rounds" in (target / "README.md").read_text()
     ), said
 
 
 def test_a_new_run_does_not_take_the_place_of_one_that_can_go_on(
     begun: Directory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Institutions reserved budget for it; it is begun `--new` only, and the older one can still be gone on with."""
+    """Institutions reserved budget for it.
+
+    It is begun `--new` only, and the older one can still be gone on with.
+    """
     config = str(begun.root.parent / "training.toml")
     code, said = command(begun, monkeypatch, capsys, "run", config)
     assert code == 3 and "has not ended" in said and "--new" in said and len(begun.runs()) == 1
@@ -208,12 +229,17 @@ def test_a_new_run_does_not_take_the_place_of_one_that_can_go_on(
 
 
 def test_a_run_is_gone_on_with_from_another_folder(
-    begun: Directory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    begun: Directory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     """As a service manager would: relative paths began where `run` was said."""
     monkeypatch.chdir(tmp_path)
     text = (tmp_path / "training.toml").read_text()
-    (tmp_path / "training.toml").write_text(text.replace(f"{tmp_path}/public.jsonl", "public.jsonl"))
+    (tmp_path / "training.toml").write_text(
+        text.replace(f"{tmp_path}/public.jsonl", "public.jsonl")
+    )
     folder = supervise.begin(begun, Path("training.toml"), beside=True)
     monkeypatch.chdir("/")
     Here.hands.last = 99

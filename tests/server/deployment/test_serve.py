@@ -1,4 +1,7 @@
-"""The deployment's cohort over a carrier in this process: what counts, what is refused and who is blamed for it."""
+"""The deployment's cohort over a carrier in this process.
+
+What counts, what is refused and who is blamed for it.
+"""
 
 from __future__ import annotations
 
@@ -63,9 +66,11 @@ class Node:
             assert address.not_after >= time.time()
             if self.habit == "declines":
                 return self._signed(Decline(self.name, digest, 0, 0, "budget spent", True))
-            epsilon = {"understates": 0.01, "overstates": 1.7e308, "a little more": COST * 1.001}.get(
-                self.habit, COST
-            )
+            epsilon = {
+                "understates": 0.01,
+                "overstates": 1.7e308,
+                "a little more": COST * 1.001,
+            }.get(self.habit, COST)
             epsilon = 10**400 if self.habit == "exceeds" else epsilon
             delta = 2e-5 if self.habit == "another delta" else 1e-5
             return self._signed(Consent(self.name, digest, "sha256:p", epsilon, delta))
@@ -125,12 +130,18 @@ class World:
         return Coordinator("test", self.key, self.members)
 
     def members(self) -> Mapping[str, PublicIdentity]:
-        return {name: node.identity.public for name, node in self.nodes.items() if name not in self.revoked}
+        return {
+            name: node.identity.public
+            for name, node in self.nodes.items()
+            if name not in self.revoked
+        }
 
     def online(self) -> set[str]:
         return set(self.nodes) - self.away
 
-    def ask(self, requests: Mapping[str, bytes], deadline: float) -> Iterator[tuple[str, bytes | Failure]]:
+    def ask(
+        self, requests: Mapping[str, bytes], deadline: float
+    ) -> Iterator[tuple[str, bytes | Failure]]:
         for name, data in requests.items():
             assert name not in self.revoked
             self.offers += isinstance(request_from_bytes(data), Offer)
@@ -149,13 +160,22 @@ class World:
         self, manifest: RunManifest, expected: int = 3, deadline: float = 1.0, quorum: float = 0.6
     ) -> ClearCohort:
         self.who = Participants(
-            manifest, self.coordinator, self, self.folder, expected, deadline, quorum, lambda _: self.sleep()
+            manifest,
+            self.coordinator,
+            self,
+            self.folder,
+            expected,
+            deadline,
+            quorum,
+            lambda _: self.sleep(),
         )
         return ClearCohort(self.who)
 
 
 def manifest(rounds: int = 2, **changes: object) -> RunManifest:
-    made = manifest_of(rounds, spare=1, mode="record", learning_rate=0.5, clip=1.0, noise_multiplier=2.0)
+    made = manifest_of(
+        rounds, spare=1, mode="record", learning_rate=0.5, clip=1.0, noise_multiplier=2.0
+    )
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
@@ -221,7 +241,10 @@ def test_under_masks_a_head_phase_s_sum_is_of_the_head_alone(
     """Nobody can tell who moved the rest."""
     terms = SecureTerms(THRESHOLD_RULE, 0, 1, 32, 1 << 16, (1.0,))
     run = replace(
-        manifest(), minimum_cohort=3, secure=terms, phases=(replace(manifest().phases[0], name="head"),)
+        manifest(),
+        minimum_cohort=3,
+        secure=terms,
+        phases=(replace(manifest().phases[0], name="head"),),
     )
     world.cohort(run)
     whole = CohortSum(np.ones(SPEC.size), 3, 3, (), 0.0)
@@ -247,8 +270,13 @@ def test_a_decline_is_told_apart_from_a_failure(world: World) -> None:
 
 
 @pytest.mark.parametrize("habit", ["understates", "overstates", "a little more", "another delta"])
-def test_a_consent_at_another_price_than_the_schedule_s_is_a_decline(world: World, habit: str) -> None:
-    """The release states the largest ε: too little is a false promise, too much one member's word for all."""
+def test_a_consent_at_another_price_than_the_schedule_s_is_a_decline(
+    world: World, habit: str
+) -> None:
+    """The release states the largest ε.
+
+    Too little is a false promise, too much one member's word for all.
+    """
     world.nodes["east"].habit = habit
     found = world.cohort(manifest(), expected=2).total(plan_of(manifest()), START)
     reason = f"consent {'delta' if habit == 'another delta' else 'epsilon'}: found "
@@ -260,7 +288,9 @@ def test_a_consent_on_disk_at_another_price_is_asked_for_anew(world: World) -> N
     world.cohort(manifest()).total(plan_of(manifest()), START)
     east = world.nodes["east"]
     absurd = Consent("east", manifest().digest, "sha256:p", 1.7e308, 1e-5)
-    (world.folder / "consents" / "east.reply").write_bytes(reply_to_bytes(east.identity, "test", absurd))
+    (world.folder / "consents" / "east.reply").write_bytes(
+        reply_to_bytes(east.identity, "test", absurd)
+    )
     resumed = world.cohort(manifest())
     assert set(world.who.consents) == {"north", "south"}
     assert (
@@ -326,7 +356,10 @@ def test_who_is_away_is_no_reason_to_wait_for_the_deadline_twice(world: World) -
 
 
 def test_no_attempt_begins_while_one_that_failed_starts_anew(world: World) -> None:
-    """An attempt costs all others a part of their budget; the offer that asks meanwhile costs nobody anything."""
+    """An attempt costs all others a part of their budget.
+
+    The offer that asks meanwhile costs nobody anything.
+    """
     cohort = world.cohort(manifest(), deadline=60.0)
     cohort.total(plan_of(manifest()), START)
     world.down, world.looks = {"east"}, 0
@@ -370,7 +403,8 @@ def test_the_signed_plan_is_on_disk_before_it_leaves_and_stays_the_same(world: W
     cohort.total(plan_of(manifest()), START)
     before = path.read_bytes()
     assert (
-        Signed.from_bytes(before, "plan").opened(PLAN_TAG, world.key.public) == plan_of(manifest()).to_bytes()
+        Signed.from_bytes(before, "plan").opened(PLAN_TAG, world.key.public)
+        == plan_of(manifest()).to_bytes()
     )
     world.cohort(manifest()).total(plan_of(manifest()), START)
     assert path.read_bytes() == before
@@ -396,7 +430,9 @@ def test_a_consent_that_was_changed_on_disk_is_refused(world: World) -> None:
 
 
 @pytest.mark.parametrize(("minimum", "ends"), [(2, True), (3, False)])
-def test_fewer_than_the_promised_cohort_are_never_summed(world: World, minimum: int, ends: bool) -> None:
+def test_fewer_than_the_promised_cohort_are_never_summed(
+    world: World, minimum: int, ends: bool
+) -> None:
     """The quorum alone would take two of three; the manifest promised `minimum`."""
     run = manifest(minimum_cohort=minimum)
     world.away = {"east"}
@@ -406,7 +442,12 @@ def test_fewer_than_the_promised_cohort_are_never_summed(world: World, minimum: 
 
     def go() -> int:
         return run_rounds(
-            checkpoint, world.cohort(run), [strategy], rules, lambda state, phase: {}, lambda *_: None
+            checkpoint,
+            world.cohort(run),
+            [strategy],
+            rules,
+            lambda state, phase: {},
+            lambda *_: None,
         ).round
 
     if ends:
@@ -420,7 +461,10 @@ def test_fewer_than_the_promised_cohort_are_never_summed(world: World, minimum: 
 def test_a_round_ends_with_its_deadline_also_where_members_are_waited_for(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A quarter of the deadline for who is away, the rest for who is there; a silent newcomer costs no more."""
+    """A quarter of the deadline for who is away, the rest for who is there.
+
+    A silent newcomer costs no more.
+    """
     now, asked = [0.0], []
 
     def ask(requests: Mapping[str, bytes], seconds: float) -> Iterator[tuple[str, bytes | Failure]]:

@@ -1,4 +1,7 @@
-"""What `fedlora-server status` says of a run: where it stands, who is in it, and what goes on with it."""
+"""What `fedlora-server status` says of a run.
+
+Where it stands, who is in it, and what goes on with it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ Said = Callable[[], list[str]]
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Directory:
-    """A run of three rounds that two of three members consented to; the third declined, one has a new key."""
+    """A run of three rounds that two of three members consented to.
+
+    The third declined, one has a new key.
+    """
     made = Directory.create(tmp_path / "c", "bank-intents", "127.0.0.1")
     members = {name: Identity.generate() for name in ("north", "south", "west")}
     for name, identity in members.items():
@@ -96,8 +102,12 @@ def test_a_damaged_line_is_named_and_a_half_written_one_waited_for(
         said()
 
 
-def test_a_reason_that_is_no_text_is_shown_as_far_as_it_is(directory: Directory, said: Said) -> None:
-    (directory.runs()[0] / "consents" / "west.declined").write_bytes(b"no \xff\x1b[8m\nnorth member")
+def test_a_reason_that_is_no_text_is_shown_as_far_as_it_is(
+    directory: Directory, said: Said
+) -> None:
+    (directory.runs()[0] / "consents" / "west.declined").write_bytes(
+        b"no \xff\x1b[8m\nnorth member"
+    )
     assert [line for line in said() if line.startswith("west")] == [
         "west member declines: no \N{REPLACEMENT CHARACTER} [8m north member"
     ]

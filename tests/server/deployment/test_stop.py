@@ -1,4 +1,7 @@
-"""`fedlora-server run` that is told to end, ends what it started: SuperLink and its executor are no orphans."""
+"""`fedlora-server run` that is told to end, ends what it started.
+
+SuperLink and its executor are no orphans.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ time.sleep(600)
 """
 SERVER = """
 import signal, sys
-from fedlora.server import cli, superlink
+from fedlora.server import cli
+from fedlora.server.deployment import superlink
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs don't hear it
 programs = sys.argv[1]
 superlink._installed = lambda name: programs + "/" + name
@@ -58,7 +62,16 @@ def test_what_was_started_ends_with_who_started_it(
     for name in ("flwr", "flower-superlink", "flower-superexec"):
         (programs / name).write_text(f"#!{sys.executable}" + STAND_IN.format(folder=str(tmp_path)))
         (programs / name).chmod(0o755)
-    words = [sys.executable, "-c", SERVER, str(programs), "run", str(path), "--dir", str(directory.root)]
+    words = [
+        sys.executable,
+        "-c",
+        SERVER,
+        str(programs),
+        "run",
+        str(path),
+        "--dir",
+        str(directory.root),
+    ]
     server = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     appointed = directory.root / "runs" / "1" / "appointed"
     end = time.monotonic() + 60
@@ -67,7 +80,9 @@ def test_what_was_started_ends_with_who_started_it(
             assert server.poll() is None and time.monotonic() < end
             time.sleep(0.05)
         time.sleep(1.0)  # until it follows the run
-        started = [int((tmp_path / name).read_text()) for name in ("flower-superlink", "flower-superexec")]
+        started = [
+            int((tmp_path / name).read_text()) for name in ("flower-superlink", "flower-superexec")
+        ]
         os.kill(server.pid, number)
         said = server.communicate(timeout=30)[1]
     finally:

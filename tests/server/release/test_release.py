@@ -1,4 +1,7 @@
-"""Nothing about an export can change unnoticed: not a byte, not a file, not an institution's word."""
+"""Nothing about an export can change unnoticed.
+
+Not a byte, not a file, not an institution's word.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,11 @@ def folder(tmp_path: Path, of: Party) -> Path:
 def test_an_export_verifies_as_it_was_written(folder: Path, of: Party) -> None:
     lines = verify(folder, of.coordinator.public)
     assert lines[-1] == "verified with the coordinator's key"
-    assert lines[0].startswith("files        12 ") and "2, each signed" in lines[3] and "1.52" in lines[3]
+    assert (
+        lines[0].startswith("files        12 ")
+        and "2, each signed" in lines[3]
+        and "1.52" in lines[3]
+    )
     assert STATE.digest in lines[2]
     assert {path.name for path in folder.parent.iterdir()} == {"adapter", "export"}
     card = (folder / "README.md").read_text()
@@ -129,7 +136,9 @@ def test_links_and_empty_folders_are_refused(folder: Path, of: Party, tmp_path: 
         verify(folder, of.coordinator.public)
 
 
-def test_what_can_not_be_listed_is_named(folder: Path, of: Party, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_not_be_listed_is_named(
+    folder: Path, of: Party, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A folder that nobody may list could hide what was added."""
     scan = os.scandir
 
@@ -186,7 +195,8 @@ def smaller_epsilon_in_a_statement(folder: Path, of: Party) -> None:
 def another_promise_in_the_card(folder: Path, of: Party) -> None:
     path = folder / "README.md"
     path.write_text(
-        path.read_text() + "\nEach institution's updates are (0.05, 1e-12)-differentially private.\n"
+        path.read_text()
+        + "\nEach institution's updates are (0.05, 1e-12)-differentially private.\n"
     )
 
 
@@ -207,7 +217,10 @@ def a_smaller_epsilon_that_was_signed(folder: Path, of: Party) -> None:
 def a_larger_epsilon_that_was_signed(folder: Path, of: Party) -> None:
     """An institution whose word would be the headline of all; the card says it too."""
     north = signed_at(folder, of, 1e6)
-    statements = {"north": north, "south": replace(north, institution="south", epsilon=cost(manifest()))}
+    statements = {
+        "north": north,
+        "south": replace(north, institution="south", epsilon=cost(manifest())),
+    }
     organisations = {name: each.organisation for name, each in release(of).institutions.items()}
     figures = json.loads((folder / "figures.json").read_text())
     (folder / "README.md").write_text(model_card(manifest(), organisations, statements, figures))
@@ -331,12 +344,19 @@ def test_a_coordinator_can_not_speak_for_an_institution(
 EVIL = "north\nverified with the coordinator's key\x1b[8m"
 
 
-def test_whoever_exported_can_not_write_lines_or_codes_on_a_terminal(tmp_path: Path, of: Party) -> None:
-    """What is said of an export that a stranger signed: of each field, and of the names of its files."""
+def test_whoever_exported_can_not_write_lines_or_codes_on_a_terminal(
+    tmp_path: Path, of: Party
+) -> None:
+    """What is said of an export that a stranger signed.
+
+    Of each field, and of the names of its files.
+    """
     run = replace(manifest(), federation=EVIL)
     with pytest.raises(FedloraError) as caught:
         export(tmp_path / "e", of.coordinator, release(of, run), adapter(tmp_path / "a"))
-    assert "manifest.json federation: found" in str(caught.value) and str(caught.value).isprintable()
+    assert (
+        "manifest.json federation: found" in str(caught.value) and str(caught.value).isprintable()
+    )
     folder = exported(tmp_path, of)
     (folder / EVIL).touch()
     with pytest.raises(Refused) as found:
@@ -354,7 +374,9 @@ def test_whoever_exported_can_not_write_lines_or_codes_on_a_terminal(tmp_path: P
 def test_where_the_base_lay_is_not_released(tmp_path: Path, of: Party) -> None:
     files = adapter(tmp_path / "adapter", base="/home/somebody/models/bert")
     export(tmp_path / "export", of.coordinator, release(of), files)
-    assert json.loads((tmp_path / "export" / "adapter" / "fedlora.json").read_text())["base"] == "bert"
+    assert (
+        json.loads((tmp_path / "export" / "adapter" / "fedlora.json").read_text())["base"] == "bert"
+    )
     assert not any(b"somebody" in path.read_bytes() for path in (tmp_path / "export").rglob("*.*"))
     assert json.loads((files / "fedlora.json").read_text())["base"] == "/home/somebody/models/bert"
     shutil.copy(files / "fedlora.json", tmp_path / "elsewhere")
@@ -372,13 +394,19 @@ def test_faulty_releases_are_not_written(tmp_path: Path, of: Party) -> None:
             export(tmp_path / "export", of.coordinator, wrong, source)
         assert not (tmp_path / "export").exists()
 
-    forged = dict(whole.statements) | {"north": consent(of.members["south"], "north", whole.manifest)}
+    forged = dict(whole.statements) | {
+        "north": consent(of.members["south"], "north", whole.manifest)
+    }
     refused(replace(whole, statements=forged), "signature")
     absurd = dict(whole.statements) | {
         "north": consent(of.members["north"], "north", whole.manifest, 1.7e308)
     }
-    refused(replace(whole, statements=absurd), r"north.json epsilon: found 1.7e\+308, expected 1.51997")
-    unpaid = dict(whole.statements) | {"north": consent(of.members["north"], "north", whole.manifest, 0.0)}
+    refused(
+        replace(whole, statements=absurd), r"north.json epsilon: found 1.7e\+308, expected 1.51997"
+    )
+    unpaid = dict(whole.statements) | {
+        "north": consent(of.members["north"], "north", whole.manifest, 0.0)
+    }
     refused(replace(whole, statements=unpaid), "epsilon")
     missing = {"north": whole.statements["north"]}
     refused(replace(whole, statements=missing), "south")
@@ -395,7 +423,9 @@ def test_faulty_releases_are_not_written(tmp_path: Path, of: Party) -> None:
 
 def test_a_run_without_privacy_says_so(tmp_path: Path, of: Party) -> None:
     run = manifest("none")
-    plain = replace(release(of, run), statements={n: consent(i, n, run, 0.0) for n, i in of.members.items()})
+    plain = replace(
+        release(of, run), statements={n: consent(i, n, run, 0.0) for n, i in of.members.items()}
+    )
     export(tmp_path / "export", of.coordinator, plain, adapter(tmp_path / "adapter"))
     assert "without privacy" in (tmp_path / "export" / "README.md").read_text()
 
@@ -403,4 +433,9 @@ def test_a_run_without_privacy_says_so(tmp_path: Path, of: Party) -> None:
 def test_an_export_is_no_offer(folder: Path, of: Party) -> None:
     """Else whoever has one could make a node that was never asked reserve the run's ε."""
     with pytest.raises(Refused):
-        unseal((folder / "manifest.json").read_text(), MANIFEST_TAG, "manifest.json", of.coordinator.public)
+        unseal(
+            (folder / "manifest.json").read_text(),
+            MANIFEST_TAG,
+            "manifest.json",
+            of.coordinator.public,
+        )

@@ -1,4 +1,7 @@
-"""Checkpoints: what was written is what is read, or nothing; whatever breaks, the last good one stays."""
+"""Checkpoints: what was written is what is read, or nothing.
+
+Whatever breaks, the last good one stays.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ def _no_real_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Two of three rounds are committed, in the averaging stretch of a momentum run: every file says much."""
+    """Two of three rounds are committed, in the averaging stretch of a momentum run.
+
+    Every file says much.
+    """
     run = Run(tmp_path / "run", manifest_of(3))
     run.rules = replace(run.rules, average_last=1.0)
     run.cohort.before = lambda: interrupt() if len(run.log) == 2 else None
@@ -60,7 +66,9 @@ def test_what_is_committed_is_loaded(
     memory: ServerState,
     best: float | None,
 ) -> None:
-    progress = Progress(1, AdapterState(SPEC, vector), AdapterState(SPEC, released), memory, best, 3)
+    progress = Progress(
+        1, AdapterState(SPEC, vector), AdapterState(SPEC, released), memory, best, 3
+    )
     with tempfile.TemporaryDirectory() as name:
         checkpoint = Checkpoint.create(Path(name) / "checkpoint", manifest_of(2), START)
         same(checkpoint.load(), Progress(0, START, START))
@@ -71,7 +79,9 @@ def test_what_is_committed_is_loaded(
 def test_a_state_without_coordinates_is_a_state() -> None:
     spec = AdapterSpec((TensorSpec("nothing", (0,)),))
     with tempfile.TemporaryDirectory() as name:
-        checkpoint = Checkpoint.create(Path(name), manifest_of(1, spec=spec), AdapterState.zeros(spec))
+        checkpoint = Checkpoint.create(
+            Path(name), manifest_of(1, spec=spec), AdapterState.zeros(spec)
+        )
         assert Checkpoint.open(checkpoint.folder, spec).load().state == AdapterState.zeros(spec)
 
 
@@ -117,7 +127,9 @@ def test_a_file_of_another_run_is_refused(run: Run, tmp_path: Path, name: str) -
 
 
 def test_a_checkpoint_for_another_adapter_is_refused(run: Run) -> None:
-    with pytest.raises(BadInput, match=r"manifest.json spec_digest: found sha256:\w+, expected sha256:"):
+    with pytest.raises(
+        BadInput, match=r"manifest.json spec_digest: found sha256:\w+, expected sha256:"
+    ):
         Checkpoint.open(run.folder, AdapterSpec((TensorSpec("lora.a", (7,)),)))
 
 
@@ -129,7 +141,8 @@ def test_a_folder_holds_one_run(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["extra", ".hidden", "state-2.safetensors.bak", "progress.json.1", "state-x.safetensors"]
+    "name",
+    ["extra", ".hidden", "state-2.safetensors.bak", "progress.json.1", "state-x.safetensors"],
 )
 def test_an_added_file_is_refused(run: Run, name: str) -> None:
     (run.folder / name).write_text("x")
@@ -149,7 +162,12 @@ def test_a_folder_or_a_link_is_none_of_its_files(run: Run) -> None:
 
 
 def test_what_a_kill_left_half_written_is_borne_and_goes_with_the_next_round(run: Run) -> None:
-    for name in (".state-3.safetensors.77", ".progress.json.77", ".attempts.json.77", "state-1.safetensors"):
+    for name in (
+        ".state-3.safetensors.77",
+        ".progress.json.77",
+        ".attempts.json.77",
+        "state-1.safetensors",
+    ):
         (run.folder / name).write_text("half")
     checkpoint = Checkpoint.open(run.folder, SPEC)
     checkpoint.commit(checkpoint.load())
@@ -225,19 +243,25 @@ def test_a_checkpoint_on_a_full_disk_is_the_last_good_one(tmp_path: Path) -> Non
         assert pages > 1 and Checkpoint.open(disk / "run", SPEC).load().round == 2
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = Checkpoint.open(run.folder, SPEC).load()
     later = replace(before, round=3, state=AdapterState.zeros(SPEC))
     disk = Disk(lasting=True, error=full_disk).install(monkeypatch)
     checkpoint = Checkpoint.open(run.folder, SPEC)
-    for fail_at in range(10):  # five steps for the state, five for the pointer: open, sync, replace, sync
+    # five steps for the state, five for the pointer: open, sync, replace, sync
+    for fail_at in range(10):
         disk.fail_at, disk.steps = fail_at, 0
-        with pytest.raises(FedloraError, match=r"could not be written \(No space left on device\)") as error:
+        with pytest.raises(
+            FedloraError, match=r"could not be written \(No space left on device\)"
+        ) as error:
             checkpoint.commit(later)
         assert error.value.exit_code == 1
         assert "\n" not in str(error.value)
         disk.restarted()
-        expected = later if fail_at >= 8 else before  # what fails then is the sync of a pointer that moved
+        # what fails then is the sync of a pointer that moved
+        expected = later if fail_at >= 8 else before
         same(Checkpoint.open(run.folder, SPEC).load(), expected)
     checkpoint.commit(later)
     same(checkpoint.load(), later)
@@ -257,7 +281,9 @@ def test_an_old_state_that_can_not_be_removed_stops_nothing(
     assert not (run.folder / "state-2.safetensors").exists()
 
 
-def test_another_version_s_checkpoint_is_refused_by_name(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_s_checkpoint_is_refused_by_name(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fedlora.server.rounds.checkpoint.VERSION", 2)
     with pytest.raises(BadInput, match=r"progress.json version: found 1, expected 2"):
         Checkpoint.open(run.folder, SPEC)

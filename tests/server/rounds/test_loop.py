@@ -25,7 +25,18 @@ from fedlora.server.rounds.cohort import CohortSum, participants, replies_needed
 from fedlora.server.rounds.loop import Rules, run_rounds
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
-from tests.server.fakes import SPEC, START, Behaviour, Disk, Killed, Run, full_disk, manifest_of, same, target
+from tests.server.fakes import (
+    SPEC,
+    START,
+    Behaviour,
+    Disk,
+    Killed,
+    Run,
+    full_disk,
+    manifest_of,
+    same,
+    target,
+)
 
 
 def loud(update: Update) -> Update:
@@ -36,7 +47,8 @@ def refusing(update: Update) -> Update:
     raise Refused(f"{update.client}: the budget is spent")
 
 
-# --- what a round does ---------------------------------------------------------------------------------
+# --- what a round does
+# ---------------------------------------------------------------------------------
 
 
 def test_golden_federation(tmp_path: Path) -> None:
@@ -65,7 +77,10 @@ def test_each_plan_names_the_run_the_round_and_the_state(tmp_path: Path) -> None
         (1, 5, 5),
     ]
     assert {plan.manifest for plan in plans} == {run.manifest.digest}
-    assert [plan.adapter for plan in plans] == [START.digest, *(state.digest for state, _ in states[:-1])]
+    assert [plan.adapter for plan in plans] == [
+        START.digest,
+        *(state.digest for state, _ in states[:-1]),
+    ]
     assert [phase for _, phase in states] == [0, 0, 1, 1, 1]
 
 
@@ -74,7 +89,13 @@ def test_a_record_says_what_happened(tmp_path: Path) -> None:
     run.cohort.behaviours = {1: loud}
     run.go()
     first, second = run.log
-    assert (first.round, first.phase, first.attempt, first.asked, first.replies) == (1, "head", 1, 3, 2)
+    assert (first.round, first.phase, first.attempt, first.asked, first.replies) == (
+        1,
+        "head",
+        1,
+        3,
+        2,
+    )
     assert [(failure.client, failure.reason) for failure in first.failures] == [
         ("client-1", "client-1: on fire")
     ]
@@ -115,7 +136,8 @@ def test_a_finished_run_asks_nobody(tmp_path: Path) -> None:
     assert len(run.cohort.plans) == asked
 
 
-# --- the average of the last rounds --------------------------------------------------------------------
+# --- the average of the last rounds
+# --------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=25)
@@ -130,7 +152,10 @@ def test_a_phase_releases_the_mean_of_its_last_states(
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
         run = Run(
-            Path(name) / "run", manifest_of(head, adapter), Rules(average_last=share), optimizer=optimizer
+            Path(name) / "run",
+            manifest_of(head, adapter),
+            Rules(average_last=share),
+            optimizer=optimizer,
         )
         checkpoint, seen = run.checkpoint(), []
         strategy = _Recording(FedAvg(ServerOptimizer(optimizer, 0.5, 0.9, 0.99)))
@@ -172,11 +197,14 @@ class _Recording:
         return after, kept
 
 
-# --- quorum and attempts -------------------------------------------------------------------------------
+# --- quorum and attempts
+# -------------------------------------------------------------------------------
 
 
 def test_a_quorum_is_the_exact_share_of_those_asked() -> None:
-    """All shares that a person writes, 0.07 of 100 among them, whose product in floats is a hair above 7."""
+    """All shares that a person writes, 0.07 of 100 among them, whose product in floats is a hair
+    above 7.
+    """
     for whole in (*range(1, 13), 100):
         for part in range(1, whole + 1):
             for asked in range(0, 121):
@@ -184,20 +212,24 @@ def test_a_quorum_is_the_exact_share_of_those_asked() -> None:
 
 
 @pytest.mark.parametrize(("quorum", "round_reached"), [(0.6, 2), (2 / 3, 2), (0.7, 0), (1.0, 0)])
-def test_below_the_quorum_the_attempts_run_out(tmp_path: Path, quorum: float, round_reached: int) -> None:
+def test_below_the_quorum_the_attempts_run_out(
+    tmp_path: Path, quorum: float, round_reached: int
+) -> None:
     run = Run(tmp_path / "run", manifest_of(2, spare=1, mode="record"), Rules(quorum=quorum))
     run.cohort.behaviours = {1: loud}
     if round_reached:
         assert run.go().round == round_reached
         return
     with pytest.raises(
-        Spent, match=r"all 3 attempts .*round 1: 2 of 3 asked answered, expected a share of .*on fire"
+        Spent,
+        match=r"all 3 attempts .*round 1: 2 of 3 asked answered, expected a share of .*on fire",
     ) as e:
         run.go()
     assert e.value.exit_code == 3
     assert [plan.attempt for plan in run.cohort.plans] == [1, 2, 3]
     same(run.checkpoint().load(), Progress(0, START, START))
-    with pytest.raises(Refused, match="the last adapter is kept") as spent:  # nor does --resume find one more
+    # nor does --resume find one more
+    with pytest.raises(Refused, match="the last adapter is kept") as spent:
         run.go()
     assert spent.value.exit_code == 3
 
@@ -262,7 +294,9 @@ def test_without_privacy_a_lost_quorum_is_no_end(tmp_path: Path) -> None:
 def test_many_failures_are_one_short_line(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", manifest_of(1), clients=9)
     run.cohort.behaviours = dict.fromkeys(range(9), loud)
-    with pytest.raises(QuorumLost, match=r"0 of 9 asked .*client-4: on fire; and 4 more\)$") as error:
+    with pytest.raises(
+        QuorumLost, match=r"0 of 9 asked .*client-4: on fire; and 4 more\)$"
+    ) as error:
         run.go()
     assert "\n" not in str(error.value)
 
@@ -283,7 +317,8 @@ def test_nobody_answering_is_never_a_quorum(tmp_path: Path) -> None:
         run.go()
 
 
-# --- Poisson participation -----------------------------------------------------------------------------
+# --- Poisson participation
+# -----------------------------------------------------------------------------
 
 
 def test_participation_at_its_ends() -> None:
@@ -305,11 +340,14 @@ def test_participants_join_independently_at_the_rate() -> None:
     assert np.abs(correlation).max() < 4 / math.sqrt(draws)
 
 
-# --- early stopping ------------------------------------------------------------------------------------
+# --- early stopping
+# ------------------------------------------------------------------------------------
 
 
 def scored(tmp_path: Path, scores: list[float], patience: int, *rounds: int, every: int = 1) -> Run:
-    run = Run(tmp_path / "run", manifest_of(*rounds), Rules(patience=patience, evaluate_every=every))
+    run = Run(
+        tmp_path / "run", manifest_of(*rounds), Rules(patience=patience, evaluate_every=every)
+    )
     given_scores = iter(scores)
     run.scores = lambda state, phase: {"loss": 9.0, "accuracy": next(given_scores)}
     return run
@@ -340,7 +378,8 @@ def test_patience_counts_evaluations(tmp_path: Path) -> None:
 def test_patience_does_not_end_a_run_before_its_last_phase(tmp_path: Path) -> None:
     falling = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
     done = scored(tmp_path, falling, 2, 4, 4).go()
-    assert (done.round, done.best) == (6, 0.9)  # what the head phase reached is still the score to beat
+    # what the head phase reached is still the score to beat
+    assert (done.round, done.best) == (6, 0.9)
 
 
 def test_without_accuracy_the_loss_decides(tmp_path: Path) -> None:
@@ -358,17 +397,30 @@ def test_a_run_that_was_stopped_early_stays_stopped(tmp_path: Path) -> None:
     assert len(run.cohort.plans) == asked
 
 
-# --- bad updates, by name ------------------------------------------------------------------------------
+# --- bad updates, by name
+# ------------------------------------------------------------------------------
 
 BAD_UPDATES: dict[str, tuple[Callable[[Vector], Vector], str]] = {
-    "adapter-huge-norm": (lambda delta: delta + np.float32(1e6), "found an L2 norm of 2.646e[+]06, expected"),
-    "adapter-largest-float": (lambda delta: np.full_like(delta, np.finfo(np.float32).max), "L2 norm of 9"),
-    "st-wrong-shape": (lambda delta: delta[None], r"found float32 \(1, 7\), expected float32 \(7,\)"),
+    "adapter-huge-norm": (
+        lambda delta: delta + np.float32(1e6),
+        "found an L2 norm of 2.646e[+]06, expected",
+    ),
+    "adapter-largest-float": (
+        lambda delta: np.full_like(delta, np.finfo(np.float32).max),
+        "L2 norm of 9",
+    ),
+    "st-wrong-shape": (
+        lambda delta: delta[None],
+        r"found float32 \(1, 7\), expected float32 \(7,\)",
+    ),
     "st-wrong-shape-scalar": (lambda delta: delta[:1], r"found float32 \(1,\), expected"),
     "st-wrong-dtype": (lambda delta: delta.astype(np.float64), r"found float64 \(7,\), expected"),
     "vec-short": (lambda delta: delta[:-1], r"found float32 \(6,\), expected"),
     "vec-long": (lambda delta: np.append(delta, delta), r"found float32 \(14,\), expected"),
-    "st-nan": (lambda delta: np.where(np.arange(7) == 3, np.nan, delta).astype(np.float32), "not finite"),
+    "st-nan": (
+        lambda delta: np.where(np.arange(7) == 3, np.nan, delta).astype(np.float32),
+        "not finite",
+    ),
 }
 
 
@@ -390,11 +442,20 @@ def test_a_bad_update_is_that_peer_s_failure_only(tmp_path: Path, name: str, mod
 
 
 BAD_SUMS: dict[str, tuple[CohortSum, str]] = {
-    "broadcast": (CohortSum(np.ones(1), 1, 1, (), 0.0), r"found float64 \(1,\), expected float64 \(7,\)"),
-    "scalar": (CohortSum(np.float64(1) * np.ones(()), 1, 1, (), 0.0), r"found float64 \(\), expected"),
+    "broadcast": (
+        CohortSum(np.ones(1), 1, 1, (), 0.0),
+        r"found float64 \(1,\), expected float64 \(7,\)",
+    ),
+    "scalar": (
+        CohortSum(np.float64(1) * np.ones(()), 1, 1, (), 0.0),
+        r"found float64 \(\), expected",
+    ),
     "float32": (CohortSum(np.ones(7, dtype=np.float32), 1, 1, (), 0.0), "found float32"),
     "nan": (CohortSum(np.full(7, np.nan), 1, 1, (), 0.0), "not finite"),
-    "more-replies-than-asked": (CohortSum(np.ones(7), 2, 1, (), 0.0), "found 2 replies, expected 0 to 1"),
+    "more-replies-than-asked": (
+        CohortSum(np.ones(7), 2, 1, (), 0.0),
+        "found 2 replies, expected 0 to 1",
+    ),
     "negative-replies": (CohortSum(np.ones(7), -1, 1, (), 0.0), "found -1 replies"),
 }
 
@@ -416,14 +477,17 @@ def test_an_adapter_that_leaves_float32_is_not_committed(tmp_path: Path) -> None
         return CohortSum(np.full(7, 10.0 ** (13 * plan.round)), 1, 1, (), 0.0)
 
     run.cohort.total = growing  # type: ignore[method-assign]
-    with pytest.raises(FedloraError, match=r"round 3: .* left the range of float32.* round 2 is kept"):
+    with pytest.raises(
+        FedloraError, match=r"round 3: .* left the range of float32.* round 2 is kept"
+    ):
         run.go()
     kept = run.checkpoint().load()
     assert kept.round == 2
     assert np.isfinite(kept.state.vector).all()
 
 
-# --- killed and resumed --------------------------------------------------------------------------------
+# --- killed and resumed
+# --------------------------------------------------------------------------------
 
 
 def disturbed(folder: Path, disk: Disk, mode: str = "none", spare: int = 0) -> Run:
@@ -442,7 +506,9 @@ def undisturbed(patch: pytest.MonkeyPatch) -> tuple[Run, Progress, int]:
         return run, run.go(), disk.steps
 
 
-def until_done(run: Run, disk: Disk, fail_at: list[int], error: Callable[[], BaseException]) -> Progress:
+def until_done(
+    run: Run, disk: Disk, fail_at: list[int], error: Callable[[], BaseException]
+) -> Progress:
     """Start; fail at each of the steps, counted from each start; start once more."""
     expected = FedloraError if isinstance(error(), OSError) else type(error())
     for step in fail_at:
@@ -478,14 +544,19 @@ def test_stopped_at_any_step_and_resumed_it_ends_with_the_same_bits(
         run = disturbed(tmp_path / str(step), disk)
         same(until_done(run, disk, [step], error), expected)
         assert [record.round for record in run.log] == [1, 2, 3, 4, 5, 6]
-        assert [record.metrics for record in run.log] == [record.metrics for record in reference.log]
+        assert [record.metrics for record in run.log] == [
+            record.metrics for record in reference.log
+        ]
         disk.fail_at = None
         left = {path.name for path in run.folder.iterdir()}
-        left.discard("state-5.safetensors")  # stays where the very last step, its removal, was cut off
+        # stays where the very last step, its removal, was cut off
+        left.discard("state-5.safetensors")
         assert left == {"attempts.json", "manifest.json", "progress.json", "state-6.safetensors"}
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(steps=st.lists(st.integers(0, 60), min_size=2, max_size=8))
 def test_killed_again_and_again_it_ends_with_the_same_bits(
     steps: list[int], monkeypatch: pytest.MonkeyPatch
@@ -496,7 +567,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(
         same(until_done(disturbed(Path(name) / "run", disk), disk, steps, Killed), expected)
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(steps=st.lists(st.integers(0, 60), max_size=12), spare=st.integers(0, 3))
 def test_killed_again_and_again_no_attempt_is_used_twice_or_beyond_what_was_accounted(
     steps: list[int], spare: int, monkeypatch: pytest.MonkeyPatch
@@ -514,7 +587,9 @@ def test_killed_again_and_again_no_attempt_is_used_twice_or_beyond_what_was_acco
         begun = [run.checkpoint().attempts_begun(phase) for phase in (0, 1)]
         for phase in (0, 1):
             assert heard[phase] <= begun[phase] <= run.manifest.phases[phase].attempts
-        run.checkpoint().check_against_ledger(max((plan.attempt for plan in run.cohort.plans), default=0))
+        run.checkpoint().check_against_ledger(
+            max((plan.attempt for plan in run.cohort.plans), default=0)
+        )
 
 
 def test_a_full_disk_in_the_middle_of_a_run_keeps_the_last_round(

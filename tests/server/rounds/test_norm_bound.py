@@ -44,7 +44,9 @@ def test_sgd_with_a_large_draw_of_aligned_units_is_within_it(
     ratio: float,
     seed: int,
 ) -> None:
-    """The worst honest node: `ratio` times as many units as expected, each at its clip, all aligned."""
+    """The worst honest node: `ratio` times as many units as expected, each at its clip, all
+    aligned.
+    """
     random, expected = np.random.default_rng(seed), 16.0
     manifest = manifest_of(
         1,
@@ -77,7 +79,9 @@ def test_sgd_with_a_large_draw_of_aligned_units_is_within_it(
     rate=st.floats(1e-4, 1),
     scales=st.lists(st.floats(1e-6, 1e6), min_size=60, max_size=60),
 )
-def test_adamw_on_any_gradients_is_within_it(size: int, steps: int, rate: float, scales: list[float]) -> None:
+def test_adamw_on_any_gradients_is_within_it(
+    size: int, steps: int, rate: float, scales: list[float]
+) -> None:
     manifest = manifest_of(1, optimizer="adamw", steps=steps, learning_rate=rate)
     weights, first, second = np.zeros(size), np.zeros(size), np.zeros(size)
     for t in range(1, steps + 1):
@@ -93,7 +97,9 @@ def test_the_bound_itself_passes_and_a_hair_more_does_not(mode: str, optimizer: 
     bound = update_bound(manifest_of(1, mode=mode, optimizer=optimizer, noise_multiplier=1.0), 0, 4)
     assert 0 < bound < 1e4
     check_norm(update_of(np.full(4, bound / 2 * 0.9999, dtype=np.float32)), bound)
-    with pytest.raises(BadInput, match=r"update of client-1: found an L2 norm of .*, expected at most"):
+    with pytest.raises(
+        BadInput, match=r"update of client-1: found an L2 norm of .*, expected at most"
+    ):
         check_norm(update_of(np.full(4, bound / 2 * 1.0001, dtype=np.float32)), bound)
 
 

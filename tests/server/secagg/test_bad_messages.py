@@ -1,6 +1,7 @@
 """Bad messages of secure aggregation, by their names in the project's list of bad inputs.
 
-Each is refused with one line by whoever gets it, changes nothing there, and the round goes on to the same sum.
+Each is refused with one line by whoever gets it, changes nothing there, and the round goes on to
+the same sum.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.secagg.wire import KeyOffer, MaskedInput, Opening
 from fedlora.server.secagg.attempt import Listed, ServerAttempt
 from fedlora.server.secagg.epoch import ServerEpoch
-from tests.secure_world import FEDERATION, IDENTITIES, RUN, World, epoch_of, node_name, peers_of, slot_of
+from tests.secure_world import (
+    FEDERATION,
+    IDENTITIES,
+    RUN,
+    World,
+    epoch_of,
+    node_name,
+    peers_of,
+    slot_of,
+)
 
 VICTIM, OTHER = node_name(0), node_name(1)
 
@@ -52,7 +62,9 @@ class Round:
             node.accept(self.epoch.delivery(name))
         self.attempt = ServerAttempt(self.listed, slot_of(), self.world.encoding)
         world = self.world
-        self.sent = {n: world.nodes[n].mask(slot_of(), world.encoding, world.values(n)) for n in world.names}
+        self.sent = {
+            n: world.nodes[n].mask(slot_of(), world.encoding, world.values(n)) for n in world.names
+        }
         return self
 
     def inputs(self) -> Round:
@@ -94,7 +106,9 @@ def flipped(data: bytes) -> bytes:
 def two_names_of_one_house(now: Round) -> None:
     peers = peers_of(5)
     peers[OTHER] = replace(peers[OTHER], organisation="organisation-2")
-    node = SecureNode(IDENTITIES[0], CohortPolicy(VICTIM, peers, 5, 1), FEDERATION, RUN, MemoryOutbox())
+    node = SecureNode(
+        IDENTITIES[0], CohortPolicy(VICTIM, peers, 5, 1), FEDERATION, RUN, MemoryOutbox()
+    )
     own = KeyOffer.from_bytes(node.offer(epoch_of()))
     node.deal(wire.cohort_to_bytes([each.to_bytes() for each in [own, *now.offers()[1:]]]))
 
@@ -107,7 +121,9 @@ def opening_of_a_liar(now: Round) -> None:
     message = Opening.from_bytes(now.sent[OTHER])
     wrong = replace(message, shares=message.shares[:-32] + shamir.to_bytes(1))
     signed = wrong.signed(slot_of().context(epoch_of()), now.attempt._signed[-1])
-    now.attempt.add_opening(replace(wrong, signature=IDENTITIES[1].sign(wire.OPENING, *signed)).to_bytes())
+    now.attempt.add_opening(
+        replace(wrong, signature=IDENTITIES[1].sign(wire.OPENING, *signed)).to_bytes()
+    )
 
 
 def late(now: Round) -> None:
@@ -131,11 +147,7 @@ CASES: dict[str, tuple[int, Callable[[Round], object], str]] = {
         lambda now: input_with(now, context=slot_of(round_number=2).context(epoch_of())),
         "round, attempt, model",
     ),
-    "msg-wrong-stage": (
-        SHARES,
-        lambda now: now.attempt.add_input(now.sent[OTHER][9:]),
-        "kind|end",
-    ),
+    "msg-wrong-stage": (SHARES, lambda now: now.attempt.add_input(now.sent[OTHER][9:]), "kind|end"),
     "msg-wrong-stage-signature": (
         KEYS,
         lambda now: deal(
@@ -143,7 +155,8 @@ CASES: dict[str, tuple[int, Callable[[Round], object], str]] = {
             [
                 *now.offers()[:4],
                 replace(
-                    now.offers()[4], signature=IDENTITIES[4].sign(wire.SHARES, *now.offers()[4].signed())
+                    now.offers()[4],
+                    signature=IDENTITIES[4].sign(wire.SHARES, *now.offers()[4].signed()),
                 ),
             ],
         ),
@@ -161,8 +174,16 @@ CASES: dict[str, tuple[int, Callable[[Round], object], str]] = {
         lambda now: now.victim().deal(wire.cohort_to_bytes([b""] * 1001)),
         "too many fields",
     ),
-    "vec-short": (SHARES, lambda now: input_with(now, vector=bytes(76)), "found 76 bytes, expected 80"),
-    "vec-long": (SHARES, lambda now: input_with(now, vector=bytes(84)), "found 84 bytes, expected 80"),
+    "vec-short": (
+        SHARES,
+        lambda now: input_with(now, vector=bytes(76)),
+        "found 76 bytes, expected 80",
+    ),
+    "vec-long": (
+        SHARES,
+        lambda now: input_with(now, vector=bytes(84)),
+        "found 84 bytes, expected 80",
+    ),
     "cohort-below-minimum": (
         KEYS,
         lambda now: deal(now, now.offers()[:4]),
@@ -172,11 +193,18 @@ CASES: dict[str, tuple[int, Callable[[Round], object], str]] = {
         KEYS,
         lambda now: deal(
             now,
-            [*now.offers()[:4], signed_by(4, replace(now.offers()[4], share_key=now.offers()[3].share_key))],
+            [
+                *now.offers()[:4],
+                signed_by(4, replace(now.offers()[4], share_key=now.offers()[3].share_key)),
+            ],
         ),
         "one key twice",
     ),
-    "cohort-two-keys-one-organisation": (KEYS, two_names_of_one_house, "two members of one organisation"),
+    "cohort-two-keys-one-organisation": (
+        KEYS,
+        two_names_of_one_house,
+        "two members of one organisation",
+    ),
     "unmask-overlap": (
         INPUTS,
         lambda now: now.victim().confirm(1, wire.survivors_to_bytes([VICTIM, *now.world.names])),
@@ -189,7 +217,11 @@ CASES: dict[str, tuple[int, Callable[[Round], object], str]] = {
         ),
         "found 3 signatures, expected at least 4",
     ),
-    "unmask-twice": (OPENED, lambda now: now.victim().open(1, now.agreement), "no input that is still open"),
+    "unmask-twice": (
+        OPENED,
+        lambda now: now.victim().open(1, now.agreement),
+        "no input that is still open",
+    ),
     "share-corrupt": (OPENED, opening_of_a_liar, "did not deal"),
     "key-low-order": (
         KEYS,

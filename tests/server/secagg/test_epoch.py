@@ -1,4 +1,6 @@
-"""The coordinator's half: sums bit for bit, drop-outs at every stage, liars by name, and nothing below t."""
+"""The coordinator's half: sums bit for bit, drop-outs at every stage, liars by name, and nothing
+below t.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ from fedlora.server.secagg.attempt import Listed, ServerAttempt
 from fedlora.server.secagg.epoch import ServerEpoch
 from fedlora.server.secagg.log import KEYS, liars_in
 from fedlora.server.secagg.seen_keys import SeenKeys
-from tests.secure_world import IDENTITIES, World, encoding_of, epoch_of, node_name, peers_of, slot_of
+from tests.secure_world import (
+    IDENTITIES,
+    World,
+    encoding_of,
+    epoch_of,
+    node_name,
+    peers_of,
+    slot_of,
+)
 
 STAGES = ("no_deal", "no_input", "no_confirmation", "no_opening")
 FEW = [(n, stage, drops) for n in (3, 5, 10) for stage in STAGES for drops in range(borne(n) + 1)]
@@ -36,7 +46,11 @@ def exact(world: World, stage: str, drops: int, epochs: int = 1) -> None:
         assert result.members == tuple(name for name in world.names if name not in gone)
         assert (result.levels == world.plain_sum(result.members)).all()
         assert result.dropped == (tuple(gone) if stage == "no_input" else ())
-        assert (result.cohort, result.threshold, result.liars) == (world.count, threshold(world.count), ())
+        assert (result.cohort, result.threshold, result.liars) == (
+            world.count,
+            threshold(world.count),
+            (),
+        )
 
 
 @pytest.mark.parametrize(("count", "stage", "drops"), FEW)
@@ -45,7 +59,10 @@ def test_the_sum_is_exact_with_drop_outs_at_every_stage(count: int, stage: str, 
 
 
 def test_the_sum_of_a_hundred_is_exact() -> None:
-    """n - t = 33 drop-outs, over all stages; each number at each stage is a test of `make chaos`."""
+    """n - t = 33 drop-outs, over all stages.
+
+    Each number at each stage is a test of `make chaos`.
+    """
     world = World(100)
     names = world.names
     listed = world.begin(epoch_of(), no_deal=names[:11])
@@ -108,7 +125,10 @@ def test_too_few_keys() -> None:
 
 @pytest.mark.parametrize(("here", "members"), [(8, 8), (7, 6), (6, 6)])
 def test_a_cohort_of_a_size_that_bears_less_goes_on_with_one_less(here: int, members: int) -> None:
-    """Six bear three colluders, seven two, eight three: nodes that assume three refuse a cohort of seven."""
+    """Six bear three colluders, seven two, eight three.
+
+    Nodes that assume three refuse a cohort of seven.
+    """
     world = World(8, 6, 3, assumed=3)
     listed = world.begin(epoch_of(), no_keys=world.names[here:])
     assert list(listed.offers) == world.names[:members]
@@ -133,9 +153,11 @@ def test_the_last_to_offer_is_left_out_and_below_the_minimum_nobody_is() -> None
 
 
 def test_an_abort_reveals_nothing() -> None:
-    """With t - 1 openings no secret is determined, and what the coordinator holds is still uniform words.
+    """With t - 1 openings no secret is determined, and what the coordinator holds is still uniform
+    words.
 
-    For the b of any survivor: t - 1 shares fit every secret. The masked sum passes a chi-squared test.
+    For the b of any survivor: t - 1 shares fit every secret. The masked sum passes a chi-squared
+    test.
     """
     world = World(5, encoding=encoding_of(size=20_000))
     listed = world.begin(epoch_of())
@@ -174,7 +196,8 @@ def test_a_wrong_u2_secret_gives_noise_not_a_sum() -> None:
         server._sum.check(3, bytes(32))
 
 
-# --- messages that do not count ------------------------------------------------------------------------------
+# --- messages that do not count
+# ------------------------------------------------------------------------------
 
 
 def opened(
@@ -193,7 +216,9 @@ def opened(
 
 @pytest.mark.parametrize("dropped", [False, True])
 def test_share_corrupt(dropped: bool) -> None:
-    """`share-corrupt`: a liar's share is rejected, the liar is named, and the others give the same sum."""
+    """`share-corrupt`: a liar's share is rejected, the liar is named, and the others give the same
+    sum.
+    """
     world = World(5)
     gone = (node_name(4),) if dropped else ()
     world_server, messages = opened(world, world.begin(epoch_of()), gone)
@@ -202,7 +227,9 @@ def test_share_corrupt(dropped: bool) -> None:
     wrong = replace(message, shares=message.shares[:-32] + shamir.to_bytes(99))
     signed = wrong.signed(slot_of().context(epoch_of()), world_server._signed[-1])
     forged = replace(wrong, signature=IDENTITIES[2].sign(wire.OPENING, *signed))
-    with pytest.raises(Refused, match="opening of node-002: found a share that node-004 did not deal"):
+    with pytest.raises(
+        Refused, match="opening of node-002: found a share that node-004 did not deal"
+    ):
         world_server.add_opening(forged.to_bytes())
     for name, each in messages.items():
         if name != liar:
@@ -216,7 +243,9 @@ def test_share_corrupt(dropped: bool) -> None:
     assert world_server.liars == (liar,)
 
 
-def with_a_dealer(world: World, liar: str, of: Callable[[Deal, str], Deal]) -> tuple[Listed, ServerEpoch]:
+def with_a_dealer(
+    world: World, liar: str, of: Callable[[Deal, str], Deal]
+) -> tuple[Listed, ServerEpoch]:
     """An epoch in which one deal is another than an honest node's."""
     epoch = epoch_of()
     server = world.server_epoch(epoch)
@@ -254,7 +283,10 @@ def test_a_dealer_that_seals_garbage_for_many_is_suspected() -> None:
 
 @pytest.mark.parametrize("against", [1, 2])
 def test_nobody_is_called_a_liar_on_the_word_of_others(against: int) -> None:
-    """An honest dealer, of whom some say that its share does not open: with one (c) the sum goes on without it."""
+    """An honest dealer, of whom some say that its share does not open.
+
+    With one (c) the sum goes on without it.
+    """
     world, dealer = World(5), node_name(0)
     server, messages = opened(world, world.begin(epoch_of()))
     for number, data in enumerate(messages.values()):
@@ -263,7 +295,9 @@ def test_nobody_is_called_a_liar_on_the_word_of_others(against: int) -> None:
             data = reopened(server, replace(message, shares=wire.NO_SHARE + message.shares[32:]))
         server.add_opening(data)
     if against == 1:
-        assert (server.result().levels == world.plain_sum(world.names)).all() and not server.suspected
+        assert (
+            server.result().levels == world.plain_sum(world.names)
+        ).all() and not server.suspected
     else:
         with pytest.raises(QuorumLost, match="; node-003, node-004 say that theirs do not open"):
             server.result()
@@ -279,20 +313,30 @@ def reopened(server: ServerAttempt, message: Opening) -> bytes:
 
 
 def test_c_words_and_too_few_openings_suspect_nobody() -> None:
-    """One did not open and one (c) says "none": fewer than t shares, and no more words than may conspire."""
+    """One did not open and one (c) says "none".
+
+    Fewer than t shares, and no more words than may conspire.
+    """
     world = World(5)
     server, messages = opened(world, world.begin(epoch_of()))
     message = Opening.from_bytes(messages[node_name(3)])
-    server.add_opening(reopened(server, replace(message, shares=wire.NO_SHARE + message.shares[32:])))
+    server.add_opening(
+        reopened(server, replace(message, shares=wire.NO_SHARE + message.shares[32:]))
+    )
     for name in world.names[:3]:
         server.add_opening(messages[name])
-    with pytest.raises(QuorumLost, match="3 shares of node-000 were opened, expected 4; node-003 say"):
+    with pytest.raises(
+        QuorumLost, match="3 shares of node-000 were opened, expected 4; node-003 say"
+    ):
         server.result()
     assert not server.suspected and not server.liars
 
 
 def test_openings_that_do_not_count() -> None:
-    """Not in U3, sent twice, unsigned, changed on the way, of another length: each changes nothing."""
+    """Not in U3, sent twice, unsigned, changed on the way, of another length.
+
+    Each changes nothing.
+    """
     world = World(5)
     listed = world.begin(epoch_of())
     late = world.nodes[node_name(4)]
@@ -307,7 +351,11 @@ def test_openings_that_do_not_count() -> None:
     for data, kind, why in (
         (outside, Refused, "who is not in U3"),
         (replace(message, signature=bytes(64)).to_bytes(), Refused, "did not make"),
-        (replace(message, shares=wire.NO_SHARE + message.shares[32:]).to_bytes(), Refused, "did not make"),
+        (
+            replace(message, shares=wire.NO_SHARE + message.shares[32:]).to_bytes(),
+            Refused,
+            "did not make",
+        ),
         (short, BadInput, "found a field of 128 bytes, expected 160"),
         (long, BadInput, "found a field of 192 bytes, expected 160"),
     ):
@@ -331,9 +379,13 @@ def test_confirmations_that_do_not_count() -> None:
         server.add_input(world.nodes[name].mask(slot_of(), world.encoding, world.values(name)))
     survivors = server.close_inputs()
     first, second = (
-        wire.Confirmation.from_bytes(world.nodes[name].confirm(1, survivors)) for name in world.names[:2]
+        wire.Confirmation.from_bytes(world.nodes[name].confirm(1, survivors))
+        for name in world.names[:2]
     )
-    for changed in (replace(first, signature=bytes(64)), replace(first, signature=second.signature)):
+    for changed in (
+        replace(first, signature=bytes(64)),
+        replace(first, signature=second.signature),
+    ):
         with pytest.raises(Refused, match="did not make"):
             server.add_confirmation(changed.to_bytes())
     server.add_confirmation(first.to_bytes())
@@ -342,7 +394,10 @@ def test_confirmations_that_do_not_count() -> None:
 
 
 def test_a_rebuilt_mask_key_is_held_against_the_public_one() -> None:
-    """A dealer that shares another s than the one it offered, and drops out: named, and nothing is unmasked with it."""
+    """A dealer that shares another s than the one it offered, and drops out.
+
+    Named, and nothing is unmasked with it.
+    """
     world, liar = World(5), node_name(4)
     epoch = epoch_of()
     server = world.server_epoch(epoch)
@@ -393,7 +448,9 @@ def test_one_node_without_a_share_accuses_nobody() -> None:
 
 
 def test_sealed_parts_of_another_size_are_no_deal() -> None:
-    """They would lie in the coordinator's memory, and make a delivery that the receiver refuses to read."""
+    """They would lie in the coordinator's memory, and make a delivery that the receiver refuses to
+    read.
+    """
 
     def long(deal: Deal, name: str) -> Deal:
         return replace(deal, sealed=(deal.sealed[0] + bytes(1), *deal.sealed[1:]))
@@ -417,7 +474,10 @@ def test_a_sum_that_would_not_count_is_not_unmasked() -> None:
 
 
 def test_a_dealer_whose_shares_do_not_rebuild_is_named() -> None:
-    """Shares of two polynomials, properly signed: the seed they give is not the one that was committed to."""
+    """Shares of two polynomials, properly signed.
+
+    The seed they give is not the one that was committed to.
+    """
     world = World(3)
     epoch = epoch_of()
     server = world.server_epoch(epoch)
@@ -451,7 +511,9 @@ def test_a_dealer_whose_shares_do_not_rebuild_is_named() -> None:
 
 
 def test_inputs_that_do_not_count() -> None:
-    """`vec-short`, `vec-long`, `msg-signature-flipped`, `msg-wrong-round`, `msg-wrong-sender`, `late-input`, sent twice."""
+    """`vec-short`, `vec-long`, `msg-signature-flipped`, `msg-wrong-round`, `msg-wrong-sender`,
+    `late-input`, sent twice.
+    """
     world = World(5)
     listed = world.begin(epoch_of(count=2))
     server = ServerAttempt(listed, slot_of(), world.encoding)
@@ -488,7 +550,11 @@ def test_steps_out_of_their_turn() -> None:
     unknown = world.nodes[node_name(3)].offer(epoch)
     world.count = 3
     found = {name: world.nodes[name].offer(epoch) for name in world.names}
-    for step in (server.close_deals, lambda: server.add_deal(b""), lambda: server.delivery(node_name(0))):
+    for step in (
+        server.close_deals,
+        lambda: server.add_deal(b""),
+        lambda: server.delivery(node_name(0)),
+    ):
         with pytest.raises(Refused):
             step()
     for offer in found.values():
@@ -533,17 +599,24 @@ def signed(offer: wire.KeyOffer, number: int, **changes: Any) -> wire.KeyOffer:
     return replace(changed, signature=IDENTITIES[number].sign(wire.KEYS, *changed.signed()))
 
 
-def offers_in(world: World, epoch: wire.Epoch, seen: SeenKeys) -> tuple[ServerEpoch, list[wire.KeyOffer]]:
+def offers_in(
+    world: World, epoch: wire.Epoch, seen: SeenKeys
+) -> tuple[ServerEpoch, list[wire.KeyOffer]]:
     """An epoch at the coordinator, and what each node offers for it."""
     server = ServerEpoch(
         epoch, {name: peer.identity for name, peer in peers_of(world.count).items()}, 3, seen
     )
-    return server, [wire.KeyOffer.from_bytes(world.nodes[name].offer(epoch)) for name in world.names]
+    return server, [
+        wire.KeyOffer.from_bytes(world.nodes[name].offer(epoch)) for name in world.names
+    ]
 
 
 @pytest.mark.parametrize("owner", [3, 0])
 def test_whoever_signs_an_old_key_is_left_out_and_named(owner: int, tmp_path: Path) -> None:
-    """Else one member could make all nodes refuse every list. Also where a coordinator, started again, sees it first."""
+    """Else one member could make all nodes refuse every list.
+
+    Also where a coordinator, started again, sees it first.
+    """
     world = World(4)
     server, first = offers_in(world, epoch_of(), SeenKeys(tmp_path))
     for offer in first:
@@ -555,7 +628,9 @@ def test_whoever_signs_an_old_key_is_left_out_and_named(owner: int, tmp_path: Pa
         signed(second[3], 3, mask_keys=first[owner].mask_keys),
         signed(second[3], 3, share_key=first[owner].mask_keys[0]),
     ):
-        with pytest.raises(Refused, match=f"keys of node-003: .* node-00{owner} signed for an earlier epoch"):
+        with pytest.raises(
+            Refused, match=f"keys of node-003: .* node-00{owner} signed for an earlier epoch"
+        ):
             server.add_offer(stale.to_bytes())
     assert seen.liars == {node_name(3)} == liars_in(tmp_path) == SeenKeys(tmp_path).liars
     for offer in second:
@@ -564,13 +639,17 @@ def test_whoever_signs_an_old_key_is_left_out_and_named(owner: int, tmp_path: Pa
 
 
 def test_an_offer_that_is_brought_twice_is_no_lie(tmp_path: Path) -> None:
-    """A coordinator restored from a copy asks for an epoch again, and a carrier brings what was offered then."""
+    """A coordinator restored from a copy asks for an epoch again, and a carrier brings what was
+    offered then.
+    """
     world, seen = World(4), SeenKeys(tmp_path)
     server, first = offers_in(world, epoch_of(), seen)
     for offer in first:
         server.add_offer(offer.to_bytes())
     server.close_offers()
-    again = ServerEpoch(epoch_of(), {name: peer.identity for name, peer in peers_of(4).items()}, 3, seen)
+    again = ServerEpoch(
+        epoch_of(), {name: peer.identity for name, peer in peers_of(4).items()}, 3, seen
+    )
     with pytest.raises(Refused, match="expected fresh ones"):
         again.add_offer(first[3].to_bytes())
     assert not seen.liars and not SeenKeys(tmp_path).liars
@@ -603,17 +682,21 @@ def test_a_stranger_and_bad_keys_at_the_coordinator() -> None:
     offer = wire.KeyOffer.from_bytes(world.nodes[node_name(0)].offer(epoch_of()))
     low = replace(offer, share_key=bytes(32))
     with pytest.raises(Refused, match="low order"):
-        server.add_offer(replace(low, signature=IDENTITIES[0].sign(wire.KEYS, *low.signed())).to_bytes())
+        server.add_offer(
+            replace(low, signature=IDENTITIES[0].sign(wire.KEYS, *low.signed())).to_bytes()
+        )
     assert keys.LOW_ORDER
 
 
-# --- what the coordinator sees ---------------------------------------------------------------------------------
+# --- what the coordinator sees
+# ---------------------------------------------------------------------------------
 
 
 def test_a_transcript_holds_allow_listed_fields_only() -> None:
     """Every byte that leaves a node is a field of a message, and every field is on the list."""
     classes: dict[str, Any] = {
-        each.__name__: each for each in (wire.KeyOffer, Deal, MaskedInput, wire.Confirmation, Opening)
+        each.__name__: each
+        for each in (wire.KeyOffer, Deal, MaskedInput, wire.Confirmation, Opening)
     }
     assert set(classes) == set(wire.CLEAR_FIELDS)
     for name, each in classes.items():

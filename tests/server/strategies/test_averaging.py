@@ -31,7 +31,8 @@ def state_of(vector: list[float]) -> AdapterState:
     rate=st.floats(1e-3, 2),
     beta1=st.floats(0, 0.99),
     decay=st.integers(0, 9),
-    beta2=st.floats(0.5, 0.999),  # below, Yogi's second moment is a difference of almost equal squares
+    # below, Yogi's second moment is a difference of almost equal squares
+    beta2=st.floats(0.5, 0.999),
 )
 def test_every_optimizer_is_the_paper_s(
     name: str, history: list[list[float]], rate: float, beta1: float, beta2: float, decay: int
@@ -73,7 +74,11 @@ def test_a_falling_rate_falls_linearly_and_takes_its_last_step_above_zero() -> N
     ("name", "steps"), [("none", 10.0), ("momentum", sum(1 - 0.9**k for k in range(1, 11)) * 10)]
 )
 def test_a_constant_update_moves_by_the_closed_form(name: str, steps: float) -> None:
-    strategy, state, memory = FedAvg(ServerOptimizer(name, 0.5, 0.9, 0.99)), state_of([0.0]), ServerState()
+    strategy, state, memory = (
+        FedAvg(ServerOptimizer(name, 0.5, 0.9, 0.99)),
+        state_of([0.0]),
+        ServerState(),
+    )
     for _ in range(10):
         state, memory = strategy.apply(state, memory, np.array([2.0]))
     np.testing.assert_allclose(state.vector, [0.5 * 2.0 * steps], rtol=1e-6)
@@ -94,7 +99,9 @@ def test_the_running_average_is_the_mean_of_all_that_were_added(history: list[li
 @settings(deadline=None)
 @given(histories)
 def test_nothing_that_is_passed_in_is_changed(history: list[list[float]]) -> None:
-    vectors = {name: np.ones(len(history[0]), dtype=np.float32) for name in ("velocity", "first", "second")}
+    vectors = {
+        name: np.ones(len(history[0]), dtype=np.float32) for name in ("velocity", "first", "second")
+    }
     memory, state = ServerState(vectors), state_of(history[0])
     before = state.digest
     for name in RULES:
@@ -115,7 +122,9 @@ def test_nothing_that_is_passed_in_is_changed(history: list[list[float]]) -> Non
         ({"beta2": float("nan")}, "beta2: found nan"),
     ],
 )
-def test_a_bad_optimizer_is_refused_before_anything_is_spent(changes: dict[str, object], fault: str) -> None:
+def test_a_bad_optimizer_is_refused_before_anything_is_spent(
+    changes: dict[str, object], fault: str
+) -> None:
     good: dict[str, object] = {"name": "adam", "learning_rate": 1.0, "momentum": 0.9, "beta2": 0.99}
     with pytest.raises(BadInput, match=fault):
         ServerOptimizer(**{**good, **changes})  # type: ignore[arg-type]

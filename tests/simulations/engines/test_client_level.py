@@ -1,4 +1,6 @@
-"""Mode "client" in a simulation: whole runs on a tiny model, what they leave, and what the ledger holds."""
+"""Mode "client" in a simulation: whole runs on a tiny model, what they leave, and what the ledger
+holds.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ CLIENT = [*SECURE, "privacy.clip=0.5", "privacy.head_phase_clip=0.5"]
 
 
 def test_a_whole_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """Two phases; the stated ε is the institutions', the charged one covers a record, and no attempt is free."""
+    """Two phases; the stated ε is the institutions', the charged one covers a record, and no
+    attempt is free.
+    """
     run, summary = run_whole(config(tiny_bert, data, "client", *CLIENT), tmp_path / "run")
     manifest, ledger = run.manifest, run.ledger
     stated, charged = stated_epsilon(manifest), charged_epsilon(manifest)
@@ -45,7 +49,11 @@ def test_a_whole_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     assert [each["steps"] for each in summary["schedule"]] == [4, 4]  # type: ignore[attr-defined]
     for budget in ("population population", *(f"client-{number}" for number in range(5))):
         reserved = ledger.reserved_for(budget, manifest.digest)
-        assert reserved is not None and reserved.epsilon >= charged and reserved.delta == manifest.delta
+        assert (
+            reserved is not None
+            and reserved.epsilon >= charged
+            and reserved.delta == manifest.delta
+        )
     assert manifest.skellam is not None and manifest.secure is not None
     size = run.federation.model.spec.size
     assert manifest.skellam.coordinates == (int(run.federation.model.spec.head_mask().sum()), size)
@@ -54,7 +62,9 @@ def test_a_whole_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     page = write_report(tmp_path / "run").read_text()
     assert "all records of one together" in page and "For a single record at an institution" in page
     assert "The unit is an institution" in json.dumps(summary["privacy_statement"])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["secure"]["members"] for line in lines] == [5] * 4
     assert 0 < lines[0]["epsilon"] < lines[-1]["epsilon"] <= stated
 
@@ -62,7 +72,10 @@ def test_a_whole_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
 def test_every_attempt_is_reserved_and_no_hash_of_a_clear_update_is_kept(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Also attempts that were lost after their inputs; what is committed says which plan, and nothing of the data."""
+    """Also attempts that were lost after their inputs.
+
+    What is committed says which plan, and nothing of the data.
+    """
     settings = config(tiny_bert, data, "client", *CLIENT, "federation.spare_rounds=3")
     run = begin(settings, Paths.of(tmp_path / "run"))
     cohort, lost = sequential(run), {"left": 1}
@@ -78,7 +91,9 @@ def test_every_attempt_is_reserved_and_no_hash_of_a_clear_update_is_kept(
 
     exchange.ask = losing
     assert train(run, cohort).round == 4
-    entries = [entry.body for entry in run.ledger.entries() if entry.body.get("budget") == "client-0"]
+    entries = [
+        entry.body for entry in run.ledger.entries() if entry.body.get("budget") == "client-0"
+    ]
     attempts = [body["attempt"] for body in entries if body["kind"] == "reserve"]
     assert attempts == [1, 2, 3, 4, 5]
     allowed = {"sha256:" + hashlib.sha256(plan.to_bytes()).hexdigest() for plan in plans}
@@ -104,9 +119,13 @@ def test_a_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_path: P
 def test_what_leaves_a_trainer_is_clipped_and_only_under_masks(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
-    """The in-process engine without masks is refused, whoever builds it; a masked trainer clips the whole update."""
+    """The in-process engine without masks is refused, whoever builds it.
+
+    A masked trainer clips the whole update.
+    """
     run = begin(
-        config(tiny_bert, data, "client", *CLIENT, "training.learning_rate=5.0"), Paths.of(tmp_path / "r")
+        config(tiny_bert, data, "client", *CLIENT, "training.learning_rate=5.0"),
+        Paths.of(tmp_path / "r"),
     )
     plain = SequentialCohort(run.federation, run.manifest, run.ledger, run.moments)
     from fedlora.common.manifest.plan import RoundPlan
@@ -135,7 +154,9 @@ def test_a_manifest_that_understates_is_refused_before_anything_is_charged(
     assert run.ledger.reserved_for("client-0", lower.digest) is None
 
 
-def test_noise_is_calibrated_for_all_phases_together(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_noise_is_calibrated_for_all_phases_together(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     settings = config(tiny_bert, data, "client", *CLIENT, "federation.spare_rounds=0")
     moved = {"head": 10, "adapter": 1000}
     manifest = make_manifest(settings, ("a", "b"), "b", "s", moved=moved)
@@ -150,13 +171,16 @@ def test_noise_is_calibrated_for_all_phases_together(tiny_bert: Path, data: Path
     wide = make_manifest(loud, ("a", "b"), "b", "s", moved=moved)
     assert manifest.secure is not None and wide.secure is not None
     assert (manifest.secure.bits, wide.secure.bits) == (32, 64)
-    assert manifest.secure.levels == LEVELS > wide.secure.levels  # and finer noise could not be drawn
+    # and finer noise could not be drawn
+    assert manifest.secure.levels == LEVELS > wide.secure.levels
 
 
 def test_a_plan_says_whose_epsilon_it_is(tiny_bert: Path, data: Path) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
     print_plan(config(tiny_bert, data, "client", *CLIENT), console)
-    assert re.search(r"all attempts +(8|7\.9\d*) at δ = 0.0001, for one institution", console.export_text())
+    assert re.search(
+        r"all attempts +(8|7\.9\d*) at δ = 0.0001, for one institution", console.export_text()
+    )
 
 
 def test_what_cannot_be(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -166,4 +190,7 @@ def test_what_cannot_be(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     ):  # nothing is noised that is not known to move
         make_manifest(settings, ("a", "b"), "b", "s")
     with pytest.raises(BadInput, match=r"\[privacy\] delta = 0.3: expected less than 1/5"):
-        begin(config(tiny_bert, data, "client", *CLIENT, "privacy.delta=0.3"), Paths.of(tmp_path / "delta"))
+        begin(
+            config(tiny_bert, data, "client", *CLIENT, "privacy.delta=0.3"),
+            Paths.of(tmp_path / "delta"),
+        )

@@ -1,4 +1,7 @@
-"""Secure aggregation in the sequential engine: the same rounds, behind masks; accidents and attacks by configuration."""
+"""Secure aggregation in the sequential engine: the same rounds, behind masks.
+
+Accidents and attacks by configuration.
+"""
 
 from __future__ import annotations
 
@@ -59,26 +62,34 @@ class Trainer:
 class Federation:
     """`count` institutions behind the state machines, without a model."""
 
-    def __init__(self, count: int, mode: str = "record", minimum: int = 3, **faults: float | str) -> None:
-        self.manifest = manifest_of(9, spare=9, mode=mode, noise_multiplier=1.0 if mode == "record" else 0.0)
+    def __init__(
+        self, count: int, mode: str = "record", minimum: int = 3, **faults: float | str
+    ) -> None:
+        self.manifest = manifest_of(
+            9, spare=9, mode=mode, noise_multiplier=1.0 if mode == "record" else 0.0
+        )
         object.__setattr__(self.manifest, "secure", terms())
         object.__setattr__(self.manifest, "minimum_cohort", minimum)
         settings = parse_config(
-            f"[federation]\nclients = {count}\n[aggregation]\nsecure = true\nminimum_cohort = {minimum}\n"
-            f"[privacy]\nmode = '{mode}'\n"
+            f"[federation]\nclients = {count}\n[aggregation]\nsecure = true\nminimum_cohort ="
+            f" {minimum}\n[privacy]\nmode = '{mode}'\n"
             + "[faults]\n"
             + "".join(f"{name} = {json.dumps(value)}\n" for name, value in faults.items())
         )
         self.names = [f"client-{number}" for number in range(count)]
         self.trainers = {name: Trainer(name) for name in self.names}
-        self.institutions = Institutions(self.names, self.manifest, settings, self.trainers.__getitem__)
+        self.institutions = Institutions(
+            self.names, self.manifest, settings, self.trainers.__getitem__
+        )
         identities = {name: peer.identity for name, peer in self.institutions.peers.items()}
         self.cohort = SecureCohort(
             self.manifest, lambda: identities, self.institutions, lambda plan: self.names
         )
 
     def round(self, number: int, attempt: int) -> CohortSum:
-        return self.cohort.total(RoundPlan(self.manifest.digest, 0, number, attempt, START.digest), START)
+        return self.cohort.total(
+            RoundPlan(self.manifest.digest, 0, number, attempt, START.digest), START
+        )
 
     def plain(self, number: int, names: list[str]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         total = np.zeros(SPEC.size)
@@ -93,7 +104,10 @@ def test_rounds_over_several_epochs_give_the_plain_sum() -> None:
     for number in range(1, 8):
         found = federation.round(number, number)
         assert found.replies == found.asked == 5 and not found.failures
-        assert np.abs(found.total - federation.plain(number, federation.names)).max() < 5 * 8.0 / LEVELS
+        assert (
+            np.abs(found.total - federation.plain(number, federation.names)).max()
+            < 5 * 8.0 / LEVELS
+        )
         assert found.secure is not None
         assert (found.secure.cohort, found.secure.threshold, found.secure.members) == (5, 4, 5)
     assert federation.institutions.masked_vectors == 7 * 5
@@ -126,18 +140,15 @@ def test_some_drop_out_at_every_stage_and_the_sum_is_that_of_the_others() -> Non
             if "confirm" not in failure.reason and "open" not in failure.reason
         }
         names = [name for name in federation.names if name not in gone]
-        if len(names) == found.replies:  # one who missed the keys is out for the epoch without being asked
+        # one who missed the keys is out for the epoch without being asked
+        if len(names) == found.replies:
             assert np.abs(found.total - federation.plain(number, names)).max() < 10 * 8.0 / LEVELS
     assert good >= 5
 
 
 @pytest.mark.parametrize(
     ("attack", "why"),
-    [
-        ("sybil", "not approved"),
-        ("small-u2", "expected at least 4"),
-        ("two-lists", "did not make"),
-    ],
+    [("sybil", "not approved"), ("small-u2", "expected at least 4"), ("two-lists", "did not make")],
 )
 def test_an_attack_loses_the_round_and_touches_nothing(attack: str, why: str) -> None:
     federation = Federation(5, attack=attack)
@@ -155,7 +166,10 @@ def test_a_share_that_is_changed_on_its_way_is_a_drop_out() -> None:
 
 
 def test_a_lost_round_is_tried_again_with_noise_and_not_without() -> None:
-    """Without noise of its own an update leaves once a round: the nodes refuse the second attempt."""
+    """Without noise of its own an update leaves once a round.
+
+    The nodes refuse the second attempt.
+    """
     for mode, again in (("record", 5), ("none", 0)):
         federation = Federation(5, mode, confirm=1.0)
         assert federation.round(1, 1).replies == 0
@@ -181,7 +195,8 @@ def test_nobody_is_asked() -> None:
     assert (found.asked, found.replies, found.failures) == (0, 0, ())
 
 
-# --- whole runs ------------------------------------------------------------------------------------------------
+# --- whole runs
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_whole_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -192,7 +207,9 @@ def test_a_whole_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     assert isinstance(secure, dict)
     assert (secure["cohort"], secure["threshold"], secure["colluders"]) == ([5, 5], [4, 4], 1)
     assert not any(secure["dropouts"].values()) and len(secure["dropouts"]) == 5
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert all(line["secure"]["members"] == 5 for line in lines)
     page = write_report(tmp_path / "run").read_text()
     assert "4 sums of 5 institutions with t = 4, at least 3 demanded, 5 in the smallest sum" in page
@@ -201,7 +218,9 @@ def test_a_whole_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     assert run.manifest.secure is not None and len(run.manifest.secure.update_bounds) == 2
 
 
-def test_without_noise_secure_and_plain_runs_agree(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_without_noise_secure_and_plain_runs_agree(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     """The same seeds: the adapters differ by the rounding of the fixed point alone."""
     quiet = [each for each in SECURE if "secure=" not in each and "minimum" not in each]
     plain, one = run_whole(config(tiny_bert, data, "none", *quiet), tmp_path / "plain")
@@ -213,7 +232,10 @@ def test_without_noise_secure_and_plain_runs_agree(tiny_bert: Path, data: Path, 
 
 
 def test_a_secure_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """Every institution has restarted: the secrets are gone, the next attempt begins a new epoch."""
+    """Every institution has restarted.
+
+    The secrets are gone, the next attempt begins a new epoch.
+    """
     settings = config(tiny_bert, data, "record", *SECURE)
 
     def stop(number: int, figures: object) -> None:
@@ -229,10 +251,15 @@ def test_a_secure_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_
     assert summary["secure"]["sums"] == 5  # type: ignore[index]  # of round 2 twice: what was not committed was learnt
 
 
-def test_what_was_proven_before_a_stop_still_counts(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_what_was_proven_before_a_stop_still_counts(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     """The engine's cohort reads back, as the deployment's does, who lied and which keys were seen."""
     run = begin(config(tiny_bert, data, "record", *SECURE), Paths.of(tmp_path / "run"))
-    first, plan = sequential(run), RoundPlan(run.manifest.digest, 0, 1, 1, run.checkpoint.load().state.digest)
+    first, plan = (
+        sequential(run),
+        RoundPlan(run.manifest.digest, 0, 1, 1, run.checkpoint.load().state.digest),
+    )
     found = first.total(plan, run.checkpoint.load().state)
     assert found.replies == 5 and found.secure is not None
     note_in(run.paths.folder)(replace(found.secure, liars=("client-000",)))
@@ -255,17 +282,24 @@ def test_a_run_below_t_ends_with_the_reason(tiny_bert: Path, data: Path, tmp_pat
         run_whole(config(tiny_bert, data, "record", *SECURE, "faults.input=1.0"), tmp_path / "run")
 
 
-# --- what is refused at the start --------------------------------------------------------------------------------
+# --- what is refused at the start
+# --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[federation]\nclients = 4", "minimum_cohort = 5: expected at most the 4 institutions of a round"),
+        (
+            "[federation]\nclients = 4",
+            "minimum_cohort = 5: expected at most the 4 institutions of a round",
+        ),
         ("[federation]\nclients = 20\nparticipation = 0.2", "expected at most the 4 institutions"),
         ("[federation]\nclients = 20\nparticipation = 0.5", "expected 1 with participation < 1"),
         ("[federation]\nclients = 2000", "every pair shares a mask"),
-        ("[aggregation]\nmax_colluders = 3", "expected at most 2: nodes would refuse a cohort of 5, 7"),
+        (
+            "[aggregation]\nmax_colluders = 3",
+            "expected at most 2: nodes would refuse a cohort of 5, 7",
+        ),
         ("[aggregation]\nminimum_cohort = 2", "expected an integer >= 3"),
         ('[aggregation]\nstrategy = "krum"', "not built yet"),
     ],
@@ -293,6 +327,7 @@ def test_the_bound_of_a_coordinate_is_not_the_clip() -> None:
     bound = coordinate_bound(phase, "record")
     deviation = phase.learning_rate * phase.noise_multiplier * phase.clip / phase.expected_units
     assert bound == pytest.approx(phase.learning_rate * 2 * phase.clip + 10 * deviation)
-    assert coordinate_bound(phase, "client") == phase.clip  # there noise is added to the whole numbers
+    # there noise is added to the whole numbers
+    assert coordinate_bound(phase, "client") == phase.clip
     with pytest.raises(BadInput, match="expected record or none"):
         coordinate_bound(phase, "other")

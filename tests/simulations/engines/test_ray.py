@@ -1,4 +1,7 @@
-"""Flower's apps give the adapter of the sequential engine: in process, on Ray, and by `flwr run .`."""
+"""Flower's apps give the adapter of the sequential engine.
+
+In process, on Ray, and by `flwr run .`.
+"""
 
 from __future__ import annotations
 
@@ -52,12 +55,13 @@ def _identity() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
-    """A federation on a tiny model: both phases, clients that sit rounds out, moments kept between rounds."""
+    """A federation on a tiny model: both phases, clients that sit rounds out, moments kept between
+    rounds.
+    """
     folder = tmp_path_factory.mktemp("cluster")
     _write_records(folder / "train.jsonl", 240, seed=1)
     _write_records(folder / "test.jsonl", 60, seed=2)
-    (folder / "config.toml").write_text(
-        f"""
+    (folder / "config.toml").write_text(f"""
         seed = 3
         [model]
         base = "{tiny_bert}"
@@ -85,8 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
         delta = 1e-3
         [server]
         optimizer = "momentum"
-        """
-    )
+        """)
     return folder
 
 
@@ -97,7 +100,8 @@ def reference(folder: Path) -> Path:
     finish(run, train(run, sequential(run)))
     rounds = _rounds(folder / "reference")
     assert len({line["replies"] for line in rounds}) > 1  # not everybody joins every round
-    assert len({line["loss"] for line in rounds}) == len(rounds) == 4  # and each round moves the model
+    # and each round moves the model
+    assert len({line["loss"] for line in rounds}) == len(rounds) == 4
     return folder / "reference"
 
 
@@ -143,7 +147,13 @@ class LocalGrid(Grid):
 
 
 def serve(config: Path, out: Path | str, nodes: int, **settings: object) -> None:
-    settings = {"config": str(config), "out": str(out), "set": "", "ledger": "", "resume": False} | settings
+    settings = {
+        "config": str(config),
+        "out": str(out),
+        "set": "",
+        "ledger": "",
+        "resume": False,
+    } | settings
     grid = LocalGrid(nodes, settings)
     server_app(grid, Context(7, 1, {}, RecordDict(), dict(settings)))  # type: ignore[arg-type]
 
@@ -207,7 +217,9 @@ def test_nodes_answer_for_the_run_in_their_folder_only(folder: Path, tmp_path: P
     plan = RoundPlan(run.manifest.digest, 0, 1, 1, state.digest)
     cohort = GridCohort(grid, {"nobody": 100}, lambda _: ["nobody"], deadline=10)
     (failure,) = cohort.total(plan, state).failures
-    assert failure == Failure("nobody", "plan client: found nobody, which is not in this federation")
+    assert failure == Failure(
+        "nobody", "plan client: found nobody, which is not in this federation"
+    )
 
 
 @pytest.mark.flower
@@ -229,7 +241,9 @@ def test_ray_equals_the_sequential_engine_under_masks(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.flower
-def test_flwr_run_equals_the_sequential_engine(folder: Path, reference: Path, tmp_path: Path) -> None:
+def test_flwr_run_equals_the_sequential_engine(
+    folder: Path, reference: Path, tmp_path: Path
+) -> None:
     """`flwr run .` from the checkout, with Flower's own defaults: two nodes for five clients."""
     settings = f'config="{folder}/config.toml" out="{tmp_path}/run"'
     with superlink(tmp_path) as environment:
@@ -244,9 +258,18 @@ def superlink(home: Path) -> Iterator[dict[str, str]]:
     environment = _environment(home)
     port = _free_port()
     (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "test"\n[superlink.test]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        f'[superlink]\ndefault = "test"\n[superlink.test]\naddress = "127.0.0.1:{port}"\ninsecure ='
+        " true\n"
     )
-    command = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        "flower-superlink",
+        "--insecure",
+        "--simulation",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with (home / "superlink.log").open("wb") as log:
         process = subprocess.Popen(
             command, env=environment, cwd=home, stdout=log, stderr=log, start_new_session=True
@@ -260,7 +283,9 @@ def superlink(home: Path) -> Iterator[dict[str, str]]:
 
 
 def _flwr_run(settings: str, environment: dict[str, str]) -> dict[str, str]:
-    """Start a run, wait for its end, and return its line of `flwr ls`, which alone says whether it failed."""
+    """Start a run, wait for its end, and return its line of `flwr ls`, which alone says whether it
+    failed.
+    """
 
     def flwr(*arguments: str) -> Any:
         done = subprocess.run(
@@ -280,7 +305,9 @@ def _flwr_run(settings: str, environment: dict[str, str]) -> dict[str, str]:
 
 
 def _environment(home: Path) -> dict[str, str]:
-    """Flower with a home of its own, no calls to the outside, and the scripts of this interpreter first."""
+    """Flower with a home of its own, no calls to the outside, and the scripts of this interpreter
+    first.
+    """
     scripts = str(Path(sys.executable).parent)
     return os.environ | {
         "FLWR_HOME": str(home),
@@ -325,7 +352,9 @@ def _assert_same_run(found: Path, expected: Path) -> None:
 
 def _weights(run: Path) -> dict[str, Vector]:
     files = sorted((run / "adapter").glob("*.safetensors"))
-    return {f"{file.name} {name}": value for file in files for name, value in load_file(file).items()}
+    return {
+        f"{file.name} {name}": value for file in files for name, value in load_file(file).items()
+    }
 
 
 def _rounds(run: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,6 @@
-"""Nothing of a user's is lost, no result is shown for another, and no ε is printed below what it is."""
+"""Nothing of a user's is lost, no result is shown for another, and no ε is printed below what it
+is.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def test_a_sweep_names_bad_values_first_and_never_shows_another_trial(
     with pytest.raises(BadInput, match="another configuration"):
         sweep.run_sweep(path, "federation.rounds=1", [], tmp_path / "s", SILENT)
     (done / "config.toml").write_text(config_to_toml(load_config(path, ["federation.rounds=1"])))
-    (done / "summary.json").write_text(json.dumps({"accuracy": 1.0, "ended": "round 1: nobody answered"}))
+    (done / "summary.json").write_text(
+        json.dumps({"accuracy": 1.0, "ended": "round 1: nobody answered"})
+    )
     with pytest.raises(BadInput, match="ended early"):
         sweep.run_sweep(path, "federation.rounds=1", [], tmp_path / "s", SILENT)
 
@@ -117,7 +121,9 @@ def test_attempts_that_are_spent_before_the_first_round_leave_what_there_is(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["rounds"] == 0 and "on fire" in summary["ended"] and summary["epsilon"] > 0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
-    assert (tmp_path / "run" / "metrics.jsonl").is_file() and (tmp_path / "run" / "report.html").is_file()
+    assert (tmp_path / "run" / "metrics.jsonl").is_file() and (
+        tmp_path / "run" / "report.html"
+    ).is_file()
 
 
 def test_counts_that_are_no_numbers_are_named(tmp_path: Path) -> None:

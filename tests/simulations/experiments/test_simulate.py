@@ -1,4 +1,6 @@
-"""Whole runs on a tiny model: what they leave, that they resume, and that the ledger outlives every kill."""
+"""Whole runs on a tiny model: what they leave, that they resume, and that the ledger outlives every
+kill.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(count):
             label = int(rng.integers(0, 2))
             words = [*rng.choice(WORDS, 4), ("good", "bad")[label]]
-            rows.append({"text": " ".join(words), "label": label, "person": f"p{rng.integers(0, 20)}"})
+            rows.append(
+                {"text": " ".join(words), "label": label, "person": f"p{rng.integers(0, 20)}"}
+            )
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -84,13 +88,17 @@ def config(base: Path, data: Path, mode: str, *overrides: str) -> Config:
     return parse_config(CONFIG.format(base=base, data=data, mode=mode), "test", overrides)
 
 
-def run_whole(settings: Config, folder: Path, resume: bool = False) -> tuple[Run, dict[str, object]]:
+def run_whole(
+    settings: Config, folder: Path, resume: bool = False
+) -> tuple[Run, dict[str, object]]:
     run = begin(settings, Paths.of(folder), resume)
     summary = finish(run, train(run, sequential(run)))
     return run, summary
 
 
-def test_a_private_run_leaves_what_the_contract_says(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_a_private_run_leaves_what_the_contract_says(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     run, summary = run_whole(config(tiny_bert, data, "record"), tmp_path / "run")
     for name in [
         "task",
@@ -116,8 +124,12 @@ def test_a_private_run_leaves_what_the_contract_says(tiny_bert: Path, data: Path
         "adapter_digest",
     ]:
         assert name in summary, name
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(
+        json.dumps(summary)
+    )
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
     assert [line["phase"] for line in lines] == ["head", "head", "adapter", "adapter"]
     epsilons = [line["epsilon"] for line in lines]
@@ -129,14 +141,18 @@ def test_a_private_run_leaves_what_the_contract_says(tiny_bert: Path, data: Path
     assert kinds.count("consent") == 1 + 3 and kinds.count("reserve") == kinds.count("commit") == 12
 
 
-def test_a_run_without_privacy_repeats_itself_and_learns(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_without_privacy_repeats_itself_and_learns(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     settings = config(tiny_bert, data, "none")
     _, first = run_whole(settings, tmp_path / "a")
     _, again = run_whole(settings, tmp_path / "b")
     _, other = run_whole(replace(settings, seed=12), tmp_path / "c")
     assert first["adapter_digest"] == again["adapter_digest"] != other["adapter_digest"]
     assert first["epsilon"] is None
-    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
@@ -153,8 +169,12 @@ def test_a_private_run_never_repeats_itself(tiny_bert: Path, data: Path, tmp_pat
     assert len(digests) == 2
 
 
-def test_units_of_several_records_are_accounted_as_units(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    run, summary = run_whole(config(tiny_bert, data, "record", "data.unit=person"), tmp_path / "run")
+def test_units_of_several_records_are_accounted_as_units(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    run, summary = run_whole(
+        config(tiny_bert, data, "record", "data.unit=person"), tmp_path / "run"
+    )
     assert summary["unit"] == "person" and len(run.federation.units) < 20
     owners = [set(run.federation.partition.units_of(client).tolist()) for client in range(3)]
     assert sum(map(len, owners)) == len(set().union(*owners)) == len(run.federation.units)
@@ -172,7 +192,9 @@ def test_a_shared_ledger_ends_at_its_cap(tiny_bert: Path, data: Path, tmp_path: 
     assert first.ledger.entries() == spent
 
 
-@pytest.mark.parametrize("name", ["ledger.sqlite", "checkpoint/ledger-head.json", "checkpoint/ledger.key"])
+@pytest.mark.parametrize(
+    "name", ["ledger.sqlite", "checkpoint/ledger-head.json", "checkpoint/ledger.key"]
+)
 def test_a_run_whose_ledger_was_deleted_does_not_go_on(
     tiny_bert: Path, data: Path, tmp_path: Path, name: str
 ) -> None:
@@ -286,7 +308,8 @@ def test_a_client_that_fails_costs_the_quorum(
     assert train(lenient, sequential(lenient)).round == 4
 
 
-# --- killed at random moments --------------------------------------------------------------------------
+# --- killed at random moments
+# --------------------------------------------------------------------------
 
 
 def start(settings: Config, folder: Path, resume: bool) -> subprocess.Popen[bytes]:
@@ -304,11 +327,16 @@ def start(settings: Config, folder: Path, resume: bool) -> subprocess.Popen[byte
         str(path),
     ]
     command += ["--out", str(folder), "--threads", "1", *(["--resume"] if resume else [])]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
+    )
 
 
 def kill_until_done(settings: Config, folder: Path, delays: Sequence[float]) -> int:
-    """Start, kill -9 after each delay counted from the first sign of life, then let it end; its exit code."""
+    """Start, kill -9 after each delay counted from the first sign of life, then let it end.
+
+    Its exit code.
+    """
     for delay in delays:
         begun = (folder / "checkpoint" / "manifest.json").exists()
         process = start(settings, folder, begun)
@@ -340,7 +368,9 @@ def check_ledger(settings: Config, folder: Path) -> None:
     assert len({(r["budget"], r["attempt"]) for r in reserves}) == len(reserves)
     for index, phase in enumerate(manifest.phases):
         for client in range(3):
-            used = [r for r in reserves if r["budget"] == f"client-{client}" and r["phase"] == index]
+            used = [
+                r for r in reserves if r["budget"] == f"client-{client}" and r["phase"] == index
+            ]
             assert len(used) <= phase.attempts
     ledger.close()
 

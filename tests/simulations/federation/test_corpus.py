@@ -1,4 +1,6 @@
-"""The quickstart's corpus: the same for a seed everywhere, neither trivial nor hopeless, and unlike by institution."""
+"""The quickstart's corpus: the same for a seed everywhere, neither trivial nor hopeless, and unlike
+by institution.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from fedlora.simulations.federation.corpus import CLASSES, INSTITUTIONS, TEST, TRAIN, Corpus, generate, write
+from fedlora.simulations.federation.corpus import (
+    CLASSES,
+    INSTITUTIONS,
+    TEST,
+    TRAIN,
+    Corpus,
+    generate,
+    write,
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +67,14 @@ def test_few_test_messages_occur_in_train(corpus: Corpus) -> None:
 
 
 def test_a_good_model_gets_about_nine_of_ten(corpus: Corpus) -> None:
-    """Measured: 0.915 for words and pairs, 0.91 for logistic regression on MiniLM's mean-pooled features."""
+    """Measured: 0.915 for words and pairs, 0.91 for logistic regression on MiniLM's mean-pooled
+    features.
+    """
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     features = words.fit_transform([record["text"] for record in corpus.train])
-    model = LogisticRegression(C=3, max_iter=300).fit(features, [record["label"] for record in corpus.train])
+    model = LogisticRegression(C=3, max_iter=300).fit(
+        features, [record["label"] for record in corpus.train]
+    )
     unseen = words.transform([record["text"] for record in corpus.test])
     assert 0.87 <= model.score(unseen, [record["label"] for record in corpus.test]) <= 0.94
 
@@ -75,7 +89,9 @@ def test_labels_of_train_alone_are_wrong_at_the_stated_rate(
         "fedlora.simulations.federation.corpus.INSTITUTIONS", INSTITUTIONS[1:2]
     )  # writes without typos
     clear = generate(3)
-    wrong = {name: sum(not _has_words_of(each) for each in part) for name, part in vars(clear).items()}
+    wrong = {
+        name: sum(not _has_words_of(each) for each in part) for name, part in vars(clear).items()
+    }
     assert wrong["test"] == 0
     assert 0.05 < wrong["train"] / TRAIN < 0.08
 
@@ -96,7 +112,9 @@ def _gaps(problem: str) -> list[str]:
 def test_institutions_see_different_matters(corpus: Corpus) -> None:
     most = {}
     for institution in INSTITUTIONS:
-        counts = Counter(each["label"] for each in corpus.train if each["institution"] == institution.name)
+        counts = Counter(
+            each["label"] for each in corpus.train if each["institution"] == institution.name
+        )
         assert counts.keys() == CLASSES.keys() and min(counts.values()) >= 10
         most[institution.name] = counts.most_common(1)[0][0]
     assert len(set(most.values())) == len(INSTITUTIONS)

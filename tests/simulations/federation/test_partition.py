@@ -20,7 +20,9 @@ KINDS = sorted(DEALERS)
 
 
 def records_of(
-    labels: npt.ArrayLike, units: list[str] | None = None, columns: dict[str, list[str]] | None = None
+    labels: npt.ArrayLike,
+    units: list[str] | None = None,
+    columns: dict[str, list[str]] | None = None,
 ) -> Records:
     numbers = np.asarray(labels, dtype=np.int64)
     return Records(["text"] * len(numbers), None, numbers, units, columns or {}, "train.parquet")
@@ -31,7 +33,10 @@ def deal(config: FederationConfig, records: Records, seed: int = 0) -> Partition
 
 
 def check_dealt(partition: Partition, units: int, clients: int) -> None:
-    """Disjoint and complete: the units of all clients together are each unit once; nobody has none."""
+    """Disjoint and complete: the units of all clients together are each unit once.
+
+    Nobody has none.
+    """
     assert sorted(partition.units.tolist()) == list(range(units))
     assert partition.offsets[0] == 0 and partition.offsets[-1] == units
     assert len(partition.sizes) == clients and partition.sizes.min() >= 1
@@ -59,7 +64,9 @@ def test_every_unit_is_dealt_once(
     units = choose.draw(st.sampled_from([None, [str(owner) for owner in owners]]))
     records = records_of(labels, units)
     number = len(unit_groups(units, len(records)))
-    config = FederationConfig(partition=kind, clients=choose.draw(st.integers(1, number)), alpha=alpha)
+    config = FederationConfig(
+        partition=kind, clients=choose.draw(st.integers(1, number)), alpha=alpha
+    )
     partition = deal(config, records, seed)
     check_dealt(partition, number, config.clients)
     again = deal(config, records, seed)
@@ -87,7 +94,10 @@ def test_too_few_units(kind: str, units: list[str] | None, clients: int, found: 
     with pytest.raises(BadInput) as caught:
         deal(config, records)
     assert caught.value.faults == (
-        f"train.parquet: found {found}, expected at least one for each of [federation] clients = {clients}",
+        (
+            f"train.parquet: found {found}, expected at least one for each of [federation] clients"
+            f" = {clients}"
+        ),
     )
 
 
@@ -100,9 +110,14 @@ def test_iid_sizes_differ_by_one_at_most() -> None:
 
 @pytest.mark.parametrize(("alpha", "low", "high"), [(0.05, 0.75, 1.0), (1e4, 0.25, 0.35)])
 def test_dirichlet_skews_labels_as_alpha_says(alpha: float, low: float, high: float) -> None:
-    """The mean share of the most frequent of four labels: near 1 for a small alpha, 1/4 for a large one."""
+    """The mean share of the most frequent of four labels.
+
+    Near 1 for a small alpha, 1/4 for a large one.
+    """
     labels = np.arange(8_000) % 4
-    partition = deal(FederationConfig(partition="dirichlet", clients=20, alpha=alpha), records_of(labels))
+    partition = deal(
+        FederationConfig(partition="dirichlet", clients=20, alpha=alpha), records_of(labels)
+    )
     table = counts(partition, labels)
     assert low < float((table.max(axis=1) / table.sum(axis=1)).mean()) < high
 
@@ -116,7 +131,9 @@ def test_shards_give_a_client_few_labels() -> None:
 
 def test_quantity_skews_sizes_and_not_labels() -> None:
     labels = np.sort(np.arange(20_000) % 4)
-    partition = deal(FederationConfig(partition="quantity", clients=10, alpha=0.5), records_of(labels))
+    partition = deal(
+        FederationConfig(partition="quantity", clients=10, alpha=0.5), records_of(labels)
+    )
     assert partition.sizes.max() > 5 * partition.sizes.min()
     table = counts(partition, labels)[partition.sizes > 500]
     assert np.allclose(table / table.sum(axis=1, keepdims=True), 0.25, atol=0.06)
@@ -124,7 +141,9 @@ def test_quantity_skews_sizes_and_not_labels() -> None:
 
 @pytest.mark.parametrize("kind", ["dirichlet", "quantity"])
 def test_equal_shares_are_cut_without_a_remainder(kind: str) -> None:
-    partition = deal(FederationConfig(partition=kind, clients=4, alpha=1e6), records_of(np.zeros(400)))
+    partition = deal(
+        FederationConfig(partition=kind, clients=4, alpha=1e6), records_of(np.zeros(400))
+    )
     assert partition.sizes.tolist() == [100] * 4
 
 
@@ -154,8 +173,10 @@ def test_by_column_refuses_to_split_a_unit() -> None:
     with pytest.raises(BadInput) as caught:
         deal(FederationConfig(partition="by-column", column="where", clients=2), records)
     assert caught.value.faults == (
-        'train.parquet row 4 where: found "b", expected the value of its unit\'s other records: '
-        "a unit is never split",
+        (
+            'train.parquet row 4 where: found "b", expected the value of its unit\'s other records:'
+            " a unit is never split"
+        ),
     )
 
 
@@ -172,7 +193,9 @@ def test_ten_thousand_clients_take_no_time(kind: str) -> None:
 def test_real_institutions(shared_data: Path) -> None:
     folder = shared_data / "clinc150"
     labels = read_label_set(folder / "test.parquet", "label")
-    records = read_records(folder / "train.parquet", Columns("text", label="label", more=("domain",)), labels)
+    records = read_records(
+        folder / "train.parquet", Columns("text", label="label", more=("domain",)), labels
+    )
     partition = deal(FederationConfig(partition="by-column", column="domain", clients=10), records)
     assert "banking" in partition.names and partition.sizes.tolist() == [1_500] * 10
     check_dealt(partition, 15_000, 10)

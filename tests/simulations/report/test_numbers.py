@@ -21,7 +21,8 @@ def test_epsilon_is_never_understated(value: float) -> None:
 
 def test_epsilon_by_example() -> None:
     found = [
-        numbers.epsilon(value) for value in (None, 0.0, 2.9958, 2.9911, 3.0, 0.00012344, 1234.5, float("inf"))
+        numbers.epsilon(value)
+        for value in (None, 0.0, 2.9958, 2.9911, 3.0, 0.00012344, 1234.5, float("inf"))
     ]
     assert found == ["none", "0", "2.996", "2.992", "3", "0.001", "1234.5", "unbounded"]
 
@@ -58,18 +59,25 @@ def test_sizes_and_numbers() -> None:
     assert numbers.size(1_203_965_952) == "1.2\xa0GB"
     assert numbers.size(999) == "999\xa0B"
     found = [
-        numbers.number(value) for value in (None, True, 12_345, 0.7329101, 12_345.6, 3.0, float("nan"), "x")
+        numbers.number(value)
+        for value in (None, True, 12_345, 0.7329101, 12_345.6, 3.0, float("nan"), "x")
     ]
     assert found == ["–", "yes", "12,345", "0.7329", "12,346", "3", "nan", "x"]
     assert [numbers.counted(1, "class", "classes"), numbers.counted(2_000, "round")] == [
         "1 class",
         "2,000 rounds",
     ]
-    assert [numbers.percent(value) for value in (0.8714, None, float("nan"))] == ["87.1\xa0%", "–", "–"]
+    assert [numbers.percent(value) for value in (0.8714, None, float("nan"))] == [
+        "87.1\xa0%",
+        "–",
+        "–",
+    ]
 
 
 def test_wilson_interval_by_example() -> None:
-    """10 of 20 and 0 of 10: the values of statsmodels.stats.proportion.proportion_confint(method="wilson")."""
+    """10 of 20 and 0 of 10: the values of
+    statsmodels.stats.proportion.proportion_confint(method="wilson").
+    """
     assert numbers.wilson(0.5, 20) == pytest.approx((0.2993, 0.7007), abs=1e-4)
     assert numbers.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
@@ -97,7 +105,10 @@ def test_more_is_darker() -> None:
 
 def test_confusions_are_the_mistakes_in_order() -> None:
     counts = np.array([[5, 1, 4], [0, 9, 0], [2, 0, 0]], dtype=np.float64)
-    found = [(each.true, each.guessed, each.count) for each in tables.confusions(counts, ["a", "b", "c"], 2)]
+    found = [
+        (each.true, each.guessed, each.count)
+        for each in tables.confusions(counts, ["a", "b", "c"], 2)
+    ]
     assert found == [("a", "c", 4), ("c", "a", 2)]
     assert tables.confusions(counts, ["a", "b", "c"], 9)[0].share == pytest.approx(0.4)
     assert len(tables.confusions(counts, ["a", "b", "c"], 9)) == 3

@@ -1,4 +1,7 @@
-"""The report of every kind of run: well-formed, self-contained, escaped, and true to the files it is written from."""
+"""The report of every kind of run.
+
+well-formed, self-contained, escaped, and true to the files it is written from.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,15 @@ from fedlora.common.errors import BadInput
 from fedlora.simulations.report.pages import write_report, write_sweep_report
 
 VOID = {"meta", "br", "img", "path", "use", "rect", "image"}
-HOSTILE = ("<script>alert(1)</script>", "a\"b'&amp;", "$x_{$", "\x00\x07", "\ud800", "医院", "x" * 300)
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "a\"b'&amp;",
+    "$x_{$",
+    "\x00\x07",
+    "\ud800",
+    "医院",
+    "x" * 300,
+)
 LABELS = ("access", "hardware", "network", "orders")
 
 
@@ -54,15 +65,17 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
     def check(self) -> None:
-        """No scripts, nothing from elsewhere, captions and descriptions, no id twice, no gap left open."""
+        """No scripts, nothing from elsewhere, captions and descriptions, no id twice, no gap left
+        open.
+        """
         assert not {"script", "link", "iframe", "object", "img"} & {tag for tag, _ in self.tags}
         assert "http:" not in self.source and "https:" not in self.source
         for tag, attributes in self.tags:
             assert not any(name.startswith("on") for name in attributes), (tag, attributes)
             for name in ("src", "href", "xlink:href"):
-                assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,")), attributes[
-                    name
-                ]
+                assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,")), (
+                    attributes[name]
+                )
             if attributes.get("role") == "img":
                 assert attributes["aria-label"]
         names = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
@@ -71,9 +84,13 @@ class Page(HTMLParser):
             f"#{name}" for name in names
         }
         assert (
-            sum(tag == "table" for tag, _ in self.tags) == sum(tag == "caption" for tag, _ in self.tags) > 0
+            sum(tag == "table" for tag, _ in self.tags)
+            == sum(tag == "caption" for tag, _ in self.tags)
+            > 0
         )
-        assert not re.search(r"\bNone\b|\bnan\b|Undefined|\{\{|\{%", self.text.replace("None failed", ""))
+        assert not re.search(
+            r"\bNone\b|\bnan\b|Undefined|\{\{|\{%", self.text.replace("None failed", "")
+        )
 
 
 def summary(
@@ -81,7 +98,9 @@ def summary(
 ) -> dict[str, Any]:
     """A summary as `fedlora-sim run` writes it, with made-up figures."""
     rng = np.random.default_rng(0)
-    confusion = rng.integers(0, 4, (len(labels), len(labels))) + 30 * np.eye(len(labels), dtype=np.int64)
+    confusion = rng.integers(0, 4, (len(labels), len(labels))) + 30 * np.eye(
+        len(labels), dtype=np.int64
+    )
     names = [f"client-{number}" for number in range(clients)]
     return {
         "task": "sequence-classification",
@@ -94,7 +113,12 @@ def summary(
         "unit": "record",
         "mode": "record" if private else "none",
         "schedule": [
-            {"phase": "head", "steps": 5, "sampling_rate": 0.2, "noise_multiplier": 1.75 if private else 0.0}
+            {
+                "phase": "head",
+                "steps": 5,
+                "sampling_rate": 0.2,
+                "noise_multiplier": 1.75 if private else 0.0,
+            }
         ],
         "rounds": 4,
         "clients": clients,
@@ -159,9 +183,12 @@ def language_model() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("clients", "classes"), [(1, 1), (1, 2), (40, 12), (41, 12), (40, 13), (2, 46), (3, 150), (41, 150)]
+    ("clients", "classes"),
+    [(1, 1), (1, 2), (40, 12), (41, 12), (40, 13), (2, 46), (3, 150), (41, 150)],
 )
-def test_every_size_gives_a_page_that_is_in_order(tmp_path: Path, clients: int, classes: int) -> None:
+def test_every_size_gives_a_page_that_is_in_order(
+    tmp_path: Path, clients: int, classes: int
+) -> None:
     report(tmp_path, summary(clients, tuple(f"class {n}" for n in range(classes))), rounds(4))
 
 
@@ -178,8 +205,8 @@ def test_the_first_screen_says_what_matters(tmp_path: Path) -> None:
         assert words in first, words
     right = np.trace(summary()["confusion"]) / np.sum(summary()["confusion"])
     assert (
-        f"labels {100 * right:.1f} % of {np.sum(summary()['confusion'])} public test records correctly"
-        in first
+        f"labels {100 * right:.1f} % of {np.sum(summary()['confusion'])} public test records"
+        " correctly" in first
     )
     assert "one record" in first and "synthetic" not in first
     most = np.sum(summary()["confusion"], axis=1).max() / np.sum(summary()["confusion"])
@@ -227,9 +254,15 @@ def test_failures_are_counted_and_listed(tmp_path: Path) -> None:
 def test_a_run_without_privacy_says_so(tmp_path: Path) -> None:
     page = report(tmp_path, summary(private=False), rounds(4, private=False))
     first = page.text.split("What is guaranteed")[0]
-    assert "fine-tuned by 3 institutions without privacy" in first and "differential" not in page.text
+    assert (
+        "fine-tuned by 3 institutions without privacy" in first and "differential" not in page.text
+    )
     assert "Nothing is guaranteed" in first and "not private" in first
-    assert "δ" not in first and "ε of the rounds" not in page.text and "no noise was added" in page.text
+    assert (
+        "δ" not in first
+        and "ε of the rounds" not in page.text
+        and "no noise was added" in page.text
+    )
 
 
 def test_a_language_model_has_a_perplexity_and_no_confusion(tmp_path: Path) -> None:
@@ -262,7 +295,10 @@ def test_ten_thousand_clients_are_drawn_as_histograms(tmp_path: Path) -> None:
     page = report(tmp_path, summary(10_000), rounds(4))
     assert time.process_time() - began < 10
     assert len(page.source) < 300_000
-    assert "10,000 institutions: the spread of each figure" in page.text and "client-77" not in page.text
+    assert (
+        "10,000 institutions: the spread of each figure" in page.text
+        and "client-77" not in page.text
+    )
 
 
 def test_the_quickstart_is_compared_side_by_side(tmp_path: Path) -> None:
@@ -295,7 +331,9 @@ def test_hostile_text_is_text(tmp_path: Path) -> None:
         len(HOSTILE), HOSTILE, unit=HOSTILE[0], privacy_statement=list(HOSTILE), config=HOSTILE[0]
     )
     values["partition"]["clients"] = list(HOSTILE)
-    values["comparison"] = {HOSTILE[0]: {"accuracy": 0.5, "macro_f1": None, "loss": None, "epsilon": None}}
+    values["comparison"] = {
+        HOSTILE[0]: {"accuracy": 0.5, "macro_f1": None, "loss": None, "epsilon": None}
+    }
     values["versions"] = {HOSTILE[0]: HOSTILE[1]}
     values["schedule"][0]["phase"] = HOSTILE[0]
     lines = rounds(4, failures=[[name, name] for name in HOSTILE], phase=HOSTILE[0])
@@ -359,7 +397,8 @@ def trial(key: str, value: str, **figures: Any) -> dict[str, Any]:
 
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "epsilon": [
-        trial("privacy.epsilon", v, accuracy=0.8, validation={"accuracy": 0.81}) for v in ("8", "1", "3")
+        trial("privacy.epsilon", v, accuracy=0.8, validation={"accuracy": 0.81})
+        for v in ("8", "1", "3")
     ],
     "words": [trial("aggregation.strategy", v, accuracy=0.8, validation=None) for v in HOSTILE[:3]],
     "perplexity": [trial("lora.rank", v, accuracy=None, perplexity=9.5) for v in ("1", "64")],
@@ -370,7 +409,9 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_a_sweep_says_that_its_trials_were_not_accounted_together(tmp_path: Path, name: str) -> None:
+def test_a_sweep_says_that_its_trials_were_not_accounted_together(
+    tmp_path: Path, name: str
+) -> None:
     trials = SWEEPS[name]
     (tmp_path / "sweep.json").write_text(json.dumps(trials))
     page = Page(write_sweep_report(tmp_path))
