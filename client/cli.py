@@ -130,10 +130,7 @@ def join(
 
 @app.command("check-data")
 def check_data(node: Folder = HERE) -> None:
-    """Read and tokenise every data set, and every base model, that the policy names.
-
-    Nothing is spent.
-    """
+    """Read and tokenise all data sets and base models that the policy names; spends nothing."""
     _offline()
     from fedlora.client.service import preparation
     from fedlora.common.model.base import base_digest, check_base
@@ -297,9 +294,7 @@ def report(
 
 
 def _manifest(path: Path) -> RunManifest:
-    """A manifest from a file: JSON as it is, or behind the coordinator's signature (not checked: it
-    only asks).
-    """
+    """A manifest from a file: JSON, or behind a signature that is not checked (it only asks)."""
     from fedlora.common.trust.identity import Signed
 
     try:

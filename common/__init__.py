@@ -1,4 +1,1 @@
-"""What institutions, coordinators and researchers share.
-
-Values, privacy accounting, the ledger, the model.
-"""
+"""What institutions, coordinators and researchers share: values, accounting, ledger, model."""

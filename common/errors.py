@@ -3,7 +3,8 @@
     FedloraError          1   anything that went wrong and is not below
     ├── BadInput          2   a file, field or message is not what it must be (one line to a fault)
     ├── Refused           3   a policy, a budget or a spent schedule says no
-    │   └── Spent         3   every attempt that the noise was calibrated for was begun; the last adapter stays
+    │   └── Spent         3   every attempt that the noise was calibrated for was begun; the last
+    │                         adapter stays
     └── QuorumLost        4   too few institutions answered
 
 Every message says where, what was found and what was expected.

@@ -1,5 +1,4 @@
-"""What commands print: a fault or a value from outside stays on its line, and no terminal is too
-poor for it.
+"""What commands print: text from outside stays on its line, and no terminal is too poor for it.
 
 A name that somebody else wrote could hold escape codes or line ends, and so look like what a
 command says itself.
@@ -17,10 +16,7 @@ SHORT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, e
 
 
 def bear_any_letter() -> None:
-    """Print what the terminal's encoding lacks, ε among it, as a question mark.
-
-    At a command line's entry.
-    """
+    """Print what the terminal's encoding lacks, ε among it, as `?`; for a command line's entry."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -38,9 +34,7 @@ def fault_lines(error: FedloraError) -> list[str]:
 
 
 def explained(error: OSError) -> tuple[str, int]:
-    """One line and the exit code: 2 where a path is not what it must be, 1 where the machine ran
-    out of something.
-    """
+    """One line and the exit code: 2 for a wrong path, 1 where the machine ran out."""
     where = f"{error.filename}: " if error.filename else ""
     code = FedloraError.exit_code if error.errno in SHORT_OF else BadInput.exit_code
     return printable(f"{where}{error.strerror or error}"), code

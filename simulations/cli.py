@@ -1,7 +1,4 @@
-"""`fedlora-sim`: the researcher's command line. Thin.
-
-It reads arguments, shows progress, prints results.
-"""
+"""`fedlora-sim`, the researcher's command line: reads arguments, shows progress, prints results."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A whole federation on one machine, as it would run between many.
-
-One coordinator, three institutions, real processes.
+"""A federation on one machine as between many: coordinator, three institutions, real processes.
 
 Everything goes through the installed commands: a coordinator's folder, enrolment, TLS and node
 authentication, three trainers, three relays with their SuperNodes, SuperLink; five rounds with
@@ -122,9 +120,8 @@ class Federation:
     secure: bool = False  # updates leave under masks
     mode: str = "record"  # "client": privacy of whole institutions
     names: tuple[str, ...] = NAMES  # "bank-2" has the records of "bank"
-    prefix: Callable[[str], Sequence[str]] = (
-        lambda name: ()
-    )  # words before a process's own, by its name: to watch it
+    # words before a process's own, by its name: to watch it
+    prefix: Callable[[str], Sequence[str]] = lambda name: ()
     port: int = field(default_factory=lambda: free_port())
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -195,18 +192,13 @@ class Federation:
         policy = folder / "node.toml"
         policy.write_text(POLICY.format(
             name=name, base=self.base, digest=digest, labels=labels,
-            cap=30.0 if self.mode == "client" else 8.0, client_level=str(self.mode == "client").lower(),
+            cap=30.0 if self.mode == "client" else 8.0,
+            client_level=str(self.mode == "client").lower(),
         ))  # fmt: skip
         policy.chmod(0o600)
         write_records(folder / "data" / "messages.jsonl", records)
-        run(
-            "fedlora-server",
-            "enrol",
-            str(folder / "enrolment.json"),
-            "--yes",
-            "--dir",
-            str(self.coordinator),
-        )
+        request, where = str(folder / "enrolment.json"), str(self.coordinator)
+        run("fedlora-server", "enrol", request, "--yes", "--dir", where)
         invitation = str(self.coordinator / "invitation.json")
         run("fedlora-node", "join", invitation, "--node", str(folder))
 
@@ -242,9 +234,7 @@ class Federation:
             process.wait()
 
     def kill_superlink(self) -> None:
-        """SuperLink and its executor, which outlive the command that started them when that is
-        killed.
-        """
+        """SuperLink and its executor, which outlive the killed command that started them."""
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
             ours = any(word.endswith(("flower-superlink", "flower-superexec")) for word in words)

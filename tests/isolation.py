@@ -59,9 +59,7 @@ def as_nobody(scratch: Path) -> list[str]:
 
 
 def available() -> bool:
-    """Whether there are both, and the other user can run what a relay runs, but can't look where
-    root alone may.
-    """
+    """Whether there are both, and the other user can run a relay, but not look where root may."""
     if os.geteuid() != 0 or not all(map(shutil.which, ("setpriv", "unshare"))):
         return False
     try:

@@ -41,7 +41,8 @@ class Mutant:
     put: str
 
 
-COHORT, NODE, SERVER = "common/secagg/cohort.py", "client/secagg/node.py", "server/secagg/epoch.py"
+COHORT, NODE = "common/secagg/cohort.py", "client/secagg/node.py"
+EPOCH, ATTEMPT = "server/secagg/epoch.py", "server/secagg/attempt.py"
 SEEN = "server/secagg/seen_keys.py"
 TRAINER, VERDICTS = "client/secagg/masked_trainer.py", "client/consent/judge.py"
 SKELLAM, PRIVACY = "common/privacy/skellam.py", "common/privacy/accountant.py"
@@ -51,8 +52,8 @@ MUTANTS = (
     Mutant(
         "an epoch outlives a member's removal",
         NODE,
-        "for name in state.names):",
-        "for name in ()):",
+        "in state.names\n        ):",
+        "in ()\n        ):",
     ),
     Mutant("cohorts of two", COHORT, "SMALLEST_COHORT = 3", "SMALLEST_COHORT = 2"),
     Mutant(
@@ -115,9 +116,9 @@ MUTANTS = (
     Mutant(
         "dealers unsigned",
         COHORT,
-        "policy.member(dealer.name).identity.verify(dealer.signature, wire.SHARES,"
-        " *dealer.signed(cohort))",
-        "policy.member(dealer.name)",
+        ".identity.verify(\n"
+        "            dealer.signature, wire.SHARES, *dealer.signed(cohort)\n        )",
+        "",
     ),
     Mutant("U2 or U3 with strangers", COHORT, "    if strangers:\n", "    if False:\n"),
     Mutant("U2 or U3 without me", COHORT, "if policy.me not in names:", "if False:"),
@@ -185,7 +186,7 @@ MUTANTS = (
         "if self._seen_keys & {each.share_key, *each.mask_keys}:",
         "if False:",
     ),
-    Mutant("the coordinator takes old keys", SERVER, "        self._seen.check(offer)\n", ""),
+    Mutant("the coordinator takes old keys", EPOCH, "        self._seen.check(offer)\n", ""),
     Mutant(
         "keys are forgotten", SEEN, '        self._keep({"epoch"', '        self._take({"epoch"'
     ),
@@ -244,14 +245,15 @@ MUTANTS = (
     Mutant(
         "sealed shares are taken as they come",
         NODE,
-        "            commit.check_path(dealer.root, commit.leaf(hashes), place, len(state.members),"
-        " path, where)\n",
+        "            commit.check_path(\n"
+        "                dealer.root, commit.leaf(hashes), place, len(state.members), path, where\n"
+        "            )\n",
         "",
     ),
     Mutant(
         "training before the checks",
         TRAINER,
-        "        self._node.check(\n            requests.slot_of(plan, self._manifest.base_digest),"
+        "        self._node.check(\n            stages.slot_of(plan, self._manifest.base_digest),"
         " self._encoding(plan.phase, spec.size)\n        )\n",
         "",
     ),
@@ -270,26 +272,26 @@ MUTANTS = (
     Mutant("no range check at the node", NODE, "        encoding.check(len(state.members))\n", ""),
     Mutant(
         "late inputs",
-        SERVER,
+        ATTEMPT,
         '        if self._survivors:\n            raise Refused(f"{where}: found it',
         '        if False:\n            raise Refused(f"{where}: found it',
     ),
-    Mutant("an input twice", SERVER, " or message.name in self._inputs:", ":"),
+    Mutant("an input twice", ATTEMPT, " or message.name in self._inputs:", ":"),
     Mutant(
         "inputs unsigned",
-        SERVER,
-        "        self._listed.identities[message.name].verify(message.signature, wire.INPUT,"
-        " *message.signed())\n",
+        ATTEMPT,
+        "        self._listed.identities[message.name].verify(\n"
+        "            message.signature, wire.INPUT, *message.signed()\n        )\n",
         "",
     ),
-    Mutant("a liar's share", SERVER, "if not as_signed and share != NO_SHARE:", "if False:"),
+    Mutant("a liar's share", ATTEMPT, "if not as_signed and share != NO_SHARE:", "if False:"),
     Mutant(
         "a rebuilt seed is believed",
-        SERVER,
+        ATTEMPT,
         "if commit.seed_hash(self._listed.cohort, name, attempt, seed) != expected:",
         "if False:",
     ),
-    Mutant("unmask with fewer shares", SERVER, "if len(shares) < t:", "if len(shares) < t - 1:"),
+    Mutant("unmask with fewer shares", ATTEMPT, "if len(shares) < t:", "if len(shares) < t - 1:"),
     Mutant(
         "noise as if all who stay were honest",
         TRAINER,
@@ -362,31 +364,31 @@ MUTANTS = (
     Mutant(
         "an epoch outlives a member's new key",
         NODE,
-        "any(policy.peers.get(name) != before.get(name) for name in state.names)",
-        "any(name not in policy.peers for name in state.names)",
+        "policy.peers.get(name) != before.get(name)",
+        "name not in policy.peers",
     ),
     Mutant(
         "late offers",
-        SERVER,
+        EPOCH,
         '        if self._cohort:\n            raise Refused("keys: found a late',
         '        if False:\n            raise Refused("keys: found a late',
     ),
     Mutant(
         "a second deal",
-        SERVER,
+        EPOCH,
         "if deal.name not in self._offers or deal.name in self._deals:",
         "if deal.name not in self._offers:",
     ),
     Mutant(
         "confirmations unsigned",
-        SERVER,
+        ATTEMPT,
         "        self._listed.identities[message.name].verify(message.signature, wire.CONFIRM,"
         " *self._signed)\n",
         "",
     ),
     Mutant(
         "openings unsigned",
-        SERVER,
+        ATTEMPT,
         "        self._listed.identities[message.name].verify(message.signature, wire.OPENING,"
         " *signed)\n",
         "",
@@ -399,40 +401,40 @@ MUTANTS = (
     ),
     Mutant(
         "an opener outside U3",
-        SERVER,
+        ATTEMPT,
         "if message.name not in self._survivors or message.name in self._openers:",
         "if message.name in self._openers:",
     ),
     Mutant(
         "an opening twice",
-        SERVER,
+        ATTEMPT,
         "if message.name not in self._survivors or message.name in self._openers:",
         "if message.name not in self._survivors:",
     ),
     Mutant(
         "openings of any length",
-        SERVER,
+        ATTEMPT,
         "        wire.sized(message.shares, shamir.BYTES * len(self._listed.deals))\n",
         "",
     ),
     Mutant(
         "a rebuilt mask key is believed",
-        SERVER,
+        ATTEMPT,
         "if pair.public != self._listed.offers[name].mask_keys[place]:",
         "if False:",
     ),
     Mutant(
-        "c words suspect a dealer", SERVER, "len(without) > colluders", "len(without) >= colluders"
+        "c words suspect a dealer", ATTEMPT, "len(without) > colluders", "len(without) >= colluders"
     ),
     Mutant(
         "a word proves a lie",
-        SERVER,
+        ATTEMPT,
         "            self._without[dealer].append(opener)\n",
         "            self._liars.add(dealer)\n",
     ),
     Mutant(
         "any cohort is asked",
-        SERVER,
+        EPOCH,
         "if cohort.most_colluders(size) >= self._colluders:",
         "if True:",
     ),

@@ -15,8 +15,7 @@ from fedlora.common.data.records import UnitIndex
 from fedlora.common.data.tasks import Encoded
 from fedlora.common.model.network import AdapterModel
 
-# --- clipping: one record at a time, one unit at a time, plain autograd, float64 sums
-# --------------------
+# --- clipping: one record at a time, one unit at a time, plain autograd, float64 sums -------------
 
 
 def clipped_sum_by_ones(
@@ -81,9 +80,7 @@ def server_states(
     start: list[float],
     means: list[list[float]],
 ) -> list[list[float]]:
-    """The state after each round, by Algorithm 2 of Reddi et al.
-
-    2021 (and FedAvgM), a rate for each round.
+    """States by Algorithm 2 of Reddi et al. 2021 (and FedAvgM), a rate for each round.
 
     Computed in float64; what is remembered from one round to the next is rounded to float32.
     """
@@ -264,9 +261,7 @@ class CountedDraws:
 
 
 def merkle_root_of(leaves: list[bytes]) -> bytes:
-    """By recursion: the largest power of two below the count is the left side's, for leaves paired
-    from the left.
-    """
+    """By recursion: the left side holds the largest power of two below the count."""
     if len(leaves) == 1:
         return leaves[0]
     left = 1

@@ -1,7 +1,4 @@
-"""A TCP proxy that can stop forwarding.
-
-Bytes and new connections wait, as behind a line that is down.
-"""
+"""A TCP proxy that can stop forwarding: bytes and connections wait, as on a line that is down."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """A cohort that aggregates securely in one process.
 
-Honest nodes, an honest coordinator, drop-outs at any stage.
-
-Tests take single steps of it and lie in between.
+Honest nodes, an honest coordinator, drop-outs at any stage. Tests take single steps of it and lie
+in between.
 """
 
 from __future__ import annotations

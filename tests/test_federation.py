@@ -1,7 +1,4 @@
-"""A federation of real processes: TLS, node authentication, SuperLink, SuperNodes, three trainers.
-
-And kills.
-"""
+"""A federation of real processes: TLS, authentication, SuperLink, three trainers; and kills."""
 
 from __future__ import annotations
 
@@ -67,10 +64,7 @@ def logs(federation: Federation) -> str:
 
 
 def check_ledgers(federation: Federation) -> None:
-    """Every update that counted was reserved before.
-
-    What each node stated is what its ledger holds.
-    """
+    """Every update that counted was reserved before; each node stated what its ledger holds."""
     folder = federation.last_run()
     members = Directory.open(federation.coordinator).registry.active()
     for name in federation.names:
@@ -96,10 +90,8 @@ def test_killed_in_the_middle_it_goes_on_and_its_export_verifies(
 ) -> None:
     """A process of each institution and the coordinator with its SuperLink are killed at once.
 
-    A new Flower run goes on.
-
-    Updates leave under masks: with three institutions no drop-out is borne, so a killed one costs
-    an attempt.
+    A new Flower run goes on. Updates leave under masks: with three institutions no drop-out is
+    borne, so a killed one costs an attempt.
     """
     federation = Federation(
         tmp_path / "f",
@@ -175,9 +167,7 @@ class Apart(Federation):
 
 @dataclass(frozen=True)
 class Watched:
-    """A run whose calls the kernel recorded, with trainers and relays apart, where the machine lets
-    a test do so.
-    """
+    """A run whose calls the kernel recorded, trainers and relays apart, where that is possible."""
 
     federation: Federation
     apart: bool
@@ -240,10 +230,7 @@ def test_a_run_completes_with_trainers_without_a_network_and_relays_that_cannot_
 
 @pytest.mark.flower
 def test_nothing_calls_out(watched: Watched) -> None:
-    """Every connection that any process of a run attempts, recorded by the kernel.
-
-    None leaves the machine.
-    """
+    """Every connection that a run attempts, as the kernel recorded it: none leaves the machine."""
     if watched.calls is None:
         pytest.skip("system calls can't be recorded here: that nothing calls out was not shown")
     files = list(watched.calls.iterdir())
@@ -318,9 +305,8 @@ def test_partition(tiny_bert: Path, tmp_path: Path) -> None:
             mended = time.monotonic()
             wait_for_round(federation, len(lines(federation)) + 1)
             print(f"  next round {time.monotonic() - mended:.1f} s after the line was mended")
-            assert {how for _, how in ended[1:] or ended} == {outcome}, (
-                ended
-            )  # the first may have had its answers
+            # the first may have had its answers
+            assert {how for _, how in ended[1:] or ended} == {outcome}, ended
             assert max(seconds for seconds, _ in ended) <= deadline + 5, ended
             wait_for_round(federation, len(lines(federation)) + 2)
     half.close()
@@ -366,9 +352,7 @@ def kills(request: pytest.FixtureRequest) -> Iterator[list[Kill]]:
 def _kill(federation: Federation, victim: str, name: str) -> bool:
     """One process, or the command that an operator started.
 
-    A trainer and a link are started again, as systemd would.
-
-    False: there is none just now.
+    A trainer and a link are started again, as systemd would. False: there is none just now.
     """
     if victim in ("trainer", "link"):
         federation.kill(f"{'relay' if victim == 'link' else victim} {name}")

@@ -1,10 +1,8 @@
 """The house stays as it was designed.
 
-Layers, rooms and files without a circle, and flwr and torch where they belong.
-
-A layer is a top-level folder, a room a folder in it. The order of rooms below is the order in which
-they may import: a room sees itself, the rooms before it, and the layers below. docs/design.md draws
-it.
+Layers, rooms and files without a circle, and flwr and torch where they belong. A layer is a
+top-level folder, a room a folder in it. The order of rooms below is the order in which they may
+import: a room sees itself, the rooms before it, and the layers below. docs/design.md draws it.
 """
 
 from __future__ import annotations
@@ -93,10 +91,7 @@ def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
 
 
 def file_of(name: str) -> Path | None:
-    """The file that an imported name of ours comes from.
-
-    None for a package, or for what is not ours.
-    """
+    """The file that an imported name of ours comes from; None for what is not ours."""
     parts = name.split(".")
     if parts[0] != "fedlora" or len(parts) < 2:
         return None

@@ -1,7 +1,4 @@
-"""The tests of secure aggregation notice every check that is missing, turned or widened.
-
-`make mutants`.
-"""
+"""Secure aggregation's tests notice each check missing, turned or widened: `make mutants`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The runbook's commands, as they stand in docs/operations.md.
-
-What is marked to run, runs, in order.
-"""
+"""The runbook's commands, as in docs/operations.md: what is marked to run, runs, in order."""
 
 from __future__ import annotations
 

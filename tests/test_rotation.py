@@ -1,7 +1,4 @@
-"""A key is rotated, from `fedlora-node init --rotate` to the round that counts the new one.
-
-Both command lines.
-"""
+"""A key is rotated on both command lines, from `init --rotate` to the round that counts it."""
 
 from __future__ import annotations
 

@@ -56,11 +56,8 @@ def test_the_wheel_holds_every_module_and_configuration(wheel: Path) -> None:
 def test_an_empty_environment_imports_the_core_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    needs = [
-        "numpy",
-        "safetensors",
-        "cryptography",
-    ]  # what these modules import, not all that the core may need
+    # what these modules import, not all that the core may need
+    needs = ["numpy", "safetensors", "cryptography"]
     subprocess.run(
         [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *needs], check=True
     )

@@ -1,10 +1,8 @@
 """A manifest against a policy, field by field.
 
-Pure, so that it can be tried on any manifest at no cost.
-
-Projected ε is computed here from the manifest's own schedule, whatever the manifest states, and
-held against what the budget has left. A field without a verdict would be a field that nobody looked
-at: there is one for each.
+Pure, so that it can be tried on any manifest at no cost. Projected ε is computed here from the
+manifest's own schedule, whatever the manifest states, and held against what the budget has left. A
+field without a verdict would be a field that nobody looked at: there is one for each.
 """
 
 from __future__ import annotations
@@ -76,10 +74,7 @@ class Verdict:
 
 
 class Denied(Refused):
-    """What a policy does not allow, as anybody may read it.
-
-    `detail` has the notes, for the operator alone.
-    """
+    """What a policy does not allow, for anybody; `detail` has the notes, for the operator alone."""
 
     def __init__(self, denied: Sequence[Verdict]) -> None:
         super().__init__("; ".join(each.denial for each in denied))
@@ -95,21 +90,13 @@ def judge(
     spent: Mapping[str, Spend],
     reserved: Spend | None = None,
 ) -> list[Verdict]:
-    """A verdict for each field. `spent` is by budget.
-
-    `reserved` is what this very run has of it already.
-    """
-    phases = _phase_verdicts(manifest, policy)
+    """A verdict for each field; `spent` by budget, `reserved`: what this run has of it already."""
+    phases, other = _phase_verdicts(manifest, policy), "expected one that node.toml [bases] has"
     return [
         _same("federation", manifest.federation, federation),
         Verdict("run", manifest.run),
         *_data_verdicts(manifest, policy),
-        _one_of(
-            "base_digest",
-            manifest.base_digest,
-            policy.bases,
-            "expected one that node.toml [bases] has",
-        ),
+        _one_of("base_digest", manifest.base_digest, policy.bases, other),
         *_network_verdicts(manifest, policy),
         _max_length(manifest, policy),
         *phases,
@@ -129,10 +116,7 @@ def allow(verdicts: list[Verdict]) -> None:
 
 
 def projected(manifest: RunManifest) -> Spend:
-    """What the whole schedule costs a budget, all attempts.
-
-    ε is infinite where nothing bounds it.
-    """
+    """What the whole schedule costs a budget, all attempts; ε is infinite if nothing bounds it."""
     if manifest.mode == "client":
         return Spend(charged_epsilon(manifest), manifest.delta)
     if manifest.mode != "record":
@@ -158,18 +142,12 @@ def _data_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
         for each in policy.data.values()
         if (each.task, each.labels) == (manifest.task, manifest.labels)
     }
-    labels = f"{len(manifest.labels)} labels"
+    whole = "" if manifest.labels in sets else "no data set has exactly these"
+    other = "expected the unit of a [data] table of node.toml with these labels"
     return [
         _one_of("task", manifest.task, tasks, "expected the task of a [data] table of node.toml"),
-        Verdict(
-            "labels", labels, "" if manifest.labels in sets else "no data set has exactly these"
-        ),
-        _one_of(
-            "unit",
-            manifest.unit,
-            units,
-            "expected the unit of a [data] table of node.toml with these labels",
-        ),
+        Verdict("labels", f"{len(manifest.labels)} labels", whole),
+        _one_of("unit", manifest.unit, units, other),
     ]
 
 
@@ -203,34 +181,22 @@ def _phase_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
     """Rounds, attempts, steps and noise: also what makes the schedule a mechanism at all."""
     limits, phases = policy.limits, manifest.phases
     attempts = sum(phase.attempts for phase in phases)
+    many = "" if 1 <= len(phases) <= MOST_PHASES else "expected 1 to 16"
     verdicts = [
         Verdict("mode", manifest.mode, _mode(manifest, policy)),
-        Verdict(
-            "phases",
-            str(len(phases)),
-            "" if 1 <= len(phases) <= MOST_PHASES else "expected 1 to 16",
-        ),
+        Verdict("phases", str(len(phases)), many),
         _at_most("rounds", manifest.rounds, limits.rounds),
         _at_most("attempts", attempts, limits.attempts),
     ]
     for number, phase in enumerate(phases):
         name = f"phases[{number}]"
+        named = "" if phase.name in ("head", "adapter") else "expected head or adapter"
+        rounds = "" if 1 <= phase.rounds <= phase.attempts else "expected 1 to attempts"
+        steps = "" if 1 <= phase.steps <= limits.steps else f"expected 1 to {limits.steps}"
         verdicts += [
-            Verdict(
-                f"{name}.name",
-                phase.name[:40],
-                "" if phase.name in ("head", "adapter") else "expected head or adapter",
-            ),
-            Verdict(
-                f"{name}.rounds",
-                str(phase.rounds),
-                "" if 1 <= phase.rounds <= phase.attempts else "expected 1 to attempts",
-            ),
-            Verdict(
-                f"{name}.steps",
-                str(phase.steps),
-                "" if 1 <= phase.steps <= limits.steps else f"expected 1 to {limits.steps}",
-            ),
+            Verdict(f"{name}.name", phase.name[:40], named),
+            Verdict(f"{name}.rounds", str(phase.rounds), rounds),
+            Verdict(f"{name}.steps", str(phase.steps), steps),
             *_mechanism(name, phase, manifest, policy),
         ]
     return verdicts
@@ -241,13 +207,8 @@ def _mechanism(name: str, phase: Phase, manifest: RunManifest, policy: Policy) -
     for field, least, most in RANGES:
         value = float(getattr(phase, field))
         allowed = least <= value <= most or (field == "head_clip" and value == 0)
-        verdicts.append(
-            Verdict(
-                f"{name}.{field}",
-                f"{value:g}",
-                "" if allowed else f"expected {least:g} to {most:g}",
-            )
-        )
+        reason = "" if allowed else f"expected {least:g} to {most:g}"
+        verdicts.append(Verdict(f"{name}.{field}", f"{value:g}", reason))
     known = phase.optimizer in ("sgd", "adamw")
     verdicts.append(
         Verdict(f"{name}.optimizer", phase.optimizer[:40], "" if known else "expected sgd or adamw")
@@ -264,9 +225,8 @@ def _mechanism(name: str, phase: Phase, manifest: RunManifest, policy: Policy) -
 def _noise_note(phase: Phase, manifest: RunManifest, policy: Policy) -> str:
     """What the least noise would do for a phase that has too little of it."""
     name = policy.data_for(manifest.task, manifest.labels, manifest.unit)
-    if (
-        not name or manifest.mode != "record" or len(manifest.phases) > MOST_PHASES
-    ):  # nobody may keep the node busy with sums
+    # nobody may keep the node busy with sums
+    if not name or manifest.mode != "record" or len(manifest.phases) > MOST_PHASES:
         return ""
     least, budget = policy.limits.noise_multiplier, policy.budgets[policy.data[name].budget]
     try:
@@ -352,10 +312,7 @@ def _free_verdicts(manifest: RunManifest) -> list[Verdict]:
 
 
 def _max_length(manifest: RunManifest, policy: Policy) -> Verdict:
-    """At least what any record fits into.
-
-    Else whether a record is left at all would say how long it is.
-    """
+    """At least what any record fits into: a record left out would say how long it is."""
     found = manifest.max_length
     verdict = _at_most("max_length", found, policy.limits.max_length)
     return (
@@ -364,17 +321,11 @@ def _max_length(manifest: RunManifest, policy: Policy) -> Verdict:
 
 
 def _secure_verdict(manifest: RunManifest, policy: Policy) -> Verdict:
-    """Who colludes and how small a cohort may be is the node's own.
-
-    `client.secagg` checks both in every epoch.
-    """
+    """Colluders and smallest cohort are the node's own: `client.secagg` checks them each epoch."""
     terms = manifest.secure
     if terms is None:
-        reason = (
-            "expected secure aggregation; require_secure is true"
-            if policy.limits.require_secure
-            else ""
-        )
+        denied = "expected secure aggregation; require_secure is true"
+        reason = denied if policy.limits.require_secure else ""
         return Verdict("secure", "updates are sent in clear", reason)
     found = f"sums of {terms.bits}-bit words, t = {terms.threshold}"
     if terms.threshold != THRESHOLD_RULE:
@@ -409,17 +360,11 @@ def _mode(manifest: RunManifest, policy: Policy) -> str:
     if manifest.mode == "record":
         return ""
     if manifest.mode == "none":
-        return (
-            ""
-            if policy.limits.allow_unnoised
-            else "updates would leave without noise; allow_unnoised is false"
-        )
+        denied = "updates would leave without noise; allow_unnoised is false"
+        return "" if policy.limits.allow_unnoised else denied
     if manifest.mode == "client":
-        return (
-            ""
-            if policy.limits.client_level
-            else "its noise is shared with others; client_level is false"
-        )
+        denied = "its noise is shared with others; client_level is false"
+        return "" if policy.limits.client_level else denied
     return "expected record, client or none"
 
 

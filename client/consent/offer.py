@@ -1,10 +1,8 @@
 """Whether an offer is the coordinator's, for this institution, of now, and whole.
 
-Before anything else is done with it.
-
-Whoever carries offers may keep them back, or bring them to another node. So each names its receiver
-and its end, under a signature of its own; and a projection is held against the manifest before it
-is written or kept for a run.
+All of it is checked before anything else is done with it. Whoever carries offers may keep them
+back, or bring them to another node. So each names its receiver and its end, under a signature of
+its own; and a projection is held against the manifest before it is written or kept for a run.
 """
 
 from __future__ import annotations
@@ -56,10 +54,7 @@ def read_manifest(signed: Signed, coordinator: PublicIdentity) -> RunManifest:
 
 
 def kept_manifest(path: Path) -> tuple[Signed, RunManifest]:
-    """What this node once consented to, whoever signed it.
-
-    Where it's damaged the fault begins with the file.
-    """
+    """What this node once consented to, whoever signed; a fault of it begins with the file."""
     try:
         signed = Signed.from_bytes(path.read_bytes(), "manifest")
         return signed, read_manifest(signed, signed.signer)

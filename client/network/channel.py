@@ -1,7 +1,4 @@
-"""How the relay asks the trainer.
-
-One gRPC method, bytes to bytes, over a Unix socket or mutual TLS.
-"""
+"""How the relay asks the trainer: one gRPC method, bytes to bytes, by Unix socket or mutual TLS."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`fedlora-node link`: keeps a `flower-supernode` with our relay alive, with all that calls out
-turned off.
-"""
+"""`fedlora-node link`: keeps a `flower-supernode` with our relay alive, all that calls out off."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ STEADY = 60.0  # seconds after which a SuperNode counts as having run well
 
 @dataclass(frozen=True)
 class Link:
-    """A relay folder (`relay/` of a node's), the trainer's address, and where Flower's own ports
-    are.
-    """
+    """A relay folder (a node's `relay/`), the trainer's address, and where Flower's ports are."""
 
     folder: Path
     trainer: str  # unix:PATH or host:port
@@ -100,7 +96,7 @@ def supervise(command: Sequence[str], stop: threading.Event) -> None:
     while not stop.is_set():
         started = time.monotonic()
         # a group of its own: its children go with it
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603
             command, env=environment(), start_new_session=True, preexec_fn=_leash()
         )
         while process.poll() is None and not stop.wait(0.2):

@@ -1,1 +1,1 @@
-"""The operator's folder: who this institution is, whom it trusts, what it allows, what has left it."""
+"""The operator's folder: who this institution is, whom it trusts, what it allows, what left it."""

@@ -1,7 +1,4 @@
-"""How a node comes into a federation.
-
-Its keys, its request, the coordinator's invitation, a key's rotation.
-"""
+"""How a node comes into a federation: keys, request, the coordinator's invitation, rotation."""
 
 from __future__ import annotations
 
@@ -93,11 +90,10 @@ def rotate(folder: NodeFolder, name: str, organisation: str) -> EnrolmentRequest
 
 
 def join(folder: NodeFolder, text: str, where: str) -> Invitation:
-    """Pin a federation. Another coordinator's key than the pinned one is refused.
+    """Pin a federation.
 
-    Leave first, by hand.
-
-    The same key may renew address and certificate.
+    Another coordinator's key than the pinned one is refused: leave first, by hand. The same key may
+    renew address and certificate.
     """
     invitation = invitation_from_text(text, where)
     if folder.federation.exists():

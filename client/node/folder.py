@@ -8,7 +8,8 @@ federation.json    the invitation, as pinned by `join`
 peers.toml         the roster; `join --approve` alone adds to it
 ledger.sqlite, ledger.key, and the head where the policy says
 runs/, outbox/     what was consented to, and the exact bytes that left
-refusals.jsonl     every refusal of what the coordinator signed, refusals.json how often; strangers.jsonl: of all else
+refusals.jsonl     every refusal of what the coordinator signed; refusals.json how often
+strangers.jsonl    the refusals of all else
 relay/             all that the relay needs, to be given to its user: Flower's key, CA, address
 """
 
@@ -62,7 +63,7 @@ class NodeFolder:
 
     @property
     def strangers(self) -> Path:
-        """A log of its own: whoever reaches the trainer may fill it, and its older lines make room."""
+        """A log of its own: whoever reaches the trainer may fill it; older lines make room."""
         return self.root / "strangers.jsonl"
 
     @property

@@ -1,7 +1,4 @@
-"""Masked inputs that left or may have left.
-
-Kept before they are sent, and sent again as the very same bytes.
-"""
+"""Masked inputs that left or may have left: kept before they are sent, sent again as they are."""
 
 from __future__ import annotations
 
@@ -53,10 +50,7 @@ class FolderOutbox:
 
 @dataclass
 class MemoryOutbox:
-    """For simulations, where a node does not outlive the process.
-
-    The last input only, and what was used.
-    """
+    """For simulations, where no node outlives the process: the last input, and what was used."""
 
     last: tuple[int, int, bytes] = (0, 0, b"")
     seen: list[tuple[int, int]] = field(default_factory=list)

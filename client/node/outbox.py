@@ -1,5 +1,4 @@
-"""What left, byte for byte: a release is on disk before it is sent, and sent again as it lies
-there.
+"""What left, byte for byte: a release is on disk before it is sent, and sent again as it lies.
 
 Beside each answer lies the digest of the request that it answers. The same request is answered with
 the same bytes, after any number of crashes; another request for the same attempt is a rewind, and
@@ -21,18 +20,12 @@ from fedlora.common.manifest.plan import RoundPlan
 
 @dataclass(frozen=True)
 class Outbox:
-    """The releases of all runs, by (manifest, round, attempt).
-
-    A consent is round 0 and attempt 0.
-    """
+    """The releases of all runs, by (manifest, round, attempt); a consent is round 0, attempt 0."""
 
     folder: Path
 
     def read(self, manifest: str, round_number: int, attempt: int, request: bytes) -> bytes | None:
-        """The reply that was given to this very request, or None.
-
-        Refused where another one was answered.
-        """
+        """The reply given to this very request, or None; Refused where another was answered."""
         path = self._path(manifest, round_number, attempt)
         if not path.exists():
             return None

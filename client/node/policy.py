@@ -1,5 +1,4 @@
-"""What an institution allows, from its `node.toml`: the values that no message, flag or environment
-loosens.
+"""What an institution allows, by its `node.toml`: no message, flag or environment loosens it.
 
 Budgets have names, and each data set charges one: a file may grow or change its name, its budget
 stays. The file is read through one descriptor and refused where anybody but its owner could have
@@ -353,12 +352,14 @@ institution = "{institution}"
 # text = "text"
 # label = "label"
 
-# Base models by digest: `fedlora-node base FOLDER` prints it. Relative folders start where this file lies.
+# Base models by digest: `fedlora-node base FOLDER` prints it. \
+Relative folders start where this file lies.
 # [bases]
 # "sha256:…" = "/srv/models/encoder"
 
 [limits]
-minimum_cohort = 5             # institutions in a sum, this one included; 3 at least, and then no one may drop out
+minimum_cohort = 5             # institutions in a sum, this one included; 3 at least, \
+and then no one may drop out
 rounds = 100
 attempts = 200
 steps = 20
@@ -371,7 +372,8 @@ layers = []
 allow_unnoised = false
 require_secure = false         # true: updates leave under the masks of secure aggregation only
 max_colluders = 1              # peers that may side with the coordinator, in such a run
-client_level = false           # true: runs in mode "client", whose noise the institutions share under masks
+client_level = false           # true: runs in mode "client", whose noise the institutions \
+share under masks
 metrics = []
 [trainer]
 listen = "unix:trainer.sock"

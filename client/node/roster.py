@@ -16,10 +16,8 @@ from fedlora.common.trust.rotation import is_rotation, rotation_from_text
 def approve(folder: NodeFolder, text: str, where: str) -> Peer:
     """Admit a peer to this node's own roster: the only way in.
 
-    Name, key and organisation occur once each.
-
-    `text` is a peer's request, or its rotation: a new request under the signature of the key that
-    was approved.
+    Name, key and organisation occur once each. `text` is a peer's request, or its rotation: a new
+    request under the signature of the key that was approved.
     """
     roster = read_peers(folder)
     if is_rotation(text):

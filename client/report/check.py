@@ -14,9 +14,7 @@ from fedlora.common.trust.sealed import Sealed, unseal
 
 
 def check_report(folder: Path, expected: PublicIdentity | None = None) -> PublicIdentity:
-    """Who signed the report in `folder`; Refused unless its two files, and no other, are as they
-    were written.
-    """
+    """Who signed the report in `folder`; Refused unless its two files are as written, and alone."""
     sealed = read_report(folder / REPORT, expected)
     found = sorted(path.name for path in folder.iterdir())
     if found != sorted((REPORT, PAGE)):

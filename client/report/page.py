@@ -17,11 +17,11 @@ Body = Mapping[str, Any]
 Rows = Iterable[tuple[str, Any]]
 
 STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0"
-    " 1em;color:#222}table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid"
-    " #ccc;padding:.3em"
-    " .6em;text-align:left;vertical-align:top;overflow-wrap:anywhere}th{background:#f4f4f4;font-weight:600}.summary{background:#eef4fb;border-left:4px"
-    " solid #36c;padding:.6em 1em}"
+    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse;margin:.6em 0}"
+    "td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left;"
+    "vertical-align:top;overflow-wrap:anywhere}th{background:#f4f4f4;font-weight:600}"
+    ".summary{background:#eef4fb;border-left:4px solid #36c;padding:.6em 1em}"
 )
 MODES = {"record": "record or person (by the node)", "client": "institution", "none": "none"}
 
@@ -223,7 +223,8 @@ def _identities(body: Body) -> list[tuple[str, Any]]:
 
 
 def _rows(rows: Rows) -> str:
-    return f"<table>{''.join(f'<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>' for k, v in rows)}</table>"
+    cells = "".join(f"<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>" for k, v in rows)
+    return f"<table>{cells}</table>"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -1,5 +1,4 @@
-"""`fedlora-node report`: what a data protection officer asks for, signed by the node, and as a
-page.
+"""`fedlora-node report`: what a data protection officer asks for, signed by the node, as a page.
 
 Everything comes from the ledger, the outbox, the refusal log and the manifests that the node itself
 kept. The figures are recomputed here; a second accountant (Rényi) states its own, larger, bound
@@ -160,10 +159,7 @@ def _budgets(policy: Policy, ledger: Ledger) -> list[dict[str, Any]]:
 
 
 def _former_budgets(policy: Policy, ledger: Ledger, bodies: list[Body]) -> list[dict[str, Any]]:
-    """What runs charged to budgets that the policy has no more, with the caps of the last one.
-
-    It stays spent.
-    """
+    """What runs charged to budgets that the policy lacks now, with their last caps: still spent."""
     caps = {str(body["budget"]): body for body in bodies if body["kind"] == "consent"}
     rows = []
     for name, cap in caps.items():
@@ -195,10 +191,7 @@ def _run(folder: NodeFolder, policy: Policy, bodies: list[Body], digest: str) ->
 
 
 def _lost_run(digest: str, mine: list[Body], sizes: list[Release]) -> dict[str, Any]:
-    """A run of which the ledger alone tells.
-
-    A kill came before its manifest was kept, or its folder is gone.
-    """
+    """A run that the ledger alone tells of: killed before its manifest was kept, or folder lost."""
     consents = [body for body in mine if body["kind"] == "consent"]
     return {
         "manifest": digest,
@@ -292,10 +285,7 @@ def _kept_run(
 
 
 def _versions(path: Path) -> list[dict[str, Any]]:
-    """When data were used, and whether they had changed.
-
-    A digest would tell two guesses at them apart.
-    """
+    """When data were used, and whether they had changed; a digest would let guesses be tried."""
     lines = list(read_lines(path, "time", "data"))
     known = list(dict.fromkeys(line["data"] for line in lines))
     return [{"time": line["time"], "version": 1 + known.index(line["data"])} for line in lines]
@@ -317,10 +307,7 @@ def _sums(path: Path) -> list[dict[str, Any]]:
 
 
 def _second(manifest: RunManifest) -> float | None:
-    """ε of the whole schedule by Rényi accounting: looser, and by other arithmetic.
-
-    None where it has no bound.
-    """
+    """ε of the whole schedule by Rényi: looser, by other arithmetic; None where it has no bound."""
     if manifest.mode != "record":
         return None
     epsilon = renyi_epsilon(history_of(manifest), manifest.delta)

@@ -1,11 +1,10 @@
-"""A trainer whose updates leave under masks.
+"""A trainer whose updates leave under masks: a stage at a time, trained between the checks.
 
-Answers one stage at a time, and trains between the checks.
-
-    offer, deal     an epoch's keys and shares                          (client.secagg.node)
-    input           accept U2; may this attempt be masked at all?  Only then policy, ledger and training
-                    (client.training.trainer); encode, mask, keep, answer
-                    in mode "client": a share of the noise between encoding and mask  (common.privacy.skellam)
+    offer, deal     an epoch's keys and shares                             (client.secagg.node)
+    input           accept U2; may this attempt be masked at all? Only then policy, ledger and
+                    training                                               (client.training.trainer)
+                    encode, mask, keep, answer; in mode "client" a share of the noise between
+                    encoding and mask                                      (common.privacy.skellam)
     confirm, open   U3, and one share of each
 
 An input that was made before is answered by the same bytes, whatever else happened since.
@@ -32,9 +31,7 @@ Train = Callable[[], Vector]  # reserves and trains one attempt, and gives its u
 
 
 class SecureTrainer:
-    """One institution in one run. Refused where the manifest's terms are not what its own policy
-    takes.
-    """
+    """One institution in one run. Refused where the manifest's terms are not its own policy's."""
 
     def __init__(self, node: SecureNode, manifest: RunManifest) -> None:
         if manifest.secure is None:
@@ -116,9 +113,7 @@ class SecureTrainer:
         return stages.encoding_of(self._terms, phase, size, member_noise(self._manifest, phase))
 
     def _carriers(self, phase: int, spec: AdapterSpec) -> int:
-        """t - c of this cohort; Refused before anything trains where fewer carry the noise than was
-        promised.
-        """
+        """t - c of this cohort; Refused, before training, where fewer than promised carry it."""
         promised, colluders = self._manifest.skellam, self._terms.max_colluders
         if promised is None:
             raise Refused("manifest skellam: found none, expected the terms of shared noise")

@@ -89,8 +89,7 @@ class Possible:
 
 
 class SecureNode:
-    """One institution in one run. `noised`: its updates carry their own noise, fresh for each
-    attempt.
+    """One institution in one run. `noised`: its updates carry their own fresh noise each attempt.
 
     An update without noise of its own leaves once a round, whatever happens to that attempt: in two
     cohorts, the difference of the sums would be the update.
@@ -130,10 +129,7 @@ class SecureNode:
         return tuple(self._state.bad_dealers) if self._state else ()
 
     def offer(self, epoch: Epoch) -> bytes:
-        """Fresh keys for a new epoch; whatever was before is dropped.
-
-        Refused for an old epoch or attempt.
-        """
+        """Fresh keys for a new epoch; what was before is dropped. Refused for an old one."""
         if (epoch.federation, epoch.run) != (self._federation, self._run):
             raise Refused(
                 "epoch: found another federation or run than the one that was consented to"
@@ -209,10 +205,7 @@ class SecureNode:
         return len(self._epoch().members)
 
     def check(self, slot: Slot, encoding: Encoding) -> None:
-        """Refused unless an input may be made for this attempt.
-
-        Before data or budget are touched.
-        """
+        """Refused unless this attempt may have an input: before data or budget are touched."""
         state = self._epoch()
         if not state.dealers:
             raise Refused("input: this epoch has no list of dealers yet")
@@ -236,15 +229,9 @@ class SecureNode:
         masked = Masked.of(encoding, values, masks.check_key(context))
         masked.apply_mask(masks.seed_mask(attempt.seed, context, state.dealers), positive=True)
         for name, public in self._mask_keys_of_others(state, slot.attempt):
-            key = masks.pair_mask(
-                attempt.mask_key.agree(public),
-                context,
-                state.cohort,
-                state.dealers,
-                self._policy.me,
-                name,
-            )
-            masked.apply_mask(key, positive=self._policy.me < name)
+            secret, me = attempt.mask_key.agree(public), self._policy.me
+            key = masks.pair_mask(secret, context, state.cohort, state.dealers, me, name)
+            masked.apply_mask(key, positive=me < name)
         message = MaskedInput(self._policy.me, context, state.dealers, masked.to_bytes())
         message = replace(message, signature=self._identity.sign(wire.INPUT, *message.signed()))
         data = message.to_bytes()
@@ -261,10 +248,7 @@ class SecureNode:
         return Possible(round_number, attempt, n, cohort.threshold(n), c, len(state.dealer_names))
 
     def sent(self, round_number: int, attempt: int) -> bytes | None:
-        """The very bytes that were made for this attempt, also after a restart.
-
-        None where there are none.
-        """
+        """The very bytes made for this attempt, also after a restart; None where there are none."""
         return self._outbox.get(round_number, attempt)
 
     def confirm(self, attempt_number: int, survivors: bytes) -> bytes:
@@ -277,20 +261,15 @@ class SecureNode:
             self._policy, "survivors", names, state.dealer_names, len(state.members)
         )
         listed = cohort.survivors_digest(attempt.context, state.dealers, names)
-        attempt.survivors, attempt.signed = (
-            names,
-            (attempt.context, state.cohort, state.dealers, listed),
-        )
+        attempt.survivors = names
+        attempt.signed = (attempt.context, state.cohort, state.dealers, listed)
         possible = self.possible(attempt.round, attempt_number)
         self.confirmed = replace(possible, members=len(names), dropped=possible.dealt - len(names))
         signature = self._identity.sign(wire.CONFIRM, *attempt.signed)
         return Confirmation(self._policy.me, signature).to_bytes()
 
     def open(self, attempt_number: int, agreement: bytes) -> bytes:
-        """One share for each of U2: of b for those in U3, of s for the others.
-
-        Then the secrets are gone.
-        """
+        """One share for each of U2: of b for U3, of s for the others. Then the secrets are gone."""
         state, attempt = self._masked(attempt_number)
         if not attempt.signed:
             raise Refused("unmask: this node has confirmed no list of survivors")
@@ -309,10 +288,7 @@ class SecureNode:
         return replace(message, signature=self._identity.sign(wire.OPENING, *signed)).to_bytes()
 
     def adopt(self, policy: CohortPolicy) -> None:
-        """The roster as its operator keeps it now.
-
-        An epoch with a member that is no longer on it ends here.
-        """
+        """The roster as it is now: an epoch with a member no longer on it ends here."""
         state, before, self._policy = self._state, self._policy.peers, policy
         if state is not None and any(
             policy.peers.get(name) != before.get(name) for name in state.names
@@ -374,10 +350,7 @@ class SecureNode:
         return result
 
     def _take_shares(self, state: _EpochState, dealer: Dealer, sealed: bytes, path: bytes) -> None:
-        """Keep the dealer's shares; note the dealer where they are not what it signed.
-
-        That costs only itself.
-        """
+        """Keep the dealer's shares; where they are not what it signed, note it: its own loss."""
         me, where = self._policy.me, f"shares of {dealer.name}"
         public = next(offer.share_key for offer in state.members if offer.name == dealer.name)
         key = masks.sealing_key(state.share_key.agree(public), state.cohort, dealer.name, me)

@@ -1,6 +1,4 @@
-"""The secure runs that a trainer takes part in.
-
-Their secrets live here, in memory, and nowhere else.
+"""The secure runs that a trainer takes part in: their secrets live here, in memory, only.
 
 Who may be in a cohort is read from `peers.toml` at every stage, for its operator may have changed
 it meanwhile.
@@ -32,9 +30,7 @@ class SecureRuns:
         self._trainers: dict[str, SecureTrainer] = {}
 
     def check(self, manifest: RunManifest) -> None:
-        """Refused where no cohort of approved peers could ever be large enough, or the terms are
-        not this node's.
-        """
+        """Refused where approved peers can never make a cohort, or terms are not this node's."""
         asked = self._asked(manifest)
         if len(asked.peers) < asked.minimum_cohort:
             raise Refused(
@@ -44,10 +40,7 @@ class SecureRuns:
         self._started(manifest, asked, MemoryOutbox())  # are the terms such that it could?
 
     def trainer(self, manifest: RunManifest) -> SecureTrainer:
-        """The run's state machine, under the roster of this moment.
-
-        A new one, without secrets, after a restart.
-        """
+        """The run's state machine, under today's roster; after a restart a new one, no secrets."""
         asked = self._asked(manifest)
         known = self._trainers.get(manifest.digest)
         if known is not None:

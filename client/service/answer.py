@@ -1,6 +1,4 @@
-"""The resident trainer: request bytes in, signed reply bytes out.
-
-All that decides, and no transport.
+"""The resident trainer: request bytes in, signed reply bytes out; it decides, without transport.
 
     1. parse; the coordinator's signature, under the key that `join` pinned
     2. an offer: is it for this institution, and still good? the policy's verdicts; the network and
@@ -8,9 +6,9 @@ All that decides, and no transport.
     3. a task: was this very request answered? then the same bytes again
     4.         does it go on from what came before? replays and rewinds are refused
     5.         the policy once more, for it may have become stricter
-    6.         the attempt is reserved, trained, committed                          (client.training.trainer)
+    6.         the attempt is reserved, trained, committed          (client.training.trainer)
     7.         the signed bytes are on disk; then they leave
-    8. a stage: the same, where updates leave under masks only                      (client.secagg.masked_trainer)
+    8. a stage: the same, where updates leave under masks only      (client.secagg.masked_trainer)
 
 What the policy or a signature says no to is told to the coordinator. What goes wrong once data are
 in sight is told to the log alone: a message about a record is about somebody.
@@ -91,10 +89,7 @@ class Work(Protocol):
         plan: RoundPlan,
         vector: bytes,
     ) -> tuple[bytes, str]:
-        """Reserve, train and commit one attempt.
-
-        The update as little-endian float32, and the data's digest.
-        """
+        """Reserve, train and commit one attempt: update (little-endian float32) and data digest."""
 
 
 class _Private(FedloraError):
@@ -102,10 +97,7 @@ class _Private(FedloraError):
 
 
 class Place:
-    """What a request was about, for the reply and the log.
-
-    Without a manifest the coordinator did not sign it.
-    """
+    """What a request was about, for reply and log; no manifest: the coordinator did not sign."""
 
     def __init__(self) -> None:
         self.manifest, self.round, self.attempt = "", 0, 0
@@ -143,8 +135,7 @@ class Resident:
                 return self._declined(invitation.federation, place, error)
 
     def _check_history(self) -> None:
-        """Refused where the ledger knows less than what this node kept of its consents and
-        releases.
+        """Refused where the ledger knows less than this node kept of consents and releases.
 
         That is how a ledger and a head look that were both put back to an older day.
         """
@@ -185,45 +176,29 @@ class Resident:
             return kept
         with _private():
             self._reserve(manifest, offer)
-        reply = Consent(
-            self._policy.institution,
-            manifest.digest,
-            self._policy.digest,
-            spend.epsilon,
-            spend.delta,
-        )
+        me, its = self._policy.institution, self._policy.digest
+        reply = Consent(me, manifest.digest, its, spend.epsilon, spend.delta)
         released = self._released(invitation.federation, reply, (0, 0), asked)
         budget = self._budget(manifest)
         left = budget.epsilon - self._ledger.spent(budget.name).epsilon
-        log.info(
-            "consented to run %s: ε %s of budget %s, %s left",
-            one_line(manifest.run)[:80],
-            shown_epsilon(spend.epsilon),
-            budget.name,
-            shown_left(left),
-        )
+        run, cost = one_line(manifest.run)[:80], shown_epsilon(spend.epsilon)
+        told = (run, cost, budget.name, shown_left(left))
+        log.info("consented to run %s: ε %s of budget %s, %s left", *told)
         return released
 
     def _reserve(self, manifest: RunManifest, offer: Offer) -> None:
-        """Check network and data, reserve the schedule, keep the manifest.
-
-        What failed leaves nothing on the disk.
-        """
+        """Check network and data, reserve, keep the manifest; a failure leaves nothing on disk."""
         folder = self._folder.run(manifest.digest)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
-            write_atomically(folder / "projection.safetensors", offer.projection, mode=0o600)
-            digest = self._work.consent(
-                manifest, folder / "projection.safetensors", self._budget(manifest)
-            )
+            projection = folder / "projection.safetensors"
+            write_atomically(projection, offer.projection, mode=0o600)
+            digest = self._work.consent(manifest, projection, self._budget(manifest))
             self._note_data(folder, digest)
             write_atomically(folder / "manifest.signed", offer.manifest.to_bytes(), mode=0o600)
         except BaseException:
-            name = self._budget(manifest).name
-            if (
-                self._ledger.reserved_for(name, manifest.digest) is None
-                and not (folder / "manifest.signed").exists()
-            ):
+            held = self._ledger.reserved_for(self._budget(manifest).name, manifest.digest)
+            if held is None and not (folder / "manifest.signed").exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -243,27 +218,18 @@ class Resident:
         update = self._trained(manifest, plan, task.vector)
         reply = Answer(self._policy.institution, plan.manifest, plan.round, plan.attempt, update)
         released = self._released(invitation.federation, reply, (plan.round, plan.attempt), data)
-        log.info(
-            "answered round %d, attempt %d of run %s",
-            plan.round,
-            plan.attempt,
-            one_line(manifest.run)[:80],
-        )
+        told = (plan.round, plan.attempt, one_line(manifest.run)[:80])
+        log.info("answered round %d, attempt %d of run %s", *told)
         return released
 
     def _stage(self, invitation: Invitation, stage: Stage, place: Place) -> bytes:
-        """One step of secure aggregation. What its checks refuse is this attempt's alone.
-
-        A later epoch may do.
-        """
+        """One stage of secure aggregation. What its checks refuse, a later epoch may do."""
         request = Request.from_bytes(stage.request.opened(STAGE_TAG, invitation.coordinator))
         plan = request.plan
         manifest = self._planned(invitation, plan, place)
-        if request.institution != self._policy.institution:
-            raise BadInput(
-                f"stage institution: found {request.institution}, expected"
-                f" {self._policy.institution}"
-            )
+        me = self._policy.institution
+        if request.institution != me:
+            raise BadInput(f"stage institution: found {request.institution}, expected {me}")
         if manifest.secure is None:
             raise Refused("stage: found a run without secure aggregation, expected a task of it")
         with _private():
@@ -282,35 +248,26 @@ class Resident:
             with _private():
                 self._note_sum(plan, trainer.confirmed)
         if request.stage == INPUT:
-            log.info(
-                "sent the masked update of round %d, attempt %d of run %s",
-                plan.round,
-                plan.attempt,
-                one_line(manifest.run)[:80],
-            )
-        reply = Staged(self._policy.institution, plan.manifest, plan.round, plan.attempt, message)
+            told = (plan.round, plan.attempt, one_line(manifest.run)[:80])
+            log.info("sent the masked update of round %d, attempt %d of run %s", *told)
+        reply = Staged(me, plan.manifest, plan.round, plan.attempt, message)
         return reply_to_bytes(self._identity, invitation.federation, reply)
 
     def _input(self, trainer: SecureTrainer, manifest: RunManifest, request: Request) -> bytes:
         with _private():
             projection = self._folder.run(manifest.digest) / "projection.safetensors"
             spec = self._work.spec(manifest, projection)
-
         sent = trainer.prepare(request.message, request.plan, spec)
         if sent is not None:
             return sent
         update = self._trained(manifest, request.plan, request.vector)
         with _private():  # what is wrong with an update that has no mask yet is nobody's business
             self._note_sum(request.plan, trainer.possible(request.plan))  # before it can leave
-            return trainer.mask(
-                request.plan, spec, vector_from_bytes(update, spec.size, "own update")
-            )
+            vector = vector_from_bytes(update, spec.size, "own update")
+            return trainer.mask(request.plan, spec, vector)
 
     def _trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> bytes:
-        """The update of an attempt that goes on from all before it.
-
-        Reserved, trained and committed.
-        """
+        """An attempt's update, which goes on from all before: reserved, trained, committed."""
         folder = self._folder.run(plan.manifest)
         plans = Plans(folder / "plans")
         with _private():
@@ -325,30 +282,24 @@ class Resident:
         return update
 
     def _planned(self, invitation: Invitation, plan: RoundPlan, place: Place) -> RunManifest:
-        """The manifest that `plan` belongs to.
-
-        BadInput or Refused where it can't be a plan of it.
-        """
+        """The manifest `plan` belongs to; BadInput or Refused where it can't be a plan of it."""
         if not (0 < plan.round <= MAX_NUMBER and 0 < plan.attempt <= MAX_NUMBER):
             raise BadInput("plan: found a round or attempt out of range, expected 1 or more")
         place.manifest, place.round, place.attempt = plan.manifest, plan.round, plan.attempt
         manifest = self._known(invitation, plan.manifest)
-        if manifest.phase_of(plan.round) != plan.phase:
-            raise BadInput(
-                f"plan phase: found {plan.phase}, expected {manifest.phase_of(plan.round)}"
-            )
+        phase = manifest.phase_of(plan.round)
+        if phase != plan.phase:
+            raise BadInput(f"plan phase: found {plan.phase}, expected {phase}")
         return manifest
 
     def _known(self, invitation: Invitation, digest: str) -> RunManifest:
         """The manifest that this node consented to, from its own disk."""
         path = self._folder.run(digest) / "manifest.signed"
         if not _is_digest(digest) or not path.is_file():
-            raise Refused(
-                f"plan manifest: found {one_line(digest)[:80]}, which was not consented to"
-            )
-        manifest = read_manifest(
-            Signed.from_bytes(path.read_bytes(), "kept manifest"), invitation.coordinator
-        )
+            found = one_line(digest)[:80]
+            raise Refused(f"plan manifest: found {found}, which was not consented to")
+        signed = Signed.from_bytes(path.read_bytes(), "kept manifest")
+        manifest = read_manifest(signed, invitation.coordinator)
         if manifest.digest != digest:
             raise Refused("plan manifest: what is kept under its name is another one")
         return manifest
@@ -362,9 +313,8 @@ class Resident:
         with _private():
             spent = {each: self._ledger.spent(each) for each in self._policy.budgets}
             if name:
-                reserved = self._ledger.reserved_for(
-                    self._policy.data[name].budget, manifest.digest
-                )
+                budget = self._policy.data[name].budget
+                reserved = self._ledger.reserved_for(budget, manifest.digest)
         allow(judge(manifest, self._policy, invitation.federation, spent, reserved))
         if consented and manifest.mode != "none" and reserved is None:
             raise Refused(f"plan manifest: nothing was consented to for {manifest.digest[:20]}")
@@ -382,13 +332,10 @@ class Resident:
         return signed
 
     def _is_ours(self, invitation: Invitation, kept: bytes) -> bool:
-        """Whether today's key signed it: a consent holds no noise, and after a rotation it is
-        signed anew.
-        """
+        """Whether today's key signed it: a consent has no noise, so a rotation signs it anew."""
         try:
-            reply_from_bytes(
-                kept, invitation.federation, {self._policy.institution: self._identity.public}
-            )
+            ours = {self._policy.institution: self._identity.public}
+            reply_from_bytes(kept, invitation.federation, ours)
         except Refused:
             return False
         return True
@@ -400,9 +347,7 @@ class Resident:
         append_line(folder / "data.jsonl", {"time": _now(), "data": digest}, limit=None)
 
     def _declined(self, federation: str, place: Place, error: Exception) -> bytes:
-        """A signed no. Its reason is the whole truth only where no data were in sight, and never
-        has a budget's figures.
-        """
+        """A signed no, without a budget's figures; its reason whole only with no data in sight."""
         public = isinstance(error, BadInput | Refused) and not isinstance(error, _Private)
         reason = one_line(str(error)) if public else PRIVATE_REASON
         inner = error.__cause__ or error
@@ -445,9 +390,8 @@ def _private() -> Iterator[None]:
 
 
 def _is_digest(text: str) -> bool:
-    return (
-        len(text) == 71 and text.startswith("sha256:") and set(text[7:]) <= set("0123456789abcdef")
-    )
+    digits = set(text[7:]) <= set("0123456789abcdef")
+    return len(text) == 71 and text.startswith("sha256:") and digits
 
 
 def _now() -> str:

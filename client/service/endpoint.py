@@ -1,5 +1,4 @@
-"""The trainer's endpoint: one method and the standard health service, with limits on all that costs
-memory.
+"""The trainer's endpoint: one method, the standard health service, and limits on all that costs.
 
 Training runs on a thread of its own, so that health answers meanwhile. Who connects is not asked: a
 Unix socket of mode 0600 or 0660 or mutual TLS decides who may, and only what the coordinator signed
@@ -61,12 +60,12 @@ class Service:
         self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
 
     def serve(self) -> None:
-        """Until SIGTERM or SIGINT. Ends this process where the round at hand does not end in time,
-        or at a second one.
+        """Until SIGTERM or SIGINT.
 
-        A thread can't be stopped, and an interpreter that returned from here would give up the lock
-        of the only trainer and wait for it. All that a round leaves is whole or absent, so any
-        moment will do.
+        Ends this process where the round at hand does not end in time, or at a second one. A thread
+        can't be stopped, and an interpreter that returned from here would give up the lock of the
+        only trainer and wait for it. All that a round leaves is whole or absent, so any moment will
+        do.
         """
         asked = stop_event(lambda: _end_now("a second signal came"))
         self.start()
@@ -77,10 +76,7 @@ class Service:
             _end_now(f"the round at hand did not end within {GRACE:g} s")
 
     def stop(self, grace: float) -> bool:
-        """Take nothing new, and let the round at hand end within `grace` seconds.
-
-        Whether it did.
-        """
+        """Take nothing new, and end the round at hand within `grace` seconds; whether it did."""
         end = time.monotonic() + grace
         self._health.enter_graceful_shutdown()
         answered = self._server.stop(grace)
@@ -94,8 +90,7 @@ class Service:
         )
 
     def _handlers(self) -> grpc.GenericRpcHandler:
-        # Unary to who asks. As a stream, a body is read when its turn comes: one is in memory, not
-        # all.
+        # Unary to who asks. As a stream, a body is read when its turn comes: one is in memory.
         method = grpc.stream_unary_rpc_method_handler(self._handle)
         return grpc.method_handlers_generic_handler(SERVICE, {"Ask": method})
 
@@ -164,10 +159,7 @@ def _bind(server: grpc.Server, settings: TrainerPolicy, root: Path) -> str:
 
 
 def _remove_socket(path: Path) -> None:
-    """Remove a killed trainer's socket, for the lock says that no other one lives.
-
-    BadInput for all else there.
-    """
+    """Remove a killed trainer's socket: the lock says none lives; BadInput for all else there."""
     try:
         held = path.lstat()
     except FileNotFoundError:
@@ -208,10 +200,7 @@ def _bind_tls(server: grpc.Server, settings: TrainerPolicy, root: Path) -> str:
 
 
 def check_pair(certificate: bytes, key: bytes, where: str) -> None:
-    """BadInput unless the key is the certificate's.
-
-    Refused where the certificate is not valid now.
-    """
+    """BadInput unless the key is the certificate's; Refused where that is not valid now."""
     from datetime import UTC, datetime
 
     from cryptography import x509

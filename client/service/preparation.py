@@ -105,8 +105,7 @@ class Bench:
         if file_digest(path) != digest:
             raise BadInput(f"{path.name}: changed while it was read")
         units = unit_groups(records.units, len(records))
-        # by the policy's δ, whatever the manifest's: a consent must not tell how many units there
-        # are
+        # by the policy's δ, whatever the manifest's: a consent must not tell the number of units
         check_delta(self._policy.limits.delta, len(units), f"{path.name}, by [limits] delta:")
         model = gradients.model
         encoded = model.task.encode(records, model.tokenizer, manifest.max_length)
@@ -132,10 +131,7 @@ def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[int, int]
 
 
 def read_data(data: DataPolicy, path: Path) -> Records:
-    """A data set as its policy describes it.
-
-    A link that leads out of the folder that the policy names is refused.
-    """
+    """A data set as its policy describes it; a link out of the policy's folder is refused."""
     causal = data.task == "causal-lm"
     columns = Columns(
         text=data.text,

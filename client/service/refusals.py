@@ -1,5 +1,4 @@
-"""What a node refused, so kept that nobody whose requests are refused can push an older refusal
-out.
+"""What a node refused, so kept that nobody whose requests are refused can push older ones out.
 
 The first refusal of a run for a reason is a line of refusals.jsonl, which never rotates; what is
 refused again is counted in refusals.json. Where a run has `MOST_OF_A_RUN` lines, or the file is
@@ -34,10 +33,7 @@ Line = dict[str, Any]
 
 
 class RefusalLog:
-    """The refusals of one node; `path` is refusals.jsonl, the counts lie beside it.
-
-    One process writes.
-    """
+    """The refusals of one node, one writer; `path` is refusals.jsonl, counts lie beside it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -76,9 +72,7 @@ class RefusalLog:
 
 
 def read_refusals(path: Path) -> tuple[list[Line], Line]:
-    """Each refusal that is kept, with how often and when last.
-
-    And the count, by kind, of those that are not.
+    """Each refusal that is kept, with how often and when last; of the others the count by kind.
 
     Without the log's `detail`, which may quote a record; a policy's `verdict` never does.
     """

@@ -1,7 +1,4 @@
-"""What the resident trainer has done for it, with torch.
-
-Consent and training of one run at a time.
-"""
+"""What the resident trainer has done with torch: consent and training of one run at a time."""
 
 from __future__ import annotations
 

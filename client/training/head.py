@@ -98,9 +98,7 @@ def _head_part(
 def _clipped_records(
     inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], bound: float | None
 ) -> tuple[torch.Tensor, int]:
-    """Each record is a unit: its squared norm is |b|² (|a|² + 1), a sum of squares that can't
-    cancel.
-    """
+    """Each record is a unit: its squared norm is |b|² (|a|² + 1), a sum that can't cancel."""
     terms = [
         b.square().sum(1) * (a.square().sum(1) + 1.0)
         for a, b in zip(inputs, gradients, strict=True)

@@ -1,5 +1,4 @@
-"""Local training: a phase's steps from a given state to an update, and nothing that remembers the
-data.
+"""Local training: a phase's steps from a given state to an update; nothing remembers the data.
 
 The proximal term and the optimiser act on gradients that are already noised (post-processing), so
 neither costs privacy, and the optimiser's moments may be carried from round to round.

@@ -59,8 +59,7 @@ def micro_batches(
 def private_batches(
     units: UnitIndex, drawn: Ints, lengths: Ints, tokens: int, padded: Ints, records: Records
 ) -> Iterator[MicroBatch]:
-    """Cut a draw into micro-batches in which no unit's gradient depends on another unit
-    (`common.model.shapes`).
+    """Micro-batches in which no unit's gradient depends on another (`common.model.shapes`).
 
     Units of one record go together in batches of fixed shapes. A unit of several records goes by
     itself, in micro-batches of its own records and at most `tokens` padded tokens. `padded` is
@@ -76,9 +75,7 @@ def private_batches(
 
 
 def unit_records(units: UnitIndex, drawn: Ints) -> tuple[Ints, Ints]:
-    """Places in `units.records` of the drawn units' records, and the unit of the draw that owns
-    each.
-    """
+    """Places in `units.records` of the drawn units' records, and the drawn unit of each."""
     sizes = units.offsets[drawn + 1] - units.offsets[drawn]
     owners = np.repeat(np.arange(len(drawn), dtype=np.int64), sizes)
     within = np.arange(len(owners), dtype=np.int64) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -86,9 +83,7 @@ def unit_records(units: UnitIndex, drawn: Ints) -> tuple[Ints, Ints]:
 
 
 def _ordered(units: UnitIndex, drawn: Ints, lengths: Ints) -> tuple[Ints, Ints]:
-    """Records of the drawn units, longest unit first (so that a lack of memory shows at once), and
-    owners.
-    """
+    """Records of the drawn units, longest unit first (memory fails at once), and owners."""
     places, owners = unit_records(units, drawn)
     longest = np.zeros(len(drawn), dtype=np.int64)
     np.maximum.at(longest, owners, lengths[units.records[places]])

@@ -1,6 +1,6 @@
 """One private step: per-unit clipped sum, Gaussian noise, public normaliser.
 
-    g = ( Σ_u clip(∇ Σ_{r in u} loss_r) + N(0, s²) ) / expected_units        (Abadi et al. 2016, per unit)
+    g = ( Σ_u clip(∇ Σ_{r in u} loss_r) + N(0, s²) ) / expected_units  (Abadi et al. 2016, per unit)
 
 Per-sample gradients are Opacus' `hooks`; norms, clip and sum are float32 outside autocast, noise is
 drawn and added in float64 from the operating system's generator. A head of linear layers on cached
@@ -64,10 +64,7 @@ class ClipGroups:
 
 @dataclass(frozen=True, eq=False)
 class GradientSum:
-    """Sum of the units' (clipped) gradients.
-
-    `vector` is (size,) float64. The counts never leave the node.
-    """
+    """Sum of the units' (clipped) gradients, (size,) float64. The counts never leave the node."""
 
     vector: npt.NDArray[np.float64]
     units: int
@@ -115,8 +112,7 @@ class PerSampleGradients:
         groups: ClipGroups,
         tokens: int,
     ) -> GradientSum:
-        """Σ over the drawn units of the unit's gradient, clipped once over all its records, per
-        group.
+        """Σ over the drawn units of a unit's gradient, clipped per group over all its records.
 
         What a unit adds depends on no other unit, to the last bit before the sum; `tokens` bounds a
         micro-batch.
@@ -146,7 +142,7 @@ class PerSampleGradients:
         return [self._take(name)[: len(batch.rows)] for name in self._names]
 
     def _records(self, shape: Shape) -> int:
-        """The shape's records together, where each then gets the same bits as in any other place."""
+        """The shape's records together, where each then gets the same bits in any place."""
         model = self.model
 
         def try_it() -> bool:
@@ -162,9 +158,7 @@ class PerSampleGradients:
         return model.shapes.records(kind, shape.records, try_it)
 
     def plain_sum(self, data: Encoded, batches: Iterable[MicroBatch]) -> GradientSum:
-        """Σ of gradients without a clip: training without privacy, at the cost of training without
-        privacy.
-        """
+        """Σ of gradients without a clip: training without privacy, and at its cost."""
         self._hooks.disable_hooks()
         units = 0
         for batch in batches:
@@ -192,9 +186,7 @@ class PerSampleGradients:
             raise
 
     def _forget(self) -> None:
-        """A pass that was cut off, by a lack of memory say, leaves in the hooks what would spoil
-        every later one.
-        """
+        """A pass cut off, for lack of memory say, leaves in the hooks what spoils later ones."""
         for module in self.model.network.modules():
             for name in ("activations", "max_batch_len"):
                 module.__dict__.pop(name, None)
@@ -279,10 +271,8 @@ def clipped_units(
 ) -> tuple[torch.Tensor, int]:
     """Units of several records, one after the other.
 
-    What is measured is the very tensor that is added.
-
-    A norm from inner products of the records would cancel where they pull against each other, and
-    come out far below that of the gradient.
+    What is measured is the very tensor that is added. A norm from inner products of the records
+    would cancel where they pull against each other, and come out far below that of the gradient.
     """
     sizes = torch.bincount(owners).tolist()
     parts = [

@@ -1,11 +1,12 @@
 """The trainer: the one object at an institution that touches its data.
 
     1. consent: is the manifest for the model and adapter that lie here? reserve its whole ε and δ,
-       or refuse
-    2. train:   is the plan bound to that manifest and to this very state? reserve the attempt, durably
+                or refuse
+    2. train:   is the plan bound to that manifest and to this very state? reserve the attempt,
+                durably
     3.          draw, clip, noise, step                                      (client.training.local)
-                in mode "client": train without noise, clip the whole update; noise follows with the
-                mask
+                in mode "client": train without noise, clip the whole update; noise follows with
+                the mask
     4.          commit the digest of what leaves; hand it out
 
 Whatever a coordinator sends can only ask. In simulation the same object is called in process.
@@ -58,9 +59,7 @@ class Trainer:
         self._manifest: RunManifest | None = None
 
     def consent(self, manifest: RunManifest) -> None:
-        """Reserve the whole schedule; Refused past the cap, BadInput where the model is another
-        one.
-        """
+        """Reserve the whole schedule; Refused past the cap, BadInput for another model."""
         model = self._training.gradients.model
         projection = "" if model.projection is None else model.projection.digest
         for name, found, expected in (
@@ -88,9 +87,7 @@ class Trainer:
         self._manifest = manifest
 
     def train(self, plan: RoundPlan, state: AdapterState) -> Update:
-        """One attempt at one round. Nothing is read from the data before the ledger holds the
-        reservation.
-        """
+        """One attempt at one round. No data are read before the ledger holds the reservation."""
         manifest = self._manifest
         if manifest is None or plan.manifest != manifest.digest:
             raise Refused(f"plan manifest: found {plan.manifest}, which was not consented to")
@@ -140,20 +137,14 @@ class Trainer:
 
 @lru_cache(maxsize=64)
 def charge(manifest: RunManifest) -> Spend:
-    """What a run with this manifest costs a budget.
-
-    Refused where it claims less than its schedule costs.
-    """
+    """What a run with this manifest costs a budget; Refused where it claims less than it costs."""
     stated = schedule_epsilon(manifest)
     return Spend(charged_epsilon(manifest) if manifest.mode == "client" else stated, manifest.delta)
 
 
 @lru_cache(maxsize=64)
 def schedule_epsilon(manifest: RunManifest) -> float:
-    """ε of the manifest's whole schedule, computed here whatever the manifest claims.
-
-    Refused above its claim.
-    """
+    """ε of the manifest's whole schedule, computed here; Refused above what it claims."""
     stated = stated_epsilon(manifest)
     if stated > manifest.epsilon * (1 + 1e-6):
         raise Refused(

@@ -142,9 +142,7 @@ class LoadedAdapter:
 
 
 def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
-    """Load what `export_adapter` wrote. `base` overrides where the base model lies.
-
-    Its digest must agree.
+    """Load what `export_adapter` wrote; `base` overrides where the base lies, by equal digest.
 
     BadInput where it lay in a folder of whoever exported it, which isn't here, and `base` doesn't
     say where it is.

@@ -1,13 +1,10 @@
-"""A released adapter as files, read without the network that it belongs to.
-
-What it is, and that it is whole.
+"""A released adapter as files, read without its network: what it is, and that it is whole.
 
     adapter_config.json, adapter_model.safetensors    PEFT's
-    head.safetensors, projection.safetensors          the head and the map below it, where they are ours
-    fedlora.json                                      what PEFT's configuration has no place for
-    spec.json                                         names and shapes in the order of the flat vector: its SHA-256
-                                                      is the spec's digest, and with it the state's
-                                                      can be computed
+    head.safetensors, projection.safetensors          the head and the map below it, if ours
+    fedlora.json    what PEFT's configuration has no place for
+    spec.json       names and shapes in the order of the flat vector: its SHA-256 is the spec's
+                    digest, and with it the state's can be computed
 
 Needs neither torch nor PEFT, so whoever receives an adapter can check it before installing either.
 """
@@ -43,8 +40,7 @@ DESCRIPTION, SPEC = "fedlora.json", "spec.json"
 FILES = (CONFIG, WEIGHTS, HEAD, PROJECTION, DESCRIPTION, SPEC)
 PEFT_MODEL = "base_model.model."  # what PEFT puts before a name of the base's
 PEFT_HEADS = ["classifier", "score"]  # how the modules end that PEFT takes for a model's own head
-# What PEFT writes though it's neither null, false nor empty, and none of our networks has another
-# value.
+# What PEFT writes that's neither null, false nor empty, and the same in all our networks.
 PEFT_DEFAULTS = {
     "bias": "none",
     "inference_mode": True,
@@ -79,10 +75,7 @@ class Description:
 
     @property
     def digest(self) -> str:
-        """Of all that decides what the exported files compute.
-
-        It lies beside them, and is checked on load.
-        """
+        """Of all that decides what the exported files compute; kept with them, checked on load."""
         return (
             "sha256:"
             + hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
@@ -101,10 +94,7 @@ def description_text(description: Description) -> str:
 
 
 def read_released(folder: Path) -> tuple[Description, AdapterState]:
-    """What lies in `folder`, every file checked against its description.
-
-    BadInput names what is wrong.
-    """
+    """What lies in `folder`, each file held against its description; BadInput: what is wrong."""
     description = read_description(folder)
     check_peft_config(folder, description)
     read_projection(folder, description)
@@ -156,10 +146,7 @@ def read_description(folder: Path) -> Description:
 
 
 def check_peft_config(folder: Path, description: Description) -> None:
-    """BadInput unless PEFT would build the network that is described here.
-
-    Every key counts, known to us or not.
-    """
+    """BadInput unless PEFT would build the network described here: every key counts."""
     path = folder / CONFIG
     if not path.is_file() or not (folder / WEIGHTS).is_file():
         raise BadInput(
@@ -186,18 +173,13 @@ def check_peft_config(folder: Path, description: Description) -> None:
 
 
 def base_was_a_folder(folder: Path, description: Description) -> bool:
-    """Whether `description.base` is where the base lay, not a name of it.
-
-    PEFT's file has its digest then.
-    """
+    """Whether `description.base` is a place, not a name: PEFT's file has its digest then."""
     name = json.loads((folder / CONFIG).read_bytes()).get("base_model_name_or_path")
     return bool(name == description.base_digest != description.base)
 
 
 def published(folder: Path, description: Description) -> Description:
-    """What a release says: a base that lay in a folder by that folder's name, for a path is
-    nobody's business.
-    """
+    """What a release says: of a base in a folder its name only; a path is nobody's business."""
     if not base_was_a_folder(folder, description):
         return description
     return replace(description, base=Path(description.base).name.strip(".") or "base")
@@ -219,9 +201,7 @@ def _described_config(description: Description) -> dict[str, Any]:
 
 
 def _check_base_name(path: Path, found: Any, description: Description) -> None:
-    """PEFT's file names the base as the description does, or by its digest where that names a
-    folder.
-    """
+    """PEFT's file names the base as the description does; a folder, by its digest."""
     if found not in (description.base, description.base_digest):
         expected = f"{_shown(description.base)} or {description.base_digest}"
         raise BadInput(
@@ -285,9 +265,7 @@ def read_spec(folder: Path) -> AdapterSpec:
 def _check_frozen(
     folder: Path, found: Mapping[str, npt.NDArray[np.float32]], trained: set[str], seed: int
 ) -> None:
-    """A frozen A in the file is the one that its seed gives.
-
-    PEFT reads the file, and a node draws it anew.
+    """A frozen A in the file is its seed's: PEFT reads the file, and a node draws it anew.
 
     The draws are those of `model.build_model`, which takes the frozen ones first, by name.
     """
@@ -303,9 +281,7 @@ def _check_frozen(
 
 
 def _read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """By their names in a spec; BadInput where there is another tensor than PEFT, or we for a head,
-    put there.
-    """
+    """By their names in a spec; BadInput for a tensor that neither PEFT nor our head puts there."""
     data = path.read_bytes()
     check_safetensors_header(data, str(path))
     try:
@@ -322,9 +298,7 @@ def _read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def _spec_name(saved: str, path: Path) -> str:
-    """A LoRA tensor has its name; PEFT stores a model's own head under the module's, and a spec
-    calls it `head.`.
-    """
+    """A LoRA tensor has its name; a model's own head is the module's to PEFT, `head.` to a spec."""
     if path.name == HEAD and saved.startswith(HEAD_PREFIX):
         return saved
     if path.name == WEIGHTS and ".lora_" in saved:

@@ -1,4 +1,1 @@
-"""How a value from outside becomes a frozen one.
-
-TOML, strict tables, and the configuration of a run.
-"""
+"""How a value from outside becomes a frozen one: TOML, strict tables, a run's configuration."""

@@ -36,6 +36,7 @@ OPTIONAL = Pattern(LETTER + "{0,4096}", 'one line of text, or ""')
 LAYER = Bounds(0, 10_000)
 ATTACKS = ("sybil", "small-u2", "two-lists", "corrupt-share")
 SUM_STRATEGIES = ("fedavg",)  # see the mean alone: what secure aggregation composes with
+POOLED = 'expected 0 with pooling = "default", or pooling = "mean" or "layers"'
 LATER_STRATEGIES = ("stacking", "svd", "residual", "median", "trimmed-mean", "krum")
 
 
@@ -156,8 +157,7 @@ class PrivacyConfig:
     head_phase_clip: float = _number(1.0, 1e-6, 1e6)
     # of ε that the head phase may use
     head_epsilon_share: float = _number(0.5, 0, 1, open_low=True)
-    # The population that data.train is drawn from: in a shared ledger, all runs on it charge one
-    # budget.
+    # The population of data.train: in a shared ledger, all runs on it charge one budget.
     population: str = _text("population", NAME)
 
 
@@ -173,10 +173,7 @@ class AggregationConfig:
 
 @dataclass(frozen=True)
 class FaultsConfig:
-    """Simulations of secure aggregation only.
-
-    The share of institutions that drop out before a stage.
-    """
+    """Simulations of secure aggregation only: the share that drops out before a stage."""
 
     keys: float = _number(0.0, 0, 1)
     shares: float = _number(0.0, 0, 1)
@@ -216,10 +213,7 @@ class Config:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file; `overrides` are `section.key=VALUE` with TOML values.
-
-    BadInput lists every fault.
-    """
+    """Read a TOML file; `overrides` are `section.key=VALUE` in TOML. BadInput lists all faults."""
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_CONFIG_BYTES + 1)  # never more, whatever kind of file this is
@@ -256,10 +250,7 @@ def config_to_toml(config: Config) -> str:
 
 
 def check_delta(delta: float, units: int, where: str) -> None:
-    """δ must be below one over the number of units.
-
-    At 1/n, publishing a whole record is 'private'.
-    """
+    """δ must be below one over the number of units: at 1/n, publishing a record is 'private'."""
     if units and delta >= 1 / units:
         raise BadInput(
             f"{where} [privacy] delta = {delta:g}: expected less than 1/{units} = {1 / units:.2g}"
@@ -305,31 +296,18 @@ def _together(config: Config) -> Iterator[Fault]:
     if config.model.head_hidden > 0 and config.model.pooling == "default":
         paths = ("model.head_hidden", "model.pooling")
         found = f"[model] head_hidden = {config.model.head_hidden}"
-        yield (
-            paths,
-            f'{found}: expected 0 with pooling = "default", or pooling = "mean" or "layers"',
-        )
+        yield paths, f"{found}: {POOLED}"
     if config.model.projection > 0 and config.model.pooling == "default":
         found = f"[model] projection = {config.model.projection}"
-        yield (
-            ("model.projection", "model.pooling"),
-            f'{found}: expected 0 with pooling = "default", or pooling = "mean" or "layers"',
-        )
+        yield ("model.projection", "model.pooling"), f"{found}: {POOLED}"
     if config.model.kernel_directions > 0 and not config.model.projection:
         found = f"[model] kernel_directions = {config.model.kernel_directions}"
-        yield (
-            ("model.kernel_directions", "model.projection"),
-            f"{found}: expected 0 with projection = 0",
-        )
+        paths = ("model.kernel_directions", "model.projection")
+        yield paths, f"{found}: expected 0 with projection = 0"
     if config.model.pooled_layers and config.model.pooling != "layers":
         paths = ("model.pooled_layers", "model.pooling")
-        yield (
-            paths,
-            (
-                f'[model] pooled_layers: expected [] with pooling = "{config.model.pooling}", or'
-                ' "layers"'
-            ),
-        )
+        found = f'[model] pooled_layers: expected [] with pooling = "{config.model.pooling}"'
+        yield paths, f'{found}, or "layers"'
     if len(config.data.labels) == 1:
         yield (
             ("data.labels",),
@@ -359,9 +337,8 @@ def _secure(config: Config) -> Iterator[Fault]:
         yield paths, f"{found}: expected at most {MOST_MEMBERS}: every pair shares a mask"
         return
     bear = {n: most_colluders(n) for n in range(asked.minimum_cohort, federation.clients + 1)}
-    weak = [
-        str(n) for n, most in bear.items() if most < asked.max_colluders
-    ]  # not the smallest alone: t has steps
+    # not the smallest alone: t has steps
+    weak = [str(n) for n, most in bear.items() if most < asked.max_colluders]
     if weak:
         found = f"[aggregation] max_colluders = {asked.max_colluders}"
         sizes = ", ".join(weak[:4]) + ", …" * (len(weak) > 4)

@@ -1,7 +1,4 @@
-"""Frozen dataclasses from tables that somebody else wrote.
-
-Every missing, extra or mistyped field is named.
-"""
+"""Frozen dataclasses from tables that somebody else wrote, with every wrong field named."""
 
 from __future__ import annotations
 
@@ -44,10 +41,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def build_strictly(cls: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Construct a frozen dataclass from outside data.
-
-    Every missing, extra or mistyped field is named.
-    """
+    """A frozen dataclass from outside data; every missing, extra or mistyped field is named."""
     if not isinstance(table, Mapping):
         raise BadInput(f"{where}: found {type(table).__name__}, expected a table")
     names = {field.name: str(field.type) for field in fields(cls)}  # type: ignore[arg-type]
@@ -67,9 +61,8 @@ def is_kind(value: Any, kind: str) -> bool:
     if isinstance(value, bool):
         return kind == "bool"
     if isinstance(value, str):
-        return kind == "str" and not any(
-            0xD800 <= ord(letter) < 0xE000 for letter in value
-        )  # can't be written
+        # can't be written
+        return kind == "str" and not any(0xD800 <= ord(letter) < 0xE000 for letter in value)
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         return False
     return isinstance(value, _KINDS[kind]) and (

@@ -108,10 +108,7 @@ class Each:
 
 @dataclass(frozen=True)
 class Table:
-    """Parsed TOML and where it came from.
-
-    `overridden` holds the `section.key` paths that `--set` brought.
-    """
+    """Parsed TOML and where it came from; `overridden`: the `section.key` paths `--set` brought."""
 
     values: Mapping[str, Any]
     where: str
@@ -140,7 +137,7 @@ def read_table(text: str, where: str, overrides: Sequence[str] = ()) -> Table:
 
 
 def read_fields(cls: type[Any], table: Table) -> tuple[Any, dict[str, str]]:
-    """An instance of `cls`, with defaults where a value is wrong, and the faults by `section.key`."""
+    """An instance of `cls`, defaults for wrong values, and the faults by `section.key`."""
     return _section(cls, cls, table.values, table, "")
 
 
@@ -255,7 +252,7 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def _meant(root: type[Any], name: str, known: Mapping[str, Any]) -> str:
-    """A key of the same section that looks alike, or the section where a key of this name belongs."""
+    """A key of the same section that looks alike, or the section where such a key belongs."""
     if close := suggestion(name, known):
         return close
     homes = {field.name: get_type_hints(root)[field.name] for field in fields(root)}

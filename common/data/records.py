@@ -120,10 +120,7 @@ def read_records(
 
 
 def read_label_set(path: Path, column: str) -> tuple[str, ...]:
-    """The labels that occur in a *public* file.
-
-    0..k-1 for integers, the sorted strings otherwise.
-    """
+    """The labels that occur in a *public* file: 0..k-1 for integers, else the sorted strings."""
     where = path.name
     values = _table(path, (column,), None)[column]
     strings = _names(values, where, column)
@@ -142,10 +139,7 @@ def read_label_set(path: Path, column: str) -> tuple[str, ...]:
 
 
 def unit_groups(units: Sequence[str] | None, records: int | None = None) -> UnitIndex:
-    """Units in order of first appearance.
-
-    With `units` None, each of `records` records is its own.
-    """
+    """Units in order of first appearance; `units` None: each of `records` records is its own."""
     if units is None:
         count = records or 0
         return UnitIndex(np.arange(count + 1, dtype=np.int64), np.arange(count, dtype=np.int64))
@@ -262,10 +256,7 @@ def _read_jsonl(path: Path, wanted: Sequence[str], where: str) -> dict[str, Valu
 
 
 def _read_csv(path: Path, wanted: Sequence[str], where: str) -> dict[str, Values]:
-    """RFC 4180 with a header. A field may hold 128 KiB.
-
-    An unclosed quote must not swallow the file.
-    """
+    """RFC 4180 with a header; fields up to 128 KiB: no unclosed quote swallows the file."""
     table: dict[str, Values] = {name: [] for name in wanted}
     reader = csv.reader(_lines(path, where), strict=True)
     try:

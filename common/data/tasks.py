@@ -1,5 +1,4 @@
-"""What a model is trained for: how records become tokens, what one example's loss is, what is
-measured.
+"""What a model is trained for: how records become tokens, an example's loss, the metrics.
 
 A task joins the federation by implementing `Task`; the training loop, the clip and the server never
 ask which one it is. Losses are per example and independent of one another: anything that couples

@@ -1,3 +1,1 @@
-"""What survives a kill: files that are whole or not there, lines that are, and locks between
-processes.
-"""
+"""What survives a kill: files that are whole or not there, lines that are, locks that end."""

@@ -1,6 +1,4 @@
-"""Files that are either whole or not there, and logs whose lines are, whatever dies while they are
-written.
-"""
+"""Files that are whole or not there, and logs whose lines are, whatever dies while writing."""
 
 from __future__ import annotations
 
@@ -38,8 +36,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def append_line(path: Path, table: Mapping[str, Any], limit: int | None = 8 << 20) -> None:
-    """Add one JSON line, durably; a log past `limit` bytes makes room, with one older generation
-    kept.
+    """Add one JSON line, durably; past `limit` bytes a log makes room, keeping one generation.
 
     None: it never makes room, for its writer bounds it or its lines must stay.
     """
@@ -49,9 +46,8 @@ def append_line(path: Path, table: Mapping[str, Any], limit: int | None = 8 << 2
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as stream:
         size = os.fstat(descriptor).st_size
-        cut_short = (
-            size and os.pread(descriptor, 1, size - 1) != b"\n"
-        )  # by a kill: that line is lost, not this one
+        # by a kill: that line is lost, not this one
+        cut_short = size and os.pread(descriptor, 1, size - 1) != b"\n"
         stream.write(b"\n" * bool(cut_short) + line.encode())
         stream.flush()
         os.fsync(descriptor)

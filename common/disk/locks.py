@@ -1,6 +1,4 @@
-"""Locks between processes: a file's flock, which ends with the process that holds it, however it
-ends.
-"""
+"""Locks between processes: a file's flock, which ends with its holder, however that ends."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ PAUSE = 0.01
 
 @contextmanager
 def exclusive(path: Path, held: FedloraError, seconds: float) -> Iterator[None]:
-    """Hold the lock of `path` alone; raises `held` where another one does not give it up within
-    `seconds`.
-    """
+    """Hold the lock of `path` alone; raises `held` where it is not free within `seconds`."""
     end = time.monotonic() + seconds
     with path.open("a") as lock:
         while not _taken(lock.fileno(), fcntl.LOCK_EX):

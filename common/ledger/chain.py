@@ -61,9 +61,7 @@ class _Position:
 
 
 class Chain:
-    """One open chain. `take` is handed every entry's body once, in order, whichever process wrote
-    it.
-    """
+    """One open chain. `take` gets every entry's body once, in order, whoever wrote it."""
 
     def __init__(
         self,
@@ -148,7 +146,7 @@ class Chain:
             return entries
 
     def _catch_up(self) -> None:
-        """Verify and take in the entries after the last one known, then hold them against the head."""
+        """Verify and take in the entries after the last known, then hold them to the head."""
         for entry, position in self._verified(self._at):
             self._take(entry.body)
             self._at = position
@@ -164,10 +162,7 @@ class Chain:
             yield Entry(number, json.loads(text), digest), position
 
     def _check_head(self) -> None:
-        """Refused unless the head was signed for this very chain.
-
-        A head one entry behind is signed anew.
-        """
+        """Refused unless the head is of this very chain; one entry behind, it is signed anew."""
         count, digest = self._read_head()
         if count > self._at.count:
             raise Refused(
@@ -203,9 +198,7 @@ class Chain:
 
 
 def _never_used(path: Path, head: Path, key: Path) -> bool:
-    """No key, and at most the opening entry.
-
-    Nothing was ever spent, at most a beginning was killed.
+    """No key, and at most the opening entry: nothing was spent, at most a beginning killed.
 
     The key is the last file that a beginning writes. A deleted key with anything spent is not this.
     """
@@ -250,8 +243,7 @@ def _begin(path: Path, head: Path, key: Path, opening: Mapping[str, Any]) -> Non
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     where = f"{path.resolve().as_uri()}?mode={mode}"  # only a beginning may create the file
-    # the lock keeps threads apart as well as processes, so the connection need not insist on one
-    # thread
+    # the lock keeps threads apart as well as processes: the connection need not insist on one
     connection = sqlite3.connect(
         where, uri=True, isolation_level=None, timeout=60, check_same_thread=False
     )
@@ -271,10 +263,7 @@ def _exclusive(path: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """A file that can't be read or written is a refusal.
-
-    Whatever it held, nothing may be spent on top of it.
-    """
+    """A file that can't be read or written is a refusal: nothing may be spent on top of it."""
     try:
         yield
     except sqlite3.DatabaseError as error:

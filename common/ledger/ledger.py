@@ -74,10 +74,7 @@ class _Total:
 
 
 class Ledger:
-    """One ledger; safe for several processes and threads at once.
-
-    An object does not survive a fork.
-    """
+    """One ledger; safe for several processes and threads at once, but not over a fork."""
 
     def __init__(self) -> None:
         self._consents: dict[tuple[str, str], _Consent] = {}  # by budget and manifest, as all below
@@ -100,10 +97,7 @@ class Ledger:
         return ledger
 
     def consent(self, budget: Budget, manifest: str, spend: Spend, attempts: Sequence[int]) -> None:
-        """Reserve a run's whole spend; Refused past a cap.
-
-        The same consent again changes nothing.
-        """
+        """Reserve a run's whole spend; Refused past a cap. A second time changes nothing."""
         asked = _Consent(spend, tuple(attempts))
         if not asked.attempts or any(type(each) is not int or each < 0 for each in asked.attempts):
             raise BadInput(f"consent attempts: found {list(attempts)}, expected whole numbers >= 0")
@@ -132,9 +126,7 @@ class Ledger:
     def reserve(
         self, budget: str, manifest: str, phase: int, round_number: int, attempt: int
     ) -> None:
-        """Use up one attempt, durably; Refused without consent, a second time, or beyond the
-        consented number.
-        """
+        """Use up one attempt, durably; Refused without consent, twice, or beyond the number."""
         with self._chain.locked():
             consent = self._consents.get((budget, manifest))
             if consent is None:

@@ -50,10 +50,8 @@ class Phase:
 class SecureTerms:
     """How updates are masked and added where a run aggregates securely.
 
-    `minimum_cohort` is the manifest's own.
-
-    A coordinate saturates at its phase's bound and has `levels` steps from 0 to it, in words of
-    `bits` bits.
+    `minimum_cohort` is the manifest's own. A coordinate saturates at its phase's bound and has
+    `levels` steps from 0 to it, in words of `bits` bits.
     """
 
     threshold: str  # the rule: t follows from the cohort, nobody chooses it
@@ -67,8 +65,7 @@ class SecureTerms:
 
 @dataclass(frozen=True)
 class SkellamTerms:
-    """What `mode = "client"` rests on beside the secure terms and each phase's clip and noise
-    multiplier.
+    """What `mode = "client"` rests on, beside the secure terms and each phase's clip and noise.
 
     The clip is of a whole update and equals its phase's update bound. The noise multiplier is that
     of a sum: each institution adds its variance over (t - max_colluders), with the t of the cohort
@@ -82,10 +79,7 @@ class SkellamTerms:
 
 @dataclass(frozen=True)
 class Network:
-    """What a node needs, beside the frozen base, to build the very network of a run.
-
-    Fields as in a configuration.
-    """
+    """What a node needs, beside the base, to build a run's network; fields as configured."""
 
     pooling: str
     pooled_layers: tuple[int, ...]
@@ -105,9 +99,7 @@ class Network:
         return cls(**found)
 
     def configs(self, base: str) -> tuple[ModelConfig, LoraConfig]:
-        """The configuration that builds it on the base at `base`; BadInput where no configuration
-        could say so.
-        """
+        """The configuration that builds it on the base at `base`; BadInput where none could."""
         model, lora = (
             {f.name: getattr(self, f.name) for f in fields(self) if f.name in _names(cls)}
             for cls in (ModelConfig, LoraConfig)

@@ -13,7 +13,7 @@ from fedlora.common.model.state import Vector
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """One attempt at one round. Attempts count from 1 over the whole run and are never used twice."""
+    """One attempt at one round. Attempts count from 1 over the whole run, and are used once."""
 
     manifest: str  # digest
     phase: int

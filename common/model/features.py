@@ -1,5 +1,4 @@
-"""What a head sees of each record while everything below it stands still, computed once and kept in
-memory.
+"""What a head sees of each record while all below it stands still: computed once, in memory.
 
 Pooled features are as private as the text they come from: they live in this process only, never on
 a disk. They stay valid as long as the LoRA coordinates of the state do not change, which is what
@@ -43,9 +42,7 @@ class PooledTexts:
     def get(
         self, model: str, data: Encoded, rows: Rows, compute: Callable[[Rows], torch.Tensor]
     ) -> torch.Tensor:
-        """(len(rows), width): kept where `model` saw the text before, computed and kept where it
-        did not.
-        """
+        """(len(rows), width): kept where `model` saw the text before, else computed and kept."""
         if model != self._model:
             self._kept.clear()
             self._model = model
@@ -193,7 +190,7 @@ def _projected(model: AdapterModel, pooled: torch.Tensor) -> torch.Tensor:
 
 
 def length_batches(lengths: Rows, tokens: int) -> list[Rows]:
-    """Positions sorted by length and cut so that each batch holds at most `tokens` padded tokens."""
+    """Positions sorted by length and cut: a batch holds at most `tokens` padded tokens."""
     order = np.argsort(lengths, kind="stable")
     batches, start = [], 0
     for stop in range(1, len(order) + 1):
@@ -204,10 +201,7 @@ def length_batches(lengths: Rows, tokens: int) -> list[Rows]:
 
 
 def _below_head(state: AdapterState) -> str:
-    """Digest of the LoRA coordinates.
-
-    "" where each B is 0, so that A, whatever it is, changes nothing.
-    """
+    """Digest of the LoRA coordinates; "" where each B is 0, so that A changes nothing."""
     named = state.named()
     if not any(value.any() for name, value in named.items() if ".lora_B." in name):
         return ""

@@ -57,7 +57,7 @@ class OwnHead(nn.Module):
 
 
 class AdapterModel:
-    """A network whose trainable part is an `AdapterState`. One resident object serves every client."""
+    """A network whose trainable part is an `AdapterState`; one resident object for all clients."""
 
     def __init__(
         self,
@@ -160,10 +160,7 @@ class AdapterModel:
 
     @property
     def head(self) -> nn.Module:
-        """The head that a head phase trains.
-
-        BadInput where it can't be trained on cached features.
-        """
+        """The head that a head phase trains; BadInput where cached features can't train it."""
         if isinstance(self.network, PooledClassifier):
             return self.network.head
         for name, module in self.network.named_modules():
@@ -208,9 +205,7 @@ class AdapterModel:
 def build_model(
     model: ModelConfig, lora: LoraConfig, task: Task, seed: int, device: torch.device | None = None
 ) -> AdapterModel:
-    """Load the base from safetensors, freeze it, add LoRA and a head, and initialise both from
-    `seed`.
-    """
+    """Load the base from safetensors, freeze it, add LoRA and a head; both start from `seed`."""
     folder = resolve_base(model.base)
     check_base(folder)
     digest = check_digest(folder, model.digest)
@@ -227,10 +222,7 @@ def build_model(
 
 
 def _check_positions(network: PooledClassifier | OwnHead, max_length: int) -> None:
-    """BadInput where a record of `max_length` tokens could not be embedded.
-
-    Here, not once the first long one comes.
-    """
+    """BadInput, at once, where a record of `max_length` tokens could not be embedded."""
     most = getattr(network.backbone.config, "max_position_embeddings", None)
     if isinstance(most, int) and 0 < most < max_length:
         raise BadInput(
@@ -325,9 +317,7 @@ def _with_lora(
 
 
 def _trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Trainable parameters by the names they have in an `AdapterSpec`; heads begin with
-    `HEAD_PREFIX`.
-    """
+    """Trainable parameters by their names in an `AdapterSpec`; heads begin with `HEAD_PREFIX`."""
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -348,8 +338,7 @@ def _switch_dropout_off(network: nn.Module) -> None:
 
 
 def _initialise(network: nn.Module, seed: int) -> None:
-    """LoRA A and hidden layers uniform in ±1/sqrt(fan-in) from NumPy's Philox, everything else
-    zero.
+    """LoRA A and hidden layers uniform in ±1/sqrt(fan-in), by NumPy's Philox; all else zero.
 
     Not torch's generator: every institution must reach the same frozen A, on any machine. The last
     layer of a head starts at zero, so that the first answer is uniform over the labels.

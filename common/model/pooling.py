@@ -14,9 +14,10 @@ from fedlora.common.model.projection import Affine, Projection
 
 @dataclass(eq=False)
 class Pooling:
-    """Mean over real tokens of the hidden states `layers` (0 is the embeddings), each L2-normalised
-    and
-    concatenated; projected and normalised again where there is a projection; multiplied by `scale`.
+    """Mean over real tokens of the hidden states `layers` (0 is the embeddings).
+
+    Each is L2-normalised and concatenated; projected and normalised again where there is a
+    projection; multiplied by `scale`.
     """
 
     layers: tuple[int, ...]
@@ -54,7 +55,7 @@ def _affine(rows: torch.Tensor, affine: Affine) -> torch.Tensor:
 
 
 class PooledClassifier(nn.Module):
-    """A backbone, pooled hidden states, and a head of one linear layer, or two with a GELU between."""
+    """A backbone, pooled hidden states, and a head: a linear layer, or two with a GELU between."""
 
     def __init__(self, backbone: nn.Module, pooling: Pooling, head: nn.Module) -> None:
         super().__init__()

@@ -3,11 +3,11 @@
 Pooled hidden states are strongly correlated: a few directions carry most of their length and little
 of their meaning. Two stages make them easier for a clipped, noised, linear head:
 
-    whiten   centre, and divide each of the leading principal directions by its spread, so that a clipped
-             gradient speaks for what matters, and fewer coordinates are noised
-    kernel   similarities exp(γ(z·l - 1)) to public landmarks l, whitened likewise: a linear head on them is
-             a kernel machine (Nyström features, Williams and Seeger 2001), at the noise of a linear
-             head
+    whiten   centre, and divide each of the leading principal directions by its spread, so that a
+             clipped gradient speaks for what matters, and fewer coordinates are noised
+    kernel   similarities exp(γ(z·l - 1)) to public landmarks l, whitened likewise: a linear head
+             on them is a kernel machine (Nyström features, Williams and Seeger 2001), at the noise
+             of a linear head
 
 The map is part of the frozen model: institutions receive it with the manifest, by digest.
 """
@@ -65,7 +65,7 @@ class Affine:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """z ↦ exp(γ(z @ landmarksᵀ - 1)) for rows z of length 1, then `affine`. `landmarks` is (m, k)."""
+    """z ↦ exp(γ(z @ landmarksᵀ - 1)) for rows z of length 1, then `affine`; `landmarks`: (m, k)."""
 
     landmarks: Floats
     gamma: float
@@ -74,10 +74,7 @@ class Kernel:
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """Whitening, and a kernel stage where there is one.
-
-    Rows are brought to length 1 after each stage.
-    """
+    """Whitening, and perhaps a kernel stage; rows are brought to length 1 after each."""
 
     whiten: Affine
     kernel: Kernel | None = None
@@ -145,7 +142,7 @@ class Projection:
 
     @classmethod
     def read(cls, path: Path) -> Projection:
-        """BadInput unless `path` is a safetensors file of finite float32 parts that fit each other."""
+        """BadInput unless `path` is safetensors of finite float32 parts that fit each other."""
         return cls.from_bytes(path.read_bytes(), str(path))
 
     @classmethod

@@ -6,7 +6,8 @@ a batch in which nobody is padded goes through other code, and an adapter that a
 can make such a rounding error as large as a gradient. So every private batch has a shape, that of
 each of its records:
 
-    tokens    more than the record's own length, up to a multiple of its device's BUCKETS, or the model's longest
+    tokens    more than the record's own length, up to a multiple of its device's BUCKETS, or the
+              model's longest
     full      whether the record is as long as that: it has company of its own kind only
     records   fixed for these two; a batch is filled up with rows that are nobody's
 
@@ -43,16 +44,12 @@ class Shape:
 
 @dataclass(eq=False)
 class Shapes:
-    """Which kinds of work give each row of a shape the same bits wherever it stands and whatever
-    stands beside it.
-    """
+    """Which kinds of work give a row the same bits wherever, and beside whatever, it stands."""
 
     _alike: dict[object, bool] = field(default_factory=dict)
 
     def records(self, kind: object, wanted: int, alike: Callable[[], bool]) -> int:
-        """`wanted`, or 1 where `alike`, which is tried once for each `kind`, says that rows differ
-        by place.
-        """
+        """`wanted`, or 1 where `alike`, tried once a `kind`, says rows differ by place."""
         if wanted <= 1:
             return 1
         key = (kind, torch.get_num_threads())  # a product is cut up among threads
@@ -71,9 +68,7 @@ def padded(lengths: Ints, longest: int, device: str) -> Ints:
 
 
 def shaped(lengths: Ints, padded: Ints, records: Records) -> Iterator[tuple[Ints, Shape]]:
-    """Places of `lengths`, each once, the longest first, with the shape that each batch is filled
-    to.
-    """
+    """Places of `lengths`, each once, longest first, with the shape each batch is filled to."""
     kinds = 2 * padded + (lengths == padded)
     for kind in np.unique(kinds)[::-1]:
         tokens, full = int(kind) // 2, bool(kind % 2)
@@ -103,8 +98,7 @@ def _encoded(texts: Sequence[Ints]) -> Encoded:
 
 
 def alike(same: Iterable[torch.Tensor], beside: Iterable[torch.Tensor]) -> bool:
-    """Whether each (records, …) tensor of the first probe has equal rows, and the second the same
-    first row.
+    """Whether each (records, …) tensor has equal rows in the first probe, its first in the second.
 
     What is not finite is not equal: then records go alone.
     """

@@ -66,10 +66,7 @@ class AdapterSpec:
         return mask
 
     def moved_by(self, phase: str) -> npt.NDArray[np.bool_]:
-        """(size,) true where a phase of that name moves a coordinate.
-
-        BadInput for an unknown name.
-        """
+        """(size,) true where a phase of that name moves a coordinate; BadInput if unknown."""
         if phase == "head":
             return self.head_mask()
         if phase == "adapter":
@@ -113,9 +110,7 @@ class AdapterState:
     def from_named(
         cls, spec: AdapterSpec, named: Mapping[str, npt.NDArray[np.float32]], where: str = "adapter"
     ) -> AdapterState:
-        """Flatten tensors by name; BadInput lists every missing, extra, misshapen or non-float32
-        tensor.
-        """
+        """Flatten tensors by name; BadInput lists each missing, extra, misshapen, not float32."""
         faults = _named_faults(spec, named, where)
         if faults:
             raise BadInput(faults)
@@ -137,10 +132,7 @@ class AdapterState:
 
     @classmethod
     def from_bytes(cls, data: bytes, spec: AdapterSpec, where: str = "adapter") -> AdapterState:
-        """Parse a safetensors file from outside.
-
-        BadInput unless it holds exactly the spec, all finite.
-        """
+        """Parse safetensors from outside; BadInput unless exactly the spec, all finite."""
         check_safetensors_header(data, where)
         try:
             named = load(data)

@@ -1,3 +1,1 @@
-"""What a schedule costs, which noise it needs, where the noise comes from, and what may be said of
-it.
-"""
+"""What a schedule costs, which noise it needs, where that comes from, and what may be said."""

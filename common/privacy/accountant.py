@@ -1,5 +1,4 @@
-"""Accounting: what a schedule of Poisson-subsampled Gaussian steps costs, and the noise that keeps
-it in budget.
+"""Accounting: what Poisson-subsampled Gaussian steps cost, and the noise that keeps a budget.
 
 Neighbouring data sets differ by adding or removing one unit. ε is the upper end of Opacus' PRV
 accountant (Gopi, Lee and Wutschitz 2021), which composes the pair "removed"; tests hold it against
@@ -39,10 +38,7 @@ LARGEST_NOISE = 1e4  # above it the loss is narrower than the mesh; less noise o
 
 @dataclass(frozen=True)
 class Mechanism:
-    """`steps` Poisson-subsampled Gaussian steps.
-
-    The noise is relative to the L2 sensitivity, 0 is no noise.
-    """
+    """`steps` Poisson-subsampled Gaussian steps; noise relative to L2 sensitivity, 0 is none."""
 
     sampling_rate: float
     noise_multiplier: float
@@ -81,9 +77,7 @@ class Spend:
 
 
 def epsilon_of(history: Sequence[Mechanism], delta: float) -> float:
-    """Upper bound of ε at `delta` for all steps of `history` together.
-
-    Infinite where none is known.
+    """Upper bound of ε at `delta` for all of `history` together; infinite where none is known.
 
     The order of the history does not matter, and equal mechanisms count as one of more steps.
     """
@@ -130,10 +124,7 @@ def history_of(manifest: RunManifest) -> list[Mechanism]:
 
 
 def releases_of(manifest: RunManifest) -> list[Release]:
-    """Every release of a manifest in mode "client", one kind a phase.
-
-    BadInput where its terms are not whole.
-    """
+    """A "client" manifest's releases, one kind a phase; BadInput where its terms are not whole."""
     faults = _skellam_faults(manifest)
     if faults or manifest.secure is None or manifest.skellam is None:
         raise BadInput([f"manifest {fault}" for fault in faults])
@@ -177,19 +168,14 @@ def charged_epsilon(manifest: RunManifest) -> float:
 
 
 def member_noise(manifest: RunManifest, phase: int) -> float:
-    """The standard deviation of what a member adds to its update after encoding, in levels.
-
-    At most.
-    """
+    """The standard deviation of what a member adds to its encoded update, in levels; at most."""
     if manifest.mode != "client" or manifest.skellam is None:
         return 0.0
     return math.sqrt(releases_of(manifest)[phase].share(manifest.skellam.carriers))
 
 
 def group_scales(noise_multiplier: float, clips: Sequence[float]) -> list[float]:
-    """Noise standard deviation of each clip group, equal shares.
-
-    Σ (C_g / s_g)² = 1 / noise_multiplier².
+    """Noise deviation of each clip group, equal shares: Σ (C_g / s_g)² = 1 / noise_multiplier².
 
     One unit moves group g by at most C_g, so the mean of the scaled sum moves by at most 1 /
     noise_multiplier: the groups together are one Gaussian mechanism of that noise multiplier.
@@ -205,9 +191,7 @@ def accountant_name() -> str:
 
 
 def _merged(history: Sequence[Mechanism]) -> list[tuple[float, float, int]]:
-    """(noise multiplier, rate, steps) of each mechanism that costs anything, within what arithmetic
-    holds.
-    """
+    """(noise multiplier, rate, steps) of what costs anything, within where arithmetic holds."""
     steps: Counter[tuple[float, float]] = Counter()
     for each in history:
         if each.steps > 0 and each.sampling_rate > 0:
@@ -220,15 +204,12 @@ def _merged(history: Sequence[Mechanism]) -> list[tuple[float, float, int]]:
 
 
 def _composed(history: list[tuple[float, float, int]], delta: float) -> float:
-    """Opacus' PRV upper bound for (noise multiplier, rate, steps), infinite where it can't be
-    trusted.
-    """
+    """Opacus' PRV upper bound for (noise multiplier, rate, steps); infinite if not trustworthy."""
     import numpy as np
 
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter(
-            "ignore"
-        )  # it divides by zero at rate 1 and overflows far outside the mass: both right
+        # it divides by zero at rate 1 and overflows far outside the mass: both right
+        warnings.simplefilter("ignore")
         try:
             steps = sum(count for *_, count in history)
             epsilon = prv_epsilon(
@@ -240,7 +221,7 @@ def _composed(history: list[tuple[float, float, int]], delta: float) -> float:
 
 
 def prv_epsilon(history: list[tuple[float, float, int]], delta: float, error: float) -> float:
-    """What Opacus' `PRVAccountant.get_epsilon` does, but that its tail bounds don't take minutes."""
+    """Opacus' `PRVAccountant.get_epsilon`, but that its tail bounds don't take minutes."""
     from opacus.accountants.analysis import prv
 
     counts, lost = [count for *_, count in history], delta / 1000
@@ -256,9 +237,7 @@ def prv_epsilon(history: list[tuple[float, float, int]], delta: float, error: fl
 
 
 def _discretisation(tail: float, steps: int, delta: float) -> float:
-    """The accountant's error of ε for a loss that stays within ±`tail`: a small share, or what the
-    mesh allows.
-    """
+    """The accountant's error of ε for a loss within ±`tail`: a small share, or the mesh's."""
     if not tail <= LARGEST_EPSILON:
         raise ValueError("beyond the accountant's range")
     # the mesh of Gopi et al.: error / √(steps · ln(12 / (δ / 1000)) / 2), over twice the tail and a
@@ -271,9 +250,7 @@ def _discretisation(tail: float, steps: int, delta: float) -> float:
 
 
 def _skellam_faults(manifest: RunManifest) -> list[str]:
-    """What is missing or does not fit between the terms of distributed noise and the rest of a
-    manifest.
-    """
+    """What is missing or unfit between distributed noise's terms and the rest of a manifest."""
     secure, terms, phases = manifest.secure, manifest.skellam, manifest.phases
     if manifest.mode != "client" or secure is None or terms is None:
         return [f"mode: found {manifest.mode!r}, expected client with secure and skellam terms"]

@@ -1,7 +1,4 @@
-"""The smallest noise with which a schedule costs at most the ε that was asked for.
-
-Found once, then kept.
-"""
+"""The smallest noise with which a schedule costs at most the ε asked for; found once, kept."""
 
 from __future__ import annotations
 
@@ -30,8 +27,7 @@ def calibrate(
     delta: float,
     cache: Path | None = None,
 ) -> float:
-    """The smallest noise multiplier, to 0.1 %, with which `fixed` and `steps` more steps cost at
-    most ε.
+    """The smallest noise multiplier (0.1 %) with which `fixed` and `steps` more steps cost <= ε.
 
     BadInput where no noise does. A cached value is believed only after one computation of its ε.
     """
@@ -57,10 +53,7 @@ def default_cache() -> Path:
 
 
 def smallest_noise(cost: Callable[[float], float], epsilon: float) -> float:
-    """The smallest noise multiplier, to 0.1 %, whose `cost` is at most ε.
-
-    BadInput where there is none.
-    """
+    """The smallest noise multiplier, to 0.1 %, whose `cost` is at most ε; BadInput if none."""
     from scipy.optimize import brentq
 
     def excess(log_sigma: float) -> float:  # close to a straight line; bounded, where ε is infinite

@@ -1,10 +1,9 @@
-"""Where random words come from, and the three things that are made of them.
+"""Where random words come from, and what is made of them: uniforms, noise and draws.
 
-Uniforms, noise and draws.
-
-    OsRandom      everything that privacy rests on: draws, noise, masks. Cannot be seeded, keeps no state, so
-                  forks, restarts and equal seeds elsewhere never repeat a word.
-    SeededRandom  experiments without privacy: a seed that somebody knows voids amplification and noise.
+    OsRandom      everything that privacy rests on: draws, noise, masks. Cannot be seeded, keeps no
+                  state, so forks, restarts and equal seeds elsewhere never repeat a word.
+    SeededRandom  experiments without privacy: a seed that somebody knows voids amplification and
+                  noise.
 
 Noise is a continuous Gaussian in double precision from 53-bit uniforms, with tails to 8.57 standard
 deviations (24-bit uniforms end at 5.8). A draw compares 64-bit integers and never includes a unit
@@ -43,10 +42,7 @@ class Random(Protocol):
 
 
 class OsRandom:
-    """The operating system's generator.
-
-    Large requests are AES-256-CTR under a key that is used once.
-    """
+    """The system's generator; large requests: AES-256-CTR under a key that is used once."""
 
     def words(self, n: int) -> Words:
         if n <= _DIRECT_WORDS:
@@ -60,10 +56,7 @@ class OsRandom:
 
 
 class SeededRandom:
-    """A reproducible stream for runs without privacy.
-
-    `path` keeps purposes, clients and rounds apart.
-    """
+    """A reproducible stream, without privacy; `path` separates purposes, clients and rounds."""
 
     def __init__(self, seed: int, *path: int | str) -> None:
         # repr keeps 1 and "1", ("a", "b") and ("ab",) apart; plain concatenation would not
@@ -75,17 +68,12 @@ class SeededRandom:
 
 
 def uniform53(source: Random, n: int) -> npt.NDArray[np.float64]:
-    """(n,) multiples of 2⁻⁵³ in (0, 1], all equally likely; 0 is left out because its logarithm is
-    taken.
-    """
+    """(n,) multiples of 2⁻⁵³ in (0, 1], equally likely; not 0, for its logarithm is taken."""
     return ((source.words(n) >> np.uint64(11)) + np.uint64(1)).astype(np.float64) * 2.0**-53
 
 
 def gaussian(source: Random, n: int, std: float) -> npt.NDArray[np.float64]:
-    """(n,) float64 independent N(0, std²) by Box-Muller.
-
-    BadInput unless `std` is finite and > 0.
-    """
+    """(n,) float64 independent N(0, std²) by Box-Muller; BadInput unless 0 < `std` < ∞."""
     if not (math.isfinite(std) and std > 0):
         raise BadInput(f"noise standard deviation: found {std}, expected a finite number > 0")
     result = np.empty(_count(n), dtype=np.float64)

@@ -1,6 +1,4 @@
-"""The Rényi bound of Poisson-subsampled Gaussian steps.
-
-Opacus' own, at a cost that no schedule drives up.
+"""The Rényi bound of Poisson-subsampled Gaussian steps: Opacus', at a cost nothing drives up.
 
 Divergences are Opacus' (Mironov, Talwar and Zhang 2019), and so is the conversion to ε. At rates
 near 1/2 the series of a fractional order is long: there the orders below 3 are bounded by a chord
@@ -18,10 +16,7 @@ QUICK_ORDERS = tuple(order for order in ORDERS if order > 3 or float(order).is_i
 
 
 def renyi_bound(history: Sequence[tuple[float, float, int]], delta: float) -> float:
-    """Upper bound of ε at `delta` for (noise multiplier, rate, steps), noise above 0.
-
-    What Opacus raises, it raises.
-    """
+    """Upper bound of ε at `delta` for (noise > 0, rate, steps); what Opacus raises, it raises."""
     from opacus.accountants.analysis import rdp
 
     total = sum(_step_curve(noise, rate) * count for noise, rate, count in history)
@@ -30,9 +25,7 @@ def renyi_bound(history: Sequence[tuple[float, float, int]], delta: float) -> fl
 
 @lru_cache(maxsize=1024)
 def _step_curve(noise: float, rate: float) -> Any:
-    """Rényi divergence of one step at each of `ORDERS`; an upper bound at some where the series
-    would be long.
-    """
+    """Rényi divergence of a step at each of `ORDERS`; an upper bound where the series is long."""
     from opacus.accountants.analysis import rdp
 
     def curve(orders: Sequence[float]) -> Any:
@@ -44,8 +37,7 @@ def _step_curve(noise: float, rate: float) -> Any:
 
 
 def _series_is_long(noise: float, rate: float) -> bool:
-    """Whether the series of fractional orders below 3 have 10⁴ to 10⁶ terms, as they have at rates
-    near 1/2.
+    """Whether orders below 3 have series of 10⁴ to 10⁶ terms, as they have at rates near 1/2.
 
     Terms fall by |log(1 / rate - 1)| each, down to e⁻³⁰, as far as the noise reaches, and by a
     power from there on.
@@ -54,9 +46,7 @@ def _series_is_long(noise: float, rate: float) -> bool:
 
 
 def _filled(quick: Any) -> Any:
-    """A curve over `ORDERS` from one over `QUICK_ORDERS`: (order - 1) · divergence is convex, and 0
-    at order 1.
-    """
+    """A curve over `ORDERS` from `QUICK_ORDERS`: (order - 1) · divergence is convex, 0 at 1."""
     import numpy as np
 
     known = dict(zip(QUICK_ORDERS, quick, strict=True))

@@ -4,9 +4,9 @@ A release is the sum of whole numbers that secure aggregation gives, plus indepe
 of variance μ on each coordinate: the difference of two Poisson variables. Sums of Skellam variables
 are Skellam, so each institution adds a share of the noise, and those who stay carry all of it.
 
-    Δ2 = levels + √d / 2                      a clipped update in levels of the encoding, and its rounding
-    Δ1 = min(√d Δ2, Δ2²)                      of whole numbers
-    ε(α) = α Δ2² / 2μ + min(((2α - 1) Δ2² + 6 Δ1) / 4μ², 3 Δ1 / 2μ)        whole α >= 2, μ = (σ Δ2)²
+    Δ2 = levels + √d / 2     a clipped update in levels of the encoding, and its rounding
+    Δ1 = min(√d Δ2, Δ2²)     of whole numbers
+    ε(α) = α Δ2² / 2μ + min(((2α - 1) Δ2² + 6 Δ1) / 4μ², 3 Δ1 / 2μ)    whole α >= 2, μ = (σ Δ2)²
 
 Neighbours differ in whether one institution's update is itself or zero, in a cohort that is fixed.
 Where any update may become any other (`moved = 2`: what one record at an institution can do at
@@ -72,9 +72,7 @@ class Release:
 
     @property
     def sensitivity(self) -> float:
-        """Δ2, in levels: a clipped update has norm `levels`, and rounding moves a coordinate by at
-        most 1/2.
-        """
+        """Δ2, in levels: an update's norm is `levels`, and rounding moves it by √d / 2 at most."""
         return self.levels + math.sqrt(self.coordinates) / 2
 
     @property
@@ -83,7 +81,7 @@ class Release:
         return (self.noise_multiplier * self.sensitivity) ** 2
 
     def share(self, carriers: int) -> float:
-        """The variance that each institution adds, so that any `carriers` of them add at least μ."""
+        """The variance each institution adds, so that any `carriers` of them add at least μ."""
         if carriers < 1:
             raise BadInput(f"noise carriers: found {carriers}, expected at least 1")
         # above: a quotient is rounded to either side
@@ -113,10 +111,7 @@ class Release:
 
 
 def epsilon_of_releases(releases: Sequence[Release], delta: float, moved: int = 1) -> float:
-    """Upper bound of ε at `delta` for all releases together.
-
-    Infinite where one of them has no noise.
-    """
+    """Upper bound of ε at `delta` for all releases together; infinite where one has no noise."""
     if not 0 < delta < 1:
         raise BadInput(f"delta: found {delta}, expected above 0 and below 1")
     done = [each for each in releases if each.times > 0]
@@ -130,9 +125,7 @@ def epsilon_of_releases(releases: Sequence[Release], delta: float, moved: int = 
 
 
 def clipped(update: Vector, bound: float) -> Vector:
-    """`update` (float32) scaled to an L2 norm of at most `bound`, ROOM below it.
-
-    Zero where it is not finite.
+    """`update` (float32) scaled to an L2 norm of `bound` less ROOM; zero where it is not finite.
 
     An update that is no number must not become a visible failure: whether it is one depends on the
     data.
@@ -149,8 +142,7 @@ def clipped(update: Vector, bound: float) -> Vector:
 def noised(
     source: Random, levels: Ints, moved: npt.NDArray[np.bool_], release: Release, carriers: int
 ) -> Ints:
-    """An encoded update with this institution's share of the noise on the coordinates that a phase
-    moves.
+    """An encoded update with this institution's share of the noise, where a phase moves it.
 
     BadInput where the update is longer than what is accounted for, or moves another coordinate:
     whoever clipped it, what leaves is checked as the whole numbers that it is.
@@ -243,9 +235,8 @@ def _log_proposal(block: Ints, bits: int) -> Floats:
 def log_poisson(values: npt.NDArray[Any], rate: float) -> Floats:
     """log p(k) for whole numbers k of any sign.
 
-    -∞ below 0, else right to 1e-12 where it is above -700.
-
-    Loader's form: what is large cancels before it is computed, and Stirling's series has the rest.
+    -∞ below 0, else right to 1e-12 where it is above -700. Loader's form: what is large cancels
+    before it is computed, and Stirling's series has the rest.
     """
     k = np.maximum(values, _TABLE).astype(np.float64)
     gap = k - rate

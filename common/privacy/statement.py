@@ -1,4 +1,4 @@
-"""What a run guarantees, in sentences that a data protection officer can read and a test can check."""
+"""What a run guarantees, in sentences that a data protection officer reads and a test checks."""
 
 from __future__ import annotations
 
@@ -79,10 +79,7 @@ def privacy_statement(manifest: RunManifest, epsilon: float | None) -> list[str]
 
 
 def _client_statement(manifest: RunManifest) -> list[str]:
-    """ε is computed from the manifest.
-
-    What was reserved of a budget is the larger one, of a record.
-    """
+    """ε is computed from the manifest: a budget was charged the larger one, of a record."""
     secure, terms = manifest.secure, manifest.skellam
     if secure is None or terms is None:
         raise ValueError("no statement is known for mode 'client' without its terms")
@@ -133,10 +130,7 @@ def _client_statement(manifest: RunManifest) -> list[str]:
 
 
 def secure_statement(manifest: RunManifest) -> list[str]:
-    """What secure aggregation adds, and under which conditions.
-
-    Nothing where updates were sent in clear.
-    """
+    """What secure aggregation adds, and on what conditions; nothing of updates sent in clear."""
     terms = manifest.secure
     if terms is None:
         return []
@@ -183,9 +177,7 @@ def secure_summary(
 
 
 def _lost(each: Mapping[str, Any], before: str, after: str) -> int:
-    """Drop-outs of a stage; none are known where a coordinator stopped before it knew who came out
-    of it.
-    """
+    """Drop-outs of a stage; none are known where a coordinator stopped before it knew them."""
     return 0 if each[after] is None else max(each[before] - each[after], 0)
 
 

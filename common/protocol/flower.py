@@ -1,6 +1,4 @@
-"""The project's messages as Flower records, and back.
-
-What arrives is checked here before it is believed.
+"""The project's messages as Flower records, and back: checked here before they are believed.
 
     offer    coordinator -> node   the run's manifest
     consent  node -> coordinator   the clients that this node answers for and that consented
@@ -48,9 +46,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A client's answer where it sends no update. `refused`: by policy or budget, so asking again
-    is vain.
-    """
+    """A client's answer without an update. `refused`: by policy or budget, asking again is vain."""
 
     client: str
     reason: str
@@ -99,7 +95,7 @@ def plan_records(
 
 
 def read_plan(record: RecordDict, spec: AdapterSpec) -> Task:
-    """BadInput unless the record is exactly a plan with a finite vector of `spec.size` coordinates."""
+    """BadInput unless the record is exactly a plan and `spec.size` finite coordinates."""
     table = _fields(record, "plan", {"client": str, "plan": bytes}, vector=True)
     client = _name(table["client"], "plan client")
     vector = _vector(record, spec.size, "plan")
@@ -158,15 +154,12 @@ def read_answer(record: RecordDict) -> tuple[str, ...]:
 
 
 def envelope_record(kind: str, data: bytes) -> RecordDict:
-    """One opaque message of a deployment.
-
-    Whoever carries it parses nothing (`common.protocol.messages` does).
-    """
+    """One opaque message of a deployment: only `common.protocol.messages` parses it."""
     return _record("envelope", {"envelope": kind, "data": data})
 
 
 def read_envelope(record: RecordDict, limit: int) -> tuple[str, bytes]:
-    """Kind and bytes; BadInput unless the record is exactly an envelope of at most `limit` bytes."""
+    """Kind and bytes; BadInput unless exactly an envelope of at most `limit` bytes."""
     table = _fields(record, "envelope", {"envelope": str, "data": bytes})
     data = table["data"]
     if not isinstance(data, bytes) or len(data) > limit:
@@ -198,10 +191,7 @@ def _kind(record: RecordDict) -> str:
 def _fields(
     record: RecordDict, kind: str, kinds: Mapping[str, type], *, vector: bool = False
 ) -> dict[str, object]:
-    """Values of a message of this kind.
-
-    Every missing, extra or mistyped part is named in one BadInput.
-    """
+    """Values of a message of this kind; one BadInput names every missing or wrong part."""
     found = _kind(record)
     if found != kind:
         raise BadInput(f"message kind: found {one_line(repr(found))}, expected {kind!r}")

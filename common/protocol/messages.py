@@ -1,9 +1,7 @@
-"""What coordinator and institutions send each other in a deployment.
+"""What coordinator and institutions send each other in a deployment: signed, for any carrier.
 
-Signed bytes that any carrier may take.
-
-    offer    coordinator -> node   the signed manifest, the projection that it names, and a signed address: to which
-                                   institution this offer goes, and until when
+    offer    coordinator -> node   the signed manifest, the projection that it names, and a signed
+                                   address: to which institution this offer goes, and until when
     task     coordinator -> node   a signed plan, and the adapter that it starts from
     stage    coordinator -> node   one signed step of secure aggregation (common.protocol.stages)
     consent  node -> coordinator   what the node reserved, under which policy
@@ -50,8 +48,7 @@ REPLY_TAG = "fedlora-reply-1"
 
 @dataclass(frozen=True)
 class Offer:
-    """A run's manifest, signed under MANIFEST_TAG, and the `Address` of this offer, signed under
-    OFFER_TAG.
+    """A run's manifest, signed under MANIFEST_TAG, and its `Address`, signed under OFFER_TAG.
 
     `projection` is a safetensors file, or b"" where there is none.
     """
@@ -63,7 +60,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Address:
-    """Whom an offer of `manifest` (a digest) is for, and until when, in seconds of UTC since 1970."""
+    """Whom an offer of `manifest` (a digest) is for; until when, in seconds of UTC since 1970."""
 
     manifest: str
     institution: str
@@ -98,10 +95,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of secure aggregation.
-
-    The bytes of a `secagg.requests.Request`, signed under STAGE_TAG.
-    """
+    """One step of secure aggregation: a `stages.Request` as bytes, signed under STAGE_TAG."""
 
     request: Signed
 
@@ -141,7 +135,7 @@ class Staged:
 
 @dataclass(frozen=True)
 class Decline:
-    """Why there is no consent (round and attempt 0) or no update. `refused`: asking again is vain."""
+    """Why no consent (round and attempt 0) or no update. `refused`: asking again is vain."""
 
     institution: str
     manifest: str  # a digest, or "" where the request named none that could be read
@@ -168,10 +162,7 @@ def request_to_bytes(request: Request) -> bytes:
 
 
 def request_from_bytes(data: bytes, limit: int = MAX_REQUEST_BYTES) -> Request:
-    """BadInput unless `data` is exactly one request of this version.
-
-    Signatures are checked by who opens them.
-    """
+    """BadInput unless `data` is one request of this version; who opens it checks signatures."""
     kind, parts = _split(data, "request", REQUEST_VERSION, limit)
     if kind == "offer":
         manifest, projection, address = _exactly(parts, 3, "offer")
@@ -204,9 +195,7 @@ def reply_from_bytes(
     members: Mapping[str, PublicIdentity],
     limit: int = MAX_REPLY_BYTES,
 ) -> Reply:
-    """The reply of a member; Refused where the member named did not sign it, BadInput where it is
-    malformed.
-    """
+    """A member's reply; Refused where it did not sign it, BadInput where it is malformed."""
     kind, parts = _split(data, "reply", REPLY_VERSION, limit)
     if kind not in _READERS:
         raise BadInput(f"reply kind: found {kind!r}, expected one of {', '.join(_READERS)}")
@@ -253,10 +242,7 @@ def vector_from_bytes(data: bytes, size: int, where: str) -> Vector:
 
 
 def one_line(text: str) -> str:
-    """Text from outside as one printable line of bounded length.
-
-    It ends in logs, terminals and reports.
-    """
+    """Text from outside as one printable, bounded line: for logs, terminals and reports."""
     kept = printable(text[: MAX_REASON + 1])
     return kept if len(kept) <= MAX_REASON else kept[: MAX_REASON - 1] + "…"
 

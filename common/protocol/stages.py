@@ -1,5 +1,4 @@
-"""What the stages of secure aggregation are called, how a plan and a manifest become its values,
-and what travels.
+"""Secure aggregation's stages: their names, how plan and manifest give values, what travels.
 
 A `Request` is what any carrier takes to a node: opaque to relay, SuperNode and SuperLink. The
 answer that comes back is the node's own signed message, as it is. Neither a carrier nor the
@@ -43,9 +42,7 @@ def slot_of(plan: RoundPlan, base: str) -> Slot:
 
 
 def encoding_of(terms: SecureTerms, phase: int, size: int, noise: float = 0.0) -> Encoding:
-    """The fixed point of a phase; BadInput where the terms have no such phase. `noise`: of a
-    member, in levels.
-    """
+    """A phase's fixed point; BadInput where there is none. `noise`: of a member, in levels."""
     if not 0 <= phase < len(terms.update_bounds):
         raise BadInput(
             f"secure aggregation phase: found {phase}, expected 0 to {len(terms.update_bounds) - 1}"
@@ -72,7 +69,7 @@ class Request:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Request:
-        """BadInput for another kind of message, an unknown stage, or a vector where none belongs."""
+        """BadInput for another kind, an unknown stage, or a vector where none belongs."""
         stage, institution, plan, message, vector = fields_of(data, _REQUEST, 5)
         found = stage.decode(errors="replace")
         if found not in STAGES:

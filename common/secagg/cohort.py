@@ -3,7 +3,8 @@
 A peer counts after this node's own operator approved its identity; a coordinator can remove one,
 never add one. With n = |U1| and t = ⌊2n/3⌋ + 1 a node goes on only where
 
-    2t - n > c     two sets of t signers share an honest one, who signs one list only: no two lists are confirmed
+    2t - n > c     two sets of t signers share an honest one, who signs one list only: no two lists
+                   are confirmed
     t - c >= 2     a sum holds at least two honest inputs
 
 for the c colluders that its policy assumes beside the coordinator.
@@ -44,10 +45,7 @@ def most_colluders(members: int) -> int:
 
 @dataclass(frozen=True)
 class CohortPolicy:
-    """What one institution asks of any cohort that it joins.
-
-    `peers` is its own list, itself included.
-    """
+    """What one institution asks of any cohort it joins; `peers` is its own list, with itself."""
 
     me: str
     peers: Mapping[str, Peer]
@@ -184,9 +182,7 @@ def check_dealers(
 def check_subset(
     policy: CohortPolicy, what: str, names: Sequence[str], whole: Sequence[str], members: int
 ) -> None:
-    """Refused unless `names` lie within `whole`, hold this node, and are at least max(t, minimum
-    cohort).
-    """
+    """Refused unless `names` are in `whole`, hold this node, and are >= max(t, minimum cohort)."""
     _check_order(what, names)
     strangers = set(names) - set(whole)
     if strangers:

@@ -1,12 +1,11 @@
 """Key agreement, key derivation and sealing.
 
-X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), ChaCha20-Poly1305 (RFC 8439).
-
-A public key counts only in its canonical encoding and outside the small subgroups: so a
-u-coordinate has one encoding, and nobody can force a shared secret that others know. Two keys may
-still give one secret: u and 1/u differ by a point of order 2, which every secret multiplies away.
-So a key that is derived from a secret is bound to the names of both and to H(U1), which holds the
-keys as they are. A sealing key serves one message, so its nonce is 0.
+X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), ChaCha20-Poly1305 (RFC 8439). A public key counts only in
+its canonical encoding and outside the small subgroups: so a u-coordinate has one encoding, and
+nobody can force a shared secret that others know. Two keys may still give one secret: u and 1/u
+differ by a point of order 2, which every secret multiplies away. So a key that is derived from a
+secret is bound to the names of both and to H(U1), which holds the keys as they are. A sealing key
+serves one message, so its nonce is 0.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ _ORDER_8 = (
     39382357235489614581723060781553021112529911719440698176882885853963445705823,
     325606250916557431795983626356110631294008115727848805560023387167927233504,
 )
-LOW_ORDER = frozenset(
-    (0, 1, _FIELD - 1, *_ORDER_8)
-)  # u-coordinates whose order divides 8, here or on the twist
+# u-coordinates whose order divides 8, here or on the twist
+LOW_ORDER = frozenset((0, 1, _FIELD - 1, *_ORDER_8))
 _NONCE = bytes(12)
 
 

@@ -1,6 +1,4 @@
-"""Which key serves what: each is derived for one purpose, one pair and one context, and is used
-once.
-"""
+"""Which key serves what: each is derived for one purpose, pair and context, and used once."""
 
 from __future__ import annotations
 
@@ -21,10 +19,7 @@ def seed_mask(seed: bytes, context: bytes, dealers: bytes) -> bytes:
 def pair_mask(
     secret: bytes, context: bytes, cohort_hash: bytes, dealers: bytes, one: str, other: str
 ) -> bytes:
-    """The key of the mask that two nodes share.
-
-    The earlier name adds it, the later one subtracts it.
-    """
+    """The key of the mask that two nodes share: the earlier name adds, the later subtracts."""
     first, second = sorted((one, other))
     info = framed("mask", first.encode(), second.encode())
     return keys.hkdf(secret, framed("salt", context, cohort_hash, dealers), info)

@@ -66,10 +66,7 @@ class Encoding:
     def fitting(
         cls, size: int, bound: float, levels: int, members: int, noise: float = 0.0
     ) -> Encoding:
-        """The narrower ring in which a sum of `members` words is exact.
-
-        BadInput where neither is wide enough.
-        """
+        """The narrower ring with exact sums of `members` words; BadInput if neither is wide."""
         narrow = cls(size, 32, bound, levels, noise)
         if narrow.fits(members):
             return narrow
@@ -104,10 +101,7 @@ class Encoding:
         return self.size * self.bits // 8 + 8 * CHECK_WORDS
 
     def encode(self, values: npt.NDArray[np.floating[Any]]) -> Ints:
-        """(size,) int64 levels, to the nearest.
-
-        BadInput for another shape or a value that is not finite.
-        """
+        """(size,) int64 levels, rounded; BadInput for another shape or what is not finite."""
         if values.shape != (self.size,):
             raise BadInput(f"update: found shape {values.shape}, expected ({self.size},)")
         if not np.isfinite(values).all():
@@ -148,7 +142,7 @@ class Masked:
 
     @classmethod
     def from_bytes(cls, encoding: Encoding, data: bytes | memoryview, where: str) -> Masked:
-        """A view of what was received; BadInput unless it has exactly the length of the encoding."""
+        """A view of what was received; BadInput unless exactly as long as the encoding."""
         if len(data) != encoding.vector_bytes:
             raise BadInput(f"{where}: found {len(data)} bytes, expected {encoding.vector_bytes}")
         at = encoding.vector_bytes - 8 * CHECK_WORDS
@@ -184,10 +178,7 @@ class Masked:
         return self.body.view(signed).astype(np.int64)
 
     def check(self, members: int, check_key: bytes) -> Ints:
-        """The levels of an unmasked sum of `members` inputs.
-
-        BadInput where a check word or the range is off.
-        """
+        """Levels of an unmasked sum of `members` inputs; BadInput if check words or range fail."""
         values = self.levels()
         count, linear = (int(word) for word in self.tail)
         if count != members:

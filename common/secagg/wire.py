@@ -29,8 +29,7 @@ MOST_NAME_BYTES = 256
 _LENGTH = 8
 
 # What a coordinator sees of a node, and why it says nothing about that node's update.
-# docs/secure-aggregation.md holds this as a table; a test compares it, and that no message has
-# another field.
+# docs/secure-aggregation.md holds this as a table; a test compares it, and all messages' fields.
 CLEAR_FIELDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "KeyOffer": {
@@ -152,9 +151,7 @@ class KeyOffer:
 
 @dataclass(frozen=True)
 class Deal:
-    """Stage 2, node to coordinator: sealed shares for every peer of U1, in order, and what is
-    signed of them.
-    """
+    """Stage 2, node to coordinator: U1's sealed shares, in order, and what is signed of them."""
 
     name: str
     cohort: bytes
@@ -337,9 +334,7 @@ def agreement_from_bytes(data: bytes) -> tuple[Confirmation, ...]:
 def fields_of(
     data: bytes, tag: str, count: int | None, most: int = 16, size: int | None = None
 ) -> list[bytes]:
-    """The fields behind `tag`; BadInput unless there are `count` of them (None: up to `most`) and
-    nothing else.
-    """
+    """The fields behind `tag`; BadInput unless exactly `count` (None: at most `most`) follow."""
     parts: list[bytes] = []
     at = 0
     while at < len(data):

@@ -1,6 +1,4 @@
-"""How an institution and a federation get to know each other.
-
-A request one way, an invitation the other.
+"""How institution and federation get to know each other: a request, and an invitation back.
 
 Both are signed by who wrote them, which shows that the writer holds the key, and nothing more: that
 the key is the right one, two people settle by reading fingerprints to each other on the telephone.
@@ -142,10 +140,7 @@ def invitation_from_text(text: str, where: str) -> Invitation:
 
 
 def certificate_fingerprint(pem: str, where: str) -> str:
-    """SHA-256 of a certificate, in groups as an identity's fingerprint.
-
-    BadInput where it is none.
-    """
+    """SHA-256 of a certificate, grouped as an identity's fingerprint; BadInput where it is none."""
     try:
         certificate = x509.load_pem_x509_certificate(pem.encode())
     except ValueError as error:
@@ -157,10 +152,7 @@ def certificate_fingerprint(pem: str, where: str) -> str:
 
 
 def check_flower_key(line: str, where: str) -> None:
-    """BadInput unless `line` is the OpenSSH public key that Flower's node authentication takes.
-
-    ECDSA, P-384.
-    """
+    """BadInput unless `line` is the OpenSSH key that Flower's nodes use: ECDSA, P-384."""
     expected = "expected an OpenSSH line of an ECDSA P-384 public key"
     if not re.fullmatch(r"ecdsa-sha2-nistp384 [A-Za-z0-9+/=]{1,400}", line):
         raise BadInput(f"{where}: found {line[:60]!r}, {expected}")
@@ -179,10 +171,7 @@ def check_flower_key(line: str, where: str) -> None:
 
 
 def check_kind(text: str, expected: str, where: str) -> None:
-    """BadInput where a text is plainly one of the others.
-
-    Its signature would be wrong under this one's tag too.
-    """
+    """BadInput for a text plainly of another kind: its signature would be wrong under this tag."""
     try:
         keys = set(json.loads(text)["body"])
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -26,10 +26,7 @@ KEY_BYTES, SIGNATURE_BYTES = 32, 64
 
 
 def framed(tag: str, *fields: bytes) -> bytes:
-    """The bytes that are hashed or signed.
-
-    Tag and fields, each behind its length as 8 bytes, big-endian.
-    """
+    """The bytes hashed or signed: tag and fields, each behind 8 bytes of length, big-endian."""
     return b"".join(_pieces(tag, fields))
 
 
@@ -59,9 +56,7 @@ class PublicIdentity:
 
     @classmethod
     def from_text(cls, text: str, where: str) -> PublicIdentity:
-        """From `ed25519:` and base64, as `text` writes it. No fault quotes `text`: it may be a
-        private key.
-        """
+        """From `ed25519:` and base64, as `text` has it; quoted nowhere: it may be private."""
         kind, _, rest = text.strip().partition(":")
         expected = f"expected a public key: ed25519: and {KEY_BYTES} bytes in base64"
         if kind != "ed25519":
@@ -80,9 +75,7 @@ class PublicIdentity:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the key in eight groups of eight hexadecimal digits, to be read out on the
-        telephone.
-        """
+        """SHA-256 of the key in eight groups of eight hexadecimal digits, for the telephone."""
         found = hashlib.sha256(self.key).hexdigest()
         return " ".join(found[at : at + 8] for at in range(0, 64, 8))
 
@@ -158,10 +151,7 @@ class Identity:
 
 
 def read_private(path: Path) -> bytes:
-    """The bytes of a file that nobody but its owner may read.
-
-    Refused or BadInput where it is not that.
-    """
+    """The bytes of a file that only its owner may read; Refused or BadInput where it is not."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -176,10 +166,7 @@ def read_private(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class Signed:
-    """A body that one identity signed for one purpose.
-
-    `tag` is known to the reader, and is not sent.
-    """
+    """A body that one identity signed for one purpose; `tag` is the reader's, and not sent."""
 
     body: bytes
     signer: PublicIdentity

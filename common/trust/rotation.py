@@ -1,5 +1,4 @@
-"""A member's new identity: its new enrolment request, handed over under the signature of the old
-key.
+"""A member's new identity: its new enrolment request, under the signature of the old key.
 
 So whoever holds the old key names its successor, and the new key shows in the request that it
 agrees. Where the old key is lost, there is no rotation: the member is revoked and enrols anew, with
@@ -42,10 +41,7 @@ def rotation_to_text(old: Identity, request: str) -> str:
 
 
 def is_rotation(text: str) -> bool:
-    """Whether a signed text is meant as a rotation, and not as a request.
-
-    Who signed it is not asked.
-    """
+    """Whether a signed text is meant as a rotation, not a request; its signer is not asked."""
     try:
         return bool(json.loads(text[: 2 * MAX_TEXT])["body"].keys() == {"request"})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

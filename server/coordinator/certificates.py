@@ -1,11 +1,9 @@
 """The federation's own certificate authority.
 
-One key, one certificate for the address that institutions dial.
-
-Institutions pin the authority's certificate when they join, so the server's certificate can be
-renewed at any time without asking them. Everything is ECDSA on P-384. Keys are PEM of mode 0600. A
-renewal keeps the key and replaces one file, so that a kill never leaves a key beside another key's
-certificate.
+One key, one certificate for the address that institutions dial. Institutions pin the authority's
+certificate when they join, so the server's certificate can be renewed at any time without asking
+them. Everything is ECDSA on P-384. Keys are PEM of mode 0600. A renewal keeps the key and replaces
+one file, so that a kill never leaves a key beside another key's certificate.
 """
 
 from __future__ import annotations
@@ -54,9 +52,7 @@ class Authority:
 
     @classmethod
     def create(cls, folder: Path, federation: str, now: datetime | None = None) -> Authority:
-        """A new authority in `folder`; BadInput where one lies there, since institutions have
-        pinned it.
-        """
+        """A new authority in `folder`; BadInput where one is: institutions have pinned it."""
         for name in (CA_KEY, CA_CERTIFICATE):
             if (folder / name).exists():
                 raise BadInput(
@@ -71,9 +67,7 @@ class Authority:
 
     @classmethod
     def load(cls, folder: Path) -> Authority:
-        """BadInput where key and certificate don't belong together, Refused where others can read
-        the key.
-        """
+        """BadInput where key and certificate don't match, Refused where others read the key."""
         key = read_key(folder / CA_KEY)
         certificate = read_certificate(folder / CA_CERTIFICATE)
         _check_pair(key, certificate, folder / CA_KEY, folder / CA_CERTIFICATE)
@@ -93,9 +87,7 @@ def issue_server(
     new_key: bool = False,
     now: datetime | None = None,
 ) -> x509.Certificate:
-    """Write a certificate for `hosts` (names and IP addresses) to `folder`; its key is kept where
-    one is there.
-    """
+    """A certificate for `hosts` (names, IP addresses) in `folder`; a key there is kept."""
     faults = [
         f"host: found {host[:80]!r}, expected a host name or an IP address"
         for host in hosts
@@ -118,10 +110,7 @@ def issue_server(
 def check_server(
     folder: Path, authority: x509.Certificate, host: str, now: datetime | None = None
 ) -> x509.Certificate:
-    """The server's certificate; BadInput where it would fail at the institutions.
-
-    Key, authority, time or host.
-    """
+    """The server's certificate; BadInput where key, authority, time or host would fail."""
     path, now = folder / SERVER_CERTIFICATE, now or datetime.now(UTC)
     certificate = read_certificate(path)
     _check_pair(read_key(folder / SERVER_KEY), certificate, folder / SERVER_KEY, path)

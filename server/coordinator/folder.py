@@ -1,12 +1,12 @@
-"""A coordinator's folder: everything that a federation's server needs, made in one go or not at
-all.
+"""A coordinator's folder: all that a federation's server needs, made in one go or not at all.
 
 coordinator.toml     federation, address, ports
 coordinator.pub      the public key that manifests and exports are verified with
 invitation.json      what institutions join with; signed
 keys/coordinator.pem Ed25519, 0600: who has it speaks for the federation
 ca/, tls/            certificate authority; the server's certificate
-members.json         who is a member; signed, and numbered: keys/members.revision has the newest one's number
+members.json         who is a member; signed, and numbered: the newest one's number is in
+                     keys/members.revision
 training.toml        a commented example of a run's configuration
 public/              for the public files that it names
 nginx.conf           lets institutions reach the Fleet API, and nothing else
@@ -94,10 +94,7 @@ class Directory:
     def create(
         cls, path: Path, federation: str, host: str, port: int = 9443, superlink_port: int = 9300
     ) -> Directory:
-        """A new folder at `path`, whole or not at all.
-
-        BadInput where a name is none or something lies there.
-        """
+        """A new folder at `path`, whole or not at all; BadInput for a bad name or place."""
         given, path = path, path.absolute()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise BadInput(f"{path}: found something there, expected no folder or an empty one")
@@ -159,9 +156,7 @@ class Directory:
         check_server(self.root / "tls", authority, self.settings.address.host)
 
     def renew(self, days: int = SERVER_DAYS, new_key: bool = False) -> None:
-        """A new server certificate, invitation and proxy configuration for the address in the
-        settings.
-        """
+        """A new server certificate, invitation and proxy setup for the address in settings."""
         authority, host = self.authority, self.settings.address.host
         issue_server(authority, self.root / "tls", _hosts(host), days=days, new_key=new_key)
         write_atomically(self.root / INVITATION, self.invitation().encode())
@@ -234,9 +229,7 @@ class Directory:
 
 
 def _training(public: Path) -> str:
-    """The example, with the paths of public files as they are said in the directory that init runs
-    in.
-    """
+    """The example, with paths of public files as said in the directory that init runs in."""
     places = {"TEST": public / "test.parquet", "VALIDATION": public / "validation.parquet"}
     return _filled(TRAINING, {name: literal(str(path)) for name, path in places.items()})
 
@@ -295,10 +288,7 @@ def _proxy(root: Path, settings: Settings) -> str:
 
 
 def _worker() -> str:
-    """Where root starts nginx, its worker must be able to write a body into this folder.
-
-    It is the owner's.
-    """
+    """Where root starts nginx, its worker must be able to write a body here: it owns the folder."""
     try:
         owner = pwd.getpwuid(os.geteuid())
         group = grp.getgrgid(owner.pw_gid)

@@ -1,5 +1,4 @@
-"""Who is a member: `members.json`, signed by the coordinator's identity and read anew whenever
-somebody asks.
+"""Who is a member: `members.json`, signed by the coordinator, read anew whenever asked.
 
 A request enrols once. One name, one organisation, one identity and one Flower key belong to one
 member: two of a kind would let one organisation count twice in a cohort. An identity that was ever
@@ -53,10 +52,7 @@ class Registry:
     """The members of a federation, in one signed file."""
 
     def __init__(self, path: Path, coordinator: Identity, revision: Path | None = None) -> None:
-        """`revision`: where the number of the newest version is kept.
-
-        Beside `path`, if nothing else is said.
-        """
+        """`revision`: where the newest version's number is kept; else beside `path`."""
         self._path, self._coordinator = path, coordinator
         self._revision = revision or path.with_suffix(".revision")
 
@@ -108,16 +104,11 @@ class Registry:
             raise BadInput(f"{self._revision}: found no number, expected a revision") from error
 
     def active(self) -> Mapping[str, PublicIdentity]:
-        """By name, as of now: the round loop asks before every round, so that a revocation counts
-        from the next.
-        """
+        """By name, as of now: asked before every round, so a revocation counts from the next."""
         return {member.name: member.identity for member in self.members() if member.active}
 
     def former(self, name: str) -> tuple[PublicIdentity, ...]:
-        """The keys that ended under this name, of the same organisation.
-
-        A name never goes to another one.
-        """
+        """The keys ended under this name, all of one organisation: names never change hands."""
         return tuple(
             member.identity
             for member in self.members()
@@ -129,10 +120,7 @@ class Registry:
         return {member.name: member.flower_key for member in self.members() if member.active}
 
     def enrol(self, request: str, where: str) -> Member:
-        """The member that a request's text makes.
-
-        Refused where it was used, or collides with another member.
-        """
+        """The member that a request makes; Refused where used, or colliding with another."""
         with self._locked():
             members = self.members()
             new = _entry(request_from_text(request, where), request)
@@ -150,10 +138,7 @@ class Registry:
             return ended
 
     def rotate(self, rotation: str, where: str) -> Member:
-        """Replace a member's key by the one that its old key names.
-
-        `rotation` is common.rotation's text.
-        """
+        """Replace a member's key as its old one says; `rotation` is its text, as a file has it."""
         with self._locked():
             members, found = self.members(), rotation_from_text(rotation, where)
             old = _active(members, found.request.name)
@@ -208,10 +193,7 @@ def _entry(request: EnrolmentRequest, text: str) -> Member:
 def _check_new(
     members: Sequence[Member], new: Member, where: str, predecessor: Member | None = None
 ) -> None:
-    """Refused where `new` would be somebody twice.
-
-    A `predecessor` may leave its Flower key behind.
-    """
+    """Refused where `new` would be somebody twice; a `predecessor` leaves its Flower key."""
     if any(member.request == new.request for member in members):
         raise Refused(f"{where}: found a request that was used already, expected a new one")
     for member in members:

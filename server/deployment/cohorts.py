@@ -40,9 +40,7 @@ PARTS = {OFFER: 0.25, DEAL: 0.25, CONFIRM: 0.5, OPEN: 1.0}
 
 
 class ClearCohort:
-    """A `Cohort` of institutions that sign what they say, and send their noised updates as they
-    are.
-    """
+    """A `Cohort` of institutions that sign what they say and send noised updates in clear."""
 
     def __init__(self, who: Participants) -> None:
         self._who = who
@@ -123,10 +121,7 @@ class ClearCohort:
 
 
 def _check_moved(update: Update, phase: str, spec: AdapterSpec) -> None:
-    """BadInput where it moves what its phase leaves alone.
-
-    Such a coordinate is neither clipped nor noised by anybody.
-    """
+    """BadInput where it moves what its phase leaves alone: neither clipped nor noised by anyone."""
     if update.delta[~spec.moved_by(phase)].any():
         raise BadInput(
             f"update of {update.client}: found a coordinate moved that phase {phase} leaves alone,"
@@ -135,10 +130,7 @@ def _check_moved(update: Update, phase: str, spec: AdapterSpec) -> None:
 
 
 class SignedStages:
-    """An `Exchange` of secure aggregation between machines.
-
-    Each request signed, each answer its member's own.
-    """
+    """An `Exchange` of secure aggregation between machines: requests and answers are signed."""
 
     def __init__(self, who: Participants) -> None:
         self._who = who
@@ -193,10 +185,7 @@ class SignedStages:
 
 
 class MaskedCohort:
-    """A `Cohort` of institutions whose updates leave them under masks.
-
-    Single ones are known to nobody.
-    """
+    """A `Cohort` of institutions whose updates leave under masks; nobody knows single ones."""
 
     def __init__(self, who: Participants) -> None:
         self._who = who
@@ -214,9 +203,7 @@ class MaskedCohort:
         )
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
-        """The sum of one attempt; without replies where too few stayed, and then nothing was
-        unmasked.
-        """
+        """The sum of one attempt; without replies where too few stayed: nothing was unmasked."""
         self._asked, failures = self._who.asked(self._who.gather())
         self._declined = len(failures)
         found = self._sums.total(plan, state)

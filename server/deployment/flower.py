@@ -1,8 +1,6 @@
-"""The coordinator's end of Flower.
+"""The coordinator's end of Flower: a cohort that asks through a Grid and adds the answers.
 
-A cohort that asks institutions through a Grid and adds what they answer.
-
-    1. choose whom to ask                                       (`choose`: all, or by Poisson participation)
+    1. choose whom to ask (`choose`: all, or by Poisson participation)
     2. one message each; its id is kept, and says from then on who has answered
     3. poll until all have answered or the deadline has passed
     4. check each reply against the plan; add it to one float64 sum; forget it
@@ -40,9 +38,8 @@ log = logging.getLogger(__name__)
 REQUEST = "request"  # kind of an envelope of a deployment; its answer has the same
 # Kinds of envelopes: a stage's message; why there is none, in UTF-8, for this attempt, and for any.
 SECURE, DECLINED, REFUSED = "secure", "declined", "refused"
-MAX_STAGE_BYTES = (
-    1 << 26
-)  # of a stage's answer beside its vector: a thousand peers' sealed shares of an epoch
+# of a stage's answer beside its vector: a thousand peers' sealed shares of an epoch
+MAX_STAGE_BYTES = 1 << 26
 SHORTEST_POLL, LONGEST_POLL = 0.02, 0.5  # seconds between two looks at the grid
 
 
@@ -69,8 +66,9 @@ def main(grid: Grid, context: Context) -> None:
 
 @dataclass(frozen=True)
 class Clock:
-    """Time as the cohort sees it. `sleep` may raise KeyboardInterrupt to end a run at its last
-    checkpoint.
+    """Time as the cohort sees it.
+
+    `sleep` may raise KeyboardInterrupt to end a run at its last checkpoint.
     """
 
     now: Callable[[], float] = time.monotonic
@@ -223,9 +221,7 @@ def _carried(name: str, record: RecordDict) -> bytes | Failure:
 
 
 class GridExchange:
-    """An `Exchange` of secure aggregation over a Flower Grid.
-
-    Opaque bytes each way, one deadline a stage.
+    """An `Exchange` over a Flower Grid: opaque bytes each way, one deadline a stage.
 
     What comes back is the institution's own signed message; whoever carried it is not asked who it
     is.
@@ -262,10 +258,7 @@ class GridExchange:
 
 
 def _opened(name: str, record: RecordDict, limit: int) -> bytes | Failure:
-    """The bytes of an answer, or why there are none.
-
-    A node that declines says so in an envelope of its own.
-    """
+    """The bytes of an answer, or why there are none: a decline is an envelope of its own."""
     try:
         kind, data = flower.read_envelope(record, limit)
         if kind in (DECLINED, REFUSED):
@@ -337,9 +330,7 @@ def _exchange(
 
 
 def _push(grid: Grid, message: Message) -> str | None:
-    """Id of the message, or None: a grid answers a message that it can't take with nothing or with
-    None.
-    """
+    """Id of the message, or None: a grid answers what it can't take with nothing or None."""
     ids = list(grid.push_messages([message]))
     return ids[0] if len(ids) == 1 and ids[0] else None
 
@@ -375,10 +366,7 @@ def _judge(client: str, record: RecordDict, plan: RoundPlan, size: int) -> Updat
 
 
 def _register(nodes: dict[str, int], node: int, record: RecordDict) -> Failure | None:
-    """Enter the clients that `node` answers for.
-
-    A Failure where it declines or claims another's client.
-    """
+    """Enter `node`'s clients; a Failure where it declines or claims another's client."""
     try:
         clients = flower.read_answer(record)
     except (BadInput, Refused) as error:

@@ -1,5 +1,4 @@
-"""Who takes part in a run: active members whose node is connected get the signed manifest, and
-consent or decline.
+"""Who takes part: active, connected members get the signed manifest, and consent or decline.
 
 A consent is kept as the bytes that its institution signed, so a resumed run knows who gave one. Who
 is a member is read anew for each attempt: a revocation or a new key counts from the next one on.
@@ -110,8 +109,7 @@ class Participants:
         return dict(self._consents)
 
     def gather(self) -> Mapping[str, PublicIdentity]:
-        """Members, once as many as are expected have consented and are connected, or waiting is
-        vain.
+        """Members, once the expected have consented and are connected, or waiting is vain.
 
         Where a quorum is here, the others are waited for until a part of the deadline has passed,
         otherwise until all of it has. Who failed in the last attempt is offered the run again,
@@ -159,10 +157,7 @@ class Participants:
         return max(0.0, self.deadline - self._waited)
 
     def asked(self, members: Mapping[str, PublicIdentity]) -> tuple[list[str], list[Failure]]:
-        """Whom to ask for an attempt, and who is none of them.
-
-        Nobody where the sum could not count anyway.
-        """
+        """Whom to ask for an attempt, and who is left out; nobody where no sum could count."""
         failures = [failure for name, failure in self._declined.items() if name in members]
         consented = sorted(set(self._consents) & set(members))
         asked = participants(consented, self.manifest.participation, OsRandom())
@@ -213,10 +208,7 @@ class Participants:
         return max(self.manifest.minimum_cohort, math.ceil(self._quorum * of - 1e-9))
 
     def _patience(self, connected: Iterable[str], members: int) -> float:
-        """Seconds that others are waited for.
-
-        All there are, where those who surely answer are no quorum.
-        """
+        """Seconds that others are waited for: all, where those who surely answer are too few."""
         sure = (set(self._consents) & set(connected)) - self._doubtful
         quorum = len(sure) >= self.needed(min(self._expected, members))
         return self.deadline * (PATIENCE if quorum else 1.0)

@@ -52,10 +52,7 @@ class Outcome:
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """Of the last process that somebody waited for to its end.
-
-    BadInput where the file is no outcome.
-    """
+    """Of the last process somebody waited for to its end; BadInput where it is no outcome."""
     path = folder / OUTCOME
     if not path.exists():
         return None
@@ -67,10 +64,7 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def outcome_of(work: Callable[[], object], folder: Path, token: str) -> None:
-    """Run `work`, alone in its folder, and leave how it ended.
-
-    The exit code, and one line to a fault.
-    """
+    """Run `work`, alone in its folder, and leave its end: exit code, and one line to a fault."""
     try:
         with _only_while_appointed(folder, token), _only_process(folder):
             work()

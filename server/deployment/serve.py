@@ -1,11 +1,9 @@
-"""A run between real machines: the round loop of the simulator over institutions that answer for
-themselves.
+"""A run between real machines: the simulator's round loop over institutions on their own.
 
-    1. who takes part                                                                (server.deployment.participants)
+    1. who takes part                                       (server.deployment.participants)
     2. in clear: one signed plan an attempt; its exact bytes are on disk before they are sent. A
-       reply counts
-       where its institution signed it, for this run, round and attempt, and it is finite, of the
-       right shape, and within the public bound on its norm
+       reply counts where its institution signed it, for this run, round and attempt, and it is
+       finite, of the right shape, and within the public bound on its norm
     3. under masks: one signed request a stage; what comes back is for the state machines of
        server.secagg
     4. all else is the simulator's: the loop, the checkpoint, the strategies, the summary
@@ -40,9 +38,7 @@ from fedlora.server.runs.summary import write_summary
 
 
 def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str, Any]:
-    """Begin the run in `folder`, or go on with it, to its summary.
-
-    Raises what the round loop raises.
+    """Begin the run in `folder`, or go on with it, to its summary; raises what the loop raises.
 
     A run that ends early leaves its last adapter and its summary all the same: an export tells what
     became of it.

@@ -1,7 +1,4 @@
-"""`fedlora-server status`: rounds, members, and the ε that each of them states.
-
-It reads files only.
-"""
+"""`fedlora-server status`: rounds, members, and the ε that each states; it only reads files."""
 
 from __future__ import annotations
 
@@ -147,10 +144,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def _checked(line: dict[str, Any]) -> dict[str, Any]:
-    """What is shown of a line, each as the round loop writes it.
-
-    An error where something is missing or another.
-    """
+    """What is shown of a line, each as the round loop writes it; an error for anything else."""
     counts = {name: int(line[name]) for name in ("round", "attempt", "replies", "asked")}
     figures = {
         name: float(line[name]) for name in ("accuracy", "epsilon") if line.get(name) is not None

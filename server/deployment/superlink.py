@@ -2,7 +2,8 @@
 
 TLS, node authentication, process isolation, nothing that calls out.
 
-    flower-superlink     all of Flower's APIs on one port of loopback; a proxy lets institutions reach the Fleet API
+    flower-superlink     all of Flower's APIs on one port of loopback; a proxy lets institutions
+                         reach the Fleet API
     flower-superexec     starts the ServerApp, and only who has the secret may ask for it
     flwr                 Flower's command line: registers nodes and starts runs
 
@@ -45,7 +46,8 @@ START_SECONDS = 60.0
 STOP_SECONDS = 10.0
 FLWR_SECONDS = 120.0
 BUNDLE = """\
-# The bundle that `fedlora-server run` hands to SuperLink. It carries no code: both components are installed.
+# The bundle that `fedlora-server run` hands to SuperLink. It carries no code: \
+both components are installed.
 [build-system]
 requires = ["setuptools"]
 build-backend = "setuptools.build_meta"

@@ -37,9 +37,8 @@ Tell = Callable[[str], None]  # whom a run waits for
 def begin(directory: Directory, config: Path, beside: bool = False) -> Path:
     """The folder of a new run, with its configuration.
 
-    BadInput lists what is wrong with it, and nothing is made.
-
-    Refused where the last run has not ended, unless the new one is begun `beside` it.
+    BadInput lists what is wrong with it, and nothing is made. Refused where the last run has not
+    ended, unless the new one is begun `beside` it.
     """
     _check_last(directory, beside)
     settings = load_config(config)
@@ -53,7 +52,7 @@ def begin(directory: Directory, config: Path, beside: bool = False) -> Path:
 
 
 def _check_last(directory: Directory, beside: bool) -> None:
-    """Refused where a run goes on, or has what institutions reserved for it and could still go on."""
+    """Refused where a run goes on, or still could, with what institutions reserved for it."""
     runs = directory.runs()
     for folder in runs:
         if is_held(folder):
@@ -107,10 +106,7 @@ def _faults(config: Config) -> list[str]:
 
 
 def _check_members(directory: Directory, config: Config) -> None:
-    """Refused where nobody who may join could make up the smallest cohort.
-
-    Waiting would be vain.
-    """
+    """Refused where nobody who may join could make up the smallest cohort: a vain wait."""
     active, least = len(directory.registry.active()), config.aggregation.minimum_cohort
     if active < least:
         raise Refused(
@@ -122,10 +118,7 @@ def _check_members(directory: Directory, config: Config) -> None:
 def carry_out(
     directory: Directory, folder: Path, watch: Watch, tell: Tell = lambda text: None
 ) -> dict[str, Any]:
-    """Run what lies in `folder` to its end; the summary.
-
-    Raises how it ended where it did not end well.
-    """
+    """Run what lies in `folder` to its end: the summary, or raises how else it ended."""
     _check_members(directory, load_config(folder / "config.toml"))
     for name in (OUTCOME, WAITING):
         (folder / name).unlink(missing_ok=True)
@@ -206,10 +199,7 @@ def _followed(
     watch: Watch,
     tell: Tell,
 ) -> dict[str, Any]:
-    """How the run ended, as its process left it.
-
-    What Flower says where that process left nothing.
-    """
+    """How the run ended, as its process left it; what Flower says where it left nothing."""
     metrics, seen, ending = folder / "metrics.jsonl", 0, outcome_path(folder, token)
     asked, said, vigil, faults = time.monotonic(), "", _Vigil(link, run), list[str]()
     while not ending.exists():

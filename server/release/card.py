@@ -1,7 +1,4 @@
-"""The model card of a released adapter.
-
-What it is, what is guaranteed, and what each institution signed.
-"""
+"""The model card of an adapter: what it is, what is guaranteed, what each institution signed."""
 
 from __future__ import annotations
 
@@ -139,4 +136,5 @@ from fedlora.common.adapter.peft import load_adapter
 classifier = load_adapter("adapter")
 ```
 
-Verify first, with the coordinator's key from a source that you trust: `fedlora-server verify . --key coordinator.pub`."""
+Verify first, with the coordinator's key from a source that you trust: \
+`fedlora-server verify . --key coordinator.pub`."""

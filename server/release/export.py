@@ -1,12 +1,14 @@
-"""The released adapter: what a receiver needs to use it, and to check where it came from without
-asking anybody.
+"""The released adapter: what a receiver needs to use it, and, alone, to check its origin.
 
-    adapter/            PEFT's files, the head where it is ours, and what they are (common.adapter.released)
-    README.md           the model card, with the privacy statement: it follows from the other files, word for word
+    adapter/            PEFT's files, the head where it is ours, and what they are
+                        (common.adapter.released)
+    README.md           the model card, with the privacy statement: it follows from the other files,
+                        word for word
     figures.json        what the coordinator measured on public data, as the card shows it
     manifest.json       everything public about the run, signed by the coordinator
     members.json        the institutions' keys as they were enrolled, signed by the coordinator
-    statements/         what each institution signed for itself: what it reserved, under which policy
+    statements/         what each institution signed for itself: what it reserved, under which
+                        policy
     reports/            an institution's own report, where it gave one
     release.json        the SHA-256 of every file above, signed by the coordinator
 

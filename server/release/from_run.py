@@ -28,9 +28,7 @@ from fedlora.server.rounds.checkpoint import Checkpoint
 def export_run(
     directory: Directory, run: Path, target: Path, reports: Path | None = None
 ) -> list[str]:
-    """Release the finished run in the folder `run`; `reports` holds NAME.json of `fedlora-node
-    report`, if any.
-    """
+    """Release the finished run in `run`; `reports`: NAME.json of `fedlora-node report`, if any."""
     summary = read_summary(run)
     checkpoint = Checkpoint.open(run / "checkpoint", read_spec(run / "adapter"))
     manifest = checkpoint.manifest
@@ -82,10 +80,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _institution(directory: Directory, name: str, signed: bytes, federation: str) -> Institution:
-    """The member as it was when it signed.
-
-    Keys rotate, and members leave, while their statements stay.
-    """
+    """The member as it was when it signed: keys rotate, members leave, statements stay."""
     known = [member for member in directory.registry.members() if member.name == name]
     for member in reversed(known):
         if _signed_by(signed, federation, name, member.identity):

@@ -43,8 +43,9 @@ class Institution:
 
 @dataclass(frozen=True)
 class Release:
-    """What an export is made of. `statements` are the exact bytes that each institution signed
-    (protocol.Consent).
+    """What an export is made of.
+
+    `statements` are the exact bytes that each institution signed (`messages.Consent`).
     """
 
     manifest: RunManifest

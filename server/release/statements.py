@@ -1,8 +1,7 @@
 """An institution's signed statement as a file.
 
-What it says in words, and the very bytes that say so.
-
-The words are made from the bytes; a file whose words say something else is refused by who reads it.
+What it says in words, and the very bytes that say so. The words are made from the bytes; a file
+whose words say something else is refused by who reads it.
 """
 
 from __future__ import annotations
@@ -22,10 +21,7 @@ SAME = 1e-6  # relative: the last bits of an ε differ between machines
 
 @dataclass(frozen=True)
 class Statement:
-    """`signed` is a reply of common.protocol.messages, unopened.
-
-    `text` the file that it was found in.
-    """
+    """`signed` is a reply of common.protocol.messages, unopened; `text` the file it came in."""
 
     signed: bytes
     text: str

@@ -52,10 +52,8 @@ from fedlora.server.release.statements import (
 def verify(folder: Path, key: PublicIdentity | None = None) -> list[str]:
     """What was checked, a line each, offline.
 
-    Refused or BadInput names the first file that is not as it was signed.
-
-    Neither these lines nor a fault's can hold more than they seem to: whoever made the folder wrote
-    what they name.
+    Refused or BadInput names the first file that is not as it was signed. Neither these lines nor a
+    fault's can hold more than they seem to: whoever made the folder wrote what they name.
     """
     try:
         return _verified(folder, key)
@@ -132,10 +130,7 @@ def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
 
 
 def files_of(folder: Path) -> set[str]:
-    """Every file but the index, by path.
-
-    Refused where something is neither a file nor a folder of files.
-    """
+    """Every file but the index, by path; Refused for what is neither file nor folder of files."""
     found: set[str] = set()
 
     def unlisted(error: OSError) -> None:
@@ -242,10 +237,7 @@ def _check_card(
     institutions: Mapping[str, Institution],
     statements: Mapping[str, Consent],
 ) -> None:
-    """The card is the text that follows from what was signed.
-
-    A coordinator can't write another ε into it.
-    """
+    """The card is the text that follows from what was signed: nobody writes another ε into it."""
     try:
         figures = json.loads(_text(folder, FIGURES))
     except (ValueError, RecursionError) as error:
@@ -267,10 +259,7 @@ def rebuilt_card(
 
 
 def _check_adapter(folder: Path, manifest: RunManifest) -> str:
-    """The adapter's digest, computed from its tensors.
-
-    Refused where it is another one than the manifest's run makes.
-    """
+    """The adapter's digest, from its tensors; Refused where the manifest's run makes another."""
     if other := sorted({path.name for path in (folder / ADAPTER).iterdir()} - set(ADAPTER_FILES)):
         raise Refused(f"{ADAPTER}/{other[0]}: found a file that no adapter has")
     description, state = read_adapter(folder)

@@ -1,8 +1,8 @@
 """A run's durable state at the server: what was committed, and which attempts were begun.
 
     manifest.json       the run; never changes
-    attempts.json       attempts begun, in all and by phase: written before a plan goes out, so that an
-                        attempt number is never used twice, whatever is killed when
+    attempts.json       attempts begun, in all and by phase: written before a plan goes out, so
+                        that an attempt number is never used twice, whatever is killed when
     state-N.safetensors the state, the released state and the strategy's memory after round N
     progress.json       the round, and the digest of that file: the one pointer, replaced atomically
 
@@ -38,10 +38,7 @@ WRITTEN = re.compile(rf"({NAMES})|\.({NAMES})\.\d+")  # the second: half written
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """Where a run stands after `round` committed rounds.
-
-    `released` is what would be exported now.
-    """
+    """Where a run stands after `round` committed rounds; `released` would be exported now."""
 
     round: int
     state: AdapterState
@@ -129,10 +126,7 @@ class Checkpoint:
         return int(attempts["total"]) + 1
 
     def spent(self, phase: int) -> str:
-        """Why a phase has no attempt left.
-
-        "" where it has one, as it always has without privacy.
-        """
+        """Why a phase has no attempt left; "" where it has, as always without privacy."""
         recipe, begun = self.manifest.phases[phase], self.attempts_begun(phase)
         if self.manifest.mode == "none" or begun < recipe.attempts:
             return ""
@@ -195,10 +189,7 @@ class Checkpoint:
         )
 
     def check_against_ledger(self, used: int) -> None:
-        """Refused where a ledger has seen attempt `used` and fewer were begun here.
-
-        This is an older copy.
-        """
+        """Refused, as an older copy, where a ledger saw attempt `used` and fewer were begun."""
         begun = int(self._attempts()["total"])
         if used > begun:
             raise Refused(
@@ -250,10 +241,7 @@ class Checkpoint:
                 )
 
     def _clear(self, current: str) -> None:
-        """Remove older states and what a kill left half written.
-
-        What can't go now goes next time.
-        """
+        """Remove older states and what a kill left half written; what can't go, next time."""
         stale = [path for path in self.folder.glob("state-*.safetensors") if path.name != current]
         for pattern in (".state-*", ".progress.json.*", ".attempts.json.*", ".manifest.json.*"):
             stale += self.folder.glob(pattern)

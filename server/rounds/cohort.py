@@ -19,7 +19,7 @@ Name = TypeVar("Name")
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that was asked and whose answer does not count. `refused`: by its policy or budget."""
+    """A client that was asked and whose answer does not count; `refused`: by policy or budget."""
 
     client: str
     reason: str
@@ -28,10 +28,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class SecureRecord:
-    """An attempt that was or may have been unmasked: who was in it, stage by stage.
-
-    All of it public.
-    """
+    """An attempt that was or may have been unmasked: who was in it, by stage; all of it public."""
 
     round: int
     attempt: int

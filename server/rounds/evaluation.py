@@ -1,7 +1,4 @@
-"""Measuring a state on public data.
-
-Validation while the run goes on, the test file once at its end.
-"""
+"""Measuring a state on public data: validation during the run, the test file once at its end."""
 
 from __future__ import annotations
 
@@ -30,9 +27,7 @@ class Evaluator:
     totals: Totals = field(default_factory=dict)  # of the last evaluation: confusion and sums
 
     def evaluate(self, state: AdapterState, head_only: bool = False) -> dict[str, float]:
-        """Metrics of `state`; `head_only` where nothing below the head has moved since the run
-        began.
-        """
+        """Metrics of `state`; `head_only` where nothing below the head moved in this run."""
         self.totals = self._head_totals(state) if head_only else self._totals(state)
         return self.model.task.metrics(self.totals)
 

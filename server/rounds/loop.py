@@ -81,11 +81,9 @@ def run_rounds(
 ) -> Progress:
     """From the last committed round to the last one, or until patience ends.
 
-    `strategies` has one a phase.
-
-    Raises Spent when a phase's attempts are, Refused where a refusal makes asking vain, QuorumLost
-    where a run without privacy has tried as often as it was planned to; the checkpoint then holds
-    the last adapter.
+    `strategies` has one a phase. Raises Spent when a phase's attempts are, Refused where a refusal
+    makes asking vain, QuorumLost where a run without privacy has tried as often as it was planned
+    to; the checkpoint then holds the last adapter.
     """
     manifest, progress = checkpoint.manifest, checkpoint.load()
     while progress.round < manifest.rounds and not _patience_is_over(manifest, progress, rules):
@@ -106,9 +104,7 @@ def run_rounds(
 def _ask(
     checkpoint: Checkpoint, cohort: Cohort, progress: Progress, phase: int, rules: Rules
 ) -> tuple[RoundPlan, CohortSum]:
-    """Attempt the next round until a quorum answers, a refusal makes it vain, or the attempts are
-    spent.
-    """
+    """Attempt the next round until a quorum answers, a refusal makes it vain, or none is left."""
     manifest, state = checkpoint.manifest, progress.state
     while True:
         attempt = checkpoint.begin_attempt(phase)
@@ -128,9 +124,7 @@ def _ask(
 
 
 def _checked(answer: CohortSum, plan: RoundPlan, size: int) -> CohortSum:
-    """BadInput for a sum that would be broadcast, or would make the adapter something that is no
-    number.
-    """
+    """BadInput for a sum that would broadcast, or make the adapter something that is no number."""
     where = f"round {plan.round}: the cohort's sum"
     if answer.total.shape != (size,) or answer.total.dtype != np.float64:
         raise BadInput(
@@ -144,10 +138,7 @@ def _checked(answer: CohortSum, plan: RoundPlan, size: int) -> CohortSum:
 
 
 def _lost(plan: RoundPlan, answer: CohortSum, rules: Rules) -> QuorumLost | Refused:
-    """What to raise for a cohort below its quorum.
-
-    A refusal where nothing but refusals is in the way.
-    """
+    """What to raise for a cohort below its quorum: a refusal, where only those are in the way."""
     reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in answer.failures[:5])
     more = f"; and {len(answer.failures) - 5} more" if len(answer.failures) > 5 else ""
     text = (
@@ -161,10 +152,7 @@ def _lost(plan: RoundPlan, answer: CohortSum, rules: Rules) -> QuorumLost | Refu
 def _apply(
     strategy: SumStrategy, plan: RoundPlan, before: Progress, answer: CohortSum
 ) -> tuple[AdapterState, ServerState]:
-    """The next state; the same one where nobody was asked.
-
-    FedloraError where it is no longer finite.
-    """
+    """The next state; the same where nobody was asked; FedloraError where it is not finite."""
     if not answer.replies:
         return before.state, before.memory
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below, and named
@@ -181,10 +169,7 @@ def _apply(
 def _released(
     manifest: RunManifest, number: int, state: AdapterState, memory: ServerState, rules: Rules
 ) -> tuple[AdapterState, ServerState]:
-    """The state to evaluate and export.
-
-    The running average once the phase's averaging has begun.
-    """
+    """The state to evaluate and export: the running average once averaging has begun."""
     phase = manifest.phase_of(number)
     averaged = round(rules.average_last * manifest.phases[phase].rounds)
     if number <= _last_round(manifest, phase) - averaged:
@@ -213,10 +198,7 @@ def _next(
     memory: ServerState,
     scored: Progress,
 ) -> Progress:
-    """A phase ends with its released state.
-
-    The next starts there, with nothing remembered but the score.
-    """
+    """A phase ends with its released state; the next starts there, with the score alone."""
     if _ends_phase(manifest, number):
         stale = scored.stale if number == manifest.rounds else 0
         return Progress(number, released, released, ServerState(), scored.best, stale)

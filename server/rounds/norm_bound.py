@@ -1,6 +1,4 @@
-"""The public bound on the norm of an update.
-
-Beyond it, an update is its sender's failure, not the sum's.
+"""The public bound on an update's norm: beyond it, it is its sender's failure, not the sum's.
 
 A sum hides who sent what, so one absurd update must be refused before it is added. The bound
 follows from the manifest alone and is generous: an honest node never meets it, and nothing about
@@ -94,10 +92,7 @@ def coordinate_bound(phase: Phase, mode: str) -> float:
 
 
 def _gradient_bound(phase: Phase, size: int) -> float:
-    """The norm of one noised mean gradient. Two groups share the noise.
-
-    Each gets √2 of what one would.
-    """
+    """The norm of one noised mean gradient; of two groups, each gets √2 of what one would."""
     groups = 2 if phase.head_clip else 1
     clip = math.hypot(phase.clip, phase.head_clip)
     noise = math.sqrt(groups) * phase.noise_multiplier * clip * (math.sqrt(size) + NOISE_TAIL)

@@ -23,7 +23,7 @@ Observe = Callable[[int, Mapping[str, float | None]], None]
 
 @dataclass(frozen=True, eq=False)
 class Conducted:
-    """A run that is under way: its configuration, its folder, what scores it, and where it stands."""
+    """A run that is under way: its configuration, its folder, what scores it, where it stands."""
 
     config: Config
     folder: Path
@@ -43,7 +43,7 @@ def epsilon_after(manifest: RunManifest, attempts: list[int]) -> float | None:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl; lines beyond the last commit (killed in between) are dropped first."""
+    """Appends to metrics.jsonl; lines beyond the last commit (killed in between) go first."""
 
     def __init__(self, run: Conducted, observe: Observe) -> None:
         self._run = run
@@ -80,13 +80,9 @@ class MetricsLog:
         }
         with self._path.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
-        self._observe(
-            record.round,
-            {
-                name: line.get(name)
-                for name in ("accuracy", "loss", "epsilon", "examples_per_second")
-            },  # type: ignore[misc]
-        )
+        names = ("accuracy", "loss", "epsilon", "examples_per_second")
+        shown = {name: line.get(name) for name in names}
+        self._observe(record.round, shown)  # type: ignore[arg-type]
 
 
 def _round_of(line: str) -> float:

@@ -1,6 +1,4 @@
-"""What a coordinator needs and may see.
-
-The frozen model, the public records that score it, the state it begins with.
+"""What a coordinator needs and may see: the frozen model, public records, the first state.
 
 Simulation and deployment build it alike. Institutions build the same network from the manifest.
 """
@@ -147,9 +145,7 @@ def _projection(
     path: Path,
     texts: PooledTexts | None,
 ) -> Projection:
-    """The run's projection: read where it was fitted before, else fitted on the public validation
-    part.
-    """
+    """The run's projection: read where it was fitted, else fitted on public validation data."""
     if path.is_file():
         return Projection.read(path)
     features = pooled_features(model, public, rows, texts=texts).cpu().numpy()

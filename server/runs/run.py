@@ -1,5 +1,4 @@
-"""One run at the coordinator: the round loop over a cohort, a line for each round, and what is
-summed up at its end.
+"""One run at the coordinator: the round loop over a cohort, a line a round, what is summed up.
 
 Simulation and deployment conduct a run alike; they differ in the cohort, and in what else they may
 know.

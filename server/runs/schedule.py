@@ -96,9 +96,7 @@ def _secure_terms(
 
 
 def public_phases(config: Config) -> tuple[Phase, ...]:
-    """The phases with noise 0: the head alone first, where `head_rounds` asks for it, then
-    everything.
-    """
+    """The phases with noise 0: where `head_rounds` asks, the head alone; then everything."""
     head, rounds = config.training.head_rounds, config.federation.rounds
     phases = (_head_phase(config, head), _adapter_phase(config, rounds - head))
     return tuple(phase for phase in phases if phase.rounds > 0)
@@ -148,11 +146,9 @@ def _shared_noise(
 ) -> tuple[tuple[Phase, ...], SkellamTerms, int]:
     """Phases with the noise of a sum, how it is shared, and the levels.
 
-    One release an attempt, no amplification.
-
-    The more noise, the fewer levels of a clip are needed, and the fewer are possible: a share is
-    drawn exactly up to a bound. So they are the largest power of two with which every phase's share
-    can be drawn.
+    One release an attempt, no amplification. The more noise, the fewer levels of a clip are needed,
+    and the fewer are possible: a share is drawn exactly up to a bound. So they are the largest
+    power of two with which every phase's share can be drawn.
     """
     if moved is None or not config.aggregation.secure:
         raise BadInput(

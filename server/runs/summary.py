@@ -91,10 +91,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory that this program held.
-
-    Getrusage would count what its parent held before it.
-    """
+    """The most memory this program held; getrusage would count its parent's before it."""
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])

@@ -1,7 +1,4 @@
-"""The coordinator's half of one attempt.
-
-Inputs, confirmations, openings, and the sum that they allow.
-"""
+"""The coordinator's half of one attempt: inputs, confirmations, openings, and the sum."""
 
 from __future__ import annotations
 
@@ -48,9 +45,7 @@ class Listed:
 
 @dataclass(frozen=True, eq=False)
 class SecureSum:
-    """The sum of one attempt: levels of `members` inputs, who dropped out after dealing, and who
-    lied.
-    """
+    """An attempt's sum: levels of `members` inputs, who dropped out after dealing, who lied."""
 
     levels: Ints
     members: tuple[str, ...]
@@ -97,8 +92,7 @@ class ServerAttempt:
 
     @property
     def suspected(self) -> Mapping[str, tuple[str, ...]]:
-        """Dealers without whose secret the sum can't be had, and who says that its share does not
-        open.
+        """Dealers without whose secret there is no sum, and who says its share does not open.
 
         Only where more say so than may conspire: no signature proves it, and with more colluders it
         is false.
@@ -172,9 +166,8 @@ class ServerAttempt:
     def add_opening(self, data: bytes) -> str:
         """Stage 5: a node's shares, each checked against its dealer's signed hash.
 
-        Returns the sender's name.
-
-        Of a message with a share that was not dealt nothing is kept but that its sender lied.
+        Returns the sender's name. Of a message with a share that was not dealt nothing is kept but
+        that its sender lied.
         """
         message = Opening.from_bytes(data)
         if not self._agreed:
@@ -195,9 +188,7 @@ class ServerAttempt:
         return message.name
 
     def result(self) -> SecureSum:
-        """Unmask, once; QuorumLost with too few shares, BadInput where a dealer lied or a check
-        word is off.
-        """
+        """Unmask, once; QuorumLost for too few shares, BadInput for a liar or a check word."""
         if not self._agreed or self._unmasked:
             raise Refused("result: not the next step of this attempt")
         weights: dict[tuple[int, ...], list[int]] = {}

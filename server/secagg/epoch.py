@@ -1,7 +1,9 @@
 """The coordinator's half of secure aggregation: it routes, adds and unmasks, and learns the sum.
 
-    an epoch      add_offer … -> close_offers (U1) -> add_deal … -> close_deals (U2) -> delivery to each
-    an attempt    add_input … -> close_inputs (U3) -> add_confirmation … -> agreement -> add_opening … -> result
+    an epoch      add_offer … -> close_offers (U1) -> add_deal … -> close_deals (U2)
+                  -> delivery to each
+    an attempt    add_input … -> close_inputs (U3) -> add_confirmation … -> agreement
+                  -> add_opening … -> result
 
 Inputs are added as they come and forgotten: memory is one sum, whatever the number of nodes. A
 message that does not count raises BadInput or Refused and changes nothing; whoever sent it is a
@@ -23,8 +25,7 @@ from fedlora.server.secagg.seen_keys import SeenKeys
 
 
 class ServerEpoch:
-    """Keys and shares of one epoch. `identities` are the registry's, `minimum` the manifest's
-    minimum cohort.
+    """Keys and shares of one epoch. `identities` are the registry's, `minimum` the smallest cohort.
 
     `seen` are the keys of earlier epochs: nodes refuse a list with one of them, so whoever offers
     one is left out. `colluders` are assumed at most, beside the coordinator.
@@ -62,8 +63,9 @@ class ServerEpoch:
         return offer.name
 
     def close_offers(self) -> bytes:
-        """U1, for all its members: as many as offered, or as few less, the last, as it takes to
-        bear the colluders.
+        """U1, for all its members.
+
+        All who offered, less as many of the last as it takes to bear the colluders.
         """
         if self._cohort:
             raise Refused("keys: U1 is fixed already")

@@ -1,6 +1,4 @@
-"""What a coordinator learnt under masks.
-
-One line for each attempt, on disk before its masks are asked for.
+"""What a coordinator learnt under masks: a line an attempt, on disk before masks are asked for.
 
 A line says what may have been learnt, also where the sum was thrown away afterwards or the process
 died: summary and card count these lines, and not the committed rounds. A second line of an attempt,

@@ -1,6 +1,4 @@
-"""The keys of a run's earlier epochs, and who signed them.
-
-Nodes refuse every list that holds one again.
+"""The keys of a run's earlier epochs, and who signed them: nodes refuse each list with one.
 
 Nodes remember them as long as they run, so the coordinator must over its own restarts: else one
 member that repeats an old key makes all others refuse each U1. Who signs one key for two epochs is
@@ -24,10 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class SeenKeys:
-    """As hashes: a key that was recorded does not lie on a disk. In `folder`, durably.
-
-    Without one in memory only.
-    """
+    """As hashes: no recorded key lies on a disk. In `folder`, durably; without one in memory."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._path = None if folder is None else folder / KEYS
@@ -37,9 +32,7 @@ class SeenKeys:
             self._take(table)
 
     def check(self, offer: KeyOffer) -> None:
-        """Refused where a key was seen; who signed it for another epoch, its own or somebody's, is
-        a liar.
-        """
+        """Refused where a key was seen; who signed it for another epoch, whosever, is a liar."""
         epoch = offer.epoch.hex()
         again = sorted({self._seen[key] for key in _hashes(offer) if key in self._seen})
         for earlier, owner in again:

@@ -1,7 +1,7 @@
 """A `Cohort` that learns sums only: the round loop's seam over `server.secagg`.
 
-    an epoch      offer -> deal                               when the last one is used up, or an attempt was lost
-    an attempt    input -> confirm -> open                    the three exchanges of a steady round
+    an epoch      offer -> deal                 when the last one is used up, or an attempt was lost
+    an attempt    input -> confirm -> open      the three exchanges of a steady round
 
 An `Exchange` carries bytes to institutions and back: in one process, through Flower's grid, or
 between machines. Whoever does not answer, or answers what does not count, is a drop-out of that
@@ -39,15 +39,12 @@ log = logging.getLogger(__name__)
 
 
 class Exchange(Protocol):
-    """Whoever carries one request to each institution and brings its answer, or why there is none."""
+    """Carries one request to each institution and brings its answer, or why there is none."""
 
     def ask(
         self, stage: str, messages: Mapping[str, bytes], plan: RoundPlan, state: AdapterState
     ) -> Iterator[tuple[str, bytes | Failure]]:
-        """Each name once, as the answers come in.
-
-        The stage `input` carries plan and state beside the bytes.
-        """
+        """Each name once, as answers come in; the stage `input` carries plan and state too."""
 
 
 @dataclass(eq=False)
@@ -89,9 +86,7 @@ class SecureCohort:
         self._suspected: set[str] = set()  # left out of later epochs where enough others are there
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
-        """The sum of one attempt; without replies where too few stayed, and then nothing was
-        unmasked.
-        """
+        """The sum of one attempt; without replies where too few stayed: nothing was unmasked."""
         started = time.monotonic()
         asked, failures = list(self._choose(plan)), _Failures()
         total, record, replies = np.zeros(state.spec.size, dtype=np.float64), None, 0
@@ -124,8 +119,7 @@ class SecureCohort:
         manifest = self._manifest
         last = sum(phase.attempts for phase in manifest.phases)
         count = max(1, min(self._terms.epoch_attempts, last - plan.attempt + 1))
-        # Numbered by its first attempt: above every epoch that nodes remember, whatever was
-        # restarted.
+        # Numbered by its first attempt: above all epochs that nodes remember, whatever restarted.
         epoch = Epoch(manifest.federation, manifest.digest, plan.attempt, plan.attempt, count)
         smallest = max(manifest.minimum_cohort, needed)
         server = ServerEpoch(epoch, members, smallest, self._seen, self._terms.max_colluders)
@@ -152,10 +146,7 @@ class SecureCohort:
         return self._epoch
 
     def _heard(self, names: list[str], smallest: int, failures: _Failures) -> list[str]:
-        """Without the suspected, as long as enough others are left.
-
-        Without proof nobody ends a run.
-        """
+        """Without the suspected, while enough others are left; unproven, nobody ends a run."""
         others = [name for name in names if name not in self._suspected]
         if len(others) < smallest:
             return names
@@ -171,9 +162,7 @@ class SecureCohort:
     def _goes_on(
         listed: Listed, plan: RoundPlan, members: Mapping[str, PublicIdentity], needed: int
     ) -> bool:
-        """Not beyond the epoch, nor where too few dealt, nor where one of its cohort was revoked or
-        has a new key.
-        """
+        """Not beyond the epoch, nor where too few dealt, nor after a revocation or new key."""
         same = all(members.get(name) == listed.identities[name] for name in listed.offers)
         return same and len(listed.deals) >= needed and plan.attempt in listed.epoch.attempts
 
@@ -237,9 +226,7 @@ class SecureCohort:
         return result, record
 
     def _leave_out(self, server: ServerAttempt, round_number: int) -> None:
-        """From the next epoch on: who is proven to have lied, and whose shares too many say do not
-        open.
-        """
+        """From the next epoch on: proven liars, and whose shares too many say do not open."""
         for liar in server.liars:
             log.warning(
                 "round %d: %s signed a share that is not what was dealt", round_number, liar
@@ -287,10 +274,7 @@ class SecureCohort:
     def _decoded(
         self, result: SecureSum, plan: RoundPlan, size: int
     ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """The sum in the adapter's units.
-
-        BadInput where its mean is longer than any honest update.
-        """
+        """The sum in the adapter's units; BadInput if its mean is longer than any honest one."""
         total = self._encoding(plan, size).decode(result.levels)
         bound = update_bound(self._manifest, plan.phase, size)
         norm = float(np.linalg.norm(total)) / len(result.members)
@@ -315,10 +299,7 @@ class _Failures:
             self._others.append(failure)
 
     def found(self) -> tuple[Failure, ...]:
-        """Refusals alone where nothing else is in the way.
-
-        Then the round loop ends with a refusal.
-        """
+        """Refusals alone where nothing else is in the way: the round loop ends refused."""
         first = list(self._by_name.values())
         if first and all(failure.refused for failure in first):
             return tuple(first)

@@ -125,9 +125,7 @@ RULES: dict[str, Rule] = {"none": _plain, "momentum": _momentum, "adam": _adam, 
 
 
 def add_to_average(state: AdapterState, memory: ServerState) -> tuple[AdapterState, ServerState]:
-    """The mean of this state and of all that were added since the phase's averaging began, and the
-    memory.
-    """
+    """The mean of this state and all added since the phase's averaging began; and the memory."""
     count = memory.counts.get("averaged", 0)
     before = _vector(memory, "average", state.vector)
     average = before + (state.vector - before) / (count + 1)

@@ -19,10 +19,7 @@ from fedlora.common.model.state import AdapterState, Vector
 
 @dataclass(frozen=True, eq=False)
 class ServerState:
-    """What a strategy remembers between rounds.
-
-    float32 vectors of the adapter's size, and counts.
-    """
+    """What a strategy keeps between rounds: float32 vectors of the adapter's size, and counts."""
 
     vectors: Mapping[str, Vector] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)

@@ -1,3 +1,1 @@
-"""Benchmarks, run by hand or by `make bench`; each prints a table and writes its figures with
---json.
-"""
+"""Benchmarks, by hand or by `make bench`; each prints a table and writes figures with --json."""

@@ -1,11 +1,10 @@
 """What a round between processes costs beyond its training.
 
-In clear, under masks, and in an app as Flower's template has it.
-
-Three institutions, the same base model and corpus, real processes on this machine. The app follows
-Flower's Hugging Face template: no privacy, no TLS, and each message loads the model anew. Of our
-nodes, training lasts from the plan that is kept to the update that is kept; the app measures its
-own. Evaluation on clients, which the template has, is left out.
+In clear, under masks, and in an app as Flower's template has it. Three institutions, the same base
+model and corpus, real processes on this machine. The app follows Flower's Hugging Face template: no
+privacy, no TLS, and each message loads the model anew. Of our nodes, training lasts from the plan
+that is kept to the update that is kept; the app measures its own. Evaluation on clients, which the
+template has, is left out.
 
     python simulations/benchmarks/federation.py [--json FILE] [--rounds 5]
 """
@@ -71,15 +70,18 @@ app = ServerApp()
 @app.main()
 def main(grid, context):
     settings = context.run_config
-    model = AutoModelForSequenceClassification.from_pretrained(settings["base"], num_labels=settings["labels"])
+    model = AutoModelForSequenceClassification.from_pretrained(\
+settings["base"], num_labels=settings["labels"])
     times = []
-    result = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3).start(
+    result = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, \
+min_train_nodes=3, min_available_nodes=3).start(
         grid=grid,
         initial_arrays=ArrayRecord(model.state_dict()),
         num_rounds=settings["rounds"],
         evaluate_fn=lambda number, arrays: times.append(time.time()),
     )
-    training = [result.train_metrics_clientapp[number + 1]["seconds"] for number in range(settings["rounds"])]
+    training = [result.train_metrics_clientapp[number + 1]["seconds"] \
+for number in range(settings["rounds"])]
     with open(settings["out"], "w") as stream:
         json.dump({"times": times, "training": training}, stream)
 """
@@ -96,7 +98,8 @@ app = ClientApp()
 @app.train()
 def train(message, context):
     settings = context.run_config
-    model = AutoModelForSequenceClassification.from_pretrained(settings["base"], num_labels=settings["labels"])
+    model = AutoModelForSequenceClassification.from_pretrained(\
+settings["base"], num_labels=settings["labels"])
     tokenizer = AutoTokenizer.from_pretrained(settings["base"])
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     with open(context.node_config["data"]) as stream:
@@ -105,12 +108,14 @@ def train(message, context):
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
     for start in range(0, len(records), 16):
         batch = records[start : start + 16]
-        inputs = tokenizer([each["text"] for each in batch], truncation=True, max_length=48, padding=True, return_tensors="pt")
+        inputs = tokenizer([each["text"] for each in batch], truncation=True, \
+max_length=48, padding=True, return_tensors="pt")
         model(**inputs, labels=torch.tensor([each["label"] for each in batch])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     metrics = MetricRecord({"seconds": time.time() - began, "num-examples": len(records)})
-    return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
+    return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), \
+"metrics": metrics}), reply_to=message)
 """
 
 
@@ -152,20 +157,15 @@ def _trained(node: Path) -> list[float]:
 
 
 def template(root: Path, rounds: int) -> Cost:
-    """The same institutions' texts in an app after Flower's template, on SuperLink and three
-    SuperNodes.
-    """
+    """The same texts in an app after Flower's template, on SuperLink and three SuperNodes."""
     app, out, port = root / "app", root / "out.json", free_port()
     app.mkdir(parents=True)
-    for name, text in (
-        ("pyproject.toml", PROJECT),
-        ("server_app.py", SERVER),
-        ("client_app.py", CLIENT),
-    ):
+    files = {"pyproject.toml": PROJECT, "server_app.py": SERVER, "client_app.py": CLIENT}
+    for name, text in files.items():
         (app / name).write_text(text)
     (root / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure ='
-        " true\n"
+        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\n'
+        "insecure = true\n"
     )
     corpus = generate(7)
     commands = [["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]]
@@ -175,14 +175,8 @@ def template(root: Path, rounds: int) -> Cost:
             {"text": each["text"], "label": list(CLASSES).index(each["label"])} for each in mine
         ]
         (root / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
-        options = [
-            "--superlink",
-            f"127.0.0.1:{port}",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(free_port()),
-        ]
+        here, own = f"127.0.0.1:{port}", str(free_port())
+        options = ["--superlink", here, "--host", "127.0.0.1", "--port", own]
         config = f'data="{root / name}.jsonl"'
         commands.append(["flower-supernode", "--insecure", *options, "--node-config", config])
     quiet = {

@@ -4,7 +4,8 @@ Ours with and without privacy, and others'.
 
     private  this project's step: Poisson-sized batch, per-unit clip, noise
     plain    the same without clip and noise
-    recipe   what people write with torch, transformers and PEFT: float32, padded to max_length, no privacy
+    recipe   what people write with torch, transformers and PEFT: float32, padded to max_length,
+             no privacy
     opacus   Opacus' PrivacyEngine (hooks) on that recipe
 
 The same records, the same network (MiniLM, LoRA r=8 on query and value, its own head) and the same

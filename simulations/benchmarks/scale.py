@@ -1,9 +1,8 @@
 """What a client costs when there are many.
 
-Memory, start-up and CPU time with 100, 1,000 and 10,000 clients.
-
-Each size runs in a fresh process: clients of 32 AG News records, a cohort of about 20 by Poisson
-participation, record-level privacy with a ledger.
+Memory, start-up and CPU time with 100, 1,000 and 10,000 clients. Each size runs in a fresh process:
+clients of 32 AG News records, a cohort of about 20 by Poisson participation, record-level privacy
+with a ledger.
 
     python simulations/benchmarks/scale.py [--json FILE] [--rounds 6]
 """

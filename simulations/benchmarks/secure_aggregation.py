@@ -1,5 +1,4 @@
-"""What secure aggregation costs: the whole protocol with signatures and sealing, for a node and for
-the coordinator.
+"""What secure aggregation costs node and coordinator: the whole protocol, signed and sealed.
 
 Each case runs in a fresh process, the coordinator's; the institutions live in a second one, so that
 the memory of one is not taken for the other's. CPU time is counted around the state machines'
@@ -220,9 +219,8 @@ def _answer(
 def flower(nodes: int, parameters: int, dropouts: int) -> dict[str, float] | None:
     """CPU seconds of Flower's SecAgg+ primitives for the same round on a complete graph.
 
-    None where they don't run.
-
-    No signatures, no key authentication, no consistency round: less work for less protection.
+    None where they don't run. No signatures, no key authentication, no consistency round: less work
+    for less protection.
     """
     try:
         utils = import_module("flwr.common.secure_aggregation.secaggplus_utils")
@@ -277,8 +275,8 @@ def _in_a_fresh_process(*case: int) -> dict[str, Any]:
 
 def _print(figures: list[dict[str, Any]]) -> None:
     table = Table(
-        "nodes", "parameters", "drop-outs", "node s", "server s", "server MB", "exact", "sent", "received",
-        "SecAgg+ node s", "SecAgg+ server s", box=None,
+        "nodes", "parameters", "drop-outs", "node s", "server s", "server MB", "exact", "sent",
+        "received", "SecAgg+ node s", "SecAgg+ server s", box=None,
     )  # fmt: skip
     for row in figures:
         theirs = row["flower_secagg_plus"] or {}

@@ -24,10 +24,7 @@ from fedlora.simulations.engines.masked import Roster
 
 
 class _Keeper:
-    """The nodes of one run. What one refuses comes back as text.
-
-    An exception would arrive as Ray's.
-    """
+    """One run's nodes. A refusal comes back as text: an exception would arrive as Ray's."""
 
     def __init__(self, names: list[str], manifest: bytes, settings: AggregationConfig) -> None:
         self._roster = Roster(names, RunManifest.from_bytes(manifest), settings)
@@ -37,7 +34,7 @@ class _Keeper:
         return {name: peer.identity.key for name, peer in self._roster.peers.items()}
 
     def prepare(self, request: bytes, spec: AdapterSpec) -> _Said:
-        """The answer to a stage; None where an update is to be trained and handed to `mask` first."""
+        """The answer to a stage; None: an update is to be trained and handed to `mask` first."""
         asked = Request.from_bytes(request)
         node = self._node(asked.institution)
         if asked.stage == INPUT:
@@ -59,9 +56,7 @@ _Said = tuple[bytes | None, str, bool]
 
 
 class Keeper:
-    """The handle of a run's keeper; the coordinator's process starts it, the actors that train find
-    it by name.
-    """
+    """The handle of a run's keeper; the coordinator starts it, training actors find it by name."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor

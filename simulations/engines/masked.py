@@ -1,6 +1,4 @@
-"""Secure aggregation in one process.
-
-The real state machines, the real bytes, and accidents by configuration.
+"""Secure aggregation in one process: real state machines, real bytes, configured accidents.
 
 Every institution is a `SecureTrainer` of its own with its own identity, roster and secrets; the
 coordinator is the `SecureCohort` of the deployment. `[faults]` makes institutions drop out at a
@@ -67,10 +65,7 @@ class Roster:
 
 
 class Institutions:
-    """An `Exchange` whose institutions live in this process.
-
-    Each is made when it is first asked.
-    """
+    """An `Exchange` whose institutions live in this process, each made when first asked."""
 
     def __init__(
         self, names: list[str], manifest: RunManifest, config: Config, trainer_of: TrainerOf

@@ -17,9 +17,8 @@ import os
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault(
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0"
-)  # nothing is to be packaged: actors run what is installed
+# nothing is to be packaged: actors run what is installed
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors may share a GPU
 
 import importlib.util
@@ -307,7 +306,7 @@ def _build(folder: Path, digest: str) -> _Resident:
 
 
 def _answer_offer(message: Message, context: Context, folder: Path) -> Message:
-    """Name this node's clients. Each consents when it is first asked, as in the sequential engine."""
+    """Name this node's clients; each consents when first asked, as in the sequential engine."""
     place, nodes = (
         int(context.node_config["partition-id"]),
         int(context.node_config["num-partitions"]),
@@ -340,7 +339,7 @@ def _trained(resident: _Resident, task: flower.Task) -> RecordDict:
 
 
 def _staged(resident: _Resident, record: RecordDict) -> RecordDict:
-    """A stage of secure aggregation: the secrets are with the run's keeper, the training is here."""
+    """A stage of secure aggregation: the secrets are with the keeper, the training is here."""
     from fedlora.simulations.engines.keeper import Keeper
 
     spec = resident.federation.model.spec

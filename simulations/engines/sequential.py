@@ -1,5 +1,4 @@
-"""The in-process engine: clients train one after the other, and their updates are added as they
-come.
+"""The in-process engine: clients train one after the other; updates are added as they come.
 
 A `Cohort` like Flower's grid, so the round loop that runs here is the one that runs in production.
 Memory is one float64 sum, whatever the number of clients.
@@ -84,10 +83,7 @@ def secure_cohort(
     moments: MomentStore,
     folder: Path,
 ) -> SecureCohort:
-    """The same clients behind the state machines of secure aggregation.
-
-    Nobody adds updates in clear.
-    """
+    """The same clients behind secure aggregation's state machines: nobody adds in clear."""
     numbers = {client_name(client): client for client in federation.clients}
     institutions = Institutions(
         list(numbers),
@@ -122,7 +118,7 @@ def choose_clients(manifest: RunManifest, federation: Federation, plan: RoundPla
 
 
 def sequential(run: Run) -> Cohort:
-    """The in-process engine; with secure aggregation the coordinator's part of it learns sums only."""
+    """The in-process engine; with secure aggregation its coordinator's part learns sums only."""
     if run.manifest.secure is not None:
         return secure_cohort(
             run.federation, run.manifest, run.ledger, run.moments, run.paths.folder

@@ -1,7 +1,4 @@
-"""What a person sees while a run goes on.
-
-One bar, with accuracy, ε so far and examples a second.
-"""
+"""What a person sees while a run goes on: a bar, with accuracy, ε so far, examples a second."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""`fedlora-sim quickstart`: untrained, without privacy and private, side by side, on text made up
-on the spot.
+"""`fedlora-sim quickstart`: untrained, not private and private, side by side, on made-up text.
 
 It shows what a run leaves behind, not how good the method is: the corpus is synthetic, and says so.
 """
@@ -94,10 +93,7 @@ def _with_corpus(config: Config, folder: Path) -> Config:
 
 
 def _make_room(folder: Path) -> None:
-    """A quickstart, finished or not, may be run again in place.
-
-    What it wrote goes, and nothing else.
-    """
+    """A quickstart, finished or not, may be run again in place: only what it wrote goes."""
     if not folder.exists() or not any(folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
     elif not (folder / MARK).exists():

@@ -40,9 +40,7 @@ def run_sweep(
     device: str = "auto",
     threads: int = 0,
 ) -> Path:
-    """Run `config` once for each value; sweep.json and sweep.html under `folder`. Finished values
-    are kept.
-    """
+    """Run `config` for each value, sweep.json and .html in `folder`; finished values stay."""
     key, values = _values(over)
     trials, texts = [], PooledTexts()
     # all of them first: a bad value is named before anything runs

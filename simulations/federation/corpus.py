@@ -1,6 +1,4 @@
-"""A synthetic corpus for the quickstart.
-
-Messages to the service desks of five made-up institutions.
+"""A synthetic corpus for the quickstart: messages to service desks of five made-up institutions.
 
 It is made hard on purpose, so that a good model gets about nine of ten right and none gets all:
 classes share their words, a message mentions other things in passing, some could be meant either
@@ -176,9 +174,7 @@ DAYS = ("Monday", "Tuesday", "Thursday", "Friday", "the 3rd", "the 9th", "the 14
 
 @dataclass(frozen=True)
 class Institution:
-    """How one institution's staff write, and how often they write about what (in the order of
-    CLASSES).
-    """
+    """How one institution's staff write, and how often about what (in CLASSES' order)."""
 
     name: str
     size: float

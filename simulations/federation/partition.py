@@ -1,11 +1,9 @@
-"""Dealing units out to simulated institutions.
-
-A unit is never split, and every unit is dealt exactly once.
+"""Dealing units to simulated institutions: none is ever split, and each is dealt exactly once.
 
     iid        each unit to a client drawn uniformly, sizes equal to within one
-    dirichlet  for each label, its units are cut by proportions from Dirichlet(alpha)   (Hsu et al. 2019)
+    dirichlet  each label's units are cut by proportions from Dirichlet(alpha)  (Hsu et al. 2019)
     by-column  one client for each value of a column: the institutions that the data set names
-    shards     units sorted by label, cut into two shards a client                      (McMahan et al. 2017)
+    shards     units sorted by label, cut into two shards a client             (McMahan et al. 2017)
     quantity   sizes from Dirichlet(alpha), labels alike everywhere
 
 Every client gets at least one unit. Memory is linear in units and clients.

@@ -1,6 +1,4 @@
-"""A configured federation on one machine.
-
-One encoded data set, one resident model, many institutions.
+"""A configured federation on one machine: one encoded data set, one model, many institutions.
 
 Memory does not grow with the number of institutions: a client is a slice of a partition, and its
 `Trainer` is made when a round asks for it. The same object serves the sequential engine and each
@@ -57,9 +55,7 @@ class Federation:
         device: torch.device | None = None,
         texts: PooledTexts | None = None,
     ) -> Federation:
-        """Read and encode the data, load the model, deal the units out.
-
-        BadInput names what is wrong.
+        """Read and encode data, load the model, deal the units out. BadInput: what is wrong.
 
         What is computed once for a run and must not change in it lies in the run's `folder`.
         """
@@ -115,9 +111,7 @@ class Federation:
         moments: MomentStore,
         masked: bool = False,
     ) -> Trainer:
-        """The trainer of one institution, which has consented to `manifest`; Refused where it may
-        not.
-        """
+        """The trainer of one institution that consented to `manifest`; Refused if it may not."""
         budget = self._budget(self.budget_name(client), manifest)
         data = ClientData(client_name(client), self.train, self._units_of(client))
         trainer = Trainer(data, self.training, ledger, budget, moments, masked)
@@ -125,9 +119,7 @@ class Federation:
         return trainer
 
     def charge(self, manifest: RunManifest, ledger: Ledger) -> None:
-        """Reserve the run's ε for the whole population, once.
-
-        Refused past its cap, before anything trains.
+        """Reserve the run's ε once for the whole population, before training; Refused past its cap.
 
         A partition is not a population: with other clients or another seed, the same record is
         another client's. A record is at one client, so that the run costs it what it costs a
@@ -143,19 +135,13 @@ class Federation:
         return client_name(client)
 
     def _budget(self, name: str, manifest: RunManifest) -> Budget:
-        """A budget that one run of this configuration fits into.
-
-        In mode "client" its ε is the institutions'.
-        """
+        """A budget that one run of this fits into; in mode "client" ε is the institutions'."""
         privacy = self.config.privacy
         cap = charge(manifest).epsilon if manifest.mode == "client" else privacy.epsilon
         return Budget(name, cap, privacy.delta)
 
     def label_counts(self) -> Ints:
-        """(clients, labels) records of each label that each client holds.
-
-        The researcher's own data.
-        """
+        """(clients, labels) records of each label at each client; a researcher's own data."""
         labels = len(self.model.task.labels)
         counts = np.zeros((len(self.clients), labels), dtype=np.int64)
         for client in self.clients:

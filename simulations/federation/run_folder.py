@@ -53,7 +53,7 @@ class Paths:
         return cls(folder, (ledger or folder / "ledger.sqlite").resolve(), folder / "checkpoint")
 
     def open_ledger(self) -> Ledger:
-        """The ledger; its signed head lies apart from it, with the run or beside a shared ledger."""
+        """The ledger; its signed head lies apart, with the run or beside a shared ledger."""
         own = self.ledger.parent == self.folder
         head = (
             self.checkpoint / "ledger-head.json" if own else self.ledger.with_suffix(".head.json")
@@ -115,8 +115,7 @@ def begin(
             "--engine ray: [faults] are made up by the sequential engine only, expected none"
         )
     if not resume:
-        # Of a beginning that was killed: fitted on what was public then, and may be private in this
-        # run.
+        # Of a killed beginning: fitted on what was public then, and may be private in this run.
         (paths.folder / PROJECTION).unlink(missing_ok=True)
     federation = Federation.build(config, paths.folder, progress, device, texts)
     if resume:
@@ -134,8 +133,7 @@ def begin(
         # last: from here on it is a run, and can be resumed
         checkpoint = Checkpoint.create(paths.checkpoint, manifest, federation.public.initial)
     checkpoint.check_against_ledger(ledger.attempts_used(checkpoint.manifest.digest))
-    # After the checkpoint: a kill in between must not spend the budget of a run that then never
-    # was.
+    # After the checkpoint: a kill in between must not spend a budget for a run that never was.
     federation.charge(checkpoint.manifest, ledger)
     return Run(config, paths, federation, checkpoint, ledger, engine, began)
 
@@ -193,10 +191,7 @@ def _epsilon_by_client(run: Run) -> dict[str, float]:
 
 
 def _by_class(run: Run) -> dict[str, Any]:
-    """Confusion, recall, and each client's accuracy.
-
-    The recall of each class, weighted by its label mix.
-    """
+    """Confusion, recall, and clients' accuracy: each class's recall, weighted by label mix."""
     confusion = run.federation.public.test.totals.get("confusion")
     if confusion is None:
         return {"labels": []}

@@ -1,7 +1,4 @@
-"""A configuration's files as records.
-
-Training, public validation, public test, and the public label set.
-"""
+"""A configuration's files as records: training, public validation, test and label set."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""How the report writes numbers: a privacy loss is never rounded down, nothing looks more exact
-than it is.
-"""
+"""How the report writes numbers: no privacy loss is rounded down, nothing looks too exact."""
 
 from __future__ import annotations
 
@@ -19,7 +17,8 @@ def epsilon(value: float | None) -> str:
         return "none"
     if not math.isfinite(value):
         return "unbounded"
-    return f"{Decimal(repr(float(value))).quantize(Decimal('0.001'), rounding=ROUND_CEILING).normalize():f}"
+    rounded = Decimal(repr(float(value))).quantize(Decimal("0.001"), rounding=ROUND_CEILING)
+    return f"{rounded.normalize():f}"
 
 
 def delta(value: float | None) -> str:

@@ -1,5 +1,4 @@
-"""report.html and sweep.html: self-contained pages, written from the files of a run's folder and
-nothing else.
+"""report.html and sweep.html: self-contained pages, from the files of a run's folder alone.
 
 Every text that came from a configuration, a data file or an institution is escaped by the template
 engine; what is marked as safe is the SVG that `plots` draws, whose texts matplotlib escapes. There
@@ -312,9 +311,7 @@ def _participation(lines: Lines, clients: Sequence[str]) -> dict[str, Any]:
 
 
 def _errors(summary: Summary) -> dict[str, Any] | None:
-    """The confusion matrix as a table or a heat map, the most frequent mistakes, and recall by
-    class.
-    """
+    """The confusion matrix as table or heat map, the most frequent mistakes, recall by class."""
     if not summary.get("confusion"):
         return None
     labels = [str(label) for label in summary["labels"]]

@@ -52,9 +52,7 @@ def by_round(
     limit: float | None = None,
     color: str = ACCENT,
 ) -> Markup:
-    """A figure over the rounds; `phases` are names with their first rounds, `limit` a line it may
-    not pass.
-    """
+    """A figure over rounds; `phases`: names and first rounds, `limit`: a line not to pass."""
     with _figure(4.4, 2.7) as (figure, axes):
         axes.plot(
             *_columns(points),
@@ -107,9 +105,7 @@ def heat(
     column_title: str,
     square: bool = False,
 ) -> Markup:
-    """A heat map, darker for more, with small values lifted (square root) so that rare ones can be
-    seen.
-    """
+    """A heat map, darker for more, small values lifted (square root) so that rare ones show."""
     width, height = 8.6, 8.0 if square else float(np.clip(1.6 + 0.22 * len(rows), 2.4, 8.0))
     with _figure(width, height) as (figure, axes):
         top = max(float(np.nanmax(values, initial=0.0)), 1e-12)

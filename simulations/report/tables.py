@@ -1,6 +1,4 @@
-"""What the report shows as tables.
-
-Cells shaded as in a heat map, frequent confusions, spreads over clients.
+"""What the report shows as tables: heat-map cells, frequent confusions, spreads over clients.
 
 A table stays readable on a phone and to a screen reader, which a picture does not; pictures are for
 what is too large for a table.
@@ -86,9 +84,7 @@ def spread(values: Sequence[float]) -> list[tuple[str, float]]:
 
 
 def shade(share: float) -> str:
-    """CSS colours of a cell: the ground from paper to accent, and the ink that is easier to read on
-    it.
-    """
+    """CSS colours of a cell: ground from paper to accent, and the ink easier to read on it."""
     clamped = min(max(share, 0.0), 1.0) ** 0.7  # small shares can still be told from none
     ground = tuple(
         round(low + (high - low) * clamped) for low, high in zip(PAPER, ACCENT, strict=True)

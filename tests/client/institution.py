@@ -77,10 +77,11 @@ CERTIFICATE = certificate()
 
 def manifest_of(*phases: Phase, **changes: object) -> RunManifest:
     made = RunManifest(
-        federation="f", run="1", task="sequence-classification", labels=("a", "b"), base_digest=BASE,
-        spec_digest="s", projection_digest="", max_length=16, mode="record", unit="", epsilon=1.0, delta=1e-5,
-        strategy="fedavg", participation=1.0, minimum_cohort=3, seed=5,
-        network=Network.of(ModelConfig(pooling="mean"), LoraConfig(rank=2)), phases=phases or (PHASE,),
+        federation="f", run="1", task="sequence-classification", labels=("a", "b"),
+        base_digest=BASE, spec_digest="s", projection_digest="", max_length=16, mode="record",
+        unit="", epsilon=1.0, delta=1e-5, strategy="fedavg", participation=1.0, minimum_cohort=3,
+        seed=5, network=Network.of(ModelConfig(pooling="mean"), LoraConfig(rank=2)),
+        phases=phases or (PHASE,),
     )  # fmt: skip
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -89,9 +90,7 @@ def offer_of(
     manifest: RunManifest, key: Identity = COORDINATOR, projection: bytes = b"",
     to: str = "north", seconds: float = 60, digest: str = "",
 ) -> bytes:  # fmt: skip
-    """An offer that is good for `seconds` from now, whose address names `to` and `digest`, or else
-    the manifest's own.
-    """
+    """An offer good for `seconds`, whose address names `to` and `digest`, or the manifest's."""
     address = Address(digest or manifest.digest, to, int(time.time() + seconds))
     signed = Signed.by(key, MANIFEST_TAG, manifest.to_bytes())
     return request_to_bytes(

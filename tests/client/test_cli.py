@@ -1,6 +1,4 @@
-"""The institution's commands: each fault one line that names it, and each answer what its operator
-must know.
-"""
+"""The institution's commands: each fault one line that names it, each answer all one must know."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A federation, a disk and a clock-free run that the server's tests share.
-
-No model, no network, no noise.
-"""
+"""A federation, a disk and a clock-free run for the server's tests: no model, network or noise."""
 
 from __future__ import annotations
 
@@ -77,8 +74,7 @@ def _nothing() -> None:
 
 @dataclass
 class Institutions:
-    """A cohort that pulls the state towards each client's own target, half the way each round, and
-    wobbles.
+    """A cohort that pulls the state half the way to each client's target, and wobbles.
 
     What a client answers depends on client, round and state alone, as in a run without privacy.
     """
@@ -174,10 +170,7 @@ def full_disk() -> OSError:
 
 
 class _Os:
-    """The `os` that common.disk.files sees. Nothing is really synced.
-
-    The tests would take minutes.
-    """
+    """The `os` that common.disk.files sees; nothing is synced: tests would take minutes."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
@@ -210,10 +203,7 @@ def _is_folder(descriptor: int) -> bool:
 
 @dataclass
 class Run:
-    """A run in a folder that can be started, killed and started again.
-
-    It keeps a log as a real one does.
-    """
+    """A run in a folder, to be started, killed and started again; it keeps a log as a real one."""
 
     folder: Path
     manifest: RunManifest

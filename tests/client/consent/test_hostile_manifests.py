@@ -1,6 +1,4 @@
-"""What a coordinator may choose must not undo the clip, nor ask the data a question that costs
-nothing.
-"""
+"""A coordinator's choices must not undo the clip, nor ask the data a question for free."""
 
 from __future__ import annotations
 
@@ -59,9 +57,7 @@ def test_what_would_undo_the_clip_is_not_allowed(
 
 
 def test_what_would_ask_the_data_is_not_allowed(tmp_path: Path) -> None:
-    """A length below that of any record would be consented to or declined by the shortest one there
-    is.
-    """
+    """A length below any record's would be consented to or declined by the shortest record."""
     policy = Institution(tmp_path / "n").folder.load_policy()
     for changes in ({"max_length": -9}, {"max_length": 3}, {"seed": -1}):
         verdicts = judge(manifest_of(**changes), policy, "f", {}, None)
@@ -164,8 +160,7 @@ def test_a_record_that_pads_the_others_moves_the_sum_by_one_clip(
 
 
 def amplifier(base: Path, projected: bool) -> AdapterModel:
-    """A model whose attention is a function of rounding errors, by an adapter within every bound
-    that a node checks.
+    """Attention as a function of rounding errors, by an adapter within every checked bound.
 
     Query and key project what comes out of a LayerNorm on the direction in which it is 0.
     """
@@ -274,10 +269,7 @@ def test_who_has_no_padding_depends_on_nobody_who_has(
 def test_a_projection_is_tried_with_values_of_our_own(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A coordinator's, or rows unlike real ones, could hide that a row's place matters.
-
-    Here positive rows do.
-    """
+    """A coordinator's could hide that a row's place matters: here positive rows do."""
     model = amplifier(tiny_bert, projected=True)
     theirs, real = model.projection, pooling._projected
 

@@ -1,6 +1,4 @@
-"""The relay loads nothing heavy, hands bytes over as they are, and says on one line when the
-trainer is away.
-"""
+"""The relay loads nothing heavy, hands bytes over as they are, and says if the trainer is away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The policy file's bad inputs by name, and 10,000 manifests that never train past what it allows."""
+"""The policy's bad inputs by name, and 10,000 manifests that never train past what it allows."""
 
 from __future__ import annotations
 
@@ -207,7 +207,8 @@ def test_who_is_denied_learns_no_budget_and_nothing_of_other_runs() -> None:
 def test_what_a_coordinator_wrote_is_one_printable_line(text: str, other: str) -> None:
     run = manifest_of(
         replace(PHASE, name=text, optimizer=text),
-        run=text, federation=other, task=text, unit=other, mode=text, strategy=other, base_digest=text,
+        run=text, federation=other, task=text, unit=other, mode=text, strategy=other,
+        base_digest=text,
     )  # fmt: skip
     for each in judge(run, parse_policy(TEXT), "f", {}):
         assert (each.found + each.reason + each.note).isprintable(), each
@@ -246,9 +247,7 @@ manifests = st.builds(
 
 
 class Rig:
-    """One institution over all examples, and what must never be passed, counted apart from the
-    ledger.
-    """
+    """One institution over all examples; what must never pass is counted apart from the ledger."""
 
     def __init__(self, root: Path) -> None:
         self.north = Institution(root)
@@ -289,9 +288,7 @@ def rig_folder() -> Iterator[Path]:
 
 
 def walk(folder: Path, runs: list[RunManifest], moves: list[int]) -> None:
-    """Offers and tasks of several runs in turn, with restarts, and older ledgers put back between
-    them.
-    """
+    """Offers and tasks of several runs in turn, with restarts and older ledgers put back."""
     root = folder / "node"
     shutil.rmtree(root, ignore_errors=True)
     rig = Rig(root)

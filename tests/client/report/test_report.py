@@ -1,6 +1,4 @@
-"""The node's report tells all, in words and figures that agree, and no byte of it changes
-unnoticed.
-"""
+"""The node's report tells all, in words and figures that agree; no byte of it may change."""
 
 from __future__ import annotations
 

@@ -109,10 +109,7 @@ class HostileCoordinator(RuleBasedStateMachine):
 
     @rule(seed=st.integers(0, 2**64))
     def move(self, seed: int) -> None:
-        """Mostly the step that an honest coordinator would take, so that it gets somewhere.
-
-        Else any.
-        """
+        """Mostly the step of an honest coordinator, so that it gets somewhere; else any."""
         self.moves += 1
         self.rng = Random(f"{seed} {self.moves}")
         legal = [self.new_epoch, self.deal, self.accept, self.mask, self.confirm, self.open]
@@ -277,9 +274,8 @@ class HostileCoordinator(RuleBasedStateMachine):
                 if self.is_over(each, signed) and each.name in self.u3[name]
             ]
             found = list({each.name: each for each in found if each.name != self.colluder}.values())
-            forged = IDENTITIES[len(self.names) - 1].sign(
-                wire.CONFIRM, *signed
-            )  # whatever helps the coordinator
+            # whatever helps the coordinator
+            forged = IDENTITIES[len(self.names) - 1].sign(wire.CONFIRM, *signed)
             if self.colluder in self.u3[name]:
                 found.append(Confirmation(self.colluder, forged))
             if hostile == "few":

@@ -79,17 +79,15 @@ def masked(world: World, listed: Listed) -> ServerAttempt:
     return server
 
 
-# --- the three published attacks on Flower's SecAgg+
-# --------------------------------------------------------
+# --- the three published attacks on Flower's SecAgg+ ----------------------------------------------
 
 
 def test_attack_seed_search() -> None:
     """SecAgg+ expands masks with a generator of 28 effective bits.
 
-    A few known words give the seed by search.
-
-    Here a mask is AES-256-CTR under a key derived from 256 bits, all of which count: whatever 28
-    bits a search runs through, the other 228 make another key, and so another stream.
+    A few known words give the seed by search. Here a mask is AES-256-CTR under a key derived from
+    256 bits, all of which count: whatever 28 bits a search runs through, the other 228 make another
+    key, and so another stream.
     """
     context, dealers = bytes(32), bytes(32)
     seed = bytes(range(32))
@@ -117,8 +115,7 @@ def test_attack_seed_search() -> None:
 
 
 def test_attack_overlapping_survivor_lists() -> None:
-    """`unmask-overlap`: SecAgg+ takes a list of survivors and one of the dead, and opens both
-    shares of whoever is in both.
+    """`unmask-overlap`: SecAgg+ opens both shares of whoever is named both a survivor and dead.
 
     Here nobody says what to open: a node computes the dead as U2 without the one list that it
     confirmed.
@@ -147,10 +144,8 @@ def test_attack_overlapping_survivor_lists() -> None:
 def test_attack_cohort_and_threshold_chosen_by_the_server(count: int) -> None:
     """`cohort-below-minimum`: with SecAgg+ the server names cohort and threshold.
 
-    With a threshold of 1 it unmasks alone.
-
-    Here t follows from |U1|, no message carries it, and a cohort below the node's own minimum is
-    refused.
+    With a threshold of 1 it unmasks alone. Here t follows from |U1|, no message carries it, and a
+    cohort below the node's own minimum is refused.
     """
     world = World(5, minimum=5)
     found = offers(world)
@@ -161,8 +156,7 @@ def test_attack_cohort_and_threshold_chosen_by_the_server(count: int) -> None:
     assert not fields & {"threshold", "weight", "examples", "active", "dead"}
 
 
-# --- U1
-# ----------------------------------------------------------------------------------------------------
+# --- U1 -------------------------------------------------------------------------------------------
 
 
 def stranger(name: str = "sybil") -> tuple[Identity, KeyOffer]:
@@ -174,7 +168,7 @@ def stranger(name: str = "sybil") -> tuple[Identity, KeyOffer]:
 
 
 def test_a_sybil_in_the_roster() -> None:
-    """The coordinator makes up members, so that the victim's update is the sum's only honest one."""
+    """The coordinator makes up members, so that the sum's only honest update is the victim's."""
     world = World(5)
     found = offers(world)
     _, sybil = stranger()
@@ -224,9 +218,7 @@ def test_my_own_entry_must_be_what_i_sent() -> None:
 
 
 def test_keys_of_another_epoch_or_run() -> None:
-    """`msg-replayed`, `msg-wrong-run`: keys are signed for one federation, run, epoch and its
-    attempts.
-    """
+    """`msg-replayed`, `msg-wrong-run`: keys are signed for one federation, run and epoch."""
     world = World(5)
     stale = offers(world)[node_name(4)]
     now = offers(world, number=2)
@@ -263,10 +255,7 @@ def test_cohort_duplicate_key() -> None:
 
 
 def test_a_key_reused_over_epochs() -> None:
-    """A member who signs old keys for a new epoch.
-
-    One s for two rounds would expose the earlier input.
-    """
+    """Who signs old keys for a new epoch: one s for two rounds would expose the older input."""
     world = World(5)
     first = list(offers(world).values())
     world.nodes[VICTIM].deal(as_list(first))
@@ -278,9 +267,7 @@ def test_a_key_reused_over_epochs() -> None:
 
 
 def test_cohort_two_keys_one_organisation() -> None:
-    """`cohort-two-keys-one-organisation`: organisations are named in the node's own file, not by
-    the coordinator.
-    """
+    """`cohort-two-keys-one-organisation`: a node's file names organisations, no coordinator."""
     world = World(5)
     peers = peers_of(5)
     peers[node_name(1)] = replace(peers[node_name(1)], organisation="organisation-2")
@@ -363,10 +350,7 @@ def test_an_organisation_in_another_spelling_is_the_same() -> None:
 
 @pytest.mark.parametrize("changed", ["identity", "organisation"])
 def test_an_epoch_ends_where_a_member_is_another_to_its_operator(changed: str) -> None:
-    """A rotated key or a corrected organisation.
-
-    Whoever was checked is not who is on the roster.
-    """
+    """A rotated key or a corrected organisation: who was checked is not who is on the roster."""
     world = World(5)
     begun(world)
     peers = peers_of(5)
@@ -398,9 +382,7 @@ def test_another_key_may_give_the_same_secret_and_then_names_tell_them_apart() -
 
 
 def test_a_key_has_one_encoding() -> None:
-    """Else `k` and `k + p` would be two distinct keys with one secret, or one of low order in
-    disguise.
-    """
+    """Else `k` and `k + p` were two keys with one secret, or one of low order in disguise."""
     for value in (2**255 - 19, 2**255 - 18, 2**255, 2**256 - 1):
         with pytest.raises(Refused, match="not canonical"):
             keys.check_public(value.to_bytes(32, "little"), "key")
@@ -421,10 +403,7 @@ def test_a_key_has_one_encoding() -> None:
     ],
 )
 def test_the_bound_on_colluders(members: int, colluders: int, fine: bool) -> None:
-    """2t - n > c, so that two lists can't both be confirmed.
-
-    T - c >= 2, so that a sum hides somebody.
-    """
+    """No two lists are confirmed (2t - n > c), and a sum hides somebody (t - c >= 2)."""
     world = World(members, colluders=colluders)
     found = as_list(offers(world).values())
     if fine:
@@ -458,8 +437,7 @@ def test_policy_min_cohort_below_3() -> None:
         CohortPolicy(VICTIM, {VICTIM: peers_of(2)[node_name(1)]})
 
 
-# --- U2
-# ----------------------------------------------------------------------------------------------------
+# --- U2 -------------------------------------------------------------------------------------------
 
 
 def dealt(world: World) -> dict[str, Deal]:
@@ -545,14 +523,11 @@ def test_a_refused_u2_leaves_no_share_behind() -> None:
     assert all(set(attempt.shares) == {VICTIM} for attempt in node._state.attempts.values())
 
 
-# --- input
-# -------------------------------------------------------------------------------------------------
+# --- input ----------------------------------------------------------------------------------------
 
 
 def test_one_input_for_an_attempt() -> None:
-    """`msg-replayed`: asked twice, for another model or another round, a node never makes a second
-    input.
-    """
+    """`msg-replayed`: another model or round: a node never makes a second input."""
     world = World(5)
     begun(world)
     node = world.nodes[VICTIM]
@@ -704,13 +679,11 @@ def test_masked_words_depend_on_context_and_lists() -> None:
     assert len(contexts) == 9 and ADAPTER and world.names
 
 
-# --- U3 and unmasking
-# ----------------------------------------------------------------------------------------
+# --- U3 and unmasking -----------------------------------------------------------------------------
 
 
 def test_two_u3_lists_to_two_halves() -> None:
-    """The coordinator tells half of the nodes that the victim survived, and half that it dropped
-    out.
+    """The coordinator tells half of the nodes that the victim survived, half that it did not.
 
     Were both halves to open, it would hold b and s of the victim. t signatures of one list are
     needed, two sets of t share an honest node, and an honest node signs one list.
@@ -800,9 +773,7 @@ def test_survivors_who_did_not_deal() -> None:
 
 
 def test_what_is_opened() -> None:
-    """Of the members of U3 the share of b, of the others that of s, and each is what its dealer
-    dealt.
-    """
+    """Of members of U3 the share of b, of others that of s, and each as its dealer dealt it."""
     world = World(5)
     listed = begun(world)
     server = ServerAttempt(listed, slot_of(), world.encoding)

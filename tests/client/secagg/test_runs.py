@@ -1,7 +1,4 @@
-"""What a node's secure runs ask of a cohort.
-
-The stricter of its own policy and the manifest, whatever leaves.
-"""
+"""What a node's secure runs ask of a cohort: the stricter of its policy and the manifest."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Mode "client": noise that institutions share under masks is never less than what ε was computed
-for.
-"""
+"""Mode "client": noise shared under masks is never less than what ε was computed for."""
 
 from __future__ import annotations
 
@@ -146,17 +144,14 @@ class Federation:
         return (found.total - plain) * (LEVELS / CLIP)
 
 
-# --- the noise in the sum
-# --------------------------------------------------------------------------------------
+# --- the noise in the sum -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "colluders", "gone"), [(5, 1, 1), (7, 2, 2), (5, 1, 0)])
 def test_the_noise_of_an_unmasked_sum_is_at_least_what_is_claimed(
     count: int, colluders: int, gone: int
 ) -> None:
-    """t of n stay. Without the c colluders' shares, which they may leave out, the rest is the
-    claimed variance.
-    """
+    """t of n stay. Without c colluders' shares, the rest is the claimed variance."""
     minimum = 3 if colluders == 1 else 5
     federation = Federation(count, manifest(SPEC, minimum, colluders), SPEC, colluders=colluders)
     run = federation.run
@@ -195,24 +190,18 @@ def test_every_attempt_has_noise_of_its_own() -> None:
     assert one.replies == two.replies == 3 and not np.array_equal(one.total, two.total)
 
 
-# --- what a node refuses
-# ---------------------------------------------------------------------------------------
+# --- what a node refuses --------------------------------------------------------------------------
 
 
 def test_a_node_that_expects_more_colluders_than_the_others_share_for() -> None:
-    """They would add the variance over t - 1.
-
-    Two who leave theirs out would take it below the claim.
-    """
+    """They would add the variance over t - 1: two who leave theirs out are below the claim."""
     with pytest.raises(Refused, match="expected at least this node's 2"):
         Federation(7, manifest(minimum=5), SMALL, 3, 2)
     assert Federation(7, manifest(minimum=5, colluders=2), SMALL, 3, 1).round(1, 1).replies == 7
 
 
 def test_a_cohort_that_leaves_fewer_to_carry_the_noise_than_promised() -> None:
-    """The manifest promises cohorts of 9, this node's own minimum of 3 would take 5. Nothing
-    trains.
-    """
+    """The manifest promises cohorts of 9, this node would take 5. Nothing trains."""
     federation = Federation(5, manifest(minimum=9), SMALL)
     with pytest.raises(Refused, match="5 members leave 3 to carry the noise, expected at least 6"):
         asked_for_input(federation)
@@ -344,8 +333,7 @@ def test_terms_in_a_manifest_from_outside() -> None:
             RunManifest.from_bytes(good.replace(before, after).encode())
 
 
-# --- noise that can be drawn
-# ---------------------------------------------------------------------------------------
+# --- noise that can be drawn ----------------------------------------------------------------------
 
 
 def asked(epsilon: float, rounds: int, coordinates: int = 1540) -> RunManifest:
@@ -410,8 +398,7 @@ def test_nodes_refuse_noise_that_cannot_be_drawn_before_they_consent(sigma: floa
     assert ("phases[0].noise_multiplier" in reasons(record, policy())) == (sigma > 1e6)
 
 
-# --- what it costs, and who says so
-# ----------------------------------------------------------------------------
+# --- what it costs, and who says so ---------------------------------------------------------------
 
 
 def policy(client_level: bool = True, least: float = 0.5) -> Policy:
@@ -452,10 +439,7 @@ def test_a_policy_opts_in_and_projects_what_it_costs() -> None:
 
 
 def test_a_budget_of_records_is_charged_for_an_update_that_becomes_any_other() -> None:
-    """Zero-out is half as far as one record may move an update.
-
-    Its ε would be too little for a record.
-    """
+    """Zero-out is half as far as a record may move an update: its ε would be too little."""
     run = manifest()
     louder = replace(
         run, phases=tuple(replace(each, noise_multiplier=SIGMA / 2) for each in run.phases)

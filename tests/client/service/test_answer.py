@@ -1,6 +1,4 @@
-"""The resident trainer says yes to what the coordinator signed and the policy allows, once, and no
-to the rest.
-"""
+"""The resident trainer says yes once to what is signed and allowed, and no to the rest."""
 
 from __future__ import annotations
 
@@ -67,9 +65,8 @@ def test_an_offer_is_consented_to_once_and_a_task_answered_once(north: Instituti
     consent = north.read(first)
     assert isinstance(consent, Consent) and 0 < consent.epsilon <= RUN.epsilon
     assert consent.policy_digest == north.folder.load_policy().digest
-    assert (
-        north.resident.ask(offer_of(RUN, seconds=90)) == first
-    )  # offered again: signed anew, consented to once
+    # offered again: signed anew, consented to once
+    assert north.resident.ask(offer_of(RUN, seconds=90)) == first
     answer = north.resident.ask(task_of(RUN))
     assert isinstance(north.read(answer), Answer)
     north.restart()
@@ -266,9 +263,7 @@ def test_counts_of_refusals_that_are_none_are_told_as_unreadable(
 
 
 def test_an_old_offer_is_not_for_good(north: Institution) -> None:
-    """What a relay kept back, or brought to the wrong node, spends nothing, and the next honest
-    offer is served.
-    """
+    """What a relay kept back or misdelivered spends nothing; the next honest offer is served."""
     for data in (offer_of(RUN, seconds=-3600), offer_of(RUN, to="south")):
         reply = declined(north, data)
         assert not reply.refused and not reply.manifest

@@ -26,7 +26,8 @@ import json, os, sys
 from pathlib import Path
 node, socket, folder = map(Path, sys.argv[1:])
 found = {"read": [], "replies": []}
-for name in ("notes.jsonl", "identity.pem", "ledger.sqlite", "ledger.key", "node.toml", "outbox", "refusals.jsonl"):
+for name in ("notes.jsonl", "identity.pem", "ledger.sqlite", "ledger.key", "node.toml", "outbox", \
+"refusals.jsonl"):
     try:
         (os.listdir if name == "outbox" else lambda p: open(p, "rb").read(1))(node / name)
         found["read"].append(name)

@@ -1,6 +1,4 @@
-"""A draw is Poisson over units; micro-batches cut it without losing, repeating or splitting
-anything silently.
-"""
+"""A draw is Poisson over units; micro-batches lose, repeat or split nothing silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The clipped sum is a batch-of-one loop's, whatever the padding, the micro-batches and the units."""
+"""The clipped sum is a batch-of-one loop's, whatever the padding, micro-batches and units."""
 
 from __future__ import annotations
 

@@ -56,9 +56,11 @@ def ledger(tmp_path: Path) -> Ledger:
 
 def manifest(model: AdapterModel, mode: str = "record", **changes: object) -> RunManifest:
     made = RunManifest(
-        federation="f", run="1", task=model.task.name, labels=("a", "b"), base_digest=model.base_digest,
-        spec_digest=model.spec.digest, projection_digest="", max_length=16, mode=mode, unit="", epsilon=50.0,
-        delta=1e-3, strategy="fedavg", participation=1.0, minimum_cohort=1, seed=5, network=Network.of(ModelConfig(), LoraConfig()), phases=(PHASE,),
+        federation="f", run="1", task=model.task.name, labels=("a", "b"),
+        base_digest=model.base_digest, spec_digest=model.spec.digest, projection_digest="",
+        max_length=16, mode=mode, unit="", epsilon=50.0, delta=1e-3, strategy="fedavg",
+        participation=1.0, minimum_cohort=1, seed=5,
+        network=Network.of(ModelConfig(), LoraConfig()), phases=(PHASE,),
     )  # fmt: skip
     return replace(made, **changes)  # type: ignore[arg-type]
 
@@ -227,9 +229,7 @@ def test_moments_are_those_before_the_round_also_after_a_kill(tmp_path: Path) ->
 
 
 def test_moments_that_were_torn_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut in the middle of a write costs an optimiser's state at most, never an attempt of
-    every round.
-    """
+    """A power cut in a write costs at most an optimiser's state, not an attempt a round."""
     store = MomentStore(tmp_path)
     for number in (1, 2):
         store.write("c", 0, number, {"step": np.full(99, number, dtype=np.float32)})

@@ -145,7 +145,7 @@ def test_what_an_older_peft_does_not_know_may_be_missing(exported: Path, tmp_pat
 
 
 def test_one_tensor_under_two_names_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
-    """A model's own head: of two keys that mean it, PEFT and `verify` could read another one each."""
+    """A model's own head: of two keys for it, PEFT and `verify` could each read another."""
     settings, lora = ModelConfig(base=str(tiny_bert), pooling="default"), LoraConfig(rank=2)
     model = build_model(settings, lora, SequenceClassification(LABELS), seed=7)
     export_adapter(model, model.state(), settings, lora, 7, tmp_path)

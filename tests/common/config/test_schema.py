@@ -446,9 +446,7 @@ def test_round_trip_through_toml(config: Config) -> None:
     ),
 )
 def test_any_value_is_taken_or_refused_by_name(path: str, value: Any) -> None:
-    """No value of any type crashes the reader, and what is taken has the field's type and
-    round-trips.
-    """
+    """No value of any type crashes the reader; what is taken has its type and round-trips."""
     section, key = path.split(".")
     shown = repr(value).lower() if isinstance(value, bool | float) else repr(value)
     try:

@@ -15,7 +15,7 @@ from fedlora.common.terminal import explained
 def test_a_full_disk_is_no_bad_input_and_its_file_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A service that is started again after exit 1, and never after 2, goes on once there is room."""
+    """A service started again after exit 1, and never after 2, goes on once there is room."""
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

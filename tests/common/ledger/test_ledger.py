@@ -79,8 +79,7 @@ def used(place: Place, rounds: int = 3) -> Ledger:
     return ledger
 
 
-# --- budgets
-# ---------------------------------------------------------------------------------------------
+# --- budgets --------------------------------------------------------------------------------------
 
 
 def test_consent_reserves_the_whole_schedule_and_survives_a_restart(place: Place) -> None:
@@ -182,8 +181,7 @@ def test_attempts_are_whole_numbers(place: Place, attempts: list[int]) -> None:
         place.open().consent(WARD, RUN, Spend(1, 0), attempts)
 
 
-# --- attempts
-# --------------------------------------------------------------------------------------------
+# --- attempts -------------------------------------------------------------------------------------
 
 
 def test_an_attempt_is_used_once(place: Place) -> None:
@@ -234,7 +232,8 @@ def test_a_commit_needs_its_reservation_and_comes_once(place: Place) -> None:
         with pytest.raises(Refused, match="was committed before"):
             each.commit("ward", RUN, 4, 7, "sha256:other")
     assert ledger.entries()[-1].body == {
-        "kind": "commit", "budget": "ward", "manifest": RUN, "round": 4, "attempt": 7, "update": "sha256:u",
+        "kind": "commit", "budget": "ward", "manifest": RUN, "round": 4, "attempt": 7,
+        "update": "sha256:u",
     }  # fmt: skip
 
 
@@ -248,8 +247,7 @@ def test_two_open_ledgers_see_each_other(place: Place) -> None:
     assert first.entries() == second.entries()
 
 
-# --- kills
-# -----------------------------------------------------------------------------------------------
+# --- kills ----------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -373,8 +371,7 @@ def test_what_was_acknowledged_survives_kill_9(place: Place) -> None:
     assert acknowledged > 0
 
 
-# --- races
-# -----------------------------------------------------------------------------------------------
+# --- races ----------------------------------------------------------------------------------------
 
 RACE = """
 import sys, time
@@ -387,7 +384,8 @@ ledger = Ledger.open(*(Path(name) for name in sys.argv[1:4]))
 granted = 0
 for number in range(10):
     try:
-        ledger.consent(Budget("ward", 3.0, 1e-5), f"sha256:{sys.argv[4]}-{number}", Spend(0.25, 0), [1])
+        ledger.consent(Budget("ward", 3.0, 1e-5), f"sha256:{sys.argv[4]}-{number}", \
+Spend(0.25, 0), [1])
         granted += 1
     except Refused:
         pass
@@ -417,8 +415,7 @@ def test_processes_that_race_share_one_budget(place: Place) -> None:
     assert place.open().spent("ward") == Spend(3.0, 0)
 
 
-# --- tampering
-# -------------------------------------------------------------------------------------------
+# --- tampering ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gone", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
@@ -522,9 +519,12 @@ def test_an_edited_ledger_is_refused(place: Place, statement: str) -> None:
     ("body", "message"),
     [
         ({"kind": "refund", "budget": "ward", "manifest": RUN}, "kind 'refund'"),
-        ({"kind": "consent", "budget": "ward", "manifest": RUN, "epsilon": 0.0, "delta": 0.0, "attempts": [9]}, "consent"),
-        ({"kind": "reserve", "budget": "ward", "manifest": RUN, "phase": 0, "round": 1, "attempt": 1}, "reserve"),
-        ({"kind": "commit", "budget": "ward", "manifest": RUN, "round": 1, "attempt": 1, "update": ""}, "commit"),
+        ({"kind": "consent", "budget": "ward", "manifest": RUN, "epsilon": 0.0, "delta": 0.0,
+          "attempts": [9]}, "consent"),
+        ({"kind": "reserve", "budget": "ward", "manifest": RUN, "phase": 0, "round": 1,
+          "attempt": 1}, "reserve"),
+        ({"kind": "commit", "budget": "ward", "manifest": RUN, "round": 1, "attempt": 1,
+          "update": ""}, "commit"),
         ({"kind": "open", "schema": 2, "id": ""}, "schema 2, expected 1"),
     ],
 )  # fmt: skip

@@ -1,7 +1,4 @@
-"""The network around an adapter state: in, out, exported, loaded again.
-
-Unsafe folders never opened.
-"""
+"""The network around an adapter state: in, out, exported, loaded; unsafe folders never opened."""
 
 from __future__ import annotations
 
@@ -163,7 +160,7 @@ def test_whitened_features_have_one_variance_where_there_is_no_ridge() -> None:
 
 
 def test_a_linear_head_on_kernel_features_is_a_kernel_machine() -> None:
-    """Without ridge and with all directions kept, centred inner products are the centred kernel's."""
+    """Without ridge and with all directions, centred inner products are the centred kernel's."""
     rng = np.random.default_rng(0)
     public = rng.normal(size=(30, 8)).astype(np.float32)
     fitted = Projection.fit(public, 6, 0.0, 20, 0.7)

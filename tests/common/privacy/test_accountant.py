@@ -1,6 +1,4 @@
-"""ε is never less than the truth.
-
-Closed forms where there are any, an independent accountant elsewhere.
+"""ε is never less than the truth: closed forms where there are any, else another accountant.
 
 Closed forms: Balle and Wang 2018 (Gaussian), Steinke 2022 (one subsampled step). The accountant is
 dp-accounting's PLD, which composes both directions of add/remove.
@@ -373,16 +371,17 @@ def manifest_of(*phases: tuple[int, int, float, float], mode: str = "record") ->
     """A manifest with phases of (attempts, steps, rate, noise)."""
     built = [
         Phase(
-            name="adapter", rounds=1, attempts=attempts, steps=steps, sampling_rate=rate, expected_units=10.0,
-            noise_multiplier=noise, clip=1.0, head_clip=0.0, optimizer="sgd", learning_rate=0.1,
-            carry_optimizer=False, proximal_mu=0.0,
+            name="adapter", rounds=1, attempts=attempts, steps=steps, sampling_rate=rate,
+            expected_units=10.0, noise_multiplier=noise, clip=1.0, head_clip=0.0, optimizer="sgd",
+            learning_rate=0.1, carry_optimizer=False, proximal_mu=0.0,
         )
         for attempts, steps, rate, noise in phases
     ]  # fmt: skip
     return RunManifest(
-        federation="f", run="r", task="sequence-classification", labels=("a", "b"), base_digest="b",
-        spec_digest="s", projection_digest="", max_length=8, mode=mode, unit="", epsilon=1.0, delta=1e-5, strategy="fedavg",
-        participation=1.0, minimum_cohort=1, seed=0, network=Network.of(ModelConfig(), LoraConfig()), phases=tuple(built),
+        federation="f", run="r", task="sequence-classification", labels=("a", "b"),
+        base_digest="b", spec_digest="s", projection_digest="", max_length=8, mode=mode, unit="",
+        epsilon=1.0, delta=1e-5, strategy="fedavg", participation=1.0, minimum_cohort=1, seed=0,
+        network=Network.of(ModelConfig(), LoraConfig()), phases=tuple(built),
     )  # fmt: skip
 
 

@@ -1,6 +1,4 @@
-"""Noise has the claimed scale and tails, draws the claimed rate, and no seed of anybody fixes
-either.
-"""
+"""Noise has the claimed scale and tails, draws the claimed rate, and no seed fixes either."""
 
 from __future__ import annotations
 
@@ -184,9 +182,8 @@ def test_a_seeded_stream_is_its_path() -> None:
     def first(*path: int | str) -> int:
         return int(SeededRandom(7, *path).words(1)[0])
 
-    assert (
-        first("a", 1) == first("a", 1) == 10311243398274889501
-    )  # a changed stream would change old experiments
+    # a changed stream would change old experiments
+    assert first("a", 1) == first("a", 1) == 10311243398274889501
     paths: list[tuple[int | str, ...]] = [
         (),
         ("a",),

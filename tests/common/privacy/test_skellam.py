@@ -1,5 +1,4 @@
-"""Distributed Skellam noise: ε never below a slow computation of the truth, and noise that is what
-was accounted.
+"""Distributed Skellam noise: ε never below the truth, computed slowly; noise as accounted.
 
 The slow computations use mpmath's Bessel functions: p(k) = exp(-μ) I_k(μ), summed term by term.
 """
@@ -32,8 +31,7 @@ from fedlora.common.privacy.skellam import (
 )
 
 SOURCE = OsRandom()
-# --- the truth, slowly
-# -----------------------------------------------------------------------------------------
+# --- the truth, slowly ----------------------------------------------------------------------------
 
 
 @cache
@@ -104,8 +102,7 @@ def release_of(shifts: tuple[int, ...], mu: float, times: int = 1) -> Release:
     return made
 
 
-# --- the accountant
-# --------------------------------------------------------------------------------------------
+# --- the accountant -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mu", [0.05, 0.7, 4.0, 30.0, 150.0])
@@ -203,8 +200,7 @@ def test_what_buys_nothing() -> None:
         Release(1.0, 4, 4, 1).share(0)
 
 
-# --- the clip
-# --------------------------------------------------------------------------------------------------
+# --- the clip -------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=50), st.floats(1e-3, 1e3))
@@ -247,8 +243,7 @@ def test_what_leaves_is_checked_as_whole_numbers() -> None:
         noised(SOURCE, np.array([1, 0, 0]), np.array([True, False, False]), release, 2)
 
 
-# --- the noise
-# -------------------------------------------------------------------------------------------------
+# --- the noise ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate", [0.05, 3.7, 15.9, 64.0, 1000.25, 3.3e9, 2.6e13, 2.0**50])
@@ -294,9 +289,7 @@ def test_skellam_by_chi_squared(variance: float) -> None:
 
 @pytest.mark.parametrize("variance", [50.0, 1e6, 5e13])
 def test_moments_and_tails(variance: float) -> None:
-    """Mean, variance, excess kurtosis 1/μ, and tails beyond three and four deviations, all
-    two-sided.
-    """
+    """Mean, variance, excess kurtosis 1/μ, and two-sided tails beyond 3 and 4 deviations."""
     n = 300_000
     scaled = skellam(SOURCE, n, variance) / math.sqrt(variance)
     assert abs(scaled.mean()) < 6 / math.sqrt(n)

@@ -1,7 +1,7 @@
 """docs/secure-aggregation.md lists exactly the fields that the code lets out.
 
-python -c "from tests.common.test_secagg_docs import *;
-PAGE.write_text(with_table(PAGE.read_text()))"
+from tests.common.secagg.test_docs import *
+PAGE.write_text(with_table(PAGE.read_text()))
 """
 
 from __future__ import annotations

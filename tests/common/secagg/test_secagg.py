@@ -34,8 +34,7 @@ CASES: list[dict[str, Any]] = json.loads(VECTORS.read_text()) if VECTORS.exists(
 ENCODINGS = st.sampled_from([32, 64])
 KEYS = st.binary(min_size=32, max_size=32)
 
-# --- known answers
-# -------------------------------------------------------------------------------------------
+# --- known answers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
@@ -118,8 +117,9 @@ def identity_of(name: str) -> Identity:
 
 
 def write_known_answers() -> None:
-    """`python -c "from tests.common.test_secagg import *; write_known_answers()"`: by the reference
-    alone.
+    """By the reference alone.
+
+    `python -c "from tests.common.secagg.test_secagg import *; write_known_answers()"`
     """
     rng = np.random.default_rng(4)
     written = []
@@ -147,8 +147,7 @@ def write_known_answers() -> None:
     VECTORS.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
 
 
-# --- the reference itself, by the standards' own vectors
-# -------------------------------------------------------
+# --- the reference itself, by the standards' own vectors ------------------------------------------
 
 
 def test_the_reference_primitives() -> None:
@@ -181,8 +180,7 @@ def test_primitives_equal_the_reference(key: bytes, text: bytes, bound_to: bytes
     assert keys.KeyPair(key).public == oracles.x25519(key)
 
 
-# --- Shamir
-# ----------------------------------------------------------------------------------------------------
+# --- Shamir ---------------------------------------------------------------------------------------
 
 
 @given(st.data(), st.integers(0, shamir.P - 1), st.integers(1, 12))
@@ -225,8 +223,7 @@ def test_shamir_refuses_nonsense() -> None:
     assert shamir.below_p(lambda size: next(draws)) == 7
 
 
-# --- the ring
-# --------------------------------------------------------------------------------------------------
+# --- the ring -------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 40), st.integers(1, 6), ENCODINGS, st.randoms(use_true_random=False))
@@ -326,8 +323,7 @@ def test_long_vectors_go_through_in_parts() -> None:
     assert linear_check(b"k" * 32, values) == expected
 
 
-# --- Merkle
-# ----------------------------------------------------------------------------------------------------
+# --- Merkle ---------------------------------------------------------------------------------------
 
 
 @given(st.lists(KEYS, min_size=1, max_size=13), st.data())
@@ -348,8 +344,7 @@ def test_a_path_proves_its_leaf_only(leaves: list[bytes], data: st.DataObject) -
                 commit.check_path(tree.root, leaf, index, len(leaves), attempt, "leaf")
 
 
-# --- bytes
-# -----------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 NAMES = st.text(min_size=1, max_size=8)
 DIGESTS, SIGNATURES = st.binary(min_size=32, max_size=32), st.binary(min_size=64, max_size=64)
@@ -455,7 +450,7 @@ def test_what_it_bears(members: int, t: int, drops: int, colluders: int) -> None
 
 @pytest.mark.parametrize("members", range(3, 201))
 def test_two_quorums_share_an_honest_node(members: int) -> None:
-    """By counting: two sets of t out of n have at least 2t - n common members, more than c of them."""
+    """By counting: two sets of t out of n share at least 2t - n members, more than c."""
     colluders = cohort.most_colluders(members)
     t = cohort.threshold(members)
     assert colluders >= 1 and 2 * t - members > colluders and t - colluders >= 2 and t <= members

@@ -1,6 +1,4 @@
-"""Identities: what is signed can't be turned into something else, and keys that others can read are
-refused.
-"""
+"""Identities: what is signed stays what it is, and keys that others can read are refused."""
 
 from __future__ import annotations
 

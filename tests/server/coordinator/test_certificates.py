@@ -1,6 +1,4 @@
-"""Certificates that TLS accepts for the right host, and a line that says what is wrong with the
-others.
-"""
+"""Certificates that TLS takes for the right host, and a line on what is wrong with others."""
 
 from __future__ import annotations
 

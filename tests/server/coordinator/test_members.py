@@ -1,6 +1,4 @@
-"""The registry admits each institution once, ends it at once, and notices every change that nobody
-signed.
-"""
+"""The registry admits each institution once, ends it at once, and notices unsigned changes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Members' nodes at SuperLink, over kills and over members who mean ill.
-
-And whether Flower still carries a run.
-"""
+"""Members' nodes at SuperLink, over kills and ill will; and whether Flower still carries a run."""
 
 from __future__ import annotations
 

@@ -54,13 +54,14 @@ SPEC = AdapterSpec((TensorSpec("lora.a", (16, 64)),))
 START = AdapterState(SPEC, np.linspace(-1, 1, SPEC.size, dtype=np.float32))
 TERMS = SecureTerms(THRESHOLD_RULE, 1, 4, 32, 1 << 20, (2.0,))
 RUN = manifest_of(spec_digest=SPEC.digest, secure=TERMS)
+# privacy of whole institutions: each adds a share of the noise
 SHARED = replace(
     RUN,
     mode="client",
     epsilon=60.0,
     phases=(replace(RUN.phases[0], clip=2.0, noise_multiplier=3.0),),
     skellam=SkellamTerms((SPEC.size,), 2),
-)  # privacy of whole institutions: each adds a share of the noise
+)
 
 
 class World:
@@ -193,12 +194,8 @@ def test_report_and_card_say_how_it_was_added(world: World, tmp_path: Path) -> N
     said = [
         (each["round"], each["cohort"], each["threshold"], each["dropped"]) for each in run["sums"]
     ]
-    assert said == [
-        (1, 4, 3, 0),
-        (2, 4, 3, 1),
-        (3, 4, 3, 1),
-        (3, 4, 3, 0),
-    ]  # it may, for all that this node knows
+    # it may, for all that this node knows
+    assert said == [(1, 4, 3, 0), (2, 4, 3, 1), (3, 4, 3, 1), (3, 4, 3, 0)]
     figures = shown_figures({"secure": secure_summary(RUN, sums_of(world.folder))})
     card = model_card(RUN, dict.fromkeys(NAMES, "Org"), dict(world.who.consents), figures)
     assert (
@@ -266,9 +263,7 @@ def test_a_restarted_node_is_a_drop_out_until_the_next_epoch(world: World) -> No
 def test_where_everybody_is_needed_a_restart_costs_one_attempt_and_nothing_is_learnt(
     tmp_path: Path,
 ) -> None:
-    """A sum that would be thrown away is not unmasked, and the node that was missed is in the next
-    epoch.
-    """
+    """A sum that would be thrown away stays masked; who was missed is in the next epoch."""
     world = World(tmp_path, quorum=1.0)
     assert world.total(1).replies == 4
     world.restart("north")

@@ -118,8 +118,8 @@ def begun(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> D
     (tmp_path / "public.jsonl").write_text(rows)
     text = TRAINING.format(
         base=tiny_bert, digest=base_digest(tiny_bert), layers="[]", labels='["a", "b"]', clients=3,
-        test=tmp_path / "public.jsonl", validation=tmp_path / "public.jsonl", rounds=2, spare=3, quorum=1.0,
-        deadline=5.0, secure="false", mode="record",
+        test=tmp_path / "public.jsonl", validation=tmp_path / "public.jsonl", rounds=2, spare=3,
+        quorum=1.0, deadline=5.0, secure="false", mode="record",
     )  # fmt: skip
     (tmp_path / "training.toml").write_text(text)
     Here.hands = Hands(directory, identities)

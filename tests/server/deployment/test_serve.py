@@ -492,9 +492,8 @@ def test_a_round_ends_with_its_deadline_also_where_members_are_waited_for(
     world.nodes["silent"] = Node("silent", world.key.public)
     assert cohort.total(plan_of(run, 3), START).replies == 2 and now == [10.0]
     world.away, trained = {"east", "south"}, len(world.nodes["north"].sent)
-    found = cohort.total(
-        plan_of(run, 4), START
-    )  # the quorum is away: waited for to the end, and nobody trains
+    # the quorum is away: waited for to the end, and nobody trains
+    found = cohort.total(plan_of(run, 4), START)
     assert found.replies == 0 and now == [30.0] and len(world.nodes["north"].sent) == trained
 
 

@@ -1,7 +1,4 @@
-"""What `fedlora-server status` says of a run.
-
-Where it stands, who is in it, and what goes on with it.
-"""
+"""What `fedlora-server status` says of a run: where it stands, who is in it, what goes on."""
 
 from __future__ import annotations
 

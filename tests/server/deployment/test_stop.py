@@ -1,7 +1,4 @@
-"""`fedlora-server run` that is told to end, ends what it started.
-
-SuperLink and its executor are no orphans.
-"""
+"""`fedlora-server run`, told to end, ends what it started: SuperLink and its executor."""
 
 from __future__ import annotations
 
@@ -27,7 +24,8 @@ import json, os, socket, sys, time
 from pathlib import Path
 name, folder = Path(sys.argv[0]).name, Path({folder!r})
 if name == "flwr":
-    print(json.dumps({{"success": True, "node-id": 1, "run-id": 1, "runs": [{{"status": "running"}}]}}))
+    print(json.dumps({{"success": True, "node-id": 1, "run-id": 1, \
+"runs": [{{"status": "running"}}]}}))
     sys.exit()
 (folder / name).write_text(str(os.getpid()))
 if name == "flower-superlink":

@@ -1,7 +1,4 @@
-"""Nothing about an export can change unnoticed.
-
-Not a byte, not a file, not an institution's word.
-"""
+"""Nothing about an export can change unnoticed: no byte, no file, no institution's word."""
 
 from __future__ import annotations
 

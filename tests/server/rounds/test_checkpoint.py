@@ -1,7 +1,4 @@
-"""Checkpoints: what was written is what is read, or nothing.
-
-Whatever breaks, the last good one stays.
-"""
+"""Checkpoints: what is read is what was written, or nothing; the last good one always stays."""
 
 from __future__ import annotations
 
@@ -229,9 +226,8 @@ def test_a_checkpoint_on_a_full_disk_is_the_last_good_one(tmp_path: Path) -> Non
         first = replace(checkpoint.load(), round=1)
         checkpoint.commit(first)
         filler, later = fill(disk), replace(first, round=2, state=AdapterState.zeros(SPEC))
-        for pages in range(
-            8
-        ):  # none for the state; enough for it, and none for the pointer to it; enough for both
+        # none for the state; enough for it, and none for the pointer to it; enough for both
+        for pages in range(8):
             os.truncate(filler, filler.stat().st_size - 4096 * min(pages, 1))
             try:
                 checkpoint.commit(later)

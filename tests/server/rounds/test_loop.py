@@ -47,12 +47,11 @@ def refusing(update: Update) -> Update:
     raise Refused(f"{update.client}: the budget is spent")
 
 
-# --- what a round does
-# ---------------------------------------------------------------------------------
+# --- what a round does ----------------------------------------------------------------------------
 
 
 def test_golden_federation(tmp_path: Path) -> None:
-    """Plain FedAvg on three quadratics halves its distance to the mean of their minima each round."""
+    """Plain FedAvg on three quadratics halves the distance to their minima's mean each round."""
     run = Run(tmp_path / "run", manifest_of(8), optimizer="none")
     run.cohort.wobble = 0.0
     found = run.go()
@@ -136,8 +135,7 @@ def test_a_finished_run_asks_nobody(tmp_path: Path) -> None:
     assert len(run.cohort.plans) == asked
 
 
-# --- the average of the last rounds
-# --------------------------------------------------------------------
+# --- the average of the last rounds ---------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=25)
@@ -173,9 +171,8 @@ def test_a_phase_releases_the_mean_of_its_last_states(
                 kept = strategy.after[min(place, start) : place + 1]
                 np.testing.assert_allclose(seen[place], np.mean(kept, axis=0), rtol=1e-5, atol=1e-6)
         if head > 1:
-            np.testing.assert_array_equal(
-                strategy.before[head], seen[head - 1]
-            )  # the next phase starts there
+            # the next phase starts there
+            np.testing.assert_array_equal(strategy.before[head], seen[head - 1])
         assert done.state == done.released
         np.testing.assert_array_equal(done.released.vector, seen[-1])
 
@@ -197,14 +194,11 @@ class _Recording:
         return after, kept
 
 
-# --- quorum and attempts
-# -------------------------------------------------------------------------------
+# --- quorum and attempts --------------------------------------------------------------------------
 
 
 def test_a_quorum_is_the_exact_share_of_those_asked() -> None:
-    """All shares that a person writes, 0.07 of 100 among them, whose product in floats is a hair
-    above 7.
-    """
+    """All shares a person writes, 0.07 of 100 too, whose product in floats is just above 7."""
     for whole in (*range(1, 13), 100):
         for part in range(1, whole + 1):
             for asked in range(0, 121):
@@ -317,8 +311,7 @@ def test_nobody_answering_is_never_a_quorum(tmp_path: Path) -> None:
         run.go()
 
 
-# --- Poisson participation
-# -----------------------------------------------------------------------------
+# --- Poisson participation ------------------------------------------------------------------------
 
 
 def test_participation_at_its_ends() -> None:
@@ -340,8 +333,7 @@ def test_participants_join_independently_at_the_rate() -> None:
     assert np.abs(correlation).max() < 4 / math.sqrt(draws)
 
 
-# --- early stopping
-# ------------------------------------------------------------------------------------
+# --- early stopping -------------------------------------------------------------------------------
 
 
 def scored(tmp_path: Path, scores: list[float], patience: int, *rounds: int, every: int = 1) -> Run:
@@ -397,8 +389,7 @@ def test_a_run_that_was_stopped_early_stays_stopped(tmp_path: Path) -> None:
     assert len(run.cohort.plans) == asked
 
 
-# --- bad updates, by name
-# ------------------------------------------------------------------------------
+# --- bad updates, by name -------------------------------------------------------------------------
 
 BAD_UPDATES: dict[str, tuple[Callable[[Vector], Vector], str]] = {
     "adapter-huge-norm": (
@@ -486,8 +477,7 @@ def test_an_adapter_that_leaves_float32_is_not_committed(tmp_path: Path) -> None
     assert np.isfinite(kept.state.vector).all()
 
 
-# --- killed and resumed
-# --------------------------------------------------------------------------------
+# --- killed and resumed ---------------------------------------------------------------------------
 
 
 def disturbed(folder: Path, disk: Disk, mode: str = "none", spare: int = 0) -> Run:

@@ -44,9 +44,7 @@ def test_sgd_with_a_large_draw_of_aligned_units_is_within_it(
     ratio: float,
     seed: int,
 ) -> None:
-    """The worst honest node: `ratio` times as many units as expected, each at its clip, all
-    aligned.
-    """
+    """The worst honest node: `ratio` times the expected units, each at its clip, aligned."""
     random, expected = np.random.default_rng(seed), 16.0
     manifest = manifest_of(
         1,

@@ -1,6 +1,4 @@
-"""The coordinator's half: sums bit for bit, drop-outs at every stage, liars by name, and nothing
-below t.
-"""
+"""The coordinator's half: exact sums, drop-outs at every stage, liars by name, none below t."""
 
 from __future__ import annotations
 
@@ -59,10 +57,7 @@ def test_the_sum_is_exact_with_drop_outs_at_every_stage(count: int, stage: str, 
 
 
 def test_the_sum_of_a_hundred_is_exact() -> None:
-    """n - t = 33 drop-outs, over all stages.
-
-    Each number at each stage is a test of `make chaos`.
-    """
+    """n - t = 33 drop-outs over all stages; `make chaos` tests each number at each stage."""
     world = World(100)
     names = world.names
     listed = world.begin(epoch_of(), no_deal=names[:11])
@@ -153,8 +148,7 @@ def test_the_last_to_offer_is_left_out_and_below_the_minimum_nobody_is() -> None
 
 
 def test_an_abort_reveals_nothing() -> None:
-    """With t - 1 openings no secret is determined, and what the coordinator holds is still uniform
-    words.
+    """t - 1 openings determine no secret; what the coordinator holds is uniform words.
 
     For the b of any survivor: t - 1 shares fit every secret. The masked sum passes a chi-squared
     test.
@@ -196,8 +190,7 @@ def test_a_wrong_u2_secret_gives_noise_not_a_sum() -> None:
         server._sum.check(3, bytes(32))
 
 
-# --- messages that do not count
-# ------------------------------------------------------------------------------
+# --- messages that do not count -------------------------------------------------------------------
 
 
 def opened(
@@ -216,9 +209,7 @@ def opened(
 
 @pytest.mark.parametrize("dropped", [False, True])
 def test_share_corrupt(dropped: bool) -> None:
-    """`share-corrupt`: a liar's share is rejected, the liar is named, and the others give the same
-    sum.
-    """
+    """`share-corrupt`: a liar's share is rejected, it is named, the sum is the same."""
     world = World(5)
     gone = (node_name(4),) if dropped else ()
     world_server, messages = opened(world, world.begin(epoch_of()), gone)
@@ -333,10 +324,7 @@ def test_c_words_and_too_few_openings_suspect_nobody() -> None:
 
 
 def test_openings_that_do_not_count() -> None:
-    """Not in U3, sent twice, unsigned, changed on the way, of another length.
-
-    Each changes nothing.
-    """
+    """Not in U3, twice, unsigned, changed on the way, of another length: nothing changes."""
     world = World(5)
     listed = world.begin(epoch_of())
     late = world.nodes[node_name(4)]
@@ -448,9 +436,7 @@ def test_one_node_without_a_share_accuses_nobody() -> None:
 
 
 def test_sealed_parts_of_another_size_are_no_deal() -> None:
-    """They would lie in the coordinator's memory, and make a delivery that the receiver refuses to
-    read.
-    """
+    """They would fill the coordinator's memory, and a delivery that the receiver refuses."""
 
     def long(deal: Deal, name: str) -> Deal:
         return replace(deal, sealed=(deal.sealed[0] + bytes(1), *deal.sealed[1:]))
@@ -511,8 +497,9 @@ def test_a_dealer_whose_shares_do_not_rebuild_is_named() -> None:
 
 
 def test_inputs_that_do_not_count() -> None:
-    """`vec-short`, `vec-long`, `msg-signature-flipped`, `msg-wrong-round`, `msg-wrong-sender`,
-    `late-input`, sent twice.
+    """`vec-short`, `vec-long`, `late-input`, `msg-signature-flipped`, sent twice, and others.
+
+    `msg-wrong-round` and `msg-wrong-sender`.
     """
     world = World(5)
     listed = world.begin(epoch_of(count=2))
@@ -639,9 +626,7 @@ def test_whoever_signs_an_old_key_is_left_out_and_named(owner: int, tmp_path: Pa
 
 
 def test_an_offer_that_is_brought_twice_is_no_lie(tmp_path: Path) -> None:
-    """A coordinator restored from a copy asks for an epoch again, and a carrier brings what was
-    offered then.
-    """
+    """A restored coordinator asks for an epoch again, and is brought what was offered then."""
     world, seen = World(4), SeenKeys(tmp_path)
     server, first = offers_in(world, epoch_of(), seen)
     for offer in first:
@@ -688,8 +673,7 @@ def test_a_stranger_and_bad_keys_at_the_coordinator() -> None:
     assert keys.LOW_ORDER
 
 
-# --- what the coordinator sees
-# ---------------------------------------------------------------------------------
+# --- what the coordinator sees --------------------------------------------------------------------
 
 
 def test_a_transcript_holds_allow_listed_fields_only() -> None:

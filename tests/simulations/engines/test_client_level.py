@@ -1,6 +1,4 @@
-"""Mode "client" in a simulation: whole runs on a tiny model, what they leave, and what the ledger
-holds.
-"""
+"""Mode "client" in simulation: whole runs of a tiny model, what they leave, what is charged."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ CLIENT = [*SECURE, "privacy.clip=0.5", "privacy.head_phase_clip=0.5"]
 
 
 def test_a_whole_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """Two phases; the stated ε is the institutions', the charged one covers a record, and no
-    attempt is free.
-    """
+    """Two phases; ε is stated for institutions, charged for records; no attempt is free."""
     run, summary = run_whole(config(tiny_bert, data, "client", *CLIENT), tmp_path / "run")
     manifest, ledger = run.manifest, run.ledger
     stated, charged = stated_epsilon(manifest), charged_epsilon(manifest)
@@ -185,9 +181,8 @@ def test_a_plan_says_whose_epsilon_it_is(tiny_bert: Path, data: Path) -> None:
 
 def test_what_cannot_be(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     settings = config(tiny_bert, data, "client", *CLIENT)
-    with pytest.raises(
-        BadInput, match='mode = "client": expected'
-    ):  # nothing is noised that is not known to move
+    # nothing is noised that is not known to move
+    with pytest.raises(BadInput, match='mode = "client": expected'):
         make_manifest(settings, ("a", "b"), "b", "s")
     with pytest.raises(BadInput, match=r"\[privacy\] delta = 0.3: expected less than 1/5"):
         begin(

@@ -1,7 +1,4 @@
-"""Secure aggregation in the sequential engine: the same rounds, behind masks.
-
-Accidents and attacks by configuration.
-"""
+"""Secure aggregation in the sequential engine: the same rounds, masked; accidents and attacks."""
 
 from __future__ import annotations
 
@@ -166,10 +163,7 @@ def test_a_share_that_is_changed_on_its_way_is_a_drop_out() -> None:
 
 
 def test_a_lost_round_is_tried_again_with_noise_and_not_without() -> None:
-    """Without noise of its own an update leaves once a round.
-
-    The nodes refuse the second attempt.
-    """
+    """Without noise of its own an update leaves once a round: no second attempt."""
     for mode, again in (("record", 5), ("none", 0)):
         federation = Federation(5, mode, confirm=1.0)
         assert federation.round(1, 1).replies == 0
@@ -195,8 +189,7 @@ def test_nobody_is_asked() -> None:
     assert (found.asked, found.replies, found.failures) == (0, 0, ())
 
 
-# --- whole runs
-# ------------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
 
 def test_a_whole_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -232,10 +225,7 @@ def test_without_noise_secure_and_plain_runs_agree(
 
 
 def test_a_secure_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """Every institution has restarted.
-
-    The secrets are gone, the next attempt begins a new epoch.
-    """
+    """Every institution has restarted: no secrets, the next attempt begins a new epoch."""
     settings = config(tiny_bert, data, "record", *SECURE)
 
     def stop(number: int, figures: object) -> None:
@@ -254,7 +244,7 @@ def test_a_secure_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_
 def test_what_was_proven_before_a_stop_still_counts(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
-    """The engine's cohort reads back, as the deployment's does, who lied and which keys were seen."""
+    """The engine's cohort reads back, as the deployment's, who lied and which keys were seen."""
     run = begin(config(tiny_bert, data, "record", *SECURE), Paths.of(tmp_path / "run"))
     first, plan = (
         sequential(run),
@@ -282,8 +272,7 @@ def test_a_run_below_t_ends_with_the_reason(tiny_bert: Path, data: Path, tmp_pat
         run_whole(config(tiny_bert, data, "record", *SECURE, "faults.input=1.0"), tmp_path / "run")
 
 
-# --- what is refused at the start
-# --------------------------------------------------------------------------------
+# --- what is refused at the start -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-"""Flower's apps give the adapter of the sequential engine.
-
-In process, on Ray, and by `flwr run .`.
-"""
+"""Flower's apps give the sequential engine's adapter: in process, on Ray, by `flwr run .`."""
 
 from __future__ import annotations
 
@@ -55,9 +52,7 @@ def _identity() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
-    """A federation on a tiny model: both phases, clients that sit rounds out, moments kept between
-    rounds.
-    """
+    """A federation on a tiny model: both phases, clients that sit out, moments kept."""
     folder = tmp_path_factory.mktemp("cluster")
     _write_records(folder / "train.jsonl", 240, seed=1)
     _write_records(folder / "test.jsonl", 60, seed=2)
@@ -254,7 +249,7 @@ def test_flwr_run_equals_the_sequential_engine(
 
 @contextmanager
 def superlink(home: Path) -> Iterator[dict[str, str]]:
-    """Flower's SuperLink with its simulation runtime, and the environment in which `flwr` finds it."""
+    """Flower's SuperLink with its simulation runtime, and the environment that `flwr` needs."""
     environment = _environment(home)
     port = _free_port()
     (home / "config.toml").write_text(
@@ -283,9 +278,7 @@ def superlink(home: Path) -> Iterator[dict[str, str]]:
 
 
 def _flwr_run(settings: str, environment: dict[str, str]) -> dict[str, str]:
-    """Start a run, wait for its end, and return its line of `flwr ls`, which alone says whether it
-    failed.
-    """
+    """Run to the end, and return its line of `flwr ls`, which alone says if it failed."""
 
     def flwr(*arguments: str) -> Any:
         done = subprocess.run(
@@ -305,9 +298,7 @@ def _flwr_run(settings: str, environment: dict[str, str]) -> dict[str, str]:
 
 
 def _environment(home: Path) -> dict[str, str]:
-    """Flower with a home of its own, no calls to the outside, and the scripts of this interpreter
-    first.
-    """
+    """Flower with a home of its own, no calls outside, and this interpreter's scripts first."""
     scripts = str(Path(sys.executable).parent)
     return os.environ | {
         "FLWR_HOME": str(home),

@@ -1,6 +1,4 @@
-"""Nothing of a user's is lost, no result is shown for another, and no ε is printed below what it
-is.
-"""
+"""Nothing of a user's is lost, no result passes for another, no ε is printed too low."""
 
 from __future__ import annotations
 

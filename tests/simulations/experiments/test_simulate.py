@@ -1,6 +1,4 @@
-"""Whole runs on a tiny model: what they leave, that they resume, and that the ledger outlives every
-kill.
-"""
+"""Whole runs on a tiny model: what they leave, that they resume, that the ledger survives."""
 
 from __future__ import annotations
 
@@ -211,7 +209,7 @@ def test_a_run_whose_ledger_was_deleted_does_not_go_on(
 def test_a_run_goes_on_with_the_ledger_that_it_began_with(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Neither with a fresh one, after all three files of it were deleted, nor with somebody else's."""
+    """Not with a fresh one, after its three files were deleted, nor with somebody else's."""
     settings, ledger = config(tiny_bert, data, "record"), tmp_path / "shared" / "ledger.sqlite"
     begin(settings, Paths.of(tmp_path / "run", ledger)).ledger.close()
     with pytest.raises(Refused, match="found no ledger"):
@@ -299,17 +297,15 @@ def test_a_client_that_fails_costs_the_quorum(
     with pytest.raises(Spent, match="2 of 3 asked answered"):
         train(strict, sequential(strict))
     spent = strict.ledger.entries()
-    assert (
-        sum(e.body["kind"] == "reserve" and e.body["budget"] == "client-1" for e in spent) == 4
-    )  # all attempts
+    # all attempts
+    assert sum(e.body["kind"] == "reserve" and e.body["budget"] == "client-1" for e in spent) == 4
     lenient = begin(
         config(tiny_bert, data, "record", "federation.quorum=0.6"), Paths.of(tmp_path / "lenient")
     )
     assert train(lenient, sequential(lenient)).round == 4
 
 
-# --- killed at random moments
-# --------------------------------------------------------------------------
+# --- killed at random moments ---------------------------------------------------------------------
 
 
 def start(settings: Config, folder: Path, resume: bool) -> subprocess.Popen[bytes]:
@@ -333,10 +329,7 @@ def start(settings: Config, folder: Path, resume: bool) -> subprocess.Popen[byte
 
 
 def kill_until_done(settings: Config, folder: Path, delays: Sequence[float]) -> int:
-    """Start, kill -9 after each delay counted from the first sign of life, then let it end.
-
-    Its exit code.
-    """
+    """Start, kill -9 after each delay from the first sign of life, let it end; the exit code."""
     for delay in delays:
         begun = (folder / "checkpoint" / "manifest.json").exists()
         process = start(settings, folder, begun)

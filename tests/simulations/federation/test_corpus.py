@@ -1,6 +1,4 @@
-"""The quickstart's corpus: the same for a seed everywhere, neither trivial nor hopeless, and unlike
-by institution.
-"""
+"""The quickstart's corpus: fixed by its seed, neither trivial nor hopeless, unlike by place."""
 
 from __future__ import annotations
 
@@ -67,9 +65,7 @@ def test_few_test_messages_occur_in_train(corpus: Corpus) -> None:
 
 
 def test_a_good_model_gets_about_nine_of_ten(corpus: Corpus) -> None:
-    """Measured: 0.915 for words and pairs, 0.91 for logistic regression on MiniLM's mean-pooled
-    features.
-    """
+    """Measured: 0.915 for words and pairs, 0.91 for regression on MiniLM's mean-pooled features."""
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     features = words.fit_transform([record["text"] for record in corpus.train])
     model = LogisticRegression(C=3, max_iter=300).fit(
@@ -85,9 +81,8 @@ def test_labels_of_train_alone_are_wrong_at_the_stated_rate(
     """Where no message could be meant either way, its own words say what its label should be."""
     monkeypatch.setattr("fedlora.simulations.federation.corpus.EITHER", 0.0)
     monkeypatch.setattr("fedlora.simulations.federation.corpus.ASIDE", 0.0)
-    monkeypatch.setattr(
-        "fedlora.simulations.federation.corpus.INSTITUTIONS", INSTITUTIONS[1:2]
-    )  # writes without typos
+    # writes without typos
+    monkeypatch.setattr("fedlora.simulations.federation.corpus.INSTITUTIONS", INSTITUTIONS[1:2])
     clear = generate(3)
     wrong = {
         name: sum(not _has_words_of(each) for each in part) for name, part in vars(clear).items()

@@ -33,10 +33,7 @@ def deal(config: FederationConfig, records: Records, seed: int = 0) -> Partition
 
 
 def check_dealt(partition: Partition, units: int, clients: int) -> None:
-    """Disjoint and complete: the units of all clients together are each unit once.
-
-    Nobody has none.
-    """
+    """Disjoint and complete: all clients' units are each unit once; nobody has none."""
     assert sorted(partition.units.tolist()) == list(range(units))
     assert partition.offsets[0] == 0 and partition.offsets[-1] == units
     assert len(partition.sizes) == clients and partition.sizes.min() >= 1

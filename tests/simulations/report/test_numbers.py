@@ -75,9 +75,7 @@ def test_sizes_and_numbers() -> None:
 
 
 def test_wilson_interval_by_example() -> None:
-    """10 of 20 and 0 of 10: the values of
-    statsmodels.stats.proportion.proportion_confint(method="wilson").
-    """
+    """10 of 20 and 0 of 10, as statsmodels' proportion_confint(method="wilson") has them."""
     assert numbers.wilson(0.5, 20) == pytest.approx((0.2993, 0.7007), abs=1e-4)
     assert numbers.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
@@ -93,9 +91,8 @@ def test_every_cell_can_be_read(share: float) -> None:
 
 def test_contrast_by_example() -> None:
     assert tables.contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
-    assert tables.contrast((118, 118, 118), (255, 255, 255)) == pytest.approx(
-        4.54, abs=0.01
-    )  # WCAG's own grey
+    # WCAG's own grey
+    assert tables.contrast((118, 118, 118), (255, 255, 255)) == pytest.approx(4.54, abs=0.01)
 
 
 def test_more_is_darker() -> None:

@@ -1,7 +1,4 @@
-"""The report of every kind of run.
-
-well-formed, self-contained, escaped, and true to the files it is written from.
-"""
+"""Every kind of run's report: well-formed, self-contained, escaped, true to its files."""
 
 from __future__ import annotations
 
@@ -65,9 +62,7 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
     def check(self) -> None:
-        """No scripts, nothing from elsewhere, captions and descriptions, no id twice, no gap left
-        open.
-        """
+        """No scripts or foreign links, captions and descriptions, no id twice, no gap."""
         assert not {"script", "link", "iframe", "object", "img"} & {tag for tag, _ in self.tags}
         assert "http:" not in self.source and "https:" not in self.source
         for tag, attributes in self.tags:
@@ -218,8 +213,8 @@ def test_all_sections_are_there(tmp_path: Path) -> None:
     for words in (
         "Each institution's updates are private.", "Sampling rate", "after round 4",
         "ε of the rounds so far: 2 after", "asked 12 times and 12 answers counted", "None failed",
-        "Records by institution and label", "true \\ guessed", "Recall by class", "Training records whose text was cut",
-        'base = "models/minilm"', "python", "sha256:",
+        "Records by institution and label", "true \\ guessed", "Recall by class",
+        "Training records whose text was cut", 'base = "models/minilm"', "python", "sha256:",
     ):  # fmt: skip
         assert words in page.text, words
 
