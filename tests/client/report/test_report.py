@@ -212,6 +212,25 @@ def test_a_name_in_the_page_is_text(north: Institution) -> None:
     assert "<script" not in page(body)
 
 
+def test_every_text_in_the_page_is_text(north: Institution) -> None:
+    for data in (offer_of(RUN), task_of(RUN), offer_of(replace(RUN, minimum_cohort=1)), b"x"):
+        north.ask(data)
+
+    def marked(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: marked(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [marked(each) for each in value]
+        return f"<img src=x>{value}" if isinstance(value, str) else value
+
+    body = marked(body_of(north))
+    body["runs"] += [
+        {**body["runs"][0], "manifest_kept": False, "note": "", "attempts_consented": 1}
+    ]
+    shown = page(body)
+    assert "<img" not in shown and shown.count("&lt;img") > 50
+
+
 def test_no_byte_or_file_of_a_report_changes_unnoticed(north: Institution, tmp_path: Path) -> None:
     for data in (offer_of(RUN), task_of(RUN)):
         north.ask(data)
