@@ -9,57 +9,28 @@ file beside them, changes unnoticed.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fedlora.client.consent.offer import kept_manifest
 from fedlora.client.node.enrolment import pinned_invitation
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import Policy
 from fedlora.client.node.roster import read_peers
 from fedlora.client.report.page import page
+from fedlora.client.report.run_facts import MECHANISMS, Body, consented_runs, run_facts
 from fedlora.client.service.refusals import read_lines, read_refusals
 from fedlora.common.disk.files import write_atomically
-from fedlora.common.ledger.ledger import Ledger
-from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.privacy.accountant import accountant_name, history_of, renyi_epsilon
-from fedlora.common.privacy.statement import (
-    noise_source,
-    privacy_statement,
-    secure_statement,
-    unit_of,
-)
-from fedlora.common.protocol.messages import one_line
-from fedlora.common.trust.identity import Identity, Signed
+from fedlora.common.ledger.ledger import Budget, Ledger
+from fedlora.common.privacy.accountant import accountant_name
+from fedlora.common.trust.identity import Identity
 from fedlora.common.trust.sealed import seal
 
-Body = dict[str, Any]  # of an entry of the ledger
-Release = tuple[int, int, int]  # round, attempt, bytes
 REPORT_TAG = "fedlora-node-report-1"
 REPORT, PAGE = "report.json", "report.html"
-MECHANISMS = {
-    "record": "Poisson-subsampled Gaussian, per-unit clip",
-    "client": "clip of the whole update, Skellam noise shared under secure aggregation",
-    "none": "none: updates leave without noise",
-}
-NEIGHBOURS = {
-    "record": "data sets that differ by adding or removing one unit",
-    "client": (
-        "cohorts of which one institution's update is there or zero; a budget is charged for data"
-        " sets that differ by one record"
-    ),
-    "none": "none: nothing is guaranteed",
-}
-SECOND = {
-    "record": "Opacus RDP",
-    "client": "none: no second implementation of the Skellam mechanism's bound is installed",
-    "none": "none: there is no ε",
-}
 ASSUMPTIONS = (
     (
         "A unit of privacy occurs at one institution only; where it occurs at several, its ε and δ"
@@ -76,7 +47,6 @@ ASSUMPTIONS = (
         " mathematical mechanism's."
     ),
 )
-NOT_KEPT = "the ledger charged it; its manifest is not kept here"
 PACKAGES = ("fedlora", "flwr", "grpcio", "opacus", "torch", "transformers", "peft", "cryptography")
 
 
@@ -100,7 +70,8 @@ def report_body(
     entries = ledger.entries()
     bodies = [entry.body for entry in entries]
     invitation = pinned_invitation(folder) if folder.federation.exists() else None
-    last = entries[-1]
+    runs = consented_runs(folder, bodies)
+    outbox = Outbox(folder.under(policy.trainer.outbox))
     refusals, not_kept = read_refusals(folder.refusals)
     strangers = [
         {name: value for name, value in line.items() if name in ("time", "reason")}
@@ -116,14 +87,18 @@ def report_body(
         "coordinator": "" if invitation is None else invitation.coordinator.fingerprint,
         "peers": {name: peer.identity.fingerprint for name, peer in read_peers(folder).items()},
         "policy_digest": policy.digest,
-        "budgets": [*_budgets(policy, ledger), *_former_budgets(policy, ledger, bodies)],
-        "runs": [_run(folder, policy, bodies, digest) for digest in _runs(folder, bodies)],
+        "budgets": _budgets(policy, ledger, bodies),
+        "runs": [run_facts(folder, outbox, bodies, digest) for digest in runs],
         # as they were told, and what the policy said; details, which may quote a record, stay in
         # the node's own log
         "refusals": refusals,
         "refusals_not_kept": not_kept,
         "strangers": strangers,
-        "ledger": {"id": entries[0].body["id"], "entries": last.number, "head": last.hash},
+        "ledger": {
+            "id": entries[0].body["id"],
+            "entries": entries[-1].number,
+            "head": entries[-1].hash,
+        },
         "accountant": accountant_name(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "mechanisms": {mode: MECHANISMS[mode] for mode in _modes(policy)},
@@ -138,186 +113,33 @@ def _modes(policy: Policy) -> list[str]:
     return ["record", *(mode for mode, each in allowed.items() if each)]
 
 
-def _budgets(policy: Policy, ledger: Ledger) -> list[dict[str, Any]]:
-    rows = []
-    for name, budget in policy.budgets.items():
-        spent = ledger.spent(name)
-        rows.append(
-            {
-                "budget": name,
-                "in_policy": True,
-                "data": [key for key, data in policy.data.items() if data.budget == name],
-                "epsilon": budget.epsilon,
-                "epsilon_spent": spent.epsilon,
-                "epsilon_left": max(budget.epsilon - spent.epsilon, 0.0),
-                "delta": budget.delta,
-                "delta_spent": spent.delta,
-                "delta_left": max(budget.delta - spent.delta, 0.0),
-            }
-        )
-    return rows
+def _budgets(policy: Policy, ledger: Ledger, bodies: list[Body]) -> list[Body]:
+    """The policy's budgets, and those that it has no more, with the caps of their last run.
 
-
-def _former_budgets(policy: Policy, ledger: Ledger, bodies: list[Body]) -> list[dict[str, Any]]:
-    """What runs charged to budgets that the policy lacks now, with their last caps: still spent."""
-    caps = {str(body["budget"]): body for body in bodies if body["kind"] == "consent"}
-    rows = []
-    for name, cap in caps.items():
-        if name not in policy.budgets:
-            spent = ledger.spent(name)
-            rows.append(
-                {
-                    "budget": name,
-                    "in_policy": False,
-                    "data": [],
-                    "epsilon": cap["cap_epsilon"],
-                    "epsilon_spent": spent.epsilon,
-                    "epsilon_left": 0.0,
-                    "delta": cap["cap_delta"],
-                    "delta_spent": spent.delta,
-                    "delta_left": 0.0,
-                }
-            )
-    return rows
-
-
-def _run(folder: NodeFolder, policy: Policy, bodies: list[Body], digest: str) -> dict[str, Any]:
-    mine = [body for body in bodies if body.get("manifest") == digest]
-    sizes = list(Outbox(folder.under(policy.trainer.outbox)).sizes(digest))
-    path = folder.run(digest) / "manifest.signed"
-    if path.is_file():
-        return _kept_run(folder, *kept_manifest(path), mine, sizes)
-    return _lost_run(digest, mine, sizes)
-
-
-def _lost_run(digest: str, mine: list[Body], sizes: list[Release]) -> dict[str, Any]:
-    """A run that the ledger alone tells of: killed before its manifest was kept, or folder lost."""
-    consents = [body for body in mine if body["kind"] == "consent"]
-    return {
-        "manifest": digest,
-        "manifest_kept": False,
-        "note": NOT_KEPT,
-        "budget": [str(body["budget"]) for body in consents],
-        "epsilon": max(float(body["epsilon"]) for body in consents),
-        "delta": max(float(body["delta"]) for body in consents),
-        "attempts_consented": max(sum(body["attempts"]) for body in consents),
-        "attempts_reserved": sum(body["kind"] == "reserve" for body in mine),
-        "updates_committed": sum(body["kind"] == "commit" for body in mine),
-        "sent": _sent(sizes, "update, in clear or masked", ""),
-    }
-
-
-def _sent(sizes: list[Release], update: str, to: str) -> list[dict[str, Any]]:
-    return [
-        {
-            "kind": update if attempt else "consent",
-            "to": to,
-            "round": number,
-            "attempt": attempt,
-            "bytes": size,
-        }
-        for number, attempt, size in sizes
-    ]
-
-
-def _kept_run(
-    folder: NodeFolder,
-    signed: Signed,
-    manifest: RunManifest,
-    mine: list[Body],
-    sizes: list[Release],
-) -> dict[str, Any]:
-    digest = manifest.digest
-    consents = [body for body in mine if body["kind"] == "consent"]
-    epsilon = max((float(body["epsilon"]) for body in consents), default=None)
-    update = "update" if manifest.secure is None else "masked update"
-    left = sum(attempt > 0 for _, attempt, _ in sizes)
-    return {
-        "manifest": digest,
-        "manifest_kept": True,
-        "run": one_line(manifest.run),
-        "federation": manifest.federation,
-        "coordinator": signed.signer.text,
-        "task": manifest.task,
-        "unit": unit_of(manifest),
-        "mode": manifest.mode,
-        "mechanism": MECHANISMS[manifest.mode],
-        "neighbours": NEIGHBOURS[manifest.mode],
-        "noise": "none" if manifest.mode == "none" else noise_source(manifest),
-        "budget": [str(body["budget"]) for body in consents],
-        "epsilon": epsilon,
-        "delta": manifest.delta,
-        "accountant": _accountant(manifest),
-        "epsilon_second_accountant": _second(manifest),
-        "second_accountant": SECOND[manifest.mode],
-        "phases": [
-            {
-                "name": phase.name,
-                "sampling_rate": phase.sampling_rate,
-                "noise_multiplier": phase.noise_multiplier,
-                "clip": phase.clip,
-                "head_clip": phase.head_clip,
-                "rounds": phase.rounds,
-                "attempts": phase.attempts,
-                "steps": phase.steps,
-            }
-            for phase in manifest.phases
-        ],
-        "attempts_reserved": sum(body["kind"] == "reserve" for body in mine),
-        # the ledger has no entry of a run without ε
-        "updates_committed": (
-            left if manifest.mode == "none" else sum(body["kind"] == "commit" for body in mine)
-        ),
-        "sent": _sent(sizes, update, signed.signer.fingerprint),
-        "data": _versions(folder.run(digest) / "data.jsonl"),
-        "base_digest": manifest.base_digest,
-        "spec_digest": manifest.spec_digest,
-        "aggregation": (
-            "updates left in clear" if manifest.secure is None else "updates left under masks"
-        ),
-        "sums": _sums(folder.run(digest) / "secure.jsonl"),
-        "statement": (
-            [*privacy_statement(manifest, epsilon), *secure_statement(manifest)]
-            if epsilon is not None or manifest.mode == "none"
-            else []
-        ),
-    }
-
-
-def _versions(path: Path) -> list[dict[str, Any]]:
-    """When data were used, and whether they had changed; a digest would let guesses be tried."""
-    lines = list(read_lines(path, "time", "data"))
-    known = list(dict.fromkeys(line["data"] for line in lines))
-    return [{"time": line["time"], "version": 1 + known.index(line["data"])} for line in lines]
-
-
-def _accountant(manifest: RunManifest) -> str:
-    if manifest.mode == "client":
-        return "Rényi bound of the Skellam mechanism (Agarwal, Kairouz and Liu 2021)"
-    return accountant_name() if manifest.mode == "record" else "none: there is no ε"
-
-
-def _sums(path: Path) -> list[dict[str, Any]]:
-    """Each sum that may hold an input of this node, by its last line.
-
-    Also where it was not asked to confirm it.
+    What was spent of these stays spent.
     """
-    lines = enumerate(read_lines(path))
-    return list({str(line.get("attempt", f"line {place}")): line for place, line in lines}.values())
+    former = {
+        name: Budget(name, float(body["cap_epsilon"]), float(body["cap_delta"]))
+        for body in bodies
+        if body["kind"] == "consent" and (name := str(body["budget"])) not in policy.budgets
+    }
+    held = [_budget(policy, ledger, each, True) for each in policy.budgets.values()]
+    return held + [_budget(policy, ledger, each, False) for each in former.values()]
 
 
-def _second(manifest: RunManifest) -> float | None:
-    """ε of the whole schedule by Rényi: looser, by other arithmetic; None where it has no bound."""
-    if manifest.mode != "record":
-        return None
-    epsilon = renyi_epsilon(history_of(manifest), manifest.delta)
-    return epsilon if math.isfinite(epsilon) else None
-
-
-def _runs(folder: NodeFolder, bodies: list[Body]) -> list[str]:
-    """The runs that were consented to: whose manifest is kept, or which the ledger charged."""
-    kept = {f"sha256:{path.parent.name}" for path in folder.runs.glob("*/manifest.signed")}
-    return sorted(kept | {str(body["manifest"]) for body in bodies if body["kind"] == "consent"})
+def _budget(policy: Policy, ledger: Ledger, cap: Budget, in_policy: bool) -> Body:
+    spent = ledger.spent(cap.name)
+    return {
+        "budget": cap.name,
+        "in_policy": in_policy,
+        "data": [name for name, data in policy.data.items() if data.budget == cap.name],
+        "epsilon": cap.epsilon,
+        "epsilon_spent": spent.epsilon,
+        "epsilon_left": max(cap.epsilon - spent.epsilon, 0.0) if in_policy else 0.0,
+        "delta": cap.delta,
+        "delta_spent": spent.delta,
+        "delta_left": max(cap.delta - spent.delta, 0.0) if in_policy else 0.0,
+    }
 
 
 def _version(name: str) -> str:

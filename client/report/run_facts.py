@@ -1,0 +1,177 @@
+"""What a report tells of each run that was consented to.
+
+From its manifest, and from what the ledger and the outbox hold of it.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from fedlora.client.consent.offer import kept_manifest
+from fedlora.client.node.folder import NodeFolder
+from fedlora.client.node.outbox import Outbox
+from fedlora.client.service.refusals import read_lines
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.privacy.accountant import accountant_name, history_of, renyi_epsilon
+from fedlora.common.privacy.statement import (
+    noise_source,
+    privacy_statement,
+    secure_statement,
+    unit_of,
+)
+from fedlora.common.protocol.messages import one_line
+
+Body = dict[str, Any]  # of an entry of the ledger
+Release = tuple[int, int, int]  # round, attempt, bytes
+MECHANISMS = {
+    "record": "Poisson-subsampled Gaussian, per-unit clip",
+    "client": "clip of the whole update, Skellam noise shared under secure aggregation",
+    "none": "none: updates leave without noise",
+}
+NEIGHBOURS = {
+    "record": "data sets that differ by adding or removing one unit",
+    "client": (
+        "cohorts of which one institution's update is there or zero; a budget is charged for data"
+        " sets that differ by one record"
+    ),
+    "none": "none: nothing is guaranteed",
+}
+SECOND = {
+    "record": "Opacus RDP",
+    "client": "none: no second implementation of the Skellam mechanism's bound is installed",
+    "none": "none: there is no ε",
+}
+NOT_KEPT = "the ledger charged it; its manifest is not kept here"
+PHASE_FACTS = (
+    *("name", "sampling_rate", "noise_multiplier", "clip", "head_clip"),
+    *("rounds", "attempts", "steps"),
+)
+
+
+def consented_runs(folder: NodeFolder, bodies: list[Body]) -> list[str]:
+    """The digests of the runs whose manifest is kept, or which the ledger charged."""
+    kept = {f"sha256:{path.parent.name}" for path in folder.runs.glob("*/manifest.signed")}
+    return sorted(kept | {str(body["manifest"]) for body in bodies if body["kind"] == "consent"})
+
+
+def run_facts(folder: NodeFolder, outbox: Outbox, bodies: list[Body], digest: str) -> Body:
+    """All that is known of the run; `bodies` are those of the whole ledger's entries."""
+    mine = [body for body in bodies if body.get("manifest") == digest]
+    sizes = list(outbox.sizes(digest))
+    if (folder.run(digest) / "manifest.signed").is_file():
+        return _kept_run(folder.run(digest), mine, sizes)
+    return _lost_run(digest, mine, sizes)
+
+
+def _lost_run(digest: str, mine: list[Body], sizes: list[Release]) -> Body:
+    """A run that the ledger alone tells of: killed before its manifest was kept, or folder lost."""
+    consents = _of_kind(mine, "consent")
+    return {
+        "manifest": digest,
+        "manifest_kept": False,
+        "note": NOT_KEPT,
+        "budget": [str(body["budget"]) for body in consents],
+        "epsilon": max(float(body["epsilon"]) for body in consents),
+        "delta": max(float(body["delta"]) for body in consents),
+        "attempts_consented": max(sum(body["attempts"]) for body in consents),
+        "attempts_reserved": len(_of_kind(mine, "reserve")),
+        "updates_committed": len(_of_kind(mine, "commit")),
+        "sent": _sent(sizes, "update, in clear or masked", ""),
+    }
+
+
+def _kept_run(folder: Path, mine: list[Body], sizes: list[Release]) -> Body:
+    signed, manifest = kept_manifest(folder / "manifest.signed")
+    consents, masked = _of_kind(mine, "consent"), manifest.secure is not None
+    epsilon = max((float(body["epsilon"]) for body in consents), default=None)
+    left = sum(attempt > 0 for _, attempt, _ in sizes)
+    return {
+        "manifest": manifest.digest,
+        "manifest_kept": True,
+        "run": one_line(manifest.run),
+        "federation": manifest.federation,
+        "coordinator": signed.signer.text,
+        "task": manifest.task,
+        "budget": [str(body["budget"]) for body in consents],
+        "epsilon": epsilon,
+        **_guarantee(manifest, epsilon),
+        "phases": [{key: getattr(each, key) for key in PHASE_FACTS} for each in manifest.phases],
+        "attempts_reserved": len(_of_kind(mine, "reserve")),
+        # the ledger has no entry of a run without ε
+        "updates_committed": left if manifest.mode == "none" else len(_of_kind(mine, "commit")),
+        "sent": _sent(sizes, "masked update" if masked else "update", signed.signer.fingerprint),
+        "data": _versions(folder / "data.jsonl"),
+        "base_digest": manifest.base_digest,
+        "spec_digest": manifest.spec_digest,
+        "aggregation": "updates left under masks" if masked else "updates left in clear",
+        "sums": _sums(folder / "secure.jsonl"),
+    }
+
+
+def _guarantee(manifest: RunManifest, epsilon: float | None) -> Body:
+    """What its schedule guarantees, to whom, and by which arithmetic."""
+    noised = manifest.mode != "none"
+    charged = epsilon is not None or not noised
+    return {
+        "unit": unit_of(manifest),
+        "mode": manifest.mode,
+        "mechanism": MECHANISMS[manifest.mode],
+        "neighbours": NEIGHBOURS[manifest.mode],
+        "noise": noise_source(manifest) if noised else "none",
+        "delta": manifest.delta,
+        "accountant": _accountant(manifest),
+        "epsilon_second_accountant": _second(manifest),
+        "second_accountant": SECOND[manifest.mode],
+        "statement": (
+            [*privacy_statement(manifest, epsilon), *secure_statement(manifest)] if charged else []
+        ),
+    }
+
+
+def _accountant(manifest: RunManifest) -> str:
+    if manifest.mode == "client":
+        return "Rényi bound of the Skellam mechanism (Agarwal, Kairouz and Liu 2021)"
+    return accountant_name() if manifest.mode == "record" else "none: there is no ε"
+
+
+def _second(manifest: RunManifest) -> float | None:
+    """ε of the whole schedule by Rényi: looser, by other arithmetic; None where it has no bound."""
+    if manifest.mode != "record":
+        return None
+    epsilon = renyi_epsilon(history_of(manifest), manifest.delta)
+    return epsilon if math.isfinite(epsilon) else None
+
+
+def _of_kind(mine: list[Body], kind: str) -> list[Body]:
+    return [body for body in mine if body["kind"] == kind]
+
+
+def _sent(sizes: list[Release], update: str, to: str) -> list[Body]:
+    return [
+        {
+            "kind": update if attempt else "consent",
+            "to": to,
+            "round": number,
+            "attempt": attempt,
+            "bytes": size,
+        }
+        for number, attempt, size in sizes
+    ]
+
+
+def _versions(path: Path) -> list[Body]:
+    """When data were used, and whether they had changed; a digest would let guesses be tried."""
+    lines = list(read_lines(path, "time", "data"))
+    known = list(dict.fromkeys(line["data"] for line in lines))
+    return [{"time": line["time"], "version": 1 + known.index(line["data"])} for line in lines]
+
+
+def _sums(path: Path) -> list[Body]:
+    """Each sum that may hold an input of this node, by its last line.
+
+    Also where it was not asked to confirm it.
+    """
+    lines = enumerate(read_lines(path))
+    return list({str(line.get("attempt", f"line {place}")): line for place, line in lines}.values())
