@@ -4,7 +4,7 @@
 backbone. Where the head is ours, `head.safetensors` lies beside it (`common.adapter.released` lists
 the files), and three lines load both:
 
-    from fedlora.common.adapter.peft import load_adapter
+    from fedlora.common.adapter import load_adapter
     classifier = load_adapter("runs/ag_news/adapter")
     print(classifier.predict(["Oil prices rose on Monday."]))
 

@@ -13,6 +13,7 @@ from fedlora.common.privacy.statement import (
     shown_epsilon,
 )
 from fedlora.common.protocol.messages import Consent
+from fedlora.server.release.layout import VERSION
 
 FIGURES = ("accuracy", "macro_f1", "perplexity", "loss")
 PAIRS, COUNTS = ("cohort", "threshold"), ("sums", "colluders", "smallest_sum")
@@ -23,8 +24,9 @@ def model_card(
     organisations: Mapping[str, str],
     statements: Mapping[str, Consent],
     figures: Mapping[str, Any],
+    version: int = VERSION,
 ) -> str:
-    """Markdown; the largest ε that an institution states is the run's."""
+    """Markdown; the largest ε that an institution states is the run's. `version` is the release's."""
     largest = max((consent.epsilon for consent in statements.values()), default=None)
     epsilon = None if manifest.mode == "none" else largest
     rows = [_row(organisations[name], statements[name]) for name in statements]
@@ -43,7 +45,7 @@ def model_card(
             "## Measured on public data",
             "\n".join(["| figure | value |", "|---|---|", *measured]),
         ]
-    return "\n\n".join([*parts, USE]) + "\n"
+    return "\n\n".join([*parts, USE.format(module=LOADERS[version])]) + "\n"
 
 
 def shown_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,10 +130,12 @@ def _cell(text: str) -> str:
     )
 
 
+# By a release's version, for a card is compared word for word: where `load_adapter` was, and is.
+LOADERS = {1: "fedlora.common.export", 2: "fedlora.common.adapter"}
 USE = """## Use
 
 ```python
-from fedlora.common.adapter.peft import load_adapter
+from {module} import load_adapter
 
 classifier = load_adapter("adapter")
 ```

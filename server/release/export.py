@@ -42,6 +42,7 @@ from fedlora.server.release.layout import (
     INDEX,
     MANIFEST,
     MEMBERS,
+    MEMBERS_VERSION,
     RELEASE_MANIFEST_TAG,
     RELEASE_TAG,
     REPORTS,
@@ -116,7 +117,7 @@ def _fill(folder: Path, coordinator: Identity, release: Release, adapter: Path) 
         }
         for name, each in release.institutions.items()
     }
-    body = {"version": VERSION, "institutions": members}
+    body = {"version": MEMBERS_VERSION, "institutions": members}
     _write(
         folder / MANIFEST, seal(coordinator, RELEASE_MANIFEST_TAG, json.loads(manifest.to_bytes()))
     )

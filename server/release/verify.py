@@ -22,7 +22,7 @@ from fedlora.common.terminal import fault_lines
 from fedlora.common.trust.enrolment import FEDERATION
 from fedlora.common.trust.identity import PublicIdentity
 from fedlora.common.trust.sealed import MAX_TEXT_BYTES, Sealed, unseal
-from fedlora.server.release.card import model_card, shown_figures
+from fedlora.server.release.card import LOADERS, model_card, shown_figures
 from fedlora.server.release.layout import (
     ADAPTER,
     CARD,
@@ -32,6 +32,7 @@ from fedlora.server.release.layout import (
     MANIFEST,
     MAX_FILES,
     MEMBERS,
+    MEMBERS_VERSION,
     RELEASE_MANIFEST_TAG,
     RELEASE_TAG,
     REPORT_TAG,
@@ -77,7 +78,7 @@ def _verified(folder: Path, key: PublicIdentity | None) -> list[str]:
     institutions = _institutions(_sealed(folder, MEMBERS, EXPORT_MEMBERS_TAG, signer).body)
     statements = _statements(folder, manifest, institutions, expected)
     reports = _reports(folder, institutions, expected)
-    _check_card(folder, manifest, institutions, statements)
+    _check_card(folder, index.body["version"], manifest, institutions, statements)
     adapter = _check_adapter(folder, manifest)
     largest = max((statement.epsilon for statement in statements.values()), default=0.0)
     checked = [
@@ -101,10 +102,11 @@ def _index(body: Mapping[str, Any]) -> dict[str, str]:
     files = body.get("files")
     if (
         set(body) != {"version", "files"}
-        or body["version"] != VERSION
+        or type(body["version"]) is not int
+        or body["version"] not in LOADERS
         or not isinstance(files, dict)
     ):
-        raise BadInput(f"{INDEX}: found another table than version {VERSION} of an export")
+        raise BadInput(f"{INDEX}: found another table than version 1 to {VERSION} of an export")
     if not all(isinstance(digest, str) for digest in files.values()):
         raise BadInput(f"{INDEX} files: expected a digest for each")
     if missing := {MANIFEST, MEMBERS, CARD, FIGURES} - set(files):
@@ -153,8 +155,8 @@ def files_of(folder: Path) -> set[str]:
 
 def _institutions(body: Mapping[str, Any]) -> dict[str, Institution]:
     rows = body.get("institutions")
-    if body.get("version") != VERSION or not isinstance(rows, dict):
-        raise BadInput(f"{MEMBERS}: found another table than version {VERSION} of an export")
+    if body.get("version") != MEMBERS_VERSION or not isinstance(rows, dict):
+        raise BadInput(f"{MEMBERS}: found another table than version {MEMBERS_VERSION}")
     found = {}
     for name, row in rows.items():
         if not isinstance(row, dict) or set(row) != {"organisation", "identity", "others"}:
@@ -233,6 +235,7 @@ def _reports(
 
 def _check_card(
     folder: Path,
+    version: int,
     manifest: RunManifest,
     institutions: Mapping[str, Institution],
     statements: Mapping[str, Consent],
@@ -244,7 +247,7 @@ def _check_card(
         raise BadInput(f"{FIGURES}: found no JSON") from error
     if not isinstance(figures, dict) or figures != shown_figures(figures):
         raise BadInput(f"{FIGURES}: found other figures than a card shows")
-    if _text(folder, CARD) != rebuilt_card(manifest, institutions, statements, figures):
+    if _text(folder, CARD) != rebuilt_card(manifest, institutions, statements, figures, version):
         raise Refused(f"{CARD}: found another text than follows from what the institutions signed")
 
 
@@ -253,9 +256,11 @@ def rebuilt_card(
     institutions: Mapping[str, Institution],
     statements: Mapping[str, Consent],
     figures: Mapping[str, Any],
+    version: int = VERSION,
 ) -> str:
+    """The card that a release of this `version` has."""
     organisations = {name: each.organisation for name, each in sorted(institutions.items())}
-    return model_card(manifest, organisations, dict(sorted(statements.items())), figures)
+    return model_card(manifest, organisations, dict(sorted(statements.items())), figures, version)
 
 
 def _check_adapter(folder: Path, manifest: RunManifest) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
+import fedlora.common.adapter
 from fedlora.common.adapter.peft import export_adapter, load_adapter
 from fedlora.common.adapter.released import FILES, published, read_released, write_description
 from fedlora.common.config.schema import LoraConfig, ModelConfig
@@ -272,3 +275,13 @@ def _overwrite(path: Path) -> None:
         if ".lora_A." in name:
             tensors[name] = np.full_like(tensors[name], 5.0)
     save_file(tensors, path)
+
+
+def test_the_room_shows_load_adapter_and_imports_torch_only_then() -> None:
+    assert fedlora.common.adapter.load_adapter is load_adapter
+    with pytest.raises(AttributeError, match="no attribute 'load_adaptor'"):
+        fedlora.common.adapter.load_adaptor  # noqa: B018
+    asked = "import sys, fedlora.common.adapter as a; print('torch' in sys.modules, end=' ');"
+    words = [sys.executable, "-c", asked + "a.load_adapter; print('torch' in sys.modules)"]
+    found = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "True"]

@@ -26,6 +26,7 @@ from fedlora.server.release.layout import (
     INDEX,
     RELEASE_MANIFEST_TAG,
     RELEASE_TAG,
+    VERSION,
     Release,
 )
 from fedlora.server.release.statements import statement_text
@@ -52,6 +53,18 @@ def of() -> Party:
 @pytest.fixture
 def folder(tmp_path: Path, of: Party) -> Path:
     return exported(tmp_path, of)
+
+
+@pytest.mark.parametrize("version", [0, 1, VERSION + 1, True, "2"])
+def test_a_release_has_a_known_version_and_its_card(
+    folder: Path, of: Party, version: object
+) -> None:
+    files = {name: digest_of(folder, name) for name in files_of(folder)}
+    table = {"version": version, "files": files}
+    (folder / INDEX).write_text(seal(of.coordinator, RELEASE_TAG, table))
+    expected = "README.md" if type(version) is int and version == 1 else "another table"
+    with pytest.raises(FedloraError, match=expected):
+        verify(folder, of.coordinator.public)
 
 
 def test_an_export_verifies_as_it_was_written(folder: Path, of: Party) -> None:
@@ -176,7 +189,9 @@ def test_a_pipe_is_not_waited_for(folder: Path, of: Party, name: str) -> None:
 def resigned(folder: Path, of: Party) -> None:
     """What a dishonest coordinator can do: sign the digests of whatever it wrote."""
     files = {name: digest_of(folder, name) for name in files_of(folder)}
-    (folder / INDEX).write_text(seal(of.coordinator, RELEASE_TAG, {"version": 1, "files": files}))
+    (folder / INDEX).write_text(
+        seal(of.coordinator, RELEASE_TAG, {"version": VERSION, "files": files})
+    )
 
 
 def smaller_epsilon_in_the_card(folder: Path, of: Party) -> None:
