@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     "tests/client/secagg/test_node.py",
-    "tests/client/secagg/test_masked_trainer.py",
+    "tests/client/secagg/test_masked_run.py",
     "tests/client/secagg/test_runs.py",
     "tests/server/secagg/test_epoch.py",
     "tests/client/secagg/test_machine.py",
@@ -42,9 +42,10 @@ class Mutant:
 
 
 COHORT, NODE = "common/secagg/cohort.py", "client/secagg/node.py"
+SHARES = "client/secagg/shares.py"
 EPOCH, ATTEMPT = "server/secagg/epoch.py", "server/secagg/attempt.py"
 SEEN = "server/secagg/seen_keys.py"
-TRAINER, VERDICTS = "client/secagg/masked_trainer.py", "client/consent/judge.py"
+RUN, VERDICTS = "client/secagg/masked_run.py", "client/consent/judge.py"
 SKELLAM, PRIVACY = "common/privacy/skellam.py", "common/privacy/accountant.py"
 MANIFEST, RUNS, WIRE = "server/runs/schedule.py", "client/secagg/runs.py", "common/secagg/wire.py"
 MUTANTS = (
@@ -244,28 +245,24 @@ MUTANTS = (
     ),
     Mutant(
         "sealed shares are taken as they come",
-        NODE,
-        "            commit.check_path(\n"
-        "                dealer.root, commit.leaf(hashes), place, len(state.members), path, where\n"
-        "            )\n",
+        SHARES,
+        "    commit.check_path(dealer.root, commit.leaf(hashes), place, len(state.members), path,"
+        " where)\n",
         "",
     ),
     Mutant(
         "training before the checks",
-        TRAINER,
-        "        self._node.check(\n            stages.slot_of(plan, self._manifest.base_digest),"
+        RUN,
+        "        self.node.check(\n            stages.slot_of(plan, self._manifest.base_digest),"
         " self._encoding(plan.phase, spec.size)\n        )\n",
         "",
     ),
     Mutant(
-        "any threshold rule",
-        TRAINER,
-        "if manifest.secure.threshold != cohort.THRESHOLD_RULE:",
-        "if False:",
+        "any threshold rule", RUN, "if terms.threshold != cohort.THRESHOLD_RULE:", "if False:"
     ),
     Mutant(
         "an attempt is trained again",
-        TRAINER,
+        RUN,
         "        if sent is not None:\n",
         "        if False:\n",
     ),
@@ -294,29 +291,29 @@ MUTANTS = (
     Mutant("unmask with fewer shares", ATTEMPT, "if len(shares) < t:", "if len(shares) < t - 1:"),
     Mutant(
         "noise as if all who stay were honest",
-        TRAINER,
-        "carriers = cohort.threshold(self._node.members) - colluders",
-        "carriers = cohort.threshold(self._node.members)",
+        RUN,
+        "carriers = cohort.threshold(self.node.members) - colluders",
+        "carriers = cohort.threshold(self.node.members)",
     ),
     Mutant(
         "more colluders than the others share for",
-        TRAINER,
+        RUN,
         "if colluders < policy.max_colluders:",
         "if False:",
     ),
     Mutant(
         "fewer carriers than promised",
-        TRAINER,
+        RUN,
         "if carriers < promised.carriers:",
         "if carriers < 2:",
     ),
     Mutant(
         "a cohort whose lists may be two",
-        TRAINER,
-        "        cohort.check_colluders(self._node.members, colluders)\n",
+        RUN,
+        "        cohort.check_colluders(self.node.members, colluders)\n",
         "",
     ),
-    Mutant("other coordinates", TRAINER, "if promised.coordinates[phase] != moved:", "if False:"),
+    Mutant("other coordinates", RUN, "if promised.coordinates[phase] != moved:", "if False:"),
     Mutant("no opt-in", VERDICTS, '"" if policy.limits.client_level else', '"" if True else'),
     Mutant(
         "rounding is free",
@@ -440,7 +437,7 @@ MUTANTS = (
     ),
     Mutant(
         "updates without noise leave as often",
-        RUNS,
+        RUN,
         'noised = manifest.mode != "none"',
         "noised = True",
     ),

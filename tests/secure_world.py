@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from fedlora.client.node.masked_outbox import MemoryOutbox
+from fedlora.client.node.outbox import MemoryOutbox
 from fedlora.client.secagg.node import SecureNode
 from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.secagg.ring import Encoding

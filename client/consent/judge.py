@@ -340,7 +340,7 @@ def _secure_verdict(manifest: RunManifest, policy: Policy) -> Verdict:
 def _skellam_verdict(manifest: RunManifest) -> Verdict:
     """Whether the terms of shared noise are whole.
 
-    `client.secagg.masked_trainer` holds the cohort and the adapter to them.
+    `client.secagg.masked_run` holds the cohort and the adapter to them.
     """
     terms = manifest.skellam
     if manifest.mode != "client":

@@ -13,17 +13,16 @@ bytes, and nothing else (`sent`).
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from fedlora.client.node.masked_outbox import Outbox
-from fedlora.common.errors import BadInput, FedloraError, Refused
+from fedlora.client.node.outbox import MaskedOutbox
+from fedlora.client.secagg.shares import Attempt, EpochState, deal_shares, take_shares
+from fedlora.common.errors import BadInput, Refused
 from fedlora.common.secagg import cohort, commit, keys, masks, shamir, wire
 from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.secagg.ring import Encoding, Ints, Masked
 from fedlora.common.secagg.wire import (
     Confirmation,
-    Deal,
-    Dealer,
     Delivery,
     Epoch,
     KeyOffer,
@@ -32,42 +31,6 @@ from fedlora.common.secagg.wire import (
     Slot,
 )
 from fedlora.common.trust.identity import Identity
-
-_NEVER = b""
-
-
-@dataclass(eq=False)
-class _Attempt:
-    """The secrets of one attempt of the epoch, and how far it has come."""
-
-    seed: bytes
-    mask_key: keys.KeyPair
-    # by dealer: of its b, of its s
-    shares: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
-    context: bytes = _NEVER
-    round: int = 0
-    survivors: tuple[str, ...] = ()
-    signed: tuple[bytes, ...] = ()  # context, H(U1), H(U2), H(U3): set when this node has confirmed
-
-
-@dataclass(eq=False)
-class _EpochState:
-    """What a node knows of its epoch."""
-
-    epoch: Epoch
-    share_key: keys.KeyPair
-    offer: KeyOffer
-    attempts: dict[int, _Attempt]
-    members: tuple[KeyOffer, ...] = ()
-    cohort: bytes = _NEVER  # H(U1): set when this node has dealt
-    own: Dealer | None = None
-    dealers: bytes = _NEVER  # H(U2): set when this node has accepted
-    dealer_names: tuple[str, ...] = ()
-    bad_dealers: list[str] = field(default_factory=list)
-
-    @property
-    def names(self) -> list[str]:
-        return [offer.name for offer in self.members]
 
 
 @dataclass(frozen=True)
@@ -101,7 +64,7 @@ class SecureNode:
         policy: CohortPolicy,
         federation: str,
         run: str,
-        outbox: Outbox,
+        outbox: MaskedOutbox,
         noised: bool = True,
         draw: shamir.RandomBytes = os.urandom,
     ) -> None:
@@ -115,7 +78,7 @@ class SecureNode:
         self._last_epoch = 0
         self._last_attempt = max((attempt for _, attempt in outbox.used()), default=0)
         self._seen_keys: set[bytes] = set()
-        self._state: _EpochState | None = None
+        self._state: EpochState | None = None
         self.confirmed: Possible | None = None  # the last one
 
     @property
@@ -146,7 +109,7 @@ class SecureNode:
         self._last_epoch, self._state = epoch.number, None
         share_key = keys.KeyPair.generate(self._draw)
         attempts = {
-            each: _Attempt(
+            each: Attempt(
                 shamir.to_bytes(shamir.below_p(self._draw)), keys.KeyPair.generate(self._draw)
             )
             for each in epoch.attempts
@@ -154,7 +117,7 @@ class SecureNode:
         public = tuple(each.mask_key.public for each in attempts.values())
         offer = KeyOffer(self._policy.me, epoch.digest, share_key.public, public)
         offer = replace(offer, signature=self._identity.sign(wire.KEYS, *offer.signed()))
-        self._state = _EpochState(epoch, share_key, offer, attempts)
+        self._state = EpochState(epoch, share_key, offer, attempts)
         return offer.to_bytes()
 
     def deal(self, cohort_list: bytes) -> bytes:
@@ -172,7 +135,7 @@ class SecureNode:
                 )
         self._seen_keys.update(*((each.share_key, *each.mask_keys) for each in members))
         state.members, state.cohort = members, digest_of_cohort
-        return self._deal(state)
+        return deal_shares(state, self._policy.me, self._identity, self._draw).to_bytes()
 
     def accept(self, delivery: bytes) -> None:
         """Check U2, and open the shares that its dealers sealed for this node."""
@@ -190,7 +153,7 @@ class SecureNode:
                 )
         for dealer, sealed, path in zip(read.dealers, read.sealed, read.paths, strict=True):
             if dealer.name != self._policy.me:
-                self._take_shares(state, dealer, sealed, path)
+                take_shares(state, self._policy.me, dealer, sealed, path)
         state.dealer_names = tuple(dealer.name for dealer in read.dealers)
         state.dealers = dealers
 
@@ -295,85 +258,7 @@ class SecureNode:
         ):
             self._state = None
 
-    def _deal(self, state: _EpochState) -> bytes:
-        names, me = state.names, self._policy.me
-        shares = self._split(state)
-        hashes = [
-            b"".join(
-                commit.share_hash(state.cohort, me, name, number, kind, shares[number][kind][place])
-                for number in state.epoch.attempts
-                for kind in ("b", "s")
-            )
-            for place, name in enumerate(names)
-        ]
-        seeds = b"".join(
-            commit.seed_hash(state.cohort, me, number, each.seed)
-            for number, each in state.attempts.items()
-        )
-        root = commit.MerkleTree([commit.leaf(each) for each in hashes]).root
-        own = Dealer(me, root, seeds, b"")
-        own = replace(own, signature=self._identity.sign(wire.SHARES, *own.signed(state.cohort)))
-        sealed = []
-        for place, member in enumerate(state.members):
-            mine = [
-                (shares[number]["b"][place], shares[number]["s"][place])
-                for number in state.attempts
-            ]
-            if member.name == me:
-                for number, pair in zip(state.attempts, mine, strict=True):
-                    state.attempts[number].shares[me] = pair
-                sealed.append(b"")
-                continue
-            key = masks.sealing_key(
-                state.share_key.agree(member.share_key), state.cohort, me, member.name
-            )
-            text = b"".join(part for pair in mine for part in pair)
-            sealed.append(keys.seal(key, text, masks.sealed_for(state.cohort, me, member.name)))
-        state.own = own
-        deal = Deal(me, state.cohort, tuple(sealed), b"".join(hashes), seeds, own.signature)
-        return deal.to_bytes()
-
-    def _split(self, state: _EpochState) -> dict[int, dict[str, list[bytes]]]:
-        """By attempt and kind, the shares for every member in order."""
-        members = len(state.members)
-        t = cohort.threshold(members)
-        result = {}
-        for number, attempt in state.attempts.items():
-            secrets = {"b": attempt.seed, "s": attempt.mask_key.secret}
-            result[number] = {
-                kind: [
-                    shamir.to_bytes(share)
-                    for share in shamir.split(int.from_bytes(secret, "big"), t, members, self._draw)
-                ]
-                for kind, secret in secrets.items()
-            }
-        return result
-
-    def _take_shares(self, state: _EpochState, dealer: Dealer, sealed: bytes, path: bytes) -> None:
-        """Keep the dealer's shares; where they are not what it signed, note it: its own loss."""
-        me, where = self._policy.me, f"shares of {dealer.name}"
-        public = next(offer.share_key for offer in state.members if offer.name == dealer.name)
-        key = masks.sealing_key(state.share_key.agree(public), state.cohort, dealer.name, me)
-        try:
-            text = keys.unseal(key, sealed, masks.sealed_for(state.cohort, dealer.name, me), where)
-            wire.sized(text, 2 * shamir.BYTES * state.epoch.count)
-            parts = [text[at : at + shamir.BYTES] for at in range(0, len(text), shamir.BYTES)]
-            labels = [(number, kind) for number in state.epoch.attempts for kind in ("b", "s")]
-            hashes = b"".join(
-                commit.share_hash(state.cohort, dealer.name, me, number, kind, part)
-                for (number, kind), part in zip(labels, parts, strict=True)
-            )
-            place = state.names.index(me)
-            commit.check_path(
-                dealer.root, commit.leaf(hashes), place, len(state.members), path, where
-            )
-        except FedloraError:
-            state.bad_dealers.append(dealer.name)
-            return
-        for index, number in enumerate(state.epoch.attempts):
-            state.attempts[number].shares[dealer.name] = (parts[2 * index], parts[2 * index + 1])
-
-    def _mask_keys_of_others(self, state: _EpochState, attempt: int) -> list[tuple[str, bytes]]:
+    def _mask_keys_of_others(self, state: EpochState, attempt: int) -> list[tuple[str, bytes]]:
         """The other dealers' mask keys for one attempt."""
         place = attempt - state.epoch.first
         dealt = set(state.dealer_names) - {self._policy.me}
@@ -381,16 +266,16 @@ class SecureNode:
             (offer.name, offer.mask_keys[place]) for offer in state.members if offer.name in dealt
         ]
 
-    def _drop_before(self, state: _EpochState, attempt: int) -> None:
+    def _drop_before(self, state: EpochState, attempt: int) -> None:
         for earlier in [number for number in state.attempts if number < attempt]:
             del state.attempts[earlier]
 
-    def _epoch(self) -> _EpochState:
+    def _epoch(self) -> EpochState:
         if self._state is None:
             raise Refused("epoch: this node is in none; it joins the next")
         return self._state
 
-    def _masked(self, attempt_number: int) -> tuple[_EpochState, _Attempt]:
+    def _masked(self, attempt_number: int) -> tuple[EpochState, Attempt]:
         state = self._epoch()
         attempt = state.attempts.get(attempt_number)
         if attempt is None or not attempt.context:

@@ -1,4 +1,4 @@
-"""The secure runs that a trainer takes part in: their secrets live here, in memory, only.
+"""The masked runs that a node takes part in: their secrets live here, in memory, only.
 
 Who may be in a cohort is read from `peers.toml` at every stage, for its operator may have changed
 it meanwhile.
@@ -7,12 +7,10 @@ it meanwhile.
 from __future__ import annotations
 
 from fedlora.client.node.folder import NodeFolder, read_text
-from fedlora.client.node.masked_outbox import FolderOutbox, MemoryOutbox
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import Policy
 from fedlora.client.node.roster import read_peers
-from fedlora.client.secagg.masked_trainer import SecureTrainer
-from fedlora.client.secagg.node import SecureNode
+from fedlora.client.secagg.masked_run import MaskedRun, checked_terms
 from fedlora.common.errors import Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.secagg.cohort import CohortPolicy
@@ -20,14 +18,14 @@ from fedlora.common.trust.enrolment import Peer, request_from_text
 from fedlora.common.trust.identity import Identity
 
 
-class SecureRuns:
-    """One institution's half of each secure run that it consented to."""
+class MaskedRuns:
+    """One institution's half of each masked run that it consented to."""
 
     def __init__(
         self, folder: NodeFolder, policy: Policy, identity: Identity, outbox: Outbox
     ) -> None:
         self._folder, self._policy, self._identity, self._outbox = folder, policy, identity, outbox
-        self._trainers: dict[str, SecureTrainer] = {}
+        self._known: dict[str, MaskedRun] = {}
 
     def check(self, manifest: RunManifest) -> None:
         """Refused where approved peers can never make a cohort, or terms are not this node's."""
@@ -37,26 +35,18 @@ class SecureRuns:
                 f"manifest minimum_cohort = {asked.minimum_cohort}: this node's operator approved "
                 f"{len(asked.peers) - 1} peers, expected at least {asked.minimum_cohort - 1}"
             )
-        self._started(manifest, asked, MemoryOutbox())  # are the terms such that it could?
+        checked_terms(manifest, asked)
 
-    def trainer(self, manifest: RunManifest) -> SecureTrainer:
+    def of(self, manifest: RunManifest) -> MaskedRun:
         """The run's state machine, under today's roster; after a restart a new one, no secrets."""
         asked = self._asked(manifest)
-        known = self._trainers.get(manifest.digest)
+        known = self._known.get(manifest.digest)
         if known is not None:
-            known.adopt(asked)
+            known.node.adopt(asked)
             return known
-        made = self._started(manifest, asked, self._outbox.masked(manifest.digest))
-        return self._trainers.setdefault(manifest.digest, made)
-
-    def _started(
-        self, manifest: RunManifest, asked: CohortPolicy, outbox: FolderOutbox | MemoryOutbox
-    ) -> SecureTrainer:
-        noised = manifest.mode != "none"
-        node = SecureNode(
-            self._identity, asked, manifest.federation, manifest.digest, outbox, noised
-        )
-        return SecureTrainer(node, manifest)
+        outbox = self._outbox.masked(manifest.digest)
+        begun = MaskedRun.begun(self._identity, asked, manifest, outbox)
+        return self._known.setdefault(manifest.digest, begun)
 
     def _asked(self, manifest: RunManifest) -> CohortPolicy:
         """The stricter of what this node's policy and the manifest ask of a cohort."""

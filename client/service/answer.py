@@ -8,7 +8,7 @@
     5.         the policy once more, for it may have become stricter
     6.         the attempt is reserved, trained, committed          (client.training.trainer)
     7.         the signed bytes are on disk; then they leave
-    8. a stage: the same, where updates leave under masks only      (client.secagg.masked_trainer)
+    8. a stage: the same, where updates leave under masks only      (client.secagg.masked_run)
 
 What the policy or a signature says no to is told to the coordinator. What goes wrong once data are
 in sight is told to the log alone: a message about a record is about somebody.
@@ -33,9 +33,9 @@ from fedlora.client.node.enrolment import pinned_invitation
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.outbox import Outbox, Plans
 from fedlora.client.node.policy import Policy
-from fedlora.client.secagg.masked_trainer import SecureTrainer
+from fedlora.client.secagg.masked_run import MaskedRun
 from fedlora.client.secagg.node import Possible
-from fedlora.client.secagg.runs import SecureRuns
+from fedlora.client.secagg.runs import MaskedRuns
 from fedlora.client.service.refusals import RefusalLog
 from fedlora.common.disk.files import append_line, write_atomically
 from fedlora.common.errors import BadInput, FedloraError, Refused
@@ -115,7 +115,7 @@ class Resident:
         self._ledger = ledger
         self._work = work
         self._outbox = Outbox(folder.under(policy.trainer.outbox))
-        self._secure = SecureRuns(folder, policy, identity, self._outbox)
+        self._secure = MaskedRuns(folder, policy, identity, self._outbox)
         self._refusals = RefusalLog(folder.refusals)
         self._one = threading.Lock()
         self._check_history()
@@ -233,38 +233,37 @@ class Resident:
         if manifest.secure is None:
             raise Refused("stage: found a run without secure aggregation, expected a task of it")
         with _private():
-            trainer = self._secure.trainer(manifest)
-            kept = trainer.sent(plan) if request.stage == INPUT else None
+            run = self._secure.of(manifest)
+            kept = run.node.sent(plan.round, plan.attempt) if request.stage == INPUT else None
         if kept is None and request.stage in (OFFER, INPUT):
             self._judged(invitation, manifest, consented=True)
         try:
             if request.stage == INPUT:
-                message = kept or self._input(trainer, manifest, request)
+                message = kept or self._input(run, manifest, request)
             else:
-                message = trainer.answer(request.stage, request.message, plan)
+                message = run.answer(request.stage, request.message, plan)
         except Refused as error:
             raise BadInput(f"{request.stage}: {error}") from error
-        if request.stage == CONFIRM and trainer.confirmed is not None:
+        if request.stage == CONFIRM and run.node.confirmed is not None:
             with _private():
-                self._note_sum(plan, trainer.confirmed)
+                self._note_sum(plan, run.node.confirmed)
         if request.stage == INPUT:
             told = (plan.round, plan.attempt, one_line(manifest.run)[:80])
             log.info("sent the masked update of round %d, attempt %d of run %s", *told)
         reply = Staged(me, plan.manifest, plan.round, plan.attempt, message)
         return reply_to_bytes(self._identity, invitation.federation, reply)
 
-    def _input(self, trainer: SecureTrainer, manifest: RunManifest, request: Request) -> bytes:
+    def _input(self, run: MaskedRun, manifest: RunManifest, request: Request) -> bytes:
         with _private():
             projection = self._folder.run(manifest.digest) / "projection.safetensors"
             spec = self._work.spec(manifest, projection)
-        sent = trainer.prepare(request.message, request.plan, spec)
-        if sent is not None:
-            return sent
-        update = self._trained(manifest, request.plan, request.vector)
+        plan = request.plan
+        run.check(request.message, plan, spec)
+        update = self._trained(manifest, plan, request.vector)
         with _private():  # what is wrong with an update that has no mask yet is nobody's business
-            self._note_sum(request.plan, trainer.possible(request.plan))  # before it can leave
-            vector = vector_from_bytes(update, spec.size, "own update")
-            return trainer.mask(request.plan, spec, vector)
+            # before it can leave
+            self._note_sum(plan, run.node.possible(plan.round, plan.attempt))
+            return run.mask(plan, spec, vector_from_bytes(update, spec.size, "own update"))
 
     def _trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> bytes:
         """An attempt's update, which goes on from all before: reserved, trained, committed."""

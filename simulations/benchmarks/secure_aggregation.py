@@ -30,7 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.client.node.masked_outbox import MemoryOutbox
+from fedlora.client.node.outbox import MemoryOutbox
 from fedlora.client.secagg.node import SecureNode
 from fedlora.common.secagg.cohort import CohortPolicy, threshold
 from fedlora.common.secagg.ring import Encoding

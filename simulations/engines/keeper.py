@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import ray
 
-from fedlora.client.secagg.masked_trainer import SecureTrainer, Train
+from fedlora.client.secagg.masked_run import MaskedRun, Train
 from fedlora.common.config.schema import AggregationConfig
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.manifest.manifest import RunManifest
@@ -28,7 +28,7 @@ class _Keeper:
 
     def __init__(self, names: list[str], manifest: bytes, settings: AggregationConfig) -> None:
         self._roster = Roster(names, RunManifest.from_bytes(manifest), settings)
-        self._trainers: dict[str, SecureTrainer] = {}
+        self._runs: dict[str, MaskedRun] = {}
 
     def identities(self) -> dict[str, bytes]:
         return {name: peer.identity.key for name, peer in self._roster.peers.items()}
@@ -36,19 +36,26 @@ class _Keeper:
     def prepare(self, request: bytes, spec: AdapterSpec) -> _Said:
         """The answer to a stage; None: an update is to be trained and handed to `mask` first."""
         asked = Request.from_bytes(request)
-        node = self._node(asked.institution)
-        if asked.stage == INPUT:
-            return _said(lambda: node.prepare(asked.message, asked.plan, spec))
-        return _said(lambda: node.answer(asked.stage, asked.message, asked.plan))
+        run = self._run(asked.institution)
+
+        def step() -> bytes | None:
+            if asked.stage != INPUT:
+                return run.answer(asked.stage, asked.message, asked.plan)
+            sent = run.node.sent(asked.plan.round, asked.plan.attempt)
+            if sent is None:
+                run.check(asked.message, asked.plan, spec)
+            return sent
+
+        return _said(step)
 
     def mask(self, request: bytes, spec: AdapterSpec, update: Vector) -> _Said:
         asked = Request.from_bytes(request)
-        return _said(lambda: self._node(asked.institution).mask(asked.plan, spec, update))
+        return _said(lambda: self._run(asked.institution).mask(asked.plan, spec, update))
 
-    def _node(self, name: str) -> SecureTrainer:
-        if name not in self._trainers:
-            self._trainers[name] = self._roster.trainer(name)
-        return self._trainers[name]
+    def _run(self, name: str) -> MaskedRun:
+        if name not in self._runs:
+            self._runs[name] = self._roster.masked_run(name)
+        return self._runs[name]
 
 
 # the answer; or why there is none, and whether it is a refusal

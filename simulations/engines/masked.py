@@ -1,6 +1,6 @@
 """Secure aggregation in one process: real state machines, real bytes, configured accidents.
 
-Every institution is a `SecureTrainer` of its own with its own identity, roster and secrets; the
+Every institution is a `MaskedRun` of its own with its own identity, roster and secrets; the
 coordinator is the `SecureCohort` of the deployment. `[faults]` makes institutions drop out at a
 stage, or the coordinator attack: then the nodes refuse, and the round is lost instead of a secret.
 """
@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from fedlora.client.node.masked_outbox import MemoryOutbox
-from fedlora.client.secagg.masked_trainer import SecureTrainer
-from fedlora.client.secagg.node import SecureNode
+from fedlora.client.node.outbox import MemoryOutbox
+from fedlora.client.secagg.masked_run import MaskedRun
 from fedlora.common.config.schema import AggregationConfig, Config, FaultsConfig
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
@@ -48,20 +47,12 @@ class Roster:
         self._identities = {name: Identity.generate() for name in names}
         self.peers = {name: Peer(name, name, key.public) for name, key in self._identities.items()}
 
-    def trainer(self, name: str) -> SecureTrainer:
+    def masked_run(self, name: str) -> MaskedRun:
         """A node of that name that has just started."""
         policy = CohortPolicy(
             name, self.peers, self._settings.minimum_cohort, self._settings.max_colluders
         )
-        node = SecureNode(
-            self._identities[name],
-            policy,
-            self._manifest.federation,
-            self._manifest.digest,
-            MemoryOutbox(),
-            noised=self._manifest.mode != "none",
-        )
-        return SecureTrainer(node, self._manifest)
+        return MaskedRun.begun(self._identities[name], policy, self._manifest, MemoryOutbox())
 
 
 class Institutions:
@@ -72,7 +63,7 @@ class Institutions:
     ) -> None:
         self._faults, self._trainer_of = config.faults, trainer_of
         self._roster = Roster(names, manifest, config.aggregation)
-        self._nodes: dict[str, SecureTrainer] = {}
+        self._runs: dict[str, MaskedRun] = {}
         self._source: Random = OsRandom()
         self.masked_vectors = 0
 
@@ -106,11 +97,11 @@ class Institutions:
             return update.delta
 
         try:
-            node = self._node(name)
+            run = self._run(name)
             answer = (
-                node.input(message, plan, state.spec, train)
+                run.input(message, plan, state.spec, train)
                 if stage == stages.INPUT
-                else node.answer(stage, message, plan)
+                else run.answer(stage, message, plan)
             )
         except (BadInput, Refused) as error:
             return Failure(name, f"{stage}: {error}", refused=isinstance(error, Refused))
@@ -123,10 +114,10 @@ class Institutions:
             return _corrupted(answer)
         return answer
 
-    def _node(self, name: str) -> SecureTrainer:
-        if name not in self._nodes:
-            self._nodes[name] = self._roster.trainer(name)
-        return self._nodes[name]
+    def _run(self, name: str) -> MaskedRun:
+        if name not in self._runs:
+            self._runs[name] = self._roster.masked_run(name)
+        return self._runs[name]
 
     def _drop_outs(self, stage: str, count: int) -> list[bool]:
         rate = _rates(self._faults)[stage]

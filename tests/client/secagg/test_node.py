@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlora.client.node.masked_outbox import FolderOutbox, MemoryOutbox
+from fedlora.client.node.outbox import FolderOutbox, MemoryOutbox
 from fedlora.client.secagg.node import SecureNode
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.secagg import commit, keys, masks, shamir, wire

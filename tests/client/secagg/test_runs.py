@@ -9,7 +9,7 @@ import pytest
 
 from fedlora.client.node import roster
 from fedlora.client.node.outbox import Outbox
-from fedlora.client.secagg.runs import SecureRuns
+from fedlora.client.secagg.runs import MaskedRuns
 from fedlora.common.errors import Refused
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
@@ -38,9 +38,9 @@ class World:
                         node.folder, (root / other / "enrolment.json").read_text(), other
                     )
 
-    def runs(self, name: str) -> SecureRuns:
+    def runs(self, name: str) -> MaskedRuns:
         node = self.nodes[name]
-        return SecureRuns(
+        return MaskedRuns(
             node.folder, node.folder.load_policy(), node.identity, Outbox(node.root / "outbox")
         )
 
@@ -50,13 +50,13 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-def epoch_at(world: World, manifest: RunManifest, number: int, first: int) -> dict[str, SecureRuns]:
+def epoch_at(world: World, manifest: RunManifest, number: int, first: int) -> dict[str, MaskedRuns]:
     """Keys and shares of one epoch, in which north has a part."""
     runs = {name: world.runs(name) for name in NAMES}
     epoch = Epoch(manifest.federation, manifest.digest, number, first, 1)
     identities = {name: node.identity.public for name, node in world.nodes.items()}
     server = ServerEpoch(epoch, identities, 3)
-    halves = {name: each.trainer(manifest)._node for name, each in runs.items()}
+    halves = {name: each.of(manifest).node for name, each in runs.items()}
     for half in halves.values():
         server.add_offer(half.offer(epoch))
     members = server.close_offers()
@@ -84,7 +84,7 @@ def test_without_noise_a_round_leaves_once(world: World, mode: str) -> None:
     manifest, encoding = run_of(mode=mode), Encoding(2, 32, 2.0, 1 << 20)
     world.nodes["north"].root.joinpath("outbox").mkdir(exist_ok=True)
     Outbox(world.nodes["north"].root / "outbox").masked(manifest.digest).put(1, 1, b"left")
-    north = epoch_at(world, manifest, 2, 2)["north"].trainer(manifest)._node
+    north = epoch_at(world, manifest, 2, 2)["north"].of(manifest).node
     again = Slot(1, 2, "sha256:a", manifest.base_digest)
     if mode == "record":
         north.check(again, encoding)

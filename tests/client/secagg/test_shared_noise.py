@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fedlora.client.consent.judge import judge, projected
-from fedlora.client.node.masked_outbox import MemoryOutbox
+from fedlora.client.node.outbox import MemoryOutbox
 from fedlora.client.node.policy import Limits, Policy, TrainerPolicy
-from fedlora.client.secagg.masked_trainer import SecureTrainer
+from fedlora.client.secagg.masked_run import MaskedRun
 from fedlora.client.secagg.node import SecureNode
 from fedlora.common.config.schema import parse_config
 from fedlora.common.errors import BadInput, Refused
@@ -97,13 +97,13 @@ class Federation:
         self.run, self.state = run, AdapterState.zeros(spec)
         self.names = [node_name(number) for number in range(count)]
         self.trainers: dict[str, Clipping | Careless] = {}
-        self.nodes: dict[str, SecureTrainer] = {}
+        self.nodes: dict[str, MaskedRun] = {}
         for number, name in enumerate(self.names):
             policy = CohortPolicy(name, peers_of(count), minimum, colluders)
             node = SecureNode(
                 IDENTITIES[number], policy, run.federation, run.digest, MemoryOutbox()
             )
-            self.nodes[name] = SecureTrainer(node, run)
+            self.nodes[name] = MaskedRun(node, run)
             self.trainers[name] = Clipping(number, run)
         identities = {name: peer.identity for name, peer in peers_of(count).items()}
         self.cohort = SecureCohort(run, lambda: identities, self, lambda plan: self.names)

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.client.node.masked_outbox import MemoryOutbox
+from fedlora.client.node.outbox import MemoryOutbox
 from fedlora.client.secagg.node import SecureNode
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.manifest.plan import RoundPlan

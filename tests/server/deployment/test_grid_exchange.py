@@ -16,8 +16,8 @@ import pytest
 from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora.client.node.masked_outbox import MemoryOutbox
-from fedlora.client.secagg.masked_trainer import SecureTrainer
+from fedlora.client.node.outbox import MemoryOutbox
+from fedlora.client.secagg.masked_run import MaskedRun
 from fedlora.client.secagg.node import SecureNode
 from fedlora.common.errors import FedloraError
 from fedlora.common.manifest.manifest import SecureTerms
@@ -60,7 +60,7 @@ class Institution:
         node = SecureNode(
             IDENTITIES[number], policy, MANIFEST.federation, MANIFEST.digest, MemoryOutbox()
         )
-        self.node = SecureTrainer(node, MANIFEST)
+        self.node = MaskedRun(node, MANIFEST)
         self.delta = np.random.default_rng(number).normal(size=SPEC.size).astype(np.float32)
 
     def answers(self, message: Message) -> list[tuple[float, Message]]:
@@ -97,7 +97,7 @@ class Institution:
 
     def lie(self, answer: bytes, plan: RoundPlan) -> bytes:
         """Another share than the one that was dealt, properly signed."""
-        state = self.node._node._state
+        state = self.node.node._state
         assert state is not None
         context = slot_of(plan, MANIFEST.base_digest).context(state.epoch)
         opening = Opening.from_bytes(answer)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from fedlora.client.node.masked_outbox import MemoryOutbox
+from fedlora.client.node.outbox import MemoryOutbox
 from fedlora.client.secagg.node import SecureNode
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.secagg import shamir, wire

@@ -1,4 +1,4 @@
-"""A trainer whose updates leave under masks: a stage at a time, trained between the checks.
+"""A run whose updates leave under masks: a stage at a time, trained between the checks.
 
     offer, deal     an epoch's keys and shares                             (client.secagg.node)
     input           accept U2; may this attempt be masked at all? Only then policy, ledger and
@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedlora.client.secagg.node import Possible, SecureNode
+from fedlora.client.node.outbox import MaskedOutbox
+from fedlora.client.secagg.node import SecureNode
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, Vector
 from fedlora.common.privacy.accountant import member_noise, releases_of
@@ -26,47 +27,30 @@ from fedlora.common.protocol import stages
 from fedlora.common.secagg import cohort
 from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.secagg.ring import Encoding
+from fedlora.common.trust.identity import Identity
 
 Train = Callable[[], Vector]  # reserves and trains one attempt, and gives its update
 
 
-class SecureTrainer:
+class MaskedRun:
     """One institution in one run. Refused where the manifest's terms are not its own policy's."""
 
     def __init__(self, node: SecureNode, manifest: RunManifest) -> None:
-        if manifest.secure is None:
-            raise Refused("manifest secure: found none, expected the terms of secure aggregation")
-        if manifest.secure.threshold != cohort.THRESHOLD_RULE:
-            raise Refused(
-                f"manifest secure threshold: found {manifest.secure.threshold!r}, "
-                f"expected {cohort.THRESHOLD_RULE!r}"
-            )
-        if manifest.mode == "client":
-            _check_shared_noise(node.policy, manifest, manifest.secure.max_colluders)
-        for phase in range(len(manifest.phases)):
-            stages.encoding_of(manifest.secure, phase, 1)
-        self._node, self._manifest, self._terms = node, manifest, manifest.secure
+        self._terms = checked_terms(manifest, node.policy)
+        self.node, self._manifest = node, manifest
 
-    @property
-    def confirmed(self) -> Possible | None:
-        """The last attempt that this node helped to unmask."""
-        return self._node.confirmed
-
-    def possible(self, plan: RoundPlan) -> Possible:
-        """The sum that an input for `plan` may be in, whether or not this node will hear of it."""
-        return self._node.possible(plan.round, plan.attempt)
-
-    def adopt(self, policy: CohortPolicy) -> None:
-        """The operator's roster and limits as they are now."""
-        self._node.adopt(policy)
-
-    def sent(self, plan: RoundPlan) -> bytes | None:
-        """The masked input that was made for this attempt, or None."""
-        return self._node.sent(plan.round, plan.attempt)
+    @classmethod
+    def begun(
+        cls, identity: Identity, policy: CohortPolicy, manifest: RunManifest, outbox: MaskedOutbox
+    ) -> MaskedRun:
+        """The run at a node that has just started: it has its outbox, and no secrets."""
+        noised = manifest.mode != "none"
+        names = manifest.federation, manifest.digest
+        return cls(SecureNode(identity, policy, *names, outbox, noised), manifest)
 
     def answer(self, stage: str, message: bytes, plan: RoundPlan) -> bytes:
         """The answer to a stage in which nobody trains; BadInput or Refused with the reason."""
-        node = self._node
+        node = self.node
         if stage == stages.OFFER:
             return node.offer(stages.epoch_from_bytes(message))
         if stage == stages.DEAL:
@@ -79,24 +63,21 @@ class SecureTrainer:
 
     def input(self, delivery: bytes, plan: RoundPlan, spec: AdapterSpec, train: Train) -> bytes:
         """The masked input of an attempt; `train` is called when all checks hold, at most once."""
-        return self.prepare(delivery, plan, spec) or self.mask(plan, spec, train())
-
-    def prepare(self, delivery: bytes, plan: RoundPlan, spec: AdapterSpec) -> bytes | None:
-        """Accept U2, and see that the attempt may be masked: before data are touched.
-
-        What was sent for it, if it was.
-        """
-        sent = self.sent(plan)
+        sent = self.node.sent(plan.round, plan.attempt)
         if sent is not None:
             return sent
-        if delivery and not self._node.accepted:
-            self._node.accept(delivery)
-        self._node.check(
+        self.check(delivery, plan, spec)
+        return self.mask(plan, spec, train())
+
+    def check(self, delivery: bytes, plan: RoundPlan, spec: AdapterSpec) -> None:
+        """Accept U2, and see that the attempt may be masked: before data are touched."""
+        if delivery and not self.node.accepted:
+            self.node.accept(delivery)
+        self.node.check(
             stages.slot_of(plan, self._manifest.base_digest), self._encoding(plan.phase, spec.size)
         )
         if self._manifest.mode == "client":
             self._carriers(plan.phase, spec)
-        return None
 
     def mask(self, plan: RoundPlan, spec: AdapterSpec, update: Vector) -> bytes:
         """The masked input of an attempt, durable before it is returned."""
@@ -107,7 +88,7 @@ class SecureTrainer:
             moved = spec.moved_by(self._manifest.phases[plan.phase].name)
             release = releases_of(self._manifest)[plan.phase]
             levels = noised(OsRandom(), levels, moved, release, carriers)
-        return self._node.mask(stages.slot_of(plan, self._manifest.base_digest), encoding, levels)
+        return self.node.mask(stages.slot_of(plan, self._manifest.base_digest), encoding, levels)
 
     def _encoding(self, phase: int, size: int) -> Encoding:
         return stages.encoding_of(self._terms, phase, size, member_noise(self._manifest, phase))
@@ -117,11 +98,11 @@ class SecureTrainer:
         promised, colluders = self._manifest.skellam, self._terms.max_colluders
         if promised is None:
             raise Refused("manifest skellam: found none, expected the terms of shared noise")
-        cohort.check_colluders(self._node.members, colluders)
-        carriers = cohort.threshold(self._node.members) - colluders
+        cohort.check_colluders(self.node.members, colluders)
+        carriers = cohort.threshold(self.node.members) - colluders
         if carriers < promised.carriers:
             raise Refused(
-                f"cohort: {self._node.members} members leave {carriers} to carry the noise,"
+                f"cohort: {self.node.members} members leave {carriers} to carry the noise,"
                 f" expected at least {promised.carriers}"
             )
         moved = int(spec.moved_by(self._manifest.phases[phase].name).sum())
@@ -131,6 +112,23 @@ class SecureTrainer:
                 f" {phase}, expected the {moved} that it moves"
             )
         return carriers
+
+
+def checked_terms(manifest: RunManifest, policy: CohortPolicy) -> SecureTerms:
+    """The run's terms of secure aggregation; Refused where this node could not take part."""
+    terms = manifest.secure
+    if terms is None:
+        raise Refused("manifest secure: found none, expected the terms of secure aggregation")
+    if terms.threshold != cohort.THRESHOLD_RULE:
+        raise Refused(
+            f"manifest secure threshold: found {terms.threshold!r}, "
+            f"expected {cohort.THRESHOLD_RULE!r}"
+        )
+    if manifest.mode == "client":
+        _check_shared_noise(policy, manifest, terms.max_colluders)
+    for phase in range(len(manifest.phases)):
+        stages.encoding_of(terms, phase, 1)
+    return terms
 
 
 def _check_shared_noise(policy: CohortPolicy, manifest: RunManifest, colluders: int) -> None:

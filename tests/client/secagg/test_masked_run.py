@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedlora.client.node.masked_outbox import MemoryOutbox
-from fedlora.client.secagg.masked_trainer import SecureTrainer
+from fedlora.client.node.outbox import MemoryOutbox
+from fedlora.client.secagg.masked_run import MaskedRun
 from fedlora.client.secagg.node import SecureNode
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
@@ -40,13 +40,13 @@ def manifest(secure: SecureTerms | None = TERMS) -> RunManifest:
     return replace(manifest_of(2, spare=2, mode="record", noise_multiplier=1.0), secure=secure)
 
 
-def trainers(terms: SecureTerms = TERMS) -> dict[str, SecureTrainer]:
+def trainers(terms: SecureTerms = TERMS) -> dict[str, MaskedRun]:
     run = manifest(terms)
     made = {}
     for number, name in enumerate(NAMES):
         policy = CohortPolicy(name, peers_of(3), 3, 1)
         node = SecureNode(IDENTITIES[number], policy, run.federation, run.digest, MemoryOutbox())
-        made[name] = SecureTrainer(node, run)
+        made[name] = MaskedRun(node, run)
     return made
 
 
@@ -58,7 +58,7 @@ def never() -> Vector:
     raise AssertionError("data was touched")
 
 
-def begun(made: dict[str, SecureTrainer]) -> dict[str, bytes]:
+def begun(made: dict[str, MaskedRun]) -> dict[str, bytes]:
     """Both stages of an epoch; what is delivered to each."""
     epoch = Epoch(manifest().federation, manifest().digest, 1, 1, 2)
     server = ServerEpoch(epoch, {name: peer.identity for name, peer in peers_of(3).items()}, 3)
@@ -126,7 +126,7 @@ def test_terms_that_a_node_does_not_take() -> None:
         (manifest(replace(TERMS, threshold="n/2")), "expected '2n/3[+]1'"),
     ):
         with pytest.raises(Refused, match=said):
-            SecureTrainer(node, run)
+            MaskedRun(node, run)
     for terms in (
         replace(TERMS, update_bounds=()),
         replace(TERMS, update_bounds=(0.0,)),
@@ -134,7 +134,7 @@ def test_terms_that_a_node_does_not_take() -> None:
         replace(TERMS, levels=0),
     ):
         with pytest.raises(BadInput):
-            SecureTrainer(node, manifest(terms))
+            MaskedRun(node, manifest(terms))
 
 
 def test_another_identity_than_the_rosters() -> None:
