@@ -132,7 +132,7 @@ def join(
 def check_data(node: Folder = HERE) -> None:
     """Read and tokenise all data sets and base models that the policy names; spends nothing."""
     _offline()
-    from fedlora.client.service import preparation
+    from fedlora.client.service import data_sets
     from fedlora.common.model.base import base_digest, check_base
 
     folder = NodeFolder(node)
@@ -144,7 +144,7 @@ def check_data(node: Folder = HERE) -> None:
             raise BadInput(f"node.toml [bases] {base}: found {found}, expected {digest}")
         console.print(f"{base}: {digest}", markup=False)
     for name, data in policy.data.items():
-        records, units = preparation.check_data(folder, policy, name)
+        records, units = data_sets.check_data(folder, policy, name)
         console.print(
             f"{name}: {records} records, {units} units, charges {data.budget}", markup=False
         )
@@ -199,7 +199,7 @@ def serve(node: Folder = HERE) -> None:
     from fedlora.client.node.enrolment import only_trainer, pinned_invitation
     from fedlora.client.service.answer import Resident
     from fedlora.client.service.endpoint import Service
-    from fedlora.client.service.workshop import Workshop
+    from fedlora.client.service.loaded_run import LoadedRun
     from fedlora.common.trust.identity import Identity
 
     folder = NodeFolder(node)
@@ -208,7 +208,7 @@ def serve(node: Folder = HERE) -> None:
     pinned_invitation(folder)
     with only_trainer(folder):
         ledger = folder.open_ledger(policy)
-        resident = Resident(folder, policy, identity, ledger, Workshop(folder, policy, ledger))
+        resident = Resident(folder, policy, identity, ledger, LoadedRun(folder, policy, ledger))
         service = Service(resident.ask, policy.trainer, folder.root)
         console.print(f"trainer of {policy.institution} listens at {service.address}", markup=False)
         service.serve()

@@ -257,14 +257,9 @@ MUTANTS = (
         " self._encoding(plan.phase, spec.size)\n        )\n",
         "",
     ),
+    Mutant("any threshold rule", RUN, "if terms.threshold != cohort.THRESHOLD_RULE:", "if False:"),
     Mutant(
-        "any threshold rule", RUN, "if terms.threshold != cohort.THRESHOLD_RULE:", "if False:"
-    ),
-    Mutant(
-        "an attempt is trained again",
-        RUN,
-        "        if sent is not None:\n",
-        "        if False:\n",
+        "an attempt is trained again", RUN, "        if sent is not None:\n", "        if False:\n"
     ),
     Mutant("no range check at the node", NODE, "        encoding.check(len(state.members))\n", ""),
     Mutant(
@@ -302,10 +297,7 @@ MUTANTS = (
         "if False:",
     ),
     Mutant(
-        "fewer carriers than promised",
-        RUN,
-        "if carriers < promised.carriers:",
-        "if carriers < 2:",
+        "fewer carriers than promised", RUN, "if carriers < promised.carriers:", "if carriers < 2:"
     ),
     Mutant(
         "a cohort whose lists may be two",

@@ -18,7 +18,8 @@ from cryptography.x509.oid import NameOID
 from fedlora.client.consent.judge import projected
 from fedlora.client.node import enrolment
 from fedlora.client.node.folder import NodeFolder
-from fedlora.client.service.answer import Resident, Work
+from fedlora.client.service.answer import Resident
+from fedlora.client.service.work import Work
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest

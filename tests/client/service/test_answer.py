@@ -465,7 +465,7 @@ def test_a_manifest_of_thousands_of_phases_keeps_nobody_busy(north: Institution)
 
 
 def test_ledger_on_a_full_disk_trains_nothing(north: Institution, tmp_path: Path) -> None:
-    from fedlora.client.service.answer import PRIVATE_REASON
+    from fedlora.client.service.dialogue import PRIVATE_REASON
 
     with small_disk(tmp_path / "disk") as disk:
         full = Institution(disk / "node")

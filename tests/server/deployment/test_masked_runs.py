@@ -17,7 +17,7 @@ from fedlora.client.node import roster
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.report.report import write_report
 from fedlora.client.secagg.node import SecureNode
-from fedlora.client.service.answer import PRIVATE_REASON
+from fedlora.client.service.dialogue import PRIVATE_REASON
 from fedlora.common.errors import Refused
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms, SkellamTerms
 from fedlora.common.manifest.plan import RoundPlan

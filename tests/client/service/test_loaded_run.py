@@ -1,4 +1,4 @@
-"""The workbench keeps a model only once it is the manifest's."""
+"""A loaded run keeps a model only once it is the manifest's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlora.client.service.preparation import Bench
+from fedlora.client.service.loaded_run import LoadedRun
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
@@ -34,9 +34,9 @@ def test_a_forged_projection_spoils_no_later_one(tmp_path: Path, tiny_bert: Path
     run = manifest_of(
         base_digest=base_digest(tiny_bert), projection_digest=right.digest, network=network
     )
-    bench = Bench(north.folder, north.folder.load_policy())
+    loaded = LoadedRun(north.folder, north.folder.load_policy(), north.ledger)
     for _ in range(2):
         with pytest.raises(BadInput, match="projection_digest"):
-            bench.prepare(run, tmp_path / "forged")
-    model = bench.prepare(run, tmp_path / "right").training.gradients.model
+            loaded.prepare(run, tmp_path / "forged")
+    model = loaded.prepare(run, tmp_path / "right").training.gradients.model
     assert model.projection is not None and model.projection.digest == right.digest

@@ -1,4 +1,4 @@
-"""The workbench: the data set and the loaded model of one run, kept between rounds.
+"""The run whose model and data are in memory, with torch: what a real node works with.
 
 The base comes from the folder that the policy names for the manifest's digest; the network from the
 manifest alone. How fast a step is, is measured on a fixed sentence: it must not depend on anybody's
@@ -15,17 +15,23 @@ import torch
 
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import DataPolicy, Policy
+from fedlora.client.service.data_sets import read_data, task_of
 from fedlora.client.training.local import ClientData, LocalTraining
+from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.step import PerSampleGradients
+from fedlora.client.training.trainer import Trainer
 from fedlora.common.config.schema import check_delta
-from fedlora.common.data.records import Columns, Records, file_digest, read_records, unit_groups
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification, Task
+from fedlora.common.data.records import Records, file_digest, unit_groups
 from fedlora.common.errors import BadInput
+from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.model.compute import choose_compute
+from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.model.compute import choose_compute, threads
 from fedlora.common.model.features import FeatureCache
-from fedlora.common.model.network import AdapterModel, build_model, load_tokenizer
+from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import Projection
+from fedlora.common.model.state import AdapterSpec, AdapterState
+from fedlora.common.protocol.messages import vector_from_bytes, vector_to_bytes
 
 PROBE = (
     "a sentence that anybody may read, of about the length of a short message to a bank or a"
@@ -40,19 +46,46 @@ class Prepared:
     data: ClientData
     training: LocalTraining
     data_digest: str
-    records: int
-    units: int
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """Which coordinates the run's adapter has."""
+        return self.training.gradients.model.spec
 
 
-class Bench:
-    """One model and one data set at a time: what the last run asked for."""
+class LoadedRun:
+    """The `Work` of a real node: one model and one data set at a time, the last request's."""
 
-    def __init__(self, folder: NodeFolder, policy: Policy) -> None:
-        self._folder = folder
-        self._policy = policy
+    def __init__(self, folder: NodeFolder, policy: Policy, ledger: Ledger) -> None:
+        self._folder, self._policy, self._ledger = folder, policy, ledger
         self._run = ""
         self._gradients: PerSampleGradients | None = None
         self._prepared: Prepared | None = None
+
+    def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
+        with threads(self._policy.trainer.threads):
+            prepared = self.prepare(manifest, projection)
+            self._trainer(prepared, manifest, budget)
+        return prepared.data_digest
+
+    def spec(self, manifest: RunManifest, projection: Path) -> AdapterSpec:
+        with threads(self._policy.trainer.threads):
+            return self.prepare(manifest, projection).spec
+
+    def train(
+        self,
+        manifest: RunManifest,
+        projection: Path,
+        budget: Budget,
+        plan: RoundPlan,
+        vector: bytes,
+    ) -> tuple[bytes, str]:
+        with threads(self._policy.trainer.threads):
+            prepared = self.prepare(manifest, projection)
+            trainer = self._trainer(prepared, manifest, budget)
+            given = vector_from_bytes(vector, prepared.spec.size, "task")
+            update = trainer.train(plan, AdapterState(prepared.spec, given))
+            return vector_to_bytes(update.delta), prepared.data_digest
 
     def prepare(self, manifest: RunManifest, projection: Path) -> Prepared:
         """Load what is not loaded yet; a data file that changed is read anew.
@@ -71,6 +104,16 @@ class Bench:
         if self._prepared is None or self._prepared.data_digest != digest:
             self._prepared = self._read(manifest, data, path, digest, self._gradients)
         return self._prepared
+
+    def _trainer(self, prepared: Prepared, manifest: RunManifest, budget: Budget) -> Trainer:
+        """A trainer that has consented; the same consent again reserves nothing more."""
+        moments = MomentStore(self._folder.run(manifest.digest) / "moments")
+        masked = manifest.secure is not None
+        trainer = Trainer(
+            prepared.data, prepared.training, self._ledger, budget, moments, masked=masked
+        )
+        trainer.consent(manifest)
+        return trainer
 
     def _model(self, manifest: RunManifest, projection: Path) -> AdapterModel:
         base = self._folder.base(self._policy.bases[manifest.base_digest])
@@ -113,41 +156,7 @@ class Bench:
             gradients, FeatureCache(model), self._policy.trainer.micro_batch_tokens
         )
         client = ClientData(self._policy.institution, encoded, units)
-        return Prepared(client, training, digest, len(records), len(units))
-
-
-def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[int, int]:
-    """Records and units of a data set, read and tokenised for each base as a run does it.
-
-    BadInput names the row.
-    """
-    data = policy.data[name]
-    records = read_data(data, folder.under(data.path))
-    units = len(unit_groups(records.units, len(records)))
-    check_delta(policy.limits.delta, units, f"{records.where}, by [limits] delta:")
-    for base in policy.bases.values():
-        task_of(data).encode(records, load_tokenizer(folder.base(base)), policy.limits.max_length)
-    return len(records), units
-
-
-def read_data(data: DataPolicy, path: Path) -> Records:
-    """A data set as its policy describes it; a link out of the policy's folder is refused."""
-    causal = data.task == "causal-lm"
-    columns = Columns(
-        text=data.text,
-        response=data.response if causal else "",
-        label="" if causal else data.label,
-        unit=data.unit,
-    )
-    return read_records(path, columns, data.labels, root=path.parent)
-
-
-def task_of(asked: RunManifest | DataPolicy) -> Task:
-    if asked.task == "sequence-classification":
-        return SequenceClassification(asked.labels)
-    if asked.task == "causal-lm":
-        return CausalLanguageModel()
-    raise BadInput(f"manifest task: found {asked.task!r}, expected a known one")
+        return Prepared(client, training, digest)
 
 
 def _device(policy: Policy) -> torch.device:

@@ -1,0 +1,84 @@
+"""A stage of secure aggregation, and this node's message in it.
+
+open              the coordinator's signature on the whole request
+judge             was the run consented to? where keys or updates are asked for, the policy again
+answer            the state machine's next step, if it is one           (client.secagg.masked_run)
+input             may this attempt be masked at all? only then reserve, train, mask; the masked
+                  bytes are on disk before they leave, and sent again as they are
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+
+from fedlora.client.secagg.masked_run import MaskedRun
+from fedlora.client.secagg.node import Possible
+from fedlora.client.service.dialogue import Dialogue, Node, private
+from fedlora.common.disk.files import append_line
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.protocol.messages import STAGE_TAG, Stage, Staged, one_line, vector_from_bytes
+from fedlora.common.protocol.stages import CONFIRM, INPUT, OFFER, Request
+
+log = logging.getLogger(__name__)
+
+
+def open_stage(dialogue: Dialogue, stage: Stage) -> tuple[Dialogue, Request]:
+    """What is asked; Refused where the coordinator did not sign it."""
+    request = Request.from_bytes(stage.request.opened(STAGE_TAG, dialogue.invitation.coordinator))
+    return dialogue.about_attempt(request.plan), request
+
+
+def answer_stage(dialogue: Dialogue, request: Request) -> bytes:
+    """The signed message; Refused or BadInput with the reason why there is none.
+
+    What the state machine refuses is refused for this attempt alone: in a later epoch it may do it.
+    """
+    node, plan = dialogue.node, request.plan
+    manifest, me = dialogue.known(plan), node.policy.institution
+    if request.institution != me:
+        raise BadInput(f"stage institution: found {request.institution}, expected {me}")
+    if manifest.secure is None:
+        raise Refused("stage: found a run without secure aggregation, expected a task of it")
+    with private():
+        run = node.masked.of(manifest)
+        kept = run.node.sent(plan.round, plan.attempt) if request.stage == INPUT else None
+    if kept is None and request.stage in (OFFER, INPUT):
+        dialogue.judged(manifest, consented=True)
+    try:
+        message = kept or _answered(dialogue, run, manifest, request)
+    except Refused as error:
+        raise BadInput(f"{request.stage}: {error}") from error
+    if request.stage == CONFIRM and run.node.confirmed is not None:
+        with private():
+            _note_sum(node, plan, run.node.confirmed)
+    if request.stage == INPUT:
+        told = (plan.round, plan.attempt, one_line(manifest.run)[:80])
+        log.info("sent the masked update of round %d, attempt %d of run %s", *told)
+    return dialogue.signed(Staged(me, plan.manifest, plan.round, plan.attempt, message))
+
+
+def _answered(dialogue: Dialogue, run: MaskedRun, manifest: RunManifest, request: Request) -> bytes:
+    if request.stage == INPUT:
+        return _input(dialogue, run, manifest, request)
+    return run.answer(request.stage, request.message, request.plan)
+
+
+def _input(dialogue: Dialogue, run: MaskedRun, manifest: RunManifest, request: Request) -> bytes:
+    """The masked input; the sum that it may be in is noted before it can leave."""
+    node, plan = dialogue.node, request.plan
+    with private():
+        projection = node.folder.run(manifest.digest) / "projection.safetensors"
+        spec = node.work.spec(manifest, projection)
+    run.check(request.message, plan, spec)
+    update = dialogue.trained(manifest, plan, request.vector)
+    with private():  # what is wrong with an update that has no mask yet is nobody's business
+        _note_sum(node, plan, run.node.possible(plan.round, plan.attempt))
+        return run.mask(plan, spec, vector_from_bytes(update, spec.size, "own update"))
+
+
+def _note_sum(node: Node, plan: RoundPlan, possible: Possible) -> None:
+    path = node.folder.run(plan.manifest) / "secure.jsonl"
+    append_line(path, asdict(possible), limit=None)

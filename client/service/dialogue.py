@@ -1,0 +1,174 @@
+"""One request and its answer, and the steps that all answers share.
+
+    about      what the request is about, once its signature was checked
+    known      the manifest that was consented to, from this node's own disk
+    judged     what the policy says to it, as it is now
+    trained    does the attempt go on from all before it? then it is reserved, trained, committed
+    released   the signed bytes, once they are on disk
+
+What a policy or a signature says no to is told to the coordinator. What goes wrong once data are in
+sight (`private`) is told to the log alone: a message about a record is about somebody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedlora.client.consent.judge import allow, judge, projected
+from fedlora.client.consent.offer import read_manifest
+from fedlora.client.node.folder import NodeFolder
+from fedlora.client.node.outbox import Outbox, Plans
+from fedlora.client.node.policy import Policy
+from fedlora.client.secagg.runs import MaskedRuns
+from fedlora.client.service.work import Work
+from fedlora.common.disk.files import append_line
+from fedlora.common.errors import BadInput, FedloraError, Refused
+from fedlora.common.ledger.ledger import Budget, Ledger
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.privacy.accountant import Spend
+from fedlora.common.protocol.messages import MAX_NUMBER, Reply, one_line, reply_to_bytes
+from fedlora.common.trust.enrolment import Invitation
+from fedlora.common.trust.identity import Identity, Signed
+
+PRIVATE_REASON = "failed at the node once its data were in sight; its own log says why"
+
+
+class PrivateFault(FedloraError):
+    """A fault that must not be told to anybody outside; `__cause__` is what the log gets."""
+
+
+@contextmanager
+def private() -> Iterator[None]:
+    """Whatever goes wrong inside is for the log; the coordinator learns that it failed."""
+    try:
+        yield
+    except Exception as error:
+        raise PrivateFault(PRIVATE_REASON) from error
+
+
+@dataclass(frozen=True)
+class Node:
+    """What an institution answers with, whatever is asked."""
+
+    folder: NodeFolder
+    policy: Policy
+    identity: Identity
+    ledger: Ledger
+    work: Work
+    outbox: Outbox
+    masked: MaskedRuns
+
+    def budget(self, manifest: RunManifest) -> Budget:
+        """What the run charges, by the data set that serves it."""
+        name = self.policy.data_for(manifest.task, manifest.labels, manifest.unit)
+        return self.policy.budgets[self.policy.data[name].budget]
+
+    def note_data(self, run: Path, digest: str) -> None:
+        """Note, in the run's folder, which version of the data it used just now."""
+        append_line(run / "data.jsonl", {"time": now(), "data": digest}, limit=None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a federation something happened; without a manifest, nowhere that is known."""
+
+    manifest: str = ""
+    round: int = 0
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A request at `node`, the federation that was pinned when it came, and what it is about.
+
+    Without a manifest in its place the coordinator did not sign it.
+    """
+
+    node: Node
+    invitation: Invitation
+    place: Place = Place()
+
+    def about(self, manifest: str) -> Dialogue:
+        """This dialogue, about a run as a whole."""
+        return replace(self, place=Place(manifest))
+
+    def about_attempt(self, plan: RoundPlan) -> Dialogue:
+        """This dialogue, about one attempt; BadInput where there can be none of its numbers."""
+        if not (0 < plan.round <= MAX_NUMBER and 0 < plan.attempt <= MAX_NUMBER):
+            raise BadInput("plan: found a round or attempt out of range, expected 1 or more")
+        return replace(self, place=Place(plan.manifest, plan.round, plan.attempt))
+
+    def known(self, plan: RoundPlan) -> RunManifest:
+        """The manifest that `plan` is of; BadInput or Refused where it can be of none."""
+        path = self.node.folder.run(plan.manifest) / "manifest.signed"
+        if not _is_digest(plan.manifest) or not path.is_file():
+            found = one_line(plan.manifest)[:80]
+            raise Refused(f"plan manifest: found {found}, which was not consented to")
+        signed = Signed.from_bytes(path.read_bytes(), "kept manifest")
+        manifest = read_manifest(signed, self.invitation.coordinator)
+        if manifest.digest != plan.manifest:
+            raise Refused("plan manifest: what is kept under its name is another one")
+        phase = manifest.phase_of(plan.round)
+        if phase != plan.phase:
+            raise BadInput(f"plan phase: found {plan.phase}, expected {phase}")
+        return manifest
+
+    def judged(self, manifest: RunManifest, consented: bool = False) -> Spend:
+        """What the run costs, if the policy allows it; Refused otherwise.
+
+        `consented`: and if it was consented to before.
+        """
+        policy, ledger, reserved = self.node.policy, self.node.ledger, None
+        name = policy.data_for(manifest.task, manifest.labels, manifest.unit)
+        with private():
+            spent = {each: ledger.spent(each) for each in policy.budgets}
+            if name:
+                reserved = ledger.reserved_for(policy.data[name].budget, manifest.digest)
+        allow(judge(manifest, policy, self.invitation.federation, spent, reserved))
+        if consented and manifest.mode != "none" and reserved is None:
+            raise Refused(f"plan manifest: nothing was consented to for {manifest.digest[:20]}")
+        return projected(manifest)
+
+    def trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> bytes:
+        """An attempt's update, which goes on from all before: reserved, trained, committed."""
+        node = self.node
+        folder = node.folder.run(plan.manifest)
+        plans = Plans(folder / "plans")
+        with private():
+            reserved = node.ledger.reservations(plan.manifest)
+        plans.check(plan, reserved)
+        with private():
+            plans.write(plan)
+            projection = folder / "projection.safetensors"
+            budget = node.budget(manifest)
+            update, digest = node.work.train(manifest, projection, budget, plan, vector)
+            node.note_data(folder, digest)
+        return update
+
+    def released(self, reply: Reply, request: bytes) -> bytes:
+        """The signed reply to these bytes, once it is on disk."""
+        place = self.place
+        with private():
+            signed = self.signed(reply)
+            self.node.outbox.write(place.manifest, place.round, place.attempt, request, signed)
+        return signed
+
+    def signed(self, reply: Reply) -> bytes:
+        """The reply, under this node's key, for this federation alone."""
+        return reply_to_bytes(self.node.identity, self.invitation.federation, reply)
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _is_digest(text: str) -> bool:
+    return (
+        len(text) == 71 and text.startswith("sha256:") and set(text[7:]) <= set("0123456789abcdef")
+    )

@@ -1,0 +1,31 @@
+"""What a trainer has done for it once it has said yes; `client.service.loaded_run` does it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from fedlora.common.ledger.ledger import Budget
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.model.state import AdapterSpec
+
+
+class Work(Protocol):
+    """All that is done with a model and with data; `projection` is the run's, on this disk."""
+
+    def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
+        """Check the network, reserve the schedule; the digest of the data set."""
+
+    def spec(self, manifest: RunManifest, projection: Path) -> AdapterSpec:
+        """Which coordinates the run's adapter has."""
+
+    def train(
+        self,
+        manifest: RunManifest,
+        projection: Path,
+        budget: Budget,
+        plan: RoundPlan,
+        vector: bytes,
+    ) -> tuple[bytes, str]:
+        """Reserve, train and commit one attempt: update (little-endian float32) and data digest."""
