@@ -3,8 +3,8 @@
     offer, deal     an epoch's keys and shares                             (client.secagg.node)
     input           accept U2; may this attempt be masked at all? Only then policy, ledger and
                     training                                               (client.training.trainer)
-                    encode, mask, keep, answer; in mode "client" a share of the noise between
-                    encoding and mask                                      (common.privacy.skellam)
+                    encode, mask, keep, answer; between encoding and mask a share of the noise,
+                    where the run's guarantee shares it        (common.privacy.institution_level)
     confirm, open   U3, and one share of each
 
 An input that was made before is answered by the same bytes, whatever else happened since.
@@ -19,9 +19,7 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, Vector
-from fedlora.common.privacy.accountant import member_noise, releases_of
-from fedlora.common.privacy.randomness import OsRandom
-from fedlora.common.privacy.skellam import noised
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol import stages
 from fedlora.common.secagg import cohort
 from fedlora.common.secagg.cohort import CohortPolicy
@@ -41,8 +39,8 @@ class SecureTrainer:
                 f"manifest secure threshold: found {manifest.secure.threshold!r}, "
                 f"expected {cohort.THRESHOLD_RULE!r}"
             )
-        if manifest.mode == "client":
-            _check_shared_noise(node.policy, manifest, manifest.secure.max_colluders)
+        self._guarantee = guarantee_of(manifest)
+        self._guarantee.check_node(node.policy.max_colluders)
         for phase in range(len(manifest.phases)):
             stages.encoding_of(manifest.secure, phase, 1)
         self._node, self._manifest, self._terms = node, manifest, manifest.secure
@@ -94,55 +92,16 @@ class SecureTrainer:
         self._node.check(
             stages.slot_of(plan, self._manifest.base_digest), self._encoding(plan.phase, spec.size)
         )
-        if self._manifest.mode == "client":
-            self._carriers(plan.phase, spec)
+        self._guarantee.check_cohort(plan.phase, spec, self._node.members)
         return None
 
     def mask(self, plan: RoundPlan, spec: AdapterSpec, update: Vector) -> bytes:
         """The masked input of an attempt, durable before it is returned."""
         encoding = self._encoding(plan.phase, spec.size)
-        levels = encoding.encode(update)
-        if self._manifest.mode == "client":
-            carriers = self._carriers(plan.phase, spec)
-            moved = spec.moved_by(self._manifest.phases[plan.phase].name)
-            release = releases_of(self._manifest)[plan.phase]
-            levels = noised(OsRandom(), levels, moved, release, carriers)
+        levels = self._guarantee.noised(
+            encoding.encode(update), plan.phase, spec, self._node.members
+        )
         return self._node.mask(stages.slot_of(plan, self._manifest.base_digest), encoding, levels)
 
     def _encoding(self, phase: int, size: int) -> Encoding:
-        return stages.encoding_of(self._terms, phase, size, member_noise(self._manifest, phase))
-
-    def _carriers(self, phase: int, spec: AdapterSpec) -> int:
-        """t - c of this cohort; Refused, before training, where fewer than promised carry it."""
-        promised, colluders = self._manifest.skellam, self._terms.max_colluders
-        if promised is None:
-            raise Refused("manifest skellam: found none, expected the terms of shared noise")
-        cohort.check_colluders(self._node.members, colluders)
-        carriers = cohort.threshold(self._node.members) - colluders
-        if carriers < promised.carriers:
-            raise Refused(
-                f"cohort: {self._node.members} members leave {carriers} to carry the noise,"
-                f" expected at least {promised.carriers}"
-            )
-        moved = int(spec.moved_by(self._manifest.phases[phase].name).sum())
-        if promised.coordinates[phase] != moved:
-            raise BadInput(
-                f"manifest skellam coordinates: found {promised.coordinates[phase]} in phase"
-                f" {phase}, expected the {moved} that it moves"
-            )
-        return carriers
-
-
-def _check_shared_noise(policy: CohortPolicy, manifest: RunManifest, colluders: int) -> None:
-    """Refused where this node expects more colluders than the others share their noise for.
-
-    They add the variance over t - c. Under a larger c of its own, what the honest ones add would be
-    less than what ε was computed for, and a larger share of this node alone would not make up for
-    it.
-    """
-    releases_of(manifest)
-    if colluders < policy.max_colluders:
-        raise Refused(
-            f"manifest secure max_colluders: found {colluders}, expected at least this node's "
-            f"{policy.max_colluders}: the others' shares of the noise follow from it"
-        )
+        return stages.encoding_of(self._terms, phase, size, self._guarantee.member_noise(phase))

@@ -15,6 +15,7 @@ from fedlora.client.secagg.masked_trainer import SecureTrainer
 from fedlora.client.secagg.node import SecureNode
 from fedlora.common.errors import Refused
 from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.trust.enrolment import Peer, request_from_text
 from fedlora.common.trust.identity import Identity
@@ -52,7 +53,7 @@ class SecureRuns:
     def _started(
         self, manifest: RunManifest, asked: CohortPolicy, outbox: FolderOutbox | MemoryOutbox
     ) -> SecureTrainer:
-        noised = manifest.mode != "none"
+        noised = guarantee_of(manifest).private
         node = SecureNode(
             self._identity, asked, manifest.federation, manifest.digest, outbox, noised
         )

@@ -27,8 +27,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from fedlora.client.consent.judge import Denied, allow, judge, projected
+from fedlora.client.consent.judge import judge
 from fedlora.client.consent.offer import check_projection, kept_manifest, offered, read_manifest
+from fedlora.client.consent.verdict import Denied, allow
 from fedlora.client.node.enrolment import pinned_invitation
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.outbox import Outbox, Plans
@@ -44,7 +45,8 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec
 from fedlora.common.privacy.accountant import Spend
-from fedlora.common.privacy.statement import shown_epsilon, shown_left
+from fedlora.common.privacy.figures import exact, shown_epsilon, shown_left
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import (
     MAX_NUMBER,
     PLAN_TAG,
@@ -143,7 +145,7 @@ class Resident:
         consented = {body["manifest"] for body in entries if body["kind"] == "consent"}
         for path in self._folder.runs.glob("*/manifest.signed"):
             _, manifest = kept_manifest(path)
-            if manifest.mode == "none":
+            if not guarantee_of(manifest).private:
                 continue
             left = {attempt for _, attempt, _ in self._outbox.sizes(manifest.digest)} - {0}
             if manifest.digest not in consented or left - set(
@@ -180,7 +182,7 @@ class Resident:
         reply = Consent(me, manifest.digest, its, spend.epsilon, spend.delta)
         released = self._released(invitation.federation, reply, (0, 0), asked)
         budget = self._budget(manifest)
-        left = budget.epsilon - self._ledger.spent(budget.name).epsilon
+        left = exact(budget.epsilon) - exact(self._ledger.spent(budget.name).epsilon)
         run, cost = one_line(manifest.run)[:80], shown_epsilon(spend.epsilon)
         told = (run, cost, budget.name, shown_left(left))
         log.info("consented to run %s: ε %s of budget %s, %s left", *told)
@@ -316,9 +318,10 @@ class Resident:
                 budget = self._policy.data[name].budget
                 reserved = self._ledger.reserved_for(budget, manifest.digest)
         allow(judge(manifest, self._policy, invitation.federation, spent, reserved))
-        if consented and manifest.mode != "none" and reserved is None:
+        guarantee = guarantee_of(manifest)
+        if consented and guarantee.private and reserved is None:
             raise Refused(f"plan manifest: nothing was consented to for {manifest.digest[:20]}")
-        return projected(manifest)
+        return guarantee.charge()
 
     def _budget(self, manifest: RunManifest) -> Budget:
         name = self._policy.data_for(manifest.task, manifest.labels, manifest.unit)

@@ -19,6 +19,7 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterState, Vector
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.randomness import OsRandom, Random, bernoulli
 from fedlora.common.protocol import stages
 from fedlora.common.secagg import shamir, wire
@@ -59,7 +60,7 @@ class Roster:
             self._manifest.federation,
             self._manifest.digest,
             MemoryOutbox(),
-            noised=self._manifest.mode != "none",
+            noised=guarantee_of(self._manifest).private,
         )
         return SecureTrainer(node, self._manifest)
 
