@@ -19,7 +19,7 @@ from fedlora.client.node.folder import NodeFolder
 from fedlora.common.config.strict import MAX_MESSAGE_BYTES
 from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.privacy.statement import shown_delta, shown_epsilon
+from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.terminal import bear_any_letter, explained, fault_lines
 
 app = typer.Typer(
@@ -170,7 +170,8 @@ def explain(manifest: Path, node: Folder = HERE) -> None:
 
     MANIFEST is a file: signed, or as JSON.
     """
-    from fedlora.client.consent.judge import allow, judge
+    from fedlora.client.consent.judge import judge
+    from fedlora.client.consent.verdict import allow
     from fedlora.client.node.enrolment import pinned_invitation
 
     folder = NodeFolder(node)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from fedlora.common.errors import BadInput, FedloraError
-from fedlora.common.privacy.statement import shown_epsilon
+from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.terminal import bear_any_letter, explained, fault_lines, printable
 from fedlora.common.trust.identity import PublicIdentity
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.common.errors import BadInput, FedloraError
-from fedlora.common.privacy.statement import shown_epsilon
+from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.terminal import bear_any_letter, explained, fault_lines
 from fedlora.simulations.federation.packaged import packaged_config
 

@@ -28,6 +28,7 @@ import psutil
 
 from fedlora.common.errors import FedloraError
 from fedlora.common.model.base import base_digest, resolve_base
+from fedlora.common.privacy.modes import guarantee_named
 from fedlora.simulations.federation.corpus import CLASSES, generate
 
 NAMES = ("hospital", "bank", "university")
@@ -189,11 +190,11 @@ class Federation:
     def _found(self, name: str, digest: str, labels: str, records: list[dict[str, str]]) -> None:
         folder = self.node(name)
         run("fedlora-node", "init", name, "--organisation", f"The {name}", "--node", str(folder))
-        policy = folder / "node.toml"
+        policy, shared = folder / "node.toml", guarantee_named(self.mode).needs_masks
         policy.write_text(POLICY.format(
             name=name, base=self.base, digest=digest, labels=labels,
-            cap=30.0 if self.mode == "client" else 8.0,
-            client_level=str(self.mode == "client").lower(),
+            cap=30.0 if shared else 8.0,
+            client_level=str(shared).lower(),
         ))  # fmt: skip
         policy.chmod(0o600)
         write_records(folder / "data" / "messages.jsonl", records)

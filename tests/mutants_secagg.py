@@ -45,9 +45,9 @@ COHORT, NODE = "common/secagg/cohort.py", "client/secagg/node.py"
 SHARES = "client/secagg/shares.py"
 EPOCH, ATTEMPT = "server/secagg/epoch.py", "server/secagg/attempt.py"
 SEEN = "server/secagg/seen_keys.py"
-RUN, VERDICTS = "client/secagg/masked_run.py", "client/consent/judge.py"
-SKELLAM, PRIVACY = "common/privacy/skellam.py", "common/privacy/accountant.py"
-MANIFEST, RUNS, WIRE = "server/runs/schedule.py", "client/secagg/runs.py", "common/secagg/wire.py"
+RUN, CALIBRATION = "client/secagg/masked_run.py", "common/privacy/calibration.py"
+SKELLAM, PRIVACY = "common/privacy/skellam.py", "common/privacy/institution_level.py"
+RUNS, WIRE = "client/secagg/runs.py", "common/secagg/wire.py"
 MUTANTS = (
     Mutant("a stranger counts", COHORT, "if name not in self.peers:", "if False:"),
     Mutant(
@@ -286,27 +286,27 @@ MUTANTS = (
     Mutant("unmask with fewer shares", ATTEMPT, "if len(shares) < t:", "if len(shares) < t - 1:"),
     Mutant(
         "noise as if all who stay were honest",
-        RUN,
-        "carriers = cohort.threshold(self.node.members) - colluders",
-        "carriers = cohort.threshold(self.node.members)",
+        PRIVACY,
+        "carriers = cohort.threshold(members) - secure.max_colluders",
+        "carriers = cohort.threshold(members)",
     ),
     Mutant(
         "more colluders than the others share for",
-        RUN,
-        "if colluders < policy.max_colluders:",
+        PRIVACY,
+        "if secure.max_colluders < colluders:",
         "if False:",
     ),
     Mutant(
-        "fewer carriers than promised", RUN, "if carriers < promised.carriers:", "if carriers < 2:"
+        "fewer carriers than promised", PRIVACY, "if carriers < terms.carriers:", "if carriers < 2:"
     ),
     Mutant(
         "a cohort whose lists may be two",
-        RUN,
-        "        cohort.check_colluders(self.node.members, colluders)\n",
+        PRIVACY,
+        "        cohort.check_colluders(members, secure.max_colluders)\n",
         "",
     ),
-    Mutant("other coordinates", RUN, "if promised.coordinates[phase] != moved:", "if False:"),
-    Mutant("no opt-in", VERDICTS, '"" if policy.limits.client_level else', '"" if True else'),
+    Mutant("other coordinates", PRIVACY, "if terms.coordinates[phase] != moved:", "if False:"),
+    Mutant("no opt-in", PRIVACY, "if permits.client_level:", "if True:"),
     Mutant(
         "rounding is free",
         SKELLAM,
@@ -329,8 +329,8 @@ MUTANTS = (
     Mutant(
         "a record is charged as an institution",
         PRIVACY,
-        "manifest.delta, moved=2",
-        "manifest.delta",
+        "self.manifest.delta, 2)",
+        "self.manifest.delta, 1)",
     ),
     Mutant("any bound", PRIVACY, "phase.clip != bound or phase.head_clip", "phase.head_clip"),
     Mutant("any carriers", PRIVACY, "if terms.carriers != carriers or", "if"),
@@ -340,7 +340,7 @@ MUTANTS = (
         "        if rate <= LARGEST_RATE:\n",
         "        if True:\n",
     ),
-    Mutant("no fewer levels", MANIFEST, "        levels //= 2\n", "        levels = 0\n"),
+    Mutant("no fewer levels", CALIBRATION, "        levels //= 2\n", "        levels = 0\n"),
     Mutant(
         "any number of mask keys", COHORT, "if len(offer.mask_keys) != epoch.count:", "if False:"
     ),
@@ -430,7 +430,7 @@ MUTANTS = (
     Mutant(
         "updates without noise leave as often",
         RUN,
-        'noised = manifest.mode != "none"',
+        "noised = guarantee_of(manifest).private",
         "noised = True",
     ),
     Mutant(

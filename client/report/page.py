@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fedlora.common.privacy.statement import shown_delta, shown_epsilon, shown_left
+from fedlora.common.privacy.figures import exact, shown_delta, shown_epsilon, shown_left
+from fedlora.common.privacy.modes import GUARANTEES
 
-MODES = {"record": "record or person (by the node)", "client": "institution", "none": "none"}
 MOST_REASONS = 50  # of strangers' requests
 
 
@@ -23,7 +24,7 @@ def page(body: Mapping[str, Any]) -> str:
     """The whole page, of a report's body."""
     reasons = Counter(line["reason"] for line in body["strangers"]).most_common(MOST_REASONS)
     template = _environment().get_template("privacy_report.html")
-    return template.render(body, modes=MODES, strangers_by_reason=reasons)
+    return template.render(body, guarantees=GUARANTEES, strangers_by_reason=reasons)
 
 
 def _environment() -> Environment:
@@ -35,7 +36,7 @@ def _environment() -> Environment:
     )
     made.filters |= {
         "epsilon": shown_epsilon,
-        "left": shown_left,
+        "left": lambda cap, spent: shown_left(max(exact(cap) - exact(spent), Fraction(0))),
         "delta": shown_delta,
         "grouped": "{:,}".format,
         "shown": lambda value: f"{value:.6g}" if isinstance(value, float) else value,

@@ -21,11 +21,12 @@ from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import Policy
 from fedlora.client.node.roster import read_peers
 from fedlora.client.report.page import page
-from fedlora.client.report.run_facts import MECHANISMS, Body, consented_runs, run_facts
+from fedlora.client.report.run_facts import Body, consented_runs, run_facts
 from fedlora.client.service.refusals import read_lines, read_refusals
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.privacy.accountant import accountant_name
+from fedlora.common.privacy.modes import GUARANTEES
 from fedlora.common.trust.identity import Identity
 from fedlora.common.trust.sealed import seal
 
@@ -101,16 +102,14 @@ def report_body(
         },
         "accountant": accountant_name(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "mechanisms": {mode: MECHANISMS[mode] for mode in _modes(policy)},
+        "mechanisms": {
+            name: each.mechanism
+            for name, each in GUARANTEES.items()
+            if not each.refusal(policy.limits)
+        },
         "assumptions": list(ASSUMPTIONS),
         "noise_source": "the operating system's generator; no seed",
     }
-
-
-def _modes(policy: Policy) -> list[str]:
-    """The modes of privacy that the policy lets a run have."""
-    allowed = {"client": policy.limits.client_level, "none": policy.limits.allow_unnoised}
-    return ["record", *(mode for mode, each in allowed.items() if each)]
 
 
 def _budgets(policy: Policy, ledger: Ledger, bodies: list[Body]) -> list[Body]:

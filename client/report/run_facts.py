@@ -5,7 +5,6 @@ From its manifest, and from what the ledger and the outbox hold of it.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +12,12 @@ from fedlora.client.consent.offer import kept_manifest
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.service.refusals import read_lines
-from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.privacy.accountant import accountant_name, history_of, renyi_epsilon
-from fedlora.common.privacy.statement import (
-    noise_source,
-    privacy_statement,
-    secure_statement,
-    unit_of,
-)
+from fedlora.common.privacy.guarantee import Guarantee
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import one_line
 
 Body = dict[str, Any]  # of an entry of the ledger
 Release = tuple[int, int, int]  # round, attempt, bytes
-MECHANISMS = {
-    "record": "Poisson-subsampled Gaussian, per-unit clip",
-    "client": "clip of the whole update, Skellam noise shared under secure aggregation",
-    "none": "none: updates leave without noise",
-}
-NEIGHBOURS = {
-    "record": "data sets that differ by adding or removing one unit",
-    "client": (
-        "cohorts of which one institution's update is there or zero; a budget is charged for data"
-        " sets that differ by one record"
-    ),
-    "none": "none: nothing is guaranteed",
-}
-SECOND = {
-    "record": "Opacus RDP",
-    "client": "none: no second implementation of the Skellam mechanism's bound is installed",
-    "none": "none: there is no ε",
-}
 NOT_KEPT = "the ledger charged it; its manifest is not kept here"
 PHASE_FACTS = (
     *("name", "sampling_rate", "noise_multiplier", "clip", "head_clip"),
@@ -84,6 +59,7 @@ def _lost_run(digest: str, mine: list[Body], sizes: list[Release]) -> Body:
 
 def _kept_run(folder: Path, mine: list[Body], sizes: list[Release]) -> Body:
     signed, manifest = kept_manifest(folder / "manifest.signed")
+    guarantee = guarantee_of(manifest)
     consents, masked = _of_kind(mine, "consent"), manifest.secure is not None
     epsilon = max((float(body["epsilon"]) for body in consents), default=None)
     left = sum(attempt > 0 for _, attempt, _ in sizes)
@@ -96,11 +72,11 @@ def _kept_run(folder: Path, mine: list[Body], sizes: list[Release]) -> Body:
         "task": manifest.task,
         "budget": [str(body["budget"]) for body in consents],
         "epsilon": epsilon,
-        **_guarantee(manifest, epsilon),
+        **_promised(guarantee, epsilon),
         "phases": [{key: getattr(each, key) for key in PHASE_FACTS} for each in manifest.phases],
         "attempts_reserved": len(_of_kind(mine, "reserve")),
         # the ledger has no entry of a run without ε
-        "updates_committed": left if manifest.mode == "none" else len(_of_kind(mine, "commit")),
+        "updates_committed": len(_of_kind(mine, "commit")) if guarantee.private else left,
         "sent": _sent(sizes, "masked update" if masked else "update", signed.signer.fingerprint),
         "data": _versions(folder / "data.jsonl"),
         "base_digest": manifest.base_digest,
@@ -110,38 +86,21 @@ def _kept_run(folder: Path, mine: list[Body], sizes: list[Release]) -> Body:
     }
 
 
-def _guarantee(manifest: RunManifest, epsilon: float | None) -> Body:
+def _promised(guarantee: Guarantee, epsilon: float | None) -> Body:
     """What its schedule guarantees, to whom, and by which arithmetic."""
-    noised = manifest.mode != "none"
-    charged = epsilon is not None or not noised
+    charged = epsilon is not None or not guarantee.private
     return {
-        "unit": unit_of(manifest),
-        "mode": manifest.mode,
-        "mechanism": MECHANISMS[manifest.mode],
-        "neighbours": NEIGHBOURS[manifest.mode],
-        "noise": noise_source(manifest) if noised else "none",
-        "delta": manifest.delta,
-        "accountant": _accountant(manifest),
-        "epsilon_second_accountant": _second(manifest),
-        "second_accountant": SECOND[manifest.mode],
-        "statement": (
-            [*privacy_statement(manifest, epsilon), *secure_statement(manifest)] if charged else []
-        ),
+        "unit": guarantee.unit,
+        "mode": guarantee.name,
+        "mechanism": guarantee.mechanism,
+        "neighbours": guarantee.neighbours,
+        "noise": guarantee.noise,
+        "delta": guarantee.manifest.delta,
+        "accountant": guarantee.accountant,
+        "epsilon_second_accountant": guarantee.second_epsilon(),
+        "second_accountant": guarantee.second_accountant,
+        "statement": guarantee.statement(epsilon) if charged else [],
     }
-
-
-def _accountant(manifest: RunManifest) -> str:
-    if manifest.mode == "client":
-        return "Rényi bound of the Skellam mechanism (Agarwal, Kairouz and Liu 2021)"
-    return accountant_name() if manifest.mode == "record" else "none: there is no ε"
-
-
-def _second(manifest: RunManifest) -> float | None:
-    """ε of the whole schedule by Rényi: looser, by other arithmetic; None where it has no bound."""
-    if manifest.mode != "record":
-        return None
-    epsilon = renyi_epsilon(history_of(manifest), manifest.delta)
-    return epsilon if math.isfinite(epsilon) else None
 
 
 def _of_kind(mine: list[Body], kind: str) -> list[Body]:

@@ -3,8 +3,8 @@
     offer, deal     an epoch's keys and shares                             (client.secagg.node)
     input           accept U2; may this attempt be masked at all? Only then policy, ledger and
                     training                                               (client.training.trainer)
-                    encode, mask, keep, answer; in mode "client" a share of the noise between
-                    encoding and mask                                      (common.privacy.skellam)
+                    encode, mask, keep, answer; between encoding and mask a share of the noise,
+                    where the run's guarantee shares it        (common.privacy.institution_level)
     confirm, open   U3, and one share of each
 
 An input that was made before is answered by the same bytes, whatever else happened since.
@@ -20,9 +20,7 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, Vector
-from fedlora.common.privacy.accountant import member_noise, releases_of
-from fedlora.common.privacy.randomness import OsRandom
-from fedlora.common.privacy.skellam import noised
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol import stages
 from fedlora.common.secagg import cohort
 from fedlora.common.secagg.cohort import CohortPolicy
@@ -38,13 +36,14 @@ class MaskedRun:
     def __init__(self, node: SecureNode, manifest: RunManifest) -> None:
         self._terms = checked_terms(manifest, node.policy)
         self.node, self._manifest = node, manifest
+        self._guarantee = guarantee_of(manifest)
 
     @classmethod
     def begun(
         cls, identity: Identity, policy: CohortPolicy, manifest: RunManifest, outbox: MaskedOutbox
     ) -> MaskedRun:
         """The run at a node that has just started: it has its outbox, and no secrets."""
-        noised = manifest.mode != "none"
+        noised = guarantee_of(manifest).private
         names = manifest.federation, manifest.digest
         return cls(SecureNode(identity, policy, *names, outbox, noised), manifest)
 
@@ -76,42 +75,18 @@ class MaskedRun:
         self.node.check(
             stages.slot_of(plan, self._manifest.base_digest), self._encoding(plan.phase, spec.size)
         )
-        if self._manifest.mode == "client":
-            self._carriers(plan.phase, spec)
+        self._guarantee.check_cohort(plan.phase, spec, self.node.members)
 
     def mask(self, plan: RoundPlan, spec: AdapterSpec, update: Vector) -> bytes:
         """The masked input of an attempt, durable before it is returned."""
         encoding = self._encoding(plan.phase, spec.size)
-        levels = encoding.encode(update)
-        if self._manifest.mode == "client":
-            carriers = self._carriers(plan.phase, spec)
-            moved = spec.moved_by(self._manifest.phases[plan.phase].name)
-            release = releases_of(self._manifest)[plan.phase]
-            levels = noised(OsRandom(), levels, moved, release, carriers)
+        levels = self._guarantee.noised(
+            encoding.encode(update), plan.phase, spec, self.node.members
+        )
         return self.node.mask(stages.slot_of(plan, self._manifest.base_digest), encoding, levels)
 
     def _encoding(self, phase: int, size: int) -> Encoding:
-        return stages.encoding_of(self._terms, phase, size, member_noise(self._manifest, phase))
-
-    def _carriers(self, phase: int, spec: AdapterSpec) -> int:
-        """t - c of this cohort; Refused, before training, where fewer than promised carry it."""
-        promised, colluders = self._manifest.skellam, self._terms.max_colluders
-        if promised is None:
-            raise Refused("manifest skellam: found none, expected the terms of shared noise")
-        cohort.check_colluders(self.node.members, colluders)
-        carriers = cohort.threshold(self.node.members) - colluders
-        if carriers < promised.carriers:
-            raise Refused(
-                f"cohort: {self.node.members} members leave {carriers} to carry the noise,"
-                f" expected at least {promised.carriers}"
-            )
-        moved = int(spec.moved_by(self._manifest.phases[phase].name).sum())
-        if promised.coordinates[phase] != moved:
-            raise BadInput(
-                f"manifest skellam coordinates: found {promised.coordinates[phase]} in phase"
-                f" {phase}, expected the {moved} that it moves"
-            )
-        return carriers
+        return stages.encoding_of(self._terms, phase, size, self._guarantee.member_noise(phase))
 
 
 def checked_terms(manifest: RunManifest, policy: CohortPolicy) -> SecureTerms:
@@ -124,23 +99,7 @@ def checked_terms(manifest: RunManifest, policy: CohortPolicy) -> SecureTerms:
             f"manifest secure threshold: found {terms.threshold!r}, "
             f"expected {cohort.THRESHOLD_RULE!r}"
         )
-    if manifest.mode == "client":
-        _check_shared_noise(policy, manifest, terms.max_colluders)
+    guarantee_of(manifest).check_node(policy.max_colluders)
     for phase in range(len(manifest.phases)):
         stages.encoding_of(terms, phase, 1)
     return terms
-
-
-def _check_shared_noise(policy: CohortPolicy, manifest: RunManifest, colluders: int) -> None:
-    """Refused where this node expects more colluders than the others share their noise for.
-
-    They add the variance over t - c. Under a larger c of its own, what the honest ones add would be
-    less than what ε was computed for, and a larger share of this node alone would not make up for
-    it.
-    """
-    releases_of(manifest)
-    if colluders < policy.max_colluders:
-        raise Refused(
-            f"manifest secure max_colluders: found {colluders}, expected at least this node's "
-            f"{policy.max_colluders}: the others' shares of the noise follow from it"
-        )

@@ -17,8 +17,8 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
-from fedlora.client.consent.judge import Denied
 from fedlora.client.consent.offer import kept_manifest
+from fedlora.client.consent.verdict import Denied
 from fedlora.client.node.enrolment import pinned_invitation
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.outbox import Outbox
@@ -33,6 +33,7 @@ from fedlora.client.service.work import Work
 from fedlora.common.disk.files import append_line
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger.ledger import Ledger
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import (
     Decline,
     Offer,
@@ -132,7 +133,7 @@ def _check_history(node: Node) -> None:
     consented = {body["manifest"] for body in entries if body["kind"] == "consent"}
     for path in node.folder.runs.glob("*/manifest.signed"):
         _, manifest = kept_manifest(path)
-        if manifest.mode == "none":
+        if not guarantee_of(manifest).private:
             continue
         left = {attempt for _, attempt, _ in node.outbox.sizes(manifest.digest)} - {0}
         reserved = set(node.ledger.reservations(manifest.digest))

@@ -16,7 +16,7 @@ from fedlora.client.service.dialogue import Dialogue, Node, private
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import Refused
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.privacy.statement import shown_epsilon, shown_left
+from fedlora.common.privacy.figures import exact, shown_epsilon, shown_left
 from fedlora.common.protocol.messages import Consent, Offer, one_line, reply_from_bytes
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def answer_offer(dialogue: Dialogue, offer: Offer, manifest: RunManifest) -> byt
     consent = Consent(me, manifest.digest, its, spend.epsilon, spend.delta)
     released = dialogue.released(consent, asked)
     budget = node.budget(manifest)
-    left = budget.epsilon - node.ledger.spent(budget.name).epsilon
+    left = exact(budget.epsilon) - exact(node.ledger.spent(budget.name).epsilon)
     run, cost = one_line(manifest.run)[:80], shown_epsilon(spend.epsilon)
     told = (run, cost, budget.name, shown_left(left))
     log.info("consented to run %s: ε %s of budget %s, %s left", *told)

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedlora.client.consent.judge import allow, judge, projected
+from fedlora.client.consent.judge import judge
 from fedlora.client.consent.offer import read_manifest
+from fedlora.client.consent.verdict import allow
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.outbox import Outbox, Plans
 from fedlora.client.node.policy import Policy
@@ -31,6 +32,7 @@ from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.privacy.accountant import Spend
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import MAX_NUMBER, Reply, one_line, reply_to_bytes
 from fedlora.common.trust.enrolment import Invitation
 from fedlora.common.trust.identity import Identity, Signed
@@ -130,9 +132,10 @@ class Dialogue:
             if name:
                 reserved = ledger.reserved_for(policy.data[name].budget, manifest.digest)
         allow(judge(manifest, policy, self.invitation.federation, spent, reserved))
-        if consented and manifest.mode != "none" and reserved is None:
+        guarantee = guarantee_of(manifest)
+        if consented and guarantee.private and reserved is None:
             raise Refused(f"plan manifest: nothing was consented to for {manifest.digest[:20]}")
-        return projected(manifest)
+        return guarantee.charge()
 
     def trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> bytes:
         """An attempt's update, which goes on from all before: reserved, trained, committed."""

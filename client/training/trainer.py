@@ -5,17 +5,16 @@
     2. train:   is the plan bound to that manifest and to this very state? reserve the attempt,
                 durably
     3.          draw, clip, noise, step                                      (client.training.local)
-                in mode "client": train without noise, clip the whole update; noise follows with
-                the mask
     4.          commit the digest of what leaves; hand it out
 
-Whatever a coordinator sends can only ask. In simulation the same object is called in process.
+What of this a run needs, its guarantee says: where noise follows with the mask, the whole update is
+clipped here; a run without privacy has nothing to reserve. Whatever a coordinator sends can only
+ask. In simulation the same object is called in process.
 """
 
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
 
 import numpy as np
 
@@ -26,9 +25,10 @@ from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterState
-from fedlora.common.privacy.accountant import Spend, charged_epsilon, stated_epsilon
+from fedlora.common.privacy.accountant import Spend
+from fedlora.common.privacy.guarantee import SLACK, Guarantee
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.randomness import OsRandom, Random, SeededRandom
-from fedlora.common.privacy.skellam import clipped
 
 # of a broadcast adapter: attention's scores stay far below what a mask subtracts from padding
 LARGEST_VALUE = 1e3
@@ -37,8 +37,7 @@ LARGEST_VALUE = 1e3
 class Trainer:
     """An institution's side of a run. `ledger` None is for runs without privacy only.
 
-    `masked`: its updates leave under masks, which is where the noise of mode "client" is added;
-    else such a run is refused.
+    `masked`: its updates leave under masks; else a run that needs them is refused.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class Trainer:
         self._ledger = ledger
         self._budget = budget
         self._moments = moments
-        self._manifest: RunManifest | None = None
+        self._guarantee: Guarantee | None = None  # of the run that was consented to
 
     def consent(self, manifest: RunManifest) -> None:
         """Reserve the whole schedule; Refused past the cap, BadInput for another model."""
@@ -69,34 +68,32 @@ class Trainer:
         ):
             if found != expected:
                 raise BadInput(f"manifest {name}: found {found}, expected {expected}")
-        if manifest.mode == "client" and not self._masked:
+        guarantee = guarantee_of(manifest)
+        if guarantee.needs_masks and not self._masked:
             raise Refused(
-                "manifest mode: found client, whose updates leave under masks only, expected record"
+                f"manifest mode: found {guarantee.name}, whose updates leave under masks only,"
+                " expected record"
             )
-        if manifest.mode in ("record", "client"):
+        if guarantee.private:
             self._required_ledger().consent(
                 self._budget,
                 manifest.digest,
-                charge(manifest),
+                charge(guarantee),
                 [phase.attempts for phase in manifest.phases],
             )
-        elif manifest.mode != "none":
-            raise BadInput(
-                f"manifest mode: found {manifest.mode!r}, expected record, client or none"
-            )
-        self._manifest = manifest
+        self._guarantee = guarantee
 
     def train(self, plan: RoundPlan, state: AdapterState) -> Update:
         """One attempt at one round. No data are read before the ledger holds the reservation."""
-        manifest = self._manifest
-        if manifest is None or plan.manifest != manifest.digest:
+        guarantee = self._guarantee
+        if guarantee is None or plan.manifest != guarantee.manifest.digest:
             raise Refused(f"plan manifest: found {plan.manifest}, which was not consented to")
-        if manifest.phase_of(plan.round) != plan.phase:
+        if guarantee.manifest.phase_of(plan.round) != plan.phase:
             raise BadInput(f"plan phase: found {plan.phase} for round {plan.round}")
         if state.digest != plan.adapter:
             raise BadInput(f"plan adapter: found {state.digest}, expected {plan.adapter}")
-        if manifest.mode == "none":
-            return self._update(manifest, plan, state, private=False)
+        if not guarantee.private:
+            return self._update(guarantee, plan, state)
         largest = float(np.abs(state.vector).max(initial=0.0))
         if largest > LARGEST_VALUE:
             raise BadInput(
@@ -105,28 +102,27 @@ class Trainer:
             )
         ledger = self._required_ledger()
         ledger.reserve(self._budget.name, plan.manifest, plan.phase, plan.round, plan.attempt)
-        update = self._update(manifest, plan, state, private=True)
-        # The chain of hashes may leave, so nothing of an update that has no noise yet goes into it.
-        released = plan.to_bytes() if manifest.mode == "client" else _bytes(update)
-        ledger.commit(self._budget.name, plan.manifest, plan.round, plan.attempt, _digest(released))
+        update = self._update(guarantee, plan, state)
+        digest = "sha256:" + hashlib.sha256(guarantee.committed(plan, update)).hexdigest()
+        ledger.commit(self._budget.name, plan.manifest, plan.round, plan.attempt, digest)
         return update
 
-    def _update(
-        self, manifest: RunManifest, plan: RoundPlan, state: AdapterState, private: bool
-    ) -> Update:
-        owner = self._data.owner
+    def _update(self, guarantee: Guarantee, plan: RoundPlan, state: AdapterState) -> Update:
+        owner, manifest = self._data.owner, guarantee.manifest
         # A seed that somebody knows voids amplification: it serves runs without privacy only. It
         # does not depend on the attempt, so that a resumed run ends with the bits of an undisturbed
         # one.
         source: Random = (
-            OsRandom() if private else SeededRandom(manifest.seed, "train", owner, plan.round)
+            OsRandom()
+            if guarantee.private
+            else SeededRandom(manifest.seed, "train", owner, plan.round)
         )
         phase = manifest.phases[plan.phase]
         moments = self._moments.read(owner, plan.phase, plan.round)
-        by_step = manifest.mode == "record"
+        by_step = guarantee.noise_in_step
         result = self._training.update(self._data, phase, state, moments, source, by_step)
         self._moments.write(owner, plan.phase, plan.round, result.moments)
-        delta = clipped(result.delta, phase.clip) if manifest.mode == "client" else result.delta
+        delta = guarantee.clipped(result.delta, phase)
         return Update(owner, plan.manifest, plan.round, plan.attempt, delta)
 
     def _required_ledger(self) -> Ledger:
@@ -135,27 +131,9 @@ class Trainer:
         return self._ledger
 
 
-@lru_cache(maxsize=64)
-def charge(manifest: RunManifest) -> Spend:
-    """What a run with this manifest costs a budget; Refused where it claims less than it costs."""
-    stated = schedule_epsilon(manifest)
-    return Spend(charged_epsilon(manifest) if manifest.mode == "client" else stated, manifest.delta)
-
-
-@lru_cache(maxsize=64)
-def schedule_epsilon(manifest: RunManifest) -> float:
-    """ε of the manifest's whole schedule, computed here; Refused above what it claims."""
-    stated = stated_epsilon(manifest)
-    if stated > manifest.epsilon * (1 + 1e-6):
-        raise Refused(
-            f"manifest epsilon: found {manifest.epsilon}, but its schedule costs {stated:.4f}"
-        )
-    return stated
-
-
-def _bytes(update: Update) -> bytes:
-    return update.delta.astype("<f4", copy=False).tobytes()
-
-
-def _digest(released: bytes) -> str:
-    return "sha256:" + hashlib.sha256(released).hexdigest()
+def charge(guarantee: Guarantee) -> Spend:
+    """What a run costs a budget, whatever it claims; Refused where it claims less than it costs."""
+    claimed, stated = guarantee.manifest.epsilon, guarantee.stated_epsilon()
+    if stated > claimed * SLACK:
+        raise Refused(f"manifest epsilon: found {claimed}, but its schedule costs {stated:.4f}")
+    return guarantee.charge()

@@ -2,10 +2,10 @@
 
 Neighbouring data sets differ by adding or removing one unit. ε is the upper end of Opacus' PRV
 accountant (Gopi, Lee and Wutschitz 2021), which composes the pair "removed"; tests hold it against
-dp-accounting's PLD, which composes both pairs and takes the worse. With `mode = "client"` a round
-is one release with distributed Skellam noise instead (`common.privacy.skellam`). Outside the range
-where its arithmetic is known to hold, ε is infinite: never something smaller than the truth.
-Everything here is a function of public numbers, so that anybody can run it and check it.
+dp-accounting's PLD, which composes both pairs and takes the worse. Outside the range where its
+arithmetic is known to hold, ε is infinite: never something smaller than the truth. Everything here
+is a function of public numbers, so that anybody can run it and check it. Which steps a run takes,
+its guarantee says; sums with shared noise are composed by `common.privacy.skellam`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 
 from fedlora.common.errors import BadInput
-from fedlora.common.manifest.manifest import RunManifest, SecureTerms, SkellamTerms
 from fedlora.common.privacy.renyi import renyi_bound
-from fedlora.common.privacy.skellam import Release, epsilon_of_releases
-from fedlora.common.secagg.cohort import threshold
 
 ACCURACY = 1.5e-3  # of a tail bound of ε: what the accountant may add for its discretisation
 COARSEST = 0.5  # the domain that Opacus computes is known to be safe for errors below 1
@@ -111,69 +108,6 @@ def renyi_epsilon(history: Sequence[Mechanism], delta: float) -> float:
     return epsilon if math.isfinite(epsilon) else math.inf
 
 
-def history_of(manifest: RunManifest) -> list[Mechanism]:
-    """Every step that a manifest's attempts can take; BadInput where a phase is not a mechanism."""
-    for phase in manifest.phases:
-        for name, found in (("steps", phase.steps), ("attempts", phase.attempts)):
-            if found < 0:
-                raise BadInput(f"manifest phase {name}: found {found}, expected at least 0")
-    return [
-        Mechanism(p.sampling_rate, p.noise_multiplier, p.steps * p.attempts)
-        for p in manifest.phases
-    ]
-
-
-def releases_of(manifest: RunManifest) -> list[Release]:
-    """A "client" manifest's releases, one kind a phase; BadInput where its terms are not whole."""
-    faults = _skellam_faults(manifest)
-    if faults or manifest.secure is None or manifest.skellam is None:
-        raise BadInput([f"manifest {fault}" for fault in faults])
-    return _releases(manifest, manifest.secure, manifest.skellam)
-
-
-def epsilon_of_attempts(manifest: RunManifest, attempts: Sequence[int]) -> float:
-    """ε of so many attempts of each phase; infinite where any of their steps has no noise."""
-    if manifest.mode == "client":
-        pairs = zip(releases_of(manifest), attempts, strict=True)
-        return epsilon_of_releases(
-            [replace(each, times=count) for each, count in pairs], manifest.delta
-        )
-    # whatever such a run does to its updates, it is not what is composed here
-    if manifest.mode != "record":
-        raise BadInput(
-            f"manifest mode: found {manifest.mode!r}, expected record or client: there ε is defined"
-        )
-    phases = [
-        replace(phase, attempts=count)
-        for phase, count in zip(manifest.phases, attempts, strict=True)
-    ]
-    return epsilon_of(history_of(replace(manifest, phases=tuple(phases))), manifest.delta)
-
-
-def stated_epsilon(manifest: RunManifest) -> float:
-    """ε of a manifest's whole schedule, for the unit that its mode protects."""
-    return epsilon_of_attempts(manifest, [phase.attempts for phase in manifest.phases])
-
-
-def charged_epsilon(manifest: RunManifest) -> float:
-    """What the schedule costs a budget of records: never less than `stated_epsilon`.
-
-    In mode "client" ε is stated for an update that is there or zero. One record more or less makes
-    it any other update, which is twice as far: a budget that also pays for records would be charged
-    too little by the former.
-    """
-    if manifest.mode == "client":
-        return epsilon_of_releases(releases_of(manifest), manifest.delta, moved=2)
-    return stated_epsilon(manifest)
-
-
-def member_noise(manifest: RunManifest, phase: int) -> float:
-    """The standard deviation of what a member adds to its encoded update, in levels; at most."""
-    if manifest.mode != "client" or manifest.skellam is None:
-        return 0.0
-    return math.sqrt(releases_of(manifest)[phase].share(manifest.skellam.carriers))
-
-
 def group_scales(noise_multiplier: float, clips: Sequence[float]) -> list[float]:
     """Noise deviation of each clip group, equal shares: Σ (C_g / s_g)² = 1 / noise_multiplier².
 
@@ -247,52 +181,3 @@ def _discretisation(tail: float, steps: int, delta: float) -> float:
     if error > COARSEST:
         raise ValueError("beyond the accountant's range")
     return error
-
-
-def _skellam_faults(manifest: RunManifest) -> list[str]:
-    """What is missing or unfit between distributed noise's terms and the rest of a manifest."""
-    secure, terms, phases = manifest.secure, manifest.skellam, manifest.phases
-    if manifest.mode != "client" or secure is None or terms is None:
-        return [f"mode: found {manifest.mode!r}, expected client with secure and skellam terms"]
-    faults = []
-    if not len(secure.update_bounds) == len(terms.coordinates) == len(phases):
-        faults.append(
-            f"skellam: expected a bound and a number of coordinates for each of {len(phases)}"
-            " phases"
-        )
-    elif any(
-        phase.clip != bound or phase.head_clip
-        for phase, bound in zip(phases, secure.update_bounds, strict=True)
-    ):
-        faults.append(
-            "secure update_bounds: found others than the clips, which they are in mode client"
-        )
-    carriers = threshold(manifest.minimum_cohort) - secure.max_colluders
-    if terms.carriers != carriers or carriers < 2:
-        faults.append(
-            f"skellam carriers: found {terms.carriers}, expected t - max_colluders = {carriers}, at"
-            " least 2"
-        )
-    if not faults:
-        releases = _releases(manifest, secure, terms)
-        faults += [f"skellam {each}" for one in releases if (each := one.beyond(terms.carriers))]
-    return faults
-
-
-def _releases(manifest: RunManifest, secure: SecureTerms, terms: SkellamTerms) -> list[Release]:
-    return [
-        Release(phase.noise_multiplier, secure.levels, coordinates, phase.attempts)
-        for phase, coordinates in zip(manifest.phases, terms.coordinates, strict=True)
-    ]
-
-
-def check_request(sampling_rate: float, steps: int, epsilon: float) -> None:
-    faults = []
-    if not 0 < sampling_rate <= 1:
-        faults.append(f"sampling_rate: found {sampling_rate}, expected above 0 and at most 1")
-    if steps < 1:
-        faults.append(f"steps: found {steps}, expected at least 1")
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        faults.append(f"epsilon: found {epsilon}, expected a finite number > 0")
-    if faults:
-        raise BadInput([f"calibration {fault}" for fault in faults])

@@ -1,4 +1,8 @@
-"""The smallest noise with which a schedule costs at most the ε asked for; found once, kept."""
+"""The smallest noise with which a schedule costs at most the ε asked for; found once, kept.
+
+A head phase may use `head_epsilon_share` of ε by itself; the last phase takes what the composition
+leaves.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,108 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fedlora.common.config.schema import AggregationConfig, PrivacyConfig
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
-from fedlora.common.privacy.accountant import Mechanism, accountant_name, check_request, epsilon_of
+from fedlora.common.manifest.manifest import Phase, SkellamTerms
+from fedlora.common.privacy.accountant import Mechanism, accountant_name, epsilon_of
+from fedlora.common.privacy.skellam import Release, epsilon_of_releases, releases
+from fedlora.common.secagg.cohort import threshold
 
 CALIBRATION = 1e-3  # relative tolerance of a calibrated noise multiplier
+# of a coordinate: as fine as float32 for a value at the bound; 511 institutions in 32 bits
+LEVELS = 1 << 22
+# of the clip: what rounding may add to the sensitivity where large noise leaves fewer levels
+ROUNDING = 0.1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Phases with their noise, and how it is shared where institutions share it."""
+
+    phases: tuple[Phase, ...]
+    levels: int = LEVELS  # of an update bound, under masks
+    skellam: SkellamTerms | None = None
+
+    def member_noise(self) -> float:
+        """The largest standard deviation that a member adds to an encoded update, in levels."""
+        if self.skellam is None:
+            return 0.0
+        made = releases(self.phases, self.skellam.coordinates, self.levels)
+        return max(math.sqrt(each.share(self.skellam.carriers)) for each in made)
+
+
+def with_gaussian_noise(
+    phases: tuple[Phase, ...], privacy: PrivacyConfig, cache: Path | None
+) -> Schedule:
+    """Noise of every step of each phase; BadInput where no noise keeps them within ε."""
+    done, spent = list[Phase](), list[Mechanism]()
+    for phase in phases:
+        rate, steps = phase.sampling_rate, phase.steps * phase.attempts
+        epsilon = _share(phase, phases, privacy) * privacy.epsilon
+        sigma = calibrate(spent, rate, steps, epsilon, privacy.delta, cache)
+        spent.append(Mechanism(rate, sigma, steps))
+        done.append(replace(phase, noise_multiplier=sigma))
+    return Schedule(tuple(done))
+
+
+def with_skellam_noise(
+    phases: tuple[Phase, ...],
+    privacy: PrivacyConfig,
+    aggregation: AggregationConfig,
+    moved: Mapping[str, int] | None,
+) -> Schedule:
+    """Noise of a sum in each phase, how it is shared, and the levels. One release an attempt, no
+    amplification. `moved`: by a phase's name, how many coordinates it moves.
+
+    The more noise, the fewer levels of a clip are needed, and the fewer are possible: a share is
+    drawn exactly up to a bound. So they are the largest power of two with which every phase's share
+    can be drawn; BadInput where there is none.
+    """
+    if moved is None or not aggregation.secure:
+        raise BadInput(
+            '[privacy] mode = "client": expected [aggregation] secure = true, and what each phase'
+            " moves"
+        )
+    coordinates, levels = tuple(moved[phase.name] for phase in phases), LEVELS
+    carriers = threshold(aggregation.minimum_cohort) - aggregation.max_colluders
+    while math.sqrt(max(coordinates)) / 2 <= ROUNDING * levels:
+        done = _noised(phases, privacy, coordinates, levels)
+        if not any(each.beyond(carriers) for each in releases(done, coordinates, levels)):
+            return Schedule(done, levels, SkellamTerms(coordinates, carriers))
+        levels //= 2
+    raise BadInput(
+        f"[privacy] epsilon = {privacy.epsilon:g}: needs noise that with {max(coordinates)}"
+        " coordinates can't be drawn as whole numbers; expected a larger epsilon, or fewer rounds"
+    )
+
+
+def _noised(
+    phases: tuple[Phase, ...], privacy: PrivacyConfig, coordinates: tuple[int, ...], levels: int
+) -> tuple[Phase, ...]:
+    done = list[Phase]()
+    for phase, count in zip(phases, coordinates, strict=True):
+        spent = releases(done, coordinates[: len(done)], levels)
+        one = Release(1.0, levels, count, phase.attempts)
+        sigma = smallest_noise(
+            lambda noise, spent=spent, one=one: epsilon_of_releases(  # type: ignore[misc]
+                [*spent, replace(one, noise_multiplier=noise)], privacy.delta
+            ),
+            _share(phase, phases, privacy) * privacy.epsilon,
+        )
+        done.append(replace(phase, noise_multiplier=sigma))
+    return tuple(done)
+
+
+def _share(phase: Phase, phases: tuple[Phase, ...], privacy: PrivacyConfig) -> float:
+    """Of ε, that the phases up to this one may use together."""
+    return 1.0 if phase is phases[-1] else privacy.head_epsilon_share
 
 
 def calibrate(
@@ -31,7 +126,7 @@ def calibrate(
 
     BadInput where no noise does. A cached value is believed only after one computation of its ε.
     """
-    check_request(sampling_rate, steps, epsilon)
+    _check_request(sampling_rate, steps, epsilon)
 
     @lru_cache
     def cost(sigma: float) -> float:
@@ -73,6 +168,18 @@ def smallest_noise(cost: Callable[[float], float], epsilon: float) -> float:
     while cost(sigma) > epsilon:  # a root is found from either side; only one is within the budget
         sigma *= 1 + CALIBRATION / 4
     return sigma
+
+
+def _check_request(sampling_rate: float, steps: int, epsilon: float) -> None:
+    faults = []
+    if not 0 < sampling_rate <= 1:
+        faults.append(f"sampling_rate: found {sampling_rate}, expected above 0 and at most 1")
+    if steps < 1:
+        faults.append(f"steps: found {steps}, expected at least 1")
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        faults.append(f"epsilon: found {epsilon}, expected a finite number > 0")
+    if faults:
+        raise BadInput([f"calibration {fault}" for fault in faults])
 
 
 def _key(fixed: Sequence[Mechanism], *numbers: float) -> str:

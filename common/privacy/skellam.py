@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.common.errors import BadInput
+from fedlora.common.manifest.manifest import Phase
 from fedlora.common.model.state import Vector
 from fedlora.common.privacy.randomness import Random
 
@@ -108,6 +109,14 @@ class Release:
         first = min(math.sqrt(self.coordinates) * second, second**2)
         rest = min(((2 * order - 1) * second**2 + 6 * first) / (4 * mu**2), 3 * first / (2 * mu))
         return order * second**2 / (2 * mu) + rest
+
+
+def releases(phases: Sequence[Phase], coordinates: Sequence[int], levels: int) -> list[Release]:
+    """Of all attempts of each phase: a sum of so many coordinates, clipped to `levels`."""
+    return [
+        Release(phase.noise_multiplier, levels, count, phase.attempts)
+        for phase, count in zip(phases, coordinates, strict=True)
+    ]
 
 
 def epsilon_of_releases(releases: Sequence[Release], delta: float, moved: int = 1) -> float:

@@ -12,6 +12,8 @@ from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterSpec, AdapterState
+from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.privacy.norm_bound import check_norm
 from fedlora.common.protocol.messages import (
     PLAN_TAG,
     STAGE_TAG,
@@ -29,7 +31,6 @@ from fedlora.common.protocol.stages import CONFIRM, DEAL, INPUT, OFFER, OPEN, Re
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.deployment.participants import Lazy, Participants
 from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure
-from fedlora.server.rounds.norm_bound import check_norm, update_bound
 from fedlora.server.secagg.log import liars_in, note_in
 from fedlora.server.secagg.seen_keys import SeenKeys
 from fedlora.server.secagg.sums import SecureCohort
@@ -114,7 +115,8 @@ class ClearCohort:
             update = Update(name, reply.manifest, reply.round, reply.attempt, vector)
             update.check(plan, state.spec.size)
             _check_moved(update, self._who.manifest.phases[plan.phase].name, state.spec)
-            check_norm(update, update_bound(self._who.manifest, plan.phase, state.spec.size))
+            guarantee = guarantee_of(self._who.manifest)
+            check_norm(update, guarantee.update_bound(plan.phase, state.spec.size))
         except (BadInput, Refused) as error:
             return Failure(name, one_line(str(error)))
         return update

@@ -22,9 +22,8 @@ from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.projection import PROJECTION
-from fedlora.common.privacy.accountant import stated_epsilon
 from fedlora.common.privacy.calibration import default_cache
-from fedlora.common.protocol.messages import MANIFEST_TAG, Consent
+from fedlora.common.protocol.messages import MANIFEST_TAG
 from fedlora.common.trust.identity import Signed
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.cohorts import cohort_of
@@ -77,25 +76,15 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
     run = Conducted(config, folder, public, checkpoint, "flower")
     progress, ended = to_its_end(checkpoint, lambda: conduct(run, cohort_of(who)))
     if has_result(progress, ended):
-        stated = {
-            name: _stated(checkpoint.manifest, consent) for name, consent in who.consents.items()
-        }
-        summary = conclude(run, progress, stated) | {
-            "institutions": sorted(stated),
+        reserved = {name: consent.epsilon for name, consent in who.consents.items()}
+        summary = conclude(run, progress, reserved) | {
+            "institutions": sorted(reserved),
             "ended": str(ended or ""),
         }
         write_summary(folder, summary)
     if ended is not None:
         raise ended
     return summary
-
-
-def _stated(manifest: RunManifest, consent: Consent) -> float:
-    """ε for the unit of this run's mode.
-
-    For an institution it is less than what a consent charges for records.
-    """
-    return stated_epsilon(manifest) if manifest.mode == "client" else consent.epsilon
 
 
 def _manifest(config: Config, public: PublicSide, coordinator: Coordinator) -> RunManifest:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.common.errors import BadInput, FedloraError
-from fedlora.common.privacy.statement import shown_epsilon
+from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.protocol.messages import Consent, reply_from_bytes
 from fedlora.common.terminal import printable
 from fedlora.server.coordinator.folder import Directory

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.privacy.statement import (
-    DROP_OUTS,
-    privacy_statement,
-    secure_statement,
-    shown_epsilon,
-)
+from fedlora.common.privacy.figures import shown_epsilon
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import Consent
 from fedlora.server.release.layout import VERSION
+from fedlora.server.secagg.log import DROP_OUTS
 
 FIGURES = ("accuracy", "macro_f1", "perplexity", "loss")
 PAIRS, COUNTS = ("cohort", "threshold"), ("sums", "colluders", "smallest_sum")
@@ -26,17 +23,15 @@ def model_card(
     figures: Mapping[str, Any],
     version: int = VERSION,
 ) -> str:
-    """Markdown; the largest ε that an institution states is the run's. `version` is the release's."""
+    """Markdown; the largest ε that an institution states is the run's. `version`: the release's."""
     largest = max((consent.epsilon for consent in statements.values()), default=None)
-    epsilon = None if manifest.mode == "none" else largest
+    guarantee = guarantee_of(manifest)
+    epsilon = largest if guarantee.private else None
     rows = [_row(organisations[name], statements[name]) for name in statements]
     parts = [_head(manifest), _introduction(manifest, figures, len(organisations))]
-    lines = [*privacy_statement(manifest, epsilon), *secure_statement(manifest), *_masked(figures)]
+    lines = [*guarantee.statement(epsilon), *_masked(figures)]
     parts += ["## Privacy", "\n".join(f"- {line}" for line in lines)]
-    heading = (
-        f"| institution | organisation | {'ε of a record' if manifest.mode == 'client' else 'ε'} |"
-        " δ | policy |"
-    )
+    heading = f"| institution | organisation | {guarantee.cost_name} | δ | policy |"
     parts += ["\n".join([heading, "|---|---|---|---|---|", *rows])]
     parts += ["The figures are each institution's own; `statements/` has them as it signed them."]
     measured = [f"| {n} | {figures[n]:.4g} |" for n in FIGURES if isinstance(figures.get(n), float)]

@@ -13,7 +13,8 @@ from functools import lru_cache
 
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.privacy.accountant import charged_epsilon
+from fedlora.common.privacy.accountant import Spend
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import Consent
 
 SAME = 1e-6  # relative: the last bits of an ε differ between machines
@@ -33,21 +34,21 @@ def consent_faults(consent: Consent, manifest: RunManifest) -> list[str]:
     What is released states the largest ε: one that understates makes it promise too much, and one
     that overstates makes an institution's word the headline of all.
     """
-    epsilon, delta = schedule_cost(manifest)
+    due = schedule_cost(manifest)
     return [
         f"{name}: found {found:g}, expected {cost:g}, what the schedule costs"
         for name, found, cost in (
-            ("epsilon", consent.epsilon, epsilon),
-            ("delta", consent.delta, delta),
+            ("epsilon", consent.epsilon, due.epsilon),
+            ("delta", consent.delta, due.delta),
         )
         if not cost * (1 - SAME) <= found <= cost * (1 + SAME)
     ]
 
 
 @lru_cache(maxsize=8)
-def schedule_cost(manifest: RunManifest) -> tuple[float, float]:
-    """(ε, δ) that an institution reserves."""
-    return (0.0, 0.0) if manifest.mode == "none" else (charged_epsilon(manifest), manifest.delta)
+def schedule_cost(manifest: RunManifest) -> Spend:
+    """What an institution reserves; BadInput where nothing bounds it."""
+    return guarantee_of(manifest).charge()
 
 
 def statement_text(consent: Consent, signed: bytes) -> str:

@@ -16,7 +16,8 @@ from fedlora.common.config.strict import MAX_MESSAGE_BYTES
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.state import AdapterState
-from fedlora.common.privacy.statement import shown_epsilon
+from fedlora.common.privacy.figures import shown_epsilon
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import Consent, reply_from_bytes
 from fedlora.common.terminal import fault_lines
 from fedlora.common.trust.enrolment import FEDERATION
@@ -188,7 +189,7 @@ def _statements(
         raise Refused(
             f"{STATEMENTS}/{sorted(other)[0]}: expected one statement of each institution"
         )
-    if manifest.mode != "none" and len(institutions) < manifest.minimum_cohort:
+    if guarantee_of(manifest).private and len(institutions) < manifest.minimum_cohort:
         raise Refused(
             f"{MEMBERS}: found {len(institutions)}, expected at least {manifest.minimum_cohort}"
         )

@@ -27,6 +27,7 @@ from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, FedloraError, Refused, Spent
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.state import AdapterSpec, AdapterState, check_safetensors_header
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.strategies.strategy import ServerState
 
 VERSION = 1  # of these files' layout
@@ -128,7 +129,7 @@ class Checkpoint:
     def spent(self, phase: int) -> str:
         """Why a phase has no attempt left; "" where it has, as always without privacy."""
         recipe, begun = self.manifest.phases[phase], self.attempts_begun(phase)
-        if self.manifest.mode == "none" or begun < recipe.attempts:
+        if not guarantee_of(self.manifest).private or begun < recipe.attempts:
             return ""
         return (
             f"phase {recipe.name}: all {begun} attempts that the noise was calibrated for are"

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedlora.common.config.schema import Config
 from fedlora.common.disk.files import write_text
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.privacy.accountant import epsilon_of_attempts
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.loop import RoundRecord
 from fedlora.server.runs.public_data import PublicSide
@@ -39,7 +39,8 @@ class Conducted:
 
 def epsilon_after(manifest: RunManifest, attempts: list[int]) -> float | None:
     """ε of the attempts begun so far, by phase; None where the run is not private."""
-    return None if manifest.mode == "none" else epsilon_of_attempts(manifest, attempts)
+    guarantee = guarantee_of(manifest)
+    return guarantee.epsilon_of(attempts) if guarantee.private else None
 
 
 class MetricsLog:

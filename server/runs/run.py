@@ -68,10 +68,10 @@ def has_result(progress: Progress, ended: FedloraError | None) -> bool:
     return ended is None or progress.round > 0 or isinstance(ended, Spent)
 
 
-def conclude(
-    run: Conducted, progress: Progress, epsilon_by_client: Mapping[str, float]
-) -> dict[str, Any]:
-    """Score the test file, export the adapter; the summary that every run has."""
+def conclude(run: Conducted, progress: Progress, reserved: Mapping[str, float]) -> dict[str, Any]:
+    """Score the test file, export the adapter; the summary that every run has. `reserved` is the ε
+    that each institution's ledger proves.
+    """
     started = time.monotonic()
     run.public.features.clear()
     metrics = run.public.test.evaluate(progress.released)
@@ -84,7 +84,7 @@ def conclude(
         config.seed,
         run.folder / "adapter",
     )
-    summary = summary_of(run, progress, metrics, epsilon_by_client)
+    summary = summary_of(run, progress, metrics, reserved)
     summary["seconds"] += time.monotonic() - started
     return summary
 

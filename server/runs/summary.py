@@ -11,17 +11,10 @@ from typing import Any
 
 from fedlora.common.config.schema import config_to_toml
 from fedlora.common.disk.files import write_text
-from fedlora.common.privacy.accountant import charged_epsilon
-from fedlora.common.privacy.statement import (
-    noise_source,
-    privacy_statement,
-    secure_statement,
-    secure_summary,
-    unit_of,
-)
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.runs.metrics import Conducted
-from fedlora.server.secagg.log import liars_in, sums_of
+from fedlora.server.secagg.log import liars_in, secure_summary, sums_of
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -30,10 +23,12 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def summary_of(
-    run: Conducted, progress: Progress, metrics: Mapping[str, float], by_client: Mapping[str, float]
+    run: Conducted, progress: Progress, metrics: Mapping[str, float], reserved: Mapping[str, float]
 ) -> dict[str, Any]:
     manifest, config, public = run.manifest, run.config, run.public
-    private, whole = manifest.mode != "none", manifest.mode == "client"
+    guarantee = guarantee_of(manifest)
+    by_client = {name: guarantee.stated(each) for name, each in reserved.items()}
+    private = guarantee.private
     epsilon = max(by_client.values(), default=0.0) if private else None
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(line["seconds"] for line in lines)
@@ -42,20 +37,12 @@ def summary_of(
         "task": manifest.task,
         **metrics,
         "epsilon": epsilon,
-        "epsilon_by_client": dict(by_client) if private else {},
+        "epsilon_by_client": by_client if private else {},
         "delta": manifest.delta if private else None,
-        "epsilon_charged": charged_epsilon(manifest) if whole else epsilon,
-        "unit": unit_of(manifest),
+        "epsilon_charged": max(reserved.values(), default=0.0) if private else None,
+        "unit": guarantee.unit,
         "mode": manifest.mode,
-        "schedule": [
-            {
-                "phase": phase.name,
-                "steps": phase.attempts if whole else phase.steps * phase.attempts,
-                "sampling_rate": 1.0 if whole else phase.sampling_rate,
-                "noise_multiplier": phase.noise_multiplier,
-            }
-            for phase in manifest.phases
-        ],
+        "schedule": guarantee.schedule(),
         "rounds": progress.round,
         "clients": config.federation.clients,
         "seconds": (lines[-1]["elapsed_seconds"] if lines else 0.0),
@@ -74,8 +61,8 @@ def summary_of(
         "adapter_digest": progress.released.digest,
         "attention": public.compute.attention,
         "precision": public.compute.precision,
-        "noise_source": noise_source(manifest),
-        "privacy_statement": [*privacy_statement(manifest, epsilon), *secure_statement(manifest)],
+        "noise_source": guarantee.noise,
+        "privacy_statement": guarantee.statement(epsilon),
         "validation": {key: lines[-1][key] for key in metrics if lines and key in lines[-1]},
         "versions": versions(),
         "config": config_to_toml(config),

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedlora.common.disk.files import append_line
 from fedlora.common.errors import BadInput
+from fedlora.common.manifest.manifest import RunManifest
 from fedlora.server.rounds.cohort import SecureRecord
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,14 @@ log = logging.getLogger(__name__)
 SUMS = "sums.jsonl"
 KEYS = "keys.jsonl"  # `server.secagg.seen_keys`
 UNLIMITED = 1 << 62
+# At each stage of an attempt: who was there before it, and who after it.
+DROP_OUTS = (
+    ("keys", "asked", "cohort"),
+    ("shares", "cohort", "dealt"),
+    ("input", "dealt", "members"),
+    ("confirm", "members", "confirmed"),
+    ("open", "confirmed", "opened"),
+)
 
 
 def note_in(folder: Path) -> Callable[[SecureRecord], None]:
@@ -50,6 +59,44 @@ def sums_of(folder: Path) -> list[Mapping[str, Any]]:
     """
     found = {int(each["attempt"]): each for each in tables_of(folder / SUMS)}
     return [found[attempt] for attempt in sorted(found)]
+
+
+def secure_summary(
+    manifest: RunManifest, sums: Sequence[Mapping[str, Any]], liars: Iterable[str] = ()
+) -> dict[str, Any] | None:
+    """How a run was aggregated, from what was noted of each sum that was or may have been learnt.
+
+    A sum that did not count in the end is one of them. `liars` were proven before there was a sum.
+    None where the run was not aggregated securely.
+    """
+    if manifest.secure is None:
+        return None
+    return {
+        "minimum_cohort": manifest.minimum_cohort,
+        "colluders": manifest.secure.max_colluders,
+        "threshold_rule": manifest.secure.threshold,
+        "cohort": _range(sums, "cohort"),
+        "threshold": _range(sums, "threshold"),
+        "smallest_sum": _range(sums, "members")[0],
+        "dropouts": {
+            stage: sum(_lost(each, before, after) for each in sums)
+            for stage, before, after in DROP_OUTS
+        },
+        "liars": sorted({*liars, *(name for each in sums for name in each["liars"])}),
+        "suspected": sorted({name for each in sums for name in each.get("suspected", ())}),
+        "sums": len(sums),
+        "bits": manifest.secure.bits,
+    }
+
+
+def _lost(each: Mapping[str, Any], before: str, after: str) -> int:
+    """Drop-outs of a stage; none are known where a coordinator stopped before it knew them."""
+    return 0 if each[after] is None else max(each[before] - each[after], 0)
+
+
+def _range(sums: Sequence[Mapping[str, Any]], name: str) -> list[int]:
+    values = [each[name] for each in sums] or [0]
+    return [min(values), max(values)]
 
 
 def tables_of(path: Path) -> list[Mapping[str, Any]]:

@@ -22,7 +22,7 @@ from fedlora.common.errors import BadInput, QuorumLost, Refused
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterState
-from fedlora.common.privacy.accountant import member_noise
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol import stages
 from fedlora.common.protocol.messages import one_line
 from fedlora.common.protocol.stages import CONFIRM, DEAL, INPUT, OFFER, OPEN
@@ -30,7 +30,6 @@ from fedlora.common.secagg.ring import Encoding
 from fedlora.common.secagg.wire import Epoch
 from fedlora.common.trust.identity import PublicIdentity
 from fedlora.server.rounds.cohort import CohortSum, Failure, SecureRecord
-from fedlora.server.rounds.norm_bound import update_bound
 from fedlora.server.secagg.attempt import Listed, SecureSum, ServerAttempt
 from fedlora.server.secagg.epoch import ServerEpoch
 from fedlora.server.secagg.seen_keys import SeenKeys
@@ -268,7 +267,7 @@ class SecureCohort:
         return counted
 
     def _encoding(self, plan: RoundPlan, size: int) -> Encoding:
-        noise = member_noise(self._manifest, plan.phase)
+        noise = guarantee_of(self._manifest).member_noise(plan.phase)
         return stages.encoding_of(self._terms, plan.phase, size, noise)
 
     def _decoded(
@@ -276,7 +275,7 @@ class SecureCohort:
     ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """The sum in the adapter's units; BadInput if its mean is longer than any honest one."""
         total = self._encoding(plan, size).decode(result.levels)
-        bound = update_bound(self._manifest, plan.phase, size)
+        bound = guarantee_of(self._manifest).update_bound(plan.phase, size)
         norm = float(np.linalg.norm(total)) / len(result.members)
         if not norm <= bound * (1 + 1e-6):
             raise BadInput(

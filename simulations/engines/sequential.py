@@ -18,6 +18,7 @@ from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterState
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.randomness import OsRandom, Random, SeededRandom
 from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure, participants, replies_needed
 from fedlora.server.secagg.log import liars_in, note_in
@@ -110,9 +111,9 @@ def choose_clients(manifest: RunManifest, federation: Federation, plan: RoundPla
     where the whole run is.
     """
     source: Random = (
-        SeededRandom(manifest.seed, "participation", plan.round)
-        if manifest.mode == "none"
-        else OsRandom()
+        OsRandom()
+        if guarantee_of(manifest).private
+        else SeededRandom(manifest.seed, "participation", plan.round)
     )
     return participants(federation.clients, manifest.participation, source)
 

@@ -21,9 +21,10 @@ from fedlora.common.data.tasks import Encoded
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.compute import threads as with_threads
 from fedlora.common.model.features import pooled_features
-from fedlora.common.privacy.accountant import epsilon_of_attempts, stated_epsilon
 from fedlora.common.privacy.calibration import default_cache
-from fedlora.common.privacy.statement import shown_delta, shown_epsilon, unit_of
+from fedlora.common.privacy.figures import shown_delta, shown_epsilon
+from fedlora.common.privacy.guarantee import Guarantee
+from fedlora.common.privacy.modes import guarantee_named, guarantee_of
 from fedlora.simulations.federation.population import Federation
 
 PROBE_RECORDS = 48  # of the public validation part
@@ -44,8 +45,9 @@ def print_plan(config: Config, console: Console, threads: int = 0) -> None:
         manifest = federation.manifest(default_cache())
         speed = measure(federation)
     console.print(_schedule(federation, manifest, speed))
-    if manifest.mode != "none":
-        console.print(_epsilon_by_round(manifest))
+    guarantee = guarantee_of(manifest)
+    if guarantee.private:
+        console.print(_epsilon_by_round(guarantee))
     size = federation.model.spec.size
     console.print(
         f"{size:,} trainable parameters; {4 * size:,} bytes to each client and back in a round; "
@@ -71,7 +73,7 @@ def _step(
 ) -> None:
     gradients, config = federation.training.gradients, federation.config
     tokens = config.training.micro_batch_tokens
-    if config.privacy.mode == "record":
+    if guarantee_named(config.privacy.mode).noise_in_step:
         gradients.clipped_sum(data, units, rows, ClipGroups.flat(gradients.model.spec, 1.0), tokens)
     else:
         gradients.plain_sum(data, micro_batches(units, rows, data.lengths, tokens))
@@ -103,17 +105,15 @@ def _schedule(federation: Federation, manifest: RunManifest, speed: Speed) -> Ta
     return table
 
 
-def _epsilon_by_round(manifest: RunManifest) -> Table:
+def _epsilon_by_round(guarantee: Guarantee) -> Table:
     """ε after each tenth of the rounds, and of the whole schedule with its spare attempts."""
-    table = Table("round", "ε", box=None)
+    manifest, table = guarantee.manifest, Table("round", "ε", box=None)
     shown = sorted({round(share * manifest.rounds) for share in np.linspace(0.1, 1.0, 10)} - {0})
     for number in shown:
-        table.add_row(
-            str(number), shown_epsilon(epsilon_of_attempts(manifest, _taken(manifest, number)))
-        )
-    whole = shown_epsilon(stated_epsilon(manifest))
+        table.add_row(str(number), shown_epsilon(guarantee.epsilon_of(_taken(manifest, number))))
+    whole = shown_epsilon(guarantee.stated_epsilon())
     table.add_row(
-        "all attempts", f"{whole} at δ = {shown_delta(manifest.delta)}, for one {unit_of(manifest)}"
+        "all attempts", f"{whole} at δ = {shown_delta(manifest.delta)}, for one {guarantee.unit}"
     )
     return table
 

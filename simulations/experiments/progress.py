@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fedlora.common.privacy.statement import shown_epsilon
+from fedlora.common.privacy.figures import shown_epsilon
 
 
 class RunProgress:

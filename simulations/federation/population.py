@@ -25,6 +25,7 @@ from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.features import PooledTexts, Progress
 from fedlora.common.model.network import AdapterModel
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.runs.public_data import PublicRecords, PublicSide, encode
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.simulations.federation.partition import Partition, partition_units
@@ -125,20 +126,20 @@ class Federation:
         another client's. A record is at one client, so that the run costs it what it costs a
         client.
         """
-        if manifest.mode != "none":
+        guarantee = guarantee_of(manifest)
+        if guarantee.private:
             budget = self._budget(f"population {self.config.privacy.population}", manifest)
             attempts = [phase.attempts for phase in manifest.phases]
-            ledger.consent(budget, manifest.digest, charge(manifest), attempts)
+            ledger.consent(budget, manifest.digest, charge(guarantee), attempts)
 
     def budget_name(self, client: int) -> str:
         """What a client's own part of a run charges beside the population's budget."""
         return client_name(client)
 
     def _budget(self, name: str, manifest: RunManifest) -> Budget:
-        """A budget that one run of this fits into; in mode "client" ε is the institutions'."""
+        """A budget that one run of this configuration fits into."""
         privacy = self.config.privacy
-        cap = charge(manifest).epsilon if manifest.mode == "client" else privacy.epsilon
-        return Budget(name, cap, privacy.delta)
+        return Budget(name, guarantee_of(manifest).cap(privacy.epsilon), privacy.delta)
 
     def label_counts(self) -> Ints:
         """(clients, labels) records of each label at each client; a researcher's own data."""

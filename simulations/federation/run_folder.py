@@ -26,7 +26,6 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.features import PooledTexts
 from fedlora.common.model.features import Progress as FeatureProgress
 from fedlora.common.model.projection import PROJECTION
-from fedlora.common.privacy.accountant import stated_epsilon
 from fedlora.common.privacy.calibration import default_cache
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Cohort
@@ -166,7 +165,7 @@ def finish(
     `ended` says why a run that did not reach its last round stopped where it did.
     """
     federation = run.federation
-    summary = conclude(run.conducted, progress, _epsilon_by_client(run)) | {
+    summary = conclude(run.conducted, progress, _reserved_by_client(run)) | {
         "truncated": {name: int(count) for name, count in federation.train.truncated.items()},
         **_by_class(run),
         "partition": federation.partition_table(),
@@ -177,16 +176,12 @@ def finish(
     return summary
 
 
-def _epsilon_by_client(run: Run) -> dict[str, float]:
+def _reserved_by_client(run: Run) -> dict[str, float]:
     """What the ledger proves: each client's consent to this run covers its whole schedule."""
     result = {}
     for client in run.federation.clients:
         spend = run.ledger.reserved_for(run.federation.budget_name(client), run.manifest.digest)
         result[client_name(client)] = 0.0 if spend is None else spend.epsilon
-    if run.manifest.mode == "client":  # charged for records, stated for institutions
-        return {
-            name: stated_epsilon(run.manifest) if spent else 0.0 for name, spent in result.items()
-        }
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora.common.config.schema import Config, check_delta
+from fedlora.common.config.schema import Config
 from fedlora.common.data.records import (
     Records,
     file_digest,
@@ -15,6 +15,7 @@ from fedlora.common.data.records import (
 )
 from fedlora.common.data.tasks import Task
 from fedlora.common.errors import BadInput
+from fedlora.common.privacy.modes import guarantee_named
 from fedlora.server.runs.public_data import columns_of, read_labels, task_of
 
 
@@ -48,8 +49,7 @@ def read_sources(config: Config) -> Sources:
             unit_groups(whole.units, len(whole)), data.validation, config.seed
         )
         train, validation = whole.take(kept), whole.take(aside, f"{whole.where} (validation part)")
-    if config.privacy.mode == "record":
-        check_delta(config.privacy.delta, len(unit_groups(train.units, len(train))), whole.where)
-    if config.privacy.mode == "client":
-        check_delta(config.privacy.delta, config.federation.clients, "[federation] clients:")
+    units, institutions = len(unit_groups(train.units, len(train))), config.federation.clients
+    guarantee = guarantee_named(config.privacy.mode)
+    guarantee.check_delta(config.privacy.delta, units, whole.where, institutions)
     return Sources(task_of(config, labels), train, validation, test, file_digest(Path(data.train)))

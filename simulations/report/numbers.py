@@ -1,33 +1,24 @@
-"""How the report writes numbers: no privacy loss is rounded down, nothing looks too exact."""
+"""How the report writes numbers: nothing looks too exact, and δ as it is rounded everywhere."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
+
+from fedlora.common.privacy.figures import rounded_delta
 
 NBSP = "\N{NO-BREAK SPACE}"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def epsilon(value: float | None) -> str:
-    """Three decimals, rounded up, as in the privacy statement: 2.99589 is shown as 2.996."""
-    if value is None:
-        return "none"
-    if not math.isfinite(value):
-        return "unbounded"
-    rounded = Decimal(repr(float(value))).quantize(Decimal("0.001"), rounding=ROUND_CEILING)
-    return f"{rounded.normalize():f}"
-
-
 def delta(value: float | None) -> str:
-    """Two digits and a power of ten, rounded up: 0.00001 is shown as 10⁻⁵."""
+    """As in the privacy statement, as a power of ten: 0.00001 is shown as 10⁻⁵."""
     if value is None:
         return "none"
     if value == 0:
         return "0"
-    rounded = Context(prec=2, rounding=ROUND_CEILING).create_decimal(repr(float(value)))
+    rounded = rounded_delta(value)
     exponent = rounded.adjusted()
     mantissa = f"{rounded.scaleb(-exponent).normalize():f}"
     power = "10" + str(exponent).translate(_SUPERSCRIPT)

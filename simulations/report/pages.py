@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
+from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.simulations.report import numbers, plots, tables
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -106,7 +107,7 @@ def _write(path: Path, template: str, values: Mapping[str, Any]) -> Path:
     shown = (
         numbers.number,
         numbers.percent,
-        numbers.epsilon,
+        shown_epsilon,
         numbers.delta,
         numbers.duration,
         numbers.counted,
@@ -204,10 +205,8 @@ def _rounds(summary: Summary, lines: Lines) -> dict[str, Any]:
     if spent:
         whole = summary.get("epsilon")
         svg = plots.by_round(spent, "ε of the rounds so far", False, phases, whole, plots.SECOND)
-        text = (
-            f"ε of the rounds so far: {numbers.epsilon(spent[-1][1])} after round {spent[-1][0]}."
-        )
-        text += f" The dashed line is what the whole schedule reserved, {numbers.epsilon(whole)}."
+        text = f"ε of the rounds so far: {shown_epsilon(spent[-1][1])} after round {spent[-1][0]}."
+        text += f" The dashed line is what the whole schedule reserved, {shown_epsilon(whole)}."
         pictures.append((svg, text))
     return {"pictures": pictures, "phases": phases, "metric": metric}
 
@@ -227,8 +226,9 @@ def _clients(summary: Summary) -> dict[str, Any]:
     epsilon, accuracy = (
         list(summary.get(key, {}).values()) for key in ("epsilon_by_client", "accuracy_by_client")
     )
+    columns: list[tuple[str, Callable[[Any], str], list[Any]]]
     columns = [("records", numbers.number, [int(count) for count in records])]
-    columns += [("ε", numbers.epsilon, epsilon)] if epsilon else []
+    columns += [("ε", shown_epsilon, epsilon)] if epsilon else []
     columns += [("accuracy", numbers.percent, accuracy)] if accuracy else []
     if len(names) <= FEW:
         return {

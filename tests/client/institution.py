@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from fedlora.client.consent.judge import projected
 from fedlora.client.node import enrolment
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.service.answer import Resident
@@ -25,6 +24,7 @@ from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, TensorSpec
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
@@ -128,7 +128,7 @@ class FakeWork:
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
         if manifest.mode != "none":
             attempts = [phase.attempts for phase in manifest.phases]
-            self.ledger.consent(budget, manifest.digest, projected(manifest), attempts)
+            self.ledger.consent(budget, manifest.digest, guarantee_of(manifest).charge(), attempts)
         return "sha256:data"
 
     def spec(self, manifest: RunManifest, projection: Path) -> AdapterSpec:

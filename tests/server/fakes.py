@@ -17,10 +17,11 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
+from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.privacy.norm_bound import check_norm
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import CohortSum, Failure
 from fedlora.server.rounds.loop import RoundRecord, Rules, run_rounds
-from fedlora.server.rounds.norm_bound import check_norm, update_bound
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 
 SPEC = AdapterSpec((TensorSpec("lora.a", (2, 2)), TensorSpec("head.weight", (3,))))
@@ -115,7 +116,7 @@ class Institutions:
         )
         update = self.behaviours.get(client, _honest)(honest)
         update.check(plan, state.spec.size)
-        check_norm(update, update_bound(self.manifest, plan.phase, state.spec.size))
+        check_norm(update, guarantee_of(self.manifest).update_bound(plan.phase, state.spec.size))
         return update
 
 

@@ -15,7 +15,7 @@ from fedlora.common.adapter.released import Description, write_description
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
-from fedlora.common.privacy.accountant import charged_epsilon
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import Consent, reply_to_bytes
 from fedlora.common.trust.identity import Identity
 from fedlora.common.trust.sealed import seal
@@ -67,7 +67,7 @@ def manifest(mode: str = "record", run: str = "r1") -> RunManifest:
 
 @cache
 def cost(of: RunManifest) -> float:
-    return charged_epsilon(of) if of.mode != "none" else 0.0
+    return guarantee_of(of).charged_epsilon() if of.mode != "none" else 0.0
 
 
 def consent(who: Identity, name: str, of: RunManifest, epsilon: float | None = None) -> bytes:

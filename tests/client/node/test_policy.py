@@ -14,11 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlora.client.consent.judge import Denied, allow, judge, projected
+from fedlora.client.consent.judge import judge
+from fedlora.client.consent.verdict import Denied, allow
 from fedlora.client.node.policy import load_policy, parse_policy, policy_template
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.privacy.accountant import Spend
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import Answer, Consent
 from tests.client.institution import (
     BASE,
@@ -159,7 +161,7 @@ def test_too_little_noise_says_how_many_rounds_would_fit() -> None:  # cfg-noise
     )
     for rounds, fits in ((fit, True), (fit + 1, False)):
         enough = manifest_of(replace(PHASE, noise_multiplier=0.6, attempts=rounds))
-        assert (projected(enough).epsilon <= 2.0) is fits
+        assert (guarantee_of(enough).charge().epsilon <= 2.0) is fits
 
 
 def test_what_is_denied_says_where_the_policy_allows_it() -> None:
@@ -186,7 +188,7 @@ def test_every_field_of_a_manifest_has_a_verdict() -> None:
 
 
 def test_the_cap_holds_to_the_last_decimal() -> None:
-    policy, cost = parse_policy(TEXT), projected(RUN)
+    policy, cost = parse_policy(TEXT), guarantee_of(RUN).charge()
     left = Spend(2.0 - cost.epsilon, 0.0)
     allow(judge(RUN, policy, "f", {"people": Spend(left.epsilon - 1e-9, 0.0)}))
     with pytest.raises(Denied, match="budget does not suffice") as caught:
@@ -272,7 +274,7 @@ class Rig:
         if isinstance(self.north.ask(offer_of(run)), Consent):
             assert self.allowed(run), run
             self.runs[run.digest] = run
-        total = sum(projected(each).epsilon for each in self.runs.values())
+        total = sum(guarantee_of(each).charge().epsilon for each in self.runs.values())
         assert total <= 2.0, "consented past the cap"
 
     def train(self, run: RunManifest, attempt: int) -> None:
@@ -354,5 +356,6 @@ def test_verdicts_alone_never_let_a_forbidden_manifest_in(run: RunManifest) -> N
     if all(verdict.allowed for verdict in judge(run, policy, "f", {})):
         assert Rig.allowed(None, run)  # type: ignore[arg-type]
         assert (
-            projected(run).epsilon <= min(2.0, run.epsilon * (1 + 1e-6)) and 0 < run.delta <= 1e-4
+            guarantee_of(run).charge().epsilon <= min(2.0, run.epsilon * (1 + 1e-6))
+            and 0 < run.delta <= 1e-4
         )

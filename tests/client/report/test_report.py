@@ -15,7 +15,7 @@ from fedlora.client.report.check import check_report, read_key, read_report
 from fedlora.client.report.page import page
 from fedlora.client.report.report import report_body, write_report
 from fedlora.common.errors import FedloraError
-from fedlora.common.privacy.accountant import charged_epsilon
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.trust.identity import Identity
 from tests.client.institution import PHASE, Institution, manifest_of, offer_of, task_of
 from tests.client.secagg.test_shared_noise import manifest as client_manifest
@@ -88,7 +88,7 @@ def test_a_run_of_shared_noise_is_told_as_what_it_is(north: Institution) -> None
     )
     assert "Skellam" in told["accountant"]
     assert (
-        charged_epsilon(run) > 0
+        guarantee_of(run).charged_epsilon() > 0
         and "floating" not in page(body_of(north)).split("<h2>What is assumed")[0]
     )
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedlora.client.consent.judge import judge, projected
+from fedlora.client.consent.judge import judge
 from fedlora.client.node.outbox import MemoryOutbox
 from fedlora.client.node.policy import Limits, Policy, TrainerPolicy
 from fedlora.client.secagg.masked_run import MaskedRun
@@ -20,22 +20,16 @@ from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms, SkellamTerms
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec, Vector
-from fedlora.common.privacy.accountant import (
-    charged_epsilon,
-    epsilon_of_attempts,
-    member_noise,
-    releases_of,
-    stated_epsilon,
-)
+from fedlora.common.privacy.calibration import LEVELS as MOST_LEVELS
+from fedlora.common.privacy.figures import shown_epsilon
+from fedlora.common.privacy.institution_level import InstitutionLevel
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.randomness import OsRandom
 from fedlora.common.privacy.skellam import clipped, noised
-from fedlora.common.privacy.statement import privacy_statement, shown_epsilon
 from fedlora.common.protocol import stages
 from fedlora.common.secagg.cohort import CohortPolicy, threshold
 from fedlora.common.secagg.wire import Epoch
 from fedlora.server.rounds.cohort import CohortSum, Failure
-from fedlora.server.rounds.norm_bound import coordinate_bound, update_bound
-from fedlora.server.runs.schedule import LEVELS as MOST_LEVELS
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.secagg.epoch import ServerEpoch
 from fedlora.server.secagg.sums import SecureCohort
@@ -163,7 +157,7 @@ def test_the_noise_of_an_unmasked_sum_is_at_least_what_is_claimed(
     t = threshold(count)
     assert found.replies == count - gone and (gone == 0 or found.replies == t)
     noise = federation.noise(found, 3, federation.names[gone:])
-    claimed = releases_of(run)[1].variance
+    claimed = InstitutionLevel(run).releases()[1].variance
     assert claimed == pytest.approx((SIGMA * (LEVELS + math.sqrt(SPEC.size) / 2)) ** 2)
     measured = float(np.var(noise))
     assert measured == pytest.approx(found.replies * claimed / (t - colluders), rel=0.02)
@@ -180,7 +174,7 @@ def test_in_a_head_phase_the_head_alone_is_noised() -> None:
     found = federation.round(1, 1)
     noise, head = federation.noise(found, 1, federation.names), SPEC.head_mask()
     assert np.abs(noise[~head]).max() < 1e-6 and (np.abs(noise[head]) > 1).mean() > 0.99
-    claimed = releases_of(federation.run)[0].variance * 5 / 3  # t - c = 3
+    claimed = InstitutionLevel(federation.run).releases()[0].variance * 5 / 3  # t - c = 3
     assert np.var(noise[head]) == pytest.approx(claimed, rel=0.7)
 
 
@@ -310,9 +304,9 @@ def test_terms_that_do_not_fit_each_other() -> None:
         (replace(run, minimum_cohort=9), "carriers"),
     ):
         with pytest.raises(BadInput, match=said):
-            releases_of(changed)
+            InstitutionLevel(changed).releases()
         with pytest.raises(BadInput):
-            projected(changed)
+            guarantee_of(changed).charge()
         reasons = [v.reason for v in judge(changed, policy(), "test", {}) if v.field == "skellam"]
         assert reasons and all(reasons)
 
@@ -364,16 +358,16 @@ def test_whatever_starts_can_draw_its_noise(epsilon: float, rounds: int) -> None
     """
     run = asked(epsilon, rounds)
     assert run.secure is not None and run.skellam is not None
-    (release,) = releases_of(run)
+    (release,) = InstitutionLevel(run).releases()
     assert noised(
         OsRandom(), np.zeros(1540, np.int64), np.ones(1540, bool), release, run.skellam.carriers
     ).any()
-    assert 0.995 * epsilon < stated_epsilon(run) <= epsilon
+    assert 0.995 * epsilon < guarantee_of(run).stated_epsilon() <= epsilon
     assert release.sensitivity < 1.01 * release.levels == 1.01 * run.secure.levels
     finer = replace(run, secure=replace(run.secure, levels=2 * run.secure.levels))
     if run.secure.levels < MOST_LEVELS:  # as many as fit
         with pytest.raises(BadInput, match="found a Poisson rate of"):
-            releases_of(finer)
+            InstitutionLevel(finer).releases()
 
 
 def test_noise_that_cannot_be_drawn_is_refused_at_the_start() -> None:
@@ -391,7 +385,7 @@ def test_nodes_refuse_noise_that_cannot_be_drawn_before_they_consent(sigma: floa
         run, secure=fine, phases=tuple(replace(p, noise_multiplier=sigma) for p in run.phases)
     )
     with pytest.raises(BadInput, match=r"noise_multiplier|Poisson rate"):
-        releases_of(loud)
+        InstitutionLevel(loud).releases()
     said = reasons(loud, policy())
     assert said["skellam"] and "projected" in said["epsilon"]
     record = replace(loud, mode="record", secure=None, skellam=None)
@@ -430,7 +424,7 @@ def test_a_policy_opts_in_and_projects_what_it_costs() -> None:
     assert "client_level is false" in reasons(run, policy(client_level=False))["mode"]
     assert "expected at least 4" in reasons(run, policy(least=4.0))["phases[0].noise_multiplier"]
     assert "its schedule costs" in reasons(replace(run, epsilon=0.5), policy())["epsilon"]
-    left = 100.0 - charged_epsilon(run)
+    left = 100.0 - guarantee_of(run).charged_epsilon()
     assert not reasons(run, policy(), people=left - 1e-6)
     assert "budget does not suffice" in reasons(run, policy(), people=left + 1e-6)["epsilon"]
     silent = replace(run, phases=(replace(run.phases[0], noise_multiplier=0.0), run.phases[1]))
@@ -444,19 +438,27 @@ def test_a_budget_of_records_is_charged_for_an_update_that_becomes_any_other() -
     louder = replace(
         run, phases=tuple(replace(each, noise_multiplier=SIGMA / 2) for each in run.phases)
     )
-    assert charged_epsilon(run) == pytest.approx(stated_epsilon(louder), rel=1e-3)
-    assert projected(run).epsilon == charged_epsilon(run) > 1.5 * stated_epsilon(run)
+    assert guarantee_of(run).charged_epsilon() == pytest.approx(
+        guarantee_of(louder).stated_epsilon(), rel=1e-3
+    )
     assert (
-        epsilon_of_attempts(run, [3, 3]) == stated_epsilon(run) > epsilon_of_attempts(run, [3, 2])
+        guarantee_of(run).charge().epsilon
+        == guarantee_of(run).charged_epsilon()
+        > 1.5 * guarantee_of(run).stated_epsilon()
+    )
+    assert (
+        guarantee_of(run).epsilon_of([3, 3])
+        == guarantee_of(run).stated_epsilon()
+        > guarantee_of(run).epsilon_of([3, 2])
     )
 
 
 def test_the_statement_says_whose_noise_it_is() -> None:
     run = manifest()
-    text = " ".join(privacy_statement(run, charged_epsilon(run)))
+    text = " ".join(guarantee_of(run).statement(guarantee_of(run).charged_epsilon()))
     for part in (
-        f"({shown_epsilon(stated_epsilon(run))}, 1e-05)",
-        f"({shown_epsilon(charged_epsilon(run))}, 1e-05)",
+        f"({shown_epsilon(guarantee_of(run).stated_epsilon())}, 1e-05)",
+        f"({shown_epsilon(guarantee_of(run).charged_epsilon())}, 1e-05)",
         "The unit is an institution",
         "Skellam",
         "c = 1",
@@ -469,12 +471,12 @@ def test_the_statement_says_whose_noise_it_is() -> None:
 
 def test_bounds_of_the_sum() -> None:
     run = manifest(SPEC)
-    assert coordinate_bound(run.phases[0], "client") == CLIP
-    noise = member_noise(run, 1)
+    assert InstitutionLevel.coordinate_bound(run.phases[0]) == CLIP
+    noise = guarantee_of(run).member_noise(1)
     assert noise == pytest.approx(
         SIGMA * (LEVELS + math.sqrt(SPEC.size) / 2) / math.sqrt(2), rel=1e-9
     )
-    bound = update_bound(run, 1, SPEC.size)
+    bound = guarantee_of(run).update_bound(1, SPEC.size)
     assert (
         CLIP * noise * math.sqrt(SPEC.size) / LEVELS
         < bound

@@ -30,12 +30,12 @@ from fedlora.common.privacy.accountant import (
     accountant_name,
     epsilon_of,
     group_scales,
-    history_of,
     prv_epsilon,
     renyi_epsilon,
-    stated_epsilon,
 )
 from fedlora.common.privacy.calibration import calibrate
+from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.privacy.record_level import RecordLevel
 
 
 def gaussian_delta(epsilon: float, shift: float) -> float:
@@ -387,20 +387,28 @@ def manifest_of(*phases: tuple[int, int, float, float], mode: str = "record") ->
 
 def test_a_manifest_states_every_attempt_of_every_phase() -> None:
     manifest = manifest_of((3, 2, 0.2, 8.0), (5, 4, 0.02, 1.0))
-    assert history_of(manifest) == [Mechanism(0.2, 8.0, 6), Mechanism(0.02, 1.0, 20)]
-    assert stated_epsilon(manifest) == epsilon_of(history_of(manifest), 1e-5) > 0
-    assert stated_epsilon(manifest_of((3, 2, 0.2, 8.0), (1, 1, 0.02, 0.0))) == math.inf
+    assert RecordLevel(manifest).history() == [Mechanism(0.2, 8.0, 6), Mechanism(0.02, 1.0, 20)]
+    assert (
+        guarantee_of(manifest).stated_epsilon()
+        == epsilon_of(RecordLevel(manifest).history(), 1e-5)
+        > 0
+    )
+    assert (
+        guarantee_of(manifest_of((3, 2, 0.2, 8.0), (1, 1, 0.02, 0.0))).stated_epsilon() == math.inf
+    )
 
 
 def test_a_manifest_cannot_buy_privacy_back() -> None:
     for attempts, steps in ((-1, 5), (1, -5), (-2, -3)):
         with pytest.raises(BadInput, match="at least 0"):
-            stated_epsilon(manifest_of((10, 1, 0.1, 1.0), (attempts, steps, 0.1, 1.0)))
+            guarantee_of(
+                manifest_of((10, 1, 0.1, 1.0), (attempts, steps, 0.1, 1.0))
+            ).stated_epsilon()
     with pytest.raises(BadInput, match="sampling_rate"):
-        stated_epsilon(manifest_of((10, 1, 1.5, 1.0)))
+        guarantee_of(manifest_of((10, 1, 1.5, 1.0))).stated_epsilon()
     for mode in ("none", "client", "other"):
         with pytest.raises(BadInput, match="mode"):
-            stated_epsilon(manifest_of((10, 1, 0.1, 1.0), mode=mode))
+            guarantee_of(manifest_of((10, 1, 0.1, 1.0), mode=mode)).stated_epsilon()
 
 
 def test_the_accountant_has_a_name_and_a_version() -> None:

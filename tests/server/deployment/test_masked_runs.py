@@ -22,8 +22,8 @@ from fedlora.common.errors import Refused
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms, SkellamTerms
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
-from fedlora.common.privacy.accountant import charged_epsilon, stated_epsilon
-from fedlora.common.privacy.statement import secure_summary, shown_epsilon
+from fedlora.common.privacy.figures import shown_epsilon
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import (
     STAGE_TAG,
     Answer,
@@ -46,7 +46,7 @@ from fedlora.server.deployment.cohorts import MaskedCohort, SignedStages, cohort
 from fedlora.server.deployment.participants import Participants
 from fedlora.server.release.card import model_card, shown_figures
 from fedlora.server.rounds.cohort import CohortSum, Failure
-from fedlora.server.secagg.log import SUMS, liars_in, note_in, sums_of
+from fedlora.server.secagg.log import SUMS, liars_in, note_in, secure_summary, sums_of
 from tests.client.institution import COORDINATOR, Institution, manifest_of, offer_of, task_of
 
 NAMES = ("east", "north", "south", "west")
@@ -489,13 +489,20 @@ def test_privacy_of_whole_institutions(tmp_path: Path) -> None:
     least = SHARED.phases[0].noise_multiplier * SHARED.phases[0].clip
     # six deviations; any two carry it all
     assert 0.87 < noise.std() / (least * np.sqrt(4 / 2)) < 1.13
-    cost = charged_epsilon(SHARED)
+    cost = guarantee_of(SHARED).charged_epsilon()
     assert {name: each.epsilon for name, each in world.who.consents.items()} == dict.fromkeys(
         NAMES, cost
     )
-    assert world.nodes["east"].ledger.spent("people").epsilon == cost > stated_epsilon(SHARED)
+    assert (
+        world.nodes["east"].ledger.spent("people").epsilon
+        == cost
+        > guarantee_of(SHARED).stated_epsilon()
+    )
     card = model_card(SHARED, dict.fromkeys(NAMES, "Org"), dict(world.who.consents), {})
-    assert f"({shown_epsilon(stated_epsilon(SHARED))}, 1e-05)" in card and "ε of a record" in card
+    assert (
+        f"({shown_epsilon(guarantee_of(SHARED).stated_epsilon())}, 1e-05)" in card
+        and "ε of a record" in card
+    )
     assert f"| east | Org | {shown_epsilon(cost)} |" in card
 
 

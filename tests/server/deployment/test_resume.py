@@ -20,7 +20,7 @@ from fedlora.common.errors import FedloraError
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.base import base_digest
-from fedlora.common.privacy.accountant import stated_epsilon
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     PLAN_TAG,
@@ -66,7 +66,7 @@ class Hands:
             if isinstance(asked, Offer):
                 run = RunManifest.from_bytes(asked.manifest.opened(MANIFEST_TAG, key))
                 reply: Answer | Consent = Consent(
-                    name, run.digest, "sha256:p", stated_epsilon(run), run.delta
+                    name, run.digest, "sha256:p", guarantee_of(run).stated_epsilon(), run.delta
                 )
             else:
                 assert isinstance(asked, Task)

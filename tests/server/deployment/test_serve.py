@@ -17,7 +17,7 @@ from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import Refused, Spent
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.privacy.accountant import stated_epsilon
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
@@ -179,7 +179,7 @@ def manifest(rounds: int = 2, **changes: object) -> RunManifest:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-COST = stated_epsilon(manifest())
+COST = guarantee_of(manifest()).stated_epsilon()
 
 
 def plan_of(run: RunManifest, attempt: int = 1) -> RoundPlan:

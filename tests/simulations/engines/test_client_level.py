@@ -15,10 +15,12 @@ from rich.console import Console
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.trainer import Trainer, charge
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.privacy.accountant import charged_epsilon, releases_of, stated_epsilon
+from fedlora.common.privacy.calibration import LEVELS
+from fedlora.common.privacy.institution_level import InstitutionLevel
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.skellam import Release, epsilon_of_releases
 from fedlora.common.secagg.cohort import threshold
-from fedlora.server.runs.schedule import LEVELS, make_manifest
+from fedlora.server.runs.schedule import make_manifest
 from fedlora.simulations.engines.sequential import SequentialCohort, sequential
 from fedlora.simulations.experiments.planning import print_plan
 from fedlora.simulations.federation.run_folder import Paths, begin, train
@@ -34,7 +36,10 @@ def test_a_whole_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """Two phases; ε is stated for institutions, charged for records; no attempt is free."""
     run, summary = run_whole(config(tiny_bert, data, "client", *CLIENT), tmp_path / "run")
     manifest, ledger = run.manifest, run.ledger
-    stated, charged = stated_epsilon(manifest), charged_epsilon(manifest)
+    stated, charged = (
+        guarantee_of(manifest).stated_epsilon(),
+        guarantee_of(manifest).charged_epsilon(),
+    )
     assert 0.99 * 8.0 < stated <= 8.0 and charged > stated
     assert (summary["epsilon"], summary["epsilon_charged"], summary["unit"]) == (
         stated,
@@ -158,10 +163,10 @@ def test_noise_is_calibrated_for_all_phases_together(
     manifest = make_manifest(settings, ("a", "b"), "b", "s", moved=moved)
     head, adapter = (phase.noise_multiplier for phase in manifest.phases)
     releases = [Release(head, LEVELS, 10, 2), Release(adapter, LEVELS, 1000, 2)]
-    assert releases_of(manifest) == releases
+    assert InstitutionLevel(manifest).releases() == releases
     assert 0.995 * 8.0 <= epsilon_of_releases(releases, 1e-4) <= 8.0
     assert 0.995 * 4.0 <= epsilon_of_releases(releases[:1], 1e-4) <= 4.0
-    assert charge(manifest).epsilon == epsilon_of_releases(releases, 1e-4, moved=2)
+    assert charge(guarantee_of(manifest)).epsilon == epsilon_of_releases(releases, 1e-4, moved=2)
     many = "federation.clients=200"  # ten deviations of their noise need the wider ring
     loud = config(tiny_bert, data, "client", *CLIENT, "privacy.epsilon=0.02", many)
     wide = make_manifest(loud, ("a", "b"), "b", "s", moved=moved)

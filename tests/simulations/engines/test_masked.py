@@ -15,10 +15,10 @@ from fedlora.common.errors import BadInput, Refused, Spent
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterState
+from fedlora.common.privacy.calibration import LEVELS
+from fedlora.common.privacy.modes import guarantee_named
 from fedlora.common.secagg.cohort import borne, threshold
 from fedlora.server.rounds.cohort import CohortSum
-from fedlora.server.rounds.norm_bound import coordinate_bound
-from fedlora.server.runs.schedule import LEVELS
 from fedlora.server.secagg.log import note_in
 from fedlora.server.secagg.sums import SecureCohort
 from fedlora.simulations.engines.masked import Institutions
@@ -313,10 +313,10 @@ def test_the_bound_of_a_coordinate_is_not_the_clip() -> None:
     """A noised update is longer than the clip: the bound leaves ten deviations of its noise."""
     manifest = manifest_of(1, mode="record", noise_multiplier=4.0)
     phase = manifest.phases[0]
-    bound = coordinate_bound(phase, "record")
+    bound = guarantee_named("record").coordinate_bound(phase)
     deviation = phase.learning_rate * phase.noise_multiplier * phase.clip / phase.expected_units
     assert bound == pytest.approx(phase.learning_rate * 2 * phase.clip + 10 * deviation)
     # there noise is added to the whole numbers
-    assert coordinate_bound(phase, "client") == phase.clip
-    with pytest.raises(BadInput, match="expected record or none"):
-        coordinate_bound(phase, "other")
+    assert guarantee_named("client").coordinate_bound(phase) == phase.clip
+    with pytest.raises(BadInput, match="expected record, client or none"):
+        guarantee_named("other").coordinate_bound(phase)

@@ -23,7 +23,8 @@ from fedlora.common.config.schema import Config, config_to_toml, parse_config
 from fedlora.common.errors import BadInput, Refused, Spent
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.privacy.accountant import Spend, epsilon_of, history_of
+from fedlora.common.privacy.accountant import Spend, epsilon_of
+from fedlora.common.privacy.record_level import RecordLevel
 from fedlora.server.rounds.checkpoint import Checkpoint
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.federation.run_folder import Paths, Run, begin, finish, train
@@ -134,7 +135,7 @@ def test_a_private_run_leaves_what_the_contract_says(
     assert epsilons == sorted(epsilons) and epsilons[0] > 0 and epsilons[-1] <= 8.0
     base = transformers.AutoModel.from_pretrained(tiny_bert)
     peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
-    assert summary["epsilon"] == epsilon_of(history_of(run.manifest), 1e-4) <= 8.0
+    assert summary["epsilon"] == epsilon_of(RecordLevel(run.manifest).history(), 1e-4) <= 8.0
     kinds = [entry.body["kind"] for entry in run.ledger.entries()]
     assert kinds.count("consent") == 1 + 3 and kinds.count("reserve") == kinds.count("commit") == 12
 

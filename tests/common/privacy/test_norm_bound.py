@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.plan import Update
 from fedlora.common.model.state import Vector
-from fedlora.server.rounds.norm_bound import check_norm, update_bound
+from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.privacy.norm_bound import check_norm
 from tests.server.fakes import manifest_of
 
 
@@ -67,7 +68,7 @@ def test_sgd_with_a_large_draw_of_aligned_units_is_within_it(
         noise = random.normal(size=size) * math.sqrt(groups) * sigma * clips
         gradient = (ratio * expected * clips * direction + noise) / expected + mu * weights
         weights = weights - rate * gradient
-    check_norm(update_of(weights.astype(np.float32)), update_bound(manifest, 0, size))
+    check_norm(update_of(weights.astype(np.float32)), guarantee_of(manifest).update_bound(0, size))
 
 
 @settings(deadline=None)
@@ -86,13 +87,15 @@ def test_adamw_on_any_gradients_is_within_it(
         gradient = np.full(size, scales[t - 1])
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
         weights -= rate * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
-    check_norm(update_of(weights.astype(np.float32)), update_bound(manifest, 0, size))
+    check_norm(update_of(weights.astype(np.float32)), guarantee_of(manifest).update_bound(0, size))
 
 
 @pytest.mark.parametrize("mode", ["none", "record"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_bound_itself_passes_and_a_hair_more_does_not(mode: str, optimizer: str) -> None:
-    bound = update_bound(manifest_of(1, mode=mode, optimizer=optimizer, noise_multiplier=1.0), 0, 4)
+    bound = guarantee_of(
+        manifest_of(1, mode=mode, optimizer=optimizer, noise_multiplier=1.0)
+    ).update_bound(0, 4)
     assert 0 < bound < 1e4
     check_norm(update_of(np.full(4, bound / 2 * 0.9999, dtype=np.float32)), bound)
     with pytest.raises(
@@ -116,12 +119,12 @@ def test_what_is_not_a_number_does_not_pass() -> None:
 def test_each_phase_has_its_own() -> None:
     manifest = manifest_of(1, 1, mode="record")
     head, adapter = manifest.phases
-    assert update_bound(manifest, 0, 9) == update_bound(manifest, 1, 9)
+    assert guarantee_of(manifest).update_bound(0, 9) == guarantee_of(manifest).update_bound(1, 9)
     louder = replace(manifest, phases=(head, replace(adapter, clip=2.0)))
-    assert update_bound(louder, 1, 9) == 2 * update_bound(louder, 0, 9)
+    assert guarantee_of(louder).update_bound(1, 9) == 2 * guarantee_of(louder).update_bound(0, 9)
 
 
 @pytest.mark.parametrize(("mode", "optimizer"), [("client", "sgd"), ("record", "adagrad")])
 def test_an_unknown_recipe_is_refused(mode: str, optimizer: str) -> None:
     with pytest.raises(BadInput, match="expected"):
-        update_bound(manifest_of(1, mode=mode, optimizer=optimizer), 0, 4)
+        guarantee_of(manifest_of(1, mode=mode, optimizer=optimizer)).update_bound(0, 4)

@@ -1,0 +1,139 @@
+"""What a run promises, against a policy: may it, is its noise enough, and does its price fit?
+
+Projected ε is computed here from the manifest's own schedule, whatever the manifest states, and
+held against what the budget has left. Of a mode that is none, nothing is computed: it is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from fedlora.client.consent.verdict import Verdict, at_most
+from fedlora.client.node.policy import Policy
+from fedlora.common.errors import BadInput
+from fedlora.common.ledger.ledger import Budget, exceeded
+from fedlora.common.manifest.manifest import Phase, RunManifest
+from fedlora.common.privacy.accountant import Spend
+from fedlora.common.privacy.figures import exact, shown_epsilon, shown_left
+from fedlora.common.privacy.guarantee import SLACK, Guarantee
+from fedlora.common.privacy.modes import expected_modes, guarantee_of
+from fedlora.common.privacy.skellam import MOST_NOISE
+
+MOST_PHASES = 16
+
+
+def promised(manifest: RunManifest) -> Guarantee | None:
+    """None where its mode is none that is known, which `mode_verdict` refuses."""
+    try:
+        return guarantee_of(manifest)
+    except BadInput:
+        return None
+
+
+def mode_verdict(mode: str, guarantee: Guarantee | None, policy: Policy) -> Verdict:
+    if guarantee is None:
+        return Verdict("mode", mode, f"expected {expected_modes()}")
+    return Verdict("mode", mode, guarantee.refusal(policy.limits))
+
+
+def noise_verdict(field: str, phase: Phase, guarantee: Guarantee | None, policy: Policy) -> Verdict:
+    noise, least = phase.noise_multiplier, policy.limits.noise_multiplier
+    reason = note = ""
+    if guarantee is not None and guarantee.private:
+        if not noise <= MOST_NOISE:
+            reason = f"expected at most {MOST_NOISE:g}"
+        elif noise < least:
+            reason, note = f"expected at least {least:g}", _noise_note(phase, guarantee, policy)
+    return Verdict(field, f"{noise:g}", reason, note)
+
+
+def _noise_note(phase: Phase, guarantee: Guarantee, policy: Policy) -> str:
+    """What the least noise would do for a phase that has too little of it."""
+    budget, least = _budget(guarantee.manifest, policy), policy.limits.noise_multiplier
+    # nobody may keep the node busy with sums
+    if budget is None or len(guarantee.manifest.phases) > MOST_PHASES:
+        return ""
+    try:
+        fit = guarantee.attempts_within(phase, least, budget.epsilon, policy.limits.attempts)
+    except BadInput:
+        return ""
+    if fit is None:
+        return ""
+    return f"with {least:g}, {fit} attempts of this phase fit {budget.epsilon:g} of ε"
+
+
+def spend_verdicts(
+    manifest: RunManifest,
+    guarantee: Guarantee | None,
+    policy: Policy,
+    spent: Mapping[str, Spend],
+    reserved: Spend | None,
+    sound: bool,
+) -> list[Verdict]:
+    """Of ε and δ. `sound`: whether the phases are mechanisms; `spent` is by budget, and `reserved`
+    what this very run has of it already.
+    """
+    claim = f"{manifest.epsilon:g}"
+    if guarantee is None or not guarantee.private:
+        return [Verdict("epsilon", claim), Verdict("delta", f"{manifest.delta:g}")]
+    delta = at_most("delta", manifest.delta, policy.limits.delta)
+    if manifest.delta <= 0:
+        delta = replace(delta, reason="expected > 0")
+    sound = sound and shared_noise_verdict(manifest, guarantee).allowed
+    budget = _budget(manifest, policy)
+    if budget is None or not sound or not delta.allowed:
+        reason = "can't be projected before the other fields are allowed"
+        return [Verdict("epsilon", claim, reason), delta]
+    used = spent.get(budget.name, Spend(0.0, 0.0))
+    return [_epsilon_verdict(guarantee, budget, used, reserved), delta]
+
+
+def _epsilon_verdict(
+    guarantee: Guarantee, budget: Budget, used: Spend, reserved: Spend | None
+) -> Verdict:
+    claimed, cost = guarantee.manifest.epsilon, guarantee.stated_epsilon()
+    charged, found = guarantee.charged_epsilon(), f"{claimed:g}"
+    if not math.isfinite(charged):
+        return Verdict("epsilon", found, "its schedule has no bound on ε that is known to hold")
+    note = _cost_note(budget, used.epsilon, charged, reserved)
+    if cost > claimed * SLACK:
+        return Verdict("epsilon", found, f"its schedule costs {shown_epsilon(cost)}", note)
+    # what was let in before reserves nothing more
+    over = exceeded(budget, used, guarantee.charge()) if reserved is None else ""
+    reason = (
+        f"the budget does not suffice: it would be charged ε {shown_epsilon(charged)}"
+        if over
+        else ""
+    )
+    return Verdict("epsilon", found, reason, over or note)
+
+
+def _cost_note(budget: Budget, used: float, charged: float, reserved: Spend | None) -> str:
+    # what is reserved for this run is among what is used
+    others = exact(used) - exact(0.0 if reserved is None else reserved.epsilon)
+    return (
+        f"costs {shown_epsilon(charged)}{' (reserved before)' * (reserved is not None)}; of"
+        f" {budget.epsilon:g} in {budget.name}, {shown_epsilon(others)} went to other runs and"
+        f" {shown_left(exact(budget.epsilon) - others - exact(charged))} would be left"
+    )
+
+
+def shared_noise_verdict(manifest: RunManifest, guarantee: Guarantee | None) -> Verdict:
+    """Whether the terms of shared noise are whole.
+
+    `client.secagg.masked_trainer` holds the cohort and the adapter to them.
+    """
+    if guarantee is None:
+        return Verdict("skellam", "terms of an unknown mode")
+    try:
+        return Verdict("skellam", guarantee.shared_noise())
+    except BadInput as error:
+        return Verdict("skellam", "terms of shared noise", error.faults[0])
+
+
+def _budget(manifest: RunManifest, policy: Policy) -> Budget | None:
+    """What pays for a run with these data; None where the policy has no such data."""
+    name = policy.data_for(manifest.task, manifest.labels, manifest.unit)
+    return policy.budgets[policy.data[name].budget] if name else None

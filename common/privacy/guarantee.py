@@ -1,0 +1,225 @@
+"""What a run promises, and everything that follows from it: one class for each way to promise.
+
+A guarantee says what is clipped and where noise is added, what a budget is charged, what is stated
+and for whom, what a policy must permit, what an un-noised update's digest may reveal, and how far
+an honest update goes. `common.privacy.modes` finds it by the name that a manifest or a
+configuration has; nothing else asks for that name. What is a class's own is known before there is a
+manifest.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from fedlora.common.config.schema import AggregationConfig, PrivacyConfig
+from fedlora.common.errors import BadInput
+from fedlora.common.manifest.manifest import Phase, RunManifest
+from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.model.state import AdapterSpec, Vector
+from fedlora.common.privacy.accountant import Spend
+from fedlora.common.privacy.calibration import Schedule
+from fedlora.common.privacy.skellam import Ints
+
+SLACK = 1 + 1e-6  # relative: the last bits of an ε differ between machines
+NOT_COVERED = (
+    "Not covered: who took part and when, how long training took, and how the hyperparameters were"
+    " found."
+)
+
+
+class Permits(Protocol):
+    """What an institution's policy says about guarantees that are not its own noise alone."""
+
+    @property
+    def allow_unnoised(self) -> bool: ...
+
+    @property
+    def client_level(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Guarantee(ABC):
+    """What the run of one manifest promises."""
+
+    manifest: RunManifest
+
+    name: ClassVar[str]  # of the mode, in a manifest and in a configuration
+    # whether anything is promised: then there is an ε, a ledger that pays it before data are
+    # touched, and no randomness that anybody can repeat
+    private: ClassVar[bool]
+    # whether every local step clips each unit's gradient and adds the whole noise
+    noise_in_step: ClassVar[bool]
+    # whether updates may leave under masks only
+    needs_masks: ClassVar[bool]
+    whom: ClassVar[str]  # is protected, for somebody who reads a node's report
+    mechanism: ClassVar[str]
+    neighbours: ClassVar[str]
+    noise: ClassVar[str]
+    second_accountant: ClassVar[str]
+    cost_name: ClassVar[str] = "ε"  # of what a consent states and a budget is charged
+
+    # --- before there is a manifest
+
+    @staticmethod
+    @abstractmethod
+    def refusal(permits: Permits) -> str:
+        """Why a policy does not let such a run in, or ""."""
+
+    @staticmethod
+    @abstractmethod
+    def check_delta(delta: float, units: int, where: str, institutions: int) -> None:
+        """BadInput unless δ is below one over the number of those who are protected: of `units` in
+        the data that `where` names, or of institutions.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def coordinate_bound(phase: Phase) -> float:
+        """Where a coordinate of an update saturates under secure aggregation. Public."""
+
+    @staticmethod
+    @abstractmethod
+    def calibrated(
+        phases: tuple[Phase, ...],
+        privacy: PrivacyConfig,
+        aggregation: AggregationConfig,
+        moved: Mapping[str, int] | None,
+        cache: Path | None,
+    ) -> Schedule:
+        """`phases` with the smallest noise that keeps all their attempts within ε. `moved`: by a
+        phase's name, how many coordinates it moves. BadInput where no noise does.
+        """
+
+    # --- what it costs
+
+    @abstractmethod
+    def epsilon_of(self, attempts: Sequence[int]) -> float:
+        """ε of so many attempts of each phase, for the unit that is protected; infinite where any
+        of their steps has no noise. BadInput where there is none, or a phase is no mechanism.
+        """
+
+    def stated_epsilon(self) -> float:
+        """ε of the whole schedule, for the unit that is protected."""
+        return self.epsilon_of([phase.attempts for phase in self.manifest.phases])
+
+    def charged_epsilon(self) -> float:
+        """What the whole schedule costs a budget of records: never less than what is stated."""
+        return self.stated_epsilon()
+
+    def charge(self) -> Spend:
+        """What a ledger reserves for the run; BadInput where nothing bounds it."""
+        return Spend(self.charged_epsilon(), self.manifest.delta)
+
+    def stated(self, reserved: float) -> float:
+        """ε for the unit that is protected, where a ledger proves that `reserved` was charged."""
+        return reserved
+
+    def cap(self, epsilon: float) -> float:
+        """Of a budget that one run fits into which states at most `epsilon`."""
+        return epsilon
+
+    def attempts_within(
+        self, phase: Phase, noise_multiplier: float, epsilon: float, most: int
+    ) -> int | None:
+        """The most attempts of a phase that cost at most ε with this noise, up to `most`. None
+        where a phase alone has no price.
+        """
+        return None
+
+    @property
+    @abstractmethod
+    def accountant(self) -> str:
+        """What ε was computed by."""
+
+    def second_epsilon(self) -> float | None:
+        """ε of the whole schedule by other arithmetic; None where there is no finite one."""
+        return None
+
+    # --- what is said
+
+    @property
+    def unit(self) -> str:
+        """Whom ε is stated for."""
+        return self.manifest.unit or "record"
+
+    def statement(self, epsilon: float | None) -> list[str]:
+        """What is guaranteed where a ledger reserved `epsilon`, and what it rests on, in sentences
+        that a data protection officer can read. ValueError where there is no such statement.
+        """
+        return [*self._promise(epsilon), *self._masks()]
+
+    @abstractmethod
+    def _promise(self, epsilon: float | None) -> list[str]:
+        """The statement but for what masks add."""
+
+    def _masks(self) -> list[str]:
+        """What secure aggregation adds, and under which conditions; nothing without it."""
+        terms = self.manifest.secure
+        if terms is None:
+            return []
+        return [
+            (
+                "Updates were aggregated securely: the coordinator learnt sums of at least"
+                f" {self.manifest.minimum_cohort} institutions' updates and, as long as at most"
+                f" {terms.max_colluders} of them sided with it, no single one. With n institutions"
+                " in a round, t = ⌊2n/3⌋ + 1 of them had to stay to the end."
+            ),
+            (
+                "Secure aggregation is no differential privacy: a sum can say much about its parts."
+                " ε is what bounds that."
+            ),
+        ]
+
+    def schedule(self) -> list[dict[str, Any]]:
+        """What was composed of each phase, as a run's summary shows it."""
+        return [
+            {
+                "phase": phase.name,
+                "steps": phase.steps * phase.attempts,
+                "sampling_rate": phase.sampling_rate,
+                "noise_multiplier": phase.noise_multiplier,
+            }
+            for phase in self.manifest.phases
+        ]
+
+    # --- what leaves
+
+    def clipped(self, delta: Vector, phase: Phase) -> Vector:
+        """A trained update as it may be masked or sent: clipped, where it is clipped as a whole."""
+        return delta
+
+    def committed(self, plan: RoundPlan, update: Update) -> bytes:
+        """What a ledger keeps the digest of: the chain of digests may leave the node."""
+        return update.delta.astype("<f4", copy=False).tobytes()
+
+    @abstractmethod
+    def update_bound(self, phase: int, size: int) -> float:
+        """The largest L2 norm that an update of (size,) coordinates may have in a phase. Public."""
+
+    # --- noise that institutions share under masks
+
+    def shared_noise(self) -> str:
+        """How noise is shared, for who judges the manifest; BadInput where its terms are not whole
+        or have no place in it.
+        """
+        if self.manifest.skellam is not None:
+            raise BadInput('expected none but in mode "client"')
+        return "no shared noise"
+
+    def check_node(self, colluders: int) -> None:  # noqa: B027  (most need nothing of a node)
+        """Refused where a node that expects so many colluders can't take part under masks."""
+
+    def check_cohort(self, phase: int, spec: AdapterSpec, members: int) -> None:  # noqa: B027
+        """Refused, or BadInput, where a cohort of so many can't keep the promise of a phase."""
+
+    def noised(self, levels: Ints, phase: int, spec: AdapterSpec, members: int) -> Ints:
+        """An encoded update with what a member of a cohort adds to it before its mask."""
+        return levels
+
+    def member_noise(self, phase: int) -> float:
+        """Standard deviation of what a member adds to an encoded update, in levels, at most."""
+        return 0.0

@@ -1,0 +1,82 @@
+"""Runs without privacy: nothing is clipped, noised or charged, and nothing is guaranteed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedlora.common.config.schema import AggregationConfig, PrivacyConfig
+from fedlora.common.errors import BadInput
+from fedlora.common.manifest.manifest import Phase
+from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.privacy.accountant import Spend
+from fedlora.common.privacy.calibration import Schedule
+from fedlora.common.privacy.guarantee import Guarantee, Permits
+from fedlora.common.privacy.norm_bound import stepped
+
+PLAIN_RMS = 100.0  # root mean square of an un-clipped update's coordinates, at most
+
+
+class Unprotected(Guarantee):
+    """Updates leave as they were trained; a policy must allow it."""
+
+    name = "none"
+    private = False
+    noise_in_step = False
+    needs_masks = False
+    whom = "none"
+    mechanism = "none: updates leave without noise"
+    neighbours = "none: nothing is guaranteed"
+    noise = "none"
+    second_accountant = "none: there is no ε"
+
+    @staticmethod
+    def refusal(permits: Permits) -> str:
+        if permits.allow_unnoised:
+            return ""
+        return "updates would leave without noise; allow_unnoised is false"
+
+    @staticmethod
+    def check_delta(delta: float, units: int, where: str, institutions: int) -> None:
+        """There is no δ."""
+
+    @staticmethod
+    def coordinate_bound(phase: Phase) -> float:
+        return stepped(phase, PLAIN_RMS)
+
+    @staticmethod
+    def calibrated(
+        phases: tuple[Phase, ...],
+        privacy: PrivacyConfig,
+        aggregation: AggregationConfig,
+        moved: Mapping[str, int] | None,
+        cache: Path | None,
+    ) -> Schedule:
+        return Schedule(phases)
+
+    def epsilon_of(self, attempts: Sequence[int]) -> float:
+        raise BadInput(f"manifest mode: found {self.name!r}, which has no ε")
+
+    def charge(self) -> Spend:
+        return Spend(0.0, 0.0)
+
+    @property
+    def accountant(self) -> str:
+        return "none: there is no ε"
+
+    def _promise(self, epsilon: float | None) -> list[str]:
+        return [
+            "This run trained without privacy: nothing is guaranteed to anybody whose records it"
+            " used."
+        ]
+
+    def committed(self, plan: RoundPlan, update: Update) -> bytes:
+        """No ledger has an entry of such a run; its digest would tell two guesses at it apart."""
+        return plan.to_bytes()
+
+    def update_bound(self, phase: int, size: int) -> float:
+        recipe = self.manifest.phases[phase]
+        if recipe.optimizer == "sgd":  # its steps follow gradients that nothing bounds
+            return PLAIN_RMS * math.sqrt(size)
+        return stepped(recipe, PLAIN_RMS, size)
