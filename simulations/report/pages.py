@@ -104,15 +104,8 @@ def _write(path: Path, template: str, values: Mapping[str, Any]) -> Path:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined
     )
-    shown = (
-        numbers.number,
-        numbers.percent,
-        shown_epsilon,
-        numbers.delta,
-        numbers.duration,
-        numbers.counted,
-    )
-    environment.filters.update({show.__name__: show for show in shown})
+    shown = (numbers.number, numbers.percent, numbers.delta, numbers.duration, numbers.counted)
+    environment.filters.update({show.__name__: show for show in shown}, epsilon=shown_epsilon)
     environment.globals.update(wilson=numbers.wilson, named=plots.NAMED)
     write_atomically(
         path, environment.get_template(template).render(values).encode("utf-8", "replace")
