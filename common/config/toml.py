@@ -55,10 +55,9 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of `known`; a name in `later` is refused as not built yet."""
+    """One of `known`."""
 
     known: tuple[str, ...]
-    later: tuple[str, ...] = ()
 
     def expected(self, noun: str) -> str:
         return f"one of {', '.join(self.known)}"
@@ -66,8 +65,6 @@ class Choice:
     def fault(self, value: Any, noun: str) -> str:
         if value in self.known:
             return ""
-        if value in self.later:
-            return f"not built yet; expected {self.expected(noun)}"
         return f"expected {self.expected(noun)}{suggestion(str(value), self.known)}"
 
 

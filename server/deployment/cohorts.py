@@ -69,15 +69,6 @@ class ClearCohort:
         count = max(len(asked), replies + len(failures))
         return CohortSum(total, replies, count, tuple(failures), time.monotonic() - started)
 
-    def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
-        """The updates that count, one by one."""
-        members = self._who.gather()
-        for name, answer in self._answers(plan, state, self._who.asked(members)[0]):
-            if isinstance(answer, bytes):
-                found = self._judged(name, answer, plan, state, members)
-                if isinstance(found, Update):
-                    yield found
-
     def _answers(
         self, plan: RoundPlan, state: AdapterState, asked: list[str]
     ) -> Iterator[tuple[str, bytes | Failure]]:
@@ -215,10 +206,6 @@ class MaskedCohort:
         moved = state.spec.moved_by(self._who.manifest.phases[plan.phase].name)
         total = np.where(moved, found.total, 0.0)
         return replace(found, total=total, asked=count, failures=(*failures, *found.failures))
-
-    def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
-        """Refused: nobody has them."""
-        return self._sums.each(plan, state)
 
 
 def cohort_of(who: Participants) -> Cohort:

@@ -154,13 +154,7 @@ class GridCohort:
                 total += answer.delta
                 replies += 1
         seconds = self._clock.now() - started
-        return CohortSum(total, replies, len(asked), tuple(failures), seconds, None)
-
-    def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
-        """The valid updates one by one, in the order of their arrival."""
-        for answer in self._answers(self._choose(plan), plan, state):
-            if isinstance(answer, Update):
-                yield answer
+        return CohortSum(total, replies, len(asked), tuple(failures), seconds)
 
     def _answers(
         self, asked: Sequence[str], plan: RoundPlan, state: AdapterState

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.randomness import Random, bernoulli
 
@@ -41,9 +41,8 @@ class SecureRecord:
     threshold: int
     colluders: int  # assumed, beside the coordinator
     liars: tuple[str, ...] = ()  # proven by what they signed
-    suspected: tuple[
-        str, ...
-    ] = ()  # dealers of whom more than `colluders` say that their share does not open
+    # dealers of whom more than `colluders` say that their share does not open
+    suspected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +54,6 @@ class CohortSum:
     asked: int
     failures: tuple[Failure, ...]
     seconds: float
-    examples: int | None = None  # only where a policy lets counts leave
     secure: SecureRecord | None = None  # None: the coordinator saw every update
 
 
@@ -64,9 +62,6 @@ class Cohort(Protocol):
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
         """The checked updates' sum; a client that fails is listed, and does not raise."""
-
-    def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
-        """The checked updates one by one, for strategies that need them in clear."""
 
 
 def participants(names: Sequence[Name], rate: float, source: Random) -> list[Name]:

@@ -32,7 +32,7 @@ from fedlora.common.model.state import AdapterState
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure, SecureRecord, replies_needed
 from fedlora.server.strategies.averaging import add_to_average
-from fedlora.server.strategies.strategy import ServerState, SumStrategy
+from fedlora.server.strategies.strategy import ServerState, Strategy
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ Observe = Callable[[RoundRecord, Progress], None]
 def run_rounds(
     checkpoint: Checkpoint,
     cohort: Cohort,
-    strategies: Sequence[SumStrategy],
+    strategies: Sequence[Strategy],
     rules: Rules,
     validate: Validate,
     observe: Observe,
@@ -150,7 +150,7 @@ def _lost(plan: RoundPlan, answer: CohortSum, rules: Rules) -> QuorumLost | Refu
 
 
 def _apply(
-    strategy: SumStrategy, plan: RoundPlan, before: Progress, answer: CohortSum
+    strategy: Strategy, plan: RoundPlan, before: Progress, answer: CohortSum
 ) -> tuple[AdapterState, ServerState]:
     """The next state; the same where nobody was asked; FedloraError where it is not finite."""
     if not answer.replies:

@@ -20,7 +20,7 @@ import numpy as np
 
 from fedlora.common.errors import BadInput, QuorumLost, Refused
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
-from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol import stages
@@ -99,14 +99,7 @@ class SecureCohort:
                 self._epoch = None  # whoever is left meets in a new one
                 failures.add(Failure("cohort", one_line(str(error))), counts=False)
         seconds = time.monotonic() - started
-        return CohortSum(total, replies, len(asked), failures.found(), seconds, None, record)
-
-    def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
-        """Refused: a strategy that needs each update and secure aggregation exclude each other."""
-        raise Refused(
-            "secure aggregation: found a strategy that needs every update in clear, expected one of"
-            " sums"
-        )
+        return CohortSum(total, replies, len(asked), failures.found(), seconds, record)
 
     def _epoch_for(
         self, plan: RoundPlan, state: AdapterState, asked: Sequence[str], failures: _Failures

@@ -7,7 +7,6 @@ Memory is one float64 sum, whatever the number of clients.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,16 +55,7 @@ class SequentialCohort:
             else:
                 total += answer.delta
                 replies += 1
-        return CohortSum(
-            total, replies, len(asked), tuple(failures), time.monotonic() - started, None
-        )
-
-    def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
-        """The valid updates of one attempt, one by one."""
-        for client in choose_clients(self._manifest, self._federation, plan):
-            answer = self._answer(client, plan, state)
-            if isinstance(answer, Update):
-                yield answer
+        return CohortSum(total, replies, len(asked), tuple(failures), time.monotonic() - started)
 
     def _answer(self, client: int, plan: RoundPlan, state: AdapterState) -> Update | Failure:
         try:

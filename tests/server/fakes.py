@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -103,10 +103,6 @@ class Institutions:
             except (BadInput, Refused) as error:
                 failures.append(Failure(f"client-{client}", str(error), isinstance(error, Refused)))
         return CohortSum(total, replies, len(asked), tuple(failures), 0.0)
-
-    def each(self, plan: RoundPlan, state: AdapterState) -> Iterator[Update]:
-        for client in range(self.clients):
-            yield self.update(client, plan, state)
 
     def update(self, client: int, plan: RoundPlan, state: AdapterState) -> Update:
         noise = np.random.default_rng([client, plan.round]).normal(size=state.spec.size)

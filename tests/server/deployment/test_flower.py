@@ -326,14 +326,6 @@ def test_nobody_asked() -> None:
     assert grid.sent == 0
 
 
-def test_each_yields_the_good_updates() -> None:
-    grid = FakeGrid({10: good(1.0, after=2.0), 11: good(2.0), 12: silent})
-    found = [
-        (answer.client, float(answer.delta[0])) for answer in cohort_of(grid).each(PLAN, STATE)
-    ]
-    assert found == [("client-11", 2.0), ("client-10", 1.0)]
-
-
 def test_polling_slows_down_and_asks_only_for_what_is_open() -> None:
     grid = FakeGrid({10: good(), 11: silent})
     cohort_of(grid).total(PLAN, STATE)
