@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,16 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.common.errors import BadInput
+from fedlora.common.protocol.flower_programs import environment, installed
 from fedlora.common.trust.identity import read_private
 
 log = logging.getLogger(__name__)
 
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 # SuperLink turns a SuperNode away for the 60 s that it takes the killed one for alive
 LONGEST_PAUSE = 10.0
 PDEATHSIG = 1  # of prctl(2): the signal that a child gets when its parent dies
@@ -45,7 +39,7 @@ class Link:
 
     def command(self) -> list[str]:
         """BadInput where a part is missing; Refused where others can read the key."""
-        executable = _beside("flower-supernode")
+        executable = installed("flower-supernode")
         config = {"trainer": self.trainer}
         for name, path in zip(("authority", "certificate", "key"), self.certificates, strict=True):
             if path:
@@ -82,12 +76,6 @@ def trainer_address(text: str, root: Path) -> str:
     if text.startswith("unix:"):
         return f"unix:{(root / text.removeprefix('unix:')).resolve()}"
     return text
-
-
-def environment() -> dict[str, str]:
-    """The relay's: what calls out is off, and Flower finds its own executables beside this one."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, **QUIET, "PATH": path}
 
 
 def supervise(command: Sequence[str], stop: threading.Event) -> None:
@@ -132,12 +120,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             continue
-
-
-def _beside(name: str) -> str:
-    """The console script that was installed with this Python."""
-    found = Path(sys.executable).parent / name
-    path = str(found) if found.is_file() else shutil.which(name)
-    if path is None:
-        raise BadInput(f"{name}: found none on PATH, expected Flower 1.41")
-    return path

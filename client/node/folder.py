@@ -25,6 +25,7 @@ from fedlora.common.model.base import PACKAGED, resolve_base
 from fedlora.common.trust.enrolment import request_from_text
 
 MAX_TEXT_BYTES = 1 << 16
+MANIFEST = "manifest.signed"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,26 @@ class NodeFolder:
     def run(self, manifest: str) -> Path:
         """A run's own folder, by its manifest's digest."""
         return self.runs / manifest.removeprefix("sha256:")
+
+    def manifest(self, manifest: str) -> Path:
+        """What the coordinator signed and this node consented to."""
+        return self.run(manifest) / MANIFEST
+
+    def projection(self, manifest: str) -> Path:
+        """The run's projection of pooled features; an empty file where it has none."""
+        return self.run(manifest) / "projection.safetensors"
+
+    def data_log(self, manifest: str) -> Path:
+        """When the run used its data, and which version of them."""
+        return self.run(manifest) / "data.jsonl"
+
+    def sums_log(self, manifest: str) -> Path:
+        """The masked sums that may hold an update of this node."""
+        return self.run(manifest) / "secure.jsonl"
+
+    def manifests(self) -> list[Path]:
+        """The manifests of all runs that are kept here."""
+        return sorted(self.runs.glob(f"*/{MANIFEST}"))
 
     def base(self, name: str) -> Path:
         """The folder of a base of the policy: relative ones start in this folder."""

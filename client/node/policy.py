@@ -333,50 +333,5 @@ def _digest(data: bytes) -> str:
 
 def policy_template(institution: str) -> str:
     """A commented `node.toml` to fill in; it allows nothing before that is done."""
-    return f"""\
-# What this institution allows. Nothing that a coordinator sends loosens it.
-institution = "{institution}"
-
-# One budget for each population: all files that may hold the same persons charge the same one.
-# [budgets.patients]
-# epsilon = 3.0
-# delta = 1e-5
-
-# A run uses the data set whose task, labels and unit are the run's own.
-# [data.notes]
-# path = "/srv/fedlora/notes.jsonl"
-# budget = "patients"
-# task = "sequence-classification"
-# labels = ["no", "yes"]       # public, in the run's order
-# unit = "patient_id"          # one person's records count as one; "" is the single record
-# text = "text"
-# label = "label"
-
-# Base models by digest: `fedlora-node base FOLDER` prints it. \
-Relative folders start where this file lies.
-# [bases]
-# "sha256:…" = "/srv/models/encoder"
-
-[limits]
-minimum_cohort = 5             # institutions in a sum, this one included; 3 at least, \
-and then no one may drop out
-rounds = 100
-attempts = 200
-steps = 20
-noise_multiplier = 0.5
-delta = 1e-5                   # of one run; less than one over the number of persons
-max_length = 512
-rank = 64
-targets = []                   # empty: any
-layers = []
-allow_unnoised = false
-require_secure = false         # true: updates leave under the masks of secure aggregation only
-max_colluders = 1              # peers that may side with the coordinator, in such a run
-client_level = false           # true: runs in mode "client", whose noise the institutions \
-share under masks
-metrics = []
-[trainer]
-listen = "unix:trainer.sock"
-group_may_ask = false          # true where the relay runs under a user of the same group
-head = "head/head.json"        # the ledger's signed head: best on another disk
-"""
+    text = (Path(__file__).parent / "templates" / "node.toml").read_text(encoding="utf-8")
+    return text.replace("@institution@", institution)

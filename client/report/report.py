@@ -70,7 +70,6 @@ def report_body(
     """The report as a table."""
     entries = ledger.entries()
     bodies = [entry.body for entry in entries]
-    invitation = pinned_invitation(folder) if folder.federation.exists() else None
     runs = consented_runs(folder, bodies)
     outbox = Outbox(folder.under(policy.trainer.outbox))
     refusals, not_kept = read_refusals(folder.refusals)
@@ -80,14 +79,8 @@ def report_body(
         for line in read_lines(path, "time", "reason")
     ]
     return {
-        "institution": policy.institution,
-        "key": identity.public.text,
-        "fingerprint": identity.public.fingerprint,
+        **_who(folder, policy, identity),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "federation": "" if invitation is None else invitation.federation,
-        "coordinator": "" if invitation is None else invitation.coordinator.fingerprint,
-        "peers": {name: peer.identity.fingerprint for name, peer in read_peers(folder).items()},
-        "policy_digest": policy.digest,
         "budgets": _budgets(policy, ledger, bodies),
         "runs": [run_facts(folder, outbox, bodies, digest) for digest in runs],
         # as they were told, and what the policy said; details, which may quote a record, stay in
@@ -109,6 +102,20 @@ def report_body(
         },
         "assumptions": list(ASSUMPTIONS),
         "noise_source": "the operating system's generator; no seed",
+    }
+
+
+def _who(folder: NodeFolder, policy: Policy, identity: Identity) -> Body:
+    """Who writes, under which policy, in which federation, and whom it trusts there."""
+    invitation = pinned_invitation(folder) if folder.federation.exists() else None
+    return {
+        "institution": policy.institution,
+        "key": identity.public.text,
+        "fingerprint": identity.public.fingerprint,
+        "federation": "" if invitation is None else invitation.federation,
+        "coordinator": "" if invitation is None else invitation.coordinator.fingerprint,
+        "peers": {name: peer.identity.fingerprint for name, peer in read_peers(folder).items()},
+        "policy_digest": policy.digest,
     }
 
 

@@ -27,7 +27,7 @@ PHASE_FACTS = (
 
 def consented_runs(folder: NodeFolder, bodies: list[Body]) -> list[str]:
     """The digests of the runs whose manifest is kept, or which the ledger charged."""
-    kept = {f"sha256:{path.parent.name}" for path in folder.runs.glob("*/manifest.signed")}
+    kept = {f"sha256:{path.parent.name}" for path in folder.manifests()}
     return sorted(kept | {str(body["manifest"]) for body in bodies if body["kind"] == "consent"})
 
 
@@ -35,8 +35,8 @@ def run_facts(folder: NodeFolder, outbox: Outbox, bodies: list[Body], digest: st
     """All that is known of the run; `bodies` are those of the whole ledger's entries."""
     mine = [body for body in bodies if body.get("manifest") == digest]
     sizes = list(outbox.sizes(digest))
-    if (folder.run(digest) / "manifest.signed").is_file():
-        return _kept_run(folder.run(digest), mine, sizes)
+    if folder.manifest(digest).is_file():
+        return _kept_run(folder, digest, mine, sizes)
     return _lost_run(digest, mine, sizes)
 
 
@@ -57,8 +57,8 @@ def _lost_run(digest: str, mine: list[Body], sizes: list[Release]) -> Body:
     }
 
 
-def _kept_run(folder: Path, mine: list[Body], sizes: list[Release]) -> Body:
-    signed, manifest = kept_manifest(folder / "manifest.signed")
+def _kept_run(folder: NodeFolder, digest: str, mine: list[Body], sizes: list[Release]) -> Body:
+    signed, manifest = kept_manifest(folder.manifest(digest))
     guarantee = guarantee_of(manifest)
     consents, masked = _of_kind(mine, "consent"), manifest.secure is not None
     epsilon = max((float(body["epsilon"]) for body in consents), default=None)
@@ -78,11 +78,11 @@ def _kept_run(folder: Path, mine: list[Body], sizes: list[Release]) -> Body:
         # the ledger has no entry of a run without ε
         "updates_committed": len(_of_kind(mine, "commit")) if guarantee.private else left,
         "sent": _sent(sizes, "masked update" if masked else "update", signed.signer.fingerprint),
-        "data": _versions(folder / "data.jsonl"),
+        "data": _versions(folder.data_log(digest)),
         "base_digest": manifest.base_digest,
         "spec_digest": manifest.spec_digest,
         "aggregation": "updates left under masks" if masked else "updates left in clear",
-        "sums": _sums(folder / "secure.jsonl"),
+        "sums": _sums(folder.sums_log(digest)),
     }
 
 

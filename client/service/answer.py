@@ -131,7 +131,7 @@ def _check_history(node: Node) -> None:
     """
     entries = [entry.body for entry in node.ledger.entries()]
     consented = {body["manifest"] for body in entries if body["kind"] == "consent"}
-    for path in node.folder.runs.glob("*/manifest.signed"):
+    for path in node.folder.manifests():
         _, manifest = kept_manifest(path)
         if not guarantee_of(manifest).private:
             continue

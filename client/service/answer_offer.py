@@ -56,16 +56,17 @@ def answer_offer(dialogue: Dialogue, offer: Offer, manifest: RunManifest) -> byt
 
 def _reserve(node: Node, manifest: RunManifest, offer: Offer) -> None:
     """Check network and data, reserve, keep the manifest; a failure leaves nothing on disk."""
-    folder, budget = node.folder.run(manifest.digest), node.budget(manifest)
+    digest, budget = manifest.digest, node.budget(manifest)
+    kept, projection = node.folder.manifest(digest), node.folder.projection(digest)
+    folder = node.folder.run(digest)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
-        projection = folder / "projection.safetensors"
         write_atomically(projection, offer.projection, mode=0o600)
-        node.note_data(folder, node.work.consent(manifest, projection, budget))
-        write_atomically(folder / "manifest.signed", offer.manifest.to_bytes(), mode=0o600)
+        node.note_data(manifest, node.work.consent(manifest, projection, budget))
+        write_atomically(kept, offer.manifest.to_bytes(), mode=0o600)
     except BaseException:
-        held = node.ledger.reserved_for(budget.name, manifest.digest)
-        if held is None and not (folder / "manifest.signed").exists():
+        held = node.ledger.reserved_for(budget.name, digest)
+        if held is None and not kept.exists():
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

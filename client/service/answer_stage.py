@@ -70,8 +70,7 @@ def _input(dialogue: Dialogue, run: MaskedRun, manifest: RunManifest, request: R
     """The masked input; the sum that it may be in is noted before it can leave."""
     node, plan = dialogue.node, request.plan
     with private():
-        projection = node.folder.run(manifest.digest) / "projection.safetensors"
-        spec = node.work.spec(manifest, projection)
+        spec = node.work.spec(manifest, node.folder.projection(manifest.digest))
     run.check(request.message, plan, spec)
     update = dialogue.trained(manifest, plan, request.vector)
     with private():  # what is wrong with an update that has no mask yet is nobody's business
@@ -80,5 +79,4 @@ def _input(dialogue: Dialogue, run: MaskedRun, manifest: RunManifest, request: R
 
 
 def _note_sum(node: Node, plan: RoundPlan, possible: Possible) -> None:
-    path = node.folder.run(plan.manifest) / "secure.jsonl"
-    append_line(path, asdict(possible), limit=None)
+    append_line(node.folder.sums_log(plan.manifest), asdict(possible), limit=None)

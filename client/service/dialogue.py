@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 from fedlora.client.consent.judge import judge
 from fedlora.client.consent.offer import read_manifest
@@ -70,9 +69,10 @@ class Node:
         name = self.policy.data_for(manifest.task, manifest.labels, manifest.unit)
         return self.policy.budgets[self.policy.data[name].budget]
 
-    def note_data(self, run: Path, digest: str) -> None:
-        """Note, in the run's folder, which version of the data it used just now."""
-        append_line(run / "data.jsonl", {"time": now(), "data": digest}, limit=None)
+    def note_data(self, manifest: RunManifest, digest: str) -> None:
+        """Note which version of the data the run used just now."""
+        line = {"time": now(), "data": digest}
+        append_line(self.folder.data_log(manifest.digest), line, limit=None)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Dialogue:
 
     def known(self, plan: RoundPlan) -> RunManifest:
         """The manifest that `plan` is of; BadInput or Refused where it can be of none."""
-        path = self.node.folder.run(plan.manifest) / "manifest.signed"
+        path = self.node.folder.manifest(plan.manifest)
         if not _is_digest(plan.manifest) or not path.is_file():
             found = one_line(plan.manifest)[:80]
             raise Refused(f"plan manifest: found {found}, which was not consented to")
@@ -140,17 +140,16 @@ class Dialogue:
     def trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> bytes:
         """An attempt's update, which goes on from all before: reserved, trained, committed."""
         node = self.node
-        folder = node.folder.run(plan.manifest)
-        plans = Plans(folder / "plans")
+        plans = Plans(node.folder.run(plan.manifest) / "plans")
         with private():
             reserved = node.ledger.reservations(plan.manifest)
         plans.check(plan, reserved)
         with private():
             plans.write(plan)
-            projection = folder / "projection.safetensors"
+            projection = node.folder.projection(plan.manifest)
             budget = node.budget(manifest)
             update, digest = node.work.train(manifest, projection, budget, plan, vector)
-            node.note_data(folder, digest)
+            node.note_data(manifest, digest)
         return update
 
     def released(self, reply: Reply, request: bytes) -> bytes:

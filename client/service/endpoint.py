@@ -15,10 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
 import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedlora.client.network.channel import SERVICE
@@ -201,22 +204,12 @@ def _bind_tls(server: grpc.Server, settings: TrainerPolicy, root: Path) -> str:
 
 def check_pair(certificate: bytes, key: bytes, where: str) -> None:
     """BadInput unless the key is the certificate's; Refused where that is not valid now."""
-    from datetime import UTC, datetime
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives.serialization import (
-        Encoding,
-        PublicFormat,
-        load_pem_private_key,
-    )
-
     try:
         found = x509.load_pem_x509_certificate(certificate)
         private = load_pem_private_key(key, None)
     except (ValueError, TypeError) as error:
         raise BadInput(f"{where}: found no certificate and key in PEM") from error
-    spelled = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    if found.public_key().public_bytes(*spelled) != private.public_key().public_bytes(*spelled):
+    if found.public_key() != private.public_key():
         raise BadInput(f"{where}: found a key that does not match its certificate")
     if not found.not_valid_before_utc <= datetime.now(UTC) <= found.not_valid_after_utc:
         raise Refused(

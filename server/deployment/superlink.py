@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
-import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
@@ -29,15 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.common.disk.files import write_atomically
-from fedlora.common.errors import BadInput, FedloraError
+from fedlora.common.errors import FedloraError
+from fedlora.common.protocol.flower_programs import environment, installed
 from fedlora.server.coordinator.superlink_files import Files
 
 log = logging.getLogger(__name__)
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
 CONNECTION = "coordinator"  # Flower's name for its own SuperLink
 KEY_IN_USE, NOT_FOUND = "Public key already in use", "Node ID not found"  # as Flower says it
 UNREGISTERED = "unregistered"
@@ -105,7 +98,7 @@ class SuperLink:
     def superlink_command(self) -> list[str]:
         files = self.files
         return [
-            _installed("flower-superlink"),
+            installed("flower-superlink"),
             *("--ssl-ca-certfile", str(files.ca)),
             *("--ssl-certfile", str(files.certificate)),
             *("--ssl-keyfile", str(files.key)),
@@ -120,7 +113,7 @@ class SuperLink:
 
     def superexec_command(self) -> list[str]:
         return [
-            _installed("flower-superexec"),
+            installed("flower-superexec"),
             *("--runtime-api-address", f"127.0.0.1:{self.port}"),
             *("--root-certificates", str(self.files.ca)),
             *("--superexec-auth-secret-file", str(self.files.secret)),
@@ -248,12 +241,11 @@ class SuperLink:
             time.sleep(0.1)
 
     def _environment(self) -> dict[str, str]:
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        return {**os.environ, **QUIET, "PATH": path, "FLWR_HOME": str(self.files.state)}
+        return {**environment(), "FLWR_HOME": str(self.files.state)}
 
     def _flwr(self, *arguments: str, seconds: float = FLWR_SECONDS) -> dict[str, Any]:
         """Flower's command line, asked for JSON; FedloraError with its own words where it fails."""
-        command = [_installed("flwr"), *arguments, "--format", "json"]
+        command = [installed("flwr"), *arguments, "--format", "json"]
         try:
             done = subprocess.run(  # noqa: S603
                 command,
@@ -282,12 +274,3 @@ def _listens(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1.0)
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _installed(name: str) -> str:
-    """The console script beside this Python, or on PATH."""
-    beside = Path(sys.executable).parent / name
-    path = str(beside) if beside.is_file() else shutil.which(name)
-    if path is None:
-        raise BadInput(f"{name}: found none on PATH, expected Flower 1.41")
-    return path

@@ -38,7 +38,7 @@ from fedlora.server import cli
 from fedlora.server.deployment import superlink
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs don't hear it
 programs = sys.argv[1]
-superlink._installed = lambda name: programs + "/" + name
+superlink.installed = lambda name: programs + "/" + name
 sys.argv = ["fedlora-server", *sys.argv[2:]]
 cli.main()
 """
