@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.client.node.folder import NodeFolder
-from fedlora.common.config.strict import MAX_MESSAGE_BYTES
+from fedlora.common.codec.canonical import MAX_MESSAGE_BYTES
 from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
@@ -304,7 +304,7 @@ def _manifest(path: Path) -> RunManifest:
     except OSError as error:
         raise BadInput(f"{path}: can't be read ({error.strerror}), expected a manifest") from error
     try:
-        return RunManifest.from_bytes(
+        return RunManifest.from_json(
             data if data[:1] == b"{" else Signed.from_bytes(data, "manifest").body
         )
     except BadInput as error:

@@ -12,6 +12,7 @@ import sys
 
 from fedlora.common.errors import BadInput, FedloraError
 
+MAX_LINE = 2_000  # characters of a reason
 SHORT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -25,6 +26,15 @@ def bear_any_letter() -> None:
 def printable(text: str) -> str:
     """`text` on one line, without control characters."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def one_line(text: str, most: int = MAX_LINE) -> str:
+    """Text from outside as one printable line of at most `most` characters.
+
+    It ends in logs, terminals and reports.
+    """
+    kept = printable(text[: most + 1])
+    return kept if len(kept) <= most else kept[: most - 1] + "…"
 
 
 def fault_lines(error: FedloraError) -> list[str]:

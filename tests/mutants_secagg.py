@@ -99,7 +99,7 @@ MUTANTS = (
     Mutant(
         "keys unsigned",
         COHORT,
-        "    identity.verify(offer.signature, wire.KEYS, *offer.signed())\n",
+        "    identity.verify(offer.signature, wire.KEYS_TAG, *offer.signed())\n",
         "",
     ),
     Mutant(
@@ -118,7 +118,7 @@ MUTANTS = (
         "dealers unsigned",
         COHORT,
         ".identity.verify(\n"
-        "            dealer.signature, wire.SHARES, *dealer.signed(cohort)\n        )",
+        "            dealer.signature, wire.SHARES_TAG, *dealer.signed(cohort)\n        )",
         "",
     ),
     Mutant("U2 or U3 with strangers", COHORT, "    if strangers:\n", "    if False:\n"),
@@ -153,7 +153,7 @@ MUTANTS = (
     Mutant(
         "signatures over anything",
         COHORT,
-        "policy.member(each.name).identity.verify(each.signature, wire.CONFIRM, *signed)",
+        "policy.member(each.name).identity.verify(each.signature, wire.CONFIRM_TAG, *signed)",
         "policy.member(each.name)",
     ),
     Mutant(
@@ -273,7 +273,7 @@ MUTANTS = (
         "inputs unsigned",
         ATTEMPT,
         "        self._listed.identities[message.name].verify(\n"
-        "            message.signature, wire.INPUT, *message.signed()\n        )\n",
+        "            message.signature, wire.INPUT_TAG, *message.signed()\n        )\n",
         "",
     ),
     Mutant("a liar's share", ATTEMPT, "if not as_signed and share != NO_SHARE:", "if False:"),
@@ -371,22 +371,22 @@ MUTANTS = (
     Mutant(
         "confirmations unsigned",
         ATTEMPT,
-        "        self._listed.identities[message.name].verify(message.signature, wire.CONFIRM,"
-        " *self._signed)\n",
+        "        self._listed.identities[message.name].verify(\n"
+        "            message.signature, wire.CONFIRM_TAG, *self._signed\n        )\n",
         "",
     ),
     Mutant(
         "openings unsigned",
         ATTEMPT,
-        "        self._listed.identities[message.name].verify(message.signature, wire.OPENING,"
+        "        self._listed.identities[message.name].verify(message.signature, wire.OPENING_TAG,"
         " *signed)\n",
         "",
     ),
     Mutant(
         "openings signed without their shares",
         WIRE,
-        "return (context, survivors, self.name.encode(), self.shares)",
-        "return (context, survivors, self.name.encode())",
+        "return (context, survivors, *parts_of(self)[:-1])",
+        "return (context, survivors, *parts_of(self)[:-2])",
     ),
     Mutant(
         "an opener outside U3",

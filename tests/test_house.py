@@ -29,7 +29,7 @@ MAY_IMPORT = {
 # one.
 ROOMS = {
     "common": (
-        *("errors", "disk", "terminal", "trust", "secagg", "config", "data", "model"),
+        *("errors", "disk", "terminal", "codec", "trust", "secagg", "config", "data", "model"),
         *("manifest", "protocol", "privacy", "ledger", "adapter"),
     ),
     "client": ("network", "training", "node", "consent", "secagg", "service", "report", "cli"),
@@ -63,7 +63,7 @@ TWO_SIDES = {
     "folder.py",  # an institution's, and the coordinator's
 }
 # What a relay and the ledger's tools load: no torch, no transformers, no Opacus at import.
-LIGHT_ROOMS = ("disk", "trust", "secagg", "config", "manifest", "protocol", "ledger")
+LIGHT_ROOMS = ("disk", "codec", "trust", "secagg", "config", "manifest", "protocol", "ledger")
 LIGHT_FILES = (
     "errors",
     "terminal",

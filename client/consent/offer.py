@@ -13,7 +13,8 @@ from pathlib import Path
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.projection import Projection
-from fedlora.common.protocol.messages import MANIFEST_TAG, OFFER_TAG, Address, Offer, one_line
+from fedlora.common.protocol.messages import MANIFEST_TAG, OFFER_TAG, Address, Offer
+from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 
 MAX_PROJECTION_BYTES = 64 << 20
@@ -46,11 +47,7 @@ def offered(offer: Offer, coordinator: PublicIdentity, institution: str) -> RunM
 
 def read_manifest(signed: Signed, coordinator: PublicIdentity) -> RunManifest:
     """The manifest that `coordinator` signed, in its one spelling."""
-    body = signed.opened(MANIFEST_TAG, coordinator)
-    manifest = RunManifest.from_bytes(body)
-    if manifest.to_bytes() != body:
-        raise BadInput("manifest: found another spelling than its canonical bytes")
-    return manifest
+    return RunManifest.from_bytes(signed.opened(MANIFEST_TAG, coordinator))
 
 
 def kept_manifest(path: Path) -> tuple[Signed, RunManifest]:

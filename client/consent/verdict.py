@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlora.common.errors import Refused
-from fedlora.common.protocol.messages import one_line
+from fedlora.common.terminal import one_line
 
 
 @dataclass(frozen=True)

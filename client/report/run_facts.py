@@ -14,7 +14,7 @@ from fedlora.client.node.outbox import Outbox
 from fedlora.client.service.refusals import read_lines
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_of
-from fedlora.common.protocol.messages import one_line
+from fedlora.common.terminal import one_line
 
 Body = dict[str, Any]  # of an entry of the ledger
 Release = tuple[int, int, int]  # round, attempt, bytes

@@ -22,9 +22,11 @@ from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, Vector
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol import stages
+from fedlora.common.protocol.stages import Stage
 from fedlora.common.secagg import cohort
 from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.secagg.ring import Encoding
+from fedlora.common.secagg.wire import Epoch
 from fedlora.common.trust.identity import Identity
 
 Train = Callable[[], Vector]  # reserves and trains one attempt, and gives its update
@@ -50,15 +52,15 @@ class MaskedRun:
     def answer(self, stage: str, message: bytes, plan: RoundPlan) -> bytes:
         """The answer to a stage in which nobody trains; BadInput or Refused with the reason."""
         node = self.node
-        if stage == stages.OFFER:
-            return node.offer(stages.epoch_from_bytes(message))
-        if stage == stages.DEAL:
+        if stage == Stage.OFFER:
+            return node.offer(Epoch.from_bytes(message))
+        if stage == Stage.DEAL:
             return node.deal(message)
-        if stage == stages.CONFIRM:
+        if stage == Stage.CONFIRM:
             return node.confirm(plan.attempt, message)
-        if stage == stages.OPEN:
+        if stage == Stage.OPEN:
             return node.open(plan.attempt, message)
-        raise BadInput(f"stage: found {stage!r}, expected one of {', '.join(stages.STAGES)}")
+        raise BadInput(f"stage: found {stage!r}, expected one of {', '.join(Stage)}")
 
     def input(self, delivery: bytes, plan: RoundPlan, spec: AdapterSpec, train: Train) -> bytes:
         """The masked input of an attempt; `train` is called when all checks hold, at most once."""

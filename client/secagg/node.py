@@ -115,8 +115,8 @@ class SecureNode:
             for each in epoch.attempts
         }
         public = tuple(each.mask_key.public for each in attempts.values())
-        offer = KeyOffer(self._policy.me, epoch.digest, share_key.public, public)
-        offer = replace(offer, signature=self._identity.sign(wire.KEYS, *offer.signed()))
+        offer = KeyOffer(epoch.digest, self._policy.me, share_key.public, public)
+        offer = replace(offer, signature=self._identity.sign(wire.KEYS_TAG, *offer.signed()))
         self._state = EpochState(epoch, share_key, offer, attempts)
         return offer.to_bytes()
 
@@ -196,7 +196,7 @@ class SecureNode:
             key = masks.pair_mask(secret, context, state.cohort, state.dealers, me, name)
             masked.apply_mask(key, positive=me < name)
         message = MaskedInput(self._policy.me, context, state.dealers, masked.to_bytes())
-        message = replace(message, signature=self._identity.sign(wire.INPUT, *message.signed()))
+        message = replace(message, signature=self._identity.sign(wire.INPUT_TAG, *message.signed()))
         data = message.to_bytes()
         self._drop_before(state, slot.attempt)
         self._last_attempt = slot.attempt  # used, even where the disk fails in the next line
@@ -228,7 +228,7 @@ class SecureNode:
         attempt.signed = (attempt.context, state.cohort, state.dealers, listed)
         possible = self.possible(attempt.round, attempt_number)
         self.confirmed = replace(possible, members=len(names), dropped=possible.dealt - len(names))
-        signature = self._identity.sign(wire.CONFIRM, *attempt.signed)
+        signature = self._identity.sign(wire.CONFIRM_TAG, *attempt.signed)
         return Confirmation(self._policy.me, signature).to_bytes()
 
     def open(self, attempt_number: int, agreement: bytes) -> bytes:
@@ -248,7 +248,7 @@ class SecureNode:
         ]
         message = Opening(self._policy.me, b"".join(opened))
         signed = message.signed(attempt.context, attempt.signed[-1])
-        return replace(message, signature=self._identity.sign(wire.OPENING, *signed)).to_bytes()
+        return replace(message, signature=self._identity.sign(wire.OPENING_TAG, *signed)).to_bytes()
 
     def adopt(self, policy: CohortPolicy) -> None:
         """The roster as it is now: an epoch with a member no longer on it ends here."""

@@ -68,7 +68,7 @@ def deal_shares(state: EpochState, me: str, identity: Identity, draw: shamir.Ran
     )
     root = commit.MerkleTree([commit.leaf(each) for each in hashes]).root
     own = Dealer(me, root, seeds, b"")
-    own = replace(own, signature=identity.sign(wire.SHARES, *own.signed(state.cohort)))
+    own = replace(own, signature=identity.sign(wire.SHARES_TAG, *own.signed(state.cohort)))
     sealed = []
     for place, member in enumerate(state.members):
         pairs = [(kinds["b"][place], kinds["s"][place]) for kinds in shares.values()]

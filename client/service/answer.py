@@ -37,11 +37,11 @@ from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import (
     Decline,
     Offer,
-    Stage,
-    one_line,
+    SignedStage,
     reply_to_bytes,
     request_from_bytes,
 )
+from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import Identity
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def _opened(dialogue: Dialogue, data: bytes) -> tuple[Dialogue, Callable[[], byt
     if isinstance(request, Offer):
         dialogue, manifest = open_offer(dialogue, request)
         return dialogue, partial(answer_offer, dialogue, request, manifest)
-    if isinstance(request, Stage):
+    if isinstance(request, SignedStage):
         dialogue, asked = open_stage(dialogue, request)
         return dialogue, partial(answer_stage, dialogue, asked)
     dialogue, plan = open_task(dialogue, request)

@@ -17,7 +17,8 @@ from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.figures import exact, shown_epsilon, shown_left
-from fedlora.common.protocol.messages import Consent, Offer, one_line, reply_from_bytes
+from fedlora.common.protocol.messages import Consent, Offer, reply_from_bytes
+from fedlora.common.terminal import one_line
 
 log = logging.getLogger(__name__)
 

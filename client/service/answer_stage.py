@@ -19,13 +19,14 @@ from fedlora.common.disk.files import append_line
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.protocol.messages import STAGE_TAG, Stage, Staged, one_line, vector_from_bytes
-from fedlora.common.protocol.stages import CONFIRM, INPUT, OFFER, Request
+from fedlora.common.protocol.messages import STAGE_TAG, SignedStage, Staged, vector_from_bytes
+from fedlora.common.protocol.stages import Request, Stage
+from fedlora.common.terminal import one_line
 
 log = logging.getLogger(__name__)
 
 
-def open_stage(dialogue: Dialogue, stage: Stage) -> tuple[Dialogue, Request]:
+def open_stage(dialogue: Dialogue, stage: SignedStage) -> tuple[Dialogue, Request]:
     """What is asked; Refused where the coordinator did not sign it."""
     request = Request.from_bytes(stage.request.opened(STAGE_TAG, dialogue.invitation.coordinator))
     return dialogue.about_attempt(request.plan), request
@@ -44,24 +45,24 @@ def answer_stage(dialogue: Dialogue, request: Request) -> bytes:
         raise Refused("stage: found a run without secure aggregation, expected a task of it")
     with private():
         run = node.masked.of(manifest)
-        kept = run.node.sent(plan.round, plan.attempt) if request.stage == INPUT else None
-    if kept is None and request.stage in (OFFER, INPUT):
+        kept = run.node.sent(plan.round, plan.attempt) if request.stage == Stage.INPUT else None
+    if kept is None and request.stage in (Stage.OFFER, Stage.INPUT):
         dialogue.judged(manifest, consented=True)
     try:
         message = kept or _answered(dialogue, run, manifest, request)
     except Refused as error:
         raise BadInput(f"{request.stage}: {error}") from error
-    if request.stage == CONFIRM and run.node.confirmed is not None:
+    if request.stage == Stage.CONFIRM and run.node.confirmed is not None:
         with private():
             _note_sum(node, plan, run.node.confirmed)
-    if request.stage == INPUT:
+    if request.stage == Stage.INPUT:
         told = (plan.round, plan.attempt, one_line(manifest.run)[:80])
         log.info("sent the masked update of round %d, attempt %d of run %s", *told)
     return dialogue.signed(Staged(me, plan.manifest, plan.round, plan.attempt, message))
 
 
 def _answered(dialogue: Dialogue, run: MaskedRun, manifest: RunManifest, request: Request) -> bytes:
-    if request.stage == INPUT:
+    if request.stage == Stage.INPUT:
         return _input(dialogue, run, manifest, request)
     return run.answer(request.stage, request.message, request.plan)
 

@@ -14,7 +14,8 @@ import logging
 from fedlora.client.service.dialogue import Dialogue
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.protocol.messages import PLAN_TAG, Answer, Task, one_line
+from fedlora.common.protocol.messages import PLAN_TAG, Answer, Task
+from fedlora.common.terminal import one_line
 
 log = logging.getLogger(__name__)
 

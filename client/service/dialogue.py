@@ -32,7 +32,8 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.modes import guarantee_of
-from fedlora.common.protocol.messages import MAX_NUMBER, Reply, one_line, reply_to_bytes
+from fedlora.common.protocol.messages import MAX_NUMBER, Reply, reply_to_bytes
+from fedlora.common.terminal import one_line
 from fedlora.common.trust.enrolment import Invitation
 from fedlora.common.trust.identity import Identity, Signed
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load
 
-from fedlora.common.config.strict import build_strictly
+from fedlora.common.codec.canonical import json_table
+from fedlora.common.codec.strict import build
+from fedlora.common.config.toml import Bounds
 from fedlora.common.errors import BadInput
 from fedlora.common.model.base import refuse_code
 from fedlora.common.model.projection import PROJECTION, Projection
@@ -70,7 +72,7 @@ class Description:
     alpha: float
     targets: tuple[str, ...]
     layers: tuple[int, ...]
-    seed: int
+    seed: int = field(metadata={"rule": Bounds(0, (1 << 63) - 1)})
     adapter_digest: str
 
     @property
@@ -122,24 +124,13 @@ def read_state(folder: Path, spec: AdapterSpec, description: Description) -> Ada
 
 
 def read_description(folder: Path) -> Description:
+    """What fedlora.json says; BadInput where it is missing or faulty."""
     path = folder / DESCRIPTION
     if not path.is_file():
         raise BadInput(f"{path}: missing, expected the description of an exported adapter")
-    try:
-        table = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: found a description that can't be read ({error})") from error
-    if not isinstance(table, dict):
-        raise BadInput(f"{path}: found {type(table).__name__}, expected a table")
+    table = json_table(path.read_bytes(), str(path))
     digest = table.pop("digest", None)
-    for name, kind in (("labels", str), ("targets", str), ("pooled_layers", int), ("layers", int)):
-        items = table.get(name)
-        if not isinstance(items, list) or any(type(item) is not kind for item in items):
-            raise BadInput(f"{path} {name}: expected a list, each {kind.__name__}")
-        table[name] = tuple(items)
-    description = build_strictly(Description, table, str(path))
-    if description.seed < 0:
-        raise BadInput(f"{path} seed: found {description.seed}, expected 0 or more")
+    description = build(Description, table, str(path))
     if digest != description.digest:
         raise BadInput(f"{path} digest: found {digest}, expected {description.digest}")
     return description

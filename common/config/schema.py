@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
+from fedlora.common.codec.strict import NOUNS
 from fedlora.common.config.toml import (
-    NOUNS,
     Bounds,
     Choice,
     Each,

@@ -8,15 +8,16 @@ whatever the file holds.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
+from fedlora.common.codec.strict import NOUNS, converted, is_kind, noun_of
 from fedlora.common.errors import BadInput
-
-NOUNS = {str: "a string", int: "an integer", float: "a finite number", bool: "true or false"}
+from fedlora.common.terminal import one_line
 
 
 class Rule(Protocol):
@@ -42,8 +43,9 @@ class Bounds:
     open_high: bool = False
 
     def expected(self, noun: str) -> str:
-        ends = (">" if self.open_low else ">=", "<" if self.open_high else "<=")
-        return f"{noun} {ends[0]} {_end(self.low)} and {ends[1]} {_end(self.high)}"
+        low = f"{noun} {'>' if self.open_low else '>='} {_end(self.low)}"
+        high = f" and {'<' if self.open_high else '<='} {_end(self.high)}"
+        return low + high * math.isfinite(self.high)
 
     def fault(self, value: Any, noun: str) -> str:
         if isinstance(value, str):
@@ -84,10 +86,11 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Each:
-    """A list without repeats, of at least `shortest` items that each keep `rule`."""
+    """A list of at least `shortest` items that each keep `rule`, none twice unless it says so."""
 
     rule: Rule
     shortest: int = 0
+    distinct: bool = True
 
     def expected(self, noun: str) -> str:
         return f"a list, each {self.rule.expected(noun)}"
@@ -95,7 +98,7 @@ class Each:
     def fault(self, value: Any, noun: str) -> str:
         if len(value) < self.shortest:
             return f"found {len(value)} items, expected at least {self.shortest}"
-        if len(set(value)) != len(value):
+        if self.distinct and len(set(value)) != len(value):
             return "found an item twice, expected each once"
         faults = [(item, self.rule.fault(item, noun)) for item in value]
         return next(
@@ -125,7 +128,7 @@ def read_table(text: str, where: str, overrides: Sequence[str] = ()) -> Table:
         values = tomllib.loads(text)
     # ValueError: an integer of more than 4,300 digits too
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: found no TOML ({_one_line(error)})") from error
+        raise BadInput(f"{where}: found no TOML ({one_line(str(error), 200)})") from error
     faults = [fault for fault in (_override(values, override) for override in overrides) if fault]
     if faults:
         raise BadInput(faults)
@@ -205,7 +208,9 @@ def _section(
         elif fault := _fault(kind, values[name], field.metadata.get("rule")):
             faults[path] = f"{table.place(section, name)} = {shown(values[name])}: {fault}"
         else:
-            right[name] = _converted(kind, values[name])
+            right[name] = (
+                tuple(values[name]) if get_origin(kind) is tuple else converted(values[name], kind)
+            )
     return cls(**right), faults
 
 
@@ -219,33 +224,15 @@ def _subsection(
 
 def _fault(kind: Any, value: Any, rule: Rule | None) -> str:
     """What is wrong with a value, or ""."""
+    noun = noun_of(kind)
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
-        if not isinstance(value, list) or not all(_is(each, item) for each in value):
-            return f"expected a list, each {NOUNS[item]}"
-        return rule.fault(value, NOUNS[item]) if rule else ""
-    kinds = get_args(kind) or (kind,)
-    noun = NOUNS[kinds[0]]
-    if not any(_is(value, each) for each in kinds):
-        others = "".join(f" or {NOUNS[each]}" for each in kinds[1:])
+        if not isinstance(value, list) or not all(is_kind(each, item) for each in value):
+            return f"expected a list, each {noun}"
+    elif not is_kind(value, kind):
+        others = "".join(f" or {NOUNS[each]}" for each in get_args(kind)[1:])
         return f"expected {rule.expected(noun) if rule else noun}{others}"
     return rule.fault(value, noun) if rule else ""
-
-
-def _converted(kind: Any, value: Any) -> Any:
-    if get_origin(kind) is tuple:
-        return tuple(value)
-    return (
-        float(value)
-        if float in (get_args(kind) or (kind,)) and not isinstance(value, str)
-        else value
-    )
-
-
-def _is(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
 def _meant(root: type[Any], name: str, known: Mapping[str, Any]) -> str:
@@ -289,10 +276,6 @@ def _key(name: str) -> str:
 
 def _end(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _escaped(letter: str) -> str:

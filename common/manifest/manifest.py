@@ -9,15 +9,18 @@ are Python's shortest round trip.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args, get_type_hints
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from fedlora.common.codec.canonical import json_table
+from fedlora.common.codec.strict import build, from_canonical, to_canonical
 from fedlora.common.config.schema import LoraConfig, ModelConfig, check_rules
-from fedlora.common.config.strict import build_strictly, canonical, is_kind, json_table
+from fedlora.common.config.toml import Bounds, Each
 from fedlora.common.errors import BadInput
 
 VERSION = 1
+POSITIVE = {"rule": Each(Bounds(0, math.inf, open_low=True), distinct=False)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class SecureTerms:
     epoch_attempts: int  # for which keys and shares are exchanged ahead
     bits: int
     levels: int
-    update_bounds: tuple[float, ...]  # one for each phase
+    update_bounds: tuple[float, ...] = field(metadata=POSITIVE)  # one for each phase
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class SkellamTerms:
     that it finds.
     """
 
-    coordinates: tuple[int, ...]  # that a phase moves, and noises: one number for each phase
+    # that a phase moves, and noises: one number for each phase
+    coordinates: tuple[int, ...] = field(metadata=POSITIVE)
     # t - max_colluders of the smallest cohort: honest institutions in any sum, at least
     carriers: int
 
@@ -138,28 +142,18 @@ class RunManifest:
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
-        return canonical(asdict(self))
+        """Canonical JSON."""
+        return to_canonical(self)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RunManifest:
-        table = json_table(data, "manifest")
-        phases = table.get("phases")
-        if not isinstance(phases, list):
-            raise BadInput("manifest phases: missing, expected a list")
-        table["phases"] = tuple(build_strictly(Phase, phase, "manifest phase") for phase in phases)
-        labels = table.get("labels")
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise BadInput("manifest labels: expected a list of strings")
-        table["labels"] = tuple(labels)
-        if table.get("secure") is not None:
-            table["secure"] = _secure_terms(table["secure"])
-        if table.get("skellam") is not None:
-            table["skellam"] = _skellam_terms(table["skellam"])
-        table["network"] = _network(table.get("network"))
-        manifest = build_strictly(cls, table, "manifest")
-        if manifest.version != VERSION:
-            raise BadInput(f"manifest version: found {manifest.version}, expected {VERSION}")
-        return manifest
+        """BadInput unless these are the canonical bytes of a manifest of this version."""
+        return _of_this_version(from_canonical(cls, data, "manifest"))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> RunManifest:
+        """From JSON in whatever spelling, for files that a person may have touched."""
+        return _of_this_version(build(cls, json_table(data, "manifest"), "manifest"))
 
     @property
     def digest(self) -> str:
@@ -187,41 +181,7 @@ def _names(cls: type) -> set[str]:
     return {field.name for field in fields(cls)}
 
 
-def _network(table: Any) -> Network:
-    """A network from outside: lists become tuples whose items have the right type."""
-    if not isinstance(table, Mapping):
-        raise BadInput("manifest network: missing, expected a table")
-    table, faults = dict(table), []
-    for name, kind in get_type_hints(Network).items():
-        item = get_args(kind)[0] if get_args(kind) else None
-        if item is None or name not in table:
-            continue
-        found = table[name]
-        if not isinstance(found, list) or any(type(each) is not item for each in found):
-            faults.append(f"manifest network {name}: expected a list, each {item.__name__}")
-        else:
-            table[name] = tuple(found)
-    if faults:
-        raise BadInput(faults)
-    return build_strictly(Network, table, "manifest network")
-
-
-def _secure_terms(table: Any) -> SecureTerms:
-    """The terms as they stand in a manifest; BadInput names what is wrong."""
-    bounds = table.get("update_bounds") if isinstance(table, dict) else None
-    if not isinstance(bounds, list) or not all(
-        is_kind(bound, "float") and bound > 0 for bound in bounds
-    ):
-        raise BadInput("manifest secure update_bounds: expected a list of finite numbers > 0")
-    return build_strictly(
-        SecureTerms, {**table, "update_bounds": tuple(map(float, bounds))}, "manifest secure"
-    )
-
-
-def _skellam_terms(table: Any) -> SkellamTerms:
-    counts = table.get("coordinates") if isinstance(table, dict) else None
-    if not isinstance(counts, list) or not all(
-        is_kind(count, "int") and count > 0 for count in counts
-    ):
-        raise BadInput("manifest skellam coordinates: expected a list of whole numbers > 0")
-    return build_strictly(SkellamTerms, {**table, "coordinates": tuple(counts)}, "manifest skellam")
+def _of_this_version(manifest: RunManifest) -> RunManifest:
+    if manifest.version != VERSION:
+        raise BadInput(f"manifest version: found {manifest.version}, expected {VERSION}")
+    return manifest

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
-from fedlora.common.config.strict import build_strictly, canonical, json_table
+from fedlora.common.codec.strict import from_canonical, to_canonical
 from fedlora.common.errors import BadInput
 from fedlora.common.model.state import Vector
 
@@ -22,11 +22,13 @@ class RoundPlan:
     adapter: str  # digest of the state that the round starts from
 
     def to_bytes(self) -> bytes:
-        return canonical(asdict(self))
+        """Canonical JSON."""
+        return to_canonical(self)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RoundPlan:
-        return build_strictly(cls, json_table(data, "plan"), "plan")
+        """BadInput unless these are the canonical bytes of a plan."""
+        return from_canonical(cls, data, "plan")
 
 
 @dataclass(frozen=True, eq=False)

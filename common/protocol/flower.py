@@ -14,16 +14,19 @@ to any size).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from fedlora.common.codec.strict import build
+from fedlora.common.config.toml import Each
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterSpec, AdapterState, Vector
-from fedlora.common.protocol.messages import one_line
+from fedlora.common.terminal import one_line
 
 WIRE_VERSION = 1
 MAX_CLIENTS = 1_000_000  # of one node
@@ -33,6 +36,22 @@ FIELDS = "fedlora"  # the message's config record
 ARRAYS = "fedlora.arrays"  # its array record, where it carries a vector
 VECTOR = "vector"
 LITTLE_ENDIAN = "fedlora.f4"  # serialisation type of our arrays
+
+T = TypeVar("T")
+
+
+class _Name:
+    """A client's name, or a digest."""
+
+    def expected(self, noun: str) -> str:
+        return f"a printable name of 1 to {MAX_NAME} characters"
+
+    def fault(self, value: str, noun: str) -> str:
+        fits = 0 < len(value) <= MAX_NAME and value.isprintable()
+        return "" if fits else f"expected {self.expected(noun)}"
+
+
+NAME = {"rule": _Name()}
 
 
 @dataclass(frozen=True)
@@ -48,9 +67,39 @@ class Task:
 class Refusal:
     """A client's answer without an update. `refused`: by policy or budget, asking again is vain."""
 
-    client: str
+    client: str = field(metadata=NAME)
     reason: str
     refused: bool
+
+
+@dataclass(frozen=True)
+class _Offer:
+    manifest: bytes
+
+
+@dataclass(frozen=True)
+class _Consent:
+    clients: tuple[str, ...] = field(metadata={"rule": Each(_Name())})
+
+
+@dataclass(frozen=True)
+class _Plan:
+    client: str = field(metadata=NAME)
+    plan: bytes
+
+
+@dataclass(frozen=True)
+class _Update:
+    client: str = field(metadata=NAME)
+    manifest: str = field(metadata=NAME)
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class _Envelope:
+    envelope: str = field(metadata=NAME)
+    data: bytes
 
 
 def offer_record(manifest: RunManifest) -> RecordDict:
@@ -59,8 +108,7 @@ def offer_record(manifest: RunManifest) -> RecordDict:
 
 def read_offer(record: RecordDict) -> RunManifest:
     """BadInput unless the record is exactly an offer with a well-formed manifest."""
-    table = _fields(record, "offer", {"manifest": bytes})
-    return RunManifest.from_bytes(table["manifest"])  # type: ignore[arg-type]
+    return RunManifest.from_bytes(_fields(record, "offer", _Offer).manifest)
 
 
 def consent_record(clients: Sequence[str]) -> RecordDict:
@@ -69,12 +117,9 @@ def consent_record(clients: Sequence[str]) -> RecordDict:
 
 def read_consent(record: RecordDict) -> tuple[str, ...]:
     """The names, all different; BadInput otherwise."""
-    clients = _fields(record, "consent", {"clients": list})["clients"]
-    if not isinstance(clients, list) or len(clients) > MAX_CLIENTS:
+    names = _fields(record, "consent", _Consent).clients
+    if len(names) > MAX_CLIENTS:
         raise BadInput(f"consent clients: expected a list of at most {MAX_CLIENTS} names")
-    names = tuple(_name(client, "consent clients") for client in clients)
-    if len(set(names)) != len(names):
-        raise BadInput("consent clients: found a name twice")
     return names
 
 
@@ -96,13 +141,11 @@ def plan_records(
 
 def read_plan(record: RecordDict, spec: AdapterSpec) -> Task:
     """BadInput unless the record is exactly a plan and `spec.size` finite coordinates."""
-    table = _fields(record, "plan", {"client": str, "plan": bytes}, vector=True)
-    client = _name(table["client"], "plan client")
+    fields = _fields(record, "plan", _Plan, vector=True)
     vector = _vector(record, spec.size, "plan")
     if not np.isfinite(vector).all():
         raise BadInput("plan vector: found a value that is not finite")
-    plan = RoundPlan.from_bytes(table["plan"])  # type: ignore[arg-type]
-    return Task(client, plan, AdapterState(spec, vector))
+    return Task(fields.client, RoundPlan.from_bytes(fields.plan), AdapterState(spec, vector))
 
 
 def update_record(update: Update) -> RecordDict:
@@ -134,15 +177,11 @@ def read_reply(record: RecordDict, size: int) -> Update | Refusal:
     """
     kind = _kind(record)
     if kind == "refusal":
-        table = _fields(record, "refusal", {"client": str, "reason": str, "refused": bool})
-        client = _name(table["client"], "refusal client")
-        return Refusal(client, one_line(str(table["reason"])), bool(table["refused"]))
-    kinds: dict[str, type] = {"client": str, "manifest": str, "round": int, "attempt": int}
-    table = _fields(record, "update", kinds, vector=True)
-    client = _name(table["client"], "update client")
-    vector = _vector(record, size, f"update of {client}")
-    manifest = _name(table["manifest"], f"update of {client} manifest")
-    return Update(client, manifest, int(table["round"]), int(table["attempt"]), vector)  # type: ignore[call-overload]
+        refusal = _fields(record, "refusal", Refusal)
+        return replace(refusal, reason=one_line(refusal.reason))
+    fields = _fields(record, "update", _Update, vector=True)
+    vector = _vector(record, size, f"update of {fields.client}")
+    return Update(fields.client, fields.manifest, fields.round, fields.attempt, vector)
 
 
 def read_answer(record: RecordDict) -> tuple[str, ...]:
@@ -160,11 +199,10 @@ def envelope_record(kind: str, data: bytes) -> RecordDict:
 
 def read_envelope(record: RecordDict, limit: int) -> tuple[str, bytes]:
     """Kind and bytes; BadInput unless exactly an envelope of at most `limit` bytes."""
-    table = _fields(record, "envelope", {"envelope": str, "data": bytes})
-    data = table["data"]
-    if not isinstance(data, bytes) or len(data) > limit:
+    fields = _fields(record, "envelope", _Envelope)
+    if len(fields.data) > limit:
         raise BadInput(f"envelope: found more than {limit} bytes")
-    return _name(table["envelope"], "envelope kind"), data
+    return fields.envelope, fields.data
 
 
 def _record(kind: str, values: Mapping[str, object]) -> RecordDict:
@@ -188,30 +226,18 @@ def _kind(record: RecordDict) -> str:
     return str(fields.get("kind"))
 
 
-def _fields(
-    record: RecordDict, kind: str, kinds: Mapping[str, type], *, vector: bool = False
-) -> dict[str, object]:
-    """Values of a message of this kind; one BadInput names every missing or wrong part."""
+def _fields(record: RecordDict, kind: str, cls: type[T], *, vector: bool = False) -> T:
+    """The values of a message of this kind; every part that is not what it must be is named."""
     found = _kind(record)
     if found != kind:
         raise BadInput(f"message kind: found {one_line(repr(found))}, expected {kind!r}")
     table: dict[str, object] = dict(record[FIELDS].items())
     del table["kind"], table["version"]
     parts = {FIELDS, ARRAYS} if vector else {FIELDS}
-    faults = [
-        f"{kind}: found an extra record {one_line(name)!r}" for name in record if name not in parts
-    ]
-    faults += [f"{kind} {one_line(name)}: unknown field" for name in table if name not in kinds]
-    for name, expected in kinds.items():
-        if name not in table:
-            faults.append(f"{kind} {name}: missing")
-        elif type(table[name]) is not expected:  # bool is not int
-            faults.append(
-                f"{kind} {name}: found {type(table[name]).__name__}, expected {expected.__name__}"
-            )
-    if faults:
-        raise BadInput(faults)
-    return table
+    extra = [name for name in record if name not in parts]
+    if extra:
+        raise BadInput([f"{kind}: found an extra record {one_line(name)!r}" for name in extra])
+    return build(cls, table, kind)
 
 
 def _vector(record: RecordDict, size: int, where: str) -> Vector:
@@ -229,9 +255,3 @@ def _vector(record: RecordDict, size: int, where: str) -> Vector:
             f"expected {4 * size} of ({size},)"
         )
     return np.frombuffer(array.data, dtype="<f4").astype(np.float32, copy=False)
-
-
-def _name(value: object, where: str) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME or not value.isprintable():
-        raise BadInput(f"{where}: expected a printable name of 1 to {MAX_NAME} characters")
-    return value

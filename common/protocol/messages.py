@@ -9,7 +9,7 @@
     staged   node -> coordinator   the node's own message of that step
     decline  node -> coordinator   why there is none
 
-A message is a mark, a version, a kind and its parts, each behind its length as 8 bytes, big-endian.
+A message is a mark, a version, and a frame (`common.codec.framing`) whose tag is its kind.
 Manifest, address and plan carry the coordinator's signature; a reply carries its institution's,
 over federation, manifest, round, attempt, kind and body. So nobody between the two can change, swap
 or reuse one, and a relay need not parse any.
@@ -17,26 +17,37 @@ or reuse one, and a relay need not parse any.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import numpy as np
 
+from fedlora.common.codec.framing import (
+    Framed,
+    Signature,
+    Text,
+    Whole,
+    frame,
+    kind_of,
+    parts_of,
+    unframe,
+)
+from fedlora.common.codec.strict import from_canonical, to_canonical
+from fedlora.common.config.toml import Bounds
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.model.state import Vector
-from fedlora.common.terminal import printable
+from fedlora.common.terminal import MAX_LINE, one_line
 from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
 
 REQUEST_VERSION = 2  # 2: an offer carries its address
 REPLY_VERSION = 1
 MARK = b"fedlora"
 MAX_REQUEST_BYTES = MAX_REPLY_BYTES = 256 << 20
-MAX_NAME = 200  # characters of an institution's or federation's name
-MAX_REASON = 2_000  # characters of a decline
+MAX_BODY_BYTES = 1 << 16  # of an address, a consent or a decline
+MAX_NAME = 200  # bytes of an institution's name or a digest
 MAX_NUMBER = 1 << 31  # of a round or an attempt
 
 MANIFEST_TAG = "fedlora-manifest-1"
@@ -45,13 +56,18 @@ PLAN_TAG = "fedlora-plan-1"
 STAGE_TAG = "fedlora-stage-1"
 REPLY_TAG = "fedlora-reply-1"
 
+Line = Annotated[str, Text(1, MAX_NAME, line=True)]
+Number = Annotated[int, Whole(MAX_NUMBER)]
+
 
 @dataclass(frozen=True)
-class Offer:
+class Offer(Framed):
     """A run's manifest, signed under MANIFEST_TAG, and its `Address`, signed under OFFER_TAG.
 
     `projection` is a safetensors file, or b"" where there is none.
     """
+
+    TAG = "offer"
 
     manifest: Signed
     projection: bytes
@@ -67,35 +83,34 @@ class Address:
     not_after: int
 
     def to_bytes(self) -> bytes:
-        return _json(
-            {
-                "manifest": self.manifest,
-                "institution": self.institution,
-                "not_after": self.not_after,
-            }
-        )
+        """Canonical JSON."""
+        return to_canonical(self)
 
     @classmethod
     def from_bytes(cls, body: bytes) -> Address:
-        kinds = {"manifest": str, "institution": str, "not_after": int}
-        return cls(**_table(body, "offer address", kinds))
+        """BadInput unless these are the canonical bytes of an address."""
+        return from_canonical(cls, body, "offer address", MAX_BODY_BYTES)
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Framed):
     """One attempt at one round: the plan, signed under PLAN_TAG.
 
     `vector` is the adapter, little-endian float32.
     """
 
-    manifest_digest: str
+    TAG = "task"
+
+    manifest_digest: Line
     plan: Signed
     vector: bytes
 
 
 @dataclass(frozen=True)
-class Stage:
+class SignedStage(Framed):
     """One step of secure aggregation: a `stages.Request` as bytes, signed under STAGE_TAG."""
+
+    TAG = "stage"
 
     request: Signed
 
@@ -145,48 +160,31 @@ class Decline:
     refused: bool
 
 
-Request = Offer | Task | Stage
+Request = Offer | Task | SignedStage
 Reply = Consent | Answer | Staged | Decline
+REQUESTS: Mapping[str, type[Request]] = {each.TAG: each for each in (Offer, Task, SignedStage)}
+REPLIES = ("consent", "answer", "staged", "decline")
 
 
 def request_to_bytes(request: Request) -> bytes:
-    if isinstance(request, Offer):
-        parts = (request.manifest.to_bytes(), request.projection, request.address.to_bytes())
-        return _joined(REQUEST_VERSION, b"offer", *parts)
-    if isinstance(request, Task):
-        parts = (request.manifest_digest.encode(), request.plan.to_bytes(), request.vector)
-        return _joined(REQUEST_VERSION, b"task", *parts)
-    if isinstance(request, Stage):
-        return _joined(REQUEST_VERSION, b"stage", request.request.to_bytes())
-    raise TypeError(f"{type(request).__name__} is no request")
+    """Mark, version and frame."""
+    return _marked(REQUEST_VERSION, request.to_bytes())
 
 
 def request_from_bytes(data: bytes, limit: int = MAX_REQUEST_BYTES) -> Request:
-    """BadInput unless `data` is one request of this version; who opens it checks signatures."""
-    kind, parts = _split(data, "request", REQUEST_VERSION, limit)
-    if kind == "offer":
-        manifest, projection, address = _exactly(parts, 3, "offer")
-        return Offer(
-            Signed.from_bytes(manifest, "offer manifest"),
-            projection,
-            Signed.from_bytes(address, "offer address"),
-        )
-    if kind == "task":
-        digest, plan, vector = _exactly(parts, 3, "task")
-        return Task(_line(digest, "task manifest"), Signed.from_bytes(plan, "task plan"), vector)
-    if kind == "stage":
-        return Stage(Signed.from_bytes(_exactly(parts, 1, "stage")[0], "stage request"))
-    raise BadInput(f"request kind: found {kind!r}, expected offer, task or stage")
+    """BadInput unless `data` is exactly one request of this version.
+
+    Signatures are checked by who opens them.
+    """
+    body = _unmarked(data, "request", REQUEST_VERSION, limit)
+    return unframe(REQUESTS[_kind(body, "request", REQUESTS)], body)
 
 
 def reply_to_bytes(identity: Identity, federation: str, reply: Reply) -> bytes:
     """A reply that `identity` signs; every call for one reply gives the same bytes."""
-    kind, (round_number, attempt), body = _described(reply)
-    header = _header(federation, reply.manifest, round_number, attempt, kind, reply.institution)
-    signature = identity.sign(REPLY_TAG, *header, body)
-    return _joined(
-        REPLY_VERSION, kind.encode(), *header[1:4], reply.institution.encode(), body, signature
-    )
+    kind, sent = _sent(reply)
+    signature = identity.sign(REPLY_TAG, *sent.signed(federation, kind))
+    return _marked(REPLY_VERSION, frame(replace(sent, signature=signature), kind))
 
 
 def reply_from_bytes(
@@ -195,33 +193,18 @@ def reply_from_bytes(
     members: Mapping[str, PublicIdentity],
     limit: int = MAX_REPLY_BYTES,
 ) -> Reply:
-    """A member's reply; Refused where it did not sign it, BadInput where it is malformed."""
-    kind, parts = _split(data, "reply", REPLY_VERSION, limit)
-    if kind not in _READERS:
-        raise BadInput(f"reply kind: found {kind!r}, expected one of {', '.join(_READERS)}")
-    manifest, round_, attempt, name, body, signature = _exactly(parts, 6, kind)
-    institution = _line(name, f"{kind} institution")
-    member = members.get(institution)
+    """A member's reply.
+
+    Refused where the member named did not sign it, BadInput where it is malformed.
+    """
+    body = _unmarked(data, "reply", REPLY_VERSION, limit)
+    kind = _kind(body, "reply", REPLIES)
+    sent = unframe(_Sent, body, kind)
+    member = members.get(sent.institution)
     if member is None:
-        raise Refused(f"{kind}: found the institution {institution!r}, which is not a member")
-    member.verify(
-        signature,
-        REPLY_TAG,
-        federation.encode(),
-        manifest,
-        round_,
-        attempt,
-        kind.encode(),
-        name,
-        body,
-    )
-    place = _Place(
-        institution,
-        _line(manifest, f"{kind} manifest", 0),
-        _number(round_, kind),
-        _number(attempt, kind),
-    )
-    return _READERS[kind](place, body)
+        raise Refused(f"{kind}: found the institution {sent.institution!r}, which is not a member")
+    member.verify(sent.signature, REPLY_TAG, *sent.signed(federation, kind))
+    return _received(kind, sent)
 
 
 def vector_to_bytes(vector: Vector) -> bytes:
@@ -241,156 +224,95 @@ def vector_from_bytes(data: bytes, size: int, where: str) -> Vector:
     return vector
 
 
-def one_line(text: str) -> str:
-    """Text from outside as one printable, bounded line: for logs, terminals and reports."""
-    kept = printable(text[: MAX_REASON + 1])
-    return kept if len(kept) <= MAX_REASON else kept[: MAX_REASON - 1] + "…"
+@dataclass(frozen=True)
+class _Sent:
+    """What travels of any reply, in a frame whose tag is its kind."""
+
+    manifest: Annotated[str, Text(0, MAX_NAME, line=True)]
+    round: Number
+    attempt: Number
+    institution: Line
+    body: bytes
+    signature: Signature = b""
+
+    def signed(self, federation: str, kind: str) -> tuple[bytes, ...]:
+        manifest, round_, attempt, institution, body, _ = parts_of(self)
+        return (federation.encode(), manifest, round_, attempt, kind.encode(), institution, body)
+
+
+class _OneLine:
+    """A text that prints on one line of bounded length, wherever it ends."""
+
+    def fault(self, value: str, noun: str) -> str:
+        fits = value == one_line(value)
+        return "" if fits else f"expected one printable line of at most {MAX_LINE} characters"
 
 
 @dataclass(frozen=True)
-class _Place:
-    """The fields that every reply has."""
+class _Terms:
+    """The body of a consent."""
 
-    institution: str
-    manifest: str
-    round: int
-    attempt: int
+    policy: str = field(metadata={"rule": _OneLine()})
+    epsilon: float = field(metadata={"rule": Bounds(0, math.inf)})
+    delta: float = field(metadata={"rule": Bounds(0, math.inf)})
 
 
-def _described(reply: Reply) -> tuple[str, tuple[int, int], bytes]:
-    """Kind, (round, attempt) and body of a reply."""
+@dataclass(frozen=True)
+class _Reason:
+    """The body of a decline."""
+
+    reason: str = field(metadata={"rule": _OneLine()})
+    refused: bool
+
+
+def _sent(reply: Reply) -> tuple[str, _Sent]:
+    """A reply's kind, and what travels of it, unsigned."""
     if isinstance(reply, Consent):
-        body = {"policy": reply.policy_digest, "epsilon": reply.epsilon, "delta": reply.delta}
-        return "consent", (0, 0), _json(body)
+        terms = _Terms(reply.policy_digest, float(reply.epsilon), float(reply.delta))
+        return "consent", _Sent(reply.manifest, 0, 0, reply.institution, to_canonical(terms))
     if isinstance(reply, Answer):
-        return "answer", (reply.round, reply.attempt), reply.vector
-    if isinstance(reply, Staged):
-        return "staged", (reply.round, reply.attempt), reply.message
-    if isinstance(reply, Decline):
-        body = {"reason": one_line(reply.reason), "refused": reply.refused}
-        return "decline", (reply.round, reply.attempt), _json(body)
-    raise TypeError(f"{type(reply).__name__} is no reply")
+        kind, body = "answer", reply.vector
+    elif isinstance(reply, Staged):
+        kind, body = "staged", reply.message
+    else:
+        kind, body = "decline", to_canonical(_Reason(one_line(reply.reason), reply.refused))
+    return kind, _Sent(reply.manifest, reply.round, reply.attempt, reply.institution, body)
 
 
-def _read_consent(place: _Place, body: bytes) -> Consent:
-    table = _table(body, "consent", {"policy": str, "epsilon": float, "delta": float})
-    if (place.round, place.attempt) != (0, 0):
-        raise BadInput(
-            f"consent: found round {place.round} attempt {place.attempt}, expected 0 and 0"
-        )
-    for name in ("epsilon", "delta"):
-        if not (math.isfinite(table[name]) and table[name] >= 0):
-            raise BadInput(f"consent {name}: found {table[name]}, expected a finite number >= 0")
-    policy = one_line(table["policy"])
-    return Consent(place.institution, place.manifest, policy, table["epsilon"], table["delta"])
+def _received(kind: str, sent: _Sent) -> Reply:
+    place = (sent.institution, sent.manifest, sent.round, sent.attempt)
+    if kind == "answer":
+        return Answer(*place, sent.body)
+    if kind == "staged":
+        return Staged(*place, sent.body)
+    if kind == "decline":
+        told = from_canonical(_Reason, sent.body, kind, MAX_BODY_BYTES)
+        return Decline(*place, told.reason, told.refused)
+    terms = from_canonical(_Terms, sent.body, kind, MAX_BODY_BYTES)
+    if (sent.round, sent.attempt) != (0, 0):
+        raise BadInput(f"{kind}: found round {sent.round} attempt {sent.attempt}, expected 0 and 0")
+    return Consent(sent.institution, sent.manifest, terms.policy, terms.epsilon, terms.delta)
 
 
-def _read_answer(place: _Place, body: bytes) -> Answer:
-    return Answer(place.institution, place.manifest, place.round, place.attempt, body)
+def _kind(body: memoryview, what: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
+    kind = kind_of(body, what)
+    if kind not in known:
+        raise BadInput(f"{what} kind: found {kind!r}, expected one of {', '.join(known)}")
+    return kind
 
 
-def _read_staged(place: _Place, body: bytes) -> Staged:
-    return Staged(place.institution, place.manifest, place.round, place.attempt, body)
+def _marked(version: int, body: bytes) -> bytes:
+    return MARK + struct.pack(">H", version) + body
 
 
-def _read_decline(place: _Place, body: bytes) -> Decline:
-    table = _table(body, "decline", {"reason": str, "refused": bool})
-    reason = one_line(table["reason"])
-    return Decline(
-        place.institution, place.manifest, place.round, place.attempt, reason, table["refused"]
-    )
-
-
-_READERS: dict[str, Callable[[_Place, bytes], Reply]] = {
-    "consent": _read_consent,
-    "answer": _read_answer,
-    "staged": _read_staged,
-    "decline": _read_decline,
-}
-
-
-def _header(
-    federation: str, manifest: str, round_number: int, attempt: int, kind: str, institution: str
-) -> tuple[bytes, ...]:
-    numbers = (struct.pack(">Q", round_number), struct.pack(">Q", attempt))
-    return (federation.encode(), manifest.encode(), *numbers, kind.encode(), institution.encode())
-
-
-def _joined(version: int, *parts: bytes) -> bytes:
-    framed = b"".join(struct.pack(">Q", len(part)) + part for part in parts)
-    return MARK + struct.pack(">H", version) + framed
-
-
-def _split(data: bytes, where: str, expected: int, limit: int) -> tuple[str, list[bytes]]:
-    """Kind and parts; nothing is copied before every length is known to lie within `data`."""
+def _unmarked(data: bytes, where: str, expected: int, limit: int) -> memoryview:
+    """What follows mark and version, not copied."""
     if len(data) > limit:
         raise BadInput(f"{where}: found {len(data)} bytes, expected at most {limit}")
     start = len(MARK) + 2
     if len(data) < start or data[: len(MARK)] != MARK:
         raise BadInput(f"{where}: found bytes that are no message of this protocol")
-    (version,) = struct.unpack(">H", data[len(MARK) : start])
+    version = int.from_bytes(data[len(MARK) : start], "big")
     if version != expected:
         raise BadInput(f"{where} version: found {version}, expected {expected}")
-    parts: list[bytes] = []
-    while start < len(data):
-        if len(parts) > 16 or len(data) - start < 8:
-            raise BadInput(f"{where}: found {len(data) - start} bytes too many")
-        (length,) = struct.unpack(">Q", data[start : start + 8])
-        start += 8
-        if length > len(data) - start:
-            raise BadInput(
-                f"{where}: found a part of {length} bytes, but {len(data) - start} are left"
-            )
-        parts.append(data[start : start + length])
-        start += length
-    if not parts:
-        raise BadInput(f"{where}: found no kind")
-    return _line(parts[0], f"{where} kind"), parts[1:]
-
-
-def _exactly(parts: list[bytes], count: int, where: str) -> list[bytes]:
-    if len(parts) != count:
-        raise BadInput(f"{where}: found {len(parts)} parts, expected {count}")
-    return parts
-
-
-def _line(data: bytes, where: str, shortest: int = 1) -> str:
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: found bytes that are not UTF-8") from error
-    if not shortest <= len(text) <= MAX_NAME or not text.isprintable():
-        raise BadInput(f"{where}: expected {shortest} to {MAX_NAME} printable characters")
-    return text
-
-
-def _number(data: bytes, where: str) -> int:
-    number = int.from_bytes(data, "big")
-    if len(data) != 8 or number > MAX_NUMBER:
-        raise BadInput(f"{where}: found a round or attempt that is no number up to {MAX_NUMBER}")
-    return number
-
-
-def _json(body: Mapping[str, Any]) -> bytes:
-    return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _table(body: bytes, where: str, kinds: Mapping[str, type]) -> dict[str, Any]:
-    try:
-        table = json.loads(body) if len(body) <= 1 << 16 else None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: found a body that is not JSON") from error
-    if not isinstance(table, dict) or set(table) != set(kinds):
-        raise BadInput(f"{where}: found another body than {', '.join(kinds)}")
-    for name, kind in kinds.items():
-        value = table[name]
-        if type(value) is int and abs(value) >= 1 << 63:
-            raise BadInput(f"{where} {name}: found a number out of range")
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise BadInput(
-                f"{where} {name}: found {type(value).__name__}, expected {kind.__name__}"
-            )
-        table[name] = value
-    return table
+    return memoryview(data)[start:]

@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fedlora.common.codec.framing import digest, framed
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.secagg import keys, wire
 from fedlora.common.secagg.wire import Confirmation, Dealer, Epoch, KeyOffer
 from fedlora.common.trust.enrolment import Peer, folded
-from fedlora.common.trust.identity import PublicIdentity, digest, framed
+from fedlora.common.trust.identity import PublicIdentity
 
 SMALLEST_COHORT = 3
 THRESHOLD_RULE = "2n/3+1"  # what a manifest has to say
@@ -85,18 +86,18 @@ def cohort_digest(
         framed("member", offer.name.encode(), identity, offer.share_key, *offer.mask_keys)
         for offer, identity in zip(offers, policy_identities, strict=True)
     ]
-    return digest(wire.COHORT, epoch.digest, *members)
+    return digest(wire.COHORT_TAG, epoch.digest, *members)
 
 
 def dealers_digest(cohort: bytes, dealers: Sequence[Dealer]) -> bytes:
     """H(U2): the cohort, and who dealt what."""
     entries = [framed("dealer", each.name.encode(), each.root, each.seeds) for each in dealers]
-    return digest(wire.DEALERS, cohort, *entries)
+    return digest(wire.DEALERS_TAG, cohort, *entries)
 
 
 def survivors_digest(context: bytes, dealers: bytes, names: Sequence[str]) -> bytes:
     """H(U3)."""
-    return wire.names_digest(wire.SURVIVORS, context, dealers, names=names)
+    return wire.names_digest(wire.SURVIVORS_TAG, context, dealers, names=names)
 
 
 def check_cohort(
@@ -148,7 +149,7 @@ def check_offer(offer: KeyOffer, identity: PublicIdentity, epoch: Epoch) -> None
         raise BadInput(f"{where}: found {len(offer.mask_keys)} mask keys, expected {epoch.count}")
     for public in (offer.share_key, *offer.mask_keys):
         keys.check_public(public, where)
-    identity.verify(offer.signature, wire.KEYS, *offer.signed())
+    identity.verify(offer.signature, wire.KEYS_TAG, *offer.signed())
 
 
 def check_distinct_keys(offers: Sequence[KeyOffer]) -> None:
@@ -174,7 +175,7 @@ def check_dealers(
         raise Refused("dealers: found another entry for this node than the one that it sent")
     for dealer in dealers:
         policy.member(dealer.name).identity.verify(
-            dealer.signature, wire.SHARES, *dealer.signed(cohort)
+            dealer.signature, wire.SHARES_TAG, *dealer.signed(cohort)
         )
     return dealers_digest(cohort, dealers)
 
@@ -212,7 +213,7 @@ def check_agreement(
             f"agreement: found {len(names)} signatures, expected at least {threshold(members)}"
         )
     for each in confirmations:
-        policy.member(each.name).identity.verify(each.signature, wire.CONFIRM, *signed)
+        policy.member(each.name).identity.verify(each.signature, wire.CONFIRM_TAG, *signed)
 
 
 def _check_order(what: str, names: Sequence[str]) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedlora.common.codec.framing import digest
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.trust.identity import digest
 
 DIGEST_BYTES = 32
 

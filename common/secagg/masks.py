@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fedlora.common.codec.framing import digest, framed
 from fedlora.common.secagg import keys, wire
-from fedlora.common.trust.identity import digest, framed
 
 
 def check_key(context: bytes) -> bytes:

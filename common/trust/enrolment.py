@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
+from fedlora.common.codec.strict import build
 from fedlora.common.errors import BadInput
 from fedlora.common.trust.identity import Identity, PublicIdentity
 from fedlora.common.trust.sealed import Sealed, seal, unseal
@@ -31,11 +33,9 @@ VERSION = 1
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,62}[a-z0-9])?")
 FEDERATION = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
 MAX_TEXT = 1 << 16
+
+T = TypeVar("T")
 REQUEST, INVITATION, ROTATION = "an enrolment request", "an invitation", "a rotation"
-FIELDS = {  # by what a text is
-    REQUEST: ("name", "organisation", "flower_key", "created"),
-    INVITATION: ("federation", "address", "ca_certificate"),
-}
 
 
 def folded(organisation: str) -> str:
@@ -73,18 +73,36 @@ class Peer:
     identity: PublicIdentity
 
 
+@dataclass(frozen=True)
+class _Request:
+    """The signed body of an enrolment request; the signer is who asks."""
+
+    version: int
+    name: str
+    organisation: str
+    flower_key: str
+    created: str
+
+
+@dataclass(frozen=True)
+class _Invitation:
+    """The signed body of an invitation; the signer is the coordinator."""
+
+    version: int
+    federation: str
+    address: str
+    ca_certificate: str
+
+
+BODIES: Mapping[str, type[_Request | _Invitation]] = {REQUEST: _Request, INVITATION: _Invitation}
+
+
 def request_to_text(identity: Identity, request: EnrolmentRequest) -> str:
     """Signed text; BadInput where a field is not what it must be or `identity` is another one."""
     if identity.public != request.identity:
         raise BadInput("enrolment identity: found another key than the one that signs")
-    body = {
-        "version": VERSION,
-        "name": request.name,
-        "organisation": request.organisation,
-        "flower_key": request.flower_key,
-        "created": request.created,
-    }
-    text = seal(identity, REQUEST_TAG, body)
+    named = (request.name, request.organisation, request.flower_key, request.created)
+    text = seal(identity, REQUEST_TAG, asdict(_Request(VERSION, *named)))
     request_from_text(text, "enrolment")  # nothing is written that nobody could read
     return text
 
@@ -92,32 +110,29 @@ def request_to_text(identity: Identity, request: EnrolmentRequest) -> str:
 def request_from_text(text: str, where: str) -> EnrolmentRequest:
     """BadInput where it is malformed, Refused where its own key did not sign it."""
     sealed = _opened(text, REQUEST, REQUEST_TAG, where)
-    fields = _fields(sealed, FIELDS[REQUEST], where)
-    if not NAME.fullmatch(fields["name"]):
-        found = fields["name"][:80]
+    body = _body(_Request, sealed, where)
+    if not NAME.fullmatch(body.name):
+        found = body.name[:80]
         raise BadInput(
             f"{where} name: found {found!r}, expected lower-case letters, digits, '.' and '-'"
         )
-    _check_line(fields["organisation"], f"{where} organisation")
-    check_flower_key(fields["flower_key"], f"{where} flower_key")
+    _check_line(body.organisation, f"{where} organisation")
+    check_flower_key(body.flower_key, f"{where} flower_key")
     try:
-        datetime.fromisoformat(fields["created"])
+        datetime.fromisoformat(body.created)
     except ValueError as error:
         raise BadInput(f"{where} created: expected a date and time in ISO 8601") from error
-    return EnrolmentRequest(identity=sealed.signer, **fields)
+    return EnrolmentRequest(
+        body.name, body.organisation, sealed.signer, body.flower_key, body.created
+    )
 
 
 def invitation_to_text(identity: Identity, invitation: Invitation) -> str:
     """Text signed by the coordinator; BadInput where a field is not what it must be."""
     if identity.public != invitation.coordinator:
         raise BadInput("invitation coordinator: found another key than the one that signs")
-    body = {
-        "version": VERSION,
-        "federation": invitation.federation,
-        "address": invitation.address,
-        "ca_certificate": invitation.ca_certificate,
-    }
-    text = seal(identity, INVITATION_TAG, body)
+    named = (invitation.federation, invitation.address, invitation.ca_certificate)
+    text = seal(identity, INVITATION_TAG, asdict(_Invitation(VERSION, *named)))
     invitation_from_text(text, "invitation")
     return text
 
@@ -125,18 +140,18 @@ def invitation_to_text(identity: Identity, invitation: Invitation) -> str:
 def invitation_from_text(text: str, where: str) -> Invitation:
     """BadInput where it is malformed, Refused where its own key did not sign it."""
     sealed = _opened(text, INVITATION, INVITATION_TAG, where)
-    fields = _fields(sealed, FIELDS[INVITATION], where)
-    _check_line(fields["federation"], f"{where} federation")
-    host, _, port = fields["address"].rpartition(":")
+    body = _body(_Invitation, sealed, where)
+    _check_line(body.federation, f"{where} federation")
+    host, _, port = body.address.rpartition(":")
     if (
         not re.fullmatch(r"[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:]{2,39}\]", host)
         or not port.isdecimal()
     ):
-        raise BadInput(f"{where} address: found {fields['address'][:80]!r}, expected host:port")
+        raise BadInput(f"{where} address: found {body.address[:80]!r}, expected host:port")
     if not 0 < int(port[:6]) < 65536:
         raise BadInput(f"{where} address: found port {port[:6]}, expected 1 to 65535")
-    certificate_fingerprint(fields["ca_certificate"], f"{where} ca_certificate")
-    return Invitation(coordinator=sealed.signer, **fields)
+    certificate_fingerprint(body.ca_certificate, f"{where} ca_certificate")
+    return Invitation(body.federation, body.address, body.ca_certificate, sealed.signer)
 
 
 def certificate_fingerprint(pem: str, where: str) -> str:
@@ -176,7 +191,7 @@ def check_kind(text: str, expected: str, where: str) -> None:
         keys = set(json.loads(text)["body"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return  # whoever opens it says what is wrong
-    kinds = {frozenset({"version", *names}): kind for kind, names in FIELDS.items()}
+    kinds = {frozenset(each.name for each in fields(body)): kind for kind, body in BODIES.items()}
     found = (kinds | {frozenset({"request"}): ROTATION}).get(frozenset(keys))
     if found not in (None, expected):
         raise BadInput(f"{where}: found {found}, expected {expected}")
@@ -189,20 +204,11 @@ def _opened(text: str, kind: str, tag: str, where: str) -> Sealed:
     return unseal(text, tag, where)
 
 
-def _fields(sealed: Sealed, names: tuple[str, ...], where: str) -> dict[str, str]:
+def _body(cls: type[T], sealed: Sealed, where: str) -> T:
     version: Any = sealed.body.get("version")
     if type(version) is not int or version != VERSION:
         raise BadInput(f"{where} version: found {str(version)[:20]!r}, expected {VERSION}")
-    if set(sealed.body) != {"version", *names}:
-        raise BadInput(
-            f"{where}: found fields {sorted(sealed.body)}, expected {', '.join(names)}"[:400]
-        )
-    faults = [
-        f"{where} {name}: expected text" for name in names if not isinstance(sealed.body[name], str)
-    ]
-    if faults:
-        raise BadInput(faults)
-    return {name: str(sealed.body[name]) for name in names}
+    return build(cls, sealed.body, where)
 
 
 def _check_line(text: str, where: str) -> None:

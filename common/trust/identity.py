@@ -1,8 +1,7 @@
 """Who speaks: Ed25519 identities, and what they sign.
 
-Everything signed is framed: a tag that names the protocol and the stage, then each field with its
-length before it. So no two lists of fields give the same bytes, and a signature made for one stage
-is worth nothing in another.
+Everything signed is framed (`common.codec.framing`): a tag that names the protocol and the stage,
+then each field. So a signature made for one stage is worth nothing in another.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import struct
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,29 +16,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from fedlora.common.codec.framing import KEY_BYTES, SIGNATURE_BYTES, framed
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, Refused
-
-KEY_BYTES, SIGNATURE_BYTES = 32, 64
-
-
-def framed(tag: str, *fields: bytes) -> bytes:
-    """The bytes hashed or signed: tag and fields, each behind 8 bytes of length, big-endian."""
-    return b"".join(_pieces(tag, fields))
-
-
-def digest(tag: str, *fields: bytes) -> bytes:
-    """SHA-256 (32 bytes) of the framed fields."""
-    hasher = hashlib.sha256()
-    for piece in _pieces(tag, fields):  # a field may have megabytes: it is not copied
-        hasher.update(piece)
-    return hasher.digest()
-
-
-def _pieces(tag: str, fields: Sequence[bytes]) -> Iterator[bytes]:
-    for part in (tag.encode(), *fields):
-        yield struct.pack(">Q", len(part))
-        yield part
 
 
 @dataclass(frozen=True)
@@ -188,7 +165,8 @@ class Signed:
         return self.signer.key + self.signature + self.body
 
     @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> Signed:
+    def from_bytes(cls, data: bytes, where: str = "signed message") -> Signed:
+        """BadInput where there is no room for key and signature; who signed is not asked."""
         start = KEY_BYTES + SIGNATURE_BYTES
         if len(data) < start:
             raise BadInput(f"{where}: found {len(data)} bytes, expected at least {start}")

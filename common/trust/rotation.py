@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from fedlora.common.codec.strict import build
 from fedlora.common.errors import BadInput
 from fedlora.common.trust.enrolment import (
     MAX_TEXT,
@@ -33,6 +34,13 @@ class Rotation:
     text: str  # of the request, as its own key signed it
 
 
+@dataclass(frozen=True)
+class _Body:
+    """What the old key signs."""
+
+    request: str
+
+
 def rotation_to_text(old: Identity, request: str) -> str:
     """`request` (its signed text) handed over by the key that it replaces."""
     text = seal(old, ROTATION_TAG, {"request": request})
@@ -54,9 +62,7 @@ def rotation_from_text(text: str, where: str) -> Rotation:
         raise BadInput(f"{where}: found {len(text)} characters, expected at most {2 * MAX_TEXT}")
     check_kind(text, ROTATION, where)
     sealed = unseal(text, ROTATION_TAG, where)
-    request = sealed.body.get("request")
-    if set(sealed.body) != {"request"} or not isinstance(request, str):
-        raise BadInput(f"{where}: found fields {sorted(sealed.body)}, expected request"[:400])
+    request = build(_Body, sealed.body, where).request
     found = request_from_text(request, f"{where} request")
     if found.identity == sealed.signer:
         raise BadInput(f"{where}: found the old key as the new one, expected another")

@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedlora.common.codec.strict import build
 from fedlora.common.disk import locks
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, FedloraError, Refused
@@ -71,8 +72,8 @@ class Registry:
         Refused where the coordinator did not sign it, or it is an older copy, in which ended keys
         count again.
         """
-        body = self._body()
-        return tuple(_member(row, self._path.name) for row in body.get("members", []))
+        rows, where = self._body().get("members", []), f"{self._path.name} member"
+        return tuple(build(Member, row, where) for row in rows)
 
     def _body(self) -> Mapping[str, Any]:
         kept = self._kept()  # first: a change in between then leaves the file ahead, and not behind
@@ -229,19 +230,6 @@ def _active(members: Sequence[Member], name: str) -> Member:
             return member
     names = ", ".join(sorted(member.name for member in members if member.active)) or "nobody"
     raise BadInput(f"member: found {name[:80]!r}, expected one of {names}"[:400])
-
-
-def _member(row: object, where: str) -> Member:
-    names = {field.name for field in fields(Member)}
-    if (
-        not isinstance(row, dict)
-        or set(row) != names
-        or not all(isinstance(v, str) for v in row.values())
-    ):
-        raise BadInput(f"{where}: found a member with other fields than {', '.join(sorted(names))}")
-    return Member(
-        **(row | {"identity": PublicIdentity.from_text(row["identity"], f"{where} identity")})
-    )
 
 
 def _now() -> str:

@@ -19,15 +19,15 @@ from fedlora.common.protocol.messages import (
     STAGE_TAG,
     Answer,
     Decline,
-    Stage,
+    SignedStage,
     Staged,
     Task,
-    one_line,
     request_to_bytes,
     vector_from_bytes,
     vector_to_bytes,
 )
-from fedlora.common.protocol.stages import CONFIRM, DEAL, INPUT, OFFER, OPEN, Request
+from fedlora.common.protocol.stages import Request, Stage
+from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.deployment.participants import Lazy, Participants
 from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure
@@ -37,7 +37,7 @@ from fedlora.server.secagg.sums import SecureCohort
 
 QUICK = 30.0  # seconds at most for a stage in which nobody trains, and
 # of what is left of the attempt's deadline
-PARTS = {OFFER: 0.25, DEAL: 0.25, CONFIRM: 0.5, OPEN: 1.0}
+PARTS: dict[str, float] = {Stage.OFFER: 0.25, Stage.DEAL: 0.25, Stage.CONFIRM: 0.5, Stage.OPEN: 1.0}
 
 
 class ClearCohort:
@@ -133,12 +133,12 @@ class SignedStages:
     ) -> Iterator[tuple[str, bytes | Failure]]:
         """Each name once, as the answers come in."""
         members = self._who.coordinator.members()
-        vector = vector_to_bytes(state.vector) if stage == INPUT else b""
+        vector = vector_to_bytes(state.vector) if stage == Stage.INPUT else b""
         key = self._who.coordinator.identity
 
         def signed(name: str) -> bytes:
             body = Request(stage, name, plan, messages[name], vector).to_bytes()
-            return request_to_bytes(Stage(Signed.by(key, STAGE_TAG, body)))
+            return request_to_bytes(SignedStage(Signed.by(key, STAGE_TAG, body)))
 
         for name, answer in self._who.take(Lazy(messages, signed), self._seconds(stage)):
             yield (
@@ -154,7 +154,9 @@ class SignedStages:
         """Training may use all that the two stages after it need not."""
         left = self._who.left
         return (
-            left - 2 * min(QUICK, left / 5) if stage == INPUT else min(QUICK, PARTS[stage] * left)
+            left - 2 * min(QUICK, left / 5)
+            if stage == Stage.INPUT
+            else min(QUICK, PARTS[stage] * left)
         )
 
     def _message(

@@ -28,8 +28,9 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterState
 from fedlora.common.protocol import flower
-from fedlora.common.protocol.messages import MAX_REPLY_BYTES, one_line
-from fedlora.common.protocol.stages import INPUT, Request
+from fedlora.common.protocol.messages import MAX_REPLY_BYTES
+from fedlora.common.protocol.stages import Request, Stage
+from fedlora.common.terminal import one_line
 from fedlora.server.deployment.process import outcome_of
 from fedlora.server.rounds.cohort import CohortSum, Failure
 
@@ -231,7 +232,7 @@ class GridExchange:
         self, stage: str, messages: Mapping[str, bytes], plan: RoundPlan, state: AdapterState
     ) -> Iterator[tuple[str, bytes | Failure]]:
         """Each name once, as the answers come in."""
-        vector = state.vector.astype("<f4", copy=False).tobytes() if stage == INPUT else b""
+        vector = state.vector.astype("<f4", copy=False).tobytes() if stage == Stage.INPUT else b""
         limit = MAX_STAGE_BYTES + 8 * state.spec.size
 
         def record(name: str) -> RecordDict:

@@ -27,10 +27,10 @@ from fedlora.common.protocol.messages import (
     Decline,
     Offer,
     Reply,
-    one_line,
     reply_from_bytes,
     request_to_bytes,
 )
+from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.release.statements import consent_faults, schedule_cost

@@ -12,7 +12,8 @@ from typing import Any
 
 from fedlora.common.adapter.released import FILES as ADAPTER_FILES
 from fedlora.common.adapter.released import Description, read_released
-from fedlora.common.config.strict import MAX_MESSAGE_BYTES
+from fedlora.common.codec.canonical import MAX_MESSAGE_BYTES, canonical
+from fedlora.common.codec.strict import build
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.state import AdapterState
@@ -20,7 +21,7 @@ from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import Consent, reply_from_bytes
 from fedlora.common.terminal import fault_lines
-from fedlora.common.trust.enrolment import FEDERATION
+from fedlora.common.trust.enrolment import FEDERATION, NAME
 from fedlora.common.trust.identity import PublicIdentity
 from fedlora.common.trust.sealed import MAX_TEXT_BYTES, Sealed, unseal
 from fedlora.server.release.card import LOADERS, model_card, shown_figures
@@ -71,7 +72,7 @@ def _verified(folder: Path, key: PublicIdentity | None) -> list[str]:
     _check_files(folder, expected)
     signer = index.signer
     body = _sealed(folder, MANIFEST, RELEASE_MANIFEST_TAG, signer).body
-    manifest = RunManifest.from_bytes(json.dumps(body).encode())
+    manifest = RunManifest.from_bytes(canonical(body))
     if not FEDERATION.fullmatch(manifest.federation):
         raise BadInput(
             f"{MANIFEST} federation: found {manifest.federation[:80]!r}, expected a short name"
@@ -158,17 +159,9 @@ def _institutions(body: Mapping[str, Any]) -> dict[str, Institution]:
     rows = body.get("institutions")
     if body.get("version") != MEMBERS_VERSION or not isinstance(rows, dict):
         raise BadInput(f"{MEMBERS}: found another table than version {MEMBERS_VERSION}")
-    found = {}
-    for name, row in rows.items():
-        if not isinstance(row, dict) or set(row) != {"organisation", "identity", "others"}:
-            raise BadInput(f"{MEMBERS} {name}: expected organisation, identity and others")
-        if not isinstance(row["others"], list):
-            raise BadInput(f"{MEMBERS} {name} others: expected a list of keys")
-        first, *others = (
-            PublicIdentity.from_text(str(key), f"{MEMBERS} {name} identity")
-            for key in (row["identity"], *row["others"])
-        )
-        found[name] = Institution(str(row["organisation"]), first, tuple(others))
+    if strange := [name for name in rows if not NAME.fullmatch(name)]:
+        raise BadInput(f"{MEMBERS}: found {strange[0][:80]!r}, expected institutions' names")
+    found = {name: build(Institution, row, f"{MEMBERS} {name}") for name, row in rows.items()}
     keys = [key for each in found.values() for key in (each.identity, *each.others)]
     if len(set(keys)) != len(keys):
         raise Refused(f"{MEMBERS}: found one key for two institutions")

@@ -97,13 +97,10 @@ class Checkpoint:
         path = folder / "manifest.json"
         if not path.is_file():
             raise BadInput(f"{folder}: found no run to resume, expected a checkpoint")
-        data = path.read_bytes()
         try:
-            manifest = RunManifest.from_bytes(data)
+            manifest = RunManifest.from_bytes(path.read_bytes())
         except BadInput as error:
             raise BadInput([f"{path}: {fault}" for fault in error.faults]) from error
-        if manifest.to_bytes() != data:
-            raise BadInput(f"{path}: found other bytes than were written")
         if manifest.spec_digest != spec.digest:
             raise BadInput(
                 f"{path} spec_digest: found {manifest.spec_digest}, expected {spec.digest}"

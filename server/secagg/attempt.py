@@ -118,7 +118,7 @@ class ServerAttempt:
             )
         masked = Masked.from_bytes(self._encoding, message.vector, where)
         self._listed.identities[message.name].verify(
-            message.signature, wire.INPUT, *message.signed()
+            message.signature, wire.INPUT_TAG, *message.signed()
         )
         self._sum.add(masked)
         self._inputs.add(message.name)
@@ -146,7 +146,9 @@ class ServerAttempt:
             raise Refused(
                 f"confirmation: found one of {message.name}, who is not in U3 or has signed"
             )
-        self._listed.identities[message.name].verify(message.signature, wire.CONFIRM, *self._signed)
+        self._listed.identities[message.name].verify(
+            message.signature, wire.CONFIRM_TAG, *self._signed
+        )
         self._confirmations[message.name] = message
         return message.name
 
@@ -175,7 +177,7 @@ class ServerAttempt:
         if message.name not in self._survivors or message.name in self._openers:
             raise Refused(f"opening: found one of {message.name}, who is not in U3 or has opened")
         signed = message.signed(self._context, self._signed[-1])
-        self._listed.identities[message.name].verify(message.signature, wire.OPENING, *signed)
+        self._listed.identities[message.name].verify(message.signature, wire.OPENING_TAG, *signed)
         wire.sized(message.shares, shamir.BYTES * len(self._listed.deals))
         shares = self._shares_of(message)
         for name, share, as_signed in shares:

@@ -120,7 +120,7 @@ class ServerEpoch:
         tree = commit.MerkleTree([commit.leaf(part) for part in parts])
         dealer = Dealer(deal.name, tree.root, deal.seeds, deal.signature)
         self._identities[deal.name].verify(
-            deal.signature, wire.SHARES, *dealer.signed(self._cohort)
+            deal.signature, wire.SHARES_TAG, *dealer.signed(self._cohort)
         )
         self._deals[deal.name], self._trees[deal.name] = deal, tree
         return deal.name

@@ -24,10 +24,10 @@ from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol import stages
-from fedlora.common.protocol.messages import one_line
-from fedlora.common.protocol.stages import CONFIRM, DEAL, INPUT, OFFER, OPEN
+from fedlora.common.protocol.stages import Stage
 from fedlora.common.secagg.ring import Encoding
 from fedlora.common.secagg.wire import Epoch
+from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity
 from fedlora.server.rounds.cohort import CohortSum, Failure, SecureRecord
 from fedlora.server.secagg.attempt import Listed, SecureSum, ServerAttempt
@@ -115,7 +115,7 @@ class SecureCohort:
         epoch = Epoch(manifest.federation, manifest.digest, plan.attempt, plan.attempt, count)
         smallest = max(manifest.minimum_cohort, needed)
         server = ServerEpoch(epoch, members, smallest, self._seen, self._terms.max_colluders)
-        request = stages.epoch_to_bytes(epoch)
+        request = epoch.to_bytes()
         liars = self._liars | self._seen.liars
         for liar in sorted(liars & set(asked)):
             failures.add(
@@ -123,7 +123,7 @@ class SecureCohort:
             )
         others = self._heard([name for name in asked if name not in liars], smallest, failures)
         here = self._collect(
-            OFFER, dict.fromkeys(others, request), plan, state, server.add_offer, failures
+            Stage.OFFER, dict.fromkeys(others, request), plan, state, server.add_offer, failures
         )
         cohort_list = server.close_offers()
         for name in sorted(set(here) - set(server.members)):
@@ -131,7 +131,12 @@ class SecureCohort:
                 Failure(name, f"left out: no cohort of {len(here)} bears the colluders assumed")
             )
         self._collect(
-            DEAL, dict.fromkeys(server.members, cohort_list), plan, state, server.add_deal, failures
+            Stage.DEAL,
+            dict.fromkeys(server.members, cohort_list),
+            plan,
+            state,
+            server.add_deal,
+            failures,
         )
         listed = server.close_deals()
         self._epoch = _EpochInUse(listed, server.delivery, set(listed.deals))
@@ -180,10 +185,10 @@ class SecureCohort:
             epoch.undelivered.discard(name)
             return name
 
-        inside = self._collect(INPUT, messages, plan, state, add_input, failures)
+        inside = self._collect(Stage.INPUT, messages, plan, state, add_input, failures)
         survivors = server.close_inputs()
         here = self._collect(
-            CONFIRM,
+            Stage.CONFIRM,
             dict.fromkeys(inside, survivors),
             plan,
             state,
@@ -205,7 +210,7 @@ class SecureCohort:
         )
         self._note(record)  # from here on it may be learnt
         opened = self._collect(
-            OPEN, dict.fromkeys(here, agreement), plan, state, server.add_opening, failures
+            Stage.OPEN, dict.fromkeys(here, agreement), plan, state, server.add_opening, failures
         )
         try:
             result = server.result()

@@ -18,7 +18,7 @@ from fedlora.common.config.schema import AggregationConfig
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.state import AdapterSpec, Vector
-from fedlora.common.protocol.stages import INPUT, Request
+from fedlora.common.protocol.stages import Request, Stage
 from fedlora.common.trust.identity import PublicIdentity
 from fedlora.simulations.engines.masked import Roster
 
@@ -39,7 +39,7 @@ class _Keeper:
         run = self._run(asked.institution)
 
         def step() -> bytes | None:
-            if asked.stage != INPUT:
+            if asked.stage != Stage.INPUT:
                 return run.answer(asked.stage, asked.message, asked.plan)
             sent = run.node.sent(asked.plan.round, asked.plan.attempt)
             if sent is None:

@@ -19,7 +19,7 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterState, Vector
 from fedlora.common.privacy.randomness import OsRandom, Random, bernoulli
-from fedlora.common.protocol import stages
+from fedlora.common.protocol.stages import Stage
 from fedlora.common.secagg import shamir, wire
 from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.trust.enrolment import Peer
@@ -100,14 +100,14 @@ class Institutions:
             run = self._run(name)
             answer = (
                 run.input(message, plan, state.spec, train)
-                if stage == stages.INPUT
+                if stage == Stage.INPUT
                 else run.answer(stage, message, plan)
             )
         except (BadInput, Refused) as error:
             return Failure(name, f"{stage}: {error}", refused=isinstance(error, Refused))
-        self.masked_vectors += stage == stages.INPUT
+        self.masked_vectors += stage == Stage.INPUT
         if (
-            stage == stages.OPEN
+            stage == Stage.OPEN
             and self._faults.attack == "corrupt-share"
             and name == min(self.peers)
         ):
@@ -126,21 +126,21 @@ class Institutions:
 
 def _rates(faults: FaultsConfig) -> dict[str, float]:
     return {
-        stages.OFFER: faults.keys,
-        stages.DEAL: faults.shares,
-        stages.INPUT: faults.input,
-        stages.CONFIRM: faults.confirm,
-        stages.OPEN: faults.open,
+        Stage.OFFER: faults.keys,
+        Stage.DEAL: faults.shares,
+        Stage.INPUT: faults.input,
+        Stage.CONFIRM: faults.confirm,
+        Stage.OPEN: faults.open,
     }
 
 
 def _attacked(attack: str, stage: str, messages: Mapping[str, bytes]) -> dict[str, bytes]:
     """What a hostile coordinator sends instead."""
-    if attack == "sybil" and stage == stages.DEAL:
+    if attack == "sybil" and stage == Stage.DEAL:
         return {name: _with_sybil(message) for name, message in messages.items()}
-    if attack == "small-u2" and stage == stages.INPUT:
+    if attack == "small-u2" and stage == Stage.INPUT:
         return {name: _alone(name, message) for name, message in messages.items()}
-    if attack == "two-lists" and stage == stages.CONFIRM:
+    if attack == "two-lists" and stage == Stage.CONFIRM:
         return {
             name: _without_first(message) if place % 2 else message
             for place, (name, message) in enumerate(sorted(messages.items()))
@@ -152,7 +152,7 @@ def _with_sybil(members: bytes) -> bytes:
     offers = list(wire.cohort_from_bytes(members))
     stranger = Identity.generate()
     sybil = replace(offers[-1], name=offers[-1].name + "~")
-    sybil = replace(sybil, signature=stranger.sign(wire.KEYS, *sybil.signed()))
+    sybil = replace(sybil, signature=stranger.sign(wire.KEYS_TAG, *sybil.signed()))
     return wire.cohort_to_bytes([offer.to_bytes() for offer in [*offers, sybil]])
 
 

@@ -51,8 +51,9 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState, Vector
 from fedlora.common.protocol import flower
-from fedlora.common.protocol.messages import one_line, vector_from_bytes
+from fedlora.common.protocol.messages import vector_from_bytes
 from fedlora.common.protocol.stages import Request
+from fedlora.common.terminal import one_line
 from fedlora.server.deployment.flower import (
     DECLINED,
     MAX_STAGE_BYTES,
@@ -281,7 +282,7 @@ class _Resident:
 
 
 def _resident(folder: Path) -> _Resident:
-    manifest = RunManifest.from_bytes((folder / "manifest.json").read_bytes())
+    manifest = RunManifest.from_json((folder / "manifest.json").read_bytes())
     return _build(folder, manifest.digest)
 
 
@@ -298,7 +299,7 @@ def _build(folder: Path, digest: str) -> _Resident:
     )
     return _Resident(
         federation=federation,
-        manifest=RunManifest.from_bytes((folder / "manifest.json").read_bytes()),
+        manifest=RunManifest.from_json((folder / "manifest.json").read_bytes()),
         ledger=Paths.of(folder, Path(shared.ledger)).open_ledger(),
         moments=MomentStore(folder / "clients"),
         numbers={client_name(client): client for client in federation.clients},

@@ -183,13 +183,14 @@ class HostileCoordinator(RuleBasedStateMachine):
             chosen = replace(chosen, share_key=mine)
         elif hostile == "sybil":
             chosen = replace(chosen, name="zzz")
-            chosen = replace(chosen, signature=STRANGER.sign(wire.KEYS, *chosen.signed()))
+            chosen = replace(chosen, signature=STRANGER.sign(wire.KEYS_TAG, *chosen.signed()))
             return [*listed, chosen]
         elif hostile == "low":
             place = len(listed) - 1
             chosen = replace(listed[place], mask_keys=(bytes(32),) * len(listed[place].mask_keys))
             chosen = replace(
-                chosen, signature=IDENTITIES[len(self.names) - 1].sign(wire.KEYS, *chosen.signed())
+                chosen,
+                signature=IDENTITIES[len(self.names) - 1].sign(wire.KEYS_TAG, *chosen.signed()),
             )
         return [*listed[:place], chosen, *listed[place + 1 :]]
 
@@ -275,7 +276,7 @@ class HostileCoordinator(RuleBasedStateMachine):
             ]
             found = list({each.name: each for each in found if each.name != self.colluder}.values())
             # whatever helps the coordinator
-            forged = IDENTITIES[len(self.names) - 1].sign(wire.CONFIRM, *signed)
+            forged = IDENTITIES[len(self.names) - 1].sign(wire.CONFIRM_TAG, *signed)
             if self.colluder in self.u3[name]:
                 found.append(Confirmation(self.colluder, forged))
             if hostile == "few":
@@ -298,7 +299,7 @@ class HostileCoordinator(RuleBasedStateMachine):
 
     def is_over(self, each: Confirmation, signed: tuple[bytes, ...]) -> bool:
         try:
-            IDENTITIES[int(each.name[-3:])].public.verify(each.signature, wire.CONFIRM, *signed)
+            IDENTITIES[int(each.name[-3:])].public.verify(each.signature, wire.CONFIRM_TAG, *signed)
         except FedloraError:
             return False
         return True

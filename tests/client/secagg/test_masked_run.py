@@ -14,7 +14,6 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import Vector
-from fedlora.common.protocol import stages
 from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.secagg.wire import Epoch
 from fedlora.server.secagg.epoch import ServerEpoch
@@ -62,7 +61,7 @@ def begun(made: dict[str, MaskedRun]) -> dict[str, bytes]:
     """Both stages of an epoch; what is delivered to each."""
     epoch = Epoch(manifest().federation, manifest().digest, 1, 1, 2)
     server = ServerEpoch(epoch, {name: peer.identity for name, peer in peers_of(3).items()}, 3)
-    offer = stages.epoch_to_bytes(epoch)
+    offer = epoch.to_bytes()
     for each in made.values():
         server.add_offer(each.answer("offer", offer, plan_of()))
     members = server.close_offers()
@@ -108,7 +107,7 @@ def test_a_cohort_too_large_for_the_ring_is_refused_before_training() -> None:
     epoch = Epoch(run.federation, run.digest, 1, 1, 2)
     server = ServerEpoch(epoch, {name: peer.identity for name, peer in peers_of(3).items()}, 3)
     for each in made.values():
-        server.add_offer(each.answer("offer", stages.epoch_to_bytes(epoch), plan_of()))
+        server.add_offer(each.answer("offer", epoch.to_bytes(), plan_of()))
     members = server.close_offers()
     for each in made.values():
         server.add_deal(each.answer("deal", members, plan_of()))

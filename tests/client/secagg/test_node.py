@@ -249,7 +249,7 @@ def test_cohort_duplicate_key() -> None:
         replace(found[4], mask_keys=(pair, found[3].mask_keys[1])),
         replace(found[4], share_key=found[4].mask_keys[0]),
     ):
-        signature = IDENTITIES[4].sign(wire.KEYS, *changed.signed())
+        signature = IDENTITIES[4].sign(wire.KEYS_TAG, *changed.signed())
         with pytest.raises(Refused, match="one key twice"):
             world.nodes[VICTIM].deal(as_list([*found[:4], replace(changed, signature=signature)]))
 
@@ -261,7 +261,7 @@ def test_a_key_reused_over_epochs() -> None:
     world.nodes[VICTIM].deal(as_list(first))
     second = list(offers(world, number=2).values())
     reused = replace(second[4], mask_keys=first[4].mask_keys)
-    reused = replace(reused, signature=IDENTITIES[4].sign(wire.KEYS, *reused.signed()))
+    reused = replace(reused, signature=IDENTITIES[4].sign(wire.KEYS_TAG, *reused.signed()))
     with pytest.raises(Refused, match="a key of an earlier epoch in the entry of node-004"):
         world.nodes[VICTIM].deal(as_list([*second[:4], reused]))
 
@@ -319,7 +319,7 @@ def test_key_low_order(public: bytes) -> None:
     world = World(5)
     found = list(offers(world).values())
     for changed in (replace(found[4], share_key=public), replace(found[4], mask_keys=(public,))):
-        signed = replace(changed, signature=IDENTITIES[4].sign(wire.KEYS, *changed.signed()))
+        signed = replace(changed, signature=IDENTITIES[4].sign(wire.KEYS_TAG, *changed.signed()))
         with pytest.raises(Refused, match="low order"):
             world.nodes[VICTIM].deal(as_list([*found[:4], signed]))
     with pytest.raises(Refused, match="low order"):
@@ -332,7 +332,7 @@ def test_another_number_of_mask_keys_than_the_epoch_has_attempts(count: int) -> 
     *others, last = offers(world, count=2).values()
     fresh = tuple(keys.KeyPair.generate(os.urandom).public for _ in range(count))
     odd = replace(last, mask_keys=fresh)
-    signed = replace(odd, signature=IDENTITIES[4].sign(wire.KEYS, *odd.signed()))
+    signed = replace(odd, signature=IDENTITIES[4].sign(wire.KEYS_TAG, *odd.signed()))
     with pytest.raises(BadInput, match=f"found {count} mask keys, expected 2"):
         world.nodes[VICTIM].deal(as_list([*others, signed]))
 
@@ -515,7 +515,7 @@ def test_a_refused_u2_leaves_no_share_behind() -> None:
     assert node._state is not None
     short = replace(right.dealers[-1], seeds=b"")
     short = replace(
-        short, signature=IDENTITIES[4].sign(wire.SHARES, *short.signed(node._state.cohort))
+        short, signature=IDENTITIES[4].sign(wire.SHARES_TAG, *short.signed(node._state.cohort))
     )
     with pytest.raises(BadInput, match="seed hashes of node-004"):
         node.accept(replace(right, dealers=(*right.dealers[:-1], short)).to_bytes())

@@ -27,6 +27,7 @@ from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.randomness import OsRandom
 from fedlora.common.privacy.skellam import clipped, noised
 from fedlora.common.protocol import stages
+from fedlora.common.protocol.stages import Stage
 from fedlora.common.secagg.cohort import CohortPolicy, threshold
 from fedlora.common.secagg.wire import Epoch
 from fedlora.server.rounds.cohort import CohortSum, Failure
@@ -113,7 +114,7 @@ class Federation:
             yield name, answer
 
     def _answer(self, name: str, stage: str, message: bytes, plan: RoundPlan) -> bytes:
-        if stage != stages.INPUT:
+        if stage != Stage.INPUT:
             return self.nodes[name].answer(stage, message, plan)
         spec = self.state.spec
         return self.nodes[name].input(
@@ -208,7 +209,7 @@ def asked_for_input(federation: Federation) -> None:
     identities = {name: peer.identity for name, peer in peers_of(len(federation.names)).items()}
     server = ServerEpoch(epoch, identities, 3)
     plan = RoundPlan(run.digest, 0, 1, 1, federation.state.digest)
-    offer = stages.epoch_to_bytes(epoch)
+    offer = epoch.to_bytes()
 
     def ask(stage: str, message: bytes) -> list[bytes]:
         return [node.answer(stage, message, plan) for node in federation.nodes.values()]

@@ -20,7 +20,7 @@ from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec, Vector
 from fedlora.common.protocol import flower
-from fedlora.common.protocol.messages import MAX_REASON
+from fedlora.common.terminal import MAX_LINE
 
 FINITE = arrays(
     np.float32,
@@ -106,7 +106,7 @@ def test_a_refusal_arrives_as_one_bounded_printable_line(reason: str) -> None:
     assert got.client == "north"
     assert got.refused
     assert got.reason.isprintable()
-    assert len(got.reason) <= MAX_REASON
+    assert len(got.reason) <= MAX_LINE
     with pytest.raises(Refused):
         flower.read_answer(record)
 

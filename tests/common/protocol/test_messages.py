@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.common.codec.framing import framed
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
     PLAN_TAG,
+    REPLY_TAG,
+    STAGE_TAG,
     Address,
     Answer,
     Consent,
@@ -19,6 +24,8 @@ from fedlora.common.protocol.messages import (
     Offer,
     Reply,
     Request,
+    SignedStage,
+    Staged,
     Task,
     reply_from_bytes,
     reply_to_bytes,
@@ -39,6 +46,7 @@ OFFER = Offer(
     Signed.by(COORDINATOR, OFFER_TAG, ADDRESS.to_bytes()),
 )
 TASK = Task(DIGEST, Signed.by(COORDINATOR, PLAN_TAG, b"{}"), bytes(8))
+STAGE = SignedStage(Signed.by(COORDINATOR, STAGE_TAG, b"request"))
 ANSWER = Answer("north", DIGEST, 3, 5, bytes(range(8)))
 CONSENT = Consent("north", DIGEST, "sha256:p", 1.5, 1e-5)
 DECLINE = Decline("north", "", 0, 0, "no\nway", True)
@@ -46,6 +54,7 @@ DECLINE = Decline("north", "", 0, 0, "no\nway", True)
 numbers = st.integers(0, 2**31)
 replies: st.SearchStrategy[Reply] = st.one_of(
     st.builds(Answer, st.just("north"), st.just(DIGEST), numbers, numbers, st.binary(max_size=64)),
+    st.builds(Staged, st.just("north"), st.just(DIGEST), numbers, numbers, st.binary(max_size=64)),
     st.builds(
         Consent, st.just("north"), st.just(DIGEST), st.just("p"), st.floats(0, 1e6), st.floats(0, 1)
     ),
@@ -55,7 +64,7 @@ replies: st.SearchStrategy[Reply] = st.one_of(
 )
 
 
-@pytest.mark.parametrize("request_", [OFFER, TASK])
+@pytest.mark.parametrize("request_", [OFFER, TASK, STAGE])
 def test_requests_come_back_as_they_went(request_: Request) -> None:
     assert request_from_bytes(request_to_bytes(request_)) == request_
 
@@ -79,6 +88,86 @@ def test_replies_come_back_as_they_went(reply: Reply) -> None:
     data = reply_to_bytes(NORTH, "f", reply)
     assert data == reply_to_bytes(NORTH, "f", reply)
     assert reply_from_bytes(data, "f", MEMBERS) == reply
+
+
+@given(st.sampled_from([OFFER, TASK, STAGE]), st.data())
+def test_a_request_that_is_accepted_has_these_bytes(request_: Request, draw: st.DataObject) -> None:
+    data = bytearray(request_to_bytes(request_))
+    data[draw.draw(st.integers(0, len(data) - 1))] ^= draw.draw(st.integers(1, 255))
+    try:
+        found = request_from_bytes(bytes(data))
+    except BadInput:
+        return
+    assert request_to_bytes(found) == data
+
+
+def signed_reply(
+    kind: str, round_: int, attempt: int, body: bytes, manifest: str = DIGEST
+) -> bytes:
+    """What an institution may sign that follows no rule but the frame's."""
+    place = (manifest.encode(), struct.pack(">Q", round_), struct.pack(">Q", attempt))
+    signature = NORTH.sign(REPLY_TAG, b"f", *place, kind.encode(), b"north", body)
+    return b"fedlora\x00\x01" + framed(kind, *place, b"north", body, signature)
+
+
+BODIES = st.one_of(
+    st.binary(max_size=20),
+    st.sampled_from(
+        [
+            b'{"reason":"no","refused":true}',
+            b'{"reason":"no","refused":1}',
+            b'{"reason": "no", "refused": true}',
+            b'{"refused":true,"reason":"no"}',
+            b'{"reason":"no","reason":"no","refused":true}',
+            b'{"reason":"two\\nlines","refused":true}',
+            b'{"reason":"\\u03b5","refused":true}',
+            '{"reason":"ε","refused":true}'.encode(),
+            b'{"reason":"\\ud800","refused":true}',
+            b'{"delta":0.1,"epsilon":1.0,"policy":"p"}',
+            b'{"delta":0.1,"epsilon":1,"policy":"p"}',
+            b'{"delta":0.10,"epsilon":1.0,"policy":"p"}',
+            b'{"delta":-0.1,"epsilon":1.0,"policy":"p"}',
+            b'{"delta":NaN,"epsilon":1.0,"policy":"p"}',
+            b'{"delta":0.1,"epsilon":1e999,"policy":"p"}',
+            b'{"delta":0.1,"epsilon":1.0,"policy":"p\\n"}',
+            b'{"delta":0.1,"epsilon":1.0,"policy":"p","more":1}',
+        ]
+    ),
+)
+KINDS = ("consent", "answer", "staged", "decline", "bid")
+
+
+@given(st.sampled_from(KINDS), st.sampled_from([0, 3, 1 << 31, 1 << 32]), st.booleans(), BODIES)
+def test_a_reply_that_is_accepted_has_these_bytes(
+    kind: str, round_: int, begun: bool, body: bytes
+) -> None:
+    data = signed_reply(kind, round_, int(begun), body)
+    try:
+        found = reply_from_bytes(data, "f", MEMBERS)
+    except FedloraError as error:
+        assert type(error) is BadInput and all(each.isprintable() for each in error.faults)
+        return
+    assert reply_to_bytes(NORTH, "f", found) == data
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "said"),
+    [
+        ("decline", b'{"reason":"two\\nlines","refused":true}', "decline reason: expected one pri"),
+        ("decline", b'{"reason": "no","refused":true}', "decline: found another spelling"),
+        ("decline", b'{"reason":"no"}', "decline refused: missing"),
+        (
+            "consent",
+            b'{"delta":0.1,"epsilon":-1,"policy":"p"}',
+            "consent epsilon: expected a finite",
+        ),
+        ("consent", b'{"delta":0.1,"epsilon":1,"policy":"p"}', "consent: found another spelling"),
+        ("bid", b"", "reply kind: found 'bid', expected one of consent, answer, staged, decline"),
+    ],
+)
+def test_what_is_signed_and_wrong_is_named(kind: str, body: bytes, said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        reply_from_bytes(signed_reply(kind, 0, 0, body), "f", MEMBERS)
 
 
 def test_a_reason_is_one_printable_line() -> None:

@@ -19,7 +19,7 @@ from fedlora.client.node.outbox import MemoryOutbox
 from fedlora.client.secagg.node import SecureNode
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.protocol.stages import Request, epoch_from_bytes, epoch_to_bytes
+from fedlora.common.protocol.stages import Request, Stage
 from fedlora.common.secagg import cohort, commit, keys, masks, shamir, wire
 from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.secagg.ring import Encoding, Masked, key_stream, linear_check
@@ -350,7 +350,7 @@ NAMES = st.text(min_size=1, max_size=8)
 DIGESTS, SIGNATURES = st.binary(min_size=32, max_size=32), st.binary(min_size=64, max_size=64)
 MESSAGES = st.one_of(
     st.builds(
-        wire.KeyOffer, NAMES, DIGESTS, DIGESTS, st.lists(DIGESTS, max_size=3).map(tuple), SIGNATURES
+        wire.KeyOffer, DIGESTS, NAMES, DIGESTS, st.lists(DIGESTS, max_size=3).map(tuple), SIGNATURES
     ),
     st.builds(
         wire.Deal,
@@ -364,7 +364,44 @@ MESSAGES = st.one_of(
     st.builds(wire.Confirmation, NAMES, SIGNATURES),
     st.builds(wire.Opening, NAMES, st.binary(), SIGNATURES),
     st.builds(wire.Dealer, NAMES, DIGESTS, st.binary(), SIGNATURES),
+    st.builds(
+        lambda dealers: wire.Delivery(
+            tuple(dealers), tuple(b"s" for _ in dealers), tuple(b"p" for _ in dealers)
+        ),
+        st.lists(st.builds(wire.Dealer, NAMES, DIGESTS, st.binary(), SIGNATURES), max_size=2),
+    ),
+    st.builds(
+        wire.Epoch, NAMES, NAMES, st.integers(1, 1 << 63), st.integers(1, 9), st.integers(1, 256)
+    ),
+    st.builds(
+        Request,
+        st.sampled_from([each for each in Stage if each is not Stage.INPUT]),
+        NAMES,
+        st.builds(RoundPlan, NAMES, st.integers(0, 9), st.integers(0, 1 << 62), st.just(1), NAMES),
+        st.binary(),
+    ),
 )
+
+
+@given(MESSAGES, st.data())
+@settings(max_examples=150)
+def test_a_message_that_is_accepted_has_these_bytes(message: Any, data: st.DataObject) -> None:
+    changed = bytearray(message.to_bytes())
+    changed[data.draw(st.integers(0, len(changed) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        found = type(message).from_bytes(bytes(changed))
+    except BadInput:
+        return
+    assert found.to_bytes() == changed
+
+
+@given(NAMES, DIGESTS, DIGESTS, st.binary(), SIGNATURES)
+def test_a_masked_input_has_one_encoding(
+    name: str, context: bytes, dealers: bytes, vector: bytes, signature: bytes
+) -> None:
+    sent = wire.MaskedInput(name, context, dealers, memoryview(vector), signature).to_bytes()
+    found = wire.MaskedInput.from_bytes(sent)
+    assert found.to_bytes() == sent and found.vector == vector and found.name == name
 
 
 @given(MESSAGES, st.data())
@@ -419,10 +456,10 @@ def test_requests_travel_whole() -> None:
         with pytest.raises(BadInput):
             Request.from_bytes(bad.to_bytes())
     epoch = wire.Epoch("föderation", "sha256:r", 9, 4, 2)
-    assert epoch_from_bytes(epoch_to_bytes(epoch)) == epoch
-    for damaged in (epoch_to_bytes(epoch)[:-1], epoch_to_bytes(epoch)[:-8] + bytes(8), b""):
+    assert wire.Epoch.from_bytes(epoch.to_bytes()) == epoch
+    for damaged in (epoch.to_bytes()[:-1], epoch.to_bytes()[:-8] + bytes(8), b""):
         with pytest.raises(BadInput):
-            epoch_from_bytes(damaged)
+            wire.Epoch.from_bytes(damaged)
 
 
 def test_an_epoch_has_attempts() -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.common.codec.framing import digest, framed
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.trust.identity import Identity, PublicIdentity, Signed, digest, framed
+from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
 
 FORM = "ed25519: and 32 bytes in base64"
 FIELDS = st.lists(st.binary(max_size=12), max_size=4)

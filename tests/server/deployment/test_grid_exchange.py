@@ -26,7 +26,7 @@ from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.protocol import flower
 from fedlora.common.protocol.stages import Request, slot_of
 from fedlora.common.secagg.cohort import CohortPolicy, survivors_digest
-from fedlora.common.secagg.wire import OPENING, Deal, Opening
+from fedlora.common.secagg.wire import OPENING_TAG, Deal, Opening
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.cohorts import SignedStages
 from fedlora.server.deployment.flower import DECLINED, SECURE, GridCarrier, GridExchange
@@ -103,7 +103,7 @@ class Institution:
         opening = Opening.from_bytes(answer)
         wrong = replace(opening, shares=opening.shares[:-32] + bytes(32))
         signed = wrong.signed(context, survivors_digest(context, state.dealers, NAMES))
-        signature = IDENTITIES[int(self.name[-3:])].sign(OPENING, *signed)
+        signature = IDENTITIES[int(self.name[-3:])].sign(OPENING_TAG, *signed)
         return replace(wrong, signature=signature).to_bytes()
 
 

@@ -31,7 +31,7 @@ from fedlora.common.protocol.messages import (
     Decline,
     Offer,
     Reply,
-    Stage,
+    SignedStage,
     Staged,
     reply_from_bytes,
     request_from_bytes,
@@ -39,7 +39,7 @@ from fedlora.common.protocol.messages import (
 )
 from fedlora.common.protocol.stages import Request
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
-from fedlora.common.secagg.wire import KEYS, Epoch, KeyOffer, MaskedInput
+from fedlora.common.secagg.wire import KEYS_TAG, Epoch, KeyOffer, MaskedInput
 from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.cohorts import MaskedCohort, SignedStages, cohort_of
@@ -128,7 +128,7 @@ class World:
 
 def stage_of(data: bytes) -> str:
     request = request_from_bytes(data)
-    if isinstance(request, Stage):
+    if isinstance(request, SignedStage):
         return Request.from_bytes(request.request.body).stage
     return "offered" if isinstance(request, Offer) else "task"
 
@@ -293,7 +293,7 @@ def test_the_same_bytes_for_one_attempt_also_after_a_restart(world: World) -> No
     ]
     plan = RoundPlan(RUN.digest, 0, 1, 1, START.digest)
     body = Request("input", "north", plan, b"", START.vector.tobytes()).to_bytes()
-    request = request_to_bytes(Stage(Signed.by(COORDINATOR, STAGE_TAG, body)))
+    request = request_to_bytes(SignedStage(Signed.by(COORDINATOR, STAGE_TAG, body)))
     for _ in range(2):
         assert world.nodes["north"].ask(request) == kept
         world.restart("north")
@@ -323,7 +323,7 @@ def stage(
     plan = RoundPlan(run.digest, 0, 1, 1, START.digest)
     vector = START.vector.tobytes() if name == "input" else b""
     return request_to_bytes(
-        Stage(Signed.by(key, STAGE_TAG, Request(name, to, plan, b"", vector).to_bytes()))
+        SignedStage(Signed.by(key, STAGE_TAG, Request(name, to, plan, b"", vector).to_bytes()))
     )
 
 
@@ -389,7 +389,7 @@ def test_a_key_that_is_repeated_after_a_restart_costs_its_member_only(
         if made.name != "west":
             return made.to_bytes()
         made = replace(made, share_key=before.setdefault("west", made.share_key))
-        return replace(made, signature=node._identity.sign(KEYS, *made.signed())).to_bytes()
+        return replace(made, signature=node._identity.sign(KEYS_TAG, *made.signed())).to_bytes()
 
     monkeypatch.setattr(SecureNode, "offer", repeating)
     assert world.total(1).replies == 4

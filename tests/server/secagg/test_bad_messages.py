@@ -114,7 +114,7 @@ def two_names_of_one_house(now: Round) -> None:
 
 
 def signed_by(number: int, offer: KeyOffer) -> KeyOffer:
-    return replace(offer, signature=IDENTITIES[number].sign(wire.KEYS, *offer.signed()))
+    return replace(offer, signature=IDENTITIES[number].sign(wire.KEYS_TAG, *offer.signed()))
 
 
 def opening_of_a_liar(now: Round) -> None:
@@ -122,7 +122,7 @@ def opening_of_a_liar(now: Round) -> None:
     wrong = replace(message, shares=message.shares[:-32] + shamir.to_bytes(1))
     signed = wrong.signed(slot_of().context(epoch_of()), now.attempt._signed[-1])
     now.attempt.add_opening(
-        replace(wrong, signature=IDENTITIES[1].sign(wire.OPENING, *signed)).to_bytes()
+        replace(wrong, signature=IDENTITIES[1].sign(wire.OPENING_TAG, *signed)).to_bytes()
     )
 
 
@@ -156,7 +156,7 @@ CASES: dict[str, tuple[int, Callable[[Round], object], str]] = {
                 *now.offers()[:4],
                 replace(
                     now.offers()[4],
-                    signature=IDENTITIES[4].sign(wire.SHARES, *now.offers()[4].signed()),
+                    signature=IDENTITIES[4].sign(wire.SHARES_TAG, *now.offers()[4].signed()),
                 ),
             ],
         ),

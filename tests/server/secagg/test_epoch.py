@@ -217,7 +217,7 @@ def test_share_corrupt(dropped: bool) -> None:
     message = Opening.from_bytes(messages[liar])
     wrong = replace(message, shares=message.shares[:-32] + shamir.to_bytes(99))
     signed = wrong.signed(slot_of().context(epoch_of()), world_server._signed[-1])
-    forged = replace(wrong, signature=IDENTITIES[2].sign(wire.OPENING, *signed))
+    forged = replace(wrong, signature=IDENTITIES[2].sign(wire.OPENING_TAG, *signed))
     with pytest.raises(
         Refused, match="opening of node-002: found a share that node-004 did not deal"
     ):
@@ -299,7 +299,7 @@ def test_nobody_is_called_a_liar_on_the_word_of_others(against: int) -> None:
 def reopened(server: ServerAttempt, message: Opening) -> bytes:
     """Signed anew by its sender."""
     signed = message.signed(server._context, server._signed[-1])
-    signature = IDENTITIES[int(message.name[-3:])].sign(wire.OPENING, *signed)
+    signature = IDENTITIES[int(message.name[-3:])].sign(wire.OPENING_TAG, *signed)
     return replace(message, signature=signature).to_bytes()
 
 
@@ -482,7 +482,7 @@ def test_a_dealer_whose_shares_do_not_rebuild_is_named() -> None:
     seeds = commit.seed_hash(state.cohort, liar, 1, honest)
     assert state.own is not None
     own = replace(state.own, seeds=seeds)
-    own = replace(own, signature=IDENTITIES[1].sign(wire.SHARES, *own.signed(state.cohort)))
+    own = replace(own, signature=IDENTITIES[1].sign(wire.SHARES_TAG, *own.signed(state.cohort)))
     state.own = own
     server.add_deal(replace(deal, seeds=seeds, signature=own.signature).to_bytes())
     listed = server.close_deals()
@@ -583,7 +583,7 @@ def test_steps_out_of_their_turn() -> None:
 
 def signed(offer: wire.KeyOffer, number: int, **changes: Any) -> wire.KeyOffer:
     changed = replace(offer, **changes)
-    return replace(changed, signature=IDENTITIES[number].sign(wire.KEYS, *changed.signed()))
+    return replace(changed, signature=IDENTITIES[number].sign(wire.KEYS_TAG, *changed.signed()))
 
 
 def offers_in(
@@ -668,7 +668,7 @@ def test_a_stranger_and_bad_keys_at_the_coordinator() -> None:
     low = replace(offer, share_key=bytes(32))
     with pytest.raises(Refused, match="low order"):
         server.add_offer(
-            replace(low, signature=IDENTITIES[0].sign(wire.KEYS, *low.signed())).to_bytes()
+            replace(low, signature=IDENTITIES[0].sign(wire.KEYS_TAG, *low.signed())).to_bytes()
         )
     assert keys.LOW_ORDER
 
