@@ -24,7 +24,8 @@ from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.compute import choose_compute
 from fedlora.common.model.features import FeatureCache
-from fedlora.common.model.network import AdapterModel, build_model, load_tokenizer
+from fedlora.common.model.loading import load_tokenizer
+from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import Projection
 
 PROBE = (

@@ -13,8 +13,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args, get_type_hints
 
-from fedlora.common.config.schema import LoraConfig, ModelConfig, check_rules
+from fedlora.common.config.schema import (
+    ALL_LINEAR,
+    AUTO,
+    LoraConfig,
+    ModelConfig,
+    check_rules,
+    is_expression,
+)
 from fedlora.common.config.strict import build_strictly, canonical, is_kind, json_table
+from fedlora.common.config.toml import shown
 from fedlora.common.errors import BadInput
 
 VERSION = 1
@@ -106,6 +114,11 @@ class Network:
         )
         built = ModelConfig(base=base, **model), LoraConfig(**lora)
         faults = [fault for each in built for fault in check_rules(each, "manifest network")]
+        faults += [
+            f"manifest network targets: found {shown(target)}, expected names of layers"
+            for target in self.targets
+            if target in (AUTO, ALL_LINEAR) or is_expression(target)
+        ]
         if faults:
             raise BadInput(faults)
         return built

@@ -16,9 +16,9 @@ import torch
 
 from fedlora.common.data.tasks import Encoded
 from fedlora.common.errors import BadInput
+from fedlora.common.model.loading import ATTENTIONS
 from fedlora.common.model.network import AdapterModel
 
-ATTENTIONS = ("sdpa", "eager")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROBE_ROWS = 12
 
@@ -39,7 +39,7 @@ def choose_compute(model: AdapterModel, data: Encoded, attention: str, precision
     backward adds in an order that the moment decides, and a record's gradient must not depend on
     what is computed beside it (`common.model.shapes`).
     """
-    ordered = ATTENTIONS if model.device.type == "cpu" else ("eager",)
+    ordered = model.attentions if model.device.type == "cpu" else ("eager",)
     attentions = ordered if attention == "auto" else (_known(attention, ATTENTIONS, "attention"),)
     precisions = (
         _precisions(model.device)

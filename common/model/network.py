@@ -17,43 +17,61 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-import transformers
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.tasks import Batch, Task
 from fedlora.common.errors import BadInput
 from fedlora.common.model.base import check_base, check_digest, resolve_base
+from fedlora.common.model.behaviour import called, check_causal, check_still, is_routed, texts
+from fedlora.common.model.dropout import switch_dropout_off
+from fedlora.common.model.loading import (
+    PEFT_HEADS,
+    load_backbone,
+    load_classifier,
+    load_language_model,
+    load_tokenizer,
+    offered_attentions,
+)
 from fedlora.common.model.pooling import PooledClassifier, Pooling
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.shapes import Shapes
 from fedlora.common.model.state import HEAD_PREFIX, AdapterSpec, AdapterState, TensorSpec
+from fedlora.common.model.targets import explicit
 
 # PEFT 0.21 asks transformers 5 for a property under its old name.
 warnings.filterwarnings(
     "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
 )
 
-
-transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # missing heads are expected: they are ours to train
-
-
 PEFT_ADAPTER = "default"  # PEFT's own name for the first adapter of a model
 
 
 class OwnHead(nn.Module):
-    """A transformers model with its own head: sequence classification or language modelling."""
+    """A transformers model with its own head: sequence classification or language modelling.
 
-    def __init__(self, model: nn.Module) -> None:
+    A decoder's classifier scores every word of a text. The last one counts, by the mask:
+    transformers goes by the padding's id, which may be a word's.
+    """
+
+    def __init__(self, model: nn.Module, classifier: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone = model
+        self.by_word = False  # as the last pass was
+        self._scores: list[torch.Tensor] = []
+        if classifier is not None:
+            classifier.register_forward_hook(lambda _, inputs, output: self._scores.append(output))
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        self._scores.clear()
         logits: torch.Tensor = self.backbone(input_ids=ids, attention_mask=mask).logits
-        return logits
+        scores = self._scores.pop() if self._scores else logits
+        self.by_word = scores is not logits and scores.ndim == 3
+        if not self.by_word:
+            return logits
+        return scores[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1]
 
 
 class AdapterModel:
@@ -67,14 +85,18 @@ class AdapterModel:
         digest: str,
         device: torch.device,
         longest: int,
+        lora: LoraConfig,
     ) -> None:
-        self.network = network.to(device)
+        # Without dropout, skipped layers or noisy routers by construction: eval mode, always.
+        self.network = network.to(device).eval()
         self.task = task
         self.tokenizer = tokenizer
         self.base_digest = digest
         self.device = device
         self.longest = longest  # tokens that a record is cut to
+        self.lora = lora  # with names for targets
         self.precision = torch.float32
+        self.attentions = offered_attentions(_base_of(network))
         self.attention = ""  # as set; "": as loaded
         self.shapes = Shapes()
         self.parameters: dict[str, nn.Parameter] = dict(_trainable(network))
@@ -98,10 +120,15 @@ class AdapterModel:
         return AdapterState.from_named(self.spec, named)
 
     @property
+    def rows(self) -> int:
+        """Tokens that the network has embeddings for."""
+        backbone: Any = self.network.backbone
+        return int(backbone.get_input_embeddings().num_embeddings)
+
+    @property
     def vocabulary(self) -> int:
         """Tokens that the tokenizer may give and the network can read."""
-        backbone: Any = self.network.backbone
-        return int(min(len(self.tokenizer), backbone.get_input_embeddings().num_embeddings))
+        return min(len(self.tokenizer), self.rows)
 
     @contextmanager
     def probed(self) -> Iterator[None]:
@@ -155,14 +182,20 @@ class AdapterModel:
 
     @property
     def pad(self) -> int:
+        """What fills a batch up, behind the mask: the tokenizer's own, where it is embedded."""
         token = self.tokenizer.pad_token_id
-        return 0 if token is None else int(token)
+        return int(token) if token is not None and 0 <= token < self.rows else 0
 
     @property
     def head(self) -> nn.Module:
         """The head that a head phase trains; BadInput where cached features can't train it."""
         if isinstance(self.network, PooledClassifier):
             return self.network.head
+        if self.network.by_word:
+            raise BadInput(
+                "[training] head_rounds: found a head that scores every word, expected pooling ="
+                " mean or layers"
+            )
         for name, module in self.network.named_modules():
             if name.endswith(f".modules_to_save.{PEFT_ADAPTER}") and isinstance(module, nn.Linear):
                 return module
@@ -195,10 +228,14 @@ class AdapterModel:
         return pooled
 
     def set_attention(self, name: str) -> None:
-        """Switch the attention implementation ("eager" or "sdpa") in place."""
-        base = self.network.backbone
-        inner = base.get_base_model() if isinstance(base, peft.PeftModel) else base
-        inner.set_attn_implementation(name)  # type: ignore[operator]
+        """Switch to another of `attentions` in place."""
+        if name not in self.attentions:
+            raise BadInput(
+                f"[training] attention = {name!r}: expected auto or one of"
+                f" {', '.join(self.attentions)}, which the base offers"
+            )
+        if len(self.attentions) > 1:
+            _base_of(self.network).set_attn_implementation(name)
         self.attention = name
 
 
@@ -210,31 +247,38 @@ def build_model(
     check_base(folder)
     digest = check_digest(folder, model.digest)
     tokenizer = load_tokenizer(folder)
-    network = _network(model, folder, task, tokenizer, lora)
+    network, lora = _network(model, folder, task, tokenizer, lora)
     _check_positions(network, model.max_length)
-    _switch_dropout_off(network)
+    switch_dropout_off(network)
     _initialise(network, seed)
-    # Opacus' hooks record in training mode only; without dropout the modes compute the same
-    network.train()
-    return AdapterModel(
-        network, task, tokenizer, digest, device or torch.device("cpu"), model.max_length
-    )
+    where = device or torch.device("cpu")
+    built = AdapterModel(network, task, tokenizer, digest, where, model.max_length, lora)
+    _try(built)
+    return built
+
+
+def _try(model: AdapterModel) -> None:
+    """BadInput where the network does not behave; what its batches may hold follows from how it
+    does.
+    """
+    network = model.network  # a projection below the head may come later
+    forward = network.pooled if isinstance(network, PooledClassifier) else network
+    with model.probed():
+        ids, mask = texts(model.vocabulary, model.device)
+        check_still(forward, ids, mask)
+        if model.task.name == "causal-lm":
+            check_causal(forward, ids, mask)
+        model.shapes.routed = is_routed(forward, model.vocabulary, model.device)
 
 
 def _check_positions(network: PooledClassifier | OwnHead, max_length: int) -> None:
     """BadInput, at once, where a record of `max_length` tokens could not be embedded."""
-    most = getattr(network.backbone.config, "max_position_embeddings", None)
+    config: Any = network.backbone.config
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(most, int) and 0 < most < max_length:
         raise BadInput(
             f"[model] max_length = {max_length}: expected at most the base model's {most} positions"
         )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer; code in the folder is never run."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def build_head(width: int, hidden: int, classes: int) -> nn.Sequential:
@@ -246,38 +290,40 @@ def build_head(width: int, hidden: int, classes: int) -> nn.Sequential:
 
 def _network(
     model: ModelConfig, folder: Path, task: Task, tokenizer: Any, lora: LoraConfig
-) -> PooledClassifier | OwnHead:
-    load = {
-        "dtype": torch.float32,
-        "trust_remote_code": False,
-        "use_safetensors": True,
-        "attn_implementation": "sdpa",
-    }
+) -> tuple[PooledClassifier | OwnHead, LoraConfig]:
     if task.name == "causal-lm":
-        base = transformers.AutoModelForCausalLM.from_pretrained(folder, **load)
-        return OwnHead(_with_lora(base, model, lora, peft.TaskType.CAUSAL_LM))
+        adapted, lora = _with_lora(
+            load_language_model(folder), model, lora, peft.TaskType.CAUSAL_LM
+        )
+        return OwnHead(adapted), lora
     if task.name != "sequence-classification":
         raise BadInput(f"[model] task = {task.name!r}: found no network for it")
     if model.pooling == "default":
-        base = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=len(task.labels), **load
+        base = load_classifier(folder, len(task.labels))
+        config = base.config.get_text_config()
+        if config.pad_token_id is None:  # without one, transformers refuses a batch
+            config.pad_token_id = tokenizer.pad_token_id or 0
+        adapted, lora = _with_lora(base, model, lora, peft.TaskType.SEQ_CLS)
+        return OwnHead(adapted, _own_classifier(adapted)), lora
+    base = load_backbone(folder)
+    config = base.config.get_text_config()
+    pooling = Pooling(_pooled_layers(model, config.num_hidden_layers), model.head_scale)
+    backbone, lora = _with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
+    width = model.kernel_directions or model.projection or config.hidden_size * len(pooling.layers)
+    head = build_head(width, model.head_hidden, len(task.labels))
+    return PooledClassifier(backbone, pooling, head), lora
+
+
+def _own_classifier(adapted: peft.PeftModel) -> nn.Module:
+    """The head that PEFT trains beside the adapter."""
+    heads = [m for m in adapted.modules() if isinstance(m, ModulesToSaveWrapper)]
+    if not heads:
+        found = type(adapted.get_base_model()).__name__
+        raise BadInput(
+            f'[model] pooling = "default": found no head in {found} that PEFT trains, expected'
+            " pooling = mean or layers"
         )
-        if base.config.pad_token_id is None:
-            base.config.pad_token_id = (
-                tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-            )
-        return OwnHead(_with_lora(base, model, lora, peft.TaskType.SEQ_CLS))
-    base = transformers.AutoModel.from_pretrained(folder, **load)
-    if getattr(base, "pooler", None) is not None:
-        base.pooler = None  # ours replaces it; adapting what nothing reads would only add noise
-    pooling = Pooling(_pooled_layers(model, base.config.num_hidden_layers), model.head_scale)
-    backbone = _with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
-    width = (
-        model.kernel_directions or model.projection or base.config.hidden_size * len(pooling.layers)
-    )
-    return PooledClassifier(
-        backbone, pooling, build_head(width, model.head_hidden, len(task.labels))
-    )
+    return heads[-1]
 
 
 def _pooled_layers(model: ModelConfig, depth: int) -> tuple[int, ...]:
@@ -292,8 +338,16 @@ def _pooled_layers(model: ModelConfig, depth: int) -> tuple[int, ...]:
 
 
 def _with_lora(
-    base: nn.Module, model: ModelConfig, lora: LoraConfig, kind: peft.TaskType
-) -> peft.PeftModel:
+    base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, kind: peft.TaskType
+) -> tuple[peft.PeftModel, LoraConfig]:
+    """The adapted base, and the configuration with the names of what is adapted."""
+
+    def used() -> frozenset[str]:
+        embeddings: Any = base.get_input_embeddings()
+        return called(base, *texts(embeddings.num_embeddings, base.device))
+
+    heads = PEFT_HEADS if kind == peft.TaskType.SEQ_CLS else ()
+    lora = explicit(base, lora, used, heads)
     settings = peft.LoraConfig(
         task_type=kind,
         r=lora.rank,
@@ -303,17 +357,26 @@ def _with_lora(
         lora_dropout=0.0,
     )
     try:
-        adapted = peft.get_peft_model(base, settings)
+        with warnings.catch_warnings():  # it sets by each layer's kind what it warns of
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            adapted = peft.get_peft_model(base, settings)
     except (ValueError, KeyError) as error:
         raise BadInput(
             f"[lora] targets = {list(lora.targets)}: {str(error).splitlines()[0]}"
         ) from error
-    adapted.peft_config[PEFT_ADAPTER].base_model_name_or_path = model.base
+    settled: Any = adapted.peft_config[PEFT_ADAPTER]
+    settled.base_model_name_or_path = model.base
+    settled.target_modules = set(lora.targets)  # PEFT shortens long lists in its own way
     if lora.variant == "ffa":
         for name, parameter in adapted.named_parameters():
             if ".lora_A." in name:
                 parameter.requires_grad_(False)
-    return adapted
+    return adapted, lora
+
+
+def _base_of(network: PooledClassifier | OwnHead) -> Any:
+    backbone: Any = network.backbone
+    return backbone.get_base_model()
 
 
 def _trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -327,14 +390,6 @@ def _trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             before, after = short.split(saved)
             short = f"{HEAD_PREFIX}{before.rsplit('.', 1)[-1]}.{after}"
         yield short.replace(f".{PEFT_ADAPTER}.", "."), parameter
-
-
-def _switch_dropout_off(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _initialise(network: nn.Module, seed: int) -> None:

@@ -14,6 +14,7 @@ another.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _manifest(config: Config, public: PublicSide, coordinator: Coordinator) -> R
     model = public.model
     projection = "" if model.projection is None else model.projection.digest
     return make_manifest(
-        config,
+        replace(config, lora=model.lora),  # names for "auto": nodes build what they read
         model.task.labels,
         model.base_digest,
         model.spec.digest,

@@ -20,7 +20,8 @@ from fedlora.common.data.records import Records
 from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification, Task
 from fedlora.common.errors import BadInput
 from fedlora.common.model.base import base_digest, check_base, resolve_base
-from fedlora.common.model.network import AdapterModel, build_model, load_tokenizer
+from fedlora.common.model.loading import load_tokenizer
+from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import PooledClassifier
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterState
