@@ -171,7 +171,8 @@ class Federation:
                 secure=str(self.secure).lower(),
                 mode=self.mode,
                 **values,
-            )
+            ),
+            encoding="utf-8",
         )
         for name in self.names:
             kind = name.partition("-")[0]
@@ -194,7 +195,7 @@ class Federation:
             name=name, base=self.base, digest=digest, labels=labels,
             cap=30.0 if self.mode == "client" else 8.0,
             client_level=str(self.mode == "client").lower(),
-        ))  # fmt: skip
+        ), encoding="utf-8")  # fmt: skip
         policy.chmod(0o600)
         write_records(folder / "data" / "messages.jsonl", records)
         request, where = str(folder / "enrolment.json"), str(self.coordinator)
@@ -317,7 +318,11 @@ def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 def run(command: str, *arguments: str) -> str:
     """What an installed command prints; FedloraError with its own words where it fails."""
     done = subprocess.run(
-        [str(BIN / command), *arguments], capture_output=True, text=True, check=False
+        [str(BIN / command), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
     )
     if done.returncode:
         words = (done.stderr or done.stdout).strip()
@@ -327,7 +332,7 @@ def run(command: str, *arguments: str) -> str:
 
 def write_records(path: Path, records: list[dict[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def wait_until(ready: Any, what: str, seconds: float = START_SECONDS) -> None:
@@ -382,8 +387,11 @@ def conclude(federation: Federation) -> None:
     print(
         run("fedlora-server", "verify", str(export), "--key", str(out / "coordinator.pub")).strip()
     )
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((out / "summary.json").read_text())
+    lines = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     for line in lines:
         print(
             f"round {line['round']}: {line['seconds']:.1f} s, accuracy"

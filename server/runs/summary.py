@@ -35,7 +35,10 @@ def summary_of(
     manifest, config, public = run.manifest, run.config, run.public
     private, whole = manifest.mode != "none", manifest.mode == "client"
     epsilon = max(by_client.values(), default=0.0) if private else None
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     seconds = sum(line["seconds"] for line in lines)
     examples = sum(line["examples_per_second"] * line["seconds"] for line in lines)
     return {
@@ -94,7 +97,7 @@ def peak_rss_bytes() -> int:
     """The most memory this program held; getrusage would count its parent's before it."""
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+        return 1024 * int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
