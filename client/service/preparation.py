@@ -22,7 +22,9 @@ from fedlora.common.data.records import Columns, Records, file_digest, read_reco
 from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification, Task
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.model.compute import choose_compute
+from fedlora.common.model.compute import compute_of_run
+from fedlora.common.model.features import FeatureCache
+from fedlora.common.model.compute import compute_of_run
 from fedlora.common.model.features import FeatureCache
 from fedlora.common.model.loading import load_tokenizer
 from fedlora.common.model.network import AdapterModel, build_model
@@ -89,9 +91,8 @@ class Bench:
                     f"{manifest.projection_digest}"
                 )
         probe = Records([PROBE] * 12, [PROBE] * 12, np.zeros(12, dtype=np.int64), None, {}, "probe")
-        choose_compute(
-            built, built.task.encode(probe, built.tokenizer, manifest.max_length), "auto", "auto"
-        )
+        encoded = built.task.encode(probe, built.tokenizer, manifest.max_length)
+        compute_of_run(built, encoded, "auto", "auto", projection.parent)
         return built
 
     def _read(
