@@ -24,11 +24,9 @@ from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.compute import compute_of_run
 from fedlora.common.model.features import FeatureCache
-from fedlora.common.model.compute import compute_of_run
-from fedlora.common.model.features import FeatureCache
-from fedlora.common.model.loading import load_tokenizer
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import Projection
+from fedlora.common.model.tokenizer import load_tokenizer
 
 PROBE = (
     "a sentence that anybody may read, of about the length of a short message to a bank or a"

@@ -15,21 +15,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fedlora.common.errors import BadInput
 from fedlora.common.model.dropout import without_dropout
+from fedlora.common.model.weights import check_loaded, new_heads
 
 # The fused kernel first: what a class offers of these, in this order.
 ATTENTIONS = ("sdpa", "eager")
-PEFT_HEADS = ("classifier", "score")  # how the modules end that PEFT takes for a model's own head
 
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 # missing heads are expected: they are ours to train
 transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer; code in the folder is never run."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def load_backbone(folder: Path) -> PreTrainedModel:
@@ -38,14 +31,18 @@ def load_backbone(folder: Path) -> PreTrainedModel:
     kind: Any = transformers.AutoModel
     if config.is_encoder_decoder:  # one that was published as its encoder alone
         kind = transformers.AutoModelForTextEncoding
-    base: Any = _load(folder, config, kind, replaced=("pooler",))
+    base, report = _load(folder, config, kind)
     if getattr(base, "pooler", None) is not None:
         base.pooler = None  # ours replaces it; adapting what nothing reads would only add noise
+    check_loaded(base, report, _where(folder))
     return cast(PreTrainedModel, base)
 
 
-def load_classifier(folder: Path, labels: int) -> PreTrainedModel:
-    """The transformer with its own head for `labels` classes."""
+def load_classifier(folder: Path, labels: int) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The transformer with its own head for `labels` classes.
+
+    And which modules of it are new, beside those that PEFT trains in any case.
+    """
     config = _config(folder)
     kind = transformers.AutoModelForSequenceClassification
     if config.is_encoder_decoder or type(config) not in kind._model_mapping:
@@ -54,7 +51,10 @@ def load_classifier(folder: Path, labels: int) -> PreTrainedModel:
             " its own here, expected pooling = mean or layers"
         )
     config.num_labels = labels
-    return _load(folder, config, kind, replaced=PEFT_HEADS)
+    base, report = _load(folder, config, kind)
+    heads = new_heads(base, report)
+    check_loaded(base, report, _where(folder), heads)
+    return base, heads
 
 
 def load_language_model(folder: Path) -> PreTrainedModel:
@@ -66,7 +66,9 @@ def load_language_model(folder: Path) -> PreTrainedModel:
             f'[model] task = "causal-lm": found {config.model_type}, which has no causal language'
             " model, expected a decoder"
         )
-    return _load(folder, config, kind)
+    base, report = _load(folder, config, kind)
+    check_loaded(base, report, _where(folder))
+    return cast(PreTrainedModel, base)
 
 
 def offered_attentions(base: PreTrainedModel) -> tuple[str, ...]:
@@ -93,27 +95,18 @@ def _config(folder: Path) -> PreTrainedConfig:
         )
     except Exception as error:  # the library raises a dozen unrelated types
         raise BadInput(f"{folder / 'config.json'}: {_first_line(error)}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise BadInput(
-            f"{folder / 'config.json'} quantization_config: found quantised weights, expected"
-            " float ones: a gradient needs them"
-        )
     encoder = any(str(each).endswith("EncoderModel") for each in config.architectures or ())
     if config.is_encoder_decoder and not encoder:
         raise BadInput(
-            f"[model] base = {folder}: found an encoder-decoder ({config.model_type}), expected an"
+            f"{_where(folder)}: found an encoder-decoder ({config.model_type}), expected an"
             " encoder or a decoder"
         )
     config.use_cache = False  # no step generates
     return without_dropout(config)
 
 
-def _load(
-    folder: Path, config: PreTrainedConfig, kind: Any, replaced: tuple[str, ...] = ()
-) -> PreTrainedModel:
-    """The network with every weight from the files, but for modules that end in one of `replaced`:
-    these are trained from a seed, or not used.
-    """
+def _load(folder: Path, config: PreTrainedConfig, kind: Any) -> tuple[Any, dict[str, Any]]:
+    """The network, and transformers' report of what the files had no weights for."""
     try:
         base, report = kind.from_pretrained(
             folder,
@@ -126,25 +119,15 @@ def _load(
             output_loading_info=True,
         )
     except Exception as error:  # the library raises a dozen unrelated types
-        raise BadInput(f"[model] base = {folder}: {_first_line(error)}") from error
-    for what, keys in (
-        ("weights in the files", report["missing_keys"]),
-        ("weights of the right shape", [key for key, *_ in report["mismatched_keys"]]),
-    ):
-        lost = sorted(key for key in keys if not _replaced(key, replaced))
-        if lost:  # drawn anew in every process, so that no two would train the same network
-            raise BadInput(
-                f"[model] base = {folder}: found no {what} for {lost[0]} ({len(lost)} such),"
-                f" expected all of {type(base).__name__}"
-            )
+        raise BadInput(f"{_where(folder)}: {_first_line(error)}") from error
     offered = offered_attentions(base)
     if offered[0] != base.config._attn_implementation:
         base.set_attn_implementation(offered[0])
-    return cast(PreTrainedModel, base)
+    return base, report
 
 
-def _replaced(key: str, ends: tuple[str, ...]) -> bool:
-    return any(part.endswith(ends) for part in key.split(".")[:-1]) if ends else False
+def _where(folder: Path) -> str:
+    return f"[model] base = {folder}"
 
 
 def _first_line(error: Exception) -> str:

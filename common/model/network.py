@@ -24,22 +24,23 @@ from transformers import PreTrainedModel
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.tasks import Batch, Task
 from fedlora.common.errors import BadInput
-from fedlora.common.model.base import check_base, check_digest, resolve_base
+from fedlora.common.model.base import base_stamp, check_base, check_digest, resolve_base
 from fedlora.common.model.behaviour import called, check_causal, check_still, is_routed, texts
 from fedlora.common.model.dropout import switch_dropout_off
 from fedlora.common.model.loading import (
-    PEFT_HEADS,
     load_backbone,
     load_classifier,
     load_language_model,
-    load_tokenizer,
     offered_attentions,
 )
 from fedlora.common.model.pooling import PooledClassifier, Pooling
+from fedlora.common.model.probe import probe
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.shapes import Shapes
 from fedlora.common.model.state import HEAD_PREFIX, AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.model.targets import explicit
+from fedlora.common.model.tokenizer import check_fit, load_tokenizer
+from fedlora.common.model.weights import PEFT_HEADS
 
 # PEFT 0.21 asks transformers 5 for a property under its old name.
 warnings.filterwarnings(
@@ -98,6 +99,7 @@ class AdapterModel:
         self.precision = torch.float32
         self.attentions = offered_attentions(_base_of(network))
         self.attention = ""  # as set; "": as loaded
+        self.probe_seconds = 0.0
         self.shapes = Shapes()
         self.parameters: dict[str, nn.Parameter] = dict(_trainable(network))
         self.spec = AdapterSpec(
@@ -196,8 +198,12 @@ class AdapterModel:
                 "[training] head_rounds: found a head that scores every word, expected pooling ="
                 " mean or layers"
             )
+        size = int(self.spec.head_mask().sum())
         for name, module in self.network.named_modules():
-            if name.endswith(f".modules_to_save.{PEFT_ADAPTER}") and isinstance(module, nn.Linear):
+            linear = isinstance(module, nn.Linear) and name.endswith(
+                f".modules_to_save.{PEFT_ADAPTER}"
+            )
+            if linear and sum(each.numel() for each in module.parameters()) == size:
                 return module
         raise BadInput(
             "[training] head_rounds: found a model without a linear head, expected pooling = mean"
@@ -245,14 +251,18 @@ def build_model(
     """Load the base from safetensors, freeze it, add LoRA and a head; both start from `seed`."""
     folder = resolve_base(model.base)
     check_base(folder)
+    before = base_stamp(folder)
     digest = check_digest(folder, model.digest)
     tokenizer = load_tokenizer(folder)
     network, lora = _network(model, folder, task, tokenizer, lora)
+    if base_stamp(folder) != before:  # what was loaded may not be what the digest is of
+        raise BadInput(f"[model] base = {folder}: found files that changed while they were read")
     _check_positions(network, model.max_length)
     switch_dropout_off(network)
     _initialise(network, seed)
     where = device or torch.device("cpu")
     built = AdapterModel(network, task, tokenizer, digest, where, model.max_length, lora)
+    check_fit(tokenizer, built.rows, f"[model] base = {folder}")
     _try(built)
     return built
 
@@ -269,6 +279,7 @@ def _try(model: AdapterModel) -> None:
         if model.task.name == "causal-lm":
             check_causal(forward, ids, mask)
         model.shapes.routed = is_routed(forward, model.vocabulary, model.device)
+        model.probe_seconds = probe(model, forward)
 
 
 def _check_positions(network: PooledClassifier | OwnHead, max_length: int) -> None:
@@ -299,11 +310,11 @@ def _network(
     if task.name != "sequence-classification":
         raise BadInput(f"[model] task = {task.name!r}: found no network for it")
     if model.pooling == "default":
-        base = load_classifier(folder, len(task.labels))
+        base, heads = load_classifier(folder, len(task.labels))
         config = base.config.get_text_config()
         if config.pad_token_id is None:  # without one, transformers refuses a batch
             config.pad_token_id = tokenizer.pad_token_id or 0
-        adapted, lora = _with_lora(base, model, lora, peft.TaskType.SEQ_CLS)
+        adapted, lora = _with_lora(base, model, lora, peft.TaskType.SEQ_CLS, heads)
         return OwnHead(adapted, _own_classifier(adapted)), lora
     base = load_backbone(folder)
     config = base.config.get_text_config()
@@ -338,15 +349,22 @@ def _pooled_layers(model: ModelConfig, depth: int) -> tuple[int, ...]:
 
 
 def _with_lora(
-    base: PreTrainedModel, model: ModelConfig, lora: LoraConfig, kind: peft.TaskType
+    base: PreTrainedModel,
+    model: ModelConfig,
+    lora: LoraConfig,
+    kind: peft.TaskType,
+    new: tuple[str, ...] = (),
 ) -> tuple[peft.PeftModel, LoraConfig]:
-    """The adapted base, and the configuration with the names of what is adapted."""
+    """The adapted base, and the configuration with the names of what is adapted.
+
+    `new` are modules that are trained whole, as PEFT's own heads are.
+    """
 
     def used() -> frozenset[str]:
         embeddings: Any = base.get_input_embeddings()
         return called(base, *texts(embeddings.num_embeddings, base.device))
 
-    heads = PEFT_HEADS if kind == peft.TaskType.SEQ_CLS else ()
+    heads = (*PEFT_HEADS, *new) if kind == peft.TaskType.SEQ_CLS else ()
     lora = explicit(base, lora, used, heads)
     settings = peft.LoraConfig(
         task_type=kind,
@@ -355,6 +373,7 @@ def _with_lora(
         target_modules=list(lora.targets),
         layers_to_transform=list(lora.layers) or None,
         lora_dropout=0.0,
+        modules_to_save=list(new) or None,
     )
     try:
         with warnings.catch_warnings():  # it sets by each layer's kind what it warns of
