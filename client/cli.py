@@ -143,6 +143,13 @@ def check_data(node: Folder = HERE) -> None:
         if found != digest:
             raise BadInput(f"node.toml [bases] {base}: found {found}, expected {digest}")
         console.print(f"{base}: {digest}", markup=False)
+        tried = preparation.try_base(folder, policy, digest)
+        for task, took in tried.items():
+            told = f"not for {task}: {took}" if isinstance(took, BadInput) else f"tried for {task}"
+            console.print(f"  {told}", markup=False)
+        faults = [each for each in tried.values() if isinstance(each, BadInput)]
+        if faults and len(faults) == len(tried):
+            raise faults[0]
     for name, data in policy.data.items():
         records, units = preparation.check_data(folder, policy, name)
         console.print(

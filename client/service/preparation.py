@@ -17,7 +17,7 @@ from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import DataPolicy, Policy
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.step import PerSampleGradients
-from fedlora.common.config.schema import check_delta
+from fedlora.common.config.schema import ALL_LINEAR, LoraConfig, ModelConfig, check_delta
 from fedlora.common.data.records import Columns, Records, file_digest, read_records, unit_groups
 from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification, Task
 from fedlora.common.errors import BadInput
@@ -32,6 +32,7 @@ PROBE = (
     "a sentence that anybody may read, of about the length of a short message to a bank or a"
     " hospital"
 )
+TRIED_LENGTH = 64  # tokens of a text that a base is tried on, where no run says how many
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +115,27 @@ class Bench:
         )
         client = ClientData(self._policy.institution, encoded, units)
         return Prepared(client, training, digest, len(records), len(units))
+
+
+def try_base(folder: NodeFolder, policy: Policy, digest: str) -> dict[str, float | BadInput]:
+    """By each task that the policy has data for: seconds of the probe, or why it can't serve.
+
+    As a run loads and tries it, with every linear layer adapted; spends nothing.
+    """
+    base = str(folder.base(policy.bases[digest]))
+    longest = min(policy.limits.max_length, TRIED_LENGTH)
+    found: dict[str, float | BadInput] = {}
+    for data in policy.data.values():
+        if data.task in found:
+            continue
+        pooling = "default" if data.task == "causal-lm" else "mean"
+        settings = ModelConfig(base, digest, data.task, longest, pooling)
+        lora = LoraConfig(rank=1, targets=(ALL_LINEAR,))
+        try:
+            found[data.task] = build_model(settings, lora, task_of(data), 0).probe_seconds
+        except BadInput as error:
+            found[data.task] = error
+    return found
 
 
 def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[int, int]:

@@ -64,7 +64,7 @@ def _control(tokenizer: Any) -> frozenset[int]:
 
 
 def _spelt(tokenizer: Any, token: int, control: frozenset[int]) -> list[int]:
-    """A control word as ordinary ones: SentencePiece's models take a whole one for a word of theirs.
+    """A control word as ordinary ones: a SentencePiece model takes a whole one for its own.
 
     Cut somewhere inside it, it is none; one that can't be cut so is unknown.
     """

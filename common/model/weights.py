@@ -24,9 +24,9 @@ def new_heads(base: PreTrainedModel, report: Mapping[str, Any]) -> tuple[str, ..
 
     A DeBERTa's pooler is one: it belongs to the classifier, so it is trained with it.
     """
-    lacking = {name.split(".")[0] for name in _lacking(base, report)}
-    inner = base.base_model_prefix
-    return tuple(sorted(name for name in lacking if name != inner and not _is_head(name)))
+    drawn = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    modules = {name.split(".")[0] for name in _kept(base, drawn)} - {base.base_model_prefix}
+    return tuple(sorted(name for name in modules if not _is_head(name)))
 
 
 def check_loaded(
@@ -36,17 +36,16 @@ def check_loaded(
 
     `report` is transformers' (`output_loading_info`); `heads` are trained, as PEFT's own are.
     """
-    lacking = sorted(
-        name
-        for name in _lacking(base, report)
-        if name.split(".")[0] not in heads and not any(_is_head(p) for p in name.split(".")[:-1])
-    )
-    if lacking:
-        raise BadInput(
-            f"{where}: found no weights of the right shape for {_listed(lacking)}, expected all"
-            " that are not trained"
-            f"{_hint(base, lacking, report['unexpected_keys'])}"
-        )
+    for what, drawn in (
+        ("in the files", set(report["missing_keys"])),
+        ("of the right shape", {name for name, *_ in report["mismatched_keys"]}),
+    ):
+        lost = sorted(each for each in _kept(base, drawn) if not _is_trained(each, heads))
+        if lost:
+            raise BadInput(
+                f"{where}: found no weights {what} for {_listed(lost)}, expected all that are not"
+                f" trained{_hint(lost, report['unexpected_keys'])}"
+            )
     wrong = sorted(
         name
         for name, value in base.state_dict().items()
@@ -58,10 +57,14 @@ def check_loaded(
         )
 
 
-def _lacking(base: PreTrainedModel, report: Mapping[str, Any]) -> set[str]:
-    """Tensors of the network that came from no file, or from one of another shape."""
-    drawn = set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}
-    return drawn & set(base.state_dict())  # a pooler that we dropped is gone
+def _kept(base: PreTrainedModel, names: Collection[str]) -> set[str]:
+    """Of tensors that were drawn at random those that are still there: a pooler may be dropped."""
+    return set(names) & set(base.state_dict())
+
+
+def _is_trained(tensor: str, heads: Collection[str]) -> bool:
+    first, *_ = modules = tensor.split(".")
+    return first in heads or any(_is_head(module) for module in modules[:-1])
 
 
 def _is_head(module: str) -> bool:
@@ -69,15 +72,14 @@ def _is_head(module: str) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return ", ".join(names[:_SHOWN]) + f" ({len(names)} such)"
 
 
-def _hint(base: PreTrainedModel, lacking: list[str], unexpected: Collection[str]) -> str:
+def _hint(lost: list[str], unexpected: Collection[str]) -> str:
     """What to do about it, where that is known."""
-    ends = {name: [each for each in unexpected if each.endswith(f".{name}")] for name in lacking}
+    ends = {name: [each for each in unexpected if each.endswith(f".{name}")] for name in lost}
     if prefixes := {each.removesuffix(name) for name, found in ends.items() for each in found}:
-        return f"; the files' names begin with {min(prefixes)!r}"
-    if any("pooler" in name.split(".") for name in lacking):
+        return f"; the files' names begin with {min(prefixes)[:80]!r}"
+    if any("pooler" in name.split(".") for name in lost):
         return '; with pooling = "mean" or "layers" a pooler is not needed'
     return ""

@@ -182,7 +182,7 @@ def _export_error(
     elif settings.task == "causal-lm":
         plain = loading.load_language_model(base)
     else:
-        plain = loading.load_classifier(base, len(LABELS))
+        plain, _ = loading.load_classifier(base, len(LABELS))
         text = plain.config.get_text_config()
         text.pad_token_id = text.pad_token_id if text.pad_token_id is not None else model.pad
     plain.set_attn_implementation(_config(model)._attn_implementation)

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -57,12 +56,6 @@ def build(folder: Path) -> network.AdapterModel:
     return network.build_model(settings, LoraConfig(rank=2), SequenceClassification(("a", "b")), 1)
 
 
-def test_a_base_in_parts_is_the_same_network(tiny_bert: Path, sharded: Path) -> None:
-    whole, parts = (build(folder).network.state_dict() for folder in (tiny_bert, sharded))
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
-
-
 @pytest.mark.parametrize(
     "name", ["../base/model-00001-of-00004.safetensors", "sub/x.safetensors", "/etc/x", "gone", ""]
 )
@@ -84,7 +77,7 @@ def test_an_index_that_is_none_is_refused(sharded: Path, text: str) -> None:
 @pytest.mark.parametrize("name", ["adapter_model.bin", "../x.safetensors", "no.safetensors", 3])
 def test_a_configuration_can_not_name_other_weights(base: Path, name: object) -> None:
     edit(base / "config.json", transformers_weights=name)
-    with pytest.raises(BadInput, match="config.json transformers_weights: found"):
+    with pytest.raises(BadInput, match="transformers_weights: found"):
         check_base(base)
     edit(base / "config.json", transformers_weights="model.safetensors")
     check_base(base)
@@ -139,14 +132,3 @@ def test_a_base_that_changes_while_it_is_read_is_refused(
     monkeypatch.setattr(network, "load_tokenizer", meanwhile)
     with pytest.raises(BadInput, match="changed while they were read"):
         build(base)
-
-
-def test_half_precision_files_are_read_as_float32(base: Path) -> None:
-    tensors = load_file(base / "model.safetensors")
-    halved = {name: value.to(torch.bfloat16) for name, value in tensors.items()}
-    save_file(halved, base / "model.safetensors")
-    found = dict(build(base).network.named_parameters())
-    name = "embeddings.word_embeddings.weight"
-    mine = next(value for key, value in found.items() if key.endswith(name))
-    assert mine.dtype == torch.float32
-    assert np.array_equal(mine.detach().numpy(), halved[name].float().numpy())

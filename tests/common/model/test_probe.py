@@ -20,6 +20,7 @@ from fedlora.common.model.probe import LONGEST, SENTENCES, Forward, probe
 from fedlora.common.model.tokenizer import load_tokenizer
 
 Answer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+CPU = torch.device("cpu")
 TASKS: list[Task] = [SequenceClassification(("a", "b")), CausalLanguageModel()]
 
 
@@ -32,7 +33,7 @@ class Model:
     task: Task = TASKS[0]
     longest: int = 40
     network: nn.Module = field(default_factory=nn.Module)
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     pad: int = 0
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -52,14 +52,16 @@ def build(
 
 def test_one_missing_tensor_is_named(base: Path) -> None:
     rename(base, {QUERY: ""})
-    with pytest.raises(BadInput, match=f"no weights of the right shape for {QUERY}, expected"):
+    with pytest.raises(
+        BadInput, match=rf"in the files for {QUERY} \(1 such\), expected"
+    ):
         build(base)
 
 
 def test_names_with_a_prefix_are_no_weights(base: Path) -> None:
     """Case 03: transformers finds none of them, and the whole base is random."""
     rename(base, {name: f"module.{name}" for name in names_of(base)})
-    with pytest.raises(BadInput, match=r"and \d+ more, .*the files' names begin with 'module\.'"):
+    with pytest.raises(BadInput, match=r"\(37 such\), .*the files' names begin with 'module\.'"):
         build(base)
 
 
@@ -80,7 +82,7 @@ def test_a_weight_that_is_no_number_is_refused(base: Path, value: float) -> None
     tensors = load_file(base / "model.safetensors")
     tensors["embeddings.word_embeddings.weight"][70, 3] = value
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BadInput, match="not finite in embeddings.word_embeddings.weight"):
+    with pytest.raises(BadInput, match=r"not finite in embeddings\.word_embeddings\.weight"):
         build(base)
 
 
@@ -91,28 +93,13 @@ def test_a_weight_of_another_shape_is_named(base: Path) -> None:
         build(base)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "default"])
-def test_a_base_that_was_a_classifier_gets_a_new_head(
-    tiny_bert: Path, tmp_path: Path, pooling: str
-) -> None:
-    """Case 14: six labels there, two here."""
-    shutil.copytree(tiny_bert, tmp_path / "base")
-    torch.manual_seed(1)
-    config = transformers.BertConfig.from_pretrained(tiny_bert, num_labels=6)
-    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
-    model = build(tmp_path / "base", pooling)
-    head = {t.name: t.shape for t in model.spec.tensors if t.name.startswith("head.")}
-    assert sorted(head.values()) == [(2,), (2, 32)]
-    assert not any(value.any() for name, value in model.state().named().items() if name in head)
-
-
 def test_a_language_model_s_head_is_frozen_and_must_be_there(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
     rename(folder, {"lm_head.weight": ""})
     settings = ModelConfig(base=str(folder), task="causal-lm", max_length=16)
-    with pytest.raises(BadInput, match="no weights of the right shape for lm_head.weight"):
+    with pytest.raises(BadInput, match=r"no weights in the files for lm_head\.weight"):
         build_model(settings, LoraConfig(2, targets=("q_proj",)), CausalLanguageModel(), 1)
 
 
