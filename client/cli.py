@@ -133,6 +133,7 @@ def check_data(node: Folder = HERE) -> None:
     """Read and tokenise all data sets and base models that the policy names; spends nothing."""
     _offline()
     from fedlora.client.service import data_sets
+    from fedlora.client.service.loaded_run import try_base
     from fedlora.common.model.base import base_digest, check_base
 
     folder = NodeFolder(node)
@@ -143,6 +144,13 @@ def check_data(node: Folder = HERE) -> None:
         if found != digest:
             raise BadInput(f"node.toml [bases] {base}: found {found}, expected {digest}")
         console.print(f"{base}: {digest}", markup=False)
+        tried = try_base(folder, policy, digest)
+        for task, took in tried.items():
+            told = f"not for {task}: {took}" if isinstance(took, BadInput) else f"tried for {task}"
+            console.print(f"  {told}", markup=False)
+        faults = [each for each in tried.values() if isinstance(each, BadInput)]
+        if faults and len(faults) == len(tried):
+            raise faults[0]
     for name, data in policy.data.items():
         records, units = data_sets.check_data(folder, policy, name)
         console.print(

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -30,10 +28,17 @@ from fedlora.common.errors import FedloraError
 from fedlora.common.model.base import base_digest, resolve_base
 from fedlora.common.privacy.modes import guarantee_named
 from fedlora.simulations.federation.corpus import CLASSES, generate
+from fedlora.simulations.processes import (
+    BIN,
+    family,
+    free_port,
+    listens,
+    run,
+    signal_group,
+    wait_until,
+)
 
 NAMES = ("hospital", "bank", "university")
-BIN = Path(sys.executable).parent
-START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 
 TRAINING = """\
@@ -172,7 +177,8 @@ class Federation:
                 secure=str(self.secure).lower(),
                 mode=self.mode,
                 **values,
-            )
+            ),
+            encoding="utf-8",
         )
         for name in self.names:
             kind = name.partition("-")[0]
@@ -195,7 +201,7 @@ class Federation:
             name=name, base=self.base, digest=digest, labels=labels,
             cap=30.0 if shared else 8.0,
             client_level=str(shared).lower(),
-        ))  # fmt: skip
+        ), encoding="utf-8")  # fmt: skip
         policy.chmod(0o600)
         write_records(folder / "data" / "messages.jsonl", records)
         request, where = str(folder / "enrolment.json"), str(self.coordinator)
@@ -301,53 +307,9 @@ def running(federation: Federation) -> Iterator[Federation]:
         federation.stop()
 
 
-def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """A process and all that descend from it."""
-    with suppress(psutil.NoSuchProcess):
-        found = psutil.Process(process.pid)
-        return [found, *found.children(recursive=True)]
-    return []
-
-
-def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    """To a process and all that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-def run(command: str, *arguments: str) -> str:
-    """What an installed command prints; FedloraError with its own words where it fails."""
-    done = subprocess.run(
-        [str(BIN / command), *arguments], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        words = (done.stderr or done.stdout).strip()
-        raise FedloraError(f"{command} {arguments[0]} ended with {done.returncode}: {words}")
-    return done.stdout
-
-
 def write_records(path: Path, records: list[dict[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def wait_until(ready: Any, what: str, seconds: float = START_SECONDS) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        if time.monotonic() > end:
-            raise FedloraError(f"{what} did not start within {seconds:g} s")
-        time.sleep(0.1)
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def main() -> None:
@@ -383,8 +345,11 @@ def conclude(federation: Federation) -> None:
     print(
         run("fedlora-server", "verify", str(export), "--key", str(out / "coordinator.pub")).strip()
     )
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((out / "summary.json").read_text())
+    lines = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     for line in lines:
         print(
             f"round {line['round']}: {line['seconds']:.1f} s, accuracy"

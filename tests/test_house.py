@@ -43,6 +43,7 @@ ROOMS = {
             "engines",
             "experiments",
             "cli",
+            "processes",
             "local_deployment",
             "benchmarks",
         ),

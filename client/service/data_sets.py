@@ -11,7 +11,7 @@ from fedlora.common.data.records import Columns, Records, read_records, unit_gro
 from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification, Task
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.model.network import load_tokenizer
+from fedlora.common.model.tokenizer import load_tokenizer
 
 
 def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[int, int]:

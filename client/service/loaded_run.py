@@ -20,13 +20,13 @@ from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.trainer import Trainer
-from fedlora.common.config.schema import check_delta
+from fedlora.common.config.schema import ALL_LINEAR, LoraConfig, ModelConfig, check_delta
 from fedlora.common.data.records import Records, file_digest, unit_groups
 from fedlora.common.errors import BadInput
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.model.compute import choose_compute, threads
+from fedlora.common.model.compute import compute_of_run, threads
 from fedlora.common.model.features import FeatureCache
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import Projection
@@ -37,6 +37,7 @@ PROBE = (
     "a sentence that anybody may read, of about the length of a short message to a bank or a"
     " hospital"
 )
+TRIED_LENGTH = 64  # tokens of a text that a base is tried on, where no run says how many
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +132,8 @@ class LoadedRun:
                     f"{manifest.projection_digest}"
                 )
         probe = Records([PROBE] * 12, [PROBE] * 12, np.zeros(12, dtype=np.int64), None, {}, "probe")
-        choose_compute(
-            built, built.task.encode(probe, built.tokenizer, manifest.max_length), "auto", "auto"
-        )
+        encoded = built.task.encode(probe, built.tokenizer, manifest.max_length)
+        compute_of_run(built, encoded, "auto", "auto", projection.parent)
         return built
 
     def _read(
@@ -157,6 +157,27 @@ class LoadedRun:
         )
         client = ClientData(self._policy.institution, encoded, units)
         return Prepared(client, training, digest)
+
+
+def try_base(folder: NodeFolder, policy: Policy, digest: str) -> dict[str, float | BadInput]:
+    """By each task that the policy has data for: seconds of the probe, or why it can't serve.
+
+    As a run loads and tries it, with every linear layer adapted; spends nothing.
+    """
+    base = str(folder.base(policy.bases[digest]))
+    longest = min(policy.limits.max_length, TRIED_LENGTH)
+    found: dict[str, float | BadInput] = {}
+    for data in policy.data.values():
+        if data.task in found:
+            continue
+        pooling = "default" if data.task == "causal-lm" else "mean"
+        settings = ModelConfig(base, digest, data.task, longest, pooling)
+        lora = LoraConfig(rank=1, targets=(ALL_LINEAR,))
+        try:
+            found[data.task] = build_model(settings, lora, task_of(data), 0).probe_seconds
+        except BadInput as error:
+            found[data.task] = error
+    return found
 
 
 def _device(policy: Policy) -> torch.device:

@@ -13,13 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedlora.client.training.step import (
-    GradientSum,
-    checked_clip,
-    clipped_units,
-    factors,
-    layers_of,
-)
+from fedlora.client.training.step import GradientSum, checked_clip
+from fedlora.common.errors import BadInput
 
 HeadLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (n, classes), (n,) -> (n,)
 
@@ -81,7 +76,7 @@ def _head_part(
     bound: float | None,
 ) -> tuple[torch.Tensor, int]:
     inputs, outputs, value = [], [], features
-    for layer in layers_of(head):
+    for layer in _layers_of(head):
         if isinstance(layer, nn.Linear):
             inputs.append(value.detach())
             # not layer(value): Opacus would record it
@@ -92,7 +87,7 @@ def _head_part(
     gradients = torch.autograd.grad(losses(value, targets).sum(), outputs)
     if int(owners[-1]) + 1 == len(owners):
         return _clipped_records(inputs, gradients, bound)
-    return clipped_units(inputs, gradients, owners, bound)
+    return _clipped_units(inputs, gradients, owners, bound)
 
 
 def _clipped_records(
@@ -104,9 +99,70 @@ def _clipped_records(
         for a, b in zip(inputs, gradients, strict=True)
     ]
     norms = torch.stack(terms).sum(dim=0).sqrt()
-    finite, weights = factors(norms, bound)
+    finite, weights = _factors(norms, bound)
     flat = []
     for a, b in zip(inputs, gradients, strict=True):
         weighted = torch.where(finite[:, None], b, 0.0) * weights[:, None]
         flat += [(weighted.T @ torch.where(finite[:, None], a, 0.0)).flatten(), weighted.sum(dim=0)]
     return torch.cat(flat), int((~finite).sum())
+
+
+def _clipped_units(
+    inputs: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    owners: torch.Tensor,
+    bound: float | None,
+) -> tuple[torch.Tensor, int]:
+    """Units of several records, one after the other.
+
+    What is measured is the very tensor that is added.
+
+    A norm from inner products of the records would cancel where they pull against each other, and
+    come out far below that of the gradient.
+    """
+    sizes = torch.bincount(owners).tolist()
+    parts = [
+        (torch.split(a, sizes), torch.split(b, sizes))
+        for a, b in zip(inputs, gradients, strict=True)
+    ]
+    total: torch.Tensor | None = None
+    bad = 0
+    for unit in range(len(sizes)):
+        flat = [
+            part for a, b in parts for part in ((b[unit].T @ a[unit]).flatten(), b[unit].sum(dim=0))
+        ]
+        gradient = torch.cat(flat)
+        finite, factor = _factors(torch.linalg.vector_norm(gradient)[None], bound)
+        if total is None:
+            total = torch.zeros_like(gradient)
+        if finite[0]:
+            total += gradient * factor[0]
+        else:
+            bad += 1
+    if total is None:
+        raise BadInput("head: found no unit to clip")
+    return total, bad
+
+
+def _factors(norms: torch.Tensor, bound: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which norms are finite, and what to multiply by: 0 where they are not."""
+    finite = torch.isfinite(norms)
+    weights = (
+        finite.to(norms.dtype)
+        if bound is None
+        else torch.where(finite, bound / norms.clamp(min=bound), 0.0)
+    )
+    return finite, weights
+
+
+def _layers_of(head: nn.Module) -> list[nn.Module]:
+    """The head's layers in order; BadInput where a trainable layer is not linear with a bias."""
+    layers: list[nn.Module] = [head] if isinstance(head, nn.Linear) else list(head.children())
+    for layer in layers:
+        trainable = any(True for _ in layer.parameters())
+        if trainable and not (isinstance(layer, nn.Linear) and layer.bias is not None):
+            raise BadInput(
+                f"head: found a trainable {type(layer).__name__}, expected linear layers with a"
+                " bias"
+            )
+    return layers

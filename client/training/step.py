@@ -20,9 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from opacus.grad_sample import GradSampleHooks
-from torch import nn
 
+from fedlora.client.training.hooks import RecordHooks
 from fedlora.client.training.sampling import MicroBatch, private_batches
 from fedlora.common.data.records import UnitIndex
 from fedlora.common.data.tasks import Encoded
@@ -89,20 +88,23 @@ def private_mean(
 
 
 class PerSampleGradients:
-    """Opacus' hooks on one resident model; sums of gradients with and without a clip.
+    """Each record's gradient on one resident model; sums of gradients with and without a clip.
 
-    Hooking a model twice is an error of Opacus, so this object lives as long as its model.
+    By hooks where they give what batches of one give, which is tried here on texts of nobody's;
+    else one by one. Hooking a model twice is an error of Opacus, so this object lives as long as
+    its model.
     """
 
     def __init__(self, model: AdapterModel) -> None:
         self.model = model
-        self._hooks = GradSampleHooks(model.network, loss_reduction="sum")
+        self._hooks = RecordHooks(model.network)
         self._names = tuple(model.parameters)
         self._hooked = [
             parameter for parameter in model.network.parameters() if parameter.requires_grad
         ]
         if {id(p) for p in self._hooked} != {id(p) for p in model.parameters.values()}:
             raise BadInput("adapter: the trainable parameters are not the exported ones")
+        self.one_by_one = not self._hooks_are_right()
 
     def clipped_sum(
         self,
@@ -137,12 +139,47 @@ class PerSampleGradients:
 
     def _samples(self, data: Encoded, batch: MicroBatch) -> list[torch.Tensor]:
         """(m, size) per-sample gradients of each parameter, of the batch's own records."""
+        if self.one_by_one:
+            return self._ones(data, batch)
         self._hooks.enable_hooks()
         self._backward(data, batch)
         return [self._take(name)[: len(batch.rows)] for name in self._names]
 
+    def _ones(self, data: Encoded, batch: MicroBatch) -> list[torch.Tensor]:
+        """The same without hooks: as many passes as there are records."""
+        self._hooks.disable_hooks()
+        tokens = None if batch.shape is None else (1, batch.shape[1])
+        each = []
+        for row in batch.rows:
+            alone = np.array([row])
+            self._backward(data, MicroBatch(alone, np.zeros_like(alone), False, tokens))
+            each.append([self._gradient(name) for name in self._names])
+        return [torch.cat(rows) for rows in zip(*each, strict=True)]
+
+    def _hooks_are_right(self) -> bool:
+        """Whether hooks give each record of a batch what it has alone."""
+        model, shape = self.model, Shape(3, 8, False)
+        _, texts = probes(shape, model.vocabulary)
+        every = np.arange(shape.records, dtype=np.int64)
+        batch = MicroBatch(every, every, False, (shape.records, shape.tokens))
+        inputs = texts.batch(every, model.pad, model.device, batch.shape)
+        precision, model.precision = model.precision, torch.float32
+        self.one_by_one = False
+        try:
+            with model.probed():
+                alone = self._ones(texts, batch)
+                if model.shapes.routed:
+                    return False
+                if not self._hooks.learn(lambda: model.logits(inputs), shape.records):
+                    return False
+                return _close(self._samples(texts, batch), alone)
+        finally:
+            model.precision = precision
+
     def _records(self, shape: Shape) -> int:
         """The shape's records together, where each then gets the same bits in any place."""
+        if self.one_by_one:
+            return 1
         model = self.model
 
         def try_it() -> bool:
@@ -174,6 +211,7 @@ class PerSampleGradients:
 
     def _backward(self, data: Encoded, batch: MicroBatch) -> None:
         inputs = data.batch(batch.rows, self.model.pad, self.model.device, batch.shape)
+        self._hooks.records = len(inputs.ids)
         try:
             losses = self.model.task.losses(self.model.logits(inputs), inputs)
             with warnings.catch_warnings():
@@ -200,13 +238,35 @@ class PerSampleGradients:
         parameter = self.model.parameters[name]
         sample = getattr(parameter, "grad_sample", None)
         if not isinstance(sample, torch.Tensor):
-            raise BadInput(
-                f"adapter {name}: found no per-sample gradient; the layer is not used, or used"
-                " twice"
-            )
+            raise _unused(name)
         parameter.grad_sample = None  # type: ignore[attr-defined]  # Opacus' own
         parameter.grad = None
         return sample.detach().float().flatten(start_dim=1)
+
+    def _gradient(self, name: str) -> torch.Tensor:
+        """(1, size) float32 gradient of one parameter from a pass without hooks, taken off the
+        model.
+        """
+        parameter = self.model.parameters[name]
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            raise _unused(name)
+        return gradient.detach().float().reshape(1, -1)
+
+
+def _unused(name: str) -> BadInput:
+    return BadInput(
+        f"adapter {name}: found no gradient, expected a layer that every text goes through"
+    )
+
+
+def _close(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
+    """Whether (m, size) gradients are the same but for rounding, parameter by parameter and record
+    by record. A wrong layout is off by about its whole norm.
+    """
+    norms = torch.stack([each.norm(dim=1) for each in expected])
+    apart = torch.stack([(a - b).norm(dim=1) for a, b in zip(found, expected, strict=True)])
+    return bool((apart <= 1e-2 * norms + 1e-4 * norms.norm(dim=0)).all())
 
 
 class _UnitSum:
@@ -261,65 +321,6 @@ class _UnitSum:
         if self._open is not None:
             raise BadInput("micro-batches: found an unfinished unit at the end of a draw")
         return GradientSum(self._total.cpu().numpy(), self._units, self._nonfinite)
-
-
-def clipped_units(
-    inputs: Sequence[torch.Tensor],
-    gradients: Sequence[torch.Tensor],
-    owners: torch.Tensor,
-    bound: float | None,
-) -> tuple[torch.Tensor, int]:
-    """Units of several records, one after the other.
-
-    What is measured is the very tensor that is added. A norm from inner products of the records
-    would cancel where they pull against each other, and come out far below that of the gradient.
-    """
-    sizes = torch.bincount(owners).tolist()
-    parts = [
-        (torch.split(a, sizes), torch.split(b, sizes))
-        for a, b in zip(inputs, gradients, strict=True)
-    ]
-    total: torch.Tensor | None = None
-    bad = 0
-    for unit in range(len(sizes)):
-        flat = [
-            part for a, b in parts for part in ((b[unit].T @ a[unit]).flatten(), b[unit].sum(dim=0))
-        ]
-        gradient = torch.cat(flat)
-        finite, factor = factors(torch.linalg.vector_norm(gradient)[None], bound)
-        if total is None:
-            total = torch.zeros_like(gradient)
-        if finite[0]:
-            total += gradient * factor[0]
-        else:
-            bad += 1
-    if total is None:
-        raise BadInput("head: found no unit to clip")
-    return total, bad
-
-
-def factors(norms: torch.Tensor, bound: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which norms are finite, and what to multiply by: 0 where they are not."""
-    finite = torch.isfinite(norms)
-    weights = (
-        finite.to(norms.dtype)
-        if bound is None
-        else torch.where(finite, bound / norms.clamp(min=bound), 0.0)
-    )
-    return finite, weights
-
-
-def layers_of(head: nn.Module) -> list[nn.Module]:
-    """The head's layers in order; BadInput where a trainable layer is not linear with a bias."""
-    layers: list[nn.Module] = [head] if isinstance(head, nn.Linear) else list(head.children())
-    for layer in layers:
-        trainable = any(True for _ in layer.parameters())
-        if trainable and not (isinstance(layer, nn.Linear) and layer.bias is not None):
-            raise BadInput(
-                f"head: found a trainable {type(layer).__name__}, expected linear layers with a"
-                " bias"
-            )
-    return layers
 
 
 def _by_owner(samples: torch.Tensor, owners: torch.Tensor, units: int) -> torch.Tensor:

@@ -34,11 +34,13 @@ from fedlora.common.adapter.released import (
     write_description,
 )
 from fedlora.common.config.schema import LoraConfig, ModelConfig, check_rules
+from fedlora.common.data.encoding import opening, word_tokens
 from fedlora.common.data.records import Records
 from fedlora.common.data.tasks import TASKS, CausalLanguageModel, SequenceClassification, Task
 from fedlora.common.errors import BadInput
+from fedlora.common.model.assembly import PEFT_ADAPTER
 from fedlora.common.model.features import length_batches
-from fedlora.common.model.network import PEFT_ADAPTER, AdapterModel, build_model
+from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import PooledClassifier
 from fedlora.common.model.projection import PROJECTION
 from fedlora.common.model.state import HEAD_PREFIX, AdapterState
@@ -126,10 +128,9 @@ class LoadedAdapter:
         """A causal language model's greedy answer to `prompt`."""
         tokenizer = self.model.tokenizer
         network: Any = self.model.network.backbone
-        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        ids = begin + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        room = self.description.max_length
-        given = torch.tensor([ids[-room:]])
+        begin, (ids,) = opening(tokenizer), word_tokens(tokenizer, [prompt])
+        room = self.description.max_length - len(begin)
+        given = torch.tensor([begin + ids[-room:]])
         with torch.no_grad():
             answer = network.generate(
                 input_ids=given,

@@ -86,8 +86,10 @@ class Description:
 
 def write_description(folder: Path, description: Description, spec: AdapterSpec) -> None:
     """fedlora.json and spec.json."""
-    (folder / DESCRIPTION).write_text(description_text(description))
-    (folder / SPEC).write_text(json.dumps([[each.name, list(each.shape)] for each in spec.tensors]))
+    (folder / DESCRIPTION).write_text(description_text(description), encoding="utf-8")
+    (folder / SPEC).write_text(
+        json.dumps([[each.name, list(each.shape)] for each in spec.tensors]), encoding="utf-8"
+    )
 
 
 def description_text(description: Description) -> str:
@@ -106,8 +108,9 @@ def read_released(folder: Path) -> tuple[Description, AdapterState]:
 def read_state(folder: Path, spec: AdapterSpec, description: Description) -> AdapterState:
     """The tensors of both files as one state; BadInput where they are not the ones described."""
     named: dict[str, npt.NDArray[np.float32]] = {}
+    heads = _own_heads(spec, description)
     for path in (folder / WEIGHTS, folder / HEAD):
-        found = _read_tensors(path) if path.is_file() else {}
+        found = _read_tensors(path, heads) if path.is_file() else {}
         if twice := sorted(set(named) & set(found)):
             raise BadInput(f"{path}: found a second {twice[0]}, expected each tensor in one file")
         named.update(found)
@@ -152,7 +155,7 @@ def check_peft_config(folder: Path, description: Description) -> None:
         isinstance(version, str) and re.fullmatch(r"[\w.+@-]{1,80}", version)
     ):
         raise BadInput(f"{path} peft_version: found {_shown(version)}, expected a version")
-    expected = _described_config(description)
+    expected = _described_config(description, _own_heads(read_spec(folder), description))
     for name in sorted(expected.keys() | table.keys()):
         decided, found = name in expected or name in PEFT_DEFAULTS, _in_order(table.get(name))
         value = expected.get(name, PEFT_DEFAULTS.get(name))
@@ -176,18 +179,29 @@ def published(folder: Path, description: Description) -> Description:
     return replace(description, base=Path(description.base).name.strip(".") or "base")
 
 
-def _described_config(description: Description) -> dict[str, Any]:
+def _own_heads(spec: AdapterSpec, description: Description) -> list[str]:
+    """How the modules of a model's own head end: PEFT's, and what else is trained above the base.
+
+    Empty where the head is ours, or a language model's.
+    """
+    if description.task == "causal-lm" or description.pooling != "default":
+        return []
+    heads = [each.name for each in spec.tensors if each.name.startswith(HEAD_PREFIX)]
+    named = {name.split(".")[1] for name in heads}
+    return sorted({*PEFT_HEADS, *(name for name in named if not name.endswith(tuple(PEFT_HEADS)))})
+
+
+def _described_config(description: Description, heads: list[str]) -> dict[str, Any]:
     """What a description decides of PEFT's configuration, lists in order."""
-    own_head = description.task != "causal-lm" and description.pooling == "default"
     ours = "CAUSAL_LM" if description.task == "causal-lm" else "FEATURE_EXTRACTION"
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if own_head else ours,
+        "task_type": "SEQ_CLS" if heads else ours,
         "r": description.rank,
         "lora_alpha": description.alpha,
         "target_modules": sorted(description.targets),
         "layers_to_transform": sorted(description.layers) or None,
-        "modules_to_save": PEFT_HEADS if own_head else None,
+        "modules_to_save": heads or None,
     }
 
 
@@ -271,7 +285,7 @@ def _check_frozen(
             raise BadInput(f"{folder / WEIGHTS} {name}: found another frozen A than the seed gives")
 
 
-def _read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
+def _read_tensors(path: Path, heads: list[str]) -> dict[str, npt.NDArray[np.float32]]:
     """By their names in a spec; BadInput for a tensor that neither PEFT nor our head puts there."""
     data = path.read_bytes()
     check_safetensors_header(data, str(path))
@@ -281,20 +295,20 @@ def _read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
         raise BadInput(f"{path}: found an unreadable safetensors file ({error})") from error
     named: dict[str, npt.NDArray[np.float32]] = {}
     for key, value in sorted(found.items()):
-        name = _spec_name(key, path)
+        name = _spec_name(key, path, heads)
         if name in named:
             raise BadInput(f"{path} {key}: found a second {name}, expected one")
         named[name] = value
     return named
 
 
-def _spec_name(saved: str, path: Path) -> str:
+def _spec_name(saved: str, path: Path, heads: list[str]) -> str:
     """A LoRA tensor has its name; a model's own head is the module's to PEFT, `head.` to a spec."""
     if path.name == HEAD and saved.startswith(HEAD_PREFIX):
         return saved
     if path.name == WEIGHTS and ".lora_" in saved:
         return saved
     own = saved.removeprefix(PEFT_MODEL)
-    if path.name == WEIGHTS and own != saved and own.split(".")[0].endswith(tuple(PEFT_HEADS)):
+    if path.name == WEIGHTS and own != saved and own.split(".")[0].endswith(tuple(heads)):
         return HEAD_PREFIX + own
     raise BadInput(f"{path} {saved}: found a tensor that is neither LoRA's nor the head's")

@@ -7,6 +7,7 @@ manifest. Sections, keys and names that are not known are refused with a suggest
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,6 +34,7 @@ LETTER = r"[^\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]"  # one line, and writa
 NAME = Pattern(LETTER + "{1,4096}", "one line of text")
 OPTIONAL = Pattern(LETTER + "{0,4096}", 'one line of text, or ""')
 LAYER = Bounds(0, 10_000)
+AUTO, ALL_LINEAR = "auto", "all-linear"  # of [lora] targets
 ATTACKS = ("sybil", "small-u2", "two-lists", "corrupt-share")
 POOLED = 'expected 0 with pooling = "default", or pooling = "mean" or "layers"'
 
@@ -59,8 +61,10 @@ def _text(default: str, rule: Pattern = OPTIONAL) -> Any:
     return field(default=default, metadata={"rule": rule})
 
 
-def _items(default: tuple[Any, ...], rule: Bounds | Pattern, shortest: int = 0) -> Any:
-    return field(default=default, metadata={"rule": Each(rule, shortest)})
+def _items(
+    default: tuple[Any, ...], rule: Bounds | Pattern, shortest: int = 0, one: bool = False
+) -> Any:
+    return field(default=default, metadata={"rule": Each(rule, shortest), "one": one})
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ class ModelConfig:
 class LoraConfig:
     rank: int = _number(8, 1, 1024)
     alpha: float = _number(16.0, 0, 1e6, open_low=True)
-    targets: tuple[str, ...] = _items(("query", "value"), NAME, shortest=1)
+    # "auto", "all-linear", a regular expression (an `re:` before it makes one of a plain word), or
+    # names of layers
+    targets: tuple[str, ...] = _items(("query", "value"), NAME, shortest=1, one=True)
     layers: tuple[int, ...] = _items((), LAYER)  # empty: all
     variant: str = _choice("lora", "lora", "ffa")
 
@@ -207,6 +213,11 @@ class Config:
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+
+
+def is_expression(target: str) -> bool:
+    """Whether a target is a regular expression, and not the end of a layer's name."""
+    return target.startswith("re:") or re.fullmatch(r"[\w.-]+", target) is None
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

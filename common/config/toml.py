@@ -202,6 +202,8 @@ def _section(
         if name not in values:
             continue
         kind, path = get_type_hints(cls)[name], f"{section}.{name}".lstrip(".")
+        if field.metadata.get("one") and isinstance(values[name], str):
+            values = {**values, name: [values[name]]}  # one item, written without brackets
         if is_dataclass(kind):
             right[name], inner = _subsection(root, kind, values[name], table, name)
             faults |= inner

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from fedlora.common.data.encoding import frame, opening, word_tokens
 from fedlora.common.data.records import Records
 from fedlora.common.errors import BadInput
 
@@ -111,12 +112,13 @@ class SequenceClassification:
     def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
         if records.labels is None:
             raise BadInput(f"{records.where}: found no labels, expected a label column")
-        tokenised = _tokens(tokenizer, records.texts, special=True)
-        cut = [_cut_special(ids, max_length) for ids in tokenised]
-        shortened = sum(len(ids) > max_length for ids in tokenised)
-        special = len(tokenizer("")["input_ids"])
-        _refuse_empty([len(ids) - special for ids in cut], records)
-        return _ragged(cut, records.labels, {"text": shortened})
+        before, after = frame(tokenizer)
+        room = max(0, max_length - len(before) - len(after))
+        texts = word_tokens(tokenizer, records.texts)
+        _refuse_empty([len(ids[:room]) for ids in texts], records)
+        rows = [before + ids[:room] + after for ids in texts]
+        shortened = sum(len(ids) > room for ids in texts)
+        return _ragged(rows, records.labels, {"text": shortened})
 
     def losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         precise = logits if logits.dtype == torch.float64 else logits.float()
@@ -162,15 +164,13 @@ class CausalLanguageModel:
             raise BadInput(
                 f"{records.where}: found no responses, expected prompt and response columns"
             )
-        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        begin = opening(tokenizer)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         rows, starts, cut = [], [], {"prompt": 0, "response": 0}
         room = max_length - len(begin)
-        responses = _tokens(tokenizer, records.responses, special=False)
+        responses = word_tokens(tokenizer, records.responses)
         _refuse_empty([len(ids) for ids in responses], records)
-        for prompt, response in zip(
-            _tokens(tokenizer, records.texts, special=False), responses, strict=True
-        ):
+        for prompt, response in zip(word_tokens(tokenizer, records.texts), responses, strict=True):
             answer = response + end
             kept = answer[: max(room - len(prompt), room // 2)]
             left = room - len(kept)
@@ -215,22 +215,6 @@ TASKS = {"sequence-classification": SequenceClassification, "causal-lm": CausalL
 def add_totals(totals: Sequence[Totals]) -> Totals:
     """Sum totals of batches by name; at least one is needed."""
     return {name: np.sum([each[name] for each in totals], axis=0) for name in totals[0]}
-
-
-def _tokens(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=special,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    return list(encoded["input_ids"])
-
-
-def _cut_special(ids: list[int], max_length: int) -> list[int]:
-    """Cut to max_length, keeping the last token: the separator that a tokenizer appends."""
-    return ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]
 
 
 def _refuse_empty(lengths: Sequence[int], records: Records) -> None:

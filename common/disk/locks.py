@@ -18,7 +18,7 @@ PAUSE = 0.01
 def exclusive(path: Path, held: FedloraError, seconds: float) -> Iterator[None]:
     """Hold the lock of `path` alone; raises `held` where it is not free within `seconds`."""
     end = time.monotonic() + seconds
-    with path.open("a") as lock:
+    with path.open("a", encoding="utf-8") as lock:
         while not _taken(lock.fileno(), fcntl.LOCK_EX):
             if time.monotonic() >= end:
                 raise held
@@ -30,7 +30,7 @@ def is_held(path: Path) -> bool:
     """Whether a process holds the lock of `path` alone just now."""
     if not path.exists():
         return False
-    with path.open("r") as lock:
+    with path.open("r", encoding="utf-8") as lock:
         return not _taken(lock.fileno(), fcntl.LOCK_SH)
 
 

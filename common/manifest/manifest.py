@@ -15,8 +15,15 @@ from typing import Any
 
 from fedlora.common.codec.canonical import json_table
 from fedlora.common.codec.strict import build, from_canonical, to_canonical
-from fedlora.common.config.schema import LoraConfig, ModelConfig, check_rules
-from fedlora.common.config.toml import Bounds, Each
+from fedlora.common.config.schema import (
+    ALL_LINEAR,
+    AUTO,
+    LoraConfig,
+    ModelConfig,
+    check_rules,
+    is_expression,
+)
+from fedlora.common.config.toml import Bounds, Each, shown
 from fedlora.common.errors import BadInput
 
 VERSION = 1
@@ -110,6 +117,11 @@ class Network:
         )
         built = ModelConfig(base=base, **model), LoraConfig(**lora)
         faults = [fault for each in built for fault in check_rules(each, "manifest network")]
+        faults += [
+            f"manifest network targets: found {shown(target)}, expected names of layers"
+            for target in self.targets
+            if target in (AUTO, ALL_LINEAR) or is_expression(target)
+        ]
         if faults:
             raise BadInput(faults)
         return built

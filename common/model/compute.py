@@ -1,26 +1,32 @@
 """Choosing attention and precision by a short measurement, not by name.
 
 On some CPUs the backward pass of fused attention takes half of a step, on others bfloat16 products
-are a hundred times slower than float32. Neither choice changes what is clipped or accounted.
+are a hundred times slower than float32. Neither choice changes what is clipped or accounted, but
+each changes the last bits of what is computed: so a run measures once, and keeps what came of it.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedlora.common.data.tasks import Encoded
+from fedlora.common.disk.files import write_text
 from fedlora.common.errors import BadInput
+from fedlora.common.model.loading import ATTENTIONS
 from fedlora.common.model.network import AdapterModel
 
-ATTENTIONS = ("sdpa", "eager")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROBE_ROWS = 12
+COMPUTE = "compute.json"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ def choose_compute(model: AdapterModel, data: Encoded, attention: str, precision
     backward adds in an order that the moment decides, and a record's gradient must not depend on
     what is computed beside it (`common.model.shapes`).
     """
-    ordered = ATTENTIONS if model.device.type == "cpu" else ("eager",)
+    ordered = model.attentions if model.device.type == "cpu" else ("eager",)
     attentions = ordered if attention == "auto" else (_known(attention, ATTENTIONS, "attention"),)
     precisions = (
         _precisions(model.device)
@@ -54,6 +60,40 @@ def choose_compute(model: AdapterModel, data: Encoded, attention: str, precision
     best = min(pairs, key=lambda pair: seconds.get("/".join(pair), 0.0))
     _apply(model, *best)
     return Compute(*best, seconds)
+
+
+def compute_of_run(
+    model: AdapterModel, data: Encoded, attention: str, precision: str, folder: Path
+) -> Compute:
+    """`choose_compute`, whose "auto" is measured once for the run in `folder` and a kind of device.
+
+    Every process of the run, and a resumed one, computes as the first did. BadInput where what it
+    kept can't be read.
+    """
+    path, device = folder / COMPUTE, model.device.type
+    table = _kept(path)
+    kept = table.get(device, {})
+    chosen = choose_compute(
+        model,
+        data,
+        str(kept.get("attention", "auto")) if attention == "auto" else attention,
+        str(kept.get("precision", "auto")) if precision == "auto" else precision,
+    )
+    if not kept:
+        write_text(path, json.dumps(table | {device: asdict(chosen)}, indent=1) + "\n")
+    return chosen
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BadInput(f"{path}: found bytes that are not JSON ({error})") from error
+    if not isinstance(table, dict) or not all(isinstance(each, dict) for each in table.values()):
+        raise BadInput(f"{path}: found no table of devices, expected what the run chose")
+    return table
 
 
 @contextmanager

@@ -119,9 +119,8 @@ def pooled_features(
         return torch.empty(0, 0)
     if texts is None:
         return _projected(model, _pooled(model, data, rows, progress))
-    frozen = (
-        f"{model.base_digest} {model.pooled_layers} {model.precision} {_below_head(model.state())}"
-    )
+    arithmetic = f"{model.precision} {model.attention}"
+    frozen = f"{model.base_digest} {model.pooled_layers} {arithmetic} {_below_head(model.state())}"
     pooled = texts.get(frozen, data, rows, lambda fresh: _pooled(model, data, fresh, progress))
     return _projected(model, pooled)
 

@@ -11,49 +11,38 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
-import transformers
 from torch import nn
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.tasks import Batch, Task
 from fedlora.common.errors import BadInput
-from fedlora.common.model.base import check_base, check_digest, resolve_base
-from fedlora.common.model.pooling import PooledClassifier, Pooling
+from fedlora.common.model.assembly import (
+    PEFT_ADAPTER,
+    OwnHead,
+    assembled,
+    base_of,
+    initialise,
+    trainable_of,
+)
+from fedlora.common.model.base import base_stamp, check_base, check_digest, resolve_base
+from fedlora.common.model.behaviour import check_causal, check_still, is_routed, texts
+from fedlora.common.model.dropout import switch_dropout_off
+from fedlora.common.model.loading import offered_attentions
+from fedlora.common.model.pooling import PooledClassifier
+from fedlora.common.model.probe import probe
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.shapes import Shapes
-from fedlora.common.model.state import HEAD_PREFIX, AdapterSpec, AdapterState, TensorSpec
+from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
+from fedlora.common.model.tokenizer import check_fit, load_tokenizer
 
 # PEFT 0.21 asks transformers 5 for a property under its old name.
 warnings.filterwarnings(
     "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
 )
-
-
-transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # missing heads are expected: they are ours to train
-
-
-PEFT_ADAPTER = "default"  # PEFT's own name for the first adapter of a model
-
-
-class OwnHead(nn.Module):
-    """A transformers model with its own head: sequence classification or language modelling."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.backbone = model
-
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.backbone(input_ids=ids, attention_mask=mask).logits
-        return logits
 
 
 class AdapterModel:
@@ -67,17 +56,22 @@ class AdapterModel:
         digest: str,
         device: torch.device,
         longest: int,
+        lora: LoraConfig,
     ) -> None:
-        self.network = network.to(device)
+        # Without dropout, skipped layers or noisy routers by construction: eval mode, always.
+        self.network = network.to(device).eval()
         self.task = task
         self.tokenizer = tokenizer
         self.base_digest = digest
         self.device = device
         self.longest = longest  # tokens that a record is cut to
+        self.lora = lora  # with names for targets
         self.precision = torch.float32
+        self.attentions = offered_attentions(base_of(network))
         self.attention = ""  # as set; "": as loaded
+        self.probe_seconds = 0.0
         self.shapes = Shapes()
-        self.parameters: dict[str, nn.Parameter] = dict(_trainable(network))
+        self.parameters: dict[str, nn.Parameter] = dict(trainable_of(network))
         self.spec = AdapterSpec(
             tuple(TensorSpec(n, tuple(p.shape)) for n, p in self.parameters.items())
         )
@@ -98,10 +92,15 @@ class AdapterModel:
         return AdapterState.from_named(self.spec, named)
 
     @property
+    def rows(self) -> int:
+        """Tokens that the network has embeddings for."""
+        backbone: Any = self.network.backbone
+        return int(backbone.get_input_embeddings().num_embeddings)
+
+    @property
     def vocabulary(self) -> int:
         """Tokens that the tokenizer may give and the network can read."""
-        backbone: Any = self.network.backbone
-        return int(min(len(self.tokenizer), backbone.get_input_embeddings().num_embeddings))
+        return min(len(self.tokenizer), self.rows)
 
     @contextmanager
     def probed(self) -> Iterator[None]:
@@ -155,17 +154,28 @@ class AdapterModel:
 
     @property
     def pad(self) -> int:
+        """What fills a batch up, behind the mask: the tokenizer's own, where it is embedded."""
         token = self.tokenizer.pad_token_id
-        return 0 if token is None else int(token)
+        return int(token) if token is not None and 0 <= token < self.rows else 0
 
     @property
     def head(self) -> nn.Module:
         """The head that a head phase trains; BadInput where cached features can't train it."""
         if isinstance(self.network, PooledClassifier):
             return self.network.head
+        if self.network.by_word:
+            raise BadInput(
+                "[training] head_rounds: found a head that scores every word, expected pooling ="
+                " mean or layers"
+            )
+        size = int(self.spec.head_mask().sum())
         for name, module in self.network.named_modules():
-            if name.endswith(f".modules_to_save.{PEFT_ADAPTER}") and isinstance(module, nn.Linear):
-                return module
+            linear = isinstance(module, nn.Linear) and name.endswith(
+                f".modules_to_save.{PEFT_ADAPTER}"
+            )
+            if linear and sum(each.numel() for each in module.parameters()) == size:
+                head: nn.Module = module
+                return head
         raise BadInput(
             "[training] head_rounds: found a model without a linear head, expected pooling = mean"
             " or layers"
@@ -195,10 +205,14 @@ class AdapterModel:
         return pooled
 
     def set_attention(self, name: str) -> None:
-        """Switch the attention implementation ("eager" or "sdpa") in place."""
-        base = self.network.backbone
-        inner = base.get_base_model() if isinstance(base, peft.PeftModel) else base
-        inner.set_attn_implementation(name)  # type: ignore[operator]
+        """Switch to another of `attentions` in place."""
+        if name not in self.attentions:
+            raise BadInput(
+                f"[training] attention = {name!r}: expected auto or one of"
+                f" {', '.join(self.attentions)}, which the base offers"
+            )
+        if len(self.attentions) > 1:
+            base_of(self.network).set_attn_implementation(name)
         self.attention = name
 
 
@@ -208,154 +222,42 @@ def build_model(
     """Load the base from safetensors, freeze it, add LoRA and a head; both start from `seed`."""
     folder = resolve_base(model.base)
     check_base(folder)
+    before = base_stamp(folder)
     digest = check_digest(folder, model.digest)
     tokenizer = load_tokenizer(folder)
-    network = _network(model, folder, task, tokenizer, lora)
+    network, lora = assembled(model, folder, task, tokenizer, lora)
+    if base_stamp(folder) != before:  # what was loaded may not be what the digest is of
+        raise BadInput(f"[model] base = {folder}: found files that changed while they were read")
     _check_positions(network, model.max_length)
-    _switch_dropout_off(network)
-    _initialise(network, seed)
-    # Opacus' hooks record in training mode only; without dropout the modes compute the same
-    network.train()
-    return AdapterModel(
-        network, task, tokenizer, digest, device or torch.device("cpu"), model.max_length
-    )
+    switch_dropout_off(network)
+    initialise(network, seed)
+    where = device or torch.device("cpu")
+    built = AdapterModel(network, task, tokenizer, digest, where, model.max_length, lora)
+    check_fit(tokenizer, built.rows, f"[model] base = {folder}")
+    _try(built)
+    return built
+
+
+def _try(model: AdapterModel) -> None:
+    """BadInput where the network does not behave; what its batches may hold follows from how it
+    does.
+    """
+    network = model.network  # a projection below the head may come later
+    forward = network.pooled if isinstance(network, PooledClassifier) else network
+    with model.probed():
+        ids, mask = texts(model.vocabulary, model.device)
+        check_still(forward, ids, mask)
+        if model.task.name == "causal-lm":
+            check_causal(forward, ids, mask)
+        model.shapes.routed = is_routed(forward, model.vocabulary, model.device)
+        model.probe_seconds = probe(model, forward)
 
 
 def _check_positions(network: PooledClassifier | OwnHead, max_length: int) -> None:
     """BadInput, at once, where a record of `max_length` tokens could not be embedded."""
-    most = getattr(network.backbone.config, "max_position_embeddings", None)
+    config: Any = network.backbone.config
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(most, int) and 0 < most < max_length:
         raise BadInput(
             f"[model] max_length = {max_length}: expected at most the base model's {most} positions"
         )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer; code in the folder is never run."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def build_head(width: int, hidden: int, classes: int) -> nn.Sequential:
-    """Linear, or linear - GELU - linear."""
-    if not hidden:
-        return nn.Sequential(nn.Linear(width, classes))
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, classes))
-
-
-def _network(
-    model: ModelConfig, folder: Path, task: Task, tokenizer: Any, lora: LoraConfig
-) -> PooledClassifier | OwnHead:
-    load = {
-        "dtype": torch.float32,
-        "trust_remote_code": False,
-        "use_safetensors": True,
-        "attn_implementation": "sdpa",
-    }
-    if task.name == "causal-lm":
-        base = transformers.AutoModelForCausalLM.from_pretrained(folder, **load)
-        return OwnHead(_with_lora(base, model, lora, peft.TaskType.CAUSAL_LM))
-    if task.name != "sequence-classification":
-        raise BadInput(f"[model] task = {task.name!r}: found no network for it")
-    if model.pooling == "default":
-        base = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=len(task.labels), **load
-        )
-        if base.config.pad_token_id is None:
-            base.config.pad_token_id = (
-                tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-            )
-        return OwnHead(_with_lora(base, model, lora, peft.TaskType.SEQ_CLS))
-    base = transformers.AutoModel.from_pretrained(folder, **load)
-    if getattr(base, "pooler", None) is not None:
-        base.pooler = None  # ours replaces it; adapting what nothing reads would only add noise
-    pooling = Pooling(_pooled_layers(model, base.config.num_hidden_layers), model.head_scale)
-    backbone = _with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
-    width = (
-        model.kernel_directions or model.projection or base.config.hidden_size * len(pooling.layers)
-    )
-    return PooledClassifier(
-        backbone, pooling, build_head(width, model.head_hidden, len(task.labels))
-    )
-
-
-def _pooled_layers(model: ModelConfig, depth: int) -> tuple[int, ...]:
-    if model.pooling == "mean":
-        return (depth,)
-    layers = tuple(model.pooled_layers) or tuple(range(depth + 1))
-    if not all(0 <= layer <= depth for layer in layers):
-        raise BadInput(
-            f"[model] pooled_layers = {list(layers)}: expected indices from 0 to {depth}"
-        )
-    return layers
-
-
-def _with_lora(
-    base: nn.Module, model: ModelConfig, lora: LoraConfig, kind: peft.TaskType
-) -> peft.PeftModel:
-    settings = peft.LoraConfig(
-        task_type=kind,
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number scales
-        target_modules=list(lora.targets),
-        layers_to_transform=list(lora.layers) or None,
-        lora_dropout=0.0,
-    )
-    try:
-        adapted = peft.get_peft_model(base, settings)
-    except (ValueError, KeyError) as error:
-        raise BadInput(
-            f"[lora] targets = {list(lora.targets)}: {str(error).splitlines()[0]}"
-        ) from error
-    adapted.peft_config[PEFT_ADAPTER].base_model_name_or_path = model.base
-    if lora.variant == "ffa":
-        for name, parameter in adapted.named_parameters():
-            if ".lora_A." in name:
-                parameter.requires_grad_(False)
-    return adapted
-
-
-def _trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Trainable parameters by their names in an `AdapterSpec`; heads begin with `HEAD_PREFIX`."""
-    for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        short = name.removeprefix("backbone.")
-        saved = f".modules_to_save.{PEFT_ADAPTER}."
-        if saved in short:
-            before, after = short.split(saved)
-            short = f"{HEAD_PREFIX}{before.rsplit('.', 1)[-1]}.{after}"
-        yield short.replace(f".{PEFT_ADAPTER}.", "."), parameter
-
-
-def _switch_dropout_off(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-
-
-def _initialise(network: nn.Module, seed: int) -> None:
-    """LoRA A and hidden layers uniform in ±1/sqrt(fan-in), by NumPy's Philox; all else zero.
-
-    Not torch's generator: every institution must reach the same frozen A, on any machine. The last
-    layer of a head starts at zero, so that the first answer is uniform over the labels.
-    """
-    generator = np.random.Generator(np.random.Philox(seed))
-    last_head = [
-        name for name, p in _trainable(network) if name.startswith(HEAD_PREFIX) and p.ndim == 2
-    ][-1:]
-    tensors = dict(_trainable(network))
-    frozen_a = {
-        n: p for n, p in network.named_parameters() if ".lora_A." in n and not p.requires_grad
-    }
-    with torch.no_grad():
-        for name, parameter in sorted({**tensors, **frozen_a}.items()):
-            if parameter.ndim == 2 and ".lora_B." not in name and name not in last_head:
-                bound = parameter.shape[1] ** -0.5
-                values = generator.uniform(-bound, bound, tuple(parameter.shape)).astype(np.float32)
-                parameter.copy_(torch.from_numpy(values))
-            else:
-                parameter.zero_()

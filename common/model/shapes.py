@@ -44,13 +44,18 @@ class Shape:
 
 @dataclass(eq=False)
 class Shapes:
-    """Which kinds of work give a row the same bits wherever, and beside whatever, it stands."""
+    """Which kinds of work give a row the same bits wherever, and beside whatever, it stands.
 
+    None does where `routed`: products that words share as they choose experts have no shape of
+    their own, and one try says nothing of the next.
+    """
+
+    routed: bool = False
     _alike: dict[object, bool] = field(default_factory=dict)
 
     def records(self, kind: object, wanted: int, alike: Callable[[], bool]) -> int:
         """`wanted`, or 1 where `alike`, tried once a `kind`, says rows differ by place."""
-        if wanted <= 1:
+        if wanted <= 1 or self.routed:
             return 1
         key = (kind, torch.get_num_threads())  # a product is cut up among threads
         if key not in self._alike:

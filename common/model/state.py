@@ -157,7 +157,7 @@ class AdapterState:
         return hash(self.digest)
 
 
-def check_safetensors_header(data: bytes, where: str) -> None:
+def check_safetensors_header(data: bytes, where: str) -> dict[str, object]:
     """Bound a safetensors header before the library parses it; BadInput says what is wrong.
 
     The library itself accepts duplicate keys and spends seconds on headers of 100,000 tensors.
@@ -180,6 +180,7 @@ def check_safetensors_header(data: bytes, where: str) -> None:
         raise BadInput(
             f"{where}: found a header that is not a table of at most {MAX_TENSORS} tensors"
         )
+    return header
 
 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

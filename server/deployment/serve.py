@@ -14,6 +14,7 @@ another.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from fedlora.common.config.schema import Config, load_config
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.model.projection import PROJECTION
 from fedlora.common.privacy.calibration import default_cache
 from fedlora.common.protocol.messages import MANIFEST_TAG
 from fedlora.common.trust.identity import Signed
@@ -30,7 +30,7 @@ from fedlora.server.deployment.cohorts import cohort_of
 from fedlora.server.deployment.participants import Carrier, Participants
 from fedlora.server.rounds.checkpoint import Checkpoint
 from fedlora.server.runs.metrics import Conducted
-from fedlora.server.runs.public_data import PublicSide, read_public
+from fedlora.server.runs.public_data import PublicSide, forget_beginning, read_public
 from fedlora.server.runs.run import conclude, conduct, has_result, to_its_end
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.runs.summary import write_summary
@@ -55,7 +55,7 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
             raise BadInput(
                 f"{path / 'manifest.json'}: missing, expected that of the run that was begun"
             )
-        (folder / PROJECTION).unlink(missing_ok=True)  # of a beginning that was killed
+        forget_beginning(folder)
     public = PublicSide.build(config, read_public(config), folder)
     if (path / "manifest.json").exists():
         checkpoint = Checkpoint.open(path, public.model.spec)
@@ -91,7 +91,7 @@ def _manifest(config: Config, public: PublicSide, coordinator: Coordinator) -> R
     model = public.model
     projection = "" if model.projection is None else model.projection.digest
     return make_manifest(
-        config,
+        replace(config, lora=model.lora),  # names for "auto": nodes build what they read
         model.task.labels,
         model.base_digest,
         model.spec.digest,

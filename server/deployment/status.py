@@ -88,7 +88,11 @@ def _members(directory: Directory, folder: Path) -> Table:
         ]
         declined = folder / "consents" / f"{name}.declined"
         last = f"{failed[-1][0]}: {failed[-1][1]}" if failed else ""
-        last = f"declines: {declined.read_text(errors='replace')}" if declined.is_file() else last
+        last = (
+            f"declines: {declined.read_text(errors='replace', encoding='utf-8')}"
+            if declined.is_file()
+            else last
+        )
         state = entries[-1].reason or "member"
         cells = (name, state, epsilon, str(answered[-1]) if answered else "", last)
         table.add_row(*(Text(printable(cell)) for cell in cells))

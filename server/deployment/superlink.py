@@ -214,9 +214,9 @@ class SuperLink:
     def _bundle(self) -> Path:
         folder = self.files.state / "bundle"
         folder.mkdir(exist_ok=True)
-        (folder / "pyproject.toml").write_text(BUNDLE)
+        (folder / "pyproject.toml").write_text(BUNDLE, encoding="utf-8")
         (folder / "README.md").write_text(
-            "One run of a fedlora federation; all code is installed.\n"
+            "One run of a fedlora federation; all code is installed.\n", encoding="utf-8"
         )
         return folder
 
@@ -254,6 +254,7 @@ class SuperLink:
                 text=True,
                 timeout=seconds,
                 check=False,
+                encoding="utf-8",
             )
         except subprocess.TimeoutExpired as error:
             raise FedloraError(

@@ -216,21 +216,21 @@ def _followed(
             asked = time.monotonic()
         time.sleep(LOOK)
     _watched(metrics, seen, watch)
-    outcome: dict[str, Any] = json.loads(ending.read_text())
+    outcome: dict[str, Any] = json.loads(ending.read_text(encoding="utf-8"))
     ending.unlink()
     return outcome
 
 
 def _told(waiting: Path, said: str, tell: Tell) -> str:
     """Whom the run waits for, told where it is another than was `said`."""
-    text = waiting.read_text() if waiting.exists() else ""
+    text = waiting.read_text(encoding="utf-8") if waiting.exists() else ""
     if text not in ("", said):
         tell(text)
     return text
 
 
 def _watched(metrics: Path, seen: int, watch: Watch) -> int:
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     for line in lines[seen:]:
         try:
             watch(json.loads(line))

@@ -51,7 +51,7 @@ class MetricsLog:
         self._observe = observe
         self._path = run.folder / "metrics.jsonl"
         committed = run.checkpoint.load().round
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         kept = [line for line in lines if _round_of(line) <= committed]
         write_text(self._path, "".join(line + "\n" for line in kept))
         self._earlier = max((json.loads(line)["elapsed_seconds"] for line in kept), default=0.0)
@@ -79,7 +79,7 @@ class MetricsLog:
             ),
             **dict(record.metrics.items()),
         }
-        with self._path.open("a") as stream:
+        with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         names = ("accuracy", "loss", "epsilon", "examples_per_second")
         shown = {name: line.get(name) for name in names}

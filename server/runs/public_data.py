@@ -15,7 +15,7 @@ from fedlora.common.config.schema import Config, ModelConfig
 from fedlora.common.data.records import Columns, Records, read_label_set, read_records
 from fedlora.common.data.tasks import CausalLanguageModel, Encoded, SequenceClassification, Task
 from fedlora.common.errors import BadInput
-from fedlora.common.model.compute import Compute, choose_compute
+from fedlora.common.model.compute import COMPUTE, Compute, compute_of_run
 from fedlora.common.model.features import FeatureCache, PooledTexts, Progress, pooled_features
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import PROJECTION, Projection
@@ -99,8 +99,8 @@ class PublicSide:
     ) -> PublicSide:
         """Load the model, encode the records, fit the projection. BadInput names what is wrong.
 
-        The projection is computed once for a run and must not change in it: it lies in the run's
-        `folder`.
+        The projection and the way to compute are settled once for a run and must not change in it:
+        they lie in the run's `folder`.
         """
         model = build_model(config.model, config.lora, records.task, config.seed, device)
         if config.training.head_rounds:
@@ -119,9 +119,8 @@ class PublicSide:
                 model, validation, fit, config.model, folder / PROJECTION, texts
             )
         # Measured on public records: how long a step takes must not depend on anybody's text.
-        compute = choose_compute(
-            model, validation, config.training.attention, config.training.precision
-        )
+        tuning = config.training
+        compute = compute_of_run(model, validation, tuning.attention, tuning.precision, folder)
         features = FeatureCache(model, progress=progress, texts=texts)
         return cls(
             model=model,
@@ -131,6 +130,12 @@ class PublicSide:
             test=Evaluator("test", model, test, np.arange(len(test)), features),
             initial=model.state(),
         )
+
+
+def forget_beginning(folder: Path) -> None:
+    """Drop what a killed beginning left: fitted on what was public then, and may be private now."""
+    for name in (PROJECTION, COMPUTE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def encode(config: Config, model: AdapterModel, records: Records) -> Encoded:

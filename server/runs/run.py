@@ -80,7 +80,7 @@ def conclude(run: Conducted, progress: Progress, reserved: Mapping[str, float]) 
         run.public.model,
         progress.released,
         config.model,
-        config.lora,
+        run.public.model.lora,
         config.seed,
         run.folder / "adapter",
     )

@@ -30,7 +30,10 @@ def summary_of(
     by_client = {name: guarantee.stated(each) for name, each in reserved.items()}
     private = guarantee.private
     epsilon = max(by_client.values(), default=0.0) if private else None
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     seconds = sum(line["seconds"] for line in lines)
     examples = sum(line["examples_per_second"] * line["seconds"] for line in lines)
     return {
@@ -81,7 +84,7 @@ def peak_rss_bytes() -> int:
     """The most memory this program held; getrusage would count its parent's before it."""
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+        return 1024 * int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )

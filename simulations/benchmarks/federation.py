@@ -30,15 +30,8 @@ from rich.table import Table
 from fedlora.common.errors import FedloraError
 from fedlora.common.model.base import resolve_base
 from fedlora.simulations.federation.corpus import CLASSES, generate
-from fedlora.simulations.local_deployment import (
-    BIN,
-    NAMES,
-    Federation,
-    free_port,
-    listens,
-    running,
-    wait_until,
-)
+from fedlora.simulations.local_deployment import NAMES, Federation, running
+from fedlora.simulations.processes import BIN, free_port, listens, wait_until
 
 SECONDS = 1800.0
 PROJECT = """\
@@ -137,7 +130,7 @@ def ours(root: Path, rounds: int, secure: bool) -> Cost:
     with running(federation):
         if federation.wait(SECONDS):
             raise FedloraError(f"the federation did not end well; {root / 'logs'} says why")
-    lines = (federation.last_run() / "metrics.jsonl").read_text().splitlines()
+    lines = (federation.last_run() / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = [json.loads(line)["seconds"] for line in lines]
     training = [
         max(_trained(federation.node(name))[place] for name in NAMES) for place in range(rounds)
@@ -162,10 +155,11 @@ def template(root: Path, rounds: int) -> Cost:
     app.mkdir(parents=True)
     files = {"pyproject.toml": PROJECT, "server_app.py": SERVER, "client_app.py": CLIENT}
     for name, text in files.items():
-        (app / name).write_text(text)
+        (app / name).write_text(text, encoding="utf-8")
     (root / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\n'
-        "insecure = true\n"
+        "insecure = true\n",
+        encoding="utf-8",
     )
     corpus = generate(7)
     commands = [["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]]
@@ -174,7 +168,9 @@ def template(root: Path, rounds: int) -> Cost:
         records = [
             {"text": each["text"], "label": list(CLASSES).index(each["label"])} for each in mine
         ]
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+        (root / f"{name}.jsonl").write_text(
+            "".join(json.dumps(each) + "\n" for each in records), encoding="utf-8"
+        )
         here, own = f"127.0.0.1:{port}", str(free_port())
         options = ["--superlink", here, "--host", "127.0.0.1", "--port", own]
         config = f'data="{root / name}.jsonl"'
@@ -208,7 +204,7 @@ def template(root: Path, rounds: int) -> Cost:
     finally:
         for process in processes:
             os.killpg(process.pid, signal.SIGTERM)
-    found = json.loads(out.read_text())
+    found = json.loads(out.read_text(encoding="utf-8"))
     times = found["times"]
     seconds = [after - before for before, after in pairwise(times)]
     return _cost("after Flower's template", seconds, found["training"])
@@ -245,7 +241,9 @@ def main() -> None:
         table.add_row(cost.system, *(f"{figure:.1f}" for figure in figures))
     Console().print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps([asdict(cost) for cost in costs], indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def main() -> None:
     figures = _figures(built, seconds, arguments, device)
     _print(figures)
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _private(records: int, device: torch.device, tokens: int) -> Case:
@@ -277,7 +277,7 @@ def _peak(name: str, arguments: argparse.Namespace) -> int:
         "--repeats",
         "1",
     ]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8")
     return int(json.loads(done.stdout.splitlines()[-1])["rss"])
 
 

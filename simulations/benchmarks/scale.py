@@ -77,7 +77,7 @@ def main() -> None:
     figures = [_in_a_fresh_process(size, arguments.rounds) for size in SIZES]
     _print(figures)
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _measure(clients: int, rounds: int) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _measure(clients: int, rounds: int) -> dict[str, Any]:
         before, replies = time.process_time(), []
         train(run, sequential(run), lambda number, figures: None)
         spent = time.process_time() - before
-        lines = (run.paths.folder / "metrics.jsonl").read_text().splitlines()
+        lines = (run.paths.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         replies = [json.loads(line)["replies"] for line in lines]
     return {
         "clients": clients,
@@ -114,7 +114,7 @@ def _many(units: int, config: Config) -> Partition:
 
 def _in_a_fresh_process(size: int, rounds: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--only", str(size), "--rounds", str(rounds)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8")
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
 

@@ -60,7 +60,7 @@ def main() -> None:
     figures = [_in_a_fresh_process(*case) for case in (QUICK if arguments.quick else CASES)]
     _print(figures)
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(nodes: int, parameters: int, dropouts: int) -> dict[str, Any]:
@@ -268,7 +268,9 @@ def _peak() -> int:
 def _in_a_fresh_process(*case: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--only", ",".join(str(each) for each in case)]
     single = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=single)
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=single, encoding="utf-8"
+    )
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
 

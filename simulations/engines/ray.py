@@ -216,8 +216,7 @@ def _stoppable(stop: threading.Event) -> Clock:
 
 def _cohort(grid: Grid, run: Run, clock: Clock) -> Cohort:
     """Tell the nodes how to build what the coordinator built, and wait until they have."""
-    compute, device = run.federation.public.compute, run.federation.model.device
-    shared = _Shared(str(run.paths.ledger), compute.attention, compute.precision, str(device))
+    shared = _Shared(str(run.paths.ledger), str(run.federation.model.device))
     write_atomically(run.paths.folder / NODES_FILE, shared.to_bytes())
     clients = run.config.federation.clients
     enrolled = enrol(grid, run.manifest, clients, START_SECONDS, clock=clock)
@@ -246,11 +245,9 @@ def _cohort(grid: Grid, run: Run, clock: Clock) -> Cohort:
 
 @dataclass(frozen=True)
 class _Shared:
-    """What the coordinator's process chose; every actor computes the same way."""
+    """Where every actor computes, and what it charges; how it computes lies beside it."""
 
     ledger: str
-    attention: str
-    precision: str
     device: str
 
     def to_bytes(self) -> bytes:
@@ -290,12 +287,8 @@ def _resident(folder: Path) -> _Resident:
 def _build(folder: Path, digest: str) -> _Resident:
     """Once for each actor and run; `digest` tells runs apart that had the same folder."""
     shared = _Shared.read(folder)
-    chosen = [
-        f'training.attention="{shared.attention}"',
-        f'training.precision="{shared.precision}"',
-    ]
     federation = Federation.build(
-        load_config(folder / "config.toml", chosen), folder, device=torch.device(shared.device)
+        load_config(folder / "config.toml"), folder, device=torch.device(shared.device)
     )
     return _Resident(
         federation=federation,

@@ -106,4 +106,6 @@ def _make_room(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    (folder / MARK).write_text("made by fedlora-sim quickstart, which may be run here again\n")
+    (folder / MARK).write_text(
+        "made by fedlora-sim quickstart, which may be run here again\n", encoding="utf-8"
+    )

@@ -50,11 +50,11 @@ def run_sweep(
         target = folder / setting.replace("/", "_")
         done = target / "summary.json"
         if done.is_file():
-            if (target / "config.toml").read_text() != config_to_toml(settings):
+            if (target / "config.toml").read_text(encoding="utf-8") != config_to_toml(settings):
                 raise BadInput(
                     f"{target}: found a trial of another configuration, expected another --out"
                 )
-            summary = json.loads(done.read_text())
+            summary = json.loads(done.read_text(encoding="utf-8"))
             if summary.get("ended"):
                 raise BadInput(
                     f"{target}: found a trial that ended early ({summary['ended']}), expected"

@@ -7,7 +7,7 @@ actor of a cluster.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +95,7 @@ class Federation:
         model = self.model
         projection = "" if model.projection is None else model.projection.digest
         return make_manifest(
-            self.config,
+            replace(self.config, lora=model.lora),  # names for "auto": nodes build what they read
             task.labels,
             model.base_digest,
             model.spec.digest,

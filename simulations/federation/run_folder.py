@@ -25,11 +25,11 @@ from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.features import PooledTexts
 from fedlora.common.model.features import Progress as FeatureProgress
-from fedlora.common.model.projection import PROJECTION
 from fedlora.common.privacy.calibration import default_cache
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Cohort
 from fedlora.server.runs.metrics import Conducted, Observe
+from fedlora.server.runs.public_data import forget_beginning
 from fedlora.server.runs.run import conclude, conduct
 from fedlora.server.runs.summary import write_summary
 from fedlora.simulations.federation.population import Federation, client_name
@@ -114,8 +114,7 @@ def begin(
             "--engine ray: [faults] are made up by the sequential engine only, expected none"
         )
     if not resume:
-        # Of a killed beginning: fitted on what was public then, and may be private in this run.
-        (paths.folder / PROJECTION).unlink(missing_ok=True)
+        forget_beginning(paths.folder)
     federation = Federation.build(config, paths.folder, progress, device, texts)
     if resume:
         _check_kept(
@@ -142,13 +141,13 @@ def _same_ledger(paths: Paths) -> Ledger:
     if not paths.ledger.exists():
         raise Refused(f"{paths.ledger}: found no ledger, expected the one that the run began with")
     ledger = paths.open_ledger()
-    if (paths.folder / LEDGER).read_text().strip() != ledger.id:
+    if (paths.folder / LEDGER).read_text(encoding="utf-8").strip() != ledger.id:
         raise Refused(f"{paths.ledger}: found another ledger than the run began with")
     return ledger
 
 
 def _check_kept(path: Path, found: str, what: str) -> None:
-    if path.read_text().strip() != found:
+    if path.read_text(encoding="utf-8").strip() != found:
         raise BadInput(f"{what} than the run began with, expected the same file")
 
 
@@ -217,7 +216,7 @@ def _check_folder(config: Config, paths: Paths, resume: bool) -> None:
         return
     if not begun:
         raise BadInput(f"{paths.folder}: found no run to resume")
-    before = (paths.folder / "config.toml").read_text()
+    before = (paths.folder / "config.toml").read_text(encoding="utf-8")
     if before != config_to_toml(config):
         raise BadInput(
             f"{paths.folder}/config.toml: found another configuration than the one given to"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fedlora.client import cli
@@ -159,6 +161,31 @@ def test_bases_lie_in_the_nodes_folder_first_and_have_a_digest_to_print(
     )
     code, _, err = run(capsys, monkeypatch, "base", "no-such-folder")
     assert code == 2 and len(err.splitlines()) == 1
+
+
+def test_check_data_tries_each_base_and_says_what_it_can_not_serve(
+    north: Institution,
+    tiny_bert: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("check-data", "--node", str(north.root))
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert code == 0 and "  tried for sequence-classification\n" in out, err
+    folder = shutil.copytree(tiny_bert, tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("encoder.layer.1.attention.self.query.bias")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    north.set_policy(POLICY.format(base=base_digest(folder), folder=folder))
+    code, out, err = run(capsys, monkeypatch, *words)
+    lost = "no weights in the files for encoder.layer.1.attention.self.query.bias"
+    assert code == 2 and len(err.splitlines()) == 1 and lost in err
+    assert f"  not for sequence-classification: [model] base = {folder}: found {lost}" in out
+    assert (
+        not (north.root / "ledger.sqlite").exists()
+        or not north.folder.open_ledger(north.folder.load_policy()).spent("people").epsilon
+    )
 
 
 @pytest.mark.parametrize("name", ["identity.pem", "relay"])

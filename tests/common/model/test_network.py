@@ -20,10 +20,11 @@ from fedlora.common.data.records import Records
 from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification, Task
 from fedlora.common.errors import BadInput
 from fedlora.common.model.base import base_digest, check_base, resolve_base
-from fedlora.common.model.network import AdapterModel, build_model, load_tokenizer
+from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import PooledClassifier
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterState
+from fedlora.common.model.tokenizer import load_tokenizer
 
 LABELS = ("a", "b", "c")
 TEXTS = ["w1 good w3", "w2", "bad w5 w6 w7 w8 loan", "poor the w9"]

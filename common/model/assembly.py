@@ -1,0 +1,193 @@
+"""How a base, LoRA and a head become one network: PEFT places the adapter, the rest is frozen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.data.tasks import Task
+from fedlora.common.errors import BadInput
+from fedlora.common.model.behaviour import called, texts
+from fedlora.common.model.loading import load_backbone, load_classifier, load_language_model
+from fedlora.common.model.pooling import PooledClassifier, Pooling
+from fedlora.common.model.state import HEAD_PREFIX
+from fedlora.common.model.targets import explicit
+from fedlora.common.model.weights import PEFT_HEADS
+
+PEFT_ADAPTER = "default"  # PEFT's own name for the first adapter of a model
+
+
+class OwnHead(nn.Module):
+    """A transformers model with its own head: sequence classification or language modelling.
+
+    A decoder's classifier scores every word of a text. The last one counts, by the mask:
+    transformers goes by the padding's id, which may be a word's.
+    """
+
+    def __init__(self, model: nn.Module, classifier: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone = model
+        self.by_word = False  # as the last pass was
+        self._scores: list[torch.Tensor] = []
+        if classifier is not None:
+            classifier.register_forward_hook(lambda _, inputs, output: self._scores.append(output))
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        self._scores.clear()
+        logits: torch.Tensor = self.backbone(input_ids=ids, attention_mask=mask).logits
+        scores = self._scores.pop() if self._scores else logits
+        self.by_word = scores is not logits and scores.ndim == 3
+        if not self.by_word:
+            return logits
+        return scores[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1]
+
+
+def build_head(width: int, hidden: int, classes: int) -> nn.Sequential:
+    """Linear, or linear - GELU - linear."""
+    if not hidden:
+        return nn.Sequential(nn.Linear(width, classes))
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, classes))
+
+
+def assembled(
+    model: ModelConfig, folder: Path, task: Task, tokenizer: Any, lora: LoraConfig
+) -> tuple[PooledClassifier | OwnHead, LoraConfig]:
+    if task.name == "causal-lm":
+        adapted, lora = with_lora(load_language_model(folder), model, lora, peft.TaskType.CAUSAL_LM)
+        return OwnHead(adapted), lora
+    if task.name != "sequence-classification":
+        raise BadInput(f"[model] task = {task.name!r}: found no network for it")
+    if model.pooling == "default":
+        base, heads = load_classifier(folder, len(task.labels))
+        config = base.config.get_text_config()
+        if config.pad_token_id is None:  # without one, transformers refuses a batch
+            config.pad_token_id = tokenizer.pad_token_id or 0
+        adapted, lora = with_lora(base, model, lora, peft.TaskType.SEQ_CLS, heads)
+        return OwnHead(adapted, _own_classifier(adapted)), lora
+    base = load_backbone(folder)
+    config = base.config.get_text_config()
+    pooling = Pooling(_pooled_layers(model, config.num_hidden_layers), model.head_scale)
+    backbone, lora = with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
+    width = model.kernel_directions or model.projection or config.hidden_size * len(pooling.layers)
+    head = build_head(width, model.head_hidden, len(task.labels))
+    return PooledClassifier(backbone, pooling, head), lora
+
+
+def _own_classifier(adapted: peft.PeftModel) -> nn.Module:
+    """The head that PEFT trains beside the adapter."""
+    heads = [m for m in adapted.modules() if isinstance(m, ModulesToSaveWrapper)]
+    if not heads:
+        found = type(adapted.get_base_model()).__name__
+        raise BadInput(
+            f'[model] pooling = "default": found no head in {found} that PEFT trains, expected'
+            " pooling = mean or layers"
+        )
+    return heads[-1]
+
+
+def _pooled_layers(model: ModelConfig, depth: int) -> tuple[int, ...]:
+    if model.pooling == "mean":
+        return (depth,)
+    layers = tuple(model.pooled_layers) or tuple(range(depth + 1))
+    if not all(0 <= layer <= depth for layer in layers):
+        raise BadInput(
+            f"[model] pooled_layers = {list(layers)}: expected indices from 0 to {depth}"
+        )
+    return layers
+
+
+def with_lora(
+    base: PreTrainedModel,
+    model: ModelConfig,
+    lora: LoraConfig,
+    kind: peft.TaskType,
+    new: tuple[str, ...] = (),
+) -> tuple[peft.PeftModel, LoraConfig]:
+    """The adapted base, and the configuration with the names of what is adapted.
+
+    `new` are modules that are trained whole, as PEFT's own heads are.
+    """
+
+    def used() -> frozenset[str]:
+        embeddings: Any = base.get_input_embeddings()
+        return called(base, *texts(embeddings.num_embeddings, base.device))
+
+    heads = (*PEFT_HEADS, *new) if kind == peft.TaskType.SEQ_CLS else ()
+    lora = explicit(base, lora, used, heads)
+    settings = peft.LoraConfig(
+        task_type=kind,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number scales
+        target_modules=list(lora.targets),
+        layers_to_transform=list(lora.layers) or None,
+        lora_dropout=0.0,
+        modules_to_save=list(new) or None,
+    )
+    try:
+        with warnings.catch_warnings():  # it sets by each layer's kind what it warns of
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            adapted = peft.get_peft_model(base, settings)
+    except (ValueError, KeyError) as error:
+        raise BadInput(
+            f"[lora] targets = {list(lora.targets)}: {str(error).splitlines()[0]}"
+        ) from error
+    settled: Any = adapted.peft_config[PEFT_ADAPTER]
+    settled.base_model_name_or_path = model.base
+    settled.target_modules = set(lora.targets)  # PEFT shortens long lists in its own way
+    if lora.variant == "ffa":
+        for name, parameter in adapted.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
+    return adapted, lora
+
+
+def base_of(network: PooledClassifier | OwnHead) -> Any:
+    backbone: Any = network.backbone
+    return backbone.get_base_model()
+
+
+def trainable_of(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Trainable parameters by their names in an `AdapterSpec`; heads begin with `HEAD_PREFIX`."""
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        short = name.removeprefix("backbone.")
+        saved = f".modules_to_save.{PEFT_ADAPTER}."
+        if saved in short:
+            before, after = short.split(saved)
+            short = f"{HEAD_PREFIX}{before.rsplit('.', 1)[-1]}.{after}"
+        yield short.replace(f".{PEFT_ADAPTER}.", "."), parameter
+
+
+def initialise(network: nn.Module, seed: int) -> None:
+    """LoRA A and hidden layers uniform in ±1/sqrt(fan-in), by NumPy's Philox; all else zero.
+
+    Not torch's generator: every institution must reach the same frozen A, on any machine. The last
+    layer of a head starts at zero, so that the first answer is uniform over the labels.
+    """
+    generator = np.random.Generator(np.random.Philox(seed))
+    last_head = [
+        name for name, p in trainable_of(network) if name.startswith(HEAD_PREFIX) and p.ndim == 2
+    ][-1:]
+    tensors = dict(trainable_of(network))
+    frozen_a = {
+        n: p for n, p in network.named_parameters() if ".lora_A." in n and not p.requires_grad
+    }
+    with torch.no_grad():
+        for name, parameter in sorted({**tensors, **frozen_a}.items()):
+            if parameter.ndim == 2 and ".lora_B." not in name and name not in last_head:
+                bound = parameter.shape[1] ** -0.5
+                values = generator.uniform(-bound, bound, tuple(parameter.shape)).astype(np.float32)
+                parameter.copy_(torch.from_numpy(values))
+            else:
+                parameter.zero_()

@@ -1,0 +1,125 @@
+"""What a network does, seen by trying it on texts of nobody's.
+
+Names and documentation of an architecture promise much; what a private step rests on is tried: that
+nothing is drawn at random, that a language model does not look ahead, and whether the arithmetic of
+one record is shaped by the words of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedlora.common.errors import BadInput
+
+RECORDS, TOKENS = 3, 7  # of a text that is tried: short, and neither is a usual width
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids and mask to logits
+
+
+def texts(
+    vocabulary: int, device: torch.device, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask of `RECORDS` random texts of `TOKENS`, the last of each one padding."""
+    rng = np.random.default_rng(seed)
+    ids = torch.from_numpy(rng.integers(0, vocabulary, (RECORDS, TOKENS)))
+    mask = torch.ones_like(ids)
+    mask[:, -1] = 0
+    return ids.to(device), mask.to(device)
+
+
+def check_still(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """BadInput where two passes over one batch differ: the network draws something at random.
+
+    Each draw gives its least value in one pass, and nearly its greatest in the other, so that what
+    happens seldom, as the skipping of a layer, is seen as surely as what happens everywhere.
+    """
+    found = []
+    for value in (0.0, 1.0 - 2**-20):
+        with torch.no_grad(), torch.random.fork_rng(_devices(ids)), _Draws(value):
+            torch.manual_seed(int(value > 0))
+            found.append(torch.nan_to_num(forward(ids, mask)))
+    if not torch.equal(*found):
+        raise BadInput(
+            "[model] base: found two passes over one batch that differ, expected no dropout and no"
+            " other randomness"
+        )
+
+
+def check_causal(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """BadInput where a word changes what is predicted for the places before it."""
+    changed, place = ids.clone(), TOKENS - 2
+    changed[:, place] = (ids[:, place] == 0).long()
+    with torch.no_grad():
+        before, after = (forward(each, mask)[:, :place].float() for each in (ids, changed))
+    if (before - after).abs().max() > 1e-3 * before.abs().max():
+        raise BadInput(
+            '[model] task = "causal-lm": found a network that reads what it is to predict, expected'
+            " a decoder"
+        )
+
+
+def is_routed(forward: Forward, vocabulary: int, device: torch.device) -> bool:
+    """Whether products are shaped by what a batch says, not by its shape alone.
+
+    Experts are: a word's product is computed together with whatever words chose the same expert.
+    """
+    traces = []
+    for seed in (1, 2):
+        with torch.no_grad(), _Trace() as trace:
+            forward(*texts(vocabulary, device, seed))
+        traces.append(trace.found)
+    return traces[0] != traces[1] or any("grouped_mm" in name for name, *_ in traces[0])
+
+
+def called(base: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> frozenset[str]:
+    """Names of the modules that a forward pass goes through."""
+    names: set[str] = set()
+
+    def watch(name: str) -> Any:
+        return lambda *_: names.add(name)
+
+    hooks = [each.register_forward_pre_hook(watch(name)) for name, each in base.named_modules()]
+    try:
+        with torch.no_grad():
+            base(input_ids=ids, attention_mask=mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return frozenset(names)
+
+
+def _devices(ids: torch.Tensor) -> list[torch.device]:
+    return [] if ids.device.type == "cpu" else [ids.device]
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Whatever is drawn at random comes out as `value`."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.value = value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        if drawn and isinstance(result, torch.Tensor) and result.is_floating_point():
+            result.fill_(self.value)
+        return result
+
+
+class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every operation with the shapes of the tensors that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [tuple(each.shape) for each in args if isinstance(each, torch.Tensor)]
+        self.found.append((str(func), *shapes))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,134 @@
+"""A base's files: what is hashed is what is loaded, and nothing in them runs or is unpickled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.data.tasks import SequenceClassification
+from fedlora.common.errors import BadInput
+from fedlora.common.model import network
+from fedlora.common.model.base import base_digest, check_base
+
+
+@pytest.fixture
+def base(tiny_bert: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bert, tmp_path / "base"))
+
+
+@pytest.fixture
+def sharded(base: Path) -> Path:
+    """The same base in several files with an index."""
+    model = transformers.BertModel.from_pretrained(base)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="10KB")
+    assert len(list(base.glob("*.safetensors"))) > 2
+    return base
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def point_to(name: str) -> Callable[[Path], None]:
+    """The first tensor of the index lies in `name`."""
+
+    def change(folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        table = json.loads(index.read_text())
+        first = next(iter(table["weight_map"]))
+        table["weight_map"][first] = name
+        index.write_text(json.dumps(table))
+
+    return change
+
+
+def build(folder: Path) -> network.AdapterModel:
+    settings = ModelConfig(base=str(folder), pooling="mean", max_length=16)
+    return network.build_model(settings, LoraConfig(rank=2), SequenceClassification(("a", "b")), 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["../base/model-00001-of-00004.safetensors", "sub/x.safetensors", "/etc/x", "gone", ""]
+)
+def test_an_index_names_files_beside_it_only(sharded: Path, name: str) -> None:
+    (sharded / "sub").mkdir()
+    save_file({"x": torch.zeros(1)}, sharded / "sub" / "x.safetensors")
+    point_to(name)(sharded)
+    with pytest.raises(BadInput, match=r"index.json weight_map: found .*, expected names of"):
+        check_base(sharded)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', "[" * 100_000])
+def test_an_index_that_is_none_is_refused(sharded: Path, text: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(BadInput, match="found no weight_map"):
+        check_base(sharded)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "../x.safetensors", "no.safetensors", 3])
+def test_a_configuration_can_not_name_other_weights(base: Path, name: object) -> None:
+    edit(base / "config.json", transformers_weights=name)
+    with pytest.raises(BadInput, match="transformers_weights: found"):
+        check_base(base)
+    edit(base / "config.json", transformers_weights="model.safetensors")
+    check_base(base)
+
+
+@pytest.mark.parametrize("where", ["", "text_config"])
+def test_a_quantised_base_is_refused_by_its_method(base: Path, where: str) -> None:
+    quantised = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    edit(base / "config.json", **({where: quantised} if where else quantised))
+    with pytest.raises(BadInput, match="quantised by gptq, expected float ones"):
+        check_base(base)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantised_weights_without_a_word_of_it_are_refused(base: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(base / "model.safetensors")
+    name = "encoder.layer.0.attention.self.query.weight"
+    save_file({**tensors, name: tensors[name].to(dtype)}, base / "model.safetensors")
+    with pytest.raises(BadInput, match=f"{name}: found .8"):
+        check_base(base)
+
+
+def test_a_distributed_checkpoint_is_never_opened(base: Path) -> None:
+    """Beside such a file transformers 5 loads an index that is pickled."""
+    shutil.copy(base / "model.safetensors", base / "shard-00000-model-00001-of-00001.safetensors")
+    with pytest.raises(BadInput, match="whose index is pickled"):
+        check_base(base)
+
+
+@pytest.mark.parametrize(
+    "name", ["bpe.codes", "source.spm", "x.tokenizer", "additional_chat_templates/rag.jinja"]
+)
+def test_whatever_else_a_tokenizer_reads_is_in_the_digest(base: Path, name: str) -> None:
+    before = base_digest(base)
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).write_text("a")
+    assert base_digest(base) != before
+
+
+def test_a_base_that_changes_while_it_is_read_is_refused(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digest is taken before: of what is loaded, it says nothing then."""
+    load = network.__dict__["load_tokenizer"]
+
+    def meanwhile(folder: Path) -> object:
+        tensors = load_file(folder / "model.safetensors")
+        save_file({name: value + 1 for name, value in tensors.items()}, folder / "new")
+        (folder / "new").replace(folder / "model.safetensors")
+        return load(folder)
+
+    monkeypatch.setattr(network, "load_tokenizer", meanwhile)
+    with pytest.raises(BadInput, match="changed while they were read"):
+        build(base)
