@@ -52,21 +52,13 @@ def run(
     threads: Threads = 0,
 ) -> None:
     """Run a federation and write its report."""
-    from fedlora.simulations.experiments.simulate import run_to_report
+    from fedlora.simulations.begin import Options
+    from fedlora.simulations.experiments.simulate import simulate
 
     path = packaged_config(config)
     folder = out or Path("runs") / path.stem
-    settings = _load(path, set_)
-    summary = run_to_report(
-        settings,
-        folder,
-        console,
-        engine=engine,
-        resume=resume,
-        ledger=ledger,
-        device=device,
-        threads=threads,
-    )
+    options = Options(engine=engine, device=device, threads=threads, resume=resume, ledger=ledger)
+    summary = simulate(_load(path, set_), folder, console, options)
     _print_summary(summary, folder)
 
 

@@ -40,6 +40,7 @@ ROOMS = {
         *(
             "federation",
             "report",
+            "begin",
             "engines",
             "experiments",
             "cli",

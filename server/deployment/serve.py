@@ -14,26 +14,23 @@ another.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedlora.common.config.schema import Config, load_config
+from fedlora.common.config.parts import NetworkRecipe, Terms
+from fedlora.common.config.schema import Config, config_to_toml, load_config
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
-from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.calibration import default_cache
 from fedlora.common.protocol.messages import MANIFEST_TAG
 from fedlora.common.trust.identity import Signed
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.cohorts import cohort_of
 from fedlora.server.deployment.participants import Carrier, Participants
-from fedlora.server.rounds.checkpoint import Checkpoint
-from fedlora.server.runs.metrics import Conducted
-from fedlora.server.runs.public_data import PublicSide, forget_beginning, read_public
-from fedlora.server.runs.run import conclude, conduct, has_result, to_its_end
+from fedlora.server.rounds.checkpoint import Checkpoint, Progress
+from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning, read_public
+from fedlora.server.runs.run import Run, conclude, conduct, rules_of, strategies_of, to_its_end
 from fedlora.server.runs.schedule import make_manifest
-from fedlora.server.runs.summary import write_summary
 
 
 def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str, Any]:
@@ -43,61 +40,57 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
     became of it.
     """
     config = load_config(folder / "config.toml")
+    _check_folder(folder, config)
+    run = _begun(folder, config, coordinator)
+    signed = Signed.by(coordinator.identity, MANIFEST_TAG, run.manifest.to_bytes())
+    write_atomically(folder / "manifest.signed", signed.to_bytes())
+    asked, deadline = run.clients, config.federation.deadline
+    who = Participants(
+        run.manifest, coordinator, carrier, folder, asked, deadline, run.rules.quorum
+    )
+
+    def finish(progress: Progress, ended: str) -> dict[str, Any]:
+        reserved = {name: consent.epsilon for name, consent in who.consents.items()}
+        return conclude(run, progress, reserved, institutions=sorted(reserved), ended=ended)
+
+    return to_its_end(run.checkpoint, lambda: conduct(run, cohort_of(who)), finish)
+
+
+def _check_folder(folder: Path, config: Config) -> None:
+    """BadInput where no run could begin here, or one was begun whose manifest is gone."""
     if config.federation.clients < config.aggregation.minimum_cohort:
         raise BadInput(
             f"[federation] clients = {config.federation.clients}: expected at least the "
             f"[aggregation] minimum_cohort = {config.aggregation.minimum_cohort}"
         )
-    path = folder / "checkpoint"
-    if not (path / "manifest.json").exists():
-        # offered to institutions: a new one would be charged anew
-        if (folder / "manifest.signed").exists():
-            raise BadInput(
-                f"{path / 'manifest.json'}: missing, expected that of the run that was begun"
-            )
+    manifest = folder / "checkpoint" / "manifest.json"
+    # offered to institutions: a new one would be charged anew
+    if not manifest.exists() and (folder / "manifest.signed").exists():
+        raise BadInput(f"{manifest}: missing, expected that of the run that was begun")
+
+
+def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
+    """The run that lies in `folder`, or a new one: here its configuration is spent."""
+    path, begun = folder / "checkpoint", (folder / "checkpoint" / "manifest.json").exists()
+    if not begun:
         forget_beginning(folder)
-    public = PublicSide.build(config, read_public(config), folder)
-    if (path / "manifest.json").exists():
+    records = read_public(config.data, config.model.task)
+    machine = Machine(attention=config.training.attention, precision=config.training.precision)
+    public = PublicSide.build(NetworkRecipe.of(config), records, folder, machine)
+    if begun:
         checkpoint = Checkpoint.open(path, public.model.spec)
     else:
-        checkpoint = Checkpoint.create(path, _manifest(config, public, coordinator), public.initial)
-    signed = Signed.by(coordinator.identity, MANIFEST_TAG, checkpoint.manifest.to_bytes())
-    write_atomically(folder / "manifest.signed", signed.to_bytes())
-    federation = config.federation
-    who = Participants(
-        checkpoint.manifest,
-        coordinator,
-        carrier,
-        folder,
-        federation.clients,
-        federation.deadline,
-        federation.quorum,
-    )
-    run = Conducted(config, folder, public, checkpoint, "flower")
-    progress, ended = to_its_end(checkpoint, lambda: conduct(run, cohort_of(who)))
-    if has_result(progress, ended):
-        reserved = {name: consent.epsilon for name, consent in who.consents.items()}
-        summary = conclude(run, progress, reserved) | {
-            "institutions": sorted(reserved),
-            "ended": str(ended or ""),
-        }
-        write_summary(folder, summary)
-    if ended is not None:
-        raise ended
-    return summary
-
-
-def _manifest(config: Config, public: PublicSide, coordinator: Coordinator) -> RunManifest:
-    model = public.model
-    projection = "" if model.projection is None else model.projection.digest
-    return make_manifest(
-        replace(config, lora=model.lora),  # names for "auto": nodes build what they read
-        model.task.labels,
-        model.base_digest,
-        model.spec.digest,
-        projection,
-        default_cache(),
-        coordinator.federation,
-        config.aggregation.minimum_cohort,
-        moved=model.spec.moved,
+        cache, cohort = default_cache(), config.aggregation.minimum_cohort
+        federation = coordinator.federation
+        manifest = make_manifest(Terms.of(config), public.facts, cache, federation, cohort)
+        checkpoint = Checkpoint.create(path, manifest, public.initial)
+    return Run(
+        folder=folder,
+        public=public,
+        checkpoint=checkpoint,
+        strategies=strategies_of(config.server, checkpoint.manifest),
+        rules=rules_of(config.federation, config.server, checkpoint.manifest),
+        clients=config.federation.clients,
+        engine="flower",
+        config=config_to_toml(config),
     )

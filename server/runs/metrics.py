@@ -1,4 +1,4 @@
-"""A run under way, and its metrics.jsonl: one line for each committed round."""
+"""metrics.jsonl: one line for each committed round."""
 
 from __future__ import annotations
 
@@ -6,35 +6,23 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from fedlora.common.config.schema import Config
 from fedlora.common.disk.files import write_text
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.loop import RoundRecord
-from fedlora.server.runs.public_data import PublicSide
 
+WATCHED = ("accuracy", "loss", "epsilon", "examples_per_second")
 # a round's number, and what a person watches
 Observe = Callable[[int, Mapping[str, float | None]], None]
 
 
-@dataclass(frozen=True, eq=False)
-class Conducted:
-    """A run that is under way: its configuration, its folder, what scores it, where it stands."""
-
-    config: Config
-    folder: Path
-    public: PublicSide
-    checkpoint: Checkpoint
-    engine: str
-    began: float = field(default_factory=time.monotonic)
-
-    @property
-    def manifest(self) -> RunManifest:
-        return self.checkpoint.manifest
+def nobody(number: int, figures: Mapping[str, float | None]) -> None:
+    """Nobody watches."""
 
 
 def epsilon_after(manifest: RunManifest, attempts: list[int]) -> float | None:
@@ -46,44 +34,45 @@ def epsilon_after(manifest: RunManifest, attempts: list[int]) -> float | None:
 class MetricsLog:
     """Appends to metrics.jsonl; lines beyond the last commit (killed in between) go first."""
 
-    def __init__(self, run: Conducted, observe: Observe) -> None:
-        self._run = run
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint, began: float, observe: Observe
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._began = began
         self._observe = observe
-        self._path = run.folder / "metrics.jsonl"
-        committed = run.checkpoint.load().round
+        self._path = folder / "metrics.jsonl"
+        committed = checkpoint.load().round
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         kept = [line for line in lines if _round_of(line) <= committed]
         write_text(self._path, "".join(line + "\n" for line in kept))
         self._earlier = max((json.loads(line)["elapsed_seconds"] for line in kept), default=0.0)
 
     def write(self, record: RoundRecord, progress: Progress) -> None:
-        run = self._run
-        phase = next(phase for phase in run.manifest.phases if phase.name == record.phase)
-        attempts = [
-            run.checkpoint.attempts_begun(index) for index in range(len(run.manifest.phases))
-        ]
-        line = {
+        line = self._line(record)
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        self._observe(record.round, {name: line.get(name) for name in WATCHED})
+
+    def _line(self, record: RoundRecord) -> dict[str, Any]:
+        checkpoint, manifest = self._checkpoint, self._checkpoint.manifest
+        phase = next(phase for phase in manifest.phases if phase.name == record.phase)
+        attempts = [checkpoint.attempts_begun(index) for index in range(len(manifest.phases))]
+        # by the public normaliser: how many units were really drawn does not leave a node
+        examples = record.replies * phase.steps * phase.expected_units
+        return {
             "round": record.round,
             "phase": record.phase,
             "attempt": record.attempt,
             "seconds": record.seconds,
-            "elapsed_seconds": self._earlier + time.monotonic() - run.began,
-            "epsilon": epsilon_after(run.manifest, attempts),
+            "elapsed_seconds": self._earlier + time.monotonic() - self._began,
+            "epsilon": epsilon_after(manifest, attempts),
             "asked": record.asked,
             "replies": record.replies,
             "failures": [[failure.client, failure.reason] for failure in record.failures],
             **({} if record.secure is None else {"secure": asdict(record.secure)}),
-            # by the public normaliser: how many units were really drawn does not leave a node
-            "examples_per_second": (
-                record.replies * phase.steps * phase.expected_units / max(record.seconds, 1e-9)
-            ),
-            **dict(record.metrics.items()),
+            "examples_per_second": examples / max(record.seconds, 1e-9),
+            **record.metrics,
         }
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
-        names = ("accuracy", "loss", "epsilon", "examples_per_second")
-        shown = {name: line.get(name) for name in names}
-        self._observe(record.round, shown)  # type: ignore[arg-type]
 
 
 def _round_of(line: str) -> float:

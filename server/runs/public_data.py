@@ -11,16 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedlora.common.config.schema import Config, ModelConfig
+from fedlora.common.config.parts import NetworkRecipe
+from fedlora.common.config.schema import DataConfig, ModelConfig
 from fedlora.common.data.records import Columns, Records, read_label_set, read_records
 from fedlora.common.data.tasks import CausalLanguageModel, Encoded, SequenceClassification, Task
 from fedlora.common.errors import BadInput
+from fedlora.common.manifest.manifest import Network
 from fedlora.common.model.compute import COMPUTE, Compute, compute_of_run
 from fedlora.common.model.features import FeatureCache, PooledTexts, Progress, pooled_features
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import PROJECTION, Projection
 from fedlora.common.model.state import AdapterState
 from fedlora.server.rounds.evaluation import Evaluator
+from fedlora.server.runs.schedule import NetworkFacts
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,54 +35,61 @@ class PublicRecords:
     test: Records
 
 
-def read_public(config: Config) -> PublicRecords:
+def read_public(data: DataConfig, task: str) -> PublicRecords:
     """What a coordinator without private data reads.
 
     BadInput where validation is a share of a training file.
     """
-    data = config.data
     if not isinstance(data.validation, str):
         raise BadInput(
             f"[data] validation = {data.validation:g}: expected a public file, for a coordinator"
             " has no training file"
         )
-    labels = read_labels(config)
+    labels = read_labels(data, task)
     validation, test = (
-        read_records(Path(each), columns_of(config, private=False), labels)
+        read_records(Path(each), columns_of(data, task), labels)
         for each in (data.validation, data.test)
     )
-    return PublicRecords(task_of(config, labels), validation, test)
+    return PublicRecords(task_of(task, labels), validation, test)
 
 
-def read_labels(config: Config) -> tuple[str, ...]:
+def read_labels(data: DataConfig, task: str) -> tuple[str, ...]:
     """The public label set: as configured, or of the test file; never of a training file."""
-    if config.model.task != "sequence-classification":
+    if task != "sequence-classification":
         return ()
-    return tuple(config.data.labels or read_label_set(Path(config.data.test), config.data.label))
+    return tuple(data.labels or read_label_set(Path(data.test), data.label))
 
 
-def task_of(config: Config, labels: tuple[str, ...]) -> Task:
-    causal = config.model.task == "causal-lm"
-    return CausalLanguageModel() if causal else SequenceClassification(labels)
+def task_of(task: str, labels: tuple[str, ...]) -> Task:
+    return CausalLanguageModel() if task == "causal-lm" else SequenceClassification(labels)
 
 
-def columns_of(config: Config, private: bool) -> Columns:
-    """The columns to read; only the training file must name units and institutions."""
-    data, federation = config.data, config.federation
-    causal = config.model.task == "causal-lm"
+def columns_of(data: DataConfig, task: str) -> Columns:
+    """The columns of a public file: it names neither units nor institutions."""
+    causal = task == "causal-lm"
     return Columns(
         text=(data.prompt or data.text) if causal else data.text,
         response=data.response if causal else "",
         label="" if causal else data.label,
-        unit=data.unit if private else "",
-        more=(federation.column,) if private and federation.partition == "by-column" else (),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Machine:
+    """Where and how a network is computed. It changes speed and memory, and nothing else."""
+
+    device: torch.device | None = None  # None: the CPU
+    attention: str = "auto"
+    precision: str = "auto"
+    texts: PooledTexts | None = None  # pooled before, in this process
+    progress: Progress | None = None  # told of records that went through the frozen model
 
 
 @dataclass(frozen=True, eq=False)
 class PublicSide:
     """One resident model, and what scores its states."""
 
+    recipe: NetworkRecipe
     model: AdapterModel
     compute: Compute
     features: FeatureCache
@@ -89,46 +99,54 @@ class PublicSide:
 
     @classmethod
     def build(
-        cls,
-        config: Config,
-        records: PublicRecords,
-        folder: Path,
-        progress: Progress | None = None,
-        device: torch.device | None = None,
-        texts: PooledTexts | None = None,
+        cls, recipe: NetworkRecipe, records: PublicRecords, folder: Path, machine: Machine
     ) -> PublicSide:
         """Load the model, encode the records, fit the projection. BadInput names what is wrong.
 
         The projection and the way to compute are settled once for a run and must not change in it:
         they lie in the run's `folder`.
         """
-        model = build_model(config.model, config.lora, records.task, config.seed, device)
-        if config.training.head_rounds:
+        settings, texts = recipe.model, machine.texts
+        model = build_model(settings, recipe.lora, records.task, recipe.seed, machine.device)
+        if recipe.head_phase:
             _ = model.head  # refuses a model whose head can't be trained by itself
-        test, validation = (
-            encode(config, model, records.test),
-            encode(config, model, records.validation),
-        )
+        test, validation = encode(model, records.test), encode(model, records.validation)
         public = np.arange(len(validation), dtype=np.int64)
         score = public
-        if config.model.projection:
+        if settings.projection:
             # Whitened rows of the fit look unlike any others: they must not score what was fitted
             # on them.
             fit, score = public[::2], public[1::2]
-            model.projection = _projection(
-                model, validation, fit, config.model, folder / PROJECTION, texts
-            )
+            path = folder / PROJECTION
+            model.projection = _projection(model, validation, fit, settings, path, texts)
         # Measured on public records: how long a step takes must not depend on anybody's text.
-        tuning = config.training
-        compute = compute_of_run(model, validation, tuning.attention, tuning.precision, folder)
-        features = FeatureCache(model, progress=progress, texts=texts)
+        compute = compute_of_run(model, validation, machine.attention, machine.precision, folder)
+        features = FeatureCache(model, progress=machine.progress, texts=texts)
         return cls(
+            recipe=recipe,
             model=model,
             compute=compute,
             features=features,
             validation=Evaluator("validation", model, validation, score, features),
             test=Evaluator("test", model, test, np.arange(len(test)), features),
             initial=model.state(),
+        )
+
+    @property
+    def facts(self) -> NetworkFacts:
+        """What a manifest says of this network."""
+        model, settings = self.model, self.recipe.model
+        return NetworkFacts(
+            task=settings.task,
+            labels=model.task.labels,
+            max_length=settings.max_length,
+            network=Network.of(
+                settings, model.lora
+            ),  # names for "auto": nodes build what they read
+            base_digest=model.base_digest,
+            spec_digest=model.spec.digest,
+            projection_digest="" if model.projection is None else model.projection.digest,
+            moved=model.spec.moved,
         )
 
 
@@ -138,8 +156,8 @@ def forget_beginning(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def encode(config: Config, model: AdapterModel, records: Records) -> Encoded:
-    return model.task.encode(records, model.tokenizer, config.model.max_length)
+def encode(model: AdapterModel, records: Records) -> Encoded:
+    return model.task.encode(records, model.tokenizer, model.longest)
 
 
 def _projection(

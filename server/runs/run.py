@@ -8,93 +8,119 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fedlora.common.adapter.peft import export_adapter
-from fedlora.common.config.schema import Config
-from fedlora.common.errors import FedloraError, QuorumLost, Refused, Spent
-from fedlora.common.manifest.manifest import Phase
+from fedlora.common.config.schema import FederationConfig, ServerConfig
+from fedlora.common.errors import QuorumLost, Refused, Spent
+from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.model.state import AdapterState
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Cohort
 from fedlora.server.rounds.loop import Rules, run_rounds
-from fedlora.server.runs.metrics import Conducted, MetricsLog, Observe
-from fedlora.server.runs.summary import summary_of
+from fedlora.server.runs.metrics import MetricsLog, Observe, nobody
+from fedlora.server.runs.public_data import PublicSide
+from fedlora.server.runs.summary import summary_of, write_summary
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
+from fedlora.server.strategies.strategy import Strategy
 
 
-def conduct(
-    run: Conducted, cohort: Cohort, observe: Observe = lambda number, figures: None
-) -> Progress:
-    """The round loop, with a line of metrics.jsonl for each committed round."""
-    config, manifest = run.config, run.manifest
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Run:
+    """A run that was begun or resumed: all that the round loop needs beside a cohort."""
+
+    folder: Path
+    public: PublicSide
+    checkpoint: Checkpoint
+    strategies: tuple[Strategy, ...]  # one a phase
+    rules: Rules
+    clients: int
+    engine: str
+    config: str  # as TOML, for whoever reads the summary
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def manifest(self) -> RunManifest:
+        return self.checkpoint.manifest
+
+
+def conduct(run: Run, cohort: Cohort, observe: Observe = nobody) -> Progress:
+    """The round loop, with a line of metrics.jsonl for each committed round.
+
+    Raises what the loop raises.
+    """
+    manifest = run.manifest
 
     def validate(state: AdapterState, phase: int) -> Mapping[str, float]:
-        return run.public.validation.evaluate(
-            state, head_only=manifest.phases[phase].name == "head"
-        )
+        head_only = manifest.phases[phase].name == "head"
+        return run.public.validation.evaluate(state, head_only=head_only)
 
-    return run_rounds(
-        checkpoint=run.checkpoint,
-        cohort=cohort,
-        strategies=[_strategy(config, phase) for phase in manifest.phases],
-        rules=Rules(
-            quorum=config.federation.quorum,
-            average_last=config.server.average_last,
-            patience=config.federation.patience,
-            evaluate_every=config.federation.evaluate_every,
-            minimum=manifest.minimum_cohort,
-        ),
-        validate=validate,
-        observe=MetricsLog(run, observe).write,
-    )
+    log = MetricsLog(run.folder, run.checkpoint, run.began, observe)
+    return run_rounds(run.checkpoint, cohort, run.strategies, run.rules, validate, log.write)
 
 
 def to_its_end(
-    checkpoint: Checkpoint, work: Callable[[], Progress]
-) -> tuple[Progress, FedloraError | None]:
-    """Where `work` got to, and what it ended with where that is not the last round."""
-    try:
-        return work(), None
-    except (Refused, QuorumLost) as error:
-        return checkpoint.load(), error
+    checkpoint: Checkpoint,
+    work: Callable[[], Progress],
+    finish: Callable[[Progress, str], dict[str, Any]],
+) -> dict[str, Any]:
+    """The summary that `finish` makes of where `work` got to.
 
-
-def has_result(progress: Progress, ended: FedloraError | None) -> bool:
-    """Whether there is an adapter to leave.
-
-    Of a run that is done, that has committed a round, or that is over.
+    A run that ends early is finished with the reason, where it has committed a round or is over;
+    then what ended it is raised.
     """
-    return ended is None or progress.round > 0 or isinstance(ended, Spent)
+    try:
+        progress = work()
+    except (Refused, QuorumLost) as error:
+        reached = checkpoint.load()
+        if reached.round > 0 or isinstance(error, Spent):
+            finish(reached, str(error))
+        raise
+    return finish(progress, "")
 
 
-def conclude(run: Conducted, progress: Progress, reserved: Mapping[str, float]) -> dict[str, Any]:
-    """Score the test file, export the adapter; the summary that every run has. `reserved` is the ε
-    that each institution's ledger proves.
+def conclude(
+    run: Run, progress: Progress, reserved: Mapping[str, float], **more: Any
+) -> dict[str, Any]:
+    """Score the test file, export the adapter, write summary.json, `more` included.
+
+    `reserved` is the ε that each institution's ledger proves.
     """
     started = time.monotonic()
     run.public.features.clear()
     metrics = run.public.test.evaluate(progress.released)
-    config = run.config
-    export_adapter(
-        run.public.model,
-        progress.released,
-        config.model,
-        run.public.model.lora,
-        config.seed,
-        run.folder / "adapter",
-    )
-    summary = summary_of(run, progress, metrics, reserved)
+    model, recipe = run.public.model, run.public.recipe
+    adapter = run.folder / "adapter"
+    export_adapter(model, progress.released, recipe.model, model.lora, recipe.seed, adapter)
+    summary = summary_of(run.manifest, run.public, run.folder, progress, metrics, reserved)
     summary["seconds"] += time.monotonic() - started
+    summary |= {"clients": run.clients, "engine": run.engine, "config": run.config, **more}
+    write_summary(run.folder, summary)
     return summary
 
 
-def _strategy(config: Config, phase: Phase) -> FedAvg:
-    server = config.server
-    head = phase.name == "head"
+def rules_of(federation: FederationConfig, server: ServerConfig, manifest: RunManifest) -> Rules:
+    """How the rounds of a run end."""
+    return Rules(
+        quorum=federation.quorum,
+        average_last=server.average_last,
+        patience=federation.patience,
+        evaluate_every=federation.evaluate_every,
+        minimum=manifest.minimum_cohort,
+    )
+
+
+def strategies_of(server: ServerConfig, manifest: RunManifest) -> tuple[FedAvg, ...]:
+    """The configured server optimiser of each phase."""
+    return tuple(_strategy(server, phase) for phase in manifest.phases)
+
+
+def _strategy(server: ServerConfig, phase: Phase) -> FedAvg:
     name, rate = (
         (server.head_optimizer, server.head_learning_rate)
-        if head
+        if phase.name == "head"
         else (server.optimizer, server.learning_rate)
     )
     decay = phase.rounds if server.decay == "linear" else 0

@@ -1,4 +1,4 @@
-"""From a configuration to the manifest: the public schedule, with its noise calibrated.
+"""From the terms of a run to its manifest: the public schedule, with its noise calibrated.
 
 σ is the smallest that keeps the whole schedule, all attempts of all phases, within ε.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from fedlora.common.config.schema import Config
+from fedlora.common.config.parts import Terms
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest, SecureTerms
 from fedlora.common.privacy.calibration import Schedule
 from fedlora.common.privacy.guarantee import Guarantee
@@ -18,84 +19,92 @@ from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.secagg.ring import Encoding
 
 
+@dataclass(frozen=True)
+class NetworkFacts:
+    """What is known of a network once it is built: everything of a manifest that it decides."""
+
+    task: str
+    labels: tuple[str, ...]
+    max_length: int
+    network: Network
+    base_digest: str
+    spec_digest: str
+    projection_digest: str  # "" where there is no projection
+    moved: Mapping[
+        str, int
+    ]  # coordinates that each phase moves, by its name: shared noise is theirs
+
+
 def make_manifest(
-    config: Config,
-    labels: tuple[str, ...],
-    base_digest: str,
-    spec_digest: str,
-    projection_digest: str = "",
+    terms: Terms,
+    facts: NetworkFacts,
     cache: Path | None = None,
     federation: str = "simulation",
     minimum_cohort: int = 1,
-    moved: Mapping[str, int] | None = None,
 ) -> RunManifest:
-    """A new run of `config`. Calibration takes seconds and is cached in `cache`.
-
-    `moved`: by a phase's name, how many coordinates it moves; shared noise is of these.
-    """
-    guarantee = guarantee_named(config.privacy.mode)
-    schedule = guarantee.calibrated(
-        public_phases(config), config.privacy, config.aggregation, moved, cache
-    )
-    secure = _secure_terms(config, guarantee, schedule) if config.aggregation.secure else None
+    """A new run on `terms`. Calibration takes seconds and is cached in `cache`."""
+    privacy, asked, phases = terms.privacy, terms.aggregation, public_phases(terms)
+    guarantee = guarantee_named(privacy.mode)
+    schedule = guarantee.calibrated(phases, privacy, asked, facts.moved or None, cache)
+    secure = _secure_terms(terms, guarantee, schedule) if asked.secure else None
     return RunManifest(
         federation=federation,
         run=secrets.token_hex(16),
-        task=config.model.task,
-        labels=labels,
-        base_digest=base_digest,
-        spec_digest=spec_digest,
-        projection_digest=projection_digest,
-        max_length=config.model.max_length,
-        mode=config.privacy.mode,
-        unit=config.data.unit,
-        epsilon=config.privacy.epsilon if guarantee.private else 0.0,
-        delta=config.privacy.delta if guarantee.private else 0.0,
-        strategy=config.aggregation.strategy,
-        participation=config.federation.participation,
-        minimum_cohort=minimum_cohort if secure is None else config.aggregation.minimum_cohort,
-        seed=config.seed,
-        network=Network.of(config.model, config.lora),
+        task=facts.task,
+        labels=facts.labels,
+        base_digest=facts.base_digest,
+        spec_digest=facts.spec_digest,
+        projection_digest=facts.projection_digest,
+        max_length=facts.max_length,
+        mode=privacy.mode,
+        unit=terms.unit,
+        epsilon=privacy.epsilon if guarantee.private else 0.0,
+        delta=privacy.delta if guarantee.private else 0.0,
+        strategy=asked.strategy,
+        participation=terms.federation.participation,
+        minimum_cohort=minimum_cohort if secure is None else asked.minimum_cohort,
+        seed=terms.seed,
+        network=facts.network,
         phases=schedule.phases,
         secure=secure,
         skellam=schedule.skellam,
     )
 
 
-def _secure_terms(config: Config, guarantee: type[Guarantee], schedule: Schedule) -> SecureTerms:
+def _secure_terms(terms: Terms, guarantee: type[Guarantee], schedule: Schedule) -> SecureTerms:
     """The ring that holds a sum of all institutions, and its noise; BadInput where none does."""
     bounds = tuple(guarantee.coordinate_bound(phase) for phase in schedule.phases)
-    members, noise = config.federation.clients, schedule.member_noise()
+    members, noise = terms.federation.clients, schedule.member_noise()
     ring = Encoding.fitting(1, max(bounds), schedule.levels, members, noise)
     return SecureTerms(
         threshold=THRESHOLD_RULE,
-        max_colluders=config.aggregation.max_colluders,
-        epoch_attempts=config.aggregation.epoch_rounds,
+        max_colluders=terms.aggregation.max_colluders,
+        epoch_attempts=terms.aggregation.epoch_rounds,
         bits=ring.bits,
         levels=ring.levels,
         update_bounds=bounds,
     )
 
 
-def public_phases(config: Config) -> tuple[Phase, ...]:
+def public_phases(terms: Terms) -> tuple[Phase, ...]:
     """The phases with noise 0: where `head_rounds` asks, the head alone; then everything."""
-    head, rounds = config.training.head_rounds, config.federation.rounds
-    phases = (_head_phase(config, head), _adapter_phase(config, rounds - head))
+    head, rounds = terms.training.head_rounds, terms.federation.rounds
+    phases = (_head_phase(terms, head), _adapter_phase(terms, rounds - head))
     return tuple(phase for phase in phases if phase.rounds > 0)
 
 
-def _head_phase(config: Config, rounds: int) -> Phase:
-    training = config.training
+def _head_phase(terms: Terms, rounds: int) -> Phase:
+    training = terms.training
     ratio = training.head_sampling_rate / training.sampling_rate
     return Phase(
         name="head",
         rounds=rounds,
-        attempts=rounds + config.federation.spare_rounds,
+        attempts=rounds + terms.federation.spare_rounds,
         steps=training.head_steps,
         sampling_rate=training.head_sampling_rate,
         expected_units=training.head_expected_units or training.expected_units * ratio,
         noise_multiplier=0.0,
-        clip=config.privacy.head_phase_clip,
+        clip=terms.privacy.head_phase_clip,
         head_clip=0.0,
         optimizer=training.head_optimizer,
         learning_rate=training.head_learning_rate,
@@ -104,18 +113,18 @@ def _head_phase(config: Config, rounds: int) -> Phase:
     )
 
 
-def _adapter_phase(config: Config, rounds: int) -> Phase:
-    training = config.training
+def _adapter_phase(terms: Terms, rounds: int) -> Phase:
+    training = terms.training
     return Phase(
         name="adapter",
         rounds=rounds,
-        attempts=rounds + config.federation.spare_rounds,
+        attempts=rounds + terms.federation.spare_rounds,
         steps=training.steps,
         sampling_rate=training.sampling_rate,
         expected_units=float(training.expected_units),
         noise_multiplier=0.0,
-        clip=config.privacy.clip,
-        head_clip=config.privacy.head_clip,
+        clip=terms.privacy.clip,
+        head_clip=terms.privacy.head_clip,
         optimizer=training.optimizer,
         learning_rate=training.learning_rate,
         carry_optimizer=training.carry_optimizer,

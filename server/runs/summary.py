@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.common.config.schema import config_to_toml
 from fedlora.common.disk.files import write_text
+from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.checkpoint import Progress
-from fedlora.server.runs.metrics import Conducted
+from fedlora.server.runs.public_data import PublicSide
 from fedlora.server.secagg.log import liars_in, secure_summary, sums_of
 
 
@@ -23,22 +23,44 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def summary_of(
-    run: Conducted, progress: Progress, metrics: Mapping[str, float], reserved: Mapping[str, float]
+    manifest: RunManifest,
+    public: PublicSide,
+    folder: Path,
+    progress: Progress,
+    metrics: Mapping[str, float],
+    reserved: Mapping[str, float],
 ) -> dict[str, Any]:
-    manifest, config, public = run.manifest, run.config, run.public
-    guarantee = guarantee_of(manifest)
-    by_client = {name: guarantee.stated(each) for name, each in reserved.items()}
-    private = guarantee.private
-    epsilon = max(by_client.values(), default=0.0) if private else None
+    """What every run says of itself: what was promised, what was reached, and at what cost."""
     lines = [
         json.loads(line)
-        for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    seconds = sum(line["seconds"] for line in lines)
-    examples = sum(line["examples_per_second"] * line["seconds"] for line in lines)
     return {
         "task": manifest.task,
         **metrics,
+        **_guaranteed(manifest, reserved),
+        "rounds": progress.round,
+        **_measured(lines),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "trainable_parameters": public.model.spec.size,
+        "strategy": manifest.strategy,
+        "secure_aggregation": manifest.secure is not None,
+        "secure": secure_summary(manifest, sums_of(folder), liars_in(folder)),
+        "base_digest": manifest.base_digest,
+        "adapter_digest": progress.released.digest,
+        "attention": public.compute.attention,
+        "precision": public.compute.precision,
+        "validation": {key: lines[-1][key] for key in metrics if lines and key in lines[-1]},
+        "versions": versions(),
+    }
+
+
+def _guaranteed(manifest: RunManifest, reserved: Mapping[str, float]) -> dict[str, Any]:
+    guarantee = guarantee_of(manifest)
+    private = guarantee.private
+    by_client = {name: guarantee.stated(each) for name, each in reserved.items()}
+    epsilon = max(by_client.values(), default=0.0) if private else None
+    return {
         "epsilon": epsilon,
         "epsilon_by_client": by_client if private else {},
         "delta": manifest.delta if private else None,
@@ -46,29 +68,21 @@ def summary_of(
         "unit": guarantee.unit,
         "mode": manifest.mode,
         "schedule": guarantee.schedule(),
-        "rounds": progress.round,
-        "clients": config.federation.clients,
-        "seconds": (lines[-1]["elapsed_seconds"] if lines else 0.0),
-        "training_seconds": seconds,
-        "examples_per_second": examples / seconds if seconds else 0.0,
-        "client_rounds_per_second": sum(line["replies"] for line in lines) / seconds
-        if seconds
-        else 0.0,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "trainable_parameters": public.model.spec.size,
-        "strategy": manifest.strategy,
-        "engine": run.engine,
-        "secure_aggregation": manifest.secure is not None,
-        "secure": secure_summary(manifest, sums_of(run.folder), liars_in(run.folder)),
-        "base_digest": manifest.base_digest,
-        "adapter_digest": progress.released.digest,
-        "attention": public.compute.attention,
-        "precision": public.compute.precision,
         "noise_source": guarantee.noise,
         "privacy_statement": guarantee.statement(epsilon),
-        "validation": {key: lines[-1][key] for key in metrics if lines and key in lines[-1]},
-        "versions": versions(),
-        "config": config_to_toml(config),
+    }
+
+
+def _measured(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of the run and of its rounds, and what was done in these."""
+    seconds = sum(line["seconds"] for line in lines)
+    examples = sum(line["examples_per_second"] * line["seconds"] for line in lines)
+    replies = sum(line["replies"] for line in lines)
+    return {
+        "seconds": lines[-1]["elapsed_seconds"] if lines else 0.0,
+        "training_seconds": seconds,
+        "examples_per_second": examples / seconds if seconds else 0.0,
+        "client_rounds_per_second": replies / seconds if seconds else 0.0,
     }
 
 

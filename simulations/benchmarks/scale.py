@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.common.config.schema import Config, parse_config
+from fedlora.server.runs.run import conduct
 from fedlora.server.runs.summary import peak_rss_bytes
+from fedlora.simulations.begin import Options, begin
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.federation.partition import Partition
-from fedlora.simulations.federation.run_folder import Paths, begin, train
 
 SIZES = (100, 1_000, 10_000)
 RECORDS, COHORT = 32, 20
@@ -86,13 +87,13 @@ def _measure(clients: int, rounds: int) -> dict[str, Any]:
         CONFIG.format(clients=clients, rounds=rounds, participation=COHORT / clients)
     )
     with TemporaryDirectory() as folder:
-        run = begin(config, Paths.of(Path(folder)))
+        run = begin(config, Path(folder), Options(device="cpu"))
         run.federation.partition = _many(len(run.federation.units), config)
         start = time.perf_counter() - STARTED
         before, replies = time.process_time(), []
-        train(run, sequential(run), lambda number, figures: None)
+        conduct(run, sequential(run))
         spent = time.process_time() - before
-        lines = (run.paths.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         replies = [json.loads(line)["replies"] for line in lines]
     return {
         "clients": clients,

@@ -14,7 +14,6 @@ from typing import Any, cast
 import ray
 
 from fedlora.client.secagg.masked_run import MaskedRun, Train
-from fedlora.common.config.schema import AggregationConfig
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.state import AdapterSpec, Vector
@@ -26,8 +25,8 @@ from fedlora.simulations.engines.masked import Roster
 class _Keeper:
     """One run's nodes. A refusal comes back as text: an exception would arrive as Ray's."""
 
-    def __init__(self, names: list[str], manifest: bytes, settings: AggregationConfig) -> None:
-        self._roster = Roster(names, RunManifest.from_bytes(manifest), settings)
+    def __init__(self, names: list[str], manifest: bytes) -> None:
+        self._roster = Roster(names, RunManifest.from_bytes(manifest))
         self._runs: dict[str, MaskedRun] = {}
 
     def identities(self) -> dict[str, bytes]:
@@ -69,10 +68,10 @@ class Keeper:
         self._actor = actor
 
     @classmethod
-    def start(cls, names: list[str], manifest: RunManifest, settings: AggregationConfig) -> Keeper:
+    def start(cls, names: list[str], manifest: RunManifest) -> Keeper:
         """It lives as long as this handle."""
         actor = ray.remote(_Keeper).options(name=_name(manifest), num_cpus=0)
-        return cls(actor.remote(names, manifest.to_bytes(), settings))
+        return cls(actor.remote(names, manifest.to_bytes()))
 
     @classmethod
     def find(cls, manifest: RunManifest) -> Keeper:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from fedlora.client.node.outbox import MemoryOutbox
 from fedlora.client.secagg.masked_run import MaskedRun
-from fedlora.common.config.schema import AggregationConfig, Config, FaultsConfig
+from fedlora.common.config.schema import FaultsConfig
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
@@ -40,18 +40,17 @@ TrainerOf = Callable[[str], Trains]
 class Roster:
     """Identities of a simulated federation, each approved by every operator."""
 
-    def __init__(
-        self, names: list[str], manifest: RunManifest, settings: AggregationConfig
-    ) -> None:
-        self._manifest, self._settings = manifest, settings
+    def __init__(self, names: list[str], manifest: RunManifest) -> None:
+        if manifest.secure is None:
+            raise BadInput("manifest secure: found none, expected the terms of secure aggregation")
+        self._manifest, self._colluders = manifest, manifest.secure.max_colluders
         self._identities = {name: Identity.generate() for name in names}
         self.peers = {name: Peer(name, name, key.public) for name, key in self._identities.items()}
 
     def masked_run(self, name: str) -> MaskedRun:
         """A node of that name that has just started."""
-        policy = CohortPolicy(
-            name, self.peers, self._settings.minimum_cohort, self._settings.max_colluders
-        )
+        least = self._manifest.minimum_cohort
+        policy = CohortPolicy(name, self.peers, least, self._colluders)
         return MaskedRun.begun(self._identities[name], policy, self._manifest, MemoryOutbox())
 
 
@@ -59,10 +58,10 @@ class Institutions:
     """An `Exchange` whose institutions live in this process, each made when first asked."""
 
     def __init__(
-        self, names: list[str], manifest: RunManifest, config: Config, trainer_of: TrainerOf
+        self, names: list[str], manifest: RunManifest, faults: FaultsConfig, trainer_of: TrainerOf
     ) -> None:
-        self._faults, self._trainer_of = config.faults, trainer_of
-        self._roster = Roster(names, manifest, config.aggregation)
+        self._faults, self._trainer_of = faults, trainer_of
+        self._roster = Roster(names, manifest)
         self._runs: dict[str, MaskedRun] = {}
         self._source: Random = OsRandom()
         self.masked_vectors = 0

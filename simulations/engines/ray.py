@@ -28,14 +28,14 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -43,7 +43,7 @@ from flwr.simulation import run_simulation
 
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.trainer import Trainer
-from fedlora.common.config.schema import Config, load_config
+from fedlora.common.config.schema import load_config
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger.ledger import Ledger
@@ -67,15 +67,15 @@ from fedlora.server.deployment.flower import (
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.rounds.cohort import Cohort, replies_needed
 from fedlora.server.runs.metrics import Observe
-from fedlora.server.runs.run import has_result, to_its_end
+from fedlora.server.runs.run import conduct, to_its_end
 from fedlora.server.secagg.log import liars_in, note_in
 from fedlora.server.secagg.seen_keys import SeenKeys
 from fedlora.server.secagg.sums import SecureCohort
+from fedlora.simulations.begin import Options, begin, federation_of, machine_of, with_corpus
 from fedlora.simulations.engines.sequential import choose_clients
-from fedlora.simulations.federation.corpus import generate, write
 from fedlora.simulations.federation.packaged import packaged_config
 from fedlora.simulations.federation.population import Federation, client_name
-from fedlora.simulations.federation.run_folder import Paths, Run, begin, finish, train
+from fedlora.simulations.federation.run_folder import Paths, SimulatedRun, finish
 from fedlora.simulations.report.pages import write_report
 
 QUICKSTART = "quickstart"
@@ -98,18 +98,27 @@ def serve(grid: Grid, context: Context) -> None:
     folder, settings = _folder(context), context.run_config
     name, ledger = str(settings["config"]), str(settings["ledger"])
     print(f"run     {folder}", flush=True)
-    config = _config(name, shlex.split(str(settings["set"])), folder)
-    paths = Paths.of(folder, Path(ledger) if ledger else None)
-    run = begin(config, paths, settings["resume"] is True, engine="ray")
-    done, ended = to_its_end(
-        run.checkpoint, lambda: train(run, _cohort(grid, run, Clock()), _print_round)
+    config = load_config(packaged_config(Path(name)), shlex.split(str(settings["set"])))
+    if name == QUICKSTART:
+        config = with_corpus(config, folder / "data")
+    options = Options(
+        engine="ray",
+        device="cpu",
+        resume=settings["resume"] is True,
+        ledger=Path(ledger) if ledger else None,
     )
-    if has_result(done, ended):
-        summary = finish(run, done, synthetic=name == QUICKSTART, ended=str(ended or ""))
+    run = begin(config, folder, options)
+
+    def finished(progress: Progress, ended: str) -> dict[str, Any]:
+        summary = finish(run, progress, ended, synthetic=name == QUICKSTART)
         print(f"report  {write_report(folder)}", flush=True)
         print(f"adapter {summary['adapter_digest']}", flush=True)
-    if ended is not None:
-        raise ended
+        return summary
+
+    def train() -> Progress:
+        return conduct(run, _cohort(grid, run, Clock()), _print_round)
+
+    to_its_end(run.checkpoint, train, finished)
 
 
 @client_app.query()
@@ -124,7 +133,7 @@ def asked(message: Message, context: Context) -> Message:
     return _answer_plan(message, _folder(context))
 
 
-def train_on_ray(run: Run, observe: Observe) -> Progress:
+def train_on_ray(run: SimulatedRun, observe: Observe) -> Progress:
     """The round loop of a run on Ray actors, one for each CPU; raises what the loop raises.
 
     Flower runs the loop in a thread beside its simulation; when either ends, so does the other.
@@ -140,8 +149,8 @@ def train_on_ray(run: Run, observe: Observe) -> Progress:
         try:
             run_simulation(
                 _server(run, observe, stop, outcome),
-                _client(run.paths.folder),
-                num_supernodes=min(run.config.federation.clients, MAX_NODES),
+                _client(run.folder),
+                num_supernodes=min(run.clients, MAX_NODES),
                 backend_config={"client_resources": {"num_cpus": 1}, "init_args": {}},
             )
         except RuntimeError as error:  # Flower has logged the cause
@@ -153,14 +162,14 @@ def train_on_ray(run: Run, observe: Observe) -> Progress:
 
 
 def _server(
-    run: Run, observe: Observe, stop: threading.Event, outcome: Future[Progress]
+    run: SimulatedRun, observe: Observe, stop: threading.Event, outcome: Future[Progress]
 ) -> ServerApp:
     app = ServerApp()
 
     @app.main()
     def serve_begun(grid: Grid, context: Context) -> None:
         try:
-            outcome.set_result(train(run, _cohort(grid, run, _stoppable(stop)), observe))
+            outcome.set_result(conduct(run, _cohort(grid, run, _stoppable(stop)), observe))
         except BaseException as error:  # of any kind: the caller's thread raises it
             outcome.set_exception(error)
 
@@ -214,11 +223,11 @@ def _stoppable(stop: threading.Event) -> Clock:
     return Clock(now, sleep)
 
 
-def _cohort(grid: Grid, run: Run, clock: Clock) -> Cohort:
+def _cohort(grid: Grid, run: SimulatedRun, clock: Clock) -> Cohort:
     """Tell the nodes how to build what the coordinator built, and wait until they have."""
     shared = _Shared(str(run.paths.ledger), str(run.federation.model.device))
-    write_atomically(run.paths.folder / NODES_FILE, shared.to_bytes())
-    clients = run.config.federation.clients
+    write_atomically(run.folder / NODES_FILE, shared.to_bytes())
+    clients = run.clients
     enrolled = enrol(grid, run.manifest, clients, START_SECONDS, clock=clock)
 
     def choose(plan: RoundPlan) -> list[str]:
@@ -226,19 +235,19 @@ def _cohort(grid: Grid, run: Run, clock: Clock) -> Cohort:
             client_name(client) for client in choose_clients(run.manifest, run.federation, plan)
         ]
 
-    deadline = run.config.federation.deadline
+    deadline = run.deadline
     if run.manifest.secure is None:
         return GridCohort(grid, enrolled.nodes, choose, deadline, clock)
     from fedlora.simulations.engines.keeper import Keeper  # Flower has started Ray by now
 
-    keeper = Keeper.start(list(enrolled.nodes), run.manifest, run.config.aggregation)
+    keeper = Keeper.start(list(enrolled.nodes), run.manifest)
     exchange = GridExchange(grid, enrolled.nodes, deadline, clock)
-    quorum, minimum = run.config.federation.quorum, run.manifest.minimum_cohort
+    quorum, minimum = run.rules.quorum, run.rules.minimum
 
     def needed(asked: int) -> int:
         return replies_needed(asked, quorum, minimum)
 
-    folder = run.paths.folder
+    folder = run.folder
     kept = (note_in(folder), liars_in(folder), SeenKeys(folder))
     return SecureCohort(run.manifest, keeper.identities, exchange, choose, needed, *kept)
 
@@ -287,9 +296,8 @@ def _resident(folder: Path) -> _Resident:
 def _build(folder: Path, digest: str) -> _Resident:
     """Once for each actor and run; `digest` tells runs apart that had the same folder."""
     shared = _Shared.read(folder)
-    federation = Federation.build(
-        load_config(folder / "config.toml"), folder, device=torch.device(shared.device)
-    )
+    config = load_config(folder / "config.toml")
+    federation = federation_of(config, folder, machine_of(config, Options(device=shared.device)))
     return _Resident(
         federation=federation,
         manifest=RunManifest.from_json((folder / "manifest.json").read_bytes()),
@@ -351,15 +359,6 @@ def _staged(resident: _Resident, record: RecordDict) -> RecordDict:
     except FedloraError as error:
         kind = REFUSED if isinstance(error, Refused) else DECLINED
         return flower.envelope_record(kind, one_line(str(error)).encode())
-
-
-def _config(name: str, overrides: Sequence[str], folder: Path) -> Config:
-    """A packaged configuration or a file; the quickstart's corpus is made up on the spot."""
-    config = load_config(packaged_config(Path(name)), overrides)
-    if name != QUICKSTART:
-        return config
-    train_path, test_path = write(generate(config.seed), folder / "data")
-    return replace(config, data=replace(config.data, train=str(train_path), test=str(test_path)))
 
 
 def _folder(context: Context) -> Path:

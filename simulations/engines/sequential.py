@@ -7,7 +7,6 @@ Memory is one float64 sum, whatever the number of clients.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from fedlora.server.secagg.seen_keys import SeenKeys
 from fedlora.server.secagg.sums import SecureCohort
 from fedlora.simulations.engines.masked import Institutions
 from fedlora.simulations.federation.population import Federation, client_name
-from fedlora.simulations.federation.run_folder import Run
+from fedlora.simulations.federation.run_folder import SimulatedRun
 
 
 class SequentialCohort:
@@ -67,20 +66,17 @@ class SequentialCohort:
         return update
 
 
-def secure_cohort(
-    federation: Federation,
-    manifest: RunManifest,
-    ledger: Ledger | None,
-    moments: MomentStore,
-    folder: Path,
-) -> SecureCohort:
+def secure_cohort(run: SimulatedRun) -> SecureCohort:
     """The same clients behind secure aggregation's state machines: nobody adds in clear."""
+    federation, manifest = run.federation, run.manifest
     numbers = {client_name(client): client for client in federation.clients}
     institutions = Institutions(
         list(numbers),
         manifest,
-        federation.config,
-        lambda name: federation.trainer(numbers[name], manifest, ledger, moments, masked=True),
+        run.faults,
+        lambda name: federation.trainer(
+            numbers[name], manifest, run.ledger, run.moments, masked=True
+        ),
     )
     identities = {name: peer.identity for name, peer in institutions.peers.items()}
 
@@ -88,9 +84,9 @@ def secure_cohort(
         return [client_name(client) for client in choose_clients(manifest, federation, plan)]
 
     def needed(asked: int) -> int:
-        return replies_needed(asked, federation.config.federation.quorum, manifest.minimum_cohort)
+        return replies_needed(asked, run.rules.quorum, run.rules.minimum)
 
-    kept = (note_in(folder), liars_in(folder), SeenKeys(folder))
+    kept = (note_in(run.folder), liars_in(run.folder), SeenKeys(run.folder))
     return SecureCohort(manifest, lambda: identities, institutions, choose, needed, *kept)
 
 
@@ -108,10 +104,8 @@ def choose_clients(manifest: RunManifest, federation: Federation, plan: RoundPla
     return participants(federation.clients, manifest.participation, source)
 
 
-def sequential(run: Run) -> Cohort:
+def sequential(run: SimulatedRun) -> Cohort:
     """The in-process engine; with secure aggregation its coordinator's part learns sums only."""
     if run.manifest.secure is not None:
-        return secure_cohort(
-            run.federation, run.manifest, run.ledger, run.moments, run.paths.folder
-        )
+        return secure_cohort(run)
     return SequentialCohort(run.federation, run.manifest, run.ledger, run.moments)

@@ -21,10 +21,10 @@ from fedlora.common.data.tasks import Encoded
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.compute import threads as with_threads
 from fedlora.common.model.features import pooled_features
-from fedlora.common.privacy.calibration import default_cache
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_named, guarantee_of
+from fedlora.simulations.begin import Options, federation_of, machine_of, manifest_of
 from fedlora.simulations.federation.population import Federation
 
 PROBE_RECORDS = 48  # of the public validation part
@@ -41,9 +41,9 @@ class Speed:
 def print_plan(config: Config, console: Console, threads: int = 0) -> None:
     """Print the schedule: noise, ε by round, and the time that it would take on this machine."""
     with with_threads(threads), TemporaryDirectory() as folder:
-        federation = Federation.build(config, Path(folder))
-        manifest = federation.manifest(default_cache())
-        speed = measure(federation)
+        federation = federation_of(config, Path(folder), machine_of(config, Options(device="cpu")))
+        manifest = manifest_of(config, federation)
+        speed = measure(federation, config)
     console.print(_schedule(federation, manifest, speed))
     guarantee = guarantee_of(manifest)
     if guarantee.private:
@@ -55,23 +55,27 @@ def print_plan(config: Config, console: Console, threads: int = 0) -> None:
     )
 
 
-def measure(federation: Federation) -> Speed:
+def measure(federation: Federation, config: Config) -> Speed:
     """Time a forward pass and a step, as the run would make it, on the public validation part."""
     data = federation.public.validation.data
     rows = np.arange(min(PROBE_RECORDS, len(data)), dtype=np.int64)
     units = unit_groups(None, len(rows))
     forward = step = 0.0
     for _ in range(2):  # the second time is measured
-        if federation.config.training.head_rounds:
+        if config.training.head_rounds:
             forward = _seconds(lambda: pooled_features(federation.model, data, rows))
-        step = _seconds(lambda: _step(federation, data, units, rows))
+        step = _seconds(lambda: _step(federation, config, data, units, rows))
     return Speed(forward / len(rows), step / len(rows))
 
 
 def _step(
-    federation: Federation, data: Encoded, units: UnitIndex, rows: npt.NDArray[np.int64]
+    federation: Federation,
+    config: Config,
+    data: Encoded,
+    units: UnitIndex,
+    rows: npt.NDArray[np.int64],
 ) -> None:
-    gradients, config = federation.training.gradients, federation.config
+    gradients = federation.training.gradients
     tokens = config.training.micro_batch_tokens
     if guarantee_named(config.privacy.mode).noise_in_step:
         gradients.clipped_sum(data, units, rows, ClipGroups.flat(gradients.model.spec, 1.0), tokens)

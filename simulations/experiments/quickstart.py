@@ -16,11 +16,12 @@ from fedlora.common.config.schema import Config, load_config
 from fedlora.common.errors import BadInput
 from fedlora.common.model.compute import threads as with_threads
 from fedlora.common.model.features import PooledTexts
+from fedlora.server.runs.run import conduct
 from fedlora.server.runs.summary import write_summary
+from fedlora.simulations.begin import Options, begin, with_corpus
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.experiments.progress import run_progress
-from fedlora.simulations.federation.corpus import generate, write
-from fedlora.simulations.federation.run_folder import Paths, begin, finish, train
+from fedlora.simulations.federation.run_folder import finish
 from fedlora.simulations.report.pages import write_report
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.toml"
@@ -48,7 +49,7 @@ WRITTEN = (
 def run_quickstart(folder: Path, console: Console, threads: int = 0) -> dict[str, Any]:
     """Three results and a report under `folder`; returns the private run's summary."""
     _make_room(folder)
-    config = _with_corpus(load_config(CONFIG), folder / "data")
+    config = with_corpus(load_config(CONFIG), folder / "data")
     console.print(
         "quickstart: a synthetic corpus of five institutions; nothing here is anybody's data"
     )
@@ -80,16 +81,11 @@ def _one_run(
     """Scores before training, and the summary after it."""
     console.print(f"[bold]{title}[/bold]")
     with run_progress(console, config.federation.rounds) as progress:
-        run = begin(config, Paths.of(folder), progress=progress.features, texts=texts)
+        run = begin(config, folder, Options(device="cpu", texts=texts), progress.features)
         progress.expect_features(run.federation.feature_records)
-        before = run.federation.public.test.evaluate(run.federation.public.initial)
-        summary = finish(run, train(run, sequential(run), progress.round), synthetic=True)
+        before = run.public.test.evaluate(run.public.initial)
+        summary = finish(run, conduct(run, sequential(run), progress.round), synthetic=True)
     return dict(before), summary
-
-
-def _with_corpus(config: Config, folder: Path) -> Config:
-    train_path, test_path = write(generate(config.seed), folder)
-    return replace(config, data=replace(config.data, train=str(train_path), test=str(test_path)))
 
 
 def _make_room(folder: Path) -> None:

@@ -15,7 +15,8 @@ from fedlora.common.config.schema import config_to_toml, load_config
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.model.features import PooledTexts
-from fedlora.simulations.experiments.simulate import run_to_report
+from fedlora.simulations.begin import Options
+from fedlora.simulations.experiments.simulate import simulate
 from fedlora.simulations.report.pages import write_sweep_report
 
 KEPT = (
@@ -63,15 +64,8 @@ def run_sweep(
         else:
             console.print(f"[bold]{setting}[/bold]")
             resume = (target / "checkpoint" / "manifest.json").exists()
-            summary = run_to_report(
-                settings,
-                target,
-                console,
-                resume=resume,
-                device=device,
-                threads=threads,
-                texts=texts,
-            )
+            options = Options(device=device, threads=threads, resume=resume, texts=texts)
+            summary = simulate(settings, target, console, options)
         trials.append({"key": key, "value": value, **{name: summary.get(name) for name in KEPT}})
         write_atomically(folder / "sweep.json", (json.dumps(trials, indent=2) + "\n").encode())
     return write_sweep_report(folder)

@@ -7,29 +7,25 @@ actor of a cluster.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.trainer import Trainer, charge
-from fedlora.common.config.schema import Config
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
 from fedlora.common.data.tasks import Encoded
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.model.features import PooledTexts, Progress
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.privacy.modes import guarantee_of
-from fedlora.server.runs.public_data import PublicRecords, PublicSide, encode
-from fedlora.server.runs.schedule import make_manifest
-from fedlora.simulations.federation.partition import Partition, partition_units
-from fedlora.simulations.federation.sources import read_sources
+from fedlora.server.runs.public_data import PublicSide, encode
+from fedlora.simulations.federation.partition import Partition
+from fedlora.simulations.federation.sources import Sources
 
 Ints = npt.NDArray[np.int64]
 
@@ -38,42 +34,34 @@ Ints = npt.NDArray[np.int64]
 class Federation:
     """Everything that a run needs besides the round loop."""
 
-    config: Config
     public: PublicSide
     train: Encoded
     units: UnitIndex  # of the training part, dealt out by `partition`
     partition: Partition
-    records: Records
     data_digest: str  # of the training file; it stays here
     training: LocalTraining
+    budget: Budget  # of the population that the training file is drawn from
 
     @classmethod
     def build(
         cls,
-        config: Config,
-        folder: Path,
-        progress: Progress | None = None,
-        device: torch.device | None = None,
-        texts: PooledTexts | None = None,
+        public: PublicSide,
+        sources: Sources,
+        deal: Callable[[Records, UnitIndex], Partition],
+        budget: Budget,
+        micro_batch_tokens: int,
     ) -> Federation:
-        """Read and encode data, load the model, deal the units out. BadInput: what is wrong.
-
-        What is computed once for a run and must not change in it lies in the run's `folder`.
-        """
-        sources = read_sources(config)
-        records = PublicRecords(sources.task, sources.validation, sources.test)
-        public = PublicSide.build(config, records, folder, progress, device, texts)
+        """Encode the training part, and deal its units out; BadInput where they can't be."""
         units = unit_groups(sources.train.units, len(sources.train))
         gradients = PerSampleGradients(public.model)
         return cls(
-            config=config,
             public=public,
-            train=encode(config, public.model, sources.train),
+            train=encode(public.model, sources.train),
             units=units,
-            partition=partition_units(config.federation, sources.train, units, config.seed),
-            records=sources.train,
+            partition=deal(sources.train, units),
             data_digest=sources.digest,
-            training=LocalTraining(gradients, public.features, config.training.micro_batch_tokens),
+            training=LocalTraining(gradients, public.features, micro_batch_tokens),
+            budget=budget,
         )
 
     @property
@@ -87,22 +75,7 @@ class Federation:
 
     @property
     def clients(self) -> range:
-        return range(self.config.federation.clients)
-
-    def manifest(self, cache: Path | None = None) -> RunManifest:
-        """A new run of this federation."""
-        task = self.model.task
-        model = self.model
-        projection = "" if model.projection is None else model.projection.digest
-        return make_manifest(
-            replace(self.config, lora=model.lora),  # names for "auto": nodes build what they read
-            task.labels,
-            model.base_digest,
-            model.spec.digest,
-            projection,
-            cache,
-            moved=model.spec.moved,
-        )
+        return range(len(self.partition.sizes))
 
     def trainer(
         self,
@@ -128,7 +101,7 @@ class Federation:
         """
         guarantee = guarantee_of(manifest)
         if guarantee.private:
-            budget = self._budget(f"population {self.config.privacy.population}", manifest)
+            budget = self._budget(self.budget.name, manifest)
             attempts = [phase.attempts for phase in manifest.phases]
             ledger.consent(budget, manifest.digest, charge(guarantee), attempts)
 
@@ -137,9 +110,8 @@ class Federation:
         return client_name(client)
 
     def _budget(self, name: str, manifest: RunManifest) -> Budget:
-        """A budget that one run of this configuration fits into."""
-        privacy = self.config.privacy
-        return Budget(name, guarantee_of(manifest).cap(privacy.epsilon), privacy.delta)
+        """A budget that one run of this federation fits into."""
+        return Budget(name, guarantee_of(manifest).cap(self.budget.epsilon), self.budget.delta)
 
     def label_counts(self) -> Ints:
         """(clients, labels) records of each label at each client; a researcher's own data."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedlora.common.config.schema import Config
+from fedlora.common.config.schema import DataConfig
 from fedlora.common.data.records import (
     Records,
     file_digest,
@@ -13,43 +13,38 @@ from fedlora.common.data.records import (
     split_validation,
     unit_groups,
 )
-from fedlora.common.data.tasks import Task
 from fedlora.common.errors import BadInput
-from fedlora.common.privacy.modes import guarantee_named
-from fedlora.server.runs.public_data import columns_of, read_labels, task_of
+from fedlora.server.runs.public_data import PublicRecords, columns_of, read_labels, task_of
 
 
 @dataclass(frozen=True, eq=False)
 class Sources:
     """Records as read, before any model sees them. `digest` is the training file's."""
 
-    task: Task
     train: Records
-    validation: Records
-    test: Records
+    public: PublicRecords
     digest: str
 
 
-def read_sources(config: Config) -> Sources:
-    """Read what the [data] section names; BadInput says which file, row and column is wrong."""
-    data = config.data
+def read_sources(data: DataConfig, task: str, seed: int, more: tuple[str, ...] = ()) -> Sources:
+    """Read what the [data] section names, with the columns `more` of the training file.
+
+    `seed` draws the validation part where it is a share of the training file. BadInput says which
+    file, row and column is wrong.
+    """
     for name, value in (("train", data.train), ("test", data.test)):
         if not value:
             raise BadInput(f'[data] {name} = "": expected a .jsonl, .csv or .parquet file')
-    labels = read_labels(config)
-    whole = read_records(Path(data.train), columns_of(config, private=True), labels)
-    test = read_records(Path(data.test), columns_of(config, private=False), labels)
+    labels, public = read_labels(data, task), columns_of(data, task)
+    private = replace(public, unit=data.unit, more=more)
+    train = read_records(Path(data.train), private, labels)
+    test = read_records(Path(data.test), public, labels)
     if isinstance(data.validation, str):
-        train, validation = (
-            whole,
-            read_records(Path(data.validation), columns_of(config, private=False), labels),
-        )
+        validation = read_records(Path(data.validation), public, labels)
     else:
-        kept, aside = split_validation(
-            unit_groups(whole.units, len(whole)), data.validation, config.seed
-        )
-        train, validation = whole.take(kept), whole.take(aside, f"{whole.where} (validation part)")
-    units, institutions = len(unit_groups(train.units, len(train))), config.federation.clients
-    guarantee = guarantee_named(config.privacy.mode)
-    guarantee.check_delta(config.privacy.delta, units, whole.where, institutions)
-    return Sources(task_of(config, labels), train, validation, test, file_digest(Path(data.train)))
+        groups = unit_groups(train.units, len(train))
+        kept, aside = split_validation(groups, data.validation, seed)
+        validation = train.take(aside, f"{train.where} (validation part)")
+        train = train.take(kept)
+    records = PublicRecords(task_of(task, labels), validation, test)
+    return Sources(train, records, file_digest(Path(data.train)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from fedlora.common.protocol.messages import (
     OFFER_TAG,
     PLAN_TAG,
     Address,
+    Decline,
     Offer,
     Reply,
     Task,
@@ -190,3 +192,12 @@ class Institution:
 
     def read(self, data: bytes) -> Reply:
         return reply_from_bytes(data, "f", {self.name: self.identity.public})
+
+
+def declined(north: Institution, data: bytes) -> Decline:
+    """Its refusal of a request, which lies in a log too."""
+    reply = north.ask(data)
+    assert isinstance(reply, Decline), reply
+    log = north.folder.refusals if reply.manifest else north.folder.strangers
+    assert reply.reason in [json.loads(line)["reason"] for line in log.read_text().splitlines()]
+    return reply

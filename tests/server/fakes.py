@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.config.schema import Config, LoraConfig, ModelConfig
 from fedlora.common.disk import files
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
@@ -22,6 +22,7 @@ from fedlora.common.privacy.norm_bound import check_norm
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import CohortSum, Failure
 from fedlora.server.rounds.loop import RoundRecord, Rules, run_rounds
+from fedlora.server.runs.schedule import NetworkFacts
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 
 SPEC = AdapterSpec((TensorSpec("lora.a", (2, 2)), TensorSpec("head.weight", (3,))))
@@ -59,6 +60,20 @@ def manifest_of(
         seed=7,
         network=Network.of(ModelConfig(), LoraConfig()),
         phases=phases,
+    )
+
+
+def facts_of(settings: Config, moved: Mapping[str, int]) -> NetworkFacts:
+    """A network of that configuration which nobody built."""
+    return NetworkFacts(
+        task=settings.model.task,
+        labels=("a", "b"),
+        max_length=settings.model.max_length,
+        network=Network.of(settings.model, settings.lora),
+        base_digest="sha256:0",
+        spec_digest="sha256:1",
+        projection_digest="",
+        moved=moved,
     )
 
 

@@ -85,7 +85,7 @@ def test_ctrl_c_prints_the_command_that_resumes(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulate, "run_to_report", interrupted)
+    monkeypatch.setattr(simulate, "simulate", interrupted)
     monkeypatch.chdir(tmp_path)
     code, _, err = call(monkeypatch, capsys, "run", "quickstart", "--out", "a b")
     assert code == 1

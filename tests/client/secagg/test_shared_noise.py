@@ -14,6 +14,7 @@ from fedlora.client.node.outbox import MemoryOutbox
 from fedlora.client.node.policy import Limits, Policy, TrainerPolicy
 from fedlora.client.secagg.masked_run import MaskedRun
 from fedlora.client.secagg.node import SecureNode
+from fedlora.common.config.parts import Terms
 from fedlora.common.config.schema import parse_config
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget
@@ -35,7 +36,7 @@ from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.secagg.epoch import ServerEpoch
 from fedlora.server.secagg.sums import SecureCohort
 from tests.secure_world import IDENTITIES, node_name, peers_of
-from tests.server.fakes import manifest_of
+from tests.server.fakes import facts_of, manifest_of
 
 HEAD, LORA = 100, 104_000
 SPEC = AdapterSpec((TensorSpec("lora.a", (LORA,)), TensorSpec("head.weight", (HEAD,))))
@@ -344,9 +345,8 @@ def asked(epsilon: float, rounds: int, coordinates: int = 1540) -> RunManifest:
         [aggregation]
         secure = true
     """
-    return make_manifest(
-        parse_config(text), ("a", "b"), "sha256:0", "sha256:1", moved={"adapter": coordinates}
-    )
+    settings = parse_config(text)
+    return make_manifest(Terms.of(settings), facts_of(settings, {"adapter": coordinates}))
 
 
 @pytest.mark.parametrize(

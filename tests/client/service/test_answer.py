@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from fedlora.client.node import enrolment, outbox, roster
-from fedlora.client.node.enrolment import only_trainer
-from fedlora.client.node.folder import NodeFolder
-from fedlora.client.report.page import page
-from fedlora.client.report.report import report_body
+from fedlora.client.node import outbox
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest
@@ -38,6 +32,7 @@ from tests.client.institution import (
     POLICY,
     FakeWork,
     Institution,
+    declined,
     manifest_of,
     offer_of,
     task_of,
@@ -50,14 +45,6 @@ RUN = manifest_of()
 @pytest.fixture
 def north(tmp_path: Path) -> Institution:
     return Institution(tmp_path / "node")
-
-
-def declined(north: Institution, data: bytes) -> Decline:
-    reply = north.ask(data)
-    assert isinstance(reply, Decline), reply
-    log = north.folder.refusals if reply.manifest else north.folder.strangers
-    assert reply.reason in [json.loads(line)["reason"] for line in log.read_text().splitlines()]
-    return reply
 
 
 def test_an_offer_is_consented_to_once_and_a_task_answered_once(north: Institution) -> None:
@@ -181,87 +168,6 @@ def test_a_fault_in_sight_of_data_is_told_to_the_log_alone(north: Institution) -
     assert isinstance(north.ask(task_of(RUN, attempt=2)), Answer)
 
 
-def test_junk_has_a_log_of_its_own_and_a_spoilt_line_is_told(
-    north: Institution, tmp_path: Path
-) -> None:
-    """Whoever reaches the trainer can fill a log until it makes room.
-
-    Not the one of what the coordinator signed.
-    """
-    assert declined(north, offer_of(replace(RUN, minimum_cohort=1))).manifest
-    kept = north.folder.refusals.read_bytes()
-    assert not declined(north, b"x").manifest
-    assert (
-        north.folder.refusals.read_bytes() == kept and len(north.folder.strangers.read_bytes()) > 10
-    )
-    with north.folder.refusals.open("ab") as stream:
-        stream.write(b'{"time": "2026\xff\n[1]\n{"reason": 3}\n')
-    policy = north.folder.load_policy()
-    found = report_body(north.folder, policy, north.identity, north.ledger)["refusals"]
-    assert [line["reason"] == "unreadable" for line in found] == [False, True, True, True]
-
-
-def reported(north: Institution) -> dict[str, Any]:
-    return report_body(north.folder, north.folder.load_policy(), north.identity, north.ledger)
-
-
-def test_the_log_tells_consents_answers_and_refusals(
-    north: Institution, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "fedlora")
-    north.ask(offer_of(RUN))
-    north.ask(task_of(RUN))
-    north.ask(task_of(RUN, round_=2, attempt=1))
-    consented, answered, refused = (record.getMessage() for record in caplog.records)
-    assert consented.startswith("consented to run 1: ε 0.") and "of budget people, 1." in consented
-    assert answered == "answered round 1, attempt 1 of run 1"
-    assert refused.startswith("refused sha256:") and "rewind" in refused
-
-
-def test_what_a_budget_has_left_is_told_to_the_nodes_own_log_alone(
-    north: Institution, caplog: pytest.LogCaptureFixture
-) -> None:
-    north.set_policy(north.folder.policy.read_text().replace("epsilon = 2.0", "epsilon = 0.3117"))
-    north.restart()
-    assert isinstance(north.ask(offer_of(RUN)), Consent)
-    spent, reason = (
-        north.ledger.spent("people").epsilon,
-        declined(north, offer_of(replace(RUN, run="2"))).reason,
-    )
-    assert reason.endswith("the budget does not suffice: it would be charged ε 0.191")
-    (line,) = reported(north)["refusals"]
-    for own in (line["verdict"], caplog.records[-1].getMessage(), page(reported(north))):
-        assert f"budget people: ε = {spent:.6g} is spent" in own and "its cap of 0.3117" in own
-    assert line["reason"] == reason
-
-
-def test_counts_of_refusals_that_are_none_are_told_as_unreadable(
-    north: Institution, caplog: pytest.LogCaptureFixture
-) -> None:
-    kind = {"count": 1, "first": "t", "last": "t"}
-    for found in (
-        {"again": {}, "kinds": {}, "not_kept": float("inf")},
-        {"again": {}, "kinds": {"x": {"count": 1, "last": "t"}}, "not_kept": 1},
-        {
-            "again": {"x": {"count": True, "first": "t", "last": "t"}},
-            "kinds": {"x": kind},
-            "not_kept": 1,
-        },
-    ):
-        north.folder.refusals.with_suffix(".json").write_text(json.dumps(found))
-        caplog.clear()
-        assert (
-            "unreadable" in page(reported(north))
-            or not reported(north)["refusals_not_kept"]["count"]
-        )
-        north.restart()
-        assert declined(north, offer_of(replace(RUN, minimum_cohort=1))).refused
-        assert "refusals.json: found no counts" in caplog.records[0].getMessage()
-    good = {"again": {}, "kinds": {"x": kind}, "not_kept": 1}
-    north.folder.refusals.with_suffix(".json").write_text(json.dumps(good))
-    assert reported(north)["refusals_not_kept"] == {"count": 1, "kinds": {"x": kind}}
-
-
 def test_an_old_offer_is_not_for_good(north: Institution) -> None:
     """What a relay kept back or misdelivered spends nothing; the next honest offer is served."""
     for data in (offer_of(RUN, seconds=-3600), offer_of(RUN, to="south")):
@@ -271,40 +177,6 @@ def test_an_old_offer_is_not_for_good(north: Institution) -> None:
     assert isinstance(north.ask(offer_of(RUN, seconds=-200)), Consent), (
         "clocks may differ by minutes"
     )
-
-
-def test_refusals_push_no_refusal_out(north: Institution, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A coordinator's first refused attempt stays in the report, however many it adds.
-
-    The rest is counted.
-    """
-    monkeypatch.setattr("fedlora.client.service.refusals.MOST_LINES", 20)
-    monkeypatch.setattr("fedlora.client.service.refusals.MOST_OF_A_RUN", 5)
-    first = declined(north, offer_of(replace(RUN, mode="none"))).reason
-    north.ask(offer_of(RUN))
-    for attempt in range(8):  # one run: five reasons
-        north.ask(task_of(RUN, round_=3 - attempt % 2, attempt=2**attempt, phase=1 + attempt))
-    for number in range(30):
-        for _ in range(2):
-            north.ask(offer_of(replace(RUN, run=f"r{number}", minimum_cohort=1, labels=())))
-        if number == 20:
-            north.ledger.close()
-            north.restart()
-    body = reported(north)
-    assert len(body["refusals"]) == 20 and body["refusals"][0]["reason"] == first
-    assert [line["times"] for line in body["refusals"][-3:]] == [2, 2, 2]
-    kinds = body["refusals_not_kept"]["kinds"]
-    assert (
-        kinds["manifest minimum_cohort"]["count"]
-        == kinds["manifest labels"]["count"]
-        == 60 - 2 * 14
-    )
-    assert (
-        sum(line["times"] for line in body["refusals"]) + body["refusals_not_kept"]["count"]
-        == 1 + 8 + 60
-    )
-    north.folder.refusals.with_suffix(".json").write_text('{"again": {"x": 3}}')
-    assert "unreadable" in reported(north)["refusals_not_kept"]["kinds"]
 
 
 def projection(seed: int) -> tuple[str, bytes]:
@@ -369,61 +241,6 @@ def test_a_changed_release_is_not_sent(north: Institution) -> None:
     (path,) = north.folder.under("outbox").rglob("000001-000001.reply")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     assert "changed on disk" in declined(north, task_of(RUN)).reason
-
-
-def test_two_processes_one_identity(north: Institution) -> None:  # two-processes-one-identity
-    with (
-        only_trainer(north.folder),
-        pytest.raises(Refused, match="another trainer"),
-        only_trainer(north.folder),
-    ):
-        pass
-    with only_trainer(north.folder):
-        pass
-
-
-def test_another_coordinator_is_not_pinned_over_the_first(north: Institution) -> None:
-    from fedlora.common.trust.enrolment import Invitation, invitation_to_text
-    from tests.client.institution import CERTIFICATE
-
-    other = invitation_to_text(STRANGER, Invitation("f", "evil:1", CERTIFICATE, STRANGER.public))
-    with pytest.raises(Refused, match="is pinned"):
-        enrolment.join(north.folder, other, "i")
-    renewed = invitation_to_text(
-        COORDINATOR, Invitation("f", "new:2", CERTIFICATE, COORDINATOR.public)
-    )
-    assert enrolment.join(north.folder, renewed, "i").address == "new:2"
-
-
-def test_peers_join_by_the_operators_hand_once_each(north: Institution, tmp_path: Path) -> None:
-    texts = {}
-    for name, organisation in (("south", "Süd"), ("west", "West"), ("twin", "Süd")):
-        folder = NodeFolder(tmp_path / name)
-        enrolment.init(folder, name, organisation)
-        texts[name] = folder.request.read_text()
-    for name in ("south", "west", "south"):
-        roster.approve(north.folder, texts[name], name)
-    with pytest.raises(Refused, match="second key"):  # cohort-two-keys-one-organisation
-        roster.approve(north.folder, texts["twin"], "twin")
-    assert set(roster.read_peers(north.folder)) == {"south", "west"}
-    roster.remove_peer(north.folder, "south")
-    assert set(roster.read_peers(north.folder)) == {"west"}
-
-
-def test_new_keys_are_new_and_the_old_ones_are_kept(north: Institution) -> None:
-    old, flower = north.identity.public, (north.folder.relay / "flower_key.pub").read_text()
-    request = enrolment.rotate(north.folder, "north", "Nord Klinik")
-    assert Identity.load(north.folder.identity).public == request.identity != old
-    assert (north.folder.relay / "flower_key.pub").read_text() != flower
-    (kept,) = north.folder.root.glob("identity-*.pem")
-    assert Identity.load(kept).public == old and kept.stat().st_mode & 0o077 == 0
-
-
-# key-file-readable-by-others
-def test_a_key_that_others_can_read_is_refused(north: Institution) -> None:
-    north.folder.identity.chmod(0o644)
-    with pytest.raises(Refused, match="others can read"):
-        north.restart()
 
 
 def test_a_ledger_restored_with_its_head_is_noticed_by_what_was_released(

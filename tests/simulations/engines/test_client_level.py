@@ -14,19 +14,22 @@ from rich.console import Console
 
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.trainer import Trainer, charge
+from fedlora.common.config.parts import Terms
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.privacy.calibration import LEVELS
 from fedlora.common.privacy.institution_level import InstitutionLevel
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.skellam import Release, epsilon_of_releases
 from fedlora.common.secagg.cohort import threshold
+from fedlora.server.runs.run import conduct
 from fedlora.server.runs.schedule import make_manifest
+from fedlora.simulations.begin import begin
 from fedlora.simulations.engines.sequential import SequentialCohort, sequential
 from fedlora.simulations.experiments.planning import print_plan
-from fedlora.simulations.federation.run_folder import Paths, begin, train
 from fedlora.simulations.report.pages import write_report
+from tests.server.fakes import facts_of
 from tests.simulations.engines.test_masked import SECURE
-from tests.simulations.experiments.test_simulate import config, data, run_whole
+from tests.simulations.experiments.test_simulate import config, cpu, data, run_whole
 
 __all__ = ["data"]
 CLIENT = [*SECURE, "privacy.clip=0.5", "privacy.head_phase_clip=0.5"]
@@ -78,7 +81,7 @@ def test_every_attempt_is_reserved_and_no_hash_of_a_clear_update_is_kept(
     What is committed says which plan, and nothing of the data.
     """
     settings = config(tiny_bert, data, "client", *CLIENT, "federation.spare_rounds=3")
-    run = begin(settings, Paths.of(tmp_path / "run"))
+    run = begin(settings, tmp_path / "run", cpu())
     cohort, lost = sequential(run), {"left": 1}
     exchange = cohort._exchange  # type: ignore[attr-defined]
     ask, plans = exchange.ask, []
@@ -91,7 +94,7 @@ def test_every_attempt_is_reserved_and_no_hash_of_a_clear_update_is_kept(
         return ask(stage, messages, plan, state)
 
     exchange.ask = losing
-    assert train(run, cohort).round == 4
+    assert conduct(run, cohort).round == 4
     entries = [
         entry.body for entry in run.ledger.entries() if entry.body.get("budget") == "client-0"
     ]
@@ -108,9 +111,9 @@ def test_a_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_path: P
         if number == 2:
             raise KeyboardInterrupt
 
-    run = begin(settings, Paths.of(tmp_path / "run"))
+    run = begin(settings, tmp_path / "run", cpu())
     with pytest.raises(KeyboardInterrupt):
-        train(run, sequential(run), stop)
+        conduct(run, sequential(run), stop)
     spent = run.ledger.spent("client-0")
     run.ledger.close()
     again, summary = run_whole(settings, tmp_path / "run", resume=True)
@@ -126,7 +129,8 @@ def test_what_leaves_a_trainer_is_clipped_and_only_under_masks(
     """
     run = begin(
         config(tiny_bert, data, "client", *CLIENT, "training.learning_rate=5.0"),
-        Paths.of(tmp_path / "r"),
+        tmp_path / "r",
+        cpu(),
     )
     plain = SequentialCohort(run.federation, run.manifest, run.ledger, run.moments)
     from fedlora.common.manifest.plan import RoundPlan
@@ -148,7 +152,7 @@ def test_a_manifest_that_understates_is_refused_before_anything_is_charged(
 ) -> None:
     from dataclasses import replace
 
-    run = begin(config(tiny_bert, data, "client", *CLIENT), Paths.of(tmp_path / "run"))
+    run = begin(config(tiny_bert, data, "client", *CLIENT), tmp_path / "run", cpu())
     lower = replace(run.manifest, epsilon=7.0)
     with pytest.raises(Refused, match="its schedule costs"):
         run.federation.trainer(0, lower, run.ledger, MomentStore(tmp_path), masked=True)
@@ -160,7 +164,7 @@ def test_noise_is_calibrated_for_all_phases_together(
 ) -> None:
     settings = config(tiny_bert, data, "client", *CLIENT, "federation.spare_rounds=0")
     moved = {"head": 10, "adapter": 1000}
-    manifest = make_manifest(settings, ("a", "b"), "b", "s", moved=moved)
+    manifest = make_manifest(Terms.of(settings), facts_of(settings, moved))
     head, adapter = (phase.noise_multiplier for phase in manifest.phases)
     releases = [Release(head, LEVELS, 10, 2), Release(adapter, LEVELS, 1000, 2)]
     assert InstitutionLevel(manifest).releases() == releases
@@ -169,7 +173,7 @@ def test_noise_is_calibrated_for_all_phases_together(
     assert charge(guarantee_of(manifest)).epsilon == epsilon_of_releases(releases, 1e-4, moved=2)
     many = "federation.clients=200"  # ten deviations of their noise need the wider ring
     loud = config(tiny_bert, data, "client", *CLIENT, "privacy.epsilon=0.02", many)
-    wide = make_manifest(loud, ("a", "b"), "b", "s", moved=moved)
+    wide = make_manifest(Terms.of(loud), facts_of(loud, moved))
     assert manifest.secure is not None and wide.secure is not None
     assert (manifest.secure.bits, wide.secure.bits) == (32, 64)
     # and finer noise could not be drawn
@@ -188,9 +192,10 @@ def test_what_cannot_be(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     settings = config(tiny_bert, data, "client", *CLIENT)
     # nothing is noised that is not known to move
     with pytest.raises(BadInput, match='mode = "client": expected'):
-        make_manifest(settings, ("a", "b"), "b", "s")
+        make_manifest(Terms.of(settings), facts_of(settings, {}))
     with pytest.raises(BadInput, match=r"\[privacy\] delta = 0.3: expected less than 1/5"):
         begin(
             config(tiny_bert, data, "client", *CLIENT, "privacy.delta=0.3"),
-            Paths.of(tmp_path / "delta"),
+            tmp_path / "delta",
+            cpu(),
         )

@@ -19,14 +19,15 @@ from fedlora.common.privacy.calibration import LEVELS
 from fedlora.common.privacy.modes import guarantee_named
 from fedlora.common.secagg.cohort import borne, threshold
 from fedlora.server.rounds.cohort import CohortSum
+from fedlora.server.runs.run import conduct
 from fedlora.server.secagg.log import note_in
 from fedlora.server.secagg.sums import SecureCohort
+from fedlora.simulations.begin import begin
 from fedlora.simulations.engines.masked import Institutions
 from fedlora.simulations.engines.sequential import sequential
-from fedlora.simulations.federation.run_folder import Paths, begin, train
 from fedlora.simulations.report.pages import write_report
 from tests.server.fakes import SPEC, START, manifest_of
-from tests.simulations.experiments.test_simulate import config, data, run_whole
+from tests.simulations.experiments.test_simulate import config, cpu, data, run_whole
 
 __all__ = ["data"]
 SECURE = [
@@ -76,7 +77,7 @@ class Federation:
         self.names = [f"client-{number}" for number in range(count)]
         self.trainers = {name: Trainer(name) for name in self.names}
         self.institutions = Institutions(
-            self.names, self.manifest, settings, self.trainers.__getitem__
+            self.names, self.manifest, settings.faults, self.trainers.__getitem__
         )
         identities = {name: peer.identity for name, peer in self.institutions.peers.items()}
         self.cohort = SecureCohort(
@@ -230,9 +231,9 @@ def test_a_secure_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_
         if number == 2:
             raise KeyboardInterrupt
 
-    run = begin(settings, Paths.of(tmp_path / "run"))
+    run = begin(settings, tmp_path / "run", cpu())
     with pytest.raises(KeyboardInterrupt):
-        train(run, sequential(run), stop)
+        conduct(run, sequential(run), stop)
     run.ledger.close()
     _, summary = run_whole(settings, tmp_path / "run", resume=True)
     assert summary["rounds"] == 4
@@ -243,7 +244,7 @@ def test_what_was_proven_before_a_stop_still_counts(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
     """The engine's cohort reads back, as the deployment's, who lied and which keys were seen."""
-    run = begin(config(tiny_bert, data, "record", *SECURE), Paths.of(tmp_path / "run"))
+    run = begin(config(tiny_bert, data, "record", *SECURE), tmp_path / "run", cpu())
     first, plan = (
         sequential(run),
         RoundPlan(run.manifest.digest, 0, 1, 1, run.checkpoint.load().state.digest),
@@ -262,7 +263,7 @@ def test_faults_on_ray_are_refused_before_anything_is_read(
 ) -> None:
     settings = config(tiny_bert, data, "record", *SECURE, "faults.input=0.5")
     with pytest.raises(BadInput, match="sequential engine only"):
-        begin(settings, Paths.of(tmp_path / "run"), engine="ray")
+        begin(settings, tmp_path / "run", cpu(engine="ray"))
 
 
 def test_a_run_below_t_ends_with_the_reason(tiny_bert: Path, data: Path, tmp_path: Path) -> None:

@@ -31,10 +31,13 @@ from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import Vector
 from fedlora.server.deployment.flower import GridCohort, enrol
 from fedlora.server.rounds.cohort import Failure
+from fedlora.server.runs.run import conduct
+from fedlora.simulations.begin import begin
 from fedlora.simulations.engines import ray
 from fedlora.simulations.engines.ray import client_app, server_app
 from fedlora.simulations.engines.sequential import sequential
-from fedlora.simulations.federation.run_folder import Paths, begin, finish, train
+from fedlora.simulations.federation.run_folder import Paths, finish
+from tests.simulations.experiments.test_simulate import cpu
 
 ROOT = Path(__file__).resolve().parents[3]
 CLIENTS = 5
@@ -91,8 +94,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> Path:
     """The sequential engine's run."""
-    run = begin(load_config(folder / "config.toml"), Paths.of(folder / "reference"))
-    finish(run, train(run, sequential(run)))
+    run = begin(load_config(folder / "config.toml"), folder / "reference", cpu())
+    finish(run, conduct(run, sequential(run)))
     rounds = _rounds(folder / "reference")
     assert len({line["replies"] for line in rounds}) > 1  # not everybody joins every round
     # and each round moves the model
@@ -204,7 +207,7 @@ def test_resume_goes_on_after_the_last_commit(
 
 def test_nodes_answer_for_the_run_in_their_folder_only(folder: Path, tmp_path: Path) -> None:
     serve(folder / "config.toml", tmp_path, 2, set="federation.rounds=1 training.head_rounds=0")
-    run = begin(load_config(tmp_path / "config.toml"), Paths.of(tmp_path), resume=True)
+    run = begin(load_config(tmp_path / "config.toml"), tmp_path, cpu(resume=True))
     grid = LocalGrid(2, {"out": str(tmp_path)})
     with pytest.raises(Refused, match="node 100: manifest: found sha256"):
         enrol(grid, replace(run.manifest, run="0" * 32), CLIENTS, deadline=10, patience=0.1)
@@ -221,8 +224,8 @@ def test_nodes_answer_for_the_run_in_their_folder_only(folder: Path, tmp_path: P
 def test_ray_equals_the_sequential_engine_under_masks(folder: Path, tmp_path: Path) -> None:
     """In clear, `flwr run` below shows it."""
     found, changes = tmp_path / "ray", ["aggregation.secure=true", "federation.participation=1.0"]
-    run = begin(load_config(folder / "config.toml", changes), Paths.of(tmp_path / "sequential"))
-    finish(run, train(run, sequential(run)))
+    run = begin(load_config(folder / "config.toml", changes), tmp_path / "sequential", cpu())
+    finish(run, conduct(run, sequential(run)))
     options = [word for change in changes for word in ("--set", change)]
     subprocess.run(
         ["fedlora-sim", "run", folder / "config.toml", "--engine", "ray", "--out", found, *options],

@@ -14,12 +14,13 @@ from rich.console import Console
 from fedlora.common.config.schema import config_to_toml, load_config
 from fedlora.common.errors import BadInput, QuorumLost, Refused
 from fedlora.server.runs.metrics import _round_of
+from fedlora.server.runs.run import conduct
+from fedlora.simulations.begin import begin
 from fedlora.simulations.cli import _stopped
 from fedlora.simulations.experiments import quickstart, simulate, sweep
 from fedlora.simulations.experiments.progress import _figure
-from fedlora.simulations.federation.run_folder import Paths, begin
 from fedlora.simulations.report.pages import write_report
-from tests.simulations.experiments.test_simulate import config, data  # noqa: F401  (a fixture)
+from tests.simulations.experiments.test_simulate import config, cpu, data  # noqa: F401  (a fixture)
 
 SILENT = Console(file=io.StringIO())
 
@@ -59,7 +60,7 @@ def test_a_sweep_names_bad_values_first_and_never_shows_another_trial(
     path = tmp_path / "c.toml"
     path.write_text('[data]\ntrain = "t.jsonl"\ntest = "t.jsonl"\n')
     ran: list[object] = []
-    monkeypatch.setattr(sweep, "run_to_report", lambda *words, **more: ran.append(words))
+    monkeypatch.setattr(sweep, "simulate", lambda *words, **more: ran.append(words))
     with pytest.raises(BadInput, match="nan"):
         sweep.run_sweep(path, "federation.rounds=1,nan", [], tmp_path / "s", SILENT)
     assert not ran
@@ -90,13 +91,11 @@ def test_spent_attempts_leave_the_last_adapter(
             if number == 2:
                 raise QuorumLost("round 3: nobody answered")
 
-        from fedlora.server.runs.run import conduct
+        return conduct(run, cohort, stop)
 
-        return conduct(run.conducted, cohort, stop)
-
-    monkeypatch.setattr(simulate, "train", fails_later)
+    monkeypatch.setattr(simulate, "conduct", fails_later)
     with pytest.raises(QuorumLost, match="round 3"):
-        simulate.run_to_report(settings, tmp_path / "run", SILENT)
+        simulate.simulate(settings, tmp_path / "run", SILENT, cpu())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["ended"] == "round 3: nobody answered"
     assert summary["rounds"] == 1  # the observer stopped it before round 2 was committed
@@ -115,7 +114,7 @@ def test_attempts_that_are_spent_before_the_first_round_leave_what_there_is(
 
     monkeypatch.setattr("fedlora.client.training.local.LocalTraining.update", fails)
     with pytest.raises(Refused, match=r"attempts .* are spent"):
-        simulate.run_to_report(config(tiny_bert, data, "record"), tmp_path / "run", SILENT)
+        simulate.simulate(config(tiny_bert, data, "record"), tmp_path / "run", SILENT, cpu())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["rounds"] == 0 and "on fire" in summary["ended"] and summary["epsilon"] > 0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
@@ -150,9 +149,9 @@ def test_a_projection_of_a_killed_beginning_is_not_used(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("fedlora.simulations.federation.run_folder.Checkpoint.create", killed)
-        begin(settings, Paths.of(tmp_path / "run"))
+        patch.setattr("fedlora.simulations.begin.Checkpoint.create", killed)
+        begin(settings, tmp_path / "run", cpu())
     other = replace(settings, seed=99)
-    again = begin(other, Paths.of(tmp_path / "run"))
-    fresh = begin(other, Paths.of(tmp_path / "fresh"))
+    again = begin(other, tmp_path / "run", cpu())
+    fresh = begin(other, tmp_path / "fresh", cpu())
     assert again.manifest.projection_digest == fresh.manifest.projection_digest != ""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -26,8 +27,10 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.accountant import Spend, epsilon_of
 from fedlora.common.privacy.record_level import RecordLevel
 from fedlora.server.rounds.checkpoint import Checkpoint
+from fedlora.server.runs.run import conduct
+from fedlora.simulations.begin import Options, begin
 from fedlora.simulations.engines.sequential import sequential
-from fedlora.simulations.federation.run_folder import Paths, Run, begin, finish, train
+from fedlora.simulations.federation.run_folder import Paths, SimulatedRun, finish
 from tests.conftest import WORDS
 
 CONFIG = """
@@ -87,11 +90,16 @@ def config(base: Path, data: Path, mode: str, *overrides: str) -> Config:
     return parse_config(CONFIG.format(base=base, data=data, mode=mode), "test", overrides)
 
 
+def cpu(**more: Any) -> Options:
+    """Options of a run that gives the same figures on every machine."""
+    return Options(device="cpu", **more)
+
+
 def run_whole(
     settings: Config, folder: Path, resume: bool = False
-) -> tuple[Run, dict[str, object]]:
-    run = begin(settings, Paths.of(folder), resume)
-    summary = finish(run, train(run, sequential(run)))
+) -> tuple[SimulatedRun, dict[str, object]]:
+    run = begin(settings, folder, cpu(resume=resume))
+    summary = finish(run, conduct(run, sequential(run)))
     return run, summary
 
 
@@ -181,13 +189,13 @@ def test_units_of_several_records_are_accounted_as_units(
 
 def test_a_shared_ledger_ends_at_its_cap(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     settings, ledger = config(tiny_bert, data, "record"), tmp_path / "shared" / "ledger.sqlite"
-    first = begin(settings, Paths.of(tmp_path / "a", ledger))
-    train(first, sequential(first))
+    first = begin(settings, tmp_path / "a", cpu(ledger=ledger))
+    conduct(first, sequential(first))
     spent = first.ledger.entries()
     moved = replace(settings, seed=12, federation=replace(settings.federation, clients=4))
     for name, again in (("b", settings), ("c", moved)):  # other clients hold the same records
         with pytest.raises(Refused, match="past its cap"):
-            begin(again, Paths.of(tmp_path / name, ledger))
+            begin(again, tmp_path / name, cpu(ledger=ledger))
     assert first.ledger.entries() == spent
 
 
@@ -198,13 +206,13 @@ def test_a_run_whose_ledger_was_deleted_does_not_go_on(
     tiny_bert: Path, data: Path, tmp_path: Path, name: str
 ) -> None:
     settings = config(tiny_bert, data, "record")
-    run = begin(settings, Paths.of(tmp_path / "run"))
+    run = begin(settings, tmp_path / "run", cpu())
     budget = Budget("client-0", 8.0, 1e-4)
     run.ledger.consent(budget, run.manifest.digest, Spend(1.0, 1e-5), [1])
     run.ledger.close()
     (tmp_path / "run" / name).unlink()
     with pytest.raises(Refused, match=r"deleted or moved|found no ledger"):
-        begin(settings, Paths.of(tmp_path / "run"), resume=True)
+        begin(settings, tmp_path / "run", cpu(resume=True))
 
 
 def test_a_run_goes_on_with_the_ledger_that_it_began_with(
@@ -212,16 +220,16 @@ def test_a_run_goes_on_with_the_ledger_that_it_began_with(
 ) -> None:
     """Not with a fresh one, after its three files were deleted, nor with somebody else's."""
     settings, ledger = config(tiny_bert, data, "record"), tmp_path / "shared" / "ledger.sqlite"
-    begin(settings, Paths.of(tmp_path / "run", ledger)).ledger.close()
+    begin(settings, tmp_path / "run", cpu(ledger=ledger)).ledger.close()
     with pytest.raises(Refused, match="found no ledger"):
-        begin(settings, Paths.of(tmp_path / "run"), resume=True)
+        begin(settings, tmp_path / "run", cpu(resume=True))
     Paths.of(tmp_path / "run").open_ledger().close()
     with pytest.raises(Refused, match="another ledger"):
-        begin(settings, Paths.of(tmp_path / "run"), resume=True)
+        begin(settings, tmp_path / "run", cpu(resume=True))
     for path in ledger.parent.iterdir():
         path.unlink()
     with pytest.raises(Refused, match="found no ledger"):
-        begin(settings, Paths.of(tmp_path / "run", ledger), resume=True)
+        begin(settings, tmp_path / "run", cpu(ledger=ledger, resume=True))
 
 
 def test_a_beginning_that_was_killed_begins_again(
@@ -234,51 +242,51 @@ def test_a_beginning_that_was_killed_begins_again(
 
     monkeypatch.setattr(Checkpoint, "create", killed)
     with pytest.raises(KeyboardInterrupt):
-        begin(settings, Paths.of(tmp_path / "run"))
+        begin(settings, tmp_path / "run", cpu())
     monkeypatch.undo()
-    begin(settings, Paths.of(tmp_path / "run"))
+    begin(settings, tmp_path / "run", cpu())
 
 
 def test_checkpoint_older_than_ledger(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     settings = config(tiny_bert, data, "record")
-    run = begin(settings, Paths.of(tmp_path / "run"))
+    run = begin(settings, tmp_path / "run", cpu())
     old = {
         path: path.read_bytes()
         for path in (tmp_path / "run" / "checkpoint").glob("*")
         if "ledger" not in path.name
     }
-    train(run, sequential(run))
+    conduct(run, sequential(run))
     for path, content in old.items():
         path.write_bytes(content)
     with pytest.raises(Refused, match="older than the ledger"):
-        begin(settings, Paths.of(tmp_path / "run"), resume=True)
+        begin(settings, tmp_path / "run", cpu(resume=True))
 
 
 def test_a_folder_is_one_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     settings = config(tiny_bert, data, "none")
-    begin(settings, Paths.of(tmp_path / "run"))
+    begin(settings, tmp_path / "run", cpu())
     with pytest.raises(BadInput, match="--resume"):
-        begin(settings, Paths.of(tmp_path / "run"))
+        begin(settings, tmp_path / "run", cpu())
     with pytest.raises(BadInput, match="another configuration"):
-        begin(replace(settings, seed=1), Paths.of(tmp_path / "run"), resume=True)
+        begin(replace(settings, seed=1), tmp_path / "run", cpu(resume=True))
     with pytest.raises(BadInput, match="no run to resume"):
-        begin(settings, Paths.of(tmp_path / "nothing"), resume=True)
+        begin(settings, tmp_path / "nothing", cpu(resume=True))
 
 
 def test_data_changed_between_rounds(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     settings = config(tiny_bert, copy, "none")
-    begin(settings, Paths.of(tmp_path / "run"))
+    begin(settings, tmp_path / "run", cpu())
     with (copy / "train.jsonl").open("a") as stream:
         stream.write('{"text": "w1 w2", "label": 1, "person": "p1"}\n')
     with pytest.raises(BadInput, match="other bytes than the run began with"):
-        begin(settings, Paths.of(tmp_path / "run"), resume=True)
+        begin(settings, tmp_path / "run", cpu(resume=True))
 
 
 def test_cfg_delta_not_below_one_over_n(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"delta = 0.02: expected less than 1/60"):
-        begin(config(tiny_bert, data, "record", "privacy.delta=0.02"), Paths.of(tmp_path / "run"))
+        begin(config(tiny_bert, data, "record", "privacy.delta=0.02"), tmp_path / "run", cpu())
 
 
 def test_a_client_that_fails_costs_the_quorum(
@@ -294,16 +302,16 @@ def test_a_client_that_fails_costs_the_quorum(
         return original(self, data, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LocalTraining, "update", sometimes)
-    strict = begin(config(tiny_bert, data, "record"), Paths.of(tmp_path / "strict"))
+    strict = begin(config(tiny_bert, data, "record"), tmp_path / "strict", cpu())
     with pytest.raises(Spent, match="2 of 3 asked answered"):
-        train(strict, sequential(strict))
+        conduct(strict, sequential(strict))
     spent = strict.ledger.entries()
     # all attempts
     assert sum(e.body["kind"] == "reserve" and e.body["budget"] == "client-1" for e in spent) == 4
     lenient = begin(
-        config(tiny_bert, data, "record", "federation.quorum=0.6"), Paths.of(tmp_path / "lenient")
+        config(tiny_bert, data, "record", "federation.quorum=0.6"), tmp_path / "lenient", cpu()
     )
-    assert train(lenient, sequential(lenient)).round == 4
+    assert conduct(lenient, sequential(lenient)).round == 4
 
 
 # --- killed at random moments ---------------------------------------------------------------------

@@ -1,0 +1,57 @@
+"""A configuration in parts: what each room of a run is given, so that none is given the whole.
+
+`Terms` can change what is guaranteed and learnt, and are signed with the manifest; a
+`NetworkRecipe` says what is trained. Where data lie, how rounds end and how fast a machine is are
+parts of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedlora.common.config.schema import (
+    AggregationConfig,
+    Config,
+    FederationConfig,
+    LoraConfig,
+    ModelConfig,
+    PrivacyConfig,
+    TrainingConfig,
+)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a run asks of institutions: who takes part, what they compute, what is guaranteed."""
+
+    seed: int
+    unit: str  # the column that names the privacy unit; "" is the record
+    federation: FederationConfig
+    training: TrainingConfig
+    privacy: PrivacyConfig
+    aggregation: AggregationConfig
+
+    @classmethod
+    def of(cls, config: Config) -> Terms:
+        return cls(
+            config.seed,
+            config.data.unit,
+            config.federation,
+            config.training,
+            config.privacy,
+            config.aggregation,
+        )
+
+
+@dataclass(frozen=True)
+class NetworkRecipe:
+    """The frozen base, the adapter on it, and the seed that both begin with."""
+
+    model: ModelConfig
+    lora: LoraConfig
+    seed: int
+    head_phase: bool  # rounds come in which the head is trained by itself
+
+    @classmethod
+    def of(cls, config: Config) -> NetworkRecipe:
+        return cls(config.model, config.lora, config.seed, config.training.head_rounds > 0)

@@ -1,0 +1,76 @@
+"""One trainer for an identity, one coordinator, peers by the operator's hand; keys of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedlora.client.node import enrolment, roster
+from fedlora.client.node.enrolment import only_trainer
+from fedlora.client.node.folder import NodeFolder
+from fedlora.common.errors import Refused
+from fedlora.common.trust.identity import Identity
+from tests.client.institution import COORDINATOR, Institution
+
+STRANGER = Identity.generate()
+
+
+@pytest.fixture
+def north(tmp_path: Path) -> Institution:
+    return Institution(tmp_path / "node")
+
+
+def test_two_processes_one_identity(north: Institution) -> None:  # two-processes-one-identity
+    with (
+        only_trainer(north.folder),
+        pytest.raises(Refused, match="another trainer"),
+        only_trainer(north.folder),
+    ):
+        pass
+    with only_trainer(north.folder):
+        pass
+
+
+def test_another_coordinator_is_not_pinned_over_the_first(north: Institution) -> None:
+    from fedlora.common.trust.enrolment import Invitation, invitation_to_text
+    from tests.client.institution import CERTIFICATE
+
+    other = invitation_to_text(STRANGER, Invitation("f", "evil:1", CERTIFICATE, STRANGER.public))
+    with pytest.raises(Refused, match="is pinned"):
+        enrolment.join(north.folder, other, "i")
+    renewed = invitation_to_text(
+        COORDINATOR, Invitation("f", "new:2", CERTIFICATE, COORDINATOR.public)
+    )
+    assert enrolment.join(north.folder, renewed, "i").address == "new:2"
+
+
+def test_peers_join_by_the_operators_hand_once_each(north: Institution, tmp_path: Path) -> None:
+    texts = {}
+    for name, organisation in (("south", "Süd"), ("west", "West"), ("twin", "Süd")):
+        folder = NodeFolder(tmp_path / name)
+        enrolment.init(folder, name, organisation)
+        texts[name] = folder.request.read_text()
+    for name in ("south", "west", "south"):
+        roster.approve(north.folder, texts[name], name)
+    with pytest.raises(Refused, match="second key"):  # cohort-two-keys-one-organisation
+        roster.approve(north.folder, texts["twin"], "twin")
+    assert set(roster.read_peers(north.folder)) == {"south", "west"}
+    roster.remove_peer(north.folder, "south")
+    assert set(roster.read_peers(north.folder)) == {"west"}
+
+
+def test_new_keys_are_new_and_the_old_ones_are_kept(north: Institution) -> None:
+    old, flower = north.identity.public, (north.folder.relay / "flower_key.pub").read_text()
+    request = enrolment.rotate(north.folder, "north", "Nord Klinik")
+    assert Identity.load(north.folder.identity).public == request.identity != old
+    assert (north.folder.relay / "flower_key.pub").read_text() != flower
+    (kept,) = north.folder.root.glob("identity-*.pem")
+    assert Identity.load(kept).public == old and kept.stat().st_mode & 0o077 == 0
+
+
+# key-file-readable-by-others
+def test_a_key_that_others_can_read_is_refused(north: Institution) -> None:
+    north.folder.identity.chmod(0o644)
+    with pytest.raises(Refused, match="others can read"):
+        north.restart()
