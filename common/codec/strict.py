@@ -108,5 +108,6 @@ def _read(kind: Any, found: Any, where: str) -> Any:
 
 def _shown(value: Any, kind: Any) -> str:
     """The type of a value that has another one, and else the value, in short."""
-    right = type(value) is kind or (kind is float and type(value) is int)
-    return ascii(value)[:80] if right else type(value).__name__
+    if kind is float and type(value) is int:
+        return "an integer out of range"
+    return ascii(value)[:80] if type(value) is kind else type(value).__name__

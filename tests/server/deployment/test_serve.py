@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedlora.common.codec.framing import frame
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import Refused, Spent
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.protocol import messages
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
@@ -71,9 +73,9 @@ class Node:
                 "overstates": 1.7e308,
                 "a little more": COST * 1.001,
             }.get(self.habit, COST)
-            epsilon = 10**400 if self.habit == "exceeds" else epsilon
             delta = 2e-5 if self.habit == "another delta" else 1e-5
-            return self._signed(Consent(self.name, digest, "sha256:p", epsilon, delta))
+            consent = Consent(self.name, digest, "sha256:p", epsilon, delta)
+            return self._signed(consent) if self.habit != "exceeds" else self._beyond(consent)
         assert isinstance(request, Task)
         plan = RoundPlan.from_bytes(request.plan.opened(PLAN_TAG, self.coordinator))
         return self._update(plan)
@@ -104,6 +106,15 @@ class Node:
             data = self._signed(Consent(self.name, plan.manifest, "sha256:p", 0.5, 1e-5))
         self.sent.append(data)
         return data
+
+    def _beyond(self, consent: Consent) -> bytes:
+        """A consent to ε = 10⁴⁰⁰, which our own code would not write."""
+        kind, sent = messages._sent(consent)
+        body = sent.body.replace(repr(consent.epsilon).encode(), b"1" + b"0" * 400)
+        sent = replace(sent, body=body)
+        signature = self.identity.sign(messages.REPLY_TAG, *sent.signed("test", kind))
+        whole = frame(replace(sent, signature=signature), kind)
+        return messages._marked(messages.REPLY_VERSION, whole)
 
     def _signed(self, reply: Reply) -> bytes:
         return reply_to_bytes(self.identity, "test", reply)
