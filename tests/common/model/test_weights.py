@@ -52,9 +52,7 @@ def build(
 
 def test_one_missing_tensor_is_named(base: Path) -> None:
     rename(base, {QUERY: ""})
-    with pytest.raises(
-        BadInput, match=rf"in the files for {QUERY} \(1 such\), expected"
-    ):
+    with pytest.raises(BadInput, match=rf"in the files for {QUERY} \(1 such\), expected"):
         build(base)
 
 
