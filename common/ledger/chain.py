@@ -1,10 +1,10 @@
 """An append-only chain of entries in SQLite, whose signed head lies in a second place.
 
-Each entry holds the hash of the one before. The head (count and hash of the last entry) is signed
-and written after every entry, so that a chain that was deleted, truncated, edited or restored from
-an older copy is refused, at opening and before every further entry. An entry is durable before
-`append` returns; a kill between the entry and its head leaves the head one behind, and the next one
-who looks signs it anew.
+Each entry holds the hash of the one before. The head (count and hash of the last entry) is a sealed
+text of the ledger's own key, written after every entry, so that a chain that was deleted,
+truncated, edited or restored from an older copy is refused, at opening and before every further
+entry. An entry is durable before `append` returns; a kill between the entry and its head leaves the
+head one behind, and the next one who looks signs it anew.
 
 What this can't see: both places, or all three files, restored to the same older moment or deleted
 together. Keep them on different disks, or send heads away, where that matters.
@@ -23,12 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from fedlora.common.codec.canonical import canonical
+from fedlora.common.codec.strict import build
 from fedlora.common.disk import locks
 from fedlora.common.disk.files import sync_folder, write_atomically
-from fedlora.common.errors import Refused
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.trust.identity import Identity, PublicIdentity
+from fedlora.common.trust.sealed import seal, unseal
+
+HEAD_TAG = "fedlora-ledger-head-2"
+EARLIER_HEAD_TAG = "fedlora-ledger-head-1"  # of a head that is written anew with the next entry
 
 _TABLE = (
     "CREATE TABLE entries (number INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL)"
@@ -48,6 +54,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class _Head:
+    """What is signed: how many entries there are, and the hash of the last one."""
+
+    count: int = 0
+    hash: str = ""
+
+
+@dataclass(frozen=True)
 class _Position:
     """How far a chain goes; `before` is the hash of the last entry but one."""
 
@@ -64,18 +78,14 @@ class Chain:
     """One open chain. `take` gets every entry's body once, in order, whoever wrote it."""
 
     def __init__(
-        self,
-        path: Path,
-        head: Path,
-        key: Ed25519PrivateKey,
-        take: Callable[[Mapping[str, Any]], None],
+        self, path: Path, head: Path, key: Identity, take: Callable[[Mapping[str, Any]], None]
     ) -> None:
         self._path = path
         self._head = head
         self._key = key
         self._take = take
         self._at = _Position()
-        self._seen_head = b""  # bytes that were verified or written here before
+        self._seen = (b"", _Head())  # what was verified or written here before
         self._connection = _connect(path, "rw")
         self.close = weakref.finalize(self, self._connection.close)
         self.close.atexit = False
@@ -106,7 +116,7 @@ class Chain:
                     f"ledger {path}: {', '.join(map(str, missing))} is missing, expected ledger,"
                     " head and key; it was deleted or moved, and without it nothing can be spent"
                 )
-            chain = cls(path, head, _read_key(key), take)
+            chain = cls(path, head, _loaded(key), take)
             try:
                 chain._catch_up()
             except BaseException:
@@ -163,7 +173,8 @@ class Chain:
 
     def _check_head(self) -> None:
         """Refused unless the head is of this very chain; one entry behind, it is signed anew."""
-        count, digest = self._read_head()
+        head = self._read_head()
+        count, digest = head.count, head.hash
         if count > self._at.count:
             raise Refused(
                 f"ledger {self._path}: found {self._at.count} entries, but {count} were signed: "
@@ -179,22 +190,29 @@ class Chain:
         if count < self._at.count:
             self._write_head()  # somebody was killed between the entry and its head
 
-    def _read_head(self) -> tuple[int, str]:
+    def _read_head(self) -> _Head:
         data = self._head.read_bytes() if self._head.is_file() else b""
-        try:
-            head = json.loads(data)
-            count, digest = int(head["count"]), str(head["hash"])
-            if data != self._seen_head:
-                signature = bytes.fromhex(head["signature"])
-                self._key.public_key().verify(signature, _head_bytes(count, digest))
-        except (ValueError, KeyError, TypeError, RecursionError, InvalidSignature) as error:
-            raise Refused(f"ledger head {self._head}: found none that this key signed") from error
-        self._seen_head = data
-        return count, digest
+        if data != self._seen[0]:
+            try:
+                self._seen = (data, _opened(data, self._key.public))
+            except (BadInput, Refused) as error:
+                raise Refused(
+                    f"ledger head {self._head}: found none that this key signed"
+                ) from error
+        return self._seen[1]
 
     def _write_head(self) -> None:
-        self._seen_head = _signed_head(self._key, self._at)
-        write_atomically(self._head, self._seen_head)
+        data = _signed_head(self._key, self._at)
+        self._seen = (data, _Head(self._at.count, self._at.hash))
+        write_atomically(self._head, data)
+
+
+def _loaded(key: Path) -> Identity:
+    """The ledger's key; Refused where there is none, for without it nothing can be spent."""
+    try:
+        return Identity.load(key)
+    except BadInput as error:
+        raise Refused(str(error)) from error
 
 
 def _never_used(path: Path, head: Path, key: Path) -> bool:
@@ -205,8 +223,9 @@ def _never_used(path: Path, head: Path, key: Path) -> bool:
     if key.exists():
         return False
     try:
-        signed = int(json.loads(head.read_bytes())["count"]) if head.exists() else 0
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = json.loads(head.read_bytes()) if head.exists() else {"count": 0}
+        signed = int(found.get("body", found)["count"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
     return signed <= 1 and _count(path) <= 1
 
@@ -229,7 +248,7 @@ def _begin(path: Path, head: Path, key: Path, opening: Mapping[str, Any]) -> Non
         head,
     ):
         leftover.unlink(missing_ok=True)
-    private, text = Ed25519PrivateKey.generate(), _canonical(opening)
+    private, text = Identity.generate(), _canonical(opening)
     first = _Position().next(text)
     with closing(_connect(path, "rwc")) as connection:
         connection.execute("BEGIN IMMEDIATE")
@@ -238,7 +257,7 @@ def _begin(path: Path, head: Path, key: Path, opening: Mapping[str, Any]) -> Non
         connection.execute("COMMIT")
     sync_folder(path.parent)
     write_atomically(head, _signed_head(private, first))
-    write_atomically(key, _pem(private), mode=0o600)
+    private.write(key)
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
@@ -273,31 +292,31 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 def _canonical(body: Mapping[str, Any]) -> str:
-    return json.dumps(body, sort_keys=True, allow_nan=False)
+    return canonical(body).decode()
 
 
-def _signed_head(key: Ed25519PrivateKey, at: _Position) -> bytes:
-    signature = key.sign(_head_bytes(at.count, at.hash)).hex()
-    return json.dumps({"count": at.count, "hash": at.hash, "signature": signature}).encode()
+def _signed_head(key: Identity, at: _Position) -> bytes:
+    return seal(key, HEAD_TAG, {"count": at.count, "hash": at.hash}).encode()
 
 
-def _head_bytes(count: int, digest: str) -> bytes:
-    return f"fedlora-ledger-head-1\n{count}\n{digest}".encode()
-
-
-def _pem(key: Ed25519PrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-
-
-def _read_key(path: Path) -> Ed25519PrivateKey:
-    if path.stat().st_mode & 0o077:
-        raise Refused(f"{path}: found a key that others can read, expected mode 0600")
+def _opened(data: bytes, key: PublicIdentity) -> _Head:
+    """The head that `key` signed, of this version or the one before; BadInput or Refused else."""
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (ValueError, TypeError) as error:
-        raise Refused(f"{path}: found no private key ({error})") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise Refused(f"{path}: found a {type(key).__name__}, expected an Ed25519 key")
-    return key
+        text, table = data.decode(), json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadInput("head: found no JSON") from error
+    if isinstance(table, dict) and "body" not in table:
+        return _opened_earlier(table, key)
+    return build(_Head, unseal(text, HEAD_TAG, "head", key).body, "head")
+
+
+def _opened_earlier(table: dict[str, Any], key: PublicIdentity) -> _Head:
+    """A head of version 1: a table with its signature, over lines that were not framed."""
+    head = build(_Head, {name: table.get(name) for name in ("count", "hash")}, "head")
+    signed = f"{EARLIER_HEAD_TAG}\n{head.count}\n{head.hash}".encode()
+    try:
+        signature = bytes.fromhex(str(table.get("signature")))
+        Ed25519PublicKey.from_public_bytes(key.key).verify(signature, signed)
+    except (ValueError, InvalidSignature) as error:
+        raise Refused("head: found no signature of this key") from error
+    return head

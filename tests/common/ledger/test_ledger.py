@@ -22,6 +22,7 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger import chain
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.privacy.accountant import Spend
+from fedlora.common.trust.identity import Identity
 
 WARD = Budget("ward", 3.0, 1e-5)
 RUN = "sha256:run"
@@ -272,7 +273,7 @@ def test_a_kill_between_the_entry_and_its_head_spends_the_attempt(
     survivor = place.open() if reopen else other
     with pytest.raises(Refused, match="was used before"):
         survivor.reserve("ward", RUN, 0, 4, 4)
-    assert json.loads(place.files[1].read_text())["count"] == len(survivor.entries())  # signed anew
+    assert json.loads(place.files[1].read_text())["body"]["count"] == len(survivor.entries())
 
 
 def test_a_kill_before_the_entry_spends_nothing(
@@ -308,8 +309,11 @@ def test_a_head_that_cannot_be_written_refuses_and_the_attempt_stays_spent(
 def test_a_beginning_that_was_killed_begins_again(
     place: Place, monkeypatch: pytest.MonkeyPatch, survives: int
 ) -> None:
+    places: dict[str, object] = dict.fromkeys(
+        ("_signed_head", "sync_folder", "write_atomically"), chain
+    ) | {"write": Identity}
     calls: dict[str, Callable[..., object]] = {
-        name: getattr(chain, name) for name in ("_signed_head", "sync_folder", "write_atomically")
+        name: getattr(where, name) for name, where in places.items()
     }
     left = survives
 
@@ -324,8 +328,8 @@ def test_a_beginning_that_was_killed_begins_again(
         return call
 
     with monkeypatch.context() as patch:
-        for name in calls:
-            patch.setattr(chain, name, counted(name))
+        for name, where in places.items():
+            patch.setattr(where, name, counted(name))
         with pytest.raises(Killed):
             place.open()
     assert not place.files[2].exists()
