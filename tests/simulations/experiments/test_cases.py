@@ -22,8 +22,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedlora.client.service.answer import PRIVATE_REASON
-from fedlora.client.service.workshop import Workshop
+from fedlora.client.service.dialogue import PRIVATE_REASON
+from fedlora.client.service.loaded_run import LoadedRun
 from fedlora.common.adapter.peft import load_adapter
 from fedlora.common.config.schema import Config, load_config, parse_config
 from fedlora.common.data.records import Records
@@ -31,9 +31,11 @@ from fedlora.common.model import compute
 from fedlora.common.model.base import base_digest
 from fedlora.common.protocol.messages import Decline
 from fedlora.server.rounds.checkpoint import Progress
+from fedlora.server.runs.run import conduct
 from fedlora.simulations import cli
+from fedlora.simulations.begin import Options, begin
 from fedlora.simulations.engines.sequential import sequential
-from fedlora.simulations.federation.run_folder import Paths, begin, finish, train
+from fedlora.simulations.federation.run_folder import finish
 from tests.client.institution import POLICY, Institution, manifest_of, offer_of
 from tests.conftest import SHARED, WORDS
 
@@ -115,8 +117,8 @@ def call(
 
 
 def whole(config: Config, folder: Path) -> dict[str, Any]:
-    run = begin(config, Paths.of(folder))
-    return finish(run, train(run, sequential(run)))
+    run = begin(config, folder)
+    return finish(run, conduct(run, sequential(run)))
 
 
 def refused(
@@ -175,7 +177,7 @@ def test_a_node_declines_such_a_base_without_a_private_fact(
     (north.root / "notes.jsonl").write_text("\n".join(rows))
     north.ledger.close()
     north.restart()
-    north.restart(Workshop(north.folder, north.folder.load_policy(), north.ledger))
+    north.restart(LoadedRun(north.folder, north.folder.load_policy(), north.ledger))
     run = manifest_of(base_digest=base_digest(base))
     before = [entry.hash for entry in north.ledger.entries()]
     reply = north.ask(offer_of(run))
@@ -250,14 +252,14 @@ def resumed(config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch) -> di
     def stop(number: int, figures: object) -> None:
         raise KeyboardInterrupt
 
-    run = begin(config, Paths.of(folder))
+    run = begin(config, folder)
     with pytest.raises(KeyboardInterrupt):
-        train(run, sequential(run), stop)
+        conduct(run, sequential(run), stop)
     assert watch.calls >= 2
     watch.turned = True
     run.ledger.close()
-    run = begin(config, Paths.of(folder), resume=True)
-    done: Progress = train(run, sequential(run))
+    run = begin(config, folder, Options(resume=True))
+    done: Progress = conduct(run, sequential(run))
     return finish(run, done)
 
 
@@ -297,7 +299,7 @@ def test_a_new_run_measures_anew(
     kept = {"cpu": {"attention": "eager", "precision": "bf16"}}
     (tmp_path / "run" / compute.COMPUTE).write_text(json.dumps(kept))
     monkeypatch.setattr(compute, "_fastest", Stopwatch())
-    run = begin(config, Paths.of(tmp_path / "run"))
+    run = begin(config, tmp_path / "run")
     assert run.federation.public.compute.attention == "sdpa"
 
 
