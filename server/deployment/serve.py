@@ -51,7 +51,8 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
 
     def finish(progress: Progress, ended: str) -> dict[str, Any]:
         reserved = {name: consent.epsilon for name, consent in who.consents.items()}
-        return conclude(run, progress, reserved, institutions=sorted(reserved), ended=ended)
+        more = {"institutions": sorted(reserved), "ended": ended}
+        return conclude(run, progress, reserved, lambda: more)
 
     return to_its_end(run.checkpoint, lambda: conduct(run, cohort_of(who)), finish)
 

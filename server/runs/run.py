@@ -82,11 +82,15 @@ def to_its_end(
 
 
 def conclude(
-    run: Run, progress: Progress, reserved: Mapping[str, float], **more: Any
+    run: Run,
+    progress: Progress,
+    reserved: Mapping[str, float],
+    more: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Score the test file, export the adapter, write summary.json, `more` included.
+    """Score the test file, export the adapter, write summary.json.
 
-    `reserved` is the ε that each institution's ledger proves.
+    `reserved` is the ε that each institution's ledger proves. `more` is asked once the test file is
+    scored, for what else stands in the summary.
     """
     started = time.monotonic()
     run.public.features.clear()
@@ -96,7 +100,8 @@ def conclude(
     export_adapter(model, progress.released, recipe.model, model.lora, recipe.seed, adapter)
     summary = summary_of(run.manifest, run.public, run.folder, progress, metrics, reserved)
     summary["seconds"] += time.monotonic() - started
-    summary |= {"clients": run.clients, "engine": run.engine, "config": run.config, **more}
+    summary |= {"clients": run.clients, "engine": run.engine, "config": run.config}
+    summary |= more()
     write_summary(run.folder, summary)
     return summary
 

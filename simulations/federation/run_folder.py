@@ -65,16 +65,17 @@ def finish(
     `ended` says why a run that did not reach its last round stopped where it did.
     """
     federation = run.federation
-    return conclude(
-        run,
-        progress,
-        _reserved_by_client(run),
-        truncated={name: int(count) for name, count in federation.train.truncated.items()},
-        **_by_class(run),
-        partition=federation.partition_table(),
-        synthetic=synthetic,
-        ended=ended,
-    )
+
+    def more() -> dict[str, Any]:
+        return {
+            "truncated": {name: int(count) for name, count in federation.train.truncated.items()},
+            **_by_class(run),
+            "partition": federation.partition_table(),
+            "synthetic": synthetic,
+            "ended": ended,
+        }
+
+    return conclude(run, progress, _reserved_by_client(run), more)
 
 
 def _reserved_by_client(run: SimulatedRun) -> dict[str, float]:

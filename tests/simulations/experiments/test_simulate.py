@@ -129,6 +129,10 @@ def test_a_private_run_leaves_what_the_contract_says(
         "secure_aggregation",
         "base_digest",
         "adapter_digest",
+        "confusion",
+        "recall_by_class",
+        "accuracy_by_client",
+        "truncated",
     ]:
         assert name in summary, name
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(
