@@ -44,7 +44,7 @@ class Mutant:
 COHORT, NODE = "common/secagg/cohort.py", "client/secagg/node.py"
 SHARES = "client/secagg/shares.py"
 EPOCH, ATTEMPT = "server/secagg/epoch.py", "server/secagg/attempt.py"
-SEEN = "server/secagg/seen_keys.py"
+LOG = "server/secagg/log.py"
 RUN, CALIBRATION = "client/secagg/masked_run.py", "common/privacy/calibration.py"
 SKELLAM, PRIVACY = "common/privacy/skellam.py", "common/privacy/institution_level.py"
 RUNS, WIRE = "client/secagg/runs.py", "common/secagg/wire.py"
@@ -187,19 +187,22 @@ MUTANTS = (
         "if self._seen_keys & {each.share_key, *each.mask_keys}:",
         "if False:",
     ),
-    Mutant("the coordinator takes old keys", EPOCH, "        self._seen.check(offer)\n", ""),
+    Mutant("the coordinator takes old keys", EPOCH, "        self._kept.check_keys(offer)\n", ""),
     Mutant(
-        "keys are forgotten", SEEN, '        self._keep({"epoch"', '        self._take({"epoch"'
+        "keys are forgotten",
+        LOG,
+        '        self._keep_keys({"epoch"',
+        '        self._take_keys({"epoch"',
     ),
     Mutant(
         "an offer brought twice is a lie",
-        SEEN,
+        LOG,
         "if earlier != epoch and offer.name not in self.liars:",
         "if offer.name not in self.liars:",
     ),
     Mutant(
         "mask keys may be old",
-        SEEN,
+        LOG,
         "for key in (offer.share_key, *offer.mask_keys)]",
         "for key in (offer.share_key,)]",
     ),

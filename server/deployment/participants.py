@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.projection import PROJECTION
 from fedlora.common.privacy.randomness import OsRandom
 from fedlora.common.protocol.messages import (
@@ -27,59 +27,31 @@ from fedlora.common.protocol.messages import (
     Decline,
     Offer,
     Reply,
-    reply_from_bytes,
     request_to_bytes,
 )
+from fedlora.common.protocol.stages import Stage
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator
+from fedlora.server.deployment.institutions import Carrier, Institutions
 from fedlora.server.release.statements import consent_faults, schedule_cost
 from fedlora.server.rounds.cohort import Failure, participants
 
 log = logging.getLogger(__name__)
 LOOK = 1.0  # seconds between two looks at who is connected
 DOUBT = 30.0  # seconds at most for who failed in the last attempt to show that it is there again
+QUICK = 30.0  # seconds at most for a stage in which nobody trains, and
+# of what is left of the attempt's deadline
+PARTS: dict[str, float] = {Stage.OFFER: 0.25, Stage.DEAL: 0.25, Stage.CONFIRM: 0.5, Stage.OPEN: 1.0}
 # of the deadline, for who is away while a quorum is here: who is here needs the rest
 PATIENCE = 0.25
 WAITING = "waiting"  # in the run's folder: whom it waits for; empty where it does not
 
 
-class Carrier(Protocol):
-    """Takes a request to each member named, and brings the answer, or why there is none."""
+class Participants(Institutions):
+    """The institutions of a run between machines; `expected` is how many are waited for.
 
-    def online(self) -> set[str]:
-        """Names of the members whose node is connected."""
-
-    def ask(
-        self, requests: Mapping[str, bytes], deadline: float
-    ) -> Iterator[tuple[str, bytes | Failure]]:
-        """Each name once, as the answers come in, within `deadline` seconds."""
-
-
-class Lazy(Mapping[str, bytes]):
-    """Requests that are made when they are looked at, and not kept.
-
-    Each may hold the model, and there are many.
-    """
-
-    def __init__(self, names: Iterable[str], make: Callable[[str], bytes]) -> None:
-        self._names, self._make = tuple(names), make
-
-    def __getitem__(self, name: str) -> bytes:
-        return self._make(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class Participants:
-    """The institutions of one run. `folder` is the run's, `expected` how many are waited for.
-
-    An attempt ends `deadline` seconds after its `gather`, waiting included; `left` is what remains
-    of them.
+    An attempt ends `deadline` seconds after its `gather`, waiting included.
     """
 
     def __init__(
@@ -93,13 +65,11 @@ class Participants:
         quorum: float = 1.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.manifest, self.coordinator, self.carrier = manifest, coordinator, carrier
-        self.folder, self.deadline = folder, deadline
-        self._expected, self._quorum, self._sleep = expected, quorum, sleep
-        self._began, self._said = 0.0, ""
+        super().__init__(manifest, coordinator, carrier, folder, deadline, quorum)
+        self._expected, self._sleep = expected, sleep
+        self._said = ""
         self._consents: dict[str, Consent] = {}
         self._declined: dict[str, Failure] = {}
-        self._doubtful: set[str] = set()  # gave no answer to the last attempt that asked them
         schedule_cost(manifest)  # now: it takes seconds, which an attempt would lose
         self._read_consents()
 
@@ -151,12 +121,16 @@ class Participants:
             self._said = text
             write_atomically(self.folder / WAITING, text.encode())
 
-    @property
-    def left(self) -> float:
-        """Seconds until the attempt at hand ends."""
-        return max(0.0, self.deadline - self._waited)
+    def seconds_for(self, stage: str) -> float:
+        """Training may use all that the two stages after it need not."""
+        left = self.left
+        if stage == Stage.INPUT:
+            return left - 2 * min(QUICK, left / 5)
+        return min(QUICK, PARTS[stage] * left)
 
-    def asked(self, members: Mapping[str, PublicIdentity]) -> tuple[list[str], list[Failure]]:
+    def asked(
+        self, members: Mapping[str, PublicIdentity], plan: RoundPlan
+    ) -> tuple[list[str], list[Failure]]:
         """Whom to ask for an attempt, and who is left out; nobody where no sum could count."""
         failures = [failure for name, failure in self._declined.items() if name in members]
         consented = sorted(set(self._consents) & set(members))
@@ -177,35 +151,9 @@ class Participants:
         )
         return [], [*failures, *away, failure]
 
-    def take(
-        self, requests: Mapping[str, bytes], deadline: float
-    ) -> Iterator[tuple[str, bytes | Failure]]:
-        """Carry a request to each who is connected; each name once."""
-        online = self.carrier.online()
-        for name in requests:
-            if name not in online:
-                yield name, Failure(name, "not connected")
-        here = [name for name in requests if name in online]
-        for name, answer in self.carrier.ask(Lazy(here, requests.__getitem__), deadline):
-            (self._doubtful.add if isinstance(answer, Failure) else self._doubtful.discard)(name)
-            yield name, answer
-
-    def opened(self, name: str, data: bytes, members: Mapping[str, PublicIdentity]) -> Reply:
-        """What this member signed for this run; Refused or BadInput where it is anything else."""
-        if name not in members:
-            raise Refused(f"{name}: is no member any more")
-        reply = reply_from_bytes(data, self.coordinator.federation, {name: members[name]})
-        if reply.manifest not in ("", self.manifest.digest):
-            raise BadInput(f"{name}: found an answer for another run")
-        return reply
-
     @property
     def _waited(self) -> float:
         return time.monotonic() - self._began
-
-    def needed(self, of: int) -> int:
-        """Replies without which an attempt at `of` institutions does not count."""
-        return max(self.manifest.minimum_cohort, math.ceil(self._quorum * of - 1e-9))
 
     def _patience(self, connected: Iterable[str], members: int) -> float:
         """Seconds that others are waited for: all, where those who surely answer are too few."""

@@ -26,7 +26,8 @@ from fedlora.common.protocol.messages import MANIFEST_TAG
 from fedlora.common.trust.identity import Signed
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.cohorts import cohort_of
-from fedlora.server.deployment.participants import Carrier, Participants
+from fedlora.server.deployment.institutions import Carrier
+from fedlora.server.deployment.participants import Participants
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning, read_public
 from fedlora.server.runs.run import Run, conclude, conduct, rules_of, strategies_of, to_its_end

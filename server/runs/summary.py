@@ -14,7 +14,7 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.runs.public_data import PublicSide
-from fedlora.server.secagg.log import liars_in, secure_summary, sums_of
+from fedlora.server.secagg.log import SumLog
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ def summary_of(
         "trainable_parameters": public.model.spec.size,
         "strategy": manifest.strategy,
         "secure_aggregation": manifest.secure is not None,
-        "secure": secure_summary(manifest, sums_of(folder), liars_in(folder)),
+        "secure": SumLog(folder).summary(manifest),
         "base_digest": manifest.base_digest,
         "adapter_digest": progress.released.digest,
         "attention": public.compute.attention,

@@ -21,13 +21,13 @@ from fedlora.common.secagg import cohort, commit, keys, shamir, wire
 from fedlora.common.secagg.wire import Deal, Dealer, Delivery, Epoch, KeyOffer
 from fedlora.common.trust.identity import PublicIdentity
 from fedlora.server.secagg.attempt import Listed, identity_of
-from fedlora.server.secagg.seen_keys import SeenKeys
+from fedlora.server.secagg.log import SumLog
 
 
 class ServerEpoch:
     """Keys and shares of one epoch. `identities` are the registry's, `minimum` the smallest cohort.
 
-    `seen` are the keys of earlier epochs: nodes refuse a list with one of them, so whoever offers
+    `kept` knows the keys of earlier epochs: nodes refuse a list with one of them, so whoever offers
     one is left out. `colluders` are assumed at most, beside the coordinator.
     """
 
@@ -36,12 +36,12 @@ class ServerEpoch:
         epoch: Epoch,
         identities: Mapping[str, PublicIdentity],
         minimum: int,
-        seen: SeenKeys | None = None,
+        kept: SumLog | None = None,
         colluders: int = 1,
     ) -> None:
         self._epoch, self._identities = epoch, dict(identities)
         self._minimum = max(minimum, cohort.SMALLEST_COHORT)
-        self._seen, self._colluders = SeenKeys() if seen is None else seen, colluders
+        self._kept, self._colluders = SumLog() if kept is None else kept, colluders
         self._offers: dict[str, KeyOffer] = {}
         self._cohort = b""
         self._deals: dict[str, Deal] = {}
@@ -58,7 +58,7 @@ class ServerEpoch:
             raise Refused(f"keys: found a second offer of {offer.name}")
         cohort.check_offer(offer, identity_of(self._identities, offer.name), self._epoch)
         cohort.check_distinct_keys([*self._offers.values(), offer])
-        self._seen.check(offer)
+        self._kept.check_keys(offer)
         self._offers[offer.name] = offer
         return offer.name
 
@@ -74,7 +74,7 @@ class ServerEpoch:
                 f"keys: {len(self._offers)} nodes offered, expected at least {self._minimum}"
             )
         self._offers = dict(sorted(list(self._offers.items())[: self._bearing()]))
-        self._seen.add(self._offers.values())
+        self._kept.add_keys(self._offers.values())
         known = [self._identities[name].key for name in self._offers]
         self._cohort = cohort.cohort_digest(known, self._epoch, list(self._offers.values()))
         return wire.cohort_to_bytes([offer.to_bytes() for offer in self._offers.values()])

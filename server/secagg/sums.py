@@ -3,25 +3,25 @@
     an epoch      offer -> deal                 when the last one is used up, or an attempt was lost
     an attempt    input -> confirm -> open      the three exchanges of a steady round
 
-An `Exchange` carries bytes to institutions and back: in one process, through Flower's grid, or
-between machines. Whoever does not answer, or answers what does not count, is a drop-out of that
-stage.
+An `Exchange` knows who may be asked, and carries bytes to institutions and back: in one process, or
+signed between machines. Whoever does not answer, or answers what does not count, is a drop-out of
+that stage.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from fedlora.common.errors import BadInput, QuorumLost, Refused
-from fedlora.common.manifest.manifest import RunManifest, SecureTerms
+from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.model.state import AdapterState
+from fedlora.common.model.state import AdapterSpec, AdapterState
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol import stages
 from fedlora.common.protocol.stages import Stage
@@ -32,13 +32,24 @@ from fedlora.common.trust.identity import PublicIdentity
 from fedlora.server.rounds.cohort import CohortSum, Failure, SecureRecord
 from fedlora.server.secagg.attempt import Listed, SecureSum, ServerAttempt
 from fedlora.server.secagg.epoch import ServerEpoch
-from fedlora.server.secagg.seen_keys import SeenKeys
+from fedlora.server.secagg.log import SumLog
 
 log = logging.getLogger(__name__)
 
 
 class Exchange(Protocol):
-    """Carries one request to each institution and brings its answer, or why there is none."""
+    """Whoever can be asked: who they are, and one request carried to each."""
+
+    def gather(self) -> Mapping[str, PublicIdentity]:
+        """Whose signatures count in the attempt that begins now."""
+
+    def asked(
+        self, members: Mapping[str, PublicIdentity], plan: RoundPlan
+    ) -> tuple[list[str], list[Failure]]:
+        """Whom to ask for this attempt, and who is none of them."""
+
+    def needed(self, of: int) -> int:
+        """Updates without which a sum that `of` institutions were asked for does not count."""
 
     def ask(
         self, stage: str, messages: Mapping[str, bytes], plan: RoundPlan, state: AdapterState
@@ -55,129 +66,115 @@ class _EpochInUse:
     undelivered: set[str]
 
 
-class SecureCohort:
-    """Asks `choose(plan)` and gives the sum of their updates; single updates it can't give.
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    """What an attempt asks, of whom, how many must be in its sum, and who failed so far."""
 
-    `members` are the identities that count, read anew for each attempt. `needed` says how many of
-    those asked must be in a sum that counts: a smaller one is not unmasked. `note` keeps what is
-    about to be learnt; `liars` and `seen` keys are known from before a restart.
+    plan: RoundPlan
+    state: AdapterState
+    members: Mapping[str, PublicIdentity]
+    asked: Sequence[str]
+    needed: int
+    failures: _Failures
+
+
+class SecureCohort:
+    """Gives the sum of the updates of whom `exchange` names; single updates it can't give.
+
+    A sum of fewer than are needed is not unmasked. `kept` holds what is about to be learnt, and
+    knows liars and keys from before a restart.
     """
 
     def __init__(
-        self,
-        manifest: RunManifest,
-        members: Callable[[], Mapping[str, PublicIdentity]],
-        exchange: Exchange,
-        choose: Callable[[RoundPlan], Sequence[str]],
-        needed: Callable[[int], int] = lambda asked: 1,
-        note: Callable[[SecureRecord], None] = lambda record: None,
-        liars: Iterable[str] = (),
-        seen: SeenKeys | None = None,
+        self, manifest: RunManifest, exchange: Exchange, kept: SumLog | None = None
     ) -> None:
         if manifest.secure is None:
             raise BadInput("manifest secure: found none, expected the terms of secure aggregation")
         self._manifest, self._terms = manifest, manifest.secure
-        self._members, self._exchange, self._choose = members, exchange, choose
-        self._needed, self._note = needed, note
+        self._exchange = exchange
+        self._kept = SumLog() if kept is None else kept
         self._epoch: _EpochInUse | None = None
-        self._seen = SeenKeys() if seen is None else seen
-        self._liars = set(liars)  # proven by their signatures: left out of later epochs
         self._suspected: set[str] = set()  # left out of later epochs where enough others are there
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
         """The sum of one attempt; without replies where too few stayed: nothing was unmasked."""
         started = time.monotonic()
-        asked, failures = list(self._choose(plan)), _Failures()
+        members = self._exchange.gather()
+        asked, declined = self._exchange.asked(members, plan)
+        needed = self._exchange.needed(len(asked) + len(declined))
+        attempt = _Attempt(plan, state, members, asked, needed, _Failures())
         total, record, replies = np.zeros(state.spec.size, dtype=np.float64), None, 0
         if asked:
             try:
-                epoch = self._epoch_for(plan, state, asked, failures)
-                result, record = self._attempt(epoch, plan, state, len(asked), failures)
-                total = self._decoded(result, plan, state.spec.size)
-                replies = len(result.members)
+                result, record = self._sum(self._epoch_for(attempt), attempt)
+                total, replies = self._decoded(result, plan, state.spec), len(result.members)
             except (QuorumLost, BadInput) as error:
                 self._epoch = None  # whoever is left meets in a new one
-                failures.add(Failure("cohort", one_line(str(error))), counts=False)
-        seconds = time.monotonic() - started
-        return CohortSum(total, replies, len(asked), failures.found(), seconds, record)
+                attempt.failures.add(Failure("cohort", one_line(str(error))), counts=False)
+        failures = (*declined, *attempt.failures.found())
+        count = max(len(asked), replies + len(failures))
+        return CohortSum(total, replies, count, failures, time.monotonic() - started, record)
 
-    def _epoch_for(
-        self, plan: RoundPlan, state: AdapterState, asked: Sequence[str], failures: _Failures
-    ) -> _EpochInUse:
+    def _epoch_for(self, attempt: _Attempt) -> _EpochInUse:
         """The epoch that this attempt belongs to; a new one where there is none."""
-        members, needed = self._members(), self._needed(len(asked))
-        if self._epoch is not None and self._goes_on(self._epoch.listed, plan, members, needed):
-            return self._epoch
-        manifest = self._manifest
-        last = sum(phase.attempts for phase in manifest.phases)
-        count = max(1, min(self._terms.epoch_attempts, last - plan.attempt + 1))
-        # Numbered by its first attempt: above all epochs that nodes remember, whatever restarted.
-        epoch = Epoch(manifest.federation, manifest.digest, plan.attempt, plan.attempt, count)
-        smallest = max(manifest.minimum_cohort, needed)
-        server = ServerEpoch(epoch, members, smallest, self._seen, self._terms.max_colluders)
-        request = epoch.to_bytes()
-        liars = self._liars | self._seen.liars
-        for liar in sorted(liars & set(asked)):
-            failures.add(
-                Failure(liar, "left out: it signed a lie in an earlier attempt of this run")
-            )
-        others = self._heard([name for name in asked if name not in liars], smallest, failures)
-        here = self._collect(
-            Stage.OFFER, dict.fromkeys(others, request), plan, state, server.add_offer, failures
-        )
-        cohort_list = server.close_offers()
-        for name in sorted(set(here) - set(server.members)):
-            failures.add(
-                Failure(name, f"left out: no cohort of {len(here)} bears the colluders assumed")
-            )
-        self._collect(
-            Stage.DEAL,
-            dict.fromkeys(server.members, cohort_list),
-            plan,
-            state,
-            server.add_deal,
-            failures,
-        )
-        listed = server.close_deals()
-        self._epoch = _EpochInUse(listed, server.delivery, set(listed.deals))
+        if self._epoch is None or not self._goes_on(self._epoch.listed, attempt):
+            self._epoch = self._begun(attempt)
         return self._epoch
 
-    def _heard(self, names: list[str], smallest: int, failures: _Failures) -> list[str]:
-        """Without the suspected, while enough others are left; unproven, nobody ends a run."""
+    @staticmethod
+    def _goes_on(listed: Listed, attempt: _Attempt) -> bool:
+        """Not beyond the epoch, nor where too few dealt, nor after a revocation or new key."""
+        members, number = attempt.members, attempt.plan.attempt
+        same = all(members.get(name) == listed.identities[name] for name in listed.offers)
+        return same and len(listed.deals) >= attempt.needed and number in listed.epoch.attempts
+
+    def _begun(self, attempt: _Attempt) -> _EpochInUse:
+        """Stages 1 and 2: keys and shares of a new epoch."""
+        manifest, number = self._manifest, attempt.plan.attempt
+        last = sum(phase.attempts for phase in manifest.phases)
+        count = max(1, min(self._terms.epoch_attempts, last - number + 1))
+        # Numbered by its first attempt: above all epochs that nodes remember, whatever restarted.
+        epoch = Epoch(manifest.federation, manifest.digest, number, number, count)
+        smallest = max(manifest.minimum_cohort, attempt.needed)
+        colluders = self._terms.max_colluders
+        server = ServerEpoch(epoch, attempt.members, smallest, self._kept, colluders)
+        offers = dict.fromkeys(self._heard(attempt, smallest), epoch.to_bytes())
+        here = self._collect(Stage.OFFER, offers, attempt, server.add_offer)
+        cohort_list = server.close_offers()
+        for name in sorted(set(here) - set(server.members)):
+            reason = f"left out: no cohort of {len(here)} bears the colluders assumed"
+            attempt.failures.add(Failure(name, reason))
+        deals = dict.fromkeys(server.members, cohort_list)
+        self._collect(Stage.DEAL, deals, attempt, server.add_deal)
+        listed = server.close_deals()
+        return _EpochInUse(listed, server.delivery, set(listed.deals))
+
+    def _heard(self, attempt: _Attempt, smallest: int) -> list[str]:
+        """Who may be in a new epoch: not who is proven to lie.
+
+        Nor the suspected, while enough others are left; unproven, nobody ends a run.
+        """
+        liars = self._kept.liars
+        for liar in sorted(liars & set(attempt.asked)):
+            reason = "left out: it signed a lie in an earlier attempt of this run"
+            attempt.failures.add(Failure(liar, reason))
+        names = [name for name in attempt.asked if name not in liars]
         others = [name for name in names if name not in self._suspected]
         if len(others) < smallest:
             return names
         for name in sorted(set(names) - set(others)):
-            failures.add(
-                Failure(
-                    name, "left out: several say that its shares do not open, which is no proof"
-                )
-            )
+            reason = "left out: several say that its shares do not open, which is no proof"
+            attempt.failures.add(Failure(name, reason))
         return others
 
-    @staticmethod
-    def _goes_on(
-        listed: Listed, plan: RoundPlan, members: Mapping[str, PublicIdentity], needed: int
-    ) -> bool:
-        """Not beyond the epoch, nor where too few dealt, nor after a revocation or new key."""
-        same = all(members.get(name) == listed.identities[name] for name in listed.offers)
-        return same and len(listed.deals) >= needed and plan.attempt in listed.epoch.attempts
-
-    def _attempt(
-        self,
-        epoch: _EpochInUse,
-        plan: RoundPlan,
-        state: AdapterState,
-        asked: int,
-        failures: _Failures,
-    ) -> tuple[SecureSum, SecureRecord]:
+    def _sum(self, epoch: _EpochInUse, attempt: _Attempt) -> tuple[SecureSum, SecureRecord]:
         """Stages 3 to 6, over all of U2: who drops out of one attempt may be back in the next."""
+        plan, listed = attempt.plan, epoch.listed
         slot = stages.slot_of(plan, self._manifest.base_digest)
-        encoding = self._encoding(plan, state.spec.size)
-        server = ServerAttempt(epoch.listed, slot, encoding, self._needed(asked))
+        encoding = self._encoding(plan, attempt.state.spec.size)
+        server = ServerAttempt(listed, slot, encoding, attempt.needed)
         messages = {
-            name: epoch.deliver(name) if name in epoch.undelivered else b""
-            for name in epoch.listed.deals
+            name: epoch.deliver(name) if name in epoch.undelivered else b"" for name in listed.deals
         }
 
         def add_input(data: bytes) -> str:
@@ -185,50 +182,39 @@ class SecureCohort:
             epoch.undelivered.discard(name)
             return name
 
-        inside = self._collect(Stage.INPUT, messages, plan, state, add_input, failures)
-        survivors = server.close_inputs()
-        here = self._collect(
-            Stage.CONFIRM,
-            dict.fromkeys(inside, survivors),
-            plan,
-            state,
-            server.add_confirmation,
-            failures,
-        )
-        agreement = server.agreement()
+        inside = self._collect(Stage.INPUT, messages, attempt, add_input)
+        survivors = dict.fromkeys(inside, server.close_inputs())
+        here = self._collect(Stage.CONFIRM, survivors, attempt, server.add_confirmation)
+        agreement = dict.fromkeys(here, server.agreement())
         record = SecureRecord(
             plan.round,
             plan.attempt,
-            asked,
-            len(epoch.listed.offers),
-            len(epoch.listed.deals),
+            len(attempt.asked),
+            len(listed.offers),
+            len(listed.deals),
             len(inside),
             len(here),
             opened=None,
-            threshold=epoch.listed.threshold,
+            threshold=listed.threshold,
             colluders=self._terms.max_colluders,
         )
-        self._note(record)  # from here on it may be learnt
-        opened = self._collect(
-            Stage.OPEN, dict.fromkeys(here, agreement), plan, state, server.add_opening, failures
-        )
+        self._kept.note(record)  # from here on it may be learnt
+        opened = self._collect(Stage.OPEN, agreement, attempt, server.add_opening)
         try:
             result = server.result()
         finally:
-            record = replace(
-                record, opened=len(opened), liars=server.liars, suspected=tuple(server.suspected)
-            )
-            self._note(record)
-            self._leave_out(server, plan.round)
+            liars, suspected = server.liars, tuple(server.suspected)
+            record = replace(record, opened=len(opened), liars=liars, suspected=suspected)
+            self._kept.note(record)
+            self._suspect(server, plan.round)
         return result, record
 
-    def _leave_out(self, server: ServerAttempt, round_number: int) -> None:
-        """From the next epoch on: proven liars, and whose shares too many say do not open."""
+    def _suspect(self, server: ServerAttempt, round_number: int) -> None:
+        """Say who lied, and whose shares too many say do not open: not heard in later epochs."""
         for liar in server.liars:
             log.warning(
                 "round %d: %s signed a share that is not what was dealt", round_number, liar
             )
-            self._liars.add(liar)
         for dealer, without in server.suspected.items():
             names = ", ".join(without)
             log.warning(
@@ -243,21 +229,19 @@ class SecureCohort:
         self,
         stage: str,
         messages: Mapping[str, bytes],
-        plan: RoundPlan,
-        state: AdapterState,
+        attempt: _Attempt,
         take: Callable[[bytes], str],
-        failures: _Failures,
     ) -> list[str]:
         """Ask, check and take each answer; who counted, in the order of the answers."""
         counted = []
-        for name, answer in self._exchange.ask(stage, messages, plan, state):
+        for name, answer in self._exchange.ask(stage, messages, attempt.plan, attempt.state):
             if isinstance(answer, Failure):
-                failures.add(answer)
+                attempt.failures.add(answer)
                 continue
             try:
                 signer = take(answer)
             except (BadInput, Refused) as error:
-                failures.add(Failure(name, one_line(f"{stage}: {error}")))
+                attempt.failures.add(Failure(name, one_line(f"{stage}: {error}")))
                 continue
             if signer != name:
                 log.warning("%s: %s carried what %s had signed", stage, name, signer)
@@ -269,17 +253,21 @@ class SecureCohort:
         return stages.encoding_of(self._terms, plan.phase, size, noise)
 
     def _decoded(
-        self, result: SecureSum, plan: RoundPlan, size: int
+        self, result: SecureSum, plan: RoundPlan, spec: AdapterSpec
     ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """The sum in the adapter's units; BadInput if its mean is longer than any honest one."""
-        total = self._encoding(plan, size).decode(result.levels)
-        bound = guarantee_of(self._manifest).update_bound(plan.phase, size)
+        """The sum in the adapter's units; BadInput if its mean is longer than any honest one.
+
+        Whose update moves what its phase leaves alone is hidden in the sum; what it moved there is
+        left out.
+        """
+        total = self._encoding(plan, spec.size).decode(result.levels)
+        bound = guarantee_of(self._manifest).update_bound(plan.phase, spec.size)
         norm = float(np.linalg.norm(total)) / len(result.members)
         if not norm <= bound * (1 + 1e-6):
             raise BadInput(
                 f"sum: found a mean update of norm {norm:.4g}, expected at most {bound:.4g}"
             )
-        return total
+        return np.where(spec.moved_by(self._manifest.phases[plan.phase].name), total, 0.0)
 
 
 class _Failures:
@@ -301,6 +289,3 @@ class _Failures:
         if first and all(failure.refused for failure in first):
             return tuple(first)
         return (*self._others, *first)
-
-
-__all__ = ["Exchange", "SecureCohort", "SecureTerms"]

@@ -9,7 +9,7 @@ vectors, as between machines.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import ray
 
@@ -18,19 +18,19 @@ from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.state import AdapterSpec, Vector
 from fedlora.common.protocol.stages import Request, Stage
-from fedlora.common.trust.identity import PublicIdentity
 from fedlora.simulations.engines.masked import Roster
+from fedlora.simulations.engines.shared import Shared
+from fedlora.simulations.federation.population import client_name
+from fedlora.simulations.federation.run_folder import SimulatedRun
 
 
 class _Keeper:
     """One run's nodes. A refusal comes back as text: an exception would arrive as Ray's."""
 
-    def __init__(self, names: list[str], manifest: bytes) -> None:
-        self._roster = Roster(names, RunManifest.from_bytes(manifest))
+    def __init__(self, shared: Shared, names: list[str], manifest: bytes) -> None:
+        identities = {name: shared.identity(name) for name in names}
+        self._roster = Roster(identities, RunManifest.from_bytes(manifest))
         self._runs: dict[str, MaskedRun] = {}
-
-    def identities(self) -> dict[str, bytes]:
-        return {name: peer.identity.key for name, peer in self._roster.peers.items()}
 
     def prepare(self, request: bytes, spec: AdapterSpec) -> _Said:
         """The answer to a stage; None: an update is to be trained and handed to `mask` first."""
@@ -68,18 +68,15 @@ class Keeper:
         self._actor = actor
 
     @classmethod
-    def start(cls, names: list[str], manifest: RunManifest) -> Keeper:
+    def start(cls, run: SimulatedRun, shared: Shared) -> Keeper:
         """It lives as long as this handle."""
-        actor = ray.remote(_Keeper).options(name=_name(manifest), num_cpus=0)
-        return cls(actor.remote(names, manifest.to_bytes()))
+        actor = ray.remote(_Keeper).options(name=_name(run.manifest), num_cpus=0)
+        names = [client_name(client) for client in run.federation.clients]
+        return cls(actor.remote(shared, names, run.manifest.to_bytes()))
 
     @classmethod
     def find(cls, manifest: RunManifest) -> Keeper:
         return cls(ray.get_actor(_name(manifest)))
-
-    def identities(self) -> dict[str, PublicIdentity]:
-        found = cast("dict[str, bytes]", ray.get(self._actor.identities.remote()))
-        return {name: PublicIdentity(key) for name, key in found.items()}
 
     def answer(self, request: bytes, spec: AdapterSpec, train: Train) -> bytes:
         """The node's answer to a stage; BadInput or Refused with its reason."""

@@ -23,8 +23,8 @@ from fedlora.common.protocol.stages import Stage
 from fedlora.common.secagg import shamir, wire
 from fedlora.common.secagg.cohort import CohortPolicy
 from fedlora.common.trust.enrolment import Peer
-from fedlora.common.trust.identity import Identity
-from fedlora.server.rounds.cohort import Failure
+from fedlora.common.trust.identity import Identity, PublicIdentity
+from fedlora.server.rounds.cohort import Failure, replies_needed
 
 
 class Trains(Protocol):
@@ -38,14 +38,14 @@ TrainerOf = Callable[[str], Trains]
 
 
 class Roster:
-    """Identities of a simulated federation, each approved by every operator."""
+    """The institutions of a simulated federation, each approved by every operator."""
 
-    def __init__(self, names: list[str], manifest: RunManifest) -> None:
+    def __init__(self, identities: Mapping[str, Identity], manifest: RunManifest) -> None:
         if manifest.secure is None:
             raise BadInput("manifest secure: found none, expected the terms of secure aggregation")
         self._manifest, self._colluders = manifest, manifest.secure.max_colluders
-        self._identities = {name: Identity.generate() for name in names}
-        self.peers = {name: Peer(name, name, key.public) for name, key in self._identities.items()}
+        self._identities = identities
+        self.peers = {name: Peer(name, name, key.public) for name, key in identities.items()}
 
     def masked_run(self, name: str) -> MaskedRun:
         """A node of that name that has just started."""
@@ -58,10 +58,17 @@ class Institutions:
     """An `Exchange` whose institutions live in this process, each made when first asked."""
 
     def __init__(
-        self, names: list[str], manifest: RunManifest, faults: FaultsConfig, trainer_of: TrainerOf
+        self,
+        names: list[str],
+        manifest: RunManifest,
+        faults: FaultsConfig,
+        trainer_of: TrainerOf,
+        choose: Callable[[RoundPlan], list[str]],
+        quorum: float,
     ) -> None:
-        self._faults, self._trainer_of = faults, trainer_of
-        self._roster = Roster(names, manifest)
+        self._manifest, self._faults, self._quorum = manifest, faults, quorum
+        self._trainer_of, self._choose = trainer_of, choose
+        self._roster = Roster({name: Identity.generate() for name in names}, manifest)
         self._runs: dict[str, MaskedRun] = {}
         self._source: Random = OsRandom()
         self.masked_vectors = 0
@@ -70,6 +77,20 @@ class Institutions:
     def peers(self) -> Mapping[str, Peer]:
         """The roster that every operator approved."""
         return self._roster.peers
+
+    def gather(self) -> Mapping[str, PublicIdentity]:
+        """All of them."""
+        return {name: peer.identity for name, peer in self.peers.items()}
+
+    def asked(
+        self, members: Mapping[str, PublicIdentity], plan: RoundPlan
+    ) -> tuple[list[str], list[Failure]]:
+        """As drawn; nobody declines before a stage."""
+        return self._choose(plan), []
+
+    def needed(self, of: int) -> int:
+        """A quorum, and as many as the manifest promises to each."""
+        return replies_needed(of, self._quorum, self._manifest.minimum_cohort)
 
     def ask(
         self, stage: str, messages: Mapping[str, bytes], plan: RoundPlan, state: AdapterState

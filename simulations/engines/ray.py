@@ -1,13 +1,8 @@
 """The same federation on Flower's Ray simulation: `flwr run .`, or `fedlora-sim run --engine ray`.
 
-The round loop of the sequential engine runs inside Flower's ServerApp and asks a `GridCohort`; its
-trainers run inside Flower's ClientApp. A simulated node answers for every client whose number,
-modulo the count of nodes, is the node's partition id: any number of nodes serves any number of
-clients.
-
-Nodes and coordinator share the run's folder: configuration, manifest, ledger and the trainers'
-state between rounds lie there, so it does not matter which actor trains a client. An actor builds
-its federation once.
+The round loop of the sequential engine runs inside Flower's ServerApp, over the deployment's cohort
+and carrier; trainers run inside Flower's ClientApp. Any simulated node answers for any institution,
+and a message's group says for which: any number of nodes serves any number of clients.
 """
 
 from __future__ import annotations
@@ -22,7 +17,6 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors may share a GPU
 
 import importlib.util
-import json
 import logging
 import shlex
 import signal
@@ -31,57 +25,37 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from fedlora.client.training.moments import MomentStore
-from fedlora.client.training.trainer import Trainer
 from fedlora.common.config.schema import load_config
-from fedlora.common.disk.files import write_atomically
-from fedlora.common.errors import BadInput, FedloraError, Refused
-from fedlora.common.ledger.ledger import Ledger
-from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.model.state import AdapterState, Vector
-from fedlora.common.protocol import flower
-from fedlora.common.protocol.messages import vector_from_bytes
-from fedlora.common.protocol.stages import Request
-from fedlora.common.terminal import one_line
-from fedlora.server.deployment.flower import (
-    DECLINED,
-    MAX_STAGE_BYTES,
-    REFUSED,
-    SECURE,
-    Clock,
-    GridCohort,
-    GridExchange,
-    enrol,
-)
+from fedlora.common.errors import BadInput, FedloraError
+from fedlora.common.protocol.flower import envelope_record, read_envelope
+from fedlora.common.protocol.messages import MAX_REQUEST_BYTES
+from fedlora.common.trust.identity import Identity
+from fedlora.server.coordinator.coordinator import Coordinator
+from fedlora.server.deployment.cohorts import cohort_of
+from fedlora.server.deployment.flower import LONGEST_POLL, REQUEST, Clock, GridCarrier
 from fedlora.server.rounds.checkpoint import Progress
-from fedlora.server.rounds.cohort import Cohort, replies_needed
+from fedlora.server.rounds.cohort import Cohort, Failure
 from fedlora.server.runs.metrics import Observe
 from fedlora.server.runs.run import conduct, to_its_end
-from fedlora.server.secagg.log import liars_in, note_in
-from fedlora.server.secagg.seen_keys import SeenKeys
-from fedlora.server.secagg.sums import SecureCohort
-from fedlora.simulations.begin import Options, begin, federation_of, machine_of, with_corpus
-from fedlora.simulations.engines.sequential import choose_clients
+from fedlora.simulations.begin import Options, begin, with_corpus
+from fedlora.simulations.engines.nodes import Simulated, resident_of
+from fedlora.simulations.engines.shared import Shared
 from fedlora.simulations.federation.packaged import packaged_config
-from fedlora.simulations.federation.population import Federation, client_name
-from fedlora.simulations.federation.run_folder import Paths, SimulatedRun, finish
+from fedlora.simulations.federation.population import client_name
+from fedlora.simulations.federation.run_folder import SimulatedRun, finish
 from fedlora.simulations.report.pages import write_report
 
 QUICKSTART = "quickstart"
 MAX_NODES = 100  # Flower looks at its nodes one by one; more nodes than actors gain nothing
-# in the run's folder: what a node needs beside configuration and manifest
-NODES_FILE = "nodes.json"
 START_SECONDS = 1800.0  # for the actors to start, load the model and encode the data
 STOP_SECONDS = 120.0  # for the round loop to notice that Flower has gone
 
@@ -121,16 +95,10 @@ def serve(grid: Grid, context: Context) -> None:
     to_its_end(run.checkpoint, train, finished)
 
 
-@client_app.query()
-def offered(message: Message, context: Context) -> Message:
-    """`flwr run`: the coordinator offers a run."""
-    return _answer_offer(message, context, _folder(context))
-
-
 @client_app.train()
 def asked(message: Message, context: Context) -> Message:
     """`flwr run`: the coordinator asks one client for its part of a round."""
-    return _answer_plan(message, _folder(context))
+    return _answered(message, _folder(context))
 
 
 def train_on_ray(run: SimulatedRun, observe: Observe) -> Progress:
@@ -179,13 +147,9 @@ def _server(
 def _client(folder: Path) -> ClientApp:
     app = ClientApp()
 
-    @app.query()
-    def offered_here(message: Message, context: Context) -> Message:
-        return _answer_offer(message, context, folder)
-
     @app.train()
     def asked_here(message: Message, context: Context) -> Message:
-        return _answer_plan(message, folder)
+        return _answered(message, folder)
 
     return app
 
@@ -225,140 +189,43 @@ def _stoppable(stop: threading.Event) -> Clock:
 
 def _cohort(grid: Grid, run: SimulatedRun, clock: Clock) -> Cohort:
     """Tell the nodes how to build what the coordinator built, and wait until they have."""
-    shared = _Shared(str(run.paths.ledger), str(run.federation.model.device))
-    write_atomically(run.folder / NODES_FILE, shared.to_bytes())
-    clients = run.clients
-    enrolled = enrol(grid, run.manifest, clients, START_SECONDS, clock=clock)
+    identity, names = Identity.generate(), [client_name(each) for each in run.federation.clients]
+    shared = Shared.of(run, identity.public)
+    shared.write(run.folder)
+    members = {name: shared.identity(name).public for name in names}
+    _wake(grid, clock)
 
-    def choose(plan: RoundPlan) -> list[str]:
-        return [
-            client_name(client) for client in choose_clients(run.manifest, run.federation, plan)
-        ]
+    def nodes() -> dict[str, int]:
+        return dict(zip(names, cycle(sorted(grid.get_node_ids()))))  # any can answer for anybody
 
-    deadline = run.deadline
-    if run.manifest.secure is None:
-        return GridCohort(grid, enrolled.nodes, choose, deadline, clock)
-    from fedlora.simulations.engines.keeper import Keeper  # Flower has started Ray by now
+    coordinator = Coordinator(run.manifest.federation, identity, lambda: members)
+    who = Simulated(run, GridCarrier(grid, nodes, clock), coordinator)
+    if run.manifest.secure is not None:
+        from fedlora.simulations.engines.keeper import Keeper  # Flower has started Ray by now
 
-    keeper = Keeper.start(list(enrolled.nodes), run.manifest)
-    exchange = GridExchange(grid, enrolled.nodes, deadline, clock)
-    quorum, minimum = run.rules.quorum, run.rules.minimum
-
-    def needed(asked: int) -> int:
-        return replies_needed(asked, quorum, minimum)
-
-    folder = run.folder
-    kept = (note_in(folder), liars_in(folder), SeenKeys(folder))
-    return SecureCohort(run.manifest, keeper.identities, exchange, choose, needed, *kept)
+        who.keeper = Keeper.start(run, shared)
+    return cohort_of(who)
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """Where every actor computes, and what it charges; how it computes lies beside it."""
-
-    ledger: str
-    device: str
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(vars(self)).encode()
-
-    @classmethod
-    def read(cls, folder: Path) -> _Shared:
-        return cls(**json.loads((folder / NODES_FILE).read_bytes()))
+def _wake(grid: Grid, clock: Clock) -> None:
+    """An empty request to each node; FedloraError where none has built its federation in time."""
+    end = clock.now() + START_SECONDS
+    while not list(grid.get_node_ids()) and clock.now() < end:
+        clock.sleep(LONGEST_POLL)
+    nodes = {f"node {node}": node for node in grid.get_node_ids()}
+    answers = GridCarrier(grid, lambda: nodes, clock).ask(dict.fromkeys(nodes, b""), START_SECONDS)
+    failures = [answer for _, answer in answers if isinstance(answer, Failure)]
+    if len(failures) == len(nodes):
+        reasons = [f"{failure.client}: {failure.reason}" for failure in failures]
+        raise FedloraError("\n".join(reasons) or f"no node came online in {START_SECONDS:g} s")
 
 
-@dataclass(eq=False)
-class _Resident:
-    """What an actor keeps between messages."""
-
-    federation: Federation
-    manifest: RunManifest
-    ledger: Ledger
-    moments: MomentStore
-    numbers: Mapping[str, int]  # of clients, by name
-
-    def trainer(self, client: str) -> Trainer:
-        if client not in self.numbers:
-            raise BadInput(f"plan client: found {client}, which is not in this federation")
-        secure = self.manifest.secure is not None
-        number = self.numbers[client]
-        return self.federation.trainer(
-            number, self.manifest, self.ledger, self.moments, masked=secure
-        )
-
-
-def _resident(folder: Path) -> _Resident:
-    manifest = RunManifest.from_json((folder / "manifest.json").read_bytes())
-    return _build(folder, manifest.digest)
-
-
-@lru_cache(maxsize=1)
-def _build(folder: Path, digest: str) -> _Resident:
-    """Once for each actor and run; `digest` tells runs apart that had the same folder."""
-    shared = _Shared.read(folder)
-    config = load_config(folder / "config.toml")
-    federation = federation_of(config, folder, machine_of(config, Options(device=shared.device)))
-    return _Resident(
-        federation=federation,
-        manifest=RunManifest.from_json((folder / "manifest.json").read_bytes()),
-        ledger=Paths.of(folder, Path(shared.ledger)).open_ledger(),
-        moments=MomentStore(folder / "clients"),
-        numbers={client_name(client): client for client in federation.clients},
-    )
-
-
-def _answer_offer(message: Message, context: Context, folder: Path) -> Message:
-    """Name this node's clients; each consents when first asked, as in the sequential engine."""
-    place, nodes = (
-        int(context.node_config["partition-id"]),
-        int(context.node_config["num-partitions"]),
-    )
-    try:
-        resident, offered = _resident(folder), flower.read_offer(message.content)
-        if offered.digest != resident.manifest.digest:
-            raise Refused(f"manifest: found {offered.digest}, expected {resident.manifest.digest}")
-        clients = resident.federation.clients[place::nodes]
-        record = flower.consent_record([client_name(client) for client in clients])
-    except FedloraError as error:
-        record = flower.refusal_record(f"node-{place}", error)
-    return Message(record, reply_to=message)
-
-
-def _answer_plan(message: Message, folder: Path) -> Message:
-    """Train the client that the plan names; a plan that can't be read is Flower's to report."""
-    resident = _resident(folder)
-    if resident.manifest.secure is not None:
-        return Message(_staged(resident, message.content), reply_to=message)
-    task = flower.read_plan(message.content, resident.federation.model.spec)
-    return Message(_trained(resident, task), reply_to=message)
-
-
-def _trained(resident: _Resident, task: flower.Task) -> RecordDict:
-    try:
-        return flower.update_record(resident.trainer(task.client).train(task.plan, task.state))
-    except FedloraError as error:
-        return flower.refusal_record(task.client, error)
-
-
-def _staged(resident: _Resident, record: RecordDict) -> RecordDict:
-    """A stage of secure aggregation: the secrets are with the keeper, the training is here."""
-    from fedlora.simulations.engines.keeper import Keeper
-
-    spec = resident.federation.model.spec
-    data = flower.read_envelope(record, MAX_STAGE_BYTES + 4 * spec.size)[1]
-    request = Request.from_bytes(data)
-
-    def train() -> Vector:
-        state = AdapterState(spec, vector_from_bytes(request.vector, spec.size, "stage"))
-        return resident.trainer(request.institution).train(request.plan, state).delta
-
-    try:
-        return flower.envelope_record(
-            SECURE, Keeper.find(resident.manifest).answer(data, spec, train)
-        )
-    except FedloraError as error:
-        kind = REFUSED if isinstance(error, Refused) else DECLINED
-        return flower.envelope_record(kind, one_line(str(error)).encode())
+def _answered(message: Message, folder: Path) -> Message:
+    """The reply to a request; a message that can't be read is Flower's to report."""
+    resident = resident_of(folder)
+    _, data = read_envelope(message.content, MAX_REQUEST_BYTES)
+    answer = resident.answer(message.metadata.group_id, data) if data else b""
+    return Message(envelope_record(REQUEST, answer), reply_to=message)
 
 
 def _folder(context: Context) -> Path:

@@ -11,6 +11,7 @@ import time
 import numpy as np
 
 from fedlora.client.training.moments import MomentStore
+from fedlora.client.training.trainer import Trainer
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.manifest import RunManifest
@@ -18,9 +19,8 @@ from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.randomness import OsRandom, Random, SeededRandom
-from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure, participants, replies_needed
-from fedlora.server.secagg.log import liars_in, note_in
-from fedlora.server.secagg.seen_keys import SeenKeys
+from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure, participants
+from fedlora.server.secagg.log import SumLog
 from fedlora.server.secagg.sums import SecureCohort
 from fedlora.simulations.engines.masked import Institutions
 from fedlora.simulations.federation.population import Federation, client_name
@@ -66,28 +66,23 @@ class SequentialCohort:
         return update
 
 
-def secure_cohort(run: SimulatedRun) -> SecureCohort:
-    """The same clients behind secure aggregation's state machines: nobody adds in clear."""
+def masked(run: SimulatedRun) -> SecureCohort:
+    """The same clients behind the state machines of secure aggregation: no sum in clear."""
     federation, manifest = run.federation, run.manifest
     numbers = {client_name(client): client for client in federation.clients}
+
+    def trainer_of(name: str) -> Trainer:
+        return federation.trainer(numbers[name], manifest, run.ledger, run.moments, masked=True)
+
     institutions = Institutions(
         list(numbers),
         manifest,
         run.faults,
-        lambda name: federation.trainer(
-            numbers[name], manifest, run.ledger, run.moments, masked=True
-        ),
+        trainer_of,
+        lambda plan: chosen_names(manifest, federation, plan),
+        run.rules.quorum,
     )
-    identities = {name: peer.identity for name, peer in institutions.peers.items()}
-
-    def choose(plan: RoundPlan) -> list[str]:
-        return [client_name(client) for client in choose_clients(manifest, federation, plan)]
-
-    def needed(asked: int) -> int:
-        return replies_needed(asked, run.rules.quorum, run.rules.minimum)
-
-    kept = (note_in(run.folder), liars_in(run.folder), SeenKeys(run.folder))
-    return SecureCohort(manifest, lambda: identities, institutions, choose, needed, *kept)
+    return SecureCohort(manifest, institutions, SumLog(run.folder))
 
 
 def choose_clients(manifest: RunManifest, federation: Federation, plan: RoundPlan) -> list[int]:
@@ -104,8 +99,13 @@ def choose_clients(manifest: RunManifest, federation: Federation, plan: RoundPla
     return participants(federation.clients, manifest.participation, source)
 
 
+def chosen_names(manifest: RunManifest, federation: Federation, plan: RoundPlan) -> list[str]:
+    """Names of whom `choose_clients` draws."""
+    return [client_name(client) for client in choose_clients(manifest, federation, plan)]
+
+
 def sequential(run: SimulatedRun) -> Cohort:
     """The in-process engine; with secure aggregation its coordinator's part learns sums only."""
     if run.manifest.secure is not None:
-        return secure_cohort(run)
+        return masked(run)
     return SequentialCohort(run.federation, run.manifest, run.ledger, run.moments)

@@ -31,6 +31,7 @@ from fedlora.common.protocol import stages
 from fedlora.common.protocol.stages import Stage
 from fedlora.common.secagg.cohort import CohortPolicy, threshold
 from fedlora.common.secagg.wire import Epoch
+from fedlora.common.trust.identity import PublicIdentity
 from fedlora.server.rounds.cohort import CohortSum, Failure
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.secagg.epoch import ServerEpoch
@@ -101,8 +102,19 @@ class Federation:
             )
             self.nodes[name] = MaskedRun(node, run)
             self.trainers[name] = Clipping(number, run)
-        identities = {name: peer.identity for name, peer in peers_of(count).items()}
-        self.cohort = SecureCohort(run, lambda: identities, self, lambda plan: self.names)
+        self.identities = {name: peer.identity for name, peer in peers_of(count).items()}
+        self.cohort = SecureCohort(run, self)
+
+    def gather(self) -> Mapping[str, PublicIdentity]:
+        return self.identities
+
+    def asked(
+        self, members: Mapping[str, PublicIdentity], plan: RoundPlan
+    ) -> tuple[list[str], list[Failure]]:
+        return self.names, []
+
+    def needed(self, of: int) -> int:
+        return 1
 
     def ask(
         self, stage: str, messages: Mapping[str, bytes], plan: RoundPlan, state: AdapterState

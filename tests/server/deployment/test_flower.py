@@ -1,9 +1,14 @@
-"""The grid cohort against nodes that are late, dead, double-tongued or wrong, all in process."""
+"""The grid's carrier and the cohort over it, against nodes that are late, dead, double-tongued or
+wrong, all in process.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -16,18 +21,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
-from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.protocol import flower
-from fedlora.server.deployment.flower import Clock, GridCohort, enrol
+from fedlora.common.protocol.messages import (
+    PLAN_TAG,
+    Answer,
+    Consent,
+    Decline,
+    Reply,
+    Task,
+    reply_to_bytes,
+    request_from_bytes,
+    vector_from_bytes,
+    vector_to_bytes,
+)
+from fedlora.common.trust.identity import Identity, PublicIdentity
+from fedlora.server.coordinator.coordinator import Coordinator
+from fedlora.server.deployment.cohorts import ClearCohort
+from fedlora.server.deployment.flower import REQUEST, Clock, GridCarrier
+from fedlora.server.deployment.institutions import Institutions
 from fedlora.server.rounds.cohort import Failure
 
 SPEC = AdapterSpec((TensorSpec("head.weight", (3,)),))
 STATE = AdapterState.zeros(SPEC)
-PLAN = RoundPlan(manifest="sha256:m", phase=0, round=2, attempt=4, adapter=STATE.digest)
-PHASE = Phase("adapter", 3, 4, 2, 0.02, 128.0, 0.7, 1.0, 0.0, "adamw", 1e-3, True, 0.0)
+# a learning rate at which no finite value of these tests is beyond the bound on an update's norm
+PHASE = Phase("adapter", 3, 4, 2, 0.02, 128.0, 0.7, 1.0, 0.0, "adamw", 1e9, True, 0.0)
 MANIFEST = RunManifest(
     federation="test",
     run="0" * 32,
@@ -48,7 +68,10 @@ MANIFEST = RunManifest(
     network=Network.of(ModelConfig(), LoraConfig()),
     phases=(PHASE,),
 )
+PLAN = RoundPlan(MANIFEST.digest, phase=0, round=2, attempt=4, adapter=STATE.digest)
 DEADLINE = 60.0
+COORDINATOR = Identity.generate()
+FOLDER = TemporaryDirectory()  # for the plans that were sent
 SUPERLINK = 1  # the node id in whose name Flower reports a dead node
 
 Behaviour = Callable[[Message], list[tuple[float, Message]]]
@@ -126,15 +149,37 @@ class FakeGrid(Grid):
         raise NotImplementedError
 
 
+@cache
+def key_of(name: str) -> Identity:
+    return Identity.generate()
+
+
 def name_of(message: Message) -> str:
-    return flower.read_plan(message.content, SPEC).client
+    return message.metadata.group_id
+
+
+def signed(reply: Reply, by: str | None = None) -> RecordDict:
+    key = key_of(reply.institution if by is None else by)
+    return flower.envelope_record(REQUEST, reply_to_bytes(key, MANIFEST.federation, reply))
+
+
+def answer(message: Message, value: float = 1.0) -> Answer:
+    """A node's update, after it has read what it was asked."""
+    kind, data = flower.read_envelope(message.content, 1 << 20)
+    task = request_from_bytes(data)
+    assert kind == REQUEST and isinstance(task, Task)
+    plan = RoundPlan.from_bytes(task.plan.opened(PLAN_TAG, COORDINATOR.public))
+    assert not vector_from_bytes(task.vector, 3, "task").any()
+    delta = vector_to_bytes(np.full(3, value, dtype=np.float32))
+    return Answer(name_of(message), plan.manifest, plan.round, plan.attempt, delta)
 
 
 def update(message: Message, value: float = 1.0, **changes: object) -> RecordDict:
-    task = flower.read_plan(message.content, SPEC)
-    delta = np.full(3, value, dtype=np.float32)
-    good = Update(task.client, task.plan.manifest, task.plan.round, task.plan.attempt, delta)
-    return flower.update_record(replace(good, **changes))  # type: ignore[arg-type]
+    return signed(replace(answer(message, value), **changes))  # type: ignore[arg-type]
+
+
+def declined(message: Message, reason: str, refused: bool = True) -> RecordDict:
+    return signed(Decline(name_of(message), "", 0, 0, reason, refused))
 
 
 def answers(content: Callable[[Message], RecordDict], after: float = 0.0) -> Behaviour:
@@ -163,9 +208,31 @@ def twice(first: Behaviour, second: Behaviour) -> Behaviour:
     return lambda message: first(message) + second(message)
 
 
-def cohort_of(grid: FakeGrid, names: list[str] | None = None) -> GridCohort:
-    nodes = {f"client-{node}": node for node in grid.nodes}
-    return GridCohort(grid, nodes, lambda _: list(names or nodes), DEADLINE, grid.clock())
+class Everybody(Institutions):
+    """Asks each of `names`, with the whole deadline at each stage."""
+
+    names: Sequence[str] = ()
+    left = DEADLINE
+
+    def gather(self) -> Mapping[str, PublicIdentity]:
+        return self.coordinator.members()
+
+    def asked(
+        self, members: Mapping[str, PublicIdentity], plan: RoundPlan
+    ) -> tuple[list[str], list[Failure]]:
+        return list(self.names), []
+
+
+def cohort_of(
+    grid: FakeGrid, nodes: dict[str, int] | None = None, clock: Clock | None = None
+) -> ClearCohort:
+    nodes = {f"client-{node}": node for node in grid.nodes} if nodes is None else nodes
+    members = {name: key_of(name).public for name in nodes}
+    coordinator = Coordinator(MANIFEST.federation, COORDINATOR, lambda: members)
+    carrier = GridCarrier(grid, lambda: nodes, clock or grid.clock())
+    who = Everybody(MANIFEST, coordinator, carrier, Path(FOLDER.name), DEADLINE, 1.0)
+    who.names = list(nodes)
+    return ClearCohort(who)
 
 
 def test_the_sum_of_good_updates() -> None:
@@ -174,7 +241,7 @@ def test_the_sum_of_good_updates() -> None:
     assert found.total.dtype == np.float64
     np.testing.assert_array_equal(found.total, [7.0, 7.0, 7.0])
     assert (found.replies, found.asked, found.failures) == (3, 3, ())
-    assert 3.0 <= found.seconds < 4.0
+    assert 3.0 <= grid.time < 4.0
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=0, max_size=12), st.data())
@@ -192,7 +259,7 @@ def test_only_what_arrives_in_time_is_added(values: list[float], data: st.DataOb
     np.testing.assert_allclose(found.total, np.full(3, np.sum(timely)), rtol=1e-12, atol=1e-6)
     assert (found.replies, found.asked) == (len(timely), len(values))
     assert found.replies + len(found.failures) == found.asked
-    assert found.seconds <= DEADLINE
+    assert grid.time <= DEADLINE
 
 
 BAD: dict[str, tuple[Behaviour, str]] = {
@@ -206,23 +273,22 @@ BAD: dict[str, tuple[Behaviour, str]] = {
         error(2, "Traceback (most recent call last):\n  File x\nValueError: no"),
         "2: ValueError: no",
     ),
-    "declined": (
-        answers(
-            lambda message: flower.refusal_record(name_of(message), Refused("budget is spent"))
-        ),
-        "budget is spent",
-    ),
+    "declined": (answers(lambda message: declined(message, "budget is spent")), "budget is spent"),
     "msg-wrong-sender": (
-        answers(lambda message: update(message, client="client-10")),
-        "found client-10",
+        answers(lambda message: update(message, institution="client-10")),
+        "found the institution 'client-10'",
     ),
     "refusal-for-another": (
-        answers(lambda message: flower.refusal_record("client-10", Refused("no"))),
-        "found client-10, expected client-11",
+        answers(lambda message: signed(Decline("client-10", "", 0, 0, "no", True))),
+        "found the institution 'client-10'",
+    ),
+    "another's-key": (
+        answers(lambda message: signed(answer(message), by="client-10")),
+        "did not make",
     ),
     "msg-wrong-run": (
         answers(lambda message: update(message, manifest="sha256:x")),
-        "expected round 2",
+        "found an answer for another run",
     ),
     "msg-wrong-round": (
         answers(lambda message: update(message, round=3)),
@@ -234,10 +300,18 @@ BAD: dict[str, tuple[Behaviour, str]] = {
     ),
     "vec-nan": (answers(lambda message: update(message, np.nan)), "a value that is not finite"),
     "vec-short": (
-        answers(lambda message: update(message, delta=np.zeros(2, dtype=np.float32))),
-        "found 8 bytes of shape (2,), expected 12",
+        answers(lambda message: update(message, vector=bytes(8))),
+        "found 8 bytes, expected 12",
     ),
-    "msg-wrong-stage": (answers(lambda _: flower.consent_record(["client-11"])), "found 'consent'"),
+    "msg-wrong-stage": (
+        answers(lambda message: signed(Consent(name_of(message), "", "", 0.0, 0.0))),
+        "found a consent",
+    ),
+    "no-trainer": (
+        answers(lambda _: flower.envelope_record("error", b"no\ntrainer")),
+        "no trainer",
+    ),
+    "no-message": (answers(lambda _: flower.envelope_record(REQUEST, b"")), "reply: found bytes"),
     "foreign-message": (answers(lambda _: RecordDict()), "found no record 'fedlora'"),
     "another-node": (
         lambda message: [(0.0, _from(message, 10))],
@@ -265,9 +339,9 @@ def test_a_bad_answer_costs_that_client_only(name: str) -> None:
     assert failure.reason.isprintable()
 
 
-@pytest.mark.parametrize(("answer", "refused"), [(Refused("no"), True), (BadInput("no"), False)])
-def test_a_failure_says_whether_asking_again_is_vain(answer: FedloraError, refused: bool) -> None:
-    declines = answers(lambda message: flower.refusal_record(name_of(message), answer))
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_failure_says_whether_asking_again_is_vain(refused: bool) -> None:
+    declines = answers(lambda message: declined(message, "no", refused))
     (failure,) = cohort_of(FakeGrid({10: declines})).total(PLAN, STATE).failures
     assert failure == Failure("client-10", "no", refused)
 
@@ -299,29 +373,27 @@ def test_the_last_attempts_straggler_does_not_count_in_this_one() -> None:
 
 
 def test_clients_without_a_reachable_node_fail() -> None:
-    grid = FakeGrid({10: good()})
-    nodes = {"client-10": 10, "client-11": 11}
-    names = ["client-10", "client-11", "client-12"]
-    found = GridCohort(grid, nodes, lambda _: names, DEADLINE, grid.clock()).total(PLAN, STATE)
-    reasons = {failure.client: failure.reason for failure in found.failures}
-    assert reasons == {
-        "client-11": "the message could not be sent",
-        "client-12": "no node answers for it",
+    grid = FakeGrid({10: silent})
+    carrier = GridCarrier(grid, lambda: {"client-10": 10, "client-11": 11}, grid.clock())
+    assert carrier.online() == {"client-10"}
+    asked = dict.fromkeys(["client-10", "client-11", "client-12"], b"x")
+    assert dict(carrier.ask(asked, DEADLINE)) == {
+        "client-10": Failure("client-10", "no answer within 60 s"),
+        "client-11": Failure("client-11", "the message could not be sent"),
+        "client-12": Failure("client-12", "no node is registered for it"),
     }
-    assert found.asked == 3
 
 
 def test_one_node_may_answer_for_several_clients() -> None:
     grid = FakeGrid({10: good(1.0)})
-    nodes = {"a": 10, "b": 10, "c": 10}
-    found = GridCohort(grid, nodes, lambda _: ["a", "c"], DEADLINE, grid.clock()).total(PLAN, STATE)
+    found = cohort_of(grid, {"a": 10, "c": 10}).total(PLAN, STATE)
     np.testing.assert_array_equal(found.total, [2.0, 2.0, 2.0])
     assert (found.replies, found.asked) == (2, 2)
 
 
 def test_nobody_asked() -> None:
     grid = FakeGrid({10: good()})
-    found = GridCohort(grid, {"a": 10}, lambda _: [], DEADLINE, grid.clock()).total(PLAN, STATE)
+    found = cohort_of(grid, {}).total(PLAN, STATE)
     assert (found.replies, found.asked, found.failures) == (0, 0, ())
     assert grid.sent == 0
 
@@ -341,59 +413,5 @@ def test_an_interrupt_while_waiting_is_passed_on() -> None:
         raise KeyboardInterrupt
 
     grid = FakeGrid({10: silent})
-    clock = Clock(lambda: 0.0, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        GridCohort(grid, {"a": 10}, lambda _: ["a"], DEADLINE, clock).total(PLAN, STATE)
-
-
-def consents(*clients: str) -> Behaviour:
-    return answers(lambda _: flower.consent_record(clients))
-
-
-def test_enrolment() -> None:
-    def refuses(message: Message) -> RecordDict:
-        assert flower.read_offer(message.content) == MANIFEST
-        return flower.refusal_record("x", Refused("the data set's cap is ε = 1"))
-
-    grid = FakeGrid(
-        {
-            10: consents("a", "b"),
-            11: consents("c"),
-            12: answers(refuses),
-            13: silent,
-            14: consents("d", "a"),
-            15: error(5, "Node Unavailable", source=SUPERLINK),
-        }
-    )
-    found = enrol(grid, MANIFEST, 99, DEADLINE, clock=grid.clock())
-    assert found.nodes == {"a": 10, "b": 10, "c": 11}
-    assert {failure.client: failure.reason for failure in found.declined} == {
-        "12": "the data set's cap is ε = 1",
-        "13": "no answer within 60 s",
-        "14": "claims a, which node 10 answers for",
-        "15": "Flower error 5: Node Unavailable",
-    }
-
-
-def test_enrolment_waits_for_nodes_that_come_later_and_no_longer_than_needed() -> None:
-    grid = FakeGrid(
-        {10: consents("a"), 11: consents("b"), 12: consents("c")},
-        online={10: 0.0, 11: 3.0, 12: 50.0},
-    )
-    found = enrol(grid, MANIFEST, 2, DEADLINE, clock=grid.clock())
-    assert found.nodes == {"a": 10, "b": 11}
-    assert 3.0 <= grid.time < 4.0
-    grid.time = 0.0
-    assert enrol(grid, MANIFEST, 3, DEADLINE, clock=grid.clock()).nodes == {"a": 10, "b": 11}
-    assert 8.0 <= grid.time < 9.0
-    grid.time = 0.0
-    found = enrol(grid, MANIFEST, 3, DEADLINE, patience=DEADLINE, clock=grid.clock())
-    assert found.nodes == {"a": 10, "b": 11, "c": 12}
-
-
-def test_no_client_is_a_refusal_with_the_reasons() -> None:
-    grid = FakeGrid({10: answers(lambda _: flower.refusal_record("x", Refused("cap is ε = 1")))})
-    with pytest.raises(Refused, match="node 10: cap is ε = 1"):
-        enrol(grid, MANIFEST, 1, DEADLINE, clock=grid.clock())
-    with pytest.raises(Refused, match="no node came online within 5 s"):
-        enrol(FakeGrid({}), MANIFEST, 1, DEADLINE, clock=FakeGrid({}).clock())
+        cohort_of(grid, clock=Clock(lambda: 0.0, interrupt)).total(PLAN, STATE)

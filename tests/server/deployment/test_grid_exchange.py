@@ -9,7 +9,6 @@ import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -24,17 +23,24 @@ from fedlora.common.manifest.manifest import SecureTerms
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.protocol import flower
+from fedlora.common.protocol.messages import (
+    STAGE_TAG,
+    Decline,
+    Reply,
+    SignedStage,
+    Staged,
+    reply_to_bytes,
+    request_from_bytes,
+)
 from fedlora.common.protocol.stages import Request, slot_of
 from fedlora.common.secagg.cohort import CohortPolicy, survivors_digest
 from fedlora.common.secagg.wire import OPENING_TAG, Deal, Opening
 from fedlora.server.coordinator.coordinator import Coordinator
-from fedlora.server.deployment.cohorts import SignedStages
-from fedlora.server.deployment.flower import DECLINED, SECURE, GridCarrier, GridExchange
-from fedlora.server.deployment.participants import Participants
+from fedlora.server.deployment.flower import REQUEST, GridCarrier
 from fedlora.server.rounds.cohort import CohortSum, Failure
 from fedlora.server.secagg.sums import SecureCohort
 from tests.secure_world import IDENTITIES, node_name, peers_of
-from tests.server.deployment.test_flower import SUPERLINK, FakeGrid
+from tests.server.deployment.test_flower import COORDINATOR, SUPERLINK, Everybody, FakeGrid
 from tests.server.fakes import SPEC, START, manifest_of
 
 COUNT = 5
@@ -68,10 +74,12 @@ class Institution:
 
     def record(self, content: RecordDict) -> RecordDict:
         kind, data = flower.read_envelope(content, 1 << 20)
-        request = Request.from_bytes(data)
-        assert (kind, request.institution) == (SECURE, self.name)
+        stage = request_from_bytes(data)
+        assert kind == REQUEST and isinstance(stage, SignedStage)
+        request = Request.from_bytes(stage.request.opened(STAGE_TAG, COORDINATOR.public))
+        assert request.institution == self.name
         if self.mood == request.stage:
-            return flower.envelope_record(SECURE, b"noise")
+            return self.signed(request.plan, b"noise")
         if self.mood == "other kind":
             return flower.envelope_record("update", b"")
         if self.mood == "no envelope":
@@ -85,7 +93,7 @@ class Institution:
                 else self.node.answer(request.stage, request.message, plan)
             )
         except FedloraError as error:
-            return flower.envelope_record(DECLINED, str(error).encode())
+            return self.envelope(Decline(self.name, "", 0, 0, str(error), False))
         if self.mood == "garbage" and request.stage == "deal":
             deal = Deal.from_bytes(answer)
             answer = replace(
@@ -93,7 +101,15 @@ class Institution:
             ).to_bytes()
         if self.mood == "lie" and request.stage == "open":
             answer = self.lie(answer, request.plan)
-        return flower.envelope_record(SECURE, answer)
+        return self.signed(plan, answer)
+
+    def signed(self, plan: RoundPlan, message: bytes) -> RecordDict:
+        staged = Staged(self.name, plan.manifest, plan.round, plan.attempt, message)
+        return self.envelope(staged)
+
+    def envelope(self, reply: Reply) -> RecordDict:
+        key = IDENTITIES[int(self.name[-3:])]
+        return flower.envelope_record(REQUEST, reply_to_bytes(key, MANIFEST.federation, reply))
 
     def lie(self, answer: bytes, plan: RoundPlan) -> bytes:
         """Another share than the one that was dealt, properly signed."""
@@ -107,16 +123,24 @@ class Institution:
         return replace(wrong, signature=signature).to_bytes()
 
 
+def everybody(grid: FakeGrid, nodes: dict[str, int]) -> Everybody:
+    members = {name: peer.identity for name, peer in peers_of(COUNT).items()}
+    coordinator = Coordinator(MANIFEST.federation, COORDINATOR, lambda: members)
+    carrier = GridCarrier(grid, lambda: nodes, grid.clock())
+    who = Everybody(MANIFEST, coordinator, carrier, Path("unused"), 60.0, 0.01)
+    who.names = NAMES
+    return who
+
+
 class Federation:
     def __init__(self) -> None:
         self.institutions = [Institution(number) for number in range(COUNT)]
         self.grid = FakeGrid(
             {10 + number: each.answers for number, each in enumerate(self.institutions)}
         )
-        nodes = {name: 10 + number for number, name in enumerate(NAMES)}
-        exchange = GridExchange(self.grid, nodes, 60.0, self.grid.clock())
-        identities = {name: peer.identity for name, peer in peers_of(COUNT).items()}
-        self.cohort = SecureCohort(MANIFEST, lambda: identities, exchange, lambda plan: NAMES)
+        self.nodes = {name: 10 + number for number, name in enumerate(NAMES)}
+        self.who = everybody(self.grid, self.nodes)
+        self.cohort = SecureCohort(MANIFEST, self.who)
 
     def round(self, number: int) -> CohortSum:
         return self.cohort.total(RoundPlan(MANIFEST.digest, 0, number, number, START.digest), START)
@@ -202,7 +226,7 @@ def test_a_dealer_that_several_can_not_open_is_left_out_without_being_called_a_l
     found = federation.round(2)
     assert found.replies == 4 and "no proof" in found.failures[0].reason
     assert found.secure is not None and (found.secure.liars, found.secure.suspected) == ((), ())
-    federation.cohort._needed = lambda asked: asked
+    federation.who._quorum = 1.0
     assert federation.round(5).replies == 5
 
 
@@ -224,36 +248,25 @@ def peak_of(asking: Callable[[], Iterator[tuple[str, bytes | Failure]]]) -> int:
         tracemalloc.stop()
 
 
-def peaks(count: int, size: int = 1 << 18) -> tuple[int, int]:
-    """Bytes at most while the input is asked of so many: in a simulation, and between machines."""
+def peak(count: int, size: int = 1 << 18) -> int:
+    """Bytes at most while the input is asked of so many."""
     spec = AdapterSpec((TensorSpec("lora.a", (size,)),))
     state, plan = AdapterState.zeros(spec), RoundPlan(MANIFEST.digest, 0, 1, 1, START.digest)
     messages = {f"node-{number}": b"" for number in range(count)}
     nodes = {name: 10 + number for number, name in enumerate(messages)}
     grid = Sink(dict.fromkeys(nodes.values(), lambda message: []))
-    exchange = GridExchange(grid, nodes, 1.0, grid.clock())
-    carrier = GridCarrier(grid, lambda: nodes, grid.clock())
-    carrier.online = lambda: set(nodes)  # type: ignore[method-assign]
-    coordinator = Coordinator("f", IDENTITIES[0], dict)
-    with TemporaryDirectory() as folder:
-        who = Participants(MANIFEST, coordinator, carrier, Path(folder), count, 1.0)
-        stages = SignedStages(who)
-        return (
-            peak_of(lambda: exchange.ask("input", messages, plan, state)),
-            peak_of(lambda: stages.ask("input", messages, plan, state)),
-        )
+    who = everybody(grid, nodes)
+    return peak_of(lambda: who.ask("input", messages, plan, state))
 
 
 def test_memory_does_not_grow_with_nodes_times_parameters() -> None:
     """Each node's request holds the model, and is gone once it is sent."""
-    few, many = peaks(5), peaks(50)
-    assert many[0] < few[0] + 2 * (1 << 20) and many[1] < few[1] + 2 * (1 << 20)  # a model is 1 MiB
+    few, many = peak(5), peak(50)
+    assert many < few + 2 * (1 << 20)  # a model is 1 MiB
 
 
 def test_who_has_no_node_is_a_drop_out() -> None:
     federation = Federation()
-    exchange = federation.cohort._exchange
-    assert isinstance(exchange, GridExchange)
-    del exchange._nodes[NAMES[4]]
+    del federation.nodes[NAMES[4]]
     found = federation.round(1)
-    assert found.replies == 4 and found.failures[0].reason == "no node answers for it"
+    assert found.replies == 4 and found.failures[0].reason == "not connected"

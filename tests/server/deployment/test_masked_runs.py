@@ -42,11 +42,12 @@ from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.secagg.wire import KEYS_TAG, Epoch, KeyOffer, MaskedInput
 from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator
-from fedlora.server.deployment.cohorts import MaskedCohort, SignedStages, cohort_of
+from fedlora.server.deployment.cohorts import cohort_of
 from fedlora.server.deployment.participants import Participants
 from fedlora.server.release.card import model_card, shown_figures
 from fedlora.server.rounds.cohort import CohortSum, Failure
-from fedlora.server.secagg.log import SUMS, liars_in, note_in, secure_summary, sums_of
+from fedlora.server.secagg.log import SUMS, SumLog
+from fedlora.server.secagg.sums import SecureCohort
 from tests.client.institution import COORDINATOR, Institution, manifest_of, offer_of, task_of
 
 NAMES = ("east", "north", "south", "west")
@@ -139,7 +140,7 @@ def world(tmp_path: Path) -> World:
 
 
 def test_the_sum_is_exact_and_only_masked_vectors_leave(world: World) -> None:
-    assert isinstance(world.cohort, MaskedCohort)
+    assert isinstance(world.cohort, SecureCohort)
     step = TERMS.update_bounds[0] / TERMS.levels
     for attempt in (1, 2, 3):
         found = world.total(attempt)
@@ -194,7 +195,7 @@ def test_report_and_card_say_how_it_was_added(world: World, tmp_path: Path) -> N
     ]
     # it may, for all that this node knows
     assert said == [(1, 4, 3, 0), (2, 4, 3, 1), (3, 4, 3, 1), (3, 4, 3, 0)]
-    figures = shown_figures({"secure": secure_summary(RUN, sums_of(world.folder))})
+    figures = shown_figures({"secure": SumLog(world.folder).summary(RUN)})
     card = model_card(RUN, dict.fromkeys(NAMES, "Org"), dict(world.who.consents), figures)
     assert (
         "aggregated securely" in card
@@ -267,7 +268,7 @@ def test_where_everybody_is_needed_a_restart_costs_one_attempt_and_nothing_is_le
     world.restart("north")
     assert world.total(2).replies == 0
     assert [stage for stage, _ in world.carried].count("confirm") == 4 and len(
-        sums_of(world.folder)
+        SumLog(world.folder).sums
     ) == 1
     assert world.total(3, 2).replies == 4
 
@@ -363,7 +364,7 @@ def test_a_liar_stays_out_when_the_coordinator_starts_again(
 ) -> None:
     found = world.total(1)
     assert found.secure is not None
-    note_in(world.folder)(replace(found.secure, liars=("west",)))
+    SumLog(world.folder).note(replace(found.secure, liars=("west",)))
     with (world.folder / SUMS).open("a") as stream:
         stream.write('{"attempt": 1, "lia')  # a kill
     world.cohort = cohort_of(world.who)
@@ -372,7 +373,7 @@ def test_a_liar_stays_out_when_the_coordinator_starts_again(
     assert found.replies == 3 and [(each.client, each.reason[:8]) for each in found.failures] == [
         ("west", "left out")
     ]
-    assert secure_summary(RUN, sums_of(world.folder))["liars"] == ["west"]  # type: ignore[index]
+    assert SumLog(world.folder).summary(RUN)["liars"] == ["west"]  # type: ignore[index]
 
 
 def test_a_key_that_is_repeated_after_a_restart_costs_its_member_only(
@@ -402,7 +403,7 @@ def test_a_key_that_is_repeated_after_a_restart_costs_its_member_only(
         assert found.replies == 3, found.failures
         (failure,) = found.failures
         assert failure.client == "west" and reason in failure.reason
-    summary = secure_summary(RUN, sums_of(world.folder), liars_in(world.folder))
+    summary = SumLog(world.folder).summary(RUN)
     assert summary is not None and summary["liars"] == ["west"]
 
 
@@ -413,17 +414,17 @@ def test_a_coordinator_that_was_killed_while_masks_were_asked_for_counts_no_drop
 
     All that is known is that the sum may have been learnt.
     """
-    ask = SignedStages.ask
+    ask = Participants.ask
 
-    def killed(self: SignedStages, stage: str, *rest: Any) -> Iterator[tuple[str, bytes | Failure]]:
+    def killed(self: Participants, stage: str, *rest: Any) -> Iterator[tuple[str, bytes | Failure]]:
         if stage == "open":
             raise KeyboardInterrupt
         return ask(self, stage, *rest)
 
-    monkeypatch.setattr(SignedStages, "ask", killed)
+    monkeypatch.setattr(Participants, "ask", killed)
     with pytest.raises(KeyboardInterrupt):
         world.total(1)
-    summary = secure_summary(RUN, sums_of(world.folder))
+    summary = SumLog(world.folder).summary(RUN)
     assert summary is not None and summary["sums"] == 1 and summary["dropouts"]["open"] == 0
 
 

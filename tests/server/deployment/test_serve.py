@@ -37,11 +37,13 @@ from fedlora.common.protocol.messages import (
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator
-from fedlora.server.deployment.cohorts import ClearCohort, MaskedCohort
+from fedlora.server.deployment.cohorts import ClearCohort, cohort_of
 from fedlora.server.deployment.participants import WAITING, Participants
 from fedlora.server.rounds.checkpoint import Checkpoint
-from fedlora.server.rounds.cohort import CohortSum, Failure
+from fedlora.server.rounds.cohort import Failure
 from fedlora.server.rounds.loop import Rules, run_rounds
+from fedlora.server.secagg.attempt import SecureSum
+from fedlora.server.secagg.sums import SecureCohort
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 from tests.server.fakes import SPEC, START, manifest_of
 
@@ -258,9 +260,11 @@ def test_under_masks_a_head_phase_s_sum_is_of_the_head_alone(
         phases=(replace(manifest().phases[0], name="head"),),
     )
     world.cohort(run)
-    whole = CohortSum(np.ones(SPEC.size), 3, 3, (), 0.0)
-    monkeypatch.setattr("fedlora.server.deployment.cohorts.SecureCohort.total", lambda *_: whole)
-    found = MaskedCohort(world.who).total(plan_of(run), START)
+    levels = np.full(SPEC.size, terms.levels)  # ones, where the bound is 1
+    whole = SecureSum(levels, NAMES, (), (), 3, 3)
+    monkeypatch.setattr(SecureCohort, "_epoch_for", lambda *_: None)
+    monkeypatch.setattr(SecureCohort, "_sum", lambda *_: (whole, None))
+    found = cohort_of(world.who).total(plan_of(run), START)
     assert found.total.tolist() == [0, 0, 0, 0, 1, 1, 1] and found.replies == 3
 
 

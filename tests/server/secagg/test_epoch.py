@@ -17,8 +17,7 @@ from fedlora.common.secagg.cohort import borne, threshold
 from fedlora.common.secagg.wire import Deal, MaskedInput, Opening
 from fedlora.server.secagg.attempt import Listed, ServerAttempt
 from fedlora.server.secagg.epoch import ServerEpoch
-from fedlora.server.secagg.log import KEYS, liars_in
-from fedlora.server.secagg.seen_keys import SeenKeys
+from fedlora.server.secagg.log import KEYS, SumLog
 from tests.secure_world import (
     IDENTITIES,
     World,
@@ -587,7 +586,7 @@ def signed(offer: wire.KeyOffer, number: int, **changes: Any) -> wire.KeyOffer:
 
 
 def offers_in(
-    world: World, epoch: wire.Epoch, seen: SeenKeys
+    world: World, epoch: wire.Epoch, seen: SumLog
 ) -> tuple[ServerEpoch, list[wire.KeyOffer]]:
     """An epoch at the coordinator, and what each node offers for it."""
     server = ServerEpoch(
@@ -605,11 +604,11 @@ def test_whoever_signs_an_old_key_is_left_out_and_named(owner: int, tmp_path: Pa
     Also where a coordinator, started again, sees it first.
     """
     world = World(4)
-    server, first = offers_in(world, epoch_of(), SeenKeys(tmp_path))
+    server, first = offers_in(world, epoch_of(), SumLog(tmp_path))
     for offer in first:
         server.add_offer(offer.to_bytes())
     server.close_offers()
-    seen = SeenKeys(tmp_path)
+    seen = SumLog(tmp_path)
     server, second = offers_in(world, epoch_of(2), seen)
     for stale in (
         signed(second[3], 3, mask_keys=first[owner].mask_keys),
@@ -619,7 +618,7 @@ def test_whoever_signs_an_old_key_is_left_out_and_named(owner: int, tmp_path: Pa
             Refused, match=f"keys of node-003: .* node-00{owner} signed for an earlier epoch"
         ):
             server.add_offer(stale.to_bytes())
-    assert seen.liars == {node_name(3)} == liars_in(tmp_path) == SeenKeys(tmp_path).liars
+    assert seen.liars == {node_name(3)} == SumLog(tmp_path).liars
     for offer in second:
         server.add_offer(offer.to_bytes())
     assert (tmp_path / KEYS).read_text().count("liar") == 1
@@ -627,7 +626,7 @@ def test_whoever_signs_an_old_key_is_left_out_and_named(owner: int, tmp_path: Pa
 
 def test_an_offer_that_is_brought_twice_is_no_lie(tmp_path: Path) -> None:
     """A restored coordinator asks for an epoch again, and is brought what was offered then."""
-    world, seen = World(4), SeenKeys(tmp_path)
+    world, seen = World(4), SumLog(tmp_path)
     server, first = offers_in(world, epoch_of(), seen)
     for offer in first:
         server.add_offer(offer.to_bytes())
@@ -637,12 +636,12 @@ def test_an_offer_that_is_brought_twice_is_no_lie(tmp_path: Path) -> None:
     )
     with pytest.raises(Refused, match="expected fresh ones"):
         again.add_offer(first[3].to_bytes())
-    assert not seen.liars and not SeenKeys(tmp_path).liars
+    assert not seen.liars and not SumLog(tmp_path).liars
 
 
 def test_keys_are_on_disk_before_a_list_of_them_leaves(tmp_path: Path) -> None:
     """And a line that a kill cut short is of a list that no node has seen."""
-    world, seen = World(4), SeenKeys(tmp_path / "gone")
+    world, seen = World(4), SumLog(tmp_path / "gone")
     server, first = offers_in(world, epoch_of(), seen)
     for offer in first:
         server.add_offer(offer.to_bytes())
@@ -650,11 +649,11 @@ def test_keys_are_on_disk_before_a_list_of_them_leaves(tmp_path: Path) -> None:
         server.close_offers()
     assert server.members == []
     (tmp_path / KEYS).write_text('{"epoch": "00", "ke')
-    server, second = offers_in(world, epoch_of(2), SeenKeys(tmp_path))
+    server, second = offers_in(world, epoch_of(2), SumLog(tmp_path))
     for offer in second:
         server.add_offer(offer.to_bytes())
     server.close_offers()
-    server, third = offers_in(world, epoch_of(3), SeenKeys(tmp_path))
+    server, third = offers_in(world, epoch_of(3), SumLog(tmp_path))
     with pytest.raises(Refused, match="node-001 signed for an earlier epoch"):
         server.add_offer(signed(third[1], 1, share_key=second[1].share_key).to_bytes())
 

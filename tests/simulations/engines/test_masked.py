@@ -20,7 +20,7 @@ from fedlora.common.privacy.modes import guarantee_named
 from fedlora.common.secagg.cohort import borne, threshold
 from fedlora.server.rounds.cohort import CohortSum
 from fedlora.server.runs.run import conduct
-from fedlora.server.secagg.log import note_in
+from fedlora.server.secagg.log import SumLog
 from fedlora.server.secagg.sums import SecureCohort
 from fedlora.simulations.begin import begin
 from fedlora.simulations.engines.masked import Institutions
@@ -69,20 +69,23 @@ class Federation:
         object.__setattr__(self.manifest, "secure", terms())
         object.__setattr__(self.manifest, "minimum_cohort", minimum)
         settings = parse_config(
-            f"[federation]\nclients = {count}\n[aggregation]\nsecure = true\nminimum_cohort ="
-            f" {minimum}\n[privacy]\nmode = '{mode}'\n"
+            f"[federation]\nclients = {count}\n"
+            f"[aggregation]\nsecure = true\nminimum_cohort = {minimum}\n"
+            f"[privacy]\nmode = '{mode}'\n"
             + "[faults]\n"
             + "".join(f"{name} = {json.dumps(value)}\n" for name, value in faults.items())
         )
         self.names = [f"client-{number}" for number in range(count)]
         self.trainers = {name: Trainer(name) for name in self.names}
         self.institutions = Institutions(
-            self.names, self.manifest, settings.faults, self.trainers.__getitem__
+            self.names,
+            self.manifest,
+            settings.faults,
+            self.trainers.__getitem__,
+            lambda plan: self.names,
+            quorum=0.01,
         )
-        identities = {name: peer.identity for name, peer in self.institutions.peers.items()}
-        self.cohort = SecureCohort(
-            self.manifest, lambda: identities, self.institutions, lambda plan: self.names
-        )
+        self.cohort = SecureCohort(self.manifest, self.institutions)
 
     def round(self, number: int, attempt: int) -> CohortSum:
         return self.cohort.total(
@@ -178,12 +181,12 @@ def test_a_lost_round_is_tried_again_with_noise_and_not_without() -> None:
 def test_a_manifest_without_terms_has_no_masked_sums() -> None:
     federation = Federation(3)
     with pytest.raises(BadInput, match="expected the terms"):
-        SecureCohort(manifest_of(1), lambda: {}, federation.institutions, lambda plan: [])
+        SecureCohort(manifest_of(1), federation.institutions)
 
 
 def test_nobody_is_asked() -> None:
     federation = Federation(3)
-    federation.cohort._choose = lambda plan: []
+    federation.institutions._choose = lambda plan: []
     found = federation.round(1, 1)
     assert (found.asked, found.replies, found.failures) == (0, 0, ())
 
@@ -251,10 +254,11 @@ def test_what_was_proven_before_a_stop_still_counts(
     )
     found = first.total(plan, run.checkpoint.load().state)
     assert found.replies == 5 and found.secure is not None
-    note_in(run.paths.folder)(replace(found.secure, liars=("client-000",)))
+    SumLog(run.paths.folder).note(replace(found.secure, liars=("client-000",)))
     again = sequential(run)
     assert isinstance(first, SecureCohort) and isinstance(again, SecureCohort)
-    assert again._liars == {"client-000"} and again._seen._seen == first._seen._seen != {}
+    assert again._kept.liars == {"client-000"}
+    assert again._kept._seen == first._kept._seen != {}
     run.ledger.close()
 
 

@@ -13,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,24 @@ from fedlora.common.config.schema import load_config
 from fedlora.common.errors import Refused
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import Vector
-from fedlora.server.deployment.flower import GridCohort, enrol
-from fedlora.server.rounds.cohort import Failure
+from fedlora.common.protocol.messages import (
+    PLAN_TAG,
+    Answer,
+    Decline,
+    Reply,
+    Task,
+    reply_from_bytes,
+    request_to_bytes,
+    vector_to_bytes,
+)
+from fedlora.common.trust.identity import Identity, Signed
+from fedlora.server.deployment.flower import GridCarrier
 from fedlora.server.runs.run import conduct
 from fedlora.simulations.begin import begin
-from fedlora.simulations.engines import ray
+from fedlora.simulations.engines import nodes, ray
 from fedlora.simulations.engines.ray import client_app, server_app
 from fedlora.simulations.engines.sequential import sequential
+from fedlora.simulations.engines.shared import Shared
 from fedlora.simulations.federation.run_folder import Paths, finish
 from tests.simulations.experiments.test_simulate import cpu
 
@@ -165,13 +176,13 @@ def test_any_number_of_nodes(folder: Path, reference: Path, tmp_path: Path, node
 def test_it_does_not_matter_which_actor_trains_a_client(
     folder: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = ray._answer_plan
+    answer = ray._answered
 
     def in_a_new_actor(message: Message, run_folder: Path) -> Message:
-        ray._build.cache_clear()
+        nodes._built.cache_clear()
         return answer(message, run_folder)
 
-    monkeypatch.setattr(ray, "_answer_plan", in_a_new_actor)
+    monkeypatch.setattr(ray, "_answered", in_a_new_actor)
     serve(folder / "config.toml", tmp_path, 2)
     _assert_same_run(tmp_path, reference)
 
@@ -208,16 +219,37 @@ def test_resume_goes_on_after_the_last_commit(
 def test_nodes_answer_for_the_run_in_their_folder_only(folder: Path, tmp_path: Path) -> None:
     serve(folder / "config.toml", tmp_path, 2, set="federation.rounds=1 training.head_rounds=0")
     run = begin(load_config(tmp_path / "config.toml"), tmp_path, cpu(resume=True))
-    grid = LocalGrid(2, {"out": str(tmp_path)})
-    with pytest.raises(Refused, match="node 100: manifest: found sha256"):
-        enrol(grid, replace(run.manifest, run="0" * 32), CLIENTS, deadline=10, patience=0.1)
+    identity = Identity.generate()
+    shared = Shared.of(run, identity.public)
+    shared.write(tmp_path)
     state = run.checkpoint.load().state
-    plan = RoundPlan(run.manifest.digest, 0, 1, 1, state.digest)
-    cohort = GridCohort(grid, {"nobody": 100}, lambda _: ["nobody"], deadline=10)
-    (failure,) = cohort.total(plan, state).failures
-    assert failure == Failure(
-        "nobody", "plan client: found nobody, which is not in this federation"
+    plans = [
+        Signed.by(identity, PLAN_TAG, RoundPlan(digest, 0, 1, 1, state.digest).to_bytes())
+        for digest in (run.manifest.digest, "sha256:other")
+    ]
+
+    def said(name: str, plan: Signed) -> Reply:
+        request = request_to_bytes(Task(run.manifest.digest, plan, vector_to_bytes(state.vector)))
+        carrier = GridCarrier(LocalGrid(2, {"out": str(tmp_path)}), lambda: {name: 100})
+        ((_, reply),) = carrier.ask({name: request}, 10)
+        assert isinstance(reply, bytes)
+        members = {name: shared.identity(name).public}
+        return reply_from_bytes(reply, run.manifest.federation, members)
+
+    def declined(name: str, reason: str, refused: bool) -> Decline:
+        return Decline(name, "", 0, 0, reason, refused)
+
+    own, other = plans
+    assert said("client-0", other) == declined(
+        "client-0", "plan manifest: found sha256:other, which was not consented to", True
     )
+    assert said("nobody", own) == declined(
+        "nobody", "plan client: found nobody, which is not in this federation", False
+    )
+    forged = Signed.by(Identity.generate(), PLAN_TAG, own.body)
+    reply = said("client-0", forged)
+    assert isinstance(reply, Decline) and "found the key" in reply.reason and reply.refused
+    assert isinstance(said("client-0", own), Answer)
 
 
 @pytest.mark.flower
