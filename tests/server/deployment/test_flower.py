@@ -17,7 +17,7 @@ from flwr.app.error import Error
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
@@ -244,6 +244,7 @@ def test_the_sum_of_good_updates() -> None:
     assert 3.0 <= grid.time < 4.0
 
 
+@settings(deadline=None)  # each plan is synced to a disk
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=0, max_size=12), st.data())
 def test_only_what_arrives_in_time_is_added(values: list[float], data: st.DataObject) -> None:
     delays = [
