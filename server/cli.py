@@ -16,7 +16,6 @@ from rich.console import Console
 from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.terminal import bear_any_letter, explained, fault_lines, printable
-from fedlora.common.trust.identity import PublicIdentity
 
 if TYPE_CHECKING:
     from fedlora.server.coordinator.folder import Directory
@@ -66,9 +65,9 @@ def enrol(
     ] = False,
 ) -> None:
     """Make an institution a member, once its fingerprint was compared by telephone."""
+    from fedlora.common.disk.files import read_text
     from fedlora.common.trust.enrolment import request_from_text
     from fedlora.server.coordinator.folder import Directory
-    from fedlora.server.release.from_run import read_text
 
     directory, text = Directory.open(dir_), read_text(request)
     found = request_from_text(text, request.name)
@@ -92,9 +91,9 @@ def rotate(
     ] = False,
 ) -> None:
     """Replace a member's key by the one that its old key names; it counts from the next round."""
+    from fedlora.common.disk.files import read_text
     from fedlora.common.trust.rotation import rotation_from_text
     from fedlora.server.coordinator.folder import Directory
-    from fedlora.server.release.from_run import read_text
 
     directory, text = Directory.open(dir_), read_text(rotation)
     found = rotation_from_text(text, rotation.name)
@@ -185,11 +184,9 @@ def verify(
     ] = None,
 ) -> None:
     """Check an export offline: every file by its digest, every signature."""
-    from fedlora.server.release.from_run import read_text
-    from fedlora.server.release.verify import verify as checked
+    from fedlora.server.release.verify import verify_export
 
-    expected = None if key is None else PublicIdentity.from_text(read_text(key, 1 << 12), key.name)
-    for line in checked(folder, expected):
+    for line in verify_export(folder, key):
         _say(line)
 
 

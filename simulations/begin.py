@@ -9,6 +9,7 @@ What comes after is given the parts that it needs.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from fedlora.common.config.parts import NetworkRecipe, Terms
-from fedlora.common.config.schema import Config, FaultsConfig, config_to_toml
+from fedlora.common.config.schema import Config, FaultsConfig, config_to_toml, parse_config
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
 from fedlora.common.disk.files import write_text
 from fedlora.common.errors import BadInput, Refused
@@ -27,24 +28,36 @@ from fedlora.common.model.features import PooledTexts
 from fedlora.common.privacy.calibration import default_cache
 from fedlora.common.privacy.modes import guarantee_named
 from fedlora.server.rounds.checkpoint import Checkpoint
+from fedlora.server.rounds.cohort import Cohort
 from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning
 from fedlora.server.runs.run import rules_of, strategies_of
 from fedlora.server.runs.schedule import make_manifest
+from fedlora.server.strategies.strategy import Strategy
 from fedlora.simulations.federation.corpus import generate, write
-from fedlora.simulations.federation.partition import Partition, partition_units
+from fedlora.simulations.federation.partition import (
+    Owners,
+    Partition,
+    partition_by,
+    partition_units,
+)
 from fedlora.simulations.federation.population import Federation
 from fedlora.simulations.federation.run_folder import Paths, SimulatedRun
 from fedlora.simulations.federation.sources import read_sources
 
-# in a run's folder: which data and which ledger it began with
-DATA, LEDGER = "data.sha256", "ledger.id"
+# in a run's folder: which data, which ledger and which parts of one's own it began with
+DATA, LEDGER, OWN = "data.sha256", "ledger.id", "own.json"
 ENGINES = ("sequential", "ray")
-Features = Callable[[int], None]  # told how many more records went through the frozen model
+# told how many records went through the frozen model, and of how many
+Features = Callable[[int, int], None]
+COHORT = (
+    "The cohort is the researcher's own ({name}): ε covers what the trainers of the federation"
+    " released, and nothing that came from elsewhere."
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """How a run is carried out: nothing here changes what it learns or what it guarantees."""
+    """How a run is carried out: neither what it learns nor what it guarantees depends on it."""
 
     engine: str = "sequential"  # or "ray"
     device: str = "auto"  # cpu, cuda, or auto: a GPU where there is one
@@ -54,25 +67,66 @@ class Options:
     texts: PooledTexts | None = None  # features that runs of this process have in common
 
 
-def begin(
-    config: Config, folder: Path, options: Options | None = None, features: Features | None = None
-) -> SimulatedRun:
-    """Build everything.
+@dataclass(frozen=True, eq=False)
+class Own:
+    """Parts of the researcher's own, each instead of the configured one.
 
-    BadInput where the folder holds another run, or, with `resume`, none; Refused without the run's
-    own ledger.
+    A strategy sees nothing but means, so that it costs no privacy. A partition names the client of
+    each unit. A cohort asks whom it likes; ε covers what it gets from the federation's trainers.
     """
-    began, options = time.monotonic(), options or Options()
+
+    strategy: Strategy | None = None
+    partition: Owners | None = None
+    cohort: Callable[[SimulatedRun], Cohort] | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Of those that are there."""
+        given = {name: part for name, part in vars(self).items() if part is not None}
+        named = {name: getattr(part, "__name__", "") for name, part in given.items()}
+        return {name: named[name] or type(part).__name__ for name, part in given.items()}
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Sentences that a privacy statement must end with."""
+        return (COHORT.format(name=self.names["cohort"]),) if self.cohort is not None else ()
+
+    def strategies(self, manifest: RunManifest) -> tuple[Strategy, ...]:
+        """One for each phase, or none."""
+        return () if self.strategy is None else (self.strategy,) * len(manifest.phases)
+
+
+NOTHING_OWN, DEFAULTS = Own(), Options()
+
+
+def begin(
+    config: Config,
+    folder: Path,
+    options: Options = DEFAULTS,
+    own: Own = NOTHING_OWN,
+    on_features: Features = lambda done, records: None,
+) -> SimulatedRun:
+    """Build everything; BadInput lists what is wrong with the configuration.
+
+    BadInput too where the folder holds another run, or, with `resume`, none; Refused without the
+    run's own ledger.
+    """
+    began, config = time.monotonic(), checked(config)
     paths = Paths.of(folder, options.ledger)
-    _check_options(config, options)
+    _check_options(config, options, own)
     _check_folder(config, paths, options.resume)
     if not options.resume:
         # Of a killed beginning: fitted on what was public then, and may be private in this run.
         forget_beginning(paths.folder)
-    federation = federation_of(config, paths.folder, machine_of(config, options, features))
-    checkpoint, ledger = (
-        _resumed(config, paths, federation) if options.resume else _new(config, paths, federation)
-    )
+    done = 0
+
+    def features(more: int) -> None:
+        nonlocal done
+        done += more
+        on_features(done, federation.feature_records)
+
+    federation = federation_of(config, paths.folder, machine_of(config, options, features), own)
+    checkpoint, ledger = (_resumed if options.resume else _new)(config, paths, federation, own)
     manifest = checkpoint.manifest
     checkpoint.check_against_ledger(ledger.attempts_used(manifest.digest))
     # After the checkpoint: a kill in between must not spend a budget for a run that never was.
@@ -81,34 +135,46 @@ def begin(
         folder=paths.folder,
         public=federation.public,
         checkpoint=checkpoint,
-        strategies=strategies_of(config.server, manifest),
+        strategies=own.strategies(manifest) or strategies_of(config.server, manifest),
         rules=rules_of(config.federation, config.server, manifest),
         clients=config.federation.clients,
         engine=options.engine,
         config=config_to_toml(config),
+        caveats=own.caveats,
         began=began,
         federation=federation,
         ledger=ledger,
         paths=paths,
         deadline=config.federation.deadline,
         faults=config.faults,
+        own=own.names,
     )
 
 
-def federation_of(config: Config, folder: Path, machine: Machine) -> Federation:
+def checked(config: Config) -> Config:
+    """The same, whoever made it; BadInput lists what no file could say."""
+    return parse_config(config_to_toml(config))
+
+
+def federation_of(
+    config: Config, folder: Path, machine: Machine, own: Own = NOTHING_OWN
+) -> Federation:
     """Read and encode the data, load the model, deal the units out.
 
     BadInput names what is wrong. What is computed once for a run and must not change in it lies in
     the run's `folder`.
     """
     dealing, privacy = config.federation, config.privacy
-    more = (dealing.column,) if dealing.partition == "by-column" else ()
+    wanted = dealing.partition == "by-column" or own.partition is not None
+    more = (dealing.column,) if wanted and dealing.column else ()
     sources = read_sources(config.data, config.model.task, config.seed, more)
     _check_delta(config, sources.train)
     public = PublicSide.build(NetworkRecipe.of(config), sources.public, folder, machine)
     budget = Budget(f"population {privacy.population}", privacy.epsilon, privacy.delta)
 
     def deal(records: Records, units: UnitIndex) -> Partition:
+        if own.partition is not None:
+            return partition_by(own.partition, dealing.clients, records, units)
         return partition_units(dealing, records, units, config.seed)
 
     return Federation.build(public, sources, deal, budget, config.training.micro_batch_tokens)
@@ -119,7 +185,9 @@ def manifest_of(config: Config, federation: Federation) -> RunManifest:
     return make_manifest(Terms.of(config), federation.public.facts, default_cache())
 
 
-def machine_of(config: Config, options: Options, features: Features | None = None) -> Machine:
+def machine_of(
+    config: Config, options: Options, features: Callable[[int], None] | None = None
+) -> Machine:
     """What computes a run here; BadInput where there is no such device."""
     return Machine(
         device=torch_device(options.device),
@@ -147,23 +215,43 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _new(config: Config, paths: Paths, federation: Federation) -> tuple[Checkpoint, Ledger]:
+def _new(
+    config: Config, paths: Paths, federation: Federation, own: Own
+) -> tuple[Checkpoint, Ledger]:
     manifest, ledger = manifest_of(config, federation), paths.open_ledger()
+    manifest = replace(manifest, strategy=own.names.get("strategy", manifest.strategy))
     write_text(paths.folder / "config.toml", config_to_toml(config))
     write_text(paths.folder / DATA, federation.data_digest + "\n")
     write_text(paths.folder / LEDGER, ledger.id + "\n")
     write_text(paths.folder / "manifest.json", manifest.to_bytes().decode() + "\n")
+    if own.names:  # a run of the configuration alone has no such file
+        write_text(paths.folder / OWN, _kept(own, federation))
     # last: from here on it is a run, and can be resumed
     return Checkpoint.create(paths.checkpoint, manifest, federation.public.initial), ledger
 
 
-def _resumed(config: Config, paths: Paths, federation: Federation) -> tuple[Checkpoint, Ledger]:
+def _resumed(
+    config: Config, paths: Paths, federation: Federation, own: Own
+) -> tuple[Checkpoint, Ledger]:
     if (paths.folder / DATA).read_text(encoding="utf-8").strip() != federation.data_digest:
         raise BadInput(
             f"{config.data.train}: found other bytes than the run began with, expected the same"
             " file"
         )
+    kept = paths.folder / OWN
+    before = kept.read_text(encoding="utf-8") if kept.exists() else _kept(NOTHING_OWN, federation)
+    if before != _kept(own, federation):
+        raise BadInput(
+            f"{kept}: found another strategy, partition or cohort of one's own than the run began"
+            " with, expected the same"
+        )
     return Checkpoint.open(paths.checkpoint, federation.model.spec), _same_ledger(paths)
+
+
+def _kept(own: Own, federation: Federation) -> str:
+    """What who resumes must give again: dealt out anew, a unit would be two clients'."""
+    dealt = {"dealt": federation.partition.digest} if own.partition is not None else {}
+    return json.dumps({**own.names, **dealt}, sort_keys=True) + "\n"
 
 
 def _same_ledger(paths: Paths) -> Ledger:
@@ -176,7 +264,7 @@ def _same_ledger(paths: Paths) -> Ledger:
     return ledger
 
 
-def _check_options(config: Config, options: Options) -> None:
+def _check_options(config: Config, options: Options, own: Own) -> None:
     if options.engine == "batched":
         raise BadInput("--engine batched: not built yet; expected sequential or ray")
     if options.engine not in ENGINES:
@@ -184,6 +272,11 @@ def _check_options(config: Config, options: Options) -> None:
     if options.engine == "ray" and config.faults != FaultsConfig():
         raise BadInput(
             "--engine ray: [faults] are made up by the sequential engine only, expected none"
+        )
+    if options.engine == "ray" and (own.partition or own.cohort) is not None:
+        raise BadInput(
+            "--engine ray: its actors know the configuration alone, expected the sequential engine"
+            " for a partition or a cohort of one's own"
         )
 
 

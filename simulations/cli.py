@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
@@ -18,6 +18,9 @@ from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.terminal import bear_any_letter, explained, fault_lines
 from fedlora.simulations.federation.packaged import packaged_config
+
+if TYPE_CHECKING:  # torch is loaded by the commands that need it
+    from fedlora.simulations import Config, Options, Result
 
 app = typer.Typer(
     help="Private federated fine-tuning of LoRA adapters, simulated on one machine.",
@@ -52,14 +55,12 @@ def run(
     threads: Threads = 0,
 ) -> None:
     """Run a federation and write its report."""
-    from fedlora.simulations.begin import Options
-    from fedlora.simulations.experiments.simulate import simulate
+    from fedlora.simulations import Options
 
-    path = packaged_config(config)
-    folder = out or Path("runs") / path.stem
+    folder = out or Path("runs") / packaged_config(config).stem
     options = Options(engine=engine, device=device, threads=threads, resume=resume, ledger=ledger)
-    summary = simulate(_load(path, set_), folder, console, options)
-    _print_summary(summary, folder)
+    result = _watched(_load(config, set_), folder, options)
+    _print_summary(result.summary, folder)
 
 
 @app.command()
@@ -77,9 +78,10 @@ def quickstart(
 @app.command()
 def plan(config: ConfigFile, set_: Overrides = None, threads: Threads = 0) -> None:
     """σ, ε by round, examples, minutes and bytes: before anything is spent."""
-    from fedlora.simulations.experiments.planning import print_plan
+    from fedlora.simulations import Options
+    from fedlora.simulations import plan as planned
 
-    print_plan(_load(packaged_config(config), set_), console, threads)
+    console.print(planned(_load(config, set_), Options(threads=threads)))
 
 
 @app.command()
@@ -92,13 +94,19 @@ def sweep(
     threads: Threads = 0,
 ) -> None:
     """One run for each value, and the curve over them. The trials themselves are not accounted."""
-    from fedlora.simulations.experiments.sweep import run_sweep
+    from fedlora.simulations import Options
+    from fedlora.simulations import sweep as swept
 
-    path = packaged_config(config)
-    page = run_sweep(
-        path, over, set_ or [], out or Path("runs") / f"{path.stem}-sweep", console, device, threads
-    )
-    console.print(f"curve   {page}")
+    key, values = _over(over)
+    folder = out or Path("runs") / f"{packaged_config(config).stem}-sweep"
+
+    def run(settings: Config, folder: Path, options: Options) -> Result:
+        console.print(f"[bold]{folder.name}[/bold]")
+        return _watched(settings, folder, options)
+
+    options = Options(device=device, threads=threads)
+    found = swept(_load(config, set_), key, values, folder, options, run)
+    console.print(f"curve   {found.page}")
 
 
 @app.command()
@@ -161,10 +169,27 @@ def _stopped(words: list[str]) -> str:
     return f"stopped at the last committed round; go on with: fedlora-sim {shlex.join(again)}"
 
 
-def _load(path: Path, overrides: list[str] | None) -> Any:
-    from fedlora.common.config.schema import load_config
+def _load(config: Path, overrides: list[str] | None) -> Config:
+    from fedlora.simulations import load_config
 
-    return load_config(path, overrides or [])
+    return load_config(config, overrides or [])
+
+
+def _watched(settings: Config, folder: Path, options: Options) -> Result:
+    """A simulation with bars on the terminal."""
+    from fedlora.simulations import simulate
+    from fedlora.simulations.experiments.progress import run_progress
+
+    with run_progress(console, settings.federation.rounds) as bars:
+        return simulate(settings, folder, options, on_round=bars.round, on_features=bars.features)
+
+
+def _over(over: str) -> tuple[str, list[str]]:
+    key, equals, listed = over.partition("=")
+    values = [value.strip() for value in listed.split(",") if value.strip()]
+    if not equals or not values or "." not in key:
+        raise BadInput(f"--over {over}: expected section.key=VALUE,VALUE,…")
+    return key.strip(), values
 
 
 def _lines(file: Path) -> list[str]:

@@ -43,6 +43,7 @@ ROOMS = {
             "begin",
             "engines",
             "experiments",
+            "examples",
             "cli",
             "processes",
             "local_deployment",

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedlora.common.errors import BadInput
+
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace `path` by `data`: on disk before it is visible, and visible before this returns."""
@@ -56,3 +58,18 @@ def append_line(path: Path, table: Mapping[str, Any], limit: int | None = 8 << 2
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode())
+
+
+def read_text(path: Path, limit: int = 1 << 20) -> str:
+    """A file from outside, of at most `limit` bytes; BadInput where it is none, or no UTF-8."""
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(limit + 1)
+    except OSError as error:
+        raise BadInput(f"{path}: can't be read ({error.strerror})") from error
+    if len(data) > limit:
+        raise BadInput(f"{path}: found more than {limit} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: found bytes that are not UTF-8") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.common.adapter.released import read_spec
-from fedlora.common.disk.files import write_atomically
+from fedlora.common.disk.files import read_text, write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.protocol.messages import Consent, reply_from_bytes
 from fedlora.common.trust.identity import PublicIdentity
@@ -61,14 +61,6 @@ def find_run(directory: Directory, number: int | None) -> Path:
     raise BadInput(
         f"run: found {number}, expected one of {', '.join(path.name for path in runs)}"[:400]
     )
-
-
-def read_text(path: Path, limit: int = 1 << 20) -> str:
-    """A small file from outside as text."""
-    try:
-        return _bytes(path, limit).decode()
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: found bytes that are not UTF-8") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -121,14 +113,3 @@ def _reports(folder: Path | None) -> dict[str, str]:
     if not found:
         raise BadInput(f"{folder}: found no reports, expected NAME.json of each institution")
     return found
-
-
-def _bytes(path: Path, limit: int = 1 << 20) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(limit + 1)
-    except OSError as error:
-        raise BadInput(f"{path}: can't be read ({error.strerror})") from error
-    if len(data) > limit:
-        raise BadInput(f"{path}: found more than {limit} bytes")
-    return data

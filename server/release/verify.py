@@ -14,6 +14,7 @@ from fedlora.common.adapter.released import FILES as ADAPTER_FILES
 from fedlora.common.adapter.released import Description, read_released
 from fedlora.common.codec.canonical import MAX_MESSAGE_BYTES, canonical
 from fedlora.common.codec.strict import build
+from fedlora.common.disk.files import read_text
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.state import AdapterState
@@ -50,6 +51,14 @@ from fedlora.server.release.statements import (
     read_statement,
     statement_text,
 )
+
+
+def verify_export(folder: Path | str, key: Path | str | None = None) -> list[str]:
+    """`verify` with the coordinator's public key in a file, `key`, from a trusted source."""
+    if key is None:
+        return verify(Path(folder))
+    text = read_text(Path(key), 1 << 12)
+    return verify(Path(folder), PublicIdentity.from_text(text, Path(key).name))
 
 
 def verify(folder: Path, key: PublicIdentity | None = None) -> list[str]:

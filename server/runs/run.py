@@ -39,6 +39,7 @@ class Run:
     clients: int
     engine: str
     config: str  # as TOML, for whoever reads the summary
+    caveats: tuple[str, ...] = ()  # sentences that the privacy statement ends with
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -100,8 +101,8 @@ def conclude(
     export_adapter(model, progress.released, recipe.model, model.lora, recipe.seed, adapter)
     summary = summary_of(run.manifest, run.public, run.folder, progress, metrics, reserved)
     summary["seconds"] += time.monotonic() - started
-    summary |= {"clients": run.clients, "engine": run.engine, "config": run.config}
-    summary |= more()
+    summary["privacy_statement"] += run.caveats
+    summary |= {"clients": run.clients, "engine": run.engine, "config": run.config, **more()}
     write_summary(run.folder, summary)
     return summary
 

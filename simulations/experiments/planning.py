@@ -1,16 +1,16 @@
-"""`fedlora-sim plan`: what a run would cost, before anything is spent."""
+"""What a run would cost, before anything is spent."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 
 from fedlora.client.training.sampling import micro_batches
@@ -18,16 +18,71 @@ from fedlora.client.training.step import ClipGroups
 from fedlora.common.config.schema import Config
 from fedlora.common.data.records import UnitIndex, unit_groups
 from fedlora.common.data.tasks import Encoded
-from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.model.compute import threads as with_threads
+from fedlora.common.manifest.manifest import Phase, RunManifest
+from fedlora.common.model.compute import threads
 from fedlora.common.model.features import pooled_features
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_named, guarantee_of
-from fedlora.simulations.begin import Options, federation_of, machine_of, manifest_of
+from fedlora.simulations.begin import (
+    DEFAULTS,
+    Options,
+    checked,
+    federation_of,
+    machine_of,
+    manifest_of,
+)
 from fedlora.simulations.federation.population import Federation
 
 PROBE_RECORDS = 48  # of the public validation part
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """What a phase would do; `minutes` on this machine, `examples` as its rounds expect them."""
+
+    phase: Phase  # its noise calibrated
+    examples: float
+    minutes: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would cost. Printed, it is two tables and a line."""
+
+    phases: tuple[PhasePlan, ...]
+    epsilon_by_round: Mapping[int, float]  # after each tenth of the rounds; empty without privacy
+    epsilon: float | None  # of all attempts, for one `unit`
+    delta: float
+    unit: str
+    parameters: int  # float32 numbers of an update
+    attention: str
+    precision: str
+
+    @property
+    def minutes(self) -> float:
+        """Of training, on this machine."""
+        return sum(each.minutes for each in self.phases)
+
+    @property
+    def bytes_a_round(self) -> int:
+        """To each client, and back."""
+        return 4 * self.parameters
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | str]:
+        yield _schedule(self)
+        if self.epsilon is not None:
+            yield _epsilon_by_round(self)
+        yield (
+            f"{self.parameters:,} trainable parameters; {self.bytes_a_round:,} bytes to each client"
+            f" and back in a round; {self.attention} attention, {self.precision}"
+        )
+
+    def __str__(self) -> str:
+        console = Console(width=100, highlight=False, color_system=None)
+        with console.capture() as printed:
+            console.print(self)
+        return printed.get().rstrip()
 
 
 @dataclass(frozen=True)
@@ -38,20 +93,26 @@ class Speed:
     step: float
 
 
-def print_plan(config: Config, console: Console, threads: int = 0) -> None:
-    """Print the schedule: noise, ε by round, and the time that it would take on this machine."""
-    with with_threads(threads), TemporaryDirectory() as folder:
-        federation = federation_of(config, Path(folder), machine_of(config, Options(device="cpu")))
+def plan(config: Config, options: Options = DEFAULTS) -> Plan:
+    """The schedule with its noise, ε by round, and the time that it would take on this machine.
+
+    The data are read and the model is built; nothing is trained, and no budget is charged.
+    """
+    config = checked(config)
+    with threads(options.threads), TemporaryDirectory() as folder:
+        federation = federation_of(config, Path(folder), machine_of(config, options))
         manifest = manifest_of(config, federation)
         speed = measure(federation, config)
-    console.print(_schedule(federation, manifest, speed))
-    guarantee = guarantee_of(manifest)
-    if guarantee.private:
-        console.print(_epsilon_by_round(guarantee))
-    size = federation.model.spec.size
-    console.print(
-        f"{size:,} trainable parameters; {4 * size:,} bytes to each client and back in a round; "
-        f"{federation.public.compute.attention} attention, {federation.public.compute.precision}"
+    guarantee, compute = guarantee_of(manifest), federation.public.compute
+    return Plan(
+        phases=tuple(_phase_plan(federation, manifest, phase, speed) for phase in manifest.phases),
+        epsilon_by_round=_tenths(guarantee) if guarantee.private else {},
+        epsilon=guarantee.stated_epsilon() if guarantee.private else None,
+        delta=manifest.delta,
+        unit=guarantee.unit,
+        parameters=federation.model.spec.size,
+        attention=compute.attention,
+        precision=compute.precision,
     )
 
 
@@ -83,18 +144,29 @@ def _step(
         gradients.plain_sum(data, micro_batches(units, rows, data.lengths, tokens))
 
 
-def _schedule(federation: Federation, manifest: RunManifest, speed: Speed) -> Table:
+def _phase_plan(
+    federation: Federation, manifest: RunManifest, phase: Phase, speed: Speed
+) -> PhasePlan:
+    drawn = phase.rounds * phase.steps * phase.sampling_rate * len(federation.units)
+    examples = drawn * manifest.participation
+    computed = federation.feature_records * speed.forward  # once; its steps cost next to nothing
+    seconds = computed if phase.name == "head" else examples * speed.step
+    return PhasePlan(phase, examples, seconds / 60)
+
+
+def _tenths(guarantee: Guarantee) -> dict[int, float]:
+    """ε after each tenth of the rounds."""
+    manifest = guarantee.manifest
+    shown = sorted({round(share * manifest.rounds) for share in np.linspace(0.1, 1.0, 10)} - {0})
+    return {number: guarantee.epsilon_of(_taken(manifest, number)) for number in shown}
+
+
+def _schedule(plan: Plan) -> Table:
     table = Table(
         "phase", "rounds", "attempts", "steps", "rate", "σ", "clip", "examples", "minutes", box=None
     )
-    units = len(federation.units)
-    for phase in manifest.phases:
-        examples = phase.rounds * phase.steps * phase.sampling_rate * units * manifest.participation
-        seconds = (
-            federation.feature_records * speed.forward
-            if phase.name == "head"
-            else examples * speed.step
-        )
+    for each in plan.phases:
+        phase = each.phase
         table.add_row(
             phase.name,
             str(phase.rounds),
@@ -103,22 +175,19 @@ def _schedule(federation: Federation, manifest: RunManifest, speed: Speed) -> Ta
             f"{phase.sampling_rate:g}",
             f"{phase.noise_multiplier:.4g}",
             f"{phase.clip:g}" + (f" / {phase.head_clip:g}" if phase.head_clip else ""),
-            f"{examples:,.0f}",
-            f"{seconds / 60:.1f}",
+            f"{each.examples:,.0f}",
+            f"{each.minutes:.1f}",
         )
     return table
 
 
-def _epsilon_by_round(guarantee: Guarantee) -> Table:
+def _epsilon_by_round(plan: Plan) -> Table:
     """ε after each tenth of the rounds, and of the whole schedule with its spare attempts."""
-    manifest, table = guarantee.manifest, Table("round", "ε", box=None)
-    shown = sorted({round(share * manifest.rounds) for share in np.linspace(0.1, 1.0, 10)} - {0})
-    for number in shown:
-        table.add_row(str(number), shown_epsilon(guarantee.epsilon_of(_taken(manifest, number))))
-    whole = shown_epsilon(guarantee.stated_epsilon())
-    table.add_row(
-        "all attempts", f"{whole} at δ = {shown_delta(manifest.delta)}, for one {guarantee.unit}"
-    )
+    table = Table("round", "ε", box=None)
+    for number, epsilon in plan.epsilon_by_round.items():
+        table.add_row(str(number), shown_epsilon(epsilon))
+    whole, delta = shown_epsilon(plan.epsilon), shown_delta(plan.delta)
+    table.add_row("all attempts", f"{whole} at δ = {delta}, for one {plan.unit}")
     return table
 
 

@@ -26,13 +26,9 @@ class RunProgress:
         self._features = progress.add_task("features", total=None, visible=False, figures="")
         self._rounds = progress.add_task("rounds", total=rounds, figures="")
 
-    def expect_features(self, records: int) -> None:
-        """How many records a head phase will put through the frozen model."""
-        self._progress.update(self._features, total=records)
-
-    def features(self, count: int) -> None:
-        """`count` more records went through the frozen model."""
-        self._progress.update(self._features, advance=count, visible=True)
+    def features(self, done: int, records: int) -> None:
+        """So many of the records that a head phase needs went through the frozen model."""
+        self._progress.update(self._features, completed=done, total=records, visible=True)
 
     def round(self, number: int, figures: Mapping[str, float | None]) -> None:
         """Round `number` was committed."""

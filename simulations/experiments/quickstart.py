@@ -81,8 +81,8 @@ def _one_run(
     """Scores before training, and the summary after it."""
     console.print(f"[bold]{title}[/bold]")
     with run_progress(console, config.federation.rounds) as progress:
-        run = begin(config, folder, Options(device="cpu", texts=texts), progress.features)
-        progress.expect_features(run.federation.feature_records)
+        options = Options(device="cpu", texts=texts)
+        run = begin(config, folder, options, on_features=progress.features)
         before = run.public.test.evaluate(run.public.initial)
         summary = finish(run, conduct(run, sequential(run), progress.round), synthetic=True)
     return dict(before), summary

@@ -1,44 +1,86 @@
-"""A run as a person starts it: progress on a terminal, one summary, one report."""
+"""One simulated run, from configuration to report: begin, train, finish, hand the result back."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from fedlora.common.adapter.peft import LoadedAdapter, load_adapter
 from fedlora.common.config.schema import Config
-from fedlora.common.model.compute import threads as with_threads
+from fedlora.common.model.compute import threads
 from fedlora.server.rounds.checkpoint import Progress
-from fedlora.server.runs.metrics import Observe
+from fedlora.server.rounds.cohort import Cohort
+from fedlora.server.runs.metrics import Observe, nobody
 from fedlora.server.runs.run import conduct, to_its_end
-from fedlora.simulations.begin import Options, begin
+from fedlora.server.strategies.strategy import Strategy
+from fedlora.simulations.begin import DEFAULTS, Features, Options, Own, begin
 from fedlora.simulations.engines.sequential import sequential
-from fedlora.simulations.experiments.progress import run_progress
+from fedlora.simulations.federation.partition import Owners
 from fedlora.simulations.federation.run_folder import SimulatedRun, finish
 from fedlora.simulations.report.pages import write_report
 
 
-def simulate(config: Config, folder: Path, console: Console, options: Options) -> dict[str, Any]:
-    """Train, finish and report; returns the summary.
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A run that has ended. Everything lies in its folder as well: summary.json, report.html, …"""
 
-    A run that ends early leaves its last adapter, and raises why.
+    folder: Path
+    summary: Mapping[str, Any]
+
+    @property
+    def epsilon(self) -> float | None:
+        """The largest ε of an institution that the ledger proves; None without privacy."""
+        found: float | None = self.summary["epsilon"]
+        return found
+
+    @property
+    def statement(self) -> tuple[str, ...]:
+        """What is guaranteed, to whom, and what it rests on, in sentences."""
+        return tuple(self.summary["privacy_statement"])
+
+    @cached_property
+    def adapter(self) -> LoadedAdapter:
+        """The released adapter on its base, loaded when it is first asked for."""
+        return load_adapter(self.folder / "adapter")
+
+
+def simulate(
+    config: Config,
+    folder: Path | str,
+    options: Options = DEFAULTS,
+    *,
+    on_round: Observe = nobody,
+    on_features: Features = lambda done, records: None,
+    strategy: Strategy | None = None,
+    partition: Owners | None = None,
+    cohort: Callable[[SimulatedRun], Cohort] | None = None,
+) -> Result:
+    """Train a federation, score its adapter, and leave everything in `folder`.
+
+    `on_round` is told each committed round's number and figures, `on_features` how far a head
+    phase's features are. A strategy, a partition or a cohort of one's own takes the place of the
+    configured one, and is named in the summary.
+
+    BadInput lists what is wrong; Refused, Spent and QuorumLost end a run early, whose last adapter
+    lies in the folder all the same.
     """
-    with with_threads(options.threads), run_progress(console, config.federation.rounds) as progress:
-        run = begin(config, folder, options, progress.features)
-        progress.expect_features(run.federation.feature_records)
+    own = Own(strategy, partition, cohort)
+    with threads(options.threads):
+        run = begin(config, Path(folder), options, own, on_features)
+
+        def train() -> Progress:
+            if run.engine == "ray":
+                from fedlora.simulations.engines.ray import train_on_ray
+
+                return train_on_ray(run, on_round)
+            return conduct(run, (cohort or sequential)(run), on_round)
 
         def finished(reached: Progress, ended: str) -> dict[str, Any]:
             summary = finish(run, reached, ended)
             write_report(run.folder)
             return summary
 
-        return to_its_end(run.checkpoint, lambda: _trained(run, progress.round), finished)
-
-
-def _trained(run: SimulatedRun, observe: Observe) -> Progress:
-    if run.engine == "ray":
-        from fedlora.simulations.engines.ray import train_on_ray
-
-        return train_on_ray(run, observe)
-    return conduct(run, sequential(run), observe)
+        return Result(run.folder, to_its_end(run.checkpoint, train, finished))

@@ -1,4 +1,4 @@
-"""`fedlora-sim sweep`: one run for each value of a key, and the privacy-utility curve over them.
+"""One run for each value of a key, and the privacy-utility curve over them.
 
 Choosing the best of several trials leaks something about the data that no trial's ε covers: the
 page says that the trials were not accounted together.
@@ -7,16 +7,18 @@ page says that the trials were not accounted together.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-
-from fedlora.common.config.schema import config_to_toml, load_config
+from fedlora.common.config.schema import Config, config_to_toml
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.model.features import PooledTexts
-from fedlora.simulations.begin import Options
-from fedlora.simulations.experiments.simulate import simulate
+from fedlora.simulations.begin import DEFAULTS, Options
+from fedlora.simulations.experiments.configuration import changed, override
+from fedlora.simulations.experiments.simulate import Result, simulate
 from fedlora.simulations.report.pages import write_sweep_report
 
 KEPT = (
@@ -30,50 +32,57 @@ KEPT = (
     "seconds",
     "validation",
 )
+Run = Callable[[Config, Path, Options], Result]
 
 
-def run_sweep(
-    config: Path,
-    over: str,
-    overrides: list[str],
-    folder: Path,
-    console: Console,
-    device: str = "auto",
-    threads: int = 0,
-) -> Path:
-    """Run `config` for each value, sweep.json and .html in `folder`; finished values stay."""
-    key, values = _values(over)
-    trials, texts = [], PooledTexts()
+@dataclass(frozen=True)
+class Sweep:
+    """The trials in the order of their values, and the page that draws them."""
+
+    trials: tuple[Mapping[str, Any], ...]
+    page: Path
+
+
+def sweep(
+    config: Config,
+    key: str,
+    values: Sequence[object],
+    folder: Path | str,
+    options: Options = DEFAULTS,
+    run: Run = simulate,
+) -> Sweep:
+    """`run` the configuration once for each value of `key`, which is "section.key".
+
+    sweep.json and sweep.html under `folder`, a folder for each trial; finished ones are kept, begun
+    ones go on.
+    """
+    if "." not in key or not values:
+        raise BadInput(f"sweep over {key!r}: expected section.key, and values")
     # all of them first: a bad value is named before anything runs
-    configured = [(value, load_config(config, [*overrides, f"{key}={value}"])) for value in values]
-    for value, settings in configured:
-        setting = f"{key}={value}"
-        target = folder / setting.replace("/", "_")
-        done = target / "summary.json"
-        if done.is_file():
-            if (target / "config.toml").read_text(encoding="utf-8") != config_to_toml(settings):
-                raise BadInput(
-                    f"{target}: found a trial of another configuration, expected another --out"
-                )
-            summary = json.loads(done.read_text(encoding="utf-8"))
-            if summary.get("ended"):
-                raise BadInput(
-                    f"{target}: found a trial that ended early ({summary['ended']}), expected"
-                    " another --out"
-                )
-        else:
-            console.print(f"[bold]{setting}[/bold]")
-            resume = (target / "checkpoint" / "manifest.json").exists()
-            options = Options(device=device, threads=threads, resume=resume, texts=texts)
-            summary = simulate(settings, target, console, options)
+    settings = {override(key, value): changed(config, override(key, value)) for value in values}
+    trials, options = [], replace(options, texts=PooledTexts())
+    for setting, trial in settings.items():
+        target = Path(folder) / setting.replace("/", "_")
+        resume = (target / "checkpoint" / "manifest.json").exists()
+        summary = (
+            _finished(target, trial) or run(trial, target, replace(options, resume=resume)).summary
+        )
+        value = setting.partition("=")[2]
         trials.append({"key": key, "value": value, **{name: summary.get(name) for name in KEPT}})
-        write_atomically(folder / "sweep.json", (json.dumps(trials, indent=2) + "\n").encode())
-    return write_sweep_report(folder)
+        written = (json.dumps(trials, indent=2) + "\n").encode()
+        write_atomically(Path(folder) / "sweep.json", written)
+    return Sweep(tuple(trials), write_sweep_report(Path(folder)))
 
 
-def _values(over: str) -> tuple[str, list[str]]:
-    key, equals, listed = over.partition("=")
-    values = [value.strip() for value in listed.split(",") if value.strip()]
-    if not equals or not values or "." not in key:
-        raise BadInput(f"--over {over}: expected section.key=VALUE,VALUE,…")
-    return key.strip(), values
+def _finished(target: Path, trial: Config) -> Mapping[str, Any] | None:
+    """The summary of a trial that was run before; BadInput where it can't stand for this one."""
+    if not (target / "summary.json").is_file():
+        return None
+    if (target / "config.toml").read_text(encoding="utf-8") != config_to_toml(trial):
+        raise BadInput(f"{target}: found a trial of another configuration, expected another --out")
+    summary: dict[str, Any] = json.loads((target / "summary.json").read_text(encoding="utf-8"))
+    if summary.get("ended"):
+        raise BadInput(
+            f"{target}: found a trial that ended early ({summary['ended']}), expected another --out"
+        )
+    return summary

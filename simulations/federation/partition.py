@@ -11,6 +11,7 @@ Every client gets at least one unit. Memory is linear in units and clients.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from fedlora.common.data.records import Records, UnitIndex
 from fedlora.common.errors import BadInput
 
 Ints = npt.NDArray[np.int64]
+# a partition of one's own: the client, from 0, of each unit
+Owners = Callable[[Records, UnitIndex], npt.ArrayLike]
 SHARDS_PER_CLIENT = 2
 
 
@@ -42,6 +45,13 @@ class Partition:
         """(clients,) number of units of each."""
         return np.diff(self.offsets)
 
+    @property
+    def digest(self) -> str:
+        """Of who holds what; it says something of the data, and stays with them."""
+        parts = (self.offsets, self.units)
+        held = b"".join(each.astype("<i8", copy=False).tobytes() for each in parts)
+        return "sha256:" + hashlib.sha256(held).hexdigest()
+
 
 def partition_units(
     config: FederationConfig, records: Records, units: UnitIndex, seed: int
@@ -59,6 +69,26 @@ def partition_units(
         _unit_labels(records, units), config.clients, config.alpha, rng
     )
     return _grouped(owners, config.clients)
+
+
+def partition_by(owners_of: Owners, clients: int, records: Records, units: UnitIndex) -> Partition:
+    """Deal each unit out to the client that `owners_of` names.
+
+    BadInput unless it gives one of `clients` numbers for each unit, and each client a unit.
+    """
+    owners = np.asarray(owners_of(records, units))
+    if owners.shape != (len(units),) or owners.dtype.kind not in "iu":
+        raise BadInput(
+            f"partition: found {owners.dtype} {owners.shape}, expected a whole number for each of"
+            f" {len(units)} units: a unit is never split"
+        )
+    if len(owners) and not (owners.min() >= 0 and owners.max() < clients):
+        found = f"clients {owners.min()} to {owners.max()}"
+        raise BadInput(f"partition: found {found}, expected 0 to {clients - 1}")
+    partition = _grouped(owners.astype(np.int64), clients)
+    if empty := np.flatnonzero(partition.sizes == 0).tolist():
+        raise BadInput(f"partition: found no unit for client {empty[0]}, expected one at least")
+    return partition
 
 
 def _iid(labels: Ints, clients: int, alpha: float, rng: np.random.Generator) -> Ints:

@@ -5,6 +5,7 @@ Everything that a later reader needs lies in the run's folder; the report reads 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class SimulatedRun(Run):
     paths: Paths
     deadline: float  # seconds of an attempt, where there is anybody to wait for
     faults: FaultsConfig
+    own: Mapping[str, str]  # which parts are the researcher's own, and their names
 
     @property
     def moments(self) -> MomentStore:
@@ -72,6 +74,7 @@ def finish(
             **_by_class(run),
             "partition": federation.partition_table(),
             "synthetic": synthetic,
+            "own": dict(run.own),
             "ended": ended,
         }
 

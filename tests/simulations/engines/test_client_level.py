@@ -25,7 +25,7 @@ from fedlora.server.runs.run import conduct
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.simulations.begin import begin
 from fedlora.simulations.engines.sequential import SequentialCohort, sequential
-from fedlora.simulations.experiments.planning import print_plan
+from fedlora.simulations.experiments.planning import plan
 from fedlora.simulations.report.pages import write_report
 from tests.server.fakes import facts_of
 from tests.simulations.engines.test_masked import SECURE
@@ -182,7 +182,7 @@ def test_noise_is_calibrated_for_all_phases_together(
 
 def test_a_plan_says_whose_epsilon_it_is(tiny_bert: Path, data: Path) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
-    print_plan(config(tiny_bert, data, "client", *CLIENT), console)
+    console.print(plan(config(tiny_bert, data, "client", *CLIENT), cpu()))
     assert re.search(
         r"all attempts +(8|7\.9\d*) at δ = 0.0001, for one institution", console.export_text()
     )

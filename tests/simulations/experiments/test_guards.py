@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from fedlora.common.config.schema import config_to_toml, load_config
 from fedlora.common.errors import BadInput, QuorumLost, Refused
@@ -17,12 +15,11 @@ from fedlora.server.runs.metrics import _round_of
 from fedlora.server.runs.run import conduct
 from fedlora.simulations.begin import begin
 from fedlora.simulations.cli import _stopped
-from fedlora.simulations.experiments import quickstart, simulate, sweep
+from fedlora.simulations.experiments import quickstart, simulate
 from fedlora.simulations.experiments.progress import _figure
+from fedlora.simulations.experiments.sweep import sweep
 from fedlora.simulations.report.pages import write_report
 from tests.simulations.experiments.test_simulate import config, cpu, data  # noqa: F401  (a fixture)
-
-SILENT = Console(file=io.StringIO())
 
 
 def test_quickstart_removes_what_it_wrote_and_nothing_else(tmp_path: Path) -> None:
@@ -54,28 +51,30 @@ def test_what_a_stopped_command_says_can_be_done() -> None:
     assert "--resume" not in _stopped(["quickstart", "--out", "qs"])
 
 
-def test_a_sweep_names_bad_values_first_and_never_shows_another_trial(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_names_bad_values_first_and_never_shows_another_trial(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text('[data]\ntrain = "t.jsonl"\ntest = "t.jsonl"\n')
     ran: list[object] = []
-    monkeypatch.setattr(sweep, "simulate", lambda *words, **more: ran.append(words))
+
+    def over(*values: str) -> object:
+        settings = load_config(path)
+        return sweep(settings, "federation.rounds", values, tmp_path / "s", run=ran.append)  # type: ignore[arg-type]
+
     with pytest.raises(BadInput, match="nan"):
-        sweep.run_sweep(path, "federation.rounds=1,nan", [], tmp_path / "s", SILENT)
+        over("1", "nan")
     assert not ran
     done = tmp_path / "s" / "federation.rounds=1"
     done.mkdir(parents=True)
     (done / "summary.json").write_text(json.dumps({"accuracy": 1.0, "epsilon": 0.1}))
     (done / "config.toml").write_text("seed = 9\n")
     with pytest.raises(BadInput, match="another configuration"):
-        sweep.run_sweep(path, "federation.rounds=1", [], tmp_path / "s", SILENT)
+        over("1")
     (done / "config.toml").write_text(config_to_toml(load_config(path, ["federation.rounds=1"])))
     (done / "summary.json").write_text(
         json.dumps({"accuracy": 1.0, "ended": "round 1: nobody answered"})
     )
     with pytest.raises(BadInput, match="ended early"):
-        sweep.run_sweep(path, "federation.rounds=1", [], tmp_path / "s", SILENT)
+        over("1")
 
 
 def test_spent_attempts_leave_the_last_adapter(
@@ -95,7 +94,7 @@ def test_spent_attempts_leave_the_last_adapter(
 
     monkeypatch.setattr(simulate, "conduct", fails_later)
     with pytest.raises(QuorumLost, match="round 3"):
-        simulate.simulate(settings, tmp_path / "run", SILENT, cpu())
+        simulate.simulate(settings, tmp_path / "run", cpu())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["ended"] == "round 3: nobody answered"
     assert summary["rounds"] == 1  # the observer stopped it before round 2 was committed
@@ -114,7 +113,7 @@ def test_attempts_that_are_spent_before_the_first_round_leave_what_there_is(
 
     monkeypatch.setattr("fedlora.client.training.local.LocalTraining.update", fails)
     with pytest.raises(Refused, match=r"attempts .* are spent"):
-        simulate.simulate(config(tiny_bert, data, "record"), tmp_path / "run", SILENT, cpu())
+        simulate.simulate(config(tiny_bert, data, "record"), tmp_path / "run", cpu())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["rounds"] == 0 and "on fire" in summary["ended"] and summary["epsilon"] > 0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

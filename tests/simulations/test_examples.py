@@ -1,0 +1,79 @@
+"""The examples run, on a tiny base, and show what they say that they show."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedlora.simulations import ServerState
+from fedlora.simulations.examples import own_partition, own_strategy, private_federation
+from fedlora.simulations.federation import corpus
+
+EXAMPLES = (private_federation, own_strategy, own_partition)
+
+
+@pytest.fixture(autouse=True)
+def _few_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for every institution and label, and for δ."""
+    monkeypatch.setattr(corpus, "TRAIN", 600)
+    monkeypatch.setattr(corpus, "TEST", 60)
+
+
+def test_a_private_federation(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = private_federation.main(tmp_path, str(tiny_bert), rounds=3)
+    printed = capsys.readouterr().out
+    assert result.epsilon is not None and 2.9 < result.epsilon <= 3.0
+    assert "all attempts" in printed and "round   3" in printed
+    assert all(sentence in printed for sentence in result.statement)
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_strategy_of_ones_own(tiny_bert: Path, tmp_path: Path) -> None:
+    result = own_strategy.main(tmp_path, str(tiny_bert), rounds=3)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert result.summary["strategy"] == manifest["strategy"] == "Nesterov"
+    assert result.epsilon is not None and result.epsilon <= 3.0
+
+
+def test_nesterov_is_the_papers(tmp_path: Path) -> None:
+    """Two steps by hand: v₁ = g, x₁ = η(βg + g); v₂ = βv₁ + g, x₂ = x₁ + η(βv₂ + g)."""
+    from tests.server.fakes import START
+
+    rule, mean = own_strategy.Nesterov(0.5, 0.9), np.ones(START.spec.size)
+    state, memory = rule.apply(START, ServerState(), mean)
+    assert state.vector - START.vector == pytest.approx(0.5 * 1.9, rel=1e-6)
+    after, _ = rule.apply(state, memory, mean)
+    assert after.vector - state.vector == pytest.approx(0.5 * (0.9 * 1.9 + 1), rel=1e-6)
+
+
+def test_a_partition_of_ones_own(tiny_bert: Path, tmp_path: Path) -> None:
+    result = own_partition.main(tmp_path, str(tiny_bert), rounds=2)
+    assert result.summary["own"] == {"partition": "by_length"}
+    counts = np.array(result.summary["partition"]["counts"]).sum(axis=1)
+    assert len(counts) == 5 and counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda each: each.__name__.rpartition(".")[2])
+def test_examples_are_short_and_can_be_started(example: object) -> None:
+    path = Path(str(example.__file__))  # type: ignore[attr-defined]
+    assert len(path.read_text().splitlines()) < 100
+    assert f"python -m fedlora.simulations.examples.{path.stem}" in path.read_text()
+
+
+def test_an_example_is_a_program(tmp_path: Path) -> None:
+    """Started as its docstring says, it begins: here it ends at a base that is not there."""
+    code = (
+        "import runpy, sys; from fedlora.simulations.examples import private_federation as e;"
+        "e.main(__import__('pathlib').Path(sys.argv[1]), 'no-such-base')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode and "no-such-base" in done.stderr
