@@ -101,6 +101,8 @@ class Institution:
             ).to_bytes()
         if self.mood == "lie" and request.stage == "open":
             answer = self.lie(answer, request.plan)
+        if self.mood == "other attempt":
+            plan = replace(plan, attempt=plan.attempt - 1)
         return self.signed(plan, answer)
 
     def signed(self, plan: RoundPlan, message: bytes) -> RecordDict:
@@ -171,6 +173,16 @@ def test_a_carrier_that_answers_nonsense_is_a_drop_out(mood: str) -> None:
     assert found.replies == 4 and [failure.client for failure in found.failures] == [NAMES[2]]
     assert np.abs(found.total - federation.plain(2)).max() < COUNT * 8.0 / TERMS.levels
     assert found.secure is not None and (found.secure.dealt, found.secure.members) == (5, 4)
+
+
+def test_what_a_node_signed_for_another_attempt_is_a_drop_out() -> None:
+    federation = Federation()
+    federation.round(1)
+    federation.institutions[2].mood = "other attempt"
+    found = federation.round(2)
+    assert found.replies == 4
+    (failure,) = found.failures
+    assert failure == Failure(NAMES[2], "found a staged of another attempt or kind")
 
 
 def test_a_late_answer_is_a_drop_out_and_is_back_in_the_next_attempt() -> None:
