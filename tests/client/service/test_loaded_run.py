@@ -1,4 +1,4 @@
-"""A loaded run keeps a model only once it is the manifest's."""
+"""A loaded run trains behind a resident, and keeps a model only once it is the manifest's."""
 
 from __future__ import annotations
 
@@ -9,13 +9,52 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedlora.client.service.answer import Resident
 from fedlora.client.service.loaded_run import LoadedRun
 from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.data.records import file_digest
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
 from fedlora.common.model.base import base_digest
 from fedlora.common.model.projection import Affine, Projection
-from tests.client.institution import POLICY, Institution, manifest_of
+from fedlora.common.model.state import AdapterState
+from fedlora.common.protocol.messages import Answer, Consent, vector_from_bytes, vector_to_bytes
+from tests.client.institution import POLICY, Institution, manifest_of, offer_of, task_of
+
+
+def node_with_data(root: Path, base: Path) -> Institution:
+    north = Institution(root)
+    north.set_policy(POLICY.format(base=base_digest(base), folder=base))
+    rows = [json.dumps({"text": f"w{k} good", "label": "ab"[k % 2]}) for k in range(40)]
+    (root / "notes.jsonl").write_text("\n".join(rows))
+    north.restart()
+    return north
+
+
+def test_consent_training_and_answer_with_a_real_model(tmp_path: Path, tiny_bert: Path) -> None:
+    north = node_with_data(tmp_path / "n", tiny_bert)
+    loaded = LoadedRun(north.folder, north.folder.load_policy(), north.ledger)
+    network = Network.of(ModelConfig(pooling="mean"), LoraConfig(rank=2))
+    run = manifest_of(base_digest=base_digest(tiny_bert), network=network)
+    spec = loaded.spec(run, tmp_path / "none")
+    run = replace(run, spec_digest=spec.digest)
+    north.resident = Resident(
+        north.folder, north.folder.load_policy(), north.identity, north.ledger, loaded
+    )
+    assert isinstance(north.ask(offer_of(run)), Consent)
+    state = AdapterState(spec, np.zeros(spec.size, np.float32))
+    task = task_of(run, adapter=state.digest, vector=vector_to_bytes(state.vector))
+    first = north.resident.ask(task)
+    answer = north.read(first)
+    assert isinstance(answer, Answer) and north.resident.ask(task) == first
+    update = vector_from_bytes(answer.vector, spec.size, "answer")
+    assert np.isfinite(update).all() and update.any()
+    kinds = [entry.body["kind"] for entry in north.ledger.entries()]
+    assert kinds == ["open", "consent", "reserve", "commit"]
+    noted = [
+        json.loads(line) for line in north.folder.data_log(run.digest).read_text().splitlines()
+    ]
+    assert [line["data"] for line in noted] == [file_digest(north.root / "notes.jsonl")] * 2
 
 
 def test_a_forged_projection_spoils_no_later_one(tmp_path: Path, tiny_bert: Path) -> None:
@@ -26,10 +65,7 @@ def test_a_forged_projection_spoils_no_later_one(tmp_path: Path, tiny_bert: Path
     )
     forged.write(tmp_path / "forged")
     right.write(tmp_path / "right")
-    north = Institution(tmp_path / "n")
-    north.set_policy(POLICY.format(base=base_digest(tiny_bert), folder=tiny_bert))
-    rows = [json.dumps({"text": f"w{k} good", "label": "ab"[k % 2]}) for k in range(8)]
-    (north.root / "notes.jsonl").write_text("\n".join(rows))
+    north = node_with_data(tmp_path / "n", tiny_bert)
     network = Network.of(replace(ModelConfig(pooling="mean"), projection=2), LoraConfig(rank=2))
     run = manifest_of(
         base_digest=base_digest(tiny_bert), projection_digest=right.digest, network=network
