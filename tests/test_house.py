@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.common.privacy.modes import GUARANTEES
+
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("server", "client", "common", "simulations")
 MAY_IMPORT = {
@@ -66,15 +68,12 @@ TWO_SIDES = {
     "folder.py",  # an institution's, and the coordinator's
 }
 # What a relay and the ledger's tools load: no torch, no transformers, no Opacus at import.
-LIGHT_ROOMS = ("disk", "codec", "trust", "secagg", "config", "manifest", "protocol", "ledger")
-LIGHT_FILES = (
-    "errors",
-    "terminal",
-    "model/state",
-    "data/records",
-    "privacy/accountant",
-    "privacy/calibration",
+LIGHT_ROOMS = (
+    *("disk", "codec", "trust", "secagg", "config", "manifest", "protocol", "privacy", "ledger"),
 )
+LIGHT_FILES = ("errors", "terminal", "model/state", "data/records")
+# The one file that compares a mode's name: a configuration's rules stand below its guarantees.
+COMPARES_MODES = {"common/config/schema.py"}
 HEAVY = {"torch", "transformers", "peft", "opacus", "sklearn"}
 
 
@@ -178,6 +177,30 @@ def test_no_two_rooms_have_files_of_one_name() -> None:
         path.name for layer in CODE for path in sources(layer) if path.name != "__init__.py"
     )
     assert {name for name, count in named.items() if count > 1} <= TWO_SIDES
+
+
+def test_what_a_mode_promises_is_decided_by_its_guarantee() -> None:
+    """No `mode == "client"`, `.mode in ("record", "none")` or match on one: its class is asked."""
+    found = {
+        str(path.relative_to(ROOT))
+        for layer in CODE
+        for path in sources(layer)
+        if any(map(compares_a_mode, ast.walk(ast.parse(path.read_text()))))
+    }
+    assert found == COMPARES_MODES
+
+
+def compares_a_mode(node: ast.AST) -> bool:
+    """Whether something called `mode` is held against the name of one."""
+    if isinstance(node, ast.Compare):
+        sides: list[ast.AST] = [node.left, *node.comparators]
+    elif isinstance(node, ast.Match):
+        sides = [node.subject, *node.cases]
+    else:
+        return False
+    inner = [each for side in sides for each in ast.walk(side) if isinstance(each, ast.Constant)]
+    named = any(getattr(each, "attr", getattr(each, "id", "")) == "mode" for each in sides)
+    return named and any(each.value in GUARANTEES for each in inner)
 
 
 def test_flwr_is_imported_in_its_files_only() -> None:

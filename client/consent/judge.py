@@ -48,7 +48,7 @@ def judge(
 ) -> list[Verdict]:
     """A verdict for each field; `spent` by budget, `reserved`: what this run has of it already."""
     guarantee, other = promised(manifest), "expected one that node.toml [bases] has"
-    phases = _phase_verdicts(manifest, guarantee, policy)
+    phases = _phase_verdicts(guarantee, policy)
     sound = all(each.allowed for each in phases)
     return [
         same("federation", manifest.federation, federation),
@@ -58,10 +58,10 @@ def judge(
         *_network_verdicts(manifest, policy),
         _max_length(manifest, policy),
         *phases,
-        *spend_verdicts(manifest, guarantee, policy, spent, reserved, sound),
+        *spend_verdicts(guarantee, policy, spent, reserved, sound),
         least("minimum_cohort", manifest.minimum_cohort, policy.limits.minimum_cohort),
         _secure_verdict(manifest, policy),
-        shared_noise_verdict(manifest, guarantee),
+        shared_noise_verdict(guarantee),
         *_free_verdicts(manifest),
     ]
 
@@ -109,15 +109,13 @@ def _network_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
     ]
 
 
-def _phase_verdicts(
-    manifest: RunManifest, guarantee: Guarantee | None, policy: Policy
-) -> list[Verdict]:
+def _phase_verdicts(guarantee: Guarantee, policy: Policy) -> list[Verdict]:
     """Rounds, attempts, steps and noise: also what makes the schedule a mechanism at all."""
-    limits, phases = policy.limits, manifest.phases
+    manifest, limits, phases = guarantee.manifest, policy.limits, guarantee.manifest.phases
     attempts = sum(phase.attempts for phase in phases)
     many = "" if 1 <= len(phases) <= MOST_PHASES else "expected 1 to 16"
     verdicts = [
-        mode_verdict(manifest.mode, guarantee, policy),
+        mode_verdict(manifest.mode, policy),
         Verdict("phases", str(len(phases)), many),
         at_most("rounds", manifest.rounds, limits.rounds),
         at_most("attempts", attempts, limits.attempts),
@@ -136,9 +134,7 @@ def _phase_verdicts(
     return verdicts
 
 
-def _mechanism(
-    name: str, phase: Phase, guarantee: Guarantee | None, policy: Policy
-) -> list[Verdict]:
+def _mechanism(name: str, phase: Phase, guarantee: Guarantee, policy: Policy) -> list[Verdict]:
     verdicts = []
     for field, low, high in RANGES:
         value = float(getattr(phase, field))

@@ -18,30 +18,28 @@ from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.figures import exact, shown_epsilon, shown_left
 from fedlora.common.privacy.guarantee import SLACK, Guarantee
-from fedlora.common.privacy.modes import expected_modes, guarantee_of
+from fedlora.common.privacy.modes import EXPECTED, GUARANTEES
 from fedlora.common.privacy.skellam import MOST_NOISE
+from fedlora.common.privacy.unprotected import Unprotected
 
 MOST_PHASES = 16
 
 
-def promised(manifest: RunManifest) -> Guarantee | None:
-    """None where its mode is none that is known, which `mode_verdict` refuses."""
-    try:
-        return guarantee_of(manifest)
-    except BadInput:
-        return None
+def promised(manifest: RunManifest) -> Guarantee:
+    """A mode that is none promises nothing: `mode_verdict` refuses it, and the rest is judged."""
+    return GUARANTEES.get(manifest.mode, Unprotected)(manifest)
 
 
-def mode_verdict(mode: str, guarantee: Guarantee | None, policy: Policy) -> Verdict:
-    if guarantee is None:
-        return Verdict("mode", mode, f"expected {expected_modes()}")
-    return Verdict("mode", mode, guarantee.refusal(policy.limits))
+def mode_verdict(mode: str, policy: Policy) -> Verdict:
+    known = GUARANTEES.get(mode)
+    reason = f"expected {EXPECTED}" if known is None else known.refusal(policy.limits)
+    return Verdict("mode", mode, reason)
 
 
-def noise_verdict(field: str, phase: Phase, guarantee: Guarantee | None, policy: Policy) -> Verdict:
+def noise_verdict(field: str, phase: Phase, guarantee: Guarantee, policy: Policy) -> Verdict:
     noise, least = phase.noise_multiplier, policy.limits.noise_multiplier
     reason = note = ""
-    if guarantee is not None and guarantee.private:
+    if guarantee.private:
         if not noise <= MOST_NOISE:
             reason = f"expected at most {MOST_NOISE:g}"
         elif noise < least:
@@ -65,8 +63,7 @@ def _noise_note(phase: Phase, guarantee: Guarantee, policy: Policy) -> str:
 
 
 def spend_verdicts(
-    manifest: RunManifest,
-    guarantee: Guarantee | None,
+    guarantee: Guarantee,
     policy: Policy,
     spent: Mapping[str, Spend],
     reserved: Spend | None,
@@ -75,13 +72,13 @@ def spend_verdicts(
     """Of ε and δ. `sound`: whether the phases are mechanisms; `spent` is by budget, and `reserved`
     what this very run has of it already.
     """
-    claim = f"{manifest.epsilon:g}"
-    if guarantee is None or not guarantee.private:
+    manifest, claim = guarantee.manifest, f"{guarantee.manifest.epsilon:g}"
+    if not guarantee.private:
         return [Verdict("epsilon", claim), Verdict("delta", f"{manifest.delta:g}")]
     delta = at_most("delta", manifest.delta, policy.limits.delta)
     if manifest.delta <= 0:
         delta = replace(delta, reason="expected > 0")
-    sound = sound and shared_noise_verdict(manifest, guarantee).allowed
+    sound = sound and shared_noise_verdict(guarantee).allowed
     budget = _budget(manifest, policy)
     if budget is None or not sound or not delta.allowed:
         reason = "can't be projected before the other fields are allowed"
@@ -120,13 +117,11 @@ def _cost_note(budget: Budget, used: float, charged: float, reserved: Spend | No
     )
 
 
-def shared_noise_verdict(manifest: RunManifest, guarantee: Guarantee | None) -> Verdict:
+def shared_noise_verdict(guarantee: Guarantee) -> Verdict:
     """Whether the terms of shared noise are whole.
 
     `client.secagg.masked_trainer` holds the cohort and the adapter to them.
     """
-    if guarantee is None:
-        return Verdict("skellam", "terms of an unknown mode")
     try:
         return Verdict("skellam", guarantee.shared_noise())
     except BadInput as error:

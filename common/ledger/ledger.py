@@ -23,6 +23,7 @@ from typing import Any
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.chain import Chain, Entry
 from fedlora.common.privacy.accountant import Spend
+from fedlora.common.privacy.figures import exact
 
 SCHEMA = 1
 SAME_TERMS = 1e-9  # relative: the last bits of an ε differ between machines
@@ -70,7 +71,7 @@ class _Total:
     delta: Fraction = Fraction(0)
 
     def __add__(self, spend: Spend) -> _Total:
-        return _Total(self.epsilon + _exact(spend.epsilon), self.delta + _exact(spend.delta))
+        return _Total(self.epsilon + exact(spend.epsilon), self.delta + exact(spend.delta))
 
 
 class Ledger:
@@ -260,14 +261,9 @@ def _exceeded(budget: Budget, before: _Total, more: Spend) -> str:
         ("ε", before.epsilon, after.epsilon, budget.epsilon),
         ("δ", before.delta, after.delta, budget.delta),
     ):
-        if needed > _exact(cap):
+        if needed > exact(cap):
             return (
                 f"budget {budget.name}: {name} = {float(used):.6g} is spent and would reach "
                 f"{float(needed):.6g}, past its cap of {cap:.6g}"
             )
     return ""
-
-
-def _exact(value: float) -> Fraction:
-    """The decimal number that `value` prints as."""
-    return Fraction(repr(float(value)))

@@ -32,6 +32,16 @@ ROUNDING = 0.1
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a schedule's noise is calibrated for, and where noise that was found is kept."""
+
+    privacy: PrivacyConfig
+    aggregation: AggregationConfig
+    moved: Mapping[str, int]  # by a phase's name, how many coordinates it moves
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Phases with their noise, and how it is shared where institutions share it."""
 
@@ -47,34 +57,33 @@ class Schedule:
         return max(math.sqrt(each.share(self.skellam.carriers)) for each in made)
 
 
-def with_gaussian_noise(
-    phases: tuple[Phase, ...], privacy: PrivacyConfig, cache: Path | None
-) -> Schedule:
+def without_noise(phases: tuple[Phase, ...], asked: Asked) -> Schedule:
+    """The phases as they are."""
+    return Schedule(phases)
+
+
+def with_gaussian_noise(phases: tuple[Phase, ...], asked: Asked) -> Schedule:
     """Noise of every step of each phase; BadInput where no noise keeps them within ε."""
     done, spent = list[Phase](), list[Mechanism]()
     for phase in phases:
         rate, steps = phase.sampling_rate, phase.steps * phase.attempts
-        epsilon = _share(phase, phases, privacy) * privacy.epsilon
-        sigma = calibrate(spent, rate, steps, epsilon, privacy.delta, cache)
+        epsilon = _budget(phase, phases, asked)
+        sigma = calibrate(spent, rate, steps, epsilon, asked.privacy.delta, asked.cache)
         spent.append(Mechanism(rate, sigma, steps))
         done.append(replace(phase, noise_multiplier=sigma))
     return Schedule(tuple(done))
 
 
-def with_skellam_noise(
-    phases: tuple[Phase, ...],
-    privacy: PrivacyConfig,
-    aggregation: AggregationConfig,
-    moved: Mapping[str, int] | None,
-) -> Schedule:
+def with_skellam_noise(phases: tuple[Phase, ...], asked: Asked) -> Schedule:
     """Noise of a sum in each phase, how it is shared, and the levels. One release an attempt, no
-    amplification. `moved`: by a phase's name, how many coordinates it moves.
+    amplification.
 
     The more noise, the fewer levels of a clip are needed, and the fewer are possible: a share is
     drawn exactly up to a bound. So they are the largest power of two with which every phase's share
     can be drawn; BadInput where there is none.
     """
-    if moved is None or not aggregation.secure:
+    moved, aggregation = asked.moved, asked.aggregation
+    if not moved or not aggregation.secure:
         raise BadInput(
             '[privacy] mode = "client": expected [aggregation] secure = true, and what each phase'
             " moves"
@@ -82,18 +91,18 @@ def with_skellam_noise(
     coordinates, levels = tuple(moved[phase.name] for phase in phases), LEVELS
     carriers = threshold(aggregation.minimum_cohort) - aggregation.max_colluders
     while math.sqrt(max(coordinates)) / 2 <= ROUNDING * levels:
-        done = _noised(phases, privacy, coordinates, levels)
+        done = _noised(phases, asked, coordinates, levels)
         if not any(each.beyond(carriers) for each in releases(done, coordinates, levels)):
             return Schedule(done, levels, SkellamTerms(coordinates, carriers))
         levels //= 2
     raise BadInput(
-        f"[privacy] epsilon = {privacy.epsilon:g}: needs noise that with {max(coordinates)}"
+        f"[privacy] epsilon = {asked.privacy.epsilon:g}: needs noise that with {max(coordinates)}"
         " coordinates can't be drawn as whole numbers; expected a larger epsilon, or fewer rounds"
     )
 
 
 def _noised(
-    phases: tuple[Phase, ...], privacy: PrivacyConfig, coordinates: tuple[int, ...], levels: int
+    phases: tuple[Phase, ...], asked: Asked, coordinates: tuple[int, ...], levels: int
 ) -> tuple[Phase, ...]:
     done = list[Phase]()
     for phase, count in zip(phases, coordinates, strict=True):
@@ -101,17 +110,18 @@ def _noised(
         one = Release(1.0, levels, count, phase.attempts)
         sigma = smallest_noise(
             lambda noise, spent=spent, one=one: epsilon_of_releases(  # type: ignore[misc]
-                [*spent, replace(one, noise_multiplier=noise)], privacy.delta
+                [*spent, replace(one, noise_multiplier=noise)], asked.privacy.delta
             ),
-            _share(phase, phases, privacy) * privacy.epsilon,
+            _budget(phase, phases, asked),
         )
         done.append(replace(phase, noise_multiplier=sigma))
     return tuple(done)
 
 
-def _share(phase: Phase, phases: tuple[Phase, ...], privacy: PrivacyConfig) -> float:
-    """Of ε, that the phases up to this one may use together."""
-    return 1.0 if phase is phases[-1] else privacy.head_epsilon_share
+def _budget(phase: Phase, phases: tuple[Phase, ...], asked: Asked) -> float:
+    """ε that the phases up to this one may use together."""
+    share = 1.0 if phase is phases[-1] else asked.privacy.head_epsilon_share
+    return share * asked.privacy.epsilon
 
 
 def calibrate(

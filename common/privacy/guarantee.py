@@ -10,18 +10,16 @@ manifest.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from fedlora.common.config.schema import AggregationConfig, PrivacyConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterSpec, Vector
 from fedlora.common.privacy.accountant import Spend
-from fedlora.common.privacy.calibration import Schedule
+from fedlora.common.privacy.calibration import Asked, Schedule
 from fedlora.common.privacy.skellam import Ints
 
 SLACK = 1 + 1e-6  # relative: the last bits of an ε differ between machines
@@ -83,16 +81,8 @@ class Guarantee(ABC):
 
     @staticmethod
     @abstractmethod
-    def calibrated(
-        phases: tuple[Phase, ...],
-        privacy: PrivacyConfig,
-        aggregation: AggregationConfig,
-        moved: Mapping[str, int] | None,
-        cache: Path | None,
-    ) -> Schedule:
-        """`phases` with the smallest noise that keeps all their attempts within ε. `moved`: by a
-        phase's name, how many coordinates it moves. BadInput where no noise does.
-        """
+    def calibrated(phases: tuple[Phase, ...], asked: Asked) -> Schedule:
+        """`phases` with the least noise that keeps all attempts within ε; BadInput if none does."""
 
     # --- what it costs
 
@@ -162,16 +152,12 @@ class Guarantee(ABC):
         if terms is None:
             return []
         return [
-            (
-                "Updates were aggregated securely: the coordinator learnt sums of at least"
-                f" {self.manifest.minimum_cohort} institutions' updates and, as long as at most"
-                f" {terms.max_colluders} of them sided with it, no single one. With n institutions"
-                " in a round, t = ⌊2n/3⌋ + 1 of them had to stay to the end."
-            ),
-            (
-                "Secure aggregation is no differential privacy: a sum can say much about its parts."
-                " ε is what bounds that."
-            ),
+            "Updates were aggregated securely: the coordinator learnt sums of at least"
+            f" {self.manifest.minimum_cohort} institutions' updates and, as long as at most"
+            f" {terms.max_colluders} of them sided with it, no single one. With n institutions"
+            " in a round, t = ⌊2n/3⌋ + 1 of them had to stay to the end.",
+            "Secure aggregation is no differential privacy: a sum can say much about its parts."
+            " ε is what bounds that.",
         ]
 
     def schedule(self) -> list[dict[str, Any]]:

@@ -8,18 +8,17 @@ before it is masked, so no digest of it is kept either.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from fedlora.common.config.schema import AggregationConfig, PrivacyConfig, check_delta
+from fedlora.common.config.schema import check_delta
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import Phase, SecureTerms, SkellamTerms
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterSpec, Vector
-from fedlora.common.privacy.calibration import Schedule, with_skellam_noise
+from fedlora.common.privacy.calibration import with_skellam_noise
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.privacy.guarantee import NOT_COVERED, Guarantee, Permits
 from fedlora.common.privacy.norm_bound import NOISE_TAIL
@@ -55,6 +54,7 @@ class InstitutionLevel(Guarantee):
     accountant = "Rényi bound of the Skellam mechanism (Agarwal, Kairouz and Liu 2021)"
     unit = "institution"
     cost_name = "ε of a record"
+    calibrated = staticmethod(with_skellam_noise)
 
     @staticmethod
     def refusal(permits: Permits) -> str:
@@ -70,16 +70,6 @@ class InstitutionLevel(Guarantee):
     def coordinate_bound(phase: Phase) -> float:
         """The clip: the whole update is clipped, and its noise added after this."""
         return phase.clip
-
-    @staticmethod
-    def calibrated(
-        phases: tuple[Phase, ...],
-        privacy: PrivacyConfig,
-        aggregation: AggregationConfig,
-        moved: Mapping[str, int] | None,
-        cache: Path | None,
-    ) -> Schedule:
-        return with_skellam_noise(phases, privacy, aggregation, moved)
 
     def releases(self) -> list[Release]:
         """Every sum that all attempts may release, one kind a phase; BadInput where the terms are
@@ -121,38 +111,26 @@ class InstitutionLevel(Guarantee):
         )
         delta = shown_delta(manifest.delta)
         return [
-            (
-                "The sums of updates that left the institutions are"
-                f" ({shown_epsilon(self.stated_epsilon())}, {delta})-differentially private. The"
-                " unit is an institution, with all its records; neighbours differ in whether its"
-                " update is added or zero, in a cohort that is fixed."
-            ),
-            (
-                "One record more or less at an institution changes its update to any other: for it"
-                f" the same run is ({shown_epsilon(self.charged_epsilon())},"
-                f" {delta})-differentially private, and that is what budgets are charged."
-            ),
-            (
-                "ε covers every attempt that was consented to, also where the run stopped earlier."
-                " It was computed with the Rényi bound of the Skellam mechanism (Agarwal, Kairouz"
-                f" and Liu 2021): {sums}."
-            ),
-            (
-                "Each institution trains without noise, clips its whole update, rounds it to whole"
-                " numbers and adds a share of integer noise from the operating system's generator."
-                f" The noise is {self.noise}: an update by itself is protected by its mask, not by"
-                " ε."
-            ),
-            (
-                "This holds only with secure aggregation whose sums have at least t = ⌊2n/3⌋ + 1 of"
-                f" the n institutions of a round, of which at most c = {secure.max_colluders} side"
-                " with the coordinator or leave their noise out: any t - c others, at least"
-                f" {terms.carriers}, carry all of the noise. It is computational, as masks are."
-            ),
-            (
-                "Assumed: base model, label set and configuration were chosen without looking at"
-                " the private records, and validation and test files are public."
-            ),
+            "The sums of updates that left the institutions are"
+            f" ({shown_epsilon(self.stated_epsilon())}, {delta})-differentially private. The"
+            " unit is an institution, with all its records; neighbours differ in whether its"
+            " update is added or zero, in a cohort that is fixed.",
+            "One record more or less at an institution changes its update to any other: for it"
+            f" the same run is ({shown_epsilon(self.charged_epsilon())},"
+            f" {delta})-differentially private, and that is what budgets are charged.",
+            "ε covers every attempt that was consented to, also where the run stopped earlier."
+            " It was computed with the Rényi bound of the Skellam mechanism (Agarwal, Kairouz"
+            f" and Liu 2021): {sums}.",
+            "Each institution trains without noise, clips its whole update, rounds it to whole"
+            " numbers and adds a share of integer noise from the operating system's generator."
+            f" The noise is {self.noise}: an update by itself is protected by its mask, not by"
+            " ε.",
+            "This holds only with secure aggregation whose sums have at least t = ⌊2n/3⌋ + 1 of"
+            f" the n institutions of a round, of which at most c = {secure.max_colluders} side"
+            " with the coordinator or leave their noise out: any t - c others, at least"
+            f" {terms.carriers}, carry all of the noise. It is computational, as masks are.",
+            "Assumed: base model, label set and configuration were chosen without looking at"
+            " the private records, and validation and test files are public.",
             NOT_COVERED,
         ]
 

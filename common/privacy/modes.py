@@ -15,21 +15,16 @@ from fedlora.common.privacy.unprotected import Unprotected
 GUARANTEES: dict[str, type[Guarantee]] = {
     each.name: each for each in (RecordLevel, InstitutionLevel, Unprotected)
 }
+EXPECTED = " or ".join(", ".join(GUARANTEES).rsplit(", ", 1))  # in words
 
 
 def guarantee_named(mode: str) -> type[Guarantee]:
     """BadInput for a name that is none, whatever it would have meant elsewhere."""
     if mode not in GUARANTEES:
-        raise BadInput(f"manifest mode: found {mode!r}, expected {expected_modes()}")
+        raise BadInput(f"manifest mode: found {mode!r}, expected {EXPECTED}")
     return GUARANTEES[mode]
 
 
 def guarantee_of(manifest: RunManifest) -> Guarantee:
     """What a manifest's run promises; BadInput where its mode is none that is known."""
     return guarantee_named(manifest.mode)(manifest)
-
-
-def expected_modes() -> str:
-    """record, client or none"""
-    *others, last = GUARANTEES
-    return f"{', '.join(others)} or {last}"

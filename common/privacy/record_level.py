@@ -7,15 +7,14 @@ the sum and divides by a public number. `common.privacy.accountant` composes the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
-from fedlora.common.config.schema import AggregationConfig, PrivacyConfig, check_delta
+from fedlora.common.config.schema import check_delta
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase
 from fedlora.common.privacy.accountant import Mechanism, accountant_name, epsilon_of, renyi_epsilon
-from fedlora.common.privacy.calibration import Schedule, with_gaussian_noise
+from fedlora.common.privacy.calibration import with_gaussian_noise
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.privacy.guarantee import NOT_COVERED, Guarantee, Permits
 from fedlora.common.privacy.norm_bound import NOISE_TAIL, stepped
@@ -35,6 +34,7 @@ class RecordLevel(Guarantee):
     neighbours = "data sets that differ by adding or removing one unit"
     noise = "continuous Gaussian in floating point"
     second_accountant = "Opacus RDP"
+    calibrated = staticmethod(with_gaussian_noise)
 
     @staticmethod
     def refusal(permits: Permits) -> str:
@@ -53,16 +53,6 @@ class RecordLevel(Guarantee):
         groups, clip = _clips(phase)
         deviation = math.sqrt(groups) * phase.noise_multiplier * clip / phase.expected_units
         return stepped(phase, 2 * clip + NOISE_TAIL * deviation)
-
-    @staticmethod
-    def calibrated(
-        phases: tuple[Phase, ...],
-        privacy: PrivacyConfig,
-        aggregation: AggregationConfig,
-        moved: Mapping[str, int] | None,
-        cache: Path | None,
-    ) -> Schedule:
-        return with_gaussian_noise(phases, privacy, cache)
 
     def history(self, attempts: Sequence[int] | None = None) -> list[Mechanism]:
         """Every step that so many attempts of each phase take, by default all of them.
@@ -117,30 +107,20 @@ class RecordLevel(Guarantee):
             for phase in manifest.phases
         )
         return [
-            (
-                f"Each institution's updates are ({shown_epsilon(epsilon)},"
-                f" {shown_delta(manifest.delta)})-differentially private. The unit is {unit};"
-                " neighbouring data sets differ by adding or removing one unit."
-            ),
-            (
-                "ε covers the whole schedule that was consented to, spare attempts included, also"
-                f" where the run stopped earlier. It was computed by {self.accountant} for the"
-                f" sampling that ran: {phases}."
-            ),
-            (
-                "Every step draws each unit independently at a public rate (Poisson sampling),"
-                " clips each unit's gradient once, adds Gaussian noise to the sum and divides by a"
-                " public number. Draws and noise come from the operating system's generator."
-            ),
-            (
-                f"The noise is {self.noise}: the guarantee is that of the mathematical mechanism,"
-                " and the last bits of floating point numbers are not covered by it."
-            ),
-            (
-                "Assumed: a unit occurs at one institution only (otherwise its ε and δ add up), the"
-                " base model, the label set and the configuration were chosen without looking at"
-                " the private records, and validation and test files are public."
-            ),
+            f"Each institution's updates are ({shown_epsilon(epsilon)},"
+            f" {shown_delta(manifest.delta)})-differentially private. The unit is {unit};"
+            " neighbouring data sets differ by adding or removing one unit.",
+            "ε covers the whole schedule that was consented to, spare attempts included, also"
+            f" where the run stopped earlier. It was computed by {self.accountant} for the"
+            f" sampling that ran: {phases}.",
+            "Every step draws each unit independently at a public rate (Poisson sampling),"
+            " clips each unit's gradient once, adds Gaussian noise to the sum and divides by a"
+            " public number. Draws and noise come from the operating system's generator.",
+            f"The noise is {self.noise}: the guarantee is that of the mathematical mechanism,"
+            " and the last bits of floating point numbers are not covered by it.",
+            "Assumed: a unit occurs at one institution only (otherwise its ε and δ add up), the"
+            " base model, the label set and the configuration were chosen without looking at"
+            " the private records, and validation and test files are public.",
             NOT_COVERED,
         ]
 

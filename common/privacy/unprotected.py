@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from fedlora.common.config.schema import AggregationConfig, PrivacyConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.privacy.accountant import Spend
-from fedlora.common.privacy.calibration import Schedule
+from fedlora.common.privacy.calibration import without_noise
 from fedlora.common.privacy.guarantee import Guarantee, Permits
 from fedlora.common.privacy.norm_bound import stepped
 
@@ -30,6 +28,7 @@ class Unprotected(Guarantee):
     neighbours = "none: nothing is guaranteed"
     noise = "none"
     second_accountant = "none: there is no ε"
+    calibrated = staticmethod(without_noise)
 
     @staticmethod
     def refusal(permits: Permits) -> str:
@@ -44,16 +43,6 @@ class Unprotected(Guarantee):
     @staticmethod
     def coordinate_bound(phase: Phase) -> float:
         return stepped(phase, PLAIN_RMS)
-
-    @staticmethod
-    def calibrated(
-        phases: tuple[Phase, ...],
-        privacy: PrivacyConfig,
-        aggregation: AggregationConfig,
-        moved: Mapping[str, int] | None,
-        cache: Path | None,
-    ) -> Schedule:
-        return Schedule(phases)
 
     def epsilon_of(self, attempts: Sequence[int]) -> float:
         raise BadInput(f"manifest mode: found {self.name!r}, which has no ε")

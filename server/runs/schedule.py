@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedlora.common.config.parts import Terms
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest, SecureTerms
-from fedlora.common.privacy.calibration import Schedule
+from fedlora.common.privacy.calibration import Asked, Schedule
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_named
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
@@ -30,9 +30,8 @@ class NetworkFacts:
     base_digest: str
     spec_digest: str
     projection_digest: str  # "" where there is no projection
-    moved: Mapping[
-        str, int
-    ]  # coordinates that each phase moves, by its name: shared noise is theirs
+    # coordinates that each phase moves, by its name: shared noise is of these
+    moved: Mapping[str, int]
 
 
 def make_manifest(
@@ -43,9 +42,10 @@ def make_manifest(
     minimum_cohort: int = 1,
 ) -> RunManifest:
     """A new run on `terms`. Calibration takes seconds and is cached in `cache`."""
-    privacy, asked, phases = terms.privacy, terms.aggregation, public_phases(terms)
+    privacy, asked = terms.privacy, terms.aggregation
     guarantee = guarantee_named(privacy.mode)
-    schedule = guarantee.calibrated(phases, privacy, asked, facts.moved or None, cache)
+    wanted = Asked(privacy, asked, facts.moved, cache)
+    schedule = guarantee.calibrated(public_phases(terms), wanted)
     secure = _secure_terms(terms, guarantee, schedule) if asked.secure else None
     return RunManifest(
         federation=federation,

@@ -1,15 +1,25 @@
-"""What is stated is what was accounted, and never less."""
+"""What is stated is what was accounted, and never less; a new way to promise is one class."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 
-from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.client.consent.judge import judge
+from fedlora.client.node.policy import DataPolicy, Limits, Policy, TrainerPolicy
+from fedlora.client.training.trainer import charge
+from fedlora.common.config.schema import LoraConfig, ModelConfig, PrivacyConfig
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
-from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.privacy.figures import shown_epsilon
+from fedlora.common.privacy.guarantee import Guarantee, Permits
+from fedlora.common.privacy.modes import GUARANTEES, guarantee_named, guarantee_of
 from fedlora.common.privacy.record_level import RecordLevel
+from fedlora.server.release.card import model_card
 
 PHASE = Phase("adapter", 3, 4, 2, 0.25, 4.0, 3.0, 1.0, 0.0, "sgd", 0.01, True, 0.0)
 NETWORK = Network.of(ModelConfig(), LoraConfig())
@@ -32,6 +42,15 @@ MANIFEST = RunManifest(
     5,
     NETWORK,
     (PHASE,),
+)
+POLICY = Policy(
+    institution="north",
+    limits=Limits(noise_multiplier=0.5, minimum_cohort=1),
+    trainer=TrainerPolicy(),
+    budgets={"people": Budget("people", 100.0, 1e-3)},
+    data={"notes": DataPolicy("notes.jsonl", "people", task="t", labels=("a",))},
+    bases={"b": "x"},
+    digest="",
 )
 
 
@@ -65,3 +84,73 @@ def test_a_run_without_privacy_says_so_and_others_are_not_guessed() -> None:
         guarantee_of(replace(MANIFEST, mode="client")).statement(1.0)
     with pytest.raises(ValueError, match="record"):
         guarantee_of(MANIFEST).statement(None)
+
+
+def test_every_mode_of_a_configuration_is_a_guarantee_and_no_other() -> None:
+    (mode,) = [each for each in fields(PrivacyConfig) if each.name == "mode"]
+    assert set(mode.metadata["rule"].known) == {*GUARANTEES}
+    facts = [name for name in Guarantee.__annotations__ if name not in ("manifest",)]
+    for name, each in GUARANTEES.items():
+        assert each.name == name and all(hasattr(each, fact) for fact in facts)
+        assert not each.__abstractmethods__
+
+
+@pytest.mark.parametrize("mode", ["other", "", "Record", "record "])
+def test_a_mode_that_is_none_is_refused_and_never_taken_for_another(mode: str) -> None:
+    with pytest.raises(BadInput, match="expected record, client or none"):
+        guarantee_named(mode)
+    with pytest.raises(BadInput, match="expected record, client or none"):
+        guarantee_of(replace(MANIFEST, mode=mode))
+    (verdict,) = [
+        each
+        for each in judge(replace(MANIFEST, mode=mode), POLICY, "f", {})
+        if each.field == "mode"
+    ]
+    assert verdict.reason == "expected record, client or none"
+
+
+@pytest.mark.parametrize(("mode", "alike"), [("record", False), ("client", True), ("none", True)])
+def test_what_a_ledger_keeps_of_an_update_that_has_no_noise_says_nothing_of_it(
+    mode: str, alike: bool
+) -> None:
+    guarantee, plan = guarantee_of(replace(MANIFEST, mode=mode)), RoundPlan("m", 0, 1, 1, "a")
+    one, two = (
+        guarantee.committed(plan, Update("c", "m", 1, 1, np.full(3, value, np.float32)))
+        for value in (1.0, 2.0)
+    )
+    assert (one == two) is alike
+
+
+class Doubled(RecordLevel):
+    """A toy: a budget pays twice, and only policies that share noise let it in."""
+
+    name = "doubled"
+    mechanism = "as for records, twice"
+
+    @staticmethod
+    def refusal(permits: Permits) -> str:
+        return "" if permits.client_level else "client_level is false"
+
+    def charged_epsilon(self) -> float:
+        return 2 * self.stated_epsilon()
+
+    def _promise(self, epsilon: float | None) -> list[str]:
+        return [f"Twice, for one {self.unit}."]
+
+
+def test_a_new_guarantee_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GUARANTEES, "doubled", Doubled)
+    run = replace(MANIFEST, mode="doubled")
+    guarantee = guarantee_of(run)
+    cost = guarantee_of(MANIFEST).stated_epsilon()
+    assert charge(guarantee).epsilon == 2 * cost > cost == guarantee.stated_epsilon()
+    with pytest.raises(Refused, match="its schedule costs"):
+        charge(guarantee_of(replace(run, epsilon=cost / 2)))
+    open_to = replace(POLICY, limits=replace(POLICY.limits, client_level=True))
+    for policy, allowed in ((POLICY, False), (open_to, True)):
+        verdicts = {each.field: each for each in judge(run, policy, "f", {})}
+        assert verdicts["mode"].allowed is allowed
+        assert verdicts["epsilon"].allowed is allowed  # nothing is projected of what is refused
+    (note,) = [each.note for each in judge(run, open_to, "f", {}) if each.field == "epsilon"]
+    assert note.startswith(f"costs {shown_epsilon(2 * cost)}; of 100 in people")
+    assert "- Twice, for one record." in model_card(run, {}, {}, {})
