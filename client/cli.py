@@ -10,17 +10,16 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from fedlora.client.node.folder import NodeFolder
 from fedlora.common.codec.canonical import MAX_MESSAGE_BYTES
-from fedlora.common.errors import BadInput, FedloraError
+from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
-from fedlora.common.terminal import bear_any_letter, explained, fault_lines
+from fedlora.common.terminal import run_to_end
 
 app = typer.Typer(
     help="An institution's node: it keeps the data, and its own policy decides what leaves.",
@@ -30,9 +29,7 @@ app = typer.Typer(
 )
 policy_app = typer.Typer(help="What this node allows.", no_args_is_help=True)
 app.add_typer(policy_app, name="policy")
-TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C
 console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False)
 
 Folder = Annotated[Path, typer.Option("--node", help="The node's folder.")]
 HERE = Path("node")
@@ -105,7 +102,7 @@ def join(
     a peer's name.
     """
     from fedlora.client.node import enrolment, roster
-    from fedlora.client.node import folder as nodes
+    from fedlora.common.disk.bounded import read_text
 
     folder = NodeFolder(node)
     if remove:
@@ -114,7 +111,7 @@ def join(
             f"removed {peer.name} ({peer.organisation}): {peer.identity.fingerprint}", markup=False
         )
         return
-    text = nodes.read_text(file)
+    text = read_text(file)
     if approve:
         peer = roster.approve(folder, text, file.name)
         console.print(
@@ -304,13 +301,10 @@ def report(
 
 def _manifest(path: Path) -> RunManifest:
     """A manifest from a file: JSON, or behind a signature that is not checked (it only asks)."""
+    from fedlora.common.disk.bounded import read_bytes
     from fedlora.common.trust.identity import Signed
 
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_MESSAGE_BYTES)
-    except OSError as error:
-        raise BadInput(f"{path}: can't be read ({error.strerror}), expected a manifest") from error
+    data = read_bytes(path, MAX_MESSAGE_BYTES, "a manifest")
     try:
         return RunManifest.from_json(
             data if data[:1] == b"{" else Signed.from_bytes(data, "manifest").body
@@ -327,23 +321,7 @@ def _offline() -> None:
 def main() -> None:
     """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    bear_any_letter()
-    try:
-        code = app(standalone_mode=False)
-        sys.exit(1 if code == TYPER_INTERRUPTED else code if isinstance(code, int) else 0)
-    except FedloraError as error:
-        for line in fault_lines(error):
-            errors.print(f"fedlora-node: {line}", markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        line, code = explained(error)
-        errors.print(f"fedlora-node: {line}", markup=False, soft_wrap=True)
-        sys.exit(code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        sys.exit(1)
+    run_to_end(app, "fedlora-node")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ from __future__ import annotations
 import errno
 import io
 import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from fedlora.common.errors import BadInput, FedloraError
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 MAX_LINE = 2_000  # characters of a reason
 SHORT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -48,3 +51,38 @@ def explained(error: OSError) -> tuple[str, int]:
     where = f"{error.filename}: " if error.filename else ""
     code = FedloraError.exit_code if error.errno in SHORT_OF else BadInput.exit_code
     return printable(f"{where}{error.strerror or error}"), code
+
+
+def run_to_end(
+    app: Callable[..., Any], name: str, stopped: Callable[[], str] = lambda: ""
+) -> NoReturn:
+    """A command line to its end: errors are one line to a fault, the exit code says which kind.
+
+    `app` is typer's; `name` begins each line; `stopped` says what can be done after Ctrl-C.
+    """
+    import click
+
+    bear_any_letter()
+    try:
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
+    except FedloraError as error:
+        _print(*(f"{name}: {line}" for line in fault_lines(error)))
+        sys.exit(error.exit_code)
+    except OSError as error:
+        line, code = explained(error)
+        _print(f"{name}: {line}")
+        sys.exit(code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        if said := stopped():
+            _print(f"\n{said}")
+        sys.exit(1)
+
+
+def _print(*lines: str) -> None:
+    sys.stderr.write("".join(line + "\n" for line in lines))

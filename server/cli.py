@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
-from fedlora.common.errors import BadInput, FedloraError
+from fedlora.common.errors import BadInput
 from fedlora.common.privacy.figures import shown_epsilon
-from fedlora.common.terminal import bear_any_letter, explained, fault_lines, printable
+from fedlora.common.terminal import printable, run_to_end
 
 if TYPE_CHECKING:
     from fedlora.server.coordinator.folder import Directory
@@ -29,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C
+STOPPED = "stopped; what was committed stays: fedlora-server resume goes on with a run"
 SOON = 30  # days before a certificate's end from which every look at the members says so
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False)
@@ -65,7 +64,7 @@ def enrol(
     ] = False,
 ) -> None:
     """Make an institution a member, once its fingerprint was compared by telephone."""
-    from fedlora.common.disk.files import read_text
+    from fedlora.common.disk.bounded import read_text
     from fedlora.common.trust.enrolment import request_from_text
     from fedlora.server.coordinator.folder import Directory
 
@@ -91,7 +90,7 @@ def rotate(
     ] = False,
 ) -> None:
     """Replace a member's key by the one that its old key names; it counts from the next round."""
-    from fedlora.common.disk.files import read_text
+    from fedlora.common.disk.bounded import read_text
     from fedlora.common.trust.rotation import rotation_from_text
     from fedlora.server.coordinator.folder import Directory
 
@@ -234,28 +233,7 @@ def status(
 
 def main() -> None:
     """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
-    bear_any_letter()
-    try:
-        code = app(standalone_mode=False)
-        if code == TYPER_INTERRUPTED:
-            raise KeyboardInterrupt
-        sys.exit(code if isinstance(code, int) else 0)
-    except FedloraError as error:
-        for line in fault_lines(error):
-            errors.print(f"fedlora-server: {line}", markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        line, code = explained(error)
-        errors.print(f"fedlora-server: {line}", markup=False, soft_wrap=True)
-        sys.exit(code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        errors.print(
-            "\nstopped; what was committed stays: fedlora-server resume goes on with a run"
-        )
-        sys.exit(1)
+    run_to_end(app, "fedlora-server", lambda: STOPPED)
 
 
 def _carry_out(folder: Path, chosen: Callable[[Directory], Path]) -> None:

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
+from fedlora.common.config.load import parse_config
 from fedlora.common.config.parts import NetworkRecipe, Terms
-from fedlora.common.config.schema import Config, FaultsConfig, config_to_toml, parse_config
+from fedlora.common.config.schema import Config, FaultsConfig, config_to_toml
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
 from fedlora.common.disk.files import write_text
 from fedlora.common.errors import BadInput, Refused

@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.common.errors import BadInput, FedloraError
+from fedlora.common.errors import BadInput
 from fedlora.common.privacy.figures import shown_epsilon
-from fedlora.common.terminal import bear_any_letter, explained, fault_lines
+from fedlora.common.terminal import run_to_end
 from fedlora.simulations.federation.packaged import packaged_config
 
 if TYPE_CHECKING:  # torch is loaded by the commands that need it
@@ -28,9 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-TYPER_INTERRUPTED = 130  # what typer makes of Ctrl-C
 console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
 ConfigFile = Annotated[
     Path, typer.Argument(help="A TOML file, or the name of a packaged configuration (ag_news).")
 ]
@@ -139,26 +136,7 @@ def predict(
 
 def main() -> None:
     """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
-    bear_any_letter()
-    try:
-        code = app(standalone_mode=False)
-        if code == TYPER_INTERRUPTED:
-            raise KeyboardInterrupt
-        sys.exit(code if isinstance(code, int) else 0)
-    except FedloraError as error:
-        for line in fault_lines(error):
-            errors.print(f"fedlora-sim: {line}", markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        errors.print(f"\n{_stopped(sys.argv[1:])}", markup=False)
-        sys.exit(1)
-    except OSError as error:
-        line, code = explained(error)
-        errors.print(f"fedlora-sim: {line}", markup=False, soft_wrap=True)
-        sys.exit(code)
+    run_to_end(app, "fedlora-sim", lambda: _stopped(sys.argv[1:]))
 
 
 def _stopped(words: list[str]) -> str:

@@ -14,9 +14,10 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from fedlora.client.node.folder import NodeFolder, read_text
+from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import policy_template
 from fedlora.common.disk import locks
+from fedlora.common.disk.bounded import read_text
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.trust.enrolment import (

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.client.node.policy import Policy, load_policy
+from fedlora.common.disk.bounded import read_text
 from fedlora.common.errors import BadInput
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.model.base import PACKAGED, resolve_base
 from fedlora.common.trust.enrolment import request_from_text
 
-MAX_TEXT_BYTES = 1 << 16
 MANIFEST = "manifest.signed"  # in a run's folder
 
 
@@ -123,17 +123,3 @@ class NodeFolder:
     def open_ledger(self, policy: Policy) -> Ledger:
         head = self.under(policy.trainer.head)
         return Ledger.open(self.root / "ledger.sqlite", head, self.root / "ledger.key")
-
-
-def read_text(path: Path) -> str:
-    """A small UTF-8 file; BadInput where it is not that."""
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_TEXT_BYTES + 1)
-        if len(data) > MAX_TEXT_BYTES:
-            raise BadInput(f"{path.name}: found more than {MAX_TEXT_BYTES} bytes")
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path.name}: found bytes that are not UTF-8") from error
-    except OSError as error:
-        raise BadInput(f"{path}: can't be read ({error.strerror})") from error

@@ -29,6 +29,7 @@ from fedlora.common.config.toml import (
     read_table,
     shown,
 )
+from fedlora.common.disk.bounded import bounded, text_of
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.secagg.cohort import DEFAULT_COHORT, SMALLEST_COHORT
@@ -145,10 +146,8 @@ class Policy:
 def load_policy(path: Path) -> Policy:
     """Refused where others could have written the file; BadInput lists every fault in it."""
     data = _read_guarded(path)
-    try:
-        return parse_policy(data.decode("utf-8-sig"), path.name, _digest(data))
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path.name}: found a byte that is not UTF-8 at {error.start}") from error
+    text = text_of(data, path.name, "the node's policy", "utf-8-sig")
+    return parse_policy(text, path.name, _digest(data))
 
 
 def parse_policy(text: str, where: str = "node.toml", digest: str = "") -> Policy:
@@ -319,12 +318,7 @@ def _read_guarded(path: Path) -> bytes:
             raise Refused(
                 f"{path.parent}: found a folder that others can write, expected mode 0755 or less"
             )
-        data = stream.read(MAX_POLICY_BYTES + 1)
-    if len(data) > MAX_POLICY_BYTES:
-        raise BadInput(
-            f"{path.name}: found more than {MAX_POLICY_BYTES} bytes, expected at most 1 MiB"
-        )
-    return data
+        return bounded(stream, path.name, MAX_POLICY_BYTES)
 
 
 def _digest(data: bytes) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tomllib
 
-from fedlora.client.node.folder import NodeFolder, read_text
+from fedlora.client.node.folder import NodeFolder
 from fedlora.common.config.toml import literal
+from fedlora.common.disk.bounded import read_text
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.trust.enrolment import Peer, folded, request_from_text

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from fedlora.client.node.folder import read_text
 from fedlora.client.report.report import PAGE, REPORT, REPORT_TAG
-from fedlora.common.errors import BadInput, Refused
+from fedlora.common.disk.bounded import read_text
+from fedlora.common.errors import Refused
 from fedlora.common.trust.enrolment import request_from_text
 from fedlora.common.trust.identity import PublicIdentity
-from fedlora.common.trust.sealed import Sealed, unseal
+from fedlora.common.trust.sealed import MAX_TEXT_BYTES, Sealed, unseal
 
 
 def check_report(folder: Path, expected: PublicIdentity | None = None) -> PublicIdentity:
@@ -37,7 +37,4 @@ def read_key(path: Path) -> PublicIdentity:
 
 def read_report(path: Path, expected: PublicIdentity | None = None) -> Sealed:
     """A report; Refused where one byte is not as it was signed."""
-    try:
-        return unseal(path.read_bytes().decode(), REPORT_TAG, path.name, expected)
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: can't be read as a report ({error})") from error
+    return unseal(read_text(path, MAX_TEXT_BYTES, "a report"), REPORT_TAG, path.name, expected)

@@ -6,11 +6,12 @@ it meanwhile.
 
 from __future__ import annotations
 
-from fedlora.client.node.folder import NodeFolder, read_text
+from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import Policy
 from fedlora.client.node.roster import read_peers
 from fedlora.client.secagg.masked_run import MaskedRun, checked_terms
+from fedlora.common.disk.bounded import read_text
 from fedlora.common.errors import Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.secagg.cohort import CohortPolicy

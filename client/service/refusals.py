@@ -18,7 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.common.disk.files import append_line, write_atomically
+from fedlora.common.disk.files import write_atomically
+from fedlora.common.disk.lines import append_line, lines_of
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +88,9 @@ def read_refusals(path: Path) -> tuple[list[Line], Line]:
 
 def read_lines(path: Path, *keys: str) -> Iterator[Line]:
     """A log's lines; one that a kill or a fault spoilt says so, where `keys` should be."""
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            table = json.loads(line)
-        except (ValueError, RecursionError):
-            table = None
-        if isinstance(table, dict) and all(isinstance(table.get(key), str) for key in keys):
+    for line in lines_of(path):
+        table = line.table
+        if table is not None and all(isinstance(table.get(key), str) for key in keys):
             yield table
         else:
             yield dict.fromkeys(keys or ("line",), "unreadable")

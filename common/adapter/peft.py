@@ -14,7 +14,7 @@ Only safetensors and JSON are read; a folder that asks for code or pickled weigh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from fedlora.common.data.encoding import opening, word_tokens
 from fedlora.common.data.records import Records
 from fedlora.common.data.tasks import TASKS, CausalLanguageModel, SequenceClassification, Task
 from fedlora.common.errors import BadInput
+from fedlora.common.manifest.manifest import AdapterLayout, taken_from
 from fedlora.common.model.assembly import PEFT_ADAPTER
 from fedlora.common.model.features import length_batches
 from fedlora.common.model.network import AdapterModel, build_model
@@ -75,22 +76,15 @@ def export_adapter(
         save_file(head, folder / HEAD)
     if model.projection is not None:
         model.projection.write(folder / PROJECTION)
+    layout = taken_from(AdapterLayout, settings, lora) | {"alpha": float(lora.alpha)}
     description = Description(
+        **layout | {"targets": tuple(sorted(lora.targets))},
         task=model.task.name,
         labels=model.task.labels,
         base=settings.base,
         base_digest=model.base_digest,
         max_length=settings.max_length,
-        pooling=settings.pooling,
-        pooled_layers=tuple(settings.pooled_layers),
-        head_hidden=settings.head_hidden,
-        head_scale=settings.head_scale,
         projection_digest="" if model.projection is None else model.projection.digest,
-        variant=lora.variant,
-        rank=lora.rank,
-        alpha=float(lora.alpha),
-        targets=tuple(sorted(lora.targets)),
-        layers=tuple(lora.layers),
         seed=seed,
         adapter_digest=state.digest,
     )
@@ -149,36 +143,17 @@ def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
     say where it is.
     """
     folder = Path(folder)
-    description = read_description(folder)
+    description, where = read_description(folder), str(folder / DESCRIPTION)
     check_peft_config(folder, description)
     if not base and base_was_a_folder(folder, description) and not Path(description.base).is_dir():
-        where = f"{folder / DESCRIPTION} base"
         raise BadInput(
-            f"{where}: found {description.base!r}, no folder here, expected base= with one"
+            f"{where} base: found {description.base!r}, no folder here, expected base= with one"
         )
     projection = read_projection(folder, description)
-    settings = ModelConfig(
-        projection=0 if projection is None else projection.width,
-        base=base or description.base,
-        digest=description.base_digest,
-        task=description.task,
-        max_length=description.max_length,
-        pooling=description.pooling,
-        pooled_layers=description.pooled_layers,
-        head_hidden=description.head_hidden,
-        head_scale=description.head_scale,
-    )
-    lora = LoraConfig(
-        description.rank,
-        description.alpha,
-        description.targets,
-        description.layers,
-        description.variant,
-    )
-    faults = [
-        fault for each in (settings, lora) for fault in check_rules(each, str(folder / DESCRIPTION))
-    ]
-    if faults:
+    settings, lora = description.configs(base or description.base, where)
+    width = 0 if projection is None else projection.width
+    settings = replace(settings, projection=width, digest=description.base_digest)
+    if faults := check_rules(settings, where):
         raise BadInput(faults)
     task = _task(description)
     model = build_model(settings, lora, task, description.seed)

@@ -27,6 +27,7 @@ from fedlora.common.codec.canonical import json_table
 from fedlora.common.codec.strict import build
 from fedlora.common.config.toml import Bounds
 from fedlora.common.errors import BadInput
+from fedlora.common.manifest.manifest import AdapterLayout
 from fedlora.common.model.base import refuse_code
 from fedlora.common.model.projection import PROJECTION, Projection
 from fedlora.common.model.state import (
@@ -54,7 +55,7 @@ PEFT_DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Description:
+class Description(AdapterLayout):
     """How to build the network that an exported adapter belongs to."""
 
     task: str
@@ -62,16 +63,7 @@ class Description:
     base: str
     base_digest: str
     max_length: int
-    pooling: str
-    pooled_layers: tuple[int, ...]
-    head_hidden: int
-    head_scale: float
     projection_digest: str
-    variant: str
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    layers: tuple[int, ...]
     seed: int = field(metadata={"rule": Bounds(0, (1 << 63) - 1)})
     adapter_digest: str
 

@@ -59,7 +59,8 @@ def kind_of(data: bytes | memoryview, where: str) -> str:
 class Part(Protocol):
     """How one field is written, and what it must be to be read."""
 
-    def write(self, value: Any) -> bytes: ...
+    def write(self, value: Any) -> bytes:
+        """A value that fits, as bytes; what does not is no input, and not checked."""
 
     def read(self, data: bytes, where: str) -> Any:
         """BadInput, which begins with `where`, for what `write` never gives."""
@@ -183,6 +184,7 @@ class Framed:
     TAG: ClassVar[str]
 
     def to_bytes(self) -> bytes:
+        """Its frame."""
         return frame(self)
 
     @classmethod

@@ -33,6 +33,7 @@ class Terms:
 
     @classmethod
     def of(cls, config: Config) -> Terms:
+        """As they are configured."""
         return cls(
             config.seed,
             config.data.unit,
@@ -54,4 +55,5 @@ class NetworkRecipe:
 
     @classmethod
     def of(cls, config: Config) -> NetworkRecipe:
+        """As it is configured."""
         return cls(config.model, config.lora, config.seed, config.training.head_rounds > 0)

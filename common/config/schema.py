@@ -8,25 +8,12 @@ manifest. Sections, keys and names that are not known are refused with a suggest
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fedlora.common.codec.strict import NOUNS
-from fedlora.common.config.toml import (
-    Bounds,
-    Choice,
-    Each,
-    Pattern,
-    read_fields,
-    read_table,
-    shown,
-    to_toml,
-)
+from fedlora.common.config.toml import Bounds, Choice, Each, Pattern, shown, to_toml
 from fedlora.common.errors import BadInput
-from fedlora.common.secagg.cohort import most_colluders
-from fedlora.common.secagg.wire import MOST_MEMBERS
 
 MAX_CONFIG_BYTES = 1 << 20
 DIGEST = Pattern(r"(sha256:[0-9a-f]{64})?", '"sha256:" and 64 hexadecimal digits, or ""')
@@ -36,7 +23,6 @@ OPTIONAL = Pattern(LETTER + "{0,4096}", 'one line of text, or ""')
 LAYER = Bounds(0, 10_000)
 AUTO, ALL_LINEAR = "auto", "all-linear"  # of [lora] targets
 ATTACKS = ("sybil", "small-u2", "two-lists", "corrupt-share")
-POOLED = 'expected 0 with pooling = "default", or pooling = "mean" or "layers"'
 
 
 def _number(
@@ -69,6 +55,8 @@ def _items(
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """[model]: the frozen base, what is read from it, and our own head."""
+
     # a directory, the name of an installed model package, or a hub id
     base: str = _text("minilm", NAME)
     digest: str = _text("", DIGEST)  # "sha256:…": what the base must be
@@ -88,6 +76,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
+    """[lora]: what is trained in the base."""
+
     rank: int = _number(8, 1, 1024)
     alpha: float = _number(16.0, 0, 1e6, open_low=True)
     # "auto", "all-linear", a regular expression (an `re:` before it makes one of a plain word), or
@@ -99,6 +89,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """[data]: files, their columns, and the privacy unit."""
+
     train: str = _text("")
     test: str = _text("")  # public
     # A public file, or the share of train that belongs to no client.
@@ -114,6 +106,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class FederationConfig:
+    """[federation]: who takes part, and how rounds begin and end."""
+
     clients: int = _number(10, 1, 1_000_000)
     partition: str = _choice("dirichlet", "iid", "dirichlet", "by-column", "shards", "quantity")
     alpha: float = _number(0.5, 0, 1e6, open_low=True)
@@ -130,6 +124,8 @@ class FederationConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
+    """[training]: what an institution computes in a round."""
+
     steps: int = _number(2, 1, 10_000)
     sampling_rate: float = _number(0.02, 0, 1, open_low=True)
     expected_units: float = _number(128.0, 0, 1e9, open_low=True)
@@ -151,6 +147,8 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class PrivacyConfig:
+    """[privacy]: what is guaranteed, and to whom."""
+
     mode: str = _choice("record", "record", "client", "none")
     epsilon: float = _number(3.0, 0, 1e4, open_low=True)
     delta: float = _number(1e-5, 0, 0.5, open_low=True)
@@ -166,6 +164,8 @@ class PrivacyConfig:
 
 @dataclass(frozen=True)
 class AggregationConfig:
+    """[aggregation]: how updates are added."""
+
     strategy: str = _choice("fedavg", "fedavg")
     # the coordinator learns sums of at least minimum_cohort updates, and nothing else
     secure: bool = False
@@ -188,6 +188,8 @@ class FaultsConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
+    """[server]: what the coordinator makes of a sum."""
+
     optimizer: str = _choice("none", "none", "momentum", "adam", "yogi")
     learning_rate: float = _number(1.0, 0, 1e3, open_low=True)
     momentum: float = _number(0.9, 0, 0.9999)
@@ -220,38 +222,6 @@ def is_expression(target: str) -> bool:
     return target.startswith("re:") or re.fullmatch(r"[\w.-]+", target) is None
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file; `overrides` are `section.key=VALUE` in TOML. BadInput lists all faults."""
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_CONFIG_BYTES + 1)  # never more, whatever kind of file this is
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise BadInput(f"{path}: can't be read ({reason}), expected a TOML file") from error
-    _check_size(len(data), path.name)
-    try:
-        return parse_config(data.decode("utf-8-sig"), path.name, overrides)
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            f"{path.name}: found a byte that is not UTF-8 at {error.start}, expected TOML"
-        ) from error
-
-
-def parse_config(text: str, where: str = "config", overrides: Sequence[str] = ()) -> Config:
-    """The configuration that `text` describes; BadInput lists every fault."""
-    _check_size(len(text), where)  # letters never outnumber bytes
-    table = read_table(text, where, overrides)
-    config, faults = read_fields(Config, table)
-    together = [
-        f"{where} {fault}"
-        for paths, fault in _together(config)
-        if not any(p in faults for p in paths)
-    ]
-    if faults or together:
-        raise BadInput([*faults.values(), *together])
-    return cast(Config, config)
-
-
 def config_to_toml(config: Config) -> str:
     """The configuration as TOML that `parse_config` reads back to the same value."""
     return to_toml(config)
@@ -275,123 +245,3 @@ def check_rules(section: Any, where: str) -> list[str]:
             found = [*value] if isinstance(value, tuple) else value
             faults.append(f"{where} {each.name} = {shown(found)}: {fault}")
     return faults
-
-
-def _check_size(size: int, where: str) -> None:
-    if size > MAX_CONFIG_BYTES:
-        raise BadInput(f"{where}: found more than {MAX_CONFIG_BYTES} bytes, expected at most 1 MiB")
-
-
-Fault = tuple[tuple[str, ...], str]  # the fields that it is about, and the line to print
-
-
-def _together(config: Config) -> Iterator[Fault]:
-    """Faults of fields that are right alone and wrong together."""
-    federation, training = config.federation, config.training
-    if config.aggregation.secure:
-        yield from _secure(config)
-    elif config.faults != FaultsConfig():
-        yield ("aggregation.secure",), "[faults]: expected none without [aggregation] secure = true"
-    if config.privacy.mode == "client":
-        yield from _client_level(config)
-    if federation.partition == "by-column" and not federation.column:
-        paths = ("federation.partition", "federation.column")
-        yield paths, '[federation] column = "": expected a column, since partition = "by-column"'
-    if training.head_rounds > federation.rounds:
-        paths = ("training.head_rounds", "federation.rounds")
-        found = f"[training] head_rounds = {training.head_rounds}"
-        yield paths, f"{found}: expected at most [federation] rounds = {federation.rounds}"
-    if config.model.head_hidden > 0 and config.model.pooling == "default":
-        paths = ("model.head_hidden", "model.pooling")
-        found = f"[model] head_hidden = {config.model.head_hidden}"
-        yield paths, f"{found}: {POOLED}"
-    if config.model.projection > 0 and config.model.pooling == "default":
-        found = f"[model] projection = {config.model.projection}"
-        yield ("model.projection", "model.pooling"), f"{found}: {POOLED}"
-    if config.model.kernel_directions > 0 and not config.model.projection:
-        found = f"[model] kernel_directions = {config.model.kernel_directions}"
-        paths = ("model.kernel_directions", "model.projection")
-        yield paths, f"{found}: expected 0 with projection = 0"
-    if config.model.pooled_layers and config.model.pooling != "layers":
-        paths = ("model.pooled_layers", "model.pooling")
-        found = f'[model] pooled_layers: expected [] with pooling = "{config.model.pooling}"'
-        yield paths, f'{found}, or "layers"'
-    if len(config.data.labels) == 1:
-        yield (
-            ("data.labels",),
-            f"[data] labels = {shown([*config.data.labels])}: expected [] or at least two",
-        )
-    if config.model.task == "causal-lm":
-        yield from _causal(config)
-
-
-def _secure(config: Config) -> Iterator[Fault]:
-    """What secure aggregation can't be combined with, and why."""
-    federation, asked = config.federation, config.aggregation
-    members = federation.participation * federation.clients
-    paths = ("aggregation.secure", "federation.clients", "federation.participation")
-    if members < asked.minimum_cohort:
-        found = f"[aggregation] minimum_cohort = {asked.minimum_cohort}"
-        yield (
-            (*paths, "aggregation.minimum_cohort"),
-            f"{found}: expected at most the {members:g} institutions of a round",
-        )
-        return
-    if federation.clients > MOST_MEMBERS:  # all of them may be drawn for a round
-        found = f"[federation] clients = {federation.clients}"
-        yield paths, f"{found}: expected at most {MOST_MEMBERS}: every pair shares a mask"
-        return
-    bear = {n: most_colluders(n) for n in range(asked.minimum_cohort, federation.clients + 1)}
-    # not the smallest alone: t has steps
-    weak = [str(n) for n, most in bear.items() if most < asked.max_colluders]
-    if weak:
-        found = f"[aggregation] max_colluders = {asked.max_colluders}"
-        sizes = ", ".join(weak[:4]) + ", …" * (len(weak) > 4)
-        yield (
-            (*paths, "aggregation.max_colluders", "aggregation.minimum_cohort"),
-            (
-                f"{found}: expected at most {min(bear.values())}: nodes would refuse a cohort of"
-                f" {sizes}"
-            ),
-        )
-    if federation.participation < 1 and asked.epoch_rounds > 1:
-        found = f"[aggregation] epoch_rounds = {asked.epoch_rounds}"
-        yield (
-            (*paths, "aggregation.epoch_rounds"),
-            f"{found}: expected 1 with participation < 1: an epoch's cohort is fixed ahead",
-        )
-
-
-def _client_level(config: Config) -> Iterator[Fault]:
-    """What noise that is shared between institutions can't be combined with, and why."""
-    if not config.aggregation.secure:
-        found = '[privacy] mode = "client"'
-        yield (
-            ("privacy.mode", "aggregation.secure"),
-            (
-                f"{found}: expected [aggregation] secure = true: a single update has but a share of"
-                " the noise"
-            ),
-        )
-    if config.privacy.head_clip > 0:
-        found = f"[privacy] head_clip = {config.privacy.head_clip:g}"
-        yield (
-            ("privacy.mode", "privacy.head_clip"),
-            f'{found}: expected 0 with mode = "client": one clip for all',
-        )
-
-
-def _causal(config: Config) -> Iterator[Fault]:
-    """A language model has no pooling, no labels and no head of its own."""
-    since = 'since task = "causal-lm"'
-    if not config.data.response:
-        yield ("model.task", "data.response"), f'[data] response = "": expected a column, {since}'
-    if config.model.pooling != "default":
-        found = f'[model] pooling = "{config.model.pooling}"'
-        yield ("model.task", "model.pooling"), f'{found}: expected "default", {since}'
-    if config.training.head_rounds > 0:
-        found = f"[training] head_rounds = {config.training.head_rounds}"
-        yield ("model.task", "training.head_rounds"), f"{found}: expected 0, {since}"
-    if config.privacy.head_clip > 0:
-        found = f"[privacy] head_clip = {config.privacy.head_clip:g}"
-        yield ("model.task", "privacy.head_clip"), f"{found}: expected 0, {since}"

@@ -1,14 +1,9 @@
-"""Files that are whole or not there, and logs whose lines are, whatever dies while writing."""
+"""Files that are whole or not there, whatever dies while they are written."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from fedlora.common.errors import BadInput
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -37,39 +32,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def append_line(path: Path, table: Mapping[str, Any], limit: int | None = 8 << 20) -> None:
-    """Add one JSON line, durably; past `limit` bytes a log makes room, keeping one generation.
-
-    None: it never makes room, for its writer bounds it or its lines must stay.
-    """
-    if limit is not None and path.exists() and path.stat().st_size > limit:
-        path.replace(path.with_suffix(".1.jsonl"))
-    line = json.dumps(table, sort_keys=True, ensure_ascii=True) + "\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(descriptor, "ab") as stream:
-        size = os.fstat(descriptor).st_size
-        # by a kill: that line is lost, not this one
-        cut_short = size and os.pread(descriptor, 1, size - 1) != b"\n"
-        stream.write(b"\n" * bool(cut_short) + line.encode())
-        stream.flush()
-        os.fsync(descriptor)
-
-
 def write_text(path: Path, text: str) -> None:
+    """Replace a file by UTF-8, and make the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode())
-
-
-def read_text(path: Path, limit: int = 1 << 20) -> str:
-    """A file from outside, of at most `limit` bytes; BadInput where it is none, or no UTF-8."""
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(limit + 1)
-    except OSError as error:
-        raise BadInput(f"{path}: can't be read ({error.strerror})") from error
-    if len(data) > limit:
-        raise BadInput(f"{path}: found more than {limit} bytes")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: found bytes that are not UTF-8") from error

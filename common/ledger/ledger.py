@@ -221,6 +221,7 @@ class Ledger:
         return self._chain.entries()
 
     def close(self) -> None:
+        """Let go of the file; whoever uses it afterwards is refused."""
         self._chain.close()
 
     def _check_caps(self, budget: Budget, spend: Spend) -> None:

@@ -89,42 +89,49 @@ class SkellamTerms:
 
 
 @dataclass(frozen=True)
-class Network:
-    """What a node needs, beside the base, to build a run's network; fields as configured."""
+class AdapterLayout:
+    """Where LoRA's matrices lie in a base, and which head is on it; fields as configured."""
 
     pooling: str
     pooled_layers: tuple[int, ...]
     head_hidden: int
     head_scale: float
-    projection: int
-    kernel_directions: int
     rank: int
     alpha: float
     targets: tuple[str, ...]
     layers: tuple[int, ...]  # empty: all
     variant: str
 
-    @classmethod
-    def of(cls, model: ModelConfig, lora: LoraConfig) -> Network:
-        found = {field.name: _either(model, lora, field.name) for field in fields(cls)}
-        return cls(**found)
-
-    def configs(self, base: str) -> tuple[ModelConfig, LoraConfig]:
+    def configs(self, base: str, where: str = "manifest network") -> tuple[ModelConfig, LoraConfig]:
         """The configuration that builds it on the base at `base`; BadInput where none could."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)} | {"base": base}
         model, lora = (
-            {f.name: getattr(self, f.name) for f in fields(self) if f.name in _names(cls)}
+            {name: value for name, value in found.items() if name in _names(cls)}
             for cls in (ModelConfig, LoraConfig)
         )
-        built = ModelConfig(base=base, **model), LoraConfig(**lora)
-        faults = [fault for each in built for fault in check_rules(each, "manifest network")]
+        built = ModelConfig(**model), LoraConfig(**lora)
+        faults = [fault for each in built for fault in check_rules(each, where)]
         faults += [
-            f"manifest network targets: found {shown(target)}, expected names of layers"
+            f"{where} targets: found {shown(target)}, expected names of layers"
             for target in self.targets
             if target in (AUTO, ALL_LINEAR) or is_expression(target)
         ]
         if faults:
             raise BadInput(faults)
         return built
+
+
+@dataclass(frozen=True)
+class Network(AdapterLayout):
+    """What a node needs, beside the base, to build a run's network; fields as configured."""
+
+    projection: int
+    kernel_directions: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, lora: LoraConfig) -> Network:
+        """As it is configured."""
+        return cls(**taken_from(cls, model, lora))
 
 
 @dataclass(frozen=True)
@@ -169,10 +176,12 @@ class RunManifest:
 
     @property
     def digest(self) -> str:
+        """`sha256:` and the hash of its bytes: the run's name."""
         return "sha256:" + hashlib.sha256(self.to_bytes()).hexdigest()
 
     @property
     def rounds(self) -> int:
+        """Of all phases."""
         return sum(phase.rounds for phase in self.phases)
 
     def phase_of(self, round_number: int) -> int:
@@ -185,8 +194,10 @@ class RunManifest:
         raise BadInput(f"round: found {round_number}, expected 1 to {last}")
 
 
-def _either(model: ModelConfig, lora: LoraConfig, name: str) -> Any:
-    return getattr(model if name in _names(ModelConfig) else lora, name)
+def taken_from(cls: type, model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
+    """The fields of `cls` that a configuration has, by name."""
+    found = {name: getattr(each, name) for each in (lora, model) for name in _names(type(each))}
+    return {name: found[name] for name in _names(cls) & found.keys()}
 
 
 def _names(cls: type) -> set[str]:

@@ -55,6 +55,7 @@ class MerkleTree:
 
     @property
     def root(self) -> bytes:
+        """What the dealer signs, 32 bytes."""
         return self._levels[-1][0]
 
     def path(self, index: int) -> bytes:

@@ -10,12 +10,11 @@ serves one message, so its nonce is 0.
 
 from __future__ import annotations
 
-import hmac
-
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.secagg import shamir
@@ -43,6 +42,7 @@ class KeyPair:
 
     @classmethod
     def generate(cls, draw: shamir.RandomBytes) -> KeyPair:
+        """A new pair, its secret below Shamir's P."""
         return cls(shamir.to_bytes(shamir.below_p(draw)))
 
     def agree(self, public: bytes) -> bytes:
@@ -66,8 +66,8 @@ def check_public(public: bytes, where: str) -> None:
 
 
 def hkdf(secret: bytes, salt: bytes, info: bytes) -> bytes:
-    """HKDF-SHA256 with 32 bytes of output: one block, so extract and expand are an HMAC each."""
-    return hmac.digest(hmac.digest(salt, secret, "sha256"), info + b"\x01", "sha256")
+    """HKDF-SHA256 with 32 bytes of output."""
+    return HKDF(hashes.SHA256(), KEY_BYTES, salt, info).derive(secret)
 
 
 def seal(key: bytes, text: bytes, bound_to: bytes) -> bytes:

@@ -93,6 +93,7 @@ class Encoding:
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        """Of a word: little-endian, unsigned."""
         return np.dtype("<u4" if self.bits == 32 else "<u8")
 
     @property
@@ -127,6 +128,7 @@ class Masked:
 
     @classmethod
     def zeros(cls, encoding: Encoding) -> Masked:
+        """The empty sum."""
         return cls(encoding, np.zeros(encoding.size, encoding.dtype), np.zeros(CHECK_WORDS, "<u8"))
 
     @classmethod
@@ -150,6 +152,7 @@ class Masked:
         return cls(encoding, body, np.frombuffer(data, "<u8", count=CHECK_WORDS, offset=at))
 
     def to_bytes(self) -> bytes:
+        """Words and check words, little-endian: `encoding.vector_bytes` of them."""
         return self.body.tobytes() + self.tail.tobytes()
 
     def add(self, other: Masked) -> None:

@@ -56,6 +56,7 @@ def combine(weights: Sequence[int], shares: Sequence[int]) -> int:
 
 
 def to_bytes(element: int) -> bytes:
+    """A field element in 32 bytes, big-endian."""
     return element.to_bytes(BYTES, "big")
 
 

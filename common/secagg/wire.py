@@ -120,6 +120,7 @@ class Epoch(Framed):
 
     @property
     def attempts(self) -> range:
+        """The attempts that its keys and shares are for."""
         return range(self.first, self.first + self.count)
 
     @property

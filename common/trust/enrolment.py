@@ -12,9 +12,9 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -24,17 +24,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from fedlora.common.codec.strict import build
 from fedlora.common.errors import BadInput
 from fedlora.common.trust.identity import Identity, PublicIdentity
-from fedlora.common.trust.sealed import Sealed, seal, unseal
+from fedlora.common.trust.sealed import seal, unseal
 
-REQUEST_TAG = "fedlora-enrolment-1"
-INVITATION_TAG = "fedlora-invitation-1"
 VERSION = 1
 # safe as a file name, in a log and on a line
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,62}[a-z0-9])?")
 FEDERATION = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
 MAX_TEXT = 1 << 16
 
-T = TypeVar("T")
 REQUEST, INVITATION, ROTATION = "an enrolment request", "an invitation", "a rotation"
 
 
@@ -73,85 +70,56 @@ class Peer:
     identity: PublicIdentity
 
 
-@dataclass(frozen=True)
-class _Request:
-    """The signed body of an enrolment request; the signer is who asks."""
-
-    version: int
-    name: str
-    organisation: str
-    flower_key: str
-    created: str
-
-
-@dataclass(frozen=True)
-class _Invitation:
-    """The signed body of an invitation; the signer is the coordinator."""
-
-    version: int
-    federation: str
-    address: str
-    ca_certificate: str
-
-
-BODIES: Mapping[str, type[_Request | _Invitation]] = {REQUEST: _Request, INVITATION: _Invitation}
+# By what a text is: the value, the tag, and which of the value's fields its signer is.
+KINDS: Mapping[str, tuple[type[Any], str, str]] = {
+    REQUEST: (EnrolmentRequest, "fedlora-enrolment-1", "identity"),
+    INVITATION: (Invitation, "fedlora-invitation-1", "coordinator"),
+}
 
 
 def request_to_text(identity: Identity, request: EnrolmentRequest) -> str:
     """Signed text; BadInput where a field is not what it must be or `identity` is another one."""
-    if identity.public != request.identity:
-        raise BadInput("enrolment identity: found another key than the one that signs")
-    named = (request.name, request.organisation, request.flower_key, request.created)
-    text = seal(identity, REQUEST_TAG, asdict(_Request(VERSION, *named)))
+    text = _signed(identity, REQUEST, request)
     request_from_text(text, "enrolment")  # nothing is written that nobody could read
     return text
 
 
 def request_from_text(text: str, where: str) -> EnrolmentRequest:
     """BadInput where it is malformed, Refused where its own key did not sign it."""
-    sealed = _opened(text, REQUEST, REQUEST_TAG, where)
-    body = _body(_Request, sealed, where)
-    if not NAME.fullmatch(body.name):
-        found = body.name[:80]
-        raise BadInput(
-            f"{where} name: found {found!r}, expected lower-case letters, digits, '.' and '-'"
-        )
-    _check_line(body.organisation, f"{where} organisation")
-    check_flower_key(body.flower_key, f"{where} flower_key")
+    found: EnrolmentRequest = _opened(text, REQUEST, where)
+    if not NAME.fullmatch(found.name):
+        expected = "expected lower-case letters, digits, '.' and '-'"
+        raise BadInput(f"{where} name: found {found.name[:80]!r}, {expected}")
+    _check_line(found.organisation, f"{where} organisation")
+    check_flower_key(found.flower_key, f"{where} flower_key")
     try:
-        datetime.fromisoformat(body.created)
+        datetime.fromisoformat(found.created)
     except ValueError as error:
         raise BadInput(f"{where} created: expected a date and time in ISO 8601") from error
-    return EnrolmentRequest(
-        body.name, body.organisation, sealed.signer, body.flower_key, body.created
-    )
+    return found
 
 
 def invitation_to_text(identity: Identity, invitation: Invitation) -> str:
     """Text signed by the coordinator; BadInput where a field is not what it must be."""
-    if identity.public != invitation.coordinator:
-        raise BadInput("invitation coordinator: found another key than the one that signs")
-    named = (invitation.federation, invitation.address, invitation.ca_certificate)
-    text = seal(identity, INVITATION_TAG, asdict(_Invitation(VERSION, *named)))
+    text = _signed(identity, INVITATION, invitation)
     invitation_from_text(text, "invitation")
     return text
 
 
 def invitation_from_text(text: str, where: str) -> Invitation:
     """BadInput where it is malformed, Refused where its own key did not sign it."""
-    sealed = _opened(text, INVITATION, INVITATION_TAG, where)
-    body = _body(_Invitation, sealed, where)
-    _check_line(body.federation, f"{where} federation")
-    host, _, port = body.address.rpartition(":")
+    found: Invitation = _opened(text, INVITATION, where)
+    _check_line(found.federation, f"{where} federation")
+    host, _, port = found.address.rpartition(":")
     if (
         not re.fullmatch(r"[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:]{2,39}\]", host)
         or not port.isdecimal()
     ):
-        raise BadInput(f"{where} address: found {body.address[:80]!r}, expected host:port")
+        raise BadInput(f"{where} address: found {found.address[:80]!r}, expected host:port")
     if not 0 < int(port[:6]) < 65536:
         raise BadInput(f"{where} address: found port {port[:6]}, expected 1 to 65535")
-    certificate_fingerprint(body.ca_certificate, f"{where} ca_certificate")
-    return Invitation(body.federation, body.address, body.ca_certificate, sealed.signer)
+    certificate_fingerprint(found.ca_certificate, f"{where} ca_certificate")
+    return found
 
 
 def certificate_fingerprint(pem: str, where: str) -> str:
@@ -191,24 +159,36 @@ def check_kind(text: str, expected: str, where: str) -> None:
         keys = set(json.loads(text)["body"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return  # whoever opens it says what is wrong
-    kinds = {frozenset(each.name for each in fields(body)): kind for kind, body in BODIES.items()}
+    kinds = {
+        frozenset({"version"} | {each.name for each in fields(cls)} - {signer}): kind
+        for kind, (cls, _, signer) in KINDS.items()
+    }
     found = (kinds | {frozenset({"request"}): ROTATION}).get(frozenset(keys))
     if found not in (None, expected):
         raise BadInput(f"{where}: found {found}, expected {expected}")
 
 
-def _opened(text: str, kind: str, tag: str, where: str) -> Sealed:
+def _signed(identity: Identity, kind: str, value: Any) -> str:
+    _, tag, signer = KINDS[kind]
+    if identity.public != getattr(value, signer):
+        raise BadInput(f"{kind}: found another key than the one that signs")
+    body = {name: found for name, found in vars(value).items() if name != signer}
+    return seal(identity, tag, {"version": VERSION, **body})
+
+
+def _opened(text: str, kind: str, where: str) -> Any:
     if len(text) > MAX_TEXT:
         raise BadInput(f"{where}: found {len(text)} characters, expected at most {MAX_TEXT}")
     check_kind(text, kind, where)
-    return unseal(text, tag, where)
-
-
-def _body(cls: type[T], sealed: Sealed, where: str) -> T:
-    version: Any = sealed.body.get("version")
+    cls, tag, signer = KINDS[kind]
+    sealed = unseal(text, tag, where)
+    body = dict(sealed.body)
+    version = body.pop("version", None)
     if type(version) is not int or version != VERSION:
         raise BadInput(f"{where} version: found {str(version)[:20]!r}, expected {VERSION}")
-    return build(cls, sealed.body, where)
+    if signer in body:
+        raise BadInput(f"{where} {signer}: unknown field")
+    return build(cls, {**body, signer: sealed.signer.text}, where)
 
 
 def _check_line(text: str, where: str) -> None:

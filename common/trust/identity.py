@@ -48,6 +48,7 @@ class PublicIdentity:
 
     @property
     def text(self) -> str:
+        """`ed25519:` and the key in base64."""
         return "ed25519:" + base64.b64encode(self.key).decode()
 
     @property
@@ -86,6 +87,7 @@ class Identity:
 
     @classmethod
     def generate(cls) -> Identity:
+        """A new key, in memory only."""
         return cls(Ed25519PrivateKey.generate())
 
     @classmethod
@@ -114,6 +116,7 @@ class Identity:
         return cls(key)
 
     def write(self, path: Path) -> None:
+        """The key as PEM (PKCS 8) in a file of mode 0600."""
         pem = self._key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
@@ -151,6 +154,7 @@ class Signed:
 
     @classmethod
     def by(cls, identity: Identity, tag: str, body: bytes) -> Signed:
+        """`body`, signed by `identity` under `tag`."""
         return cls(body, identity.public, identity.sign(tag, body))
 
     def opened(self, tag: str, expected: PublicIdentity) -> bytes:

@@ -19,12 +19,13 @@ from typing import Any
 
 from fedlora.common.codec.strict import build
 from fedlora.common.disk import locks
+from fedlora.common.disk.bounded import read_text
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.trust.enrolment import EnrolmentRequest, folded, request_from_text
 from fedlora.common.trust.identity import Identity, PublicIdentity
 from fedlora.common.trust.rotation import rotation_from_text
-from fedlora.common.trust.sealed import seal, unseal
+from fedlora.common.trust.sealed import MAX_TEXT_BYTES, seal, unseal
 
 MEMBERS_TAG = "fedlora-members-1"
 VERSION = 1
@@ -77,14 +78,7 @@ class Registry:
 
     def _body(self) -> Mapping[str, Any]:
         kept = self._kept()  # first: a change in between then leaves the file ahead, and not behind
-        try:
-            text = self._path.read_bytes().decode()
-        except OSError as error:
-            raise BadInput(
-                f"{self._path}: can't be read ({error.strerror}), expected the registry"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{self._path}: found bytes that are not UTF-8") from error
+        text = read_text(self._path, MAX_TEXT_BYTES, "the registry")
         sealed = unseal(text, MEMBERS_TAG, self._path.name, self._coordinator.public)
         if sealed.body.get("version") != VERSION:
             raise BadInput(f"{self._path.name} version: expected {VERSION}")

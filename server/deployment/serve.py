@@ -17,8 +17,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fedlora.common.config.load import load_config
 from fedlora.common.config.parts import NetworkRecipe, Terms
-from fedlora.common.config.schema import Config, config_to_toml, load_config
+from fedlora.common.config.schema import Config, config_to_toml
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.calibration import default_cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedlora.common.disk.lines import lines_of
 from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.protocol.messages import Consent, reply_from_bytes
@@ -139,11 +139,11 @@ def _rounds(folder: Path) -> Table:
 def _lines(folder: Path) -> list[dict[str, Any]]:
     """The rounds so far; a last line without an end is half written."""
     path, found = folder / "metrics.jsonl", []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+    for line in (each for each in lines_of(path) if each.ended):
         try:
-            found.append(_checked(json.loads(line)))
-        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
-            raise BadInput(f"{path} line {number}: found no figures of a round") from error
+            found.append(_checked(line.value))
+        except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+            raise BadInput(f"{path} line {line.number}: found no figures of a round") from error
     return found
 
 

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedlora.common.config.schema import Config, config_to_toml, load_config
+from fedlora.common.config.load import load_config
+from fedlora.common.config.schema import Config, config_to_toml
 from fedlora.common.disk.files import write_atomically
+from fedlora.common.disk.lines import lines_of
 from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
 from fedlora.common.model.base import check_base, resolve_base
 from fedlora.server.coordinator.folder import Directory
@@ -230,12 +232,10 @@ def _told(waiting: Path, said: str, tell: Tell) -> str:
 
 
 def _watched(metrics: Path, seen: int, watch: Watch) -> int:
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-    for line in lines[seen:]:
-        try:
-            watch(json.loads(line))
-        except ValueError:
+    for line in [*lines_of(metrics)][seen:]:
+        if line.value is None:
             return seen  # half written: the next look finds it whole
+        watch(line.value)
         seen += 1
     return seen
 

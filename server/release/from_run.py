@@ -9,15 +9,16 @@ summary.json, adapter/     figures and the adapter, written when the run ended
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fedlora.common.adapter.released import read_spec
-from fedlora.common.disk.files import read_text, write_atomically
+from fedlora.common.codec.canonical import json_table
+from fedlora.common.disk.bounded import read_bytes, read_text
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.protocol.messages import Consent, reply_from_bytes
 from fedlora.common.trust.identity import PublicIdentity
+from fedlora.common.trust.sealed import MAX_TEXT_BYTES
 from fedlora.server.coordinator.folder import Directory
 from fedlora.server.coordinator.members import REVOKED
 from fedlora.server.release.export import export
@@ -63,14 +64,6 @@ def find_run(directory: Directory, number: int | None) -> Path:
     )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all; BadInput where it can't be written."""
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise BadInput(f"{path}: can't be written ({error.strerror})") from error
-
-
 def _institution(directory: Directory, name: str, signed: bytes, federation: str) -> Institution:
     """The member as it was when it signed: keys rotate, members leave, statements stay."""
     known = [member for member in directory.registry.members() if member.name == name]
@@ -97,19 +90,13 @@ def read_summary(run: Path) -> dict[str, Any]:
     path = run / "summary.json"
     if not path.is_file():
         raise BadInput(f"{path}: missing, expected a run that ended; see fedlora-server status")
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: found no JSON") from error
-    if not isinstance(found, dict):
-        raise BadInput(f"{path}: expected a table")
-    return found
+    return json_table(read_bytes(path, MAX_TEXT_BYTES), str(path), MAX_TEXT_BYTES)
 
 
 def _reports(folder: Path | None) -> dict[str, str]:
     if folder is None:
         return {}
-    found = {path.stem: read_text(path, 64 << 20) for path in sorted(folder.glob("*.json"))}
+    found = {path.stem: read_text(path, MAX_TEXT_BYTES) for path in sorted(folder.glob("*.json"))}
     if not found:
         raise BadInput(f"{folder}: found no reports, expected NAME.json of each institution")
     return found

@@ -18,16 +18,6 @@ VERSION = 2  # of release.json; 1: the card names load_adapter by another place
 MEMBERS_VERSION = 1
 INDEX, MANIFEST, MEMBERS, CARD = "release.json", "manifest.json", "members.json", "README.md"
 FIGURES = "figures.json"
-SHARED = (
-    "pooling",
-    "pooled_layers",
-    "head_hidden",
-    "head_scale",
-    "rank",
-    "alpha",
-    "layers",
-    "variant",
-)
 ADAPTER, STATEMENTS, REPORTS = "adapter", "statements", "reports"
 MAX_FILES = 10_000
 

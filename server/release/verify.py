@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from fedlora.common.adapter.released import FILES as ADAPTER_FILES
 from fedlora.common.adapter.released import Description, read_released
-from fedlora.common.codec.canonical import MAX_MESSAGE_BYTES, canonical
+from fedlora.common.codec.canonical import MAX_MESSAGE_BYTES, canonical, json_table
 from fedlora.common.codec.strict import build
-from fedlora.common.disk.files import read_text
+from fedlora.common.disk.bounded import read_text
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.manifest import AdapterLayout, RunManifest
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.privacy.modes import guarantee_of
@@ -40,7 +40,6 @@ from fedlora.server.release.layout import (
     RELEASE_TAG,
     REPORT_TAG,
     REPORTS,
-    SHARED,
     STATEMENTS,
     VERSION,
     Institution,
@@ -244,11 +243,8 @@ def _check_card(
     statements: Mapping[str, Consent],
 ) -> None:
     """The card is the text that follows from what was signed: nobody writes another ε into it."""
-    try:
-        figures = json.loads(_text(folder, FIGURES))
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{FIGURES}: found no JSON") from error
-    if not isinstance(figures, dict) or figures != shown_figures(figures):
+    figures = json_table(_text(folder, FIGURES).encode(), FIGURES)
+    if figures != shown_figures(figures):
         raise BadInput(f"{FIGURES}: found other figures than a card shows")
     if _text(folder, CARD) != rebuilt_card(manifest, institutions, statements, figures, version):
         raise Refused(f"{CARD}: found another text than follows from what the institutions signed")
@@ -271,7 +267,7 @@ def _check_adapter(folder: Path, manifest: RunManifest) -> str:
     if other := sorted({path.name for path in (folder / ADAPTER).iterdir()} - set(ADAPTER_FILES)):
         raise Refused(f"{ADAPTER}/{other[0]}: found a file that no adapter has")
     description, state = read_adapter(folder)
-    network = manifest.network
+    network = replace(manifest.network, targets=tuple(sorted(manifest.network.targets)))
     for name, found, expected in (
         ("spec_digest", state.spec.digest, manifest.spec_digest),
         ("base_digest", description.base_digest, manifest.base_digest),
@@ -280,8 +276,10 @@ def _check_adapter(folder: Path, manifest: RunManifest) -> str:
         ("labels", description.labels, manifest.labels),
         ("max_length", description.max_length, manifest.max_length),
         ("seed", description.seed, manifest.seed),
-        ("targets", description.targets, tuple(sorted(network.targets))),
-        *((name, getattr(description, name), getattr(network, name)) for name in SHARED),
+        *(
+            (each.name, getattr(description, each.name), getattr(network, each.name))
+            for each in fields(AdapterLayout)
+        ),
     ):
         if found != expected:
             raise Refused(
@@ -307,20 +305,12 @@ def _sealed(folder: Path, name: str, tag: str, expected: PublicIdentity | None) 
 
 def _text(folder: Path, name: str) -> str:
     limit = MAX_MESSAGE_BYTES if name == MANIFEST else MAX_TEXT_BYTES
-    path = folder / name
+    expected = "what an export has"
     try:
-        _check_plain(path, name)
-        with path.open("rb") as stream:
-            data = stream.read(limit + 1)
-        if len(data) > limit:
-            raise BadInput(f"{name}: found more than {limit} bytes")
-        return data.decode()
+        _check_plain(folder / name, name)
     except OSError as error:
-        raise BadInput(
-            f"{name}: can't be read ({error.strerror}), expected what an export has"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{name}: found bytes that are not UTF-8") from error
+        raise BadInput(f"{name}: can't be read ({error.strerror}), expected {expected}") from error
+    return read_text(folder / name, limit, expected, where=name)
 
 
 def _check_plain(path: Path, name: str) -> None:

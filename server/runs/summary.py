@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.common.disk.files import write_text
+from fedlora.common.disk.lines import lines_of
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.checkpoint import Progress
@@ -31,10 +32,7 @@ def summary_of(
     reserved: Mapping[str, float],
 ) -> dict[str, Any]:
     """What every run says of itself: what was promised, what was reached, and at what cost."""
-    lines = [
-        json.loads(line)
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = [line.value for line in lines_of(folder / "metrics.jsonl")]
     return {
         "task": manifest.task,
         **metrics,

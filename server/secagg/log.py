@@ -15,14 +15,13 @@ list. Who signs one key for two epochs is proven to lie by its own signatures.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedlora.common.disk.files import append_line
+from fedlora.common.disk.lines import append_line, lines_of
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.secagg.wire import KeyOffer
@@ -165,19 +164,16 @@ def tables_of(path: Path) -> list[Mapping[str, Any]]:
 
     The log counts what was cut.
     """
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
     found: list[Mapping[str, Any]] = []
     cut_short = 0
-    for number, line in enumerate(lines, 1):
-        try:
-            table = json.loads(line) if line else None
-        except ValueError:
+    for line in lines_of(path):
+        if line.value is None:
             cut_short += 1
-            continue
-        if table is not None and not isinstance(table, dict):
-            raise BadInput(f"{path} line {number}: found {str(table)[:40]}, expected a table")
-        if table is not None:
-            found.append(table)
+        elif line.table is None:
+            what = str(line.value)[:40]
+            raise BadInput(f"{path} line {line.number}: found {what}, expected a table")
+        else:
+            found.append(line.table)
     if cut_short:
         log.warning(
             "%s: found %d lines that can't be read, and counted the others", path, cut_short

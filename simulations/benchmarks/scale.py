@@ -27,7 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.common.config.schema import Config, parse_config
+from fedlora.common.config.load import parse_config
+from fedlora.common.config.schema import Config
 from fedlora.server.runs.run import conduct
 from fedlora.server.runs.summary import peak_rss_bytes
 from fedlora.simulations.begin import Options, begin

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.trainer import Trainer
-from fedlora.common.config.schema import load_config
+from fedlora.common.config.load import load_config
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.manifest import RunManifest

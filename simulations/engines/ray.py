@@ -34,7 +34,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from fedlora.common.config.schema import load_config
+from fedlora.common.config.load import load_config
 from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.protocol.flower import envelope_record, read_envelope
 from fedlora.common.protocol.messages import MAX_REQUEST_BYTES

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.common.config import schema
-from fedlora.common.config.schema import Config, config_to_toml, parse_config
+from fedlora.common.config import load
+from fedlora.common.config.load import parse_config
+from fedlora.common.config.schema import Config, config_to_toml
 from fedlora.common.config.toml import literal
 from fedlora.common.errors import BadInput
 from fedlora.simulations.federation.packaged import packaged_config
@@ -27,7 +28,7 @@ def load_config(
     try:
         if source is None:
             return parse_config("", "config", given)
-        return schema.load_config(packaged_config(Path(source)), given)
+        return load.load_config(packaged_config(Path(source)), given)
     except BadInput as error:
         raise BadInput([fault.removeprefix("--set ") for fault in error.faults]) from error
 

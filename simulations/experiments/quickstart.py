@@ -12,7 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from fedlora.common.config.schema import Config, load_config
+from fedlora.common.config.load import load_config
+from fedlora.common.config.schema import Config
 from fedlora.common.errors import BadInput
 from fedlora.common.model.compute import threads as with_threads
 from fedlora.common.model.features import PooledTexts

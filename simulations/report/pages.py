@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedlora.common.disk.files import write_atomically
+from fedlora.common.disk.lines import lines_of
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.simulations.report import numbers, plots, tables
@@ -138,17 +139,10 @@ def _table(path: Path) -> Summary:
 
 def _lines(path: Path) -> Lines:
     """The committed rounds; a last line that was cut off by a kill is left out."""
-    found = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    parsed = []
-    for number, line in enumerate(found, start=1):
-        try:
-            parsed.append(json.loads(line))
-        except ValueError as error:
-            if number < len(found):
-                raise BadInput(
-                    f"{path} line {number}: found bytes that are not JSON ({error})"
-                ) from error
-    return parsed
+    found = [line for line in lines_of(path) if line.ended or line.value is not None]
+    if faulty := [line.number for line in found if line.value is None]:
+        raise BadInput(f"{path} line {faulty[0]}: found bytes that are not JSON")
+    return [line.value for line in found]
 
 
 def _base(summary: Summary) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Any
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.common.errors import BadInput, Refused
-from fedlora.common.terminal import bear_any_letter, fault_lines, printable
+from fedlora.common.errors import BadInput, QuorumLost, Refused
+from fedlora.common.terminal import bear_any_letter, fault_lines, one_line, printable, run_to_end
 
 
 @given(st.text())
@@ -31,3 +33,40 @@ def test_a_terminal_without_the_letter_shows_another(monkeypatch: pytest.MonkeyP
     print("ε = 1, é")
     sys.stdout.flush()
     assert written.getvalue().decode("latin-1") == "? = 1, é\n"
+
+
+def test_one_line_is_bounded_and_changes_nothing_twice() -> None:
+    for text in ("a\nb", "x" * 30, "\x1b[2J", "ε", ""):
+        once = one_line(text, 20)
+        assert once.isprintable() and len(once) <= 20 and one_line(once, 20) == once
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "said"),
+    [
+        (lambda: 0, 0, ""),
+        (lambda: None, 0, ""),
+        (lambda: 5, 5, ""),
+        (lambda: 130, 1, "\nstopped\n"),  # what typer gives after Ctrl-C
+        (KeyboardInterrupt(), 1, "\nstopped\n"),
+        (BadInput(["a\x1b", "b"]), 2, "tool: a \ntool: b\n"),
+        (Refused("no"), 3, "tool: no\n"),
+        (QuorumLost("few"), 4, "tool: few\n"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "tool: x: No such file\n"),
+        (OSError(28, "No space left"), 1, "tool: No space left\n"),
+        (click.UsageError("which?"), 2, "Error: which?\n"),
+        (click.Abort(), 1, "\nstopped\n"),
+    ],
+)
+def test_a_command_ends_with_its_lines_and_its_code(
+    capsys: pytest.CaptureFixture[str], ends: Any, code: int, said: str
+) -> None:
+    def app(standalone_mode: bool) -> object:
+        assert not standalone_mode
+        if isinstance(ends, BaseException):
+            raise ends
+        return ends()
+
+    with pytest.raises(SystemExit) as stop:
+        run_to_end(app, "tool", lambda: "stopped")
+    assert int(stop.value.code or 0) == code and capsys.readouterr().err == said

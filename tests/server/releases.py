@@ -97,7 +97,7 @@ def described(run: RunManifest, state: AdapterState = STATE) -> Description:
     shared = {
         f.name: getattr(run.network, f.name)
         for f in fields(Network)
-        if f.name in Description.__annotations__
+        if f.name in {each.name for each in fields(Description)}
     }
     targets = tuple(sorted(run.network.targets))
     return Description(

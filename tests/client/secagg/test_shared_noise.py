@@ -14,8 +14,8 @@ from fedlora.client.node.outbox import MemoryOutbox
 from fedlora.client.node.policy import Limits, Policy, TrainerPolicy
 from fedlora.client.secagg.masked_run import MaskedRun
 from fedlora.client.secagg.node import SecureNode
+from fedlora.common.config.load import parse_config
 from fedlora.common.config.parts import Terms
-from fedlora.common.config.schema import parse_config
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms, SkellamTerms

@@ -10,15 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.common.config.load import MAX_CONFIG_BYTES, load_config, parse_config
 from fedlora.common.config.schema import (
-    MAX_CONFIG_BYTES,
     Config,
     LoraConfig,
     ModelConfig,
     check_delta,
     config_to_toml,
-    load_config,
-    parse_config,
 )
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network

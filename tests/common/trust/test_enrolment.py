@@ -109,3 +109,25 @@ def test_nobody_signs_for_another_key() -> None:
         request_to_text(Identity.generate(), REQUEST)
     with pytest.raises(BadInput, match="version"):
         request_from_text(seal(KEY, "fedlora-enrolment-1", {"version": 2}), "r")
+
+
+@pytest.mark.parametrize("named", [KEY.public.text, Identity.generate().public.text])
+def test_who_signed_is_not_said_a_second_time(named: str) -> None:
+    """A body that names an identity itself could name another one than signed."""
+    for text, tag, field, read in (
+        (request_to_text(KEY, REQUEST), "fedlora-enrolment-1", "identity", request_from_text),
+        (
+            invitation_to_text(KEY, INVITATION),
+            "fedlora-invitation-1",
+            "coordinator",
+            invitation_from_text,
+        ),
+    ):
+        body = json.loads(text)["body"]
+        assert read(seal(KEY, tag, body), "r")
+        with pytest.raises(BadInput, match=f"r {field}: unknown field"):
+            read(seal(KEY, tag, body | {field: named}), "r")
+        with pytest.raises(BadInput, match="missing"):
+            read(seal(KEY, tag, {"version": 1}), "r")
+        with pytest.raises(BadInput, match="r more: unknown field"):
+            read(seal(KEY, tag, body | {"more": 1}), "r")

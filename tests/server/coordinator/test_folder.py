@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.common.config.schema import load_config
+from fedlora.common.config.load import load_config
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.trust.enrolment import invitation_from_text
 from fedlora.common.trust.identity import PublicIdentity

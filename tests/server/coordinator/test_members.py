@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fedlora.common.disk import bounded
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.trust.identity import Identity
 from fedlora.common.trust.rotation import rotation_to_text
+from fedlora.server.coordinator import members
 from fedlora.server.coordinator.members import Registry
 from tests.server.enrolments import flower_key, request
 
@@ -68,16 +71,15 @@ def test_a_change_while_it_is_read_is_no_older_copy(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The round loop reads while an operator enrols."""
-    read = Path.read_bytes
+    read = bounded.read_text
 
-    def meanwhile(path: Path) -> bytes:
-        data = read(path)
-        if path.name == "members.json":
-            monkeypatch.setattr(Path, "read_bytes", read)
-            Registry(tmp_path / "members.json", COORDINATOR).enrol(request(NORTH, "north"), "r")
-        return data
+    def meanwhile(*place: Any) -> str:
+        text = read(*place)
+        monkeypatch.setattr(members, "read_text", read)
+        Registry(tmp_path / "members.json", COORDINATOR).enrol(request(NORTH, "north"), "r")
+        return text
 
-    monkeypatch.setattr(Path, "read_bytes", meanwhile)
+    monkeypatch.setattr(members, "read_text", meanwhile)
     assert registry.active() == {}
     assert set(registry.active()) == {"north"}
 

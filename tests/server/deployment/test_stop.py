@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedlora.common.config.schema import load_config
+from fedlora.common.config.load import load_config
 from fedlora.common.trust.identity import Identity
 from fedlora.server.coordinator.folder import Directory
 from tests.server.coordinator.test_folder import free_port

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlora.common.config.schema import Config, FaultsConfig, parse_config
+from fedlora.common.config.load import parse_config
+from fedlora.common.config.schema import Config, FaultsConfig
 from fedlora.common.errors import BadInput, Spent
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import RoundPlan, Update

@@ -25,7 +25,7 @@ from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
-from fedlora.common.config.schema import load_config
+from fedlora.common.config.load import load_config
 from fedlora.common.errors import Refused
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import Vector

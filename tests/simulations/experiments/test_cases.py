@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from fedlora.client.service.dialogue import PRIVATE_REASON
 from fedlora.client.service.loaded_run import LoadedRun
 from fedlora.common.adapter.peft import load_adapter
-from fedlora.common.config.schema import Config, load_config, parse_config
+from fedlora.common.config.load import load_config, parse_config
+from fedlora.common.config.schema import Config
 from fedlora.common.data.records import Records
 from fedlora.common.model import compute
 from fedlora.common.model.base import base_digest

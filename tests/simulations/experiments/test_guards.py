@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.common.config.schema import config_to_toml, load_config
+from fedlora.common.config.load import load_config
+from fedlora.common.config.schema import config_to_toml
 from fedlora.common.errors import BadInput, QuorumLost, Refused
 from fedlora.server.runs.metrics import _round_of
 from fedlora.server.runs.run import conduct

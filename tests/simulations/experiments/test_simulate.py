@@ -20,7 +20,8 @@ import peft
 import pytest
 import transformers
 
-from fedlora.common.config.schema import Config, config_to_toml, parse_config
+from fedlora.common.config.load import parse_config
+from fedlora.common.config.schema import Config, config_to_toml
 from fedlora.common.errors import BadInput, Refused, Spent
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest

@@ -1,0 +1,158 @@
+"""A configuration from a TOML file: its fields, and what is right alone and wrong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+from fedlora.common.config.schema import Config, FaultsConfig
+from fedlora.common.config.toml import read_fields, read_table, shown
+from fedlora.common.disk.bounded import read_bytes, text_of
+from fedlora.common.errors import BadInput
+from fedlora.common.secagg.cohort import most_colluders
+from fedlora.common.secagg.wire import MOST_MEMBERS
+
+MAX_CONFIG_BYTES = 1 << 20
+POOLED = 'expected 0 with pooling = "default", or pooling = "mean" or "layers"'
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file; `overrides` are `section.key=VALUE` in TOML. BadInput lists all faults."""
+    data = read_bytes(path, MAX_CONFIG_BYTES, "a TOML file")
+    return parse_config(text_of(data, path.name, "TOML", "utf-8-sig"), path.name, overrides)
+
+
+def parse_config(text: str, where: str = "config", overrides: Sequence[str] = ()) -> Config:
+    """The configuration that `text` describes; BadInput lists every fault."""
+    _check_size(len(text), where)  # letters never outnumber bytes
+    table = read_table(text, where, overrides)
+    config, faults = read_fields(Config, table)
+    together = [
+        f"{where} {fault}"
+        for paths, fault in _together(config)
+        if not any(p in faults for p in paths)
+    ]
+    if faults or together:
+        raise BadInput([*faults.values(), *together])
+    return cast(Config, config)
+
+
+def _check_size(size: int, where: str) -> None:
+    if size > MAX_CONFIG_BYTES:
+        raise BadInput(f"{where}: found more than {MAX_CONFIG_BYTES} bytes, expected at most 1 MiB")
+
+
+Fault = tuple[tuple[str, ...], str]  # the fields that it is about, and the line to print
+
+
+def _together(config: Config) -> Iterator[Fault]:
+    """Faults of fields that are right alone and wrong together."""
+    federation, training = config.federation, config.training
+    if config.aggregation.secure:
+        yield from _secure(config)
+    elif config.faults != FaultsConfig():
+        yield ("aggregation.secure",), "[faults]: expected none without [aggregation] secure = true"
+    if config.privacy.mode == "client":
+        yield from _client_level(config)
+    if federation.partition == "by-column" and not federation.column:
+        paths = ("federation.partition", "federation.column")
+        yield paths, '[federation] column = "": expected a column, since partition = "by-column"'
+    if training.head_rounds > federation.rounds:
+        paths = ("training.head_rounds", "federation.rounds")
+        found = f"[training] head_rounds = {training.head_rounds}"
+        yield paths, f"{found}: expected at most [federation] rounds = {federation.rounds}"
+    if config.model.head_hidden > 0 and config.model.pooling == "default":
+        paths = ("model.head_hidden", "model.pooling")
+        found = f"[model] head_hidden = {config.model.head_hidden}"
+        yield paths, f"{found}: {POOLED}"
+    if config.model.projection > 0 and config.model.pooling == "default":
+        found = f"[model] projection = {config.model.projection}"
+        yield ("model.projection", "model.pooling"), f"{found}: {POOLED}"
+    if config.model.kernel_directions > 0 and not config.model.projection:
+        found = f"[model] kernel_directions = {config.model.kernel_directions}"
+        paths = ("model.kernel_directions", "model.projection")
+        yield paths, f"{found}: expected 0 with projection = 0"
+    if config.model.pooled_layers and config.model.pooling != "layers":
+        paths = ("model.pooled_layers", "model.pooling")
+        found = f'[model] pooled_layers: expected [] with pooling = "{config.model.pooling}"'
+        yield paths, f'{found}, or "layers"'
+    if len(config.data.labels) == 1:
+        yield (
+            ("data.labels",),
+            f"[data] labels = {shown([*config.data.labels])}: expected [] or at least two",
+        )
+    if config.model.task == "causal-lm":
+        yield from _causal(config)
+
+
+def _secure(config: Config) -> Iterator[Fault]:
+    """What secure aggregation can't be combined with, and why."""
+    federation, asked = config.federation, config.aggregation
+    members = federation.participation * federation.clients
+    paths = ("aggregation.secure", "federation.clients", "federation.participation")
+    if members < asked.minimum_cohort:
+        found = f"[aggregation] minimum_cohort = {asked.minimum_cohort}"
+        yield (
+            (*paths, "aggregation.minimum_cohort"),
+            f"{found}: expected at most the {members:g} institutions of a round",
+        )
+        return
+    if federation.clients > MOST_MEMBERS:  # all of them may be drawn for a round
+        found = f"[federation] clients = {federation.clients}"
+        yield paths, f"{found}: expected at most {MOST_MEMBERS}: every pair shares a mask"
+        return
+    bear = {n: most_colluders(n) for n in range(asked.minimum_cohort, federation.clients + 1)}
+    # not the smallest alone: t has steps
+    weak = [str(n) for n, most in bear.items() if most < asked.max_colluders]
+    if weak:
+        found = f"[aggregation] max_colluders = {asked.max_colluders}"
+        sizes = ", ".join(weak[:4]) + ", …" * (len(weak) > 4)
+        yield (
+            (*paths, "aggregation.max_colluders", "aggregation.minimum_cohort"),
+            (
+                f"{found}: expected at most {min(bear.values())}: nodes would refuse a cohort of"
+                f" {sizes}"
+            ),
+        )
+    if federation.participation < 1 and asked.epoch_rounds > 1:
+        found = f"[aggregation] epoch_rounds = {asked.epoch_rounds}"
+        yield (
+            (*paths, "aggregation.epoch_rounds"),
+            f"{found}: expected 1 with participation < 1: an epoch's cohort is fixed ahead",
+        )
+
+
+def _client_level(config: Config) -> Iterator[Fault]:
+    """What noise that is shared between institutions can't be combined with, and why."""
+    if not config.aggregation.secure:
+        found = '[privacy] mode = "client"'
+        yield (
+            ("privacy.mode", "aggregation.secure"),
+            (
+                f"{found}: expected [aggregation] secure = true: a single update has but a share of"
+                " the noise"
+            ),
+        )
+    if config.privacy.head_clip > 0:
+        found = f"[privacy] head_clip = {config.privacy.head_clip:g}"
+        yield (
+            ("privacy.mode", "privacy.head_clip"),
+            f'{found}: expected 0 with mode = "client": one clip for all',
+        )
+
+
+def _causal(config: Config) -> Iterator[Fault]:
+    """A language model has no pooling, no labels and no head of its own."""
+    since = 'since task = "causal-lm"'
+    if not config.data.response:
+        yield ("model.task", "data.response"), f'[data] response = "": expected a column, {since}'
+    if config.model.pooling != "default":
+        found = f'[model] pooling = "{config.model.pooling}"'
+        yield ("model.task", "model.pooling"), f'{found}: expected "default", {since}'
+    if config.training.head_rounds > 0:
+        found = f"[training] head_rounds = {config.training.head_rounds}"
+        yield ("model.task", "training.head_rounds"), f"{found}: expected 0, {since}"
+    if config.privacy.head_clip > 0:
+        found = f"[privacy] head_clip = {config.privacy.head_clip:g}"
+        yield ("model.task", "privacy.head_clip"), f"{found}: expected 0, {since}"
