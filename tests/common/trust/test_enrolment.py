@@ -111,7 +111,9 @@ def test_nobody_signs_for_another_key() -> None:
         request_from_text(seal(KEY, "fedlora-enrolment-1", {"version": 2}), "r")
 
 
-@pytest.mark.parametrize("named", [KEY.public.text, Identity.generate().public.text])
+@pytest.mark.parametrize(
+    "named", [KEY.public.text, Identity.generate().public.text], ids=["own", "other"]
+)
 def test_who_signed_is_not_said_a_second_time(named: str) -> None:
     """A body that names an identity itself could name another one than signed."""
     for text, tag, field, read in (
