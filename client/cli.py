@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.client.node.folder import NodeFolder
-from fedlora.common.codec.canonical import MAX_MESSAGE_BYTES
+from fedlora.common.codec.strict import MAX_MESSAGE_BYTES
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
@@ -102,7 +102,7 @@ def join(
     a peer's name.
     """
     from fedlora.client.node import enrolment, roster
-    from fedlora.common.disk.bounded import read_text
+    from fedlora.common.disk.files import read_text
 
     folder = NodeFolder(node)
     if remove:
@@ -301,7 +301,7 @@ def report(
 
 def _manifest(path: Path) -> RunManifest:
     """A manifest from a file: JSON, or behind a signature that is not checked (it only asks)."""
-    from fedlora.common.disk.bounded import read_bytes
+    from fedlora.common.disk.files import read_bytes
     from fedlora.common.trust.identity import Signed
 
     data = read_bytes(path, MAX_MESSAGE_BYTES, "a manifest")

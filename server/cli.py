@@ -64,7 +64,7 @@ def enrol(
     ] = False,
 ) -> None:
     """Make an institution a member, once its fingerprint was compared by telephone."""
-    from fedlora.common.disk.bounded import read_text
+    from fedlora.common.disk.files import read_text
     from fedlora.common.trust.enrolment import request_from_text
     from fedlora.server.coordinator.folder import Directory
 
@@ -90,7 +90,7 @@ def rotate(
     ] = False,
 ) -> None:
     """Replace a member's key by the one that its old key names; it counts from the next round."""
-    from fedlora.common.disk.bounded import read_text
+    from fedlora.common.disk.files import read_text
     from fedlora.common.trust.rotation import rotation_from_text
     from fedlora.server.coordinator.folder import Directory
 

@@ -21,9 +21,8 @@ from fedlora.common.errors import Refused
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.trust.identity import Identity
+from fedlora.common.trust.identity import Identity, seal
 from fedlora.common.trust.rotation import ROTATION_TAG, rotation_from_text, rotation_to_text
-from fedlora.common.trust.sealed import seal
 from fedlora.server import cli as server_cli
 from fedlora.server.coordinator.folder import Directory
 from fedlora.server.deployment.cohorts import ClearCohort

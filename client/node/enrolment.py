@@ -17,8 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import policy_template
 from fedlora.common.disk import locks
-from fedlora.common.disk.bounded import read_text
-from fedlora.common.disk.files import write_atomically
+from fedlora.common.disk.files import read_text, write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.trust.enrolment import (
     EnrolmentRequest,

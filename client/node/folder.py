@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.client.node.policy import Policy, load_policy
-from fedlora.common.disk.bounded import read_text
+from fedlora.common.disk.files import read_text
 from fedlora.common.errors import BadInput
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.model.base import PACKAGED, resolve_base

@@ -29,7 +29,7 @@ from fedlora.common.config.toml import (
     read_table,
     shown,
 )
-from fedlora.common.disk.bounded import bounded, text_of
+from fedlora.common.disk.files import bounded, text_of
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.secagg.cohort import DEFAULT_COHORT, SMALLEST_COHORT

@@ -6,8 +6,7 @@ import tomllib
 
 from fedlora.client.node.folder import NodeFolder
 from fedlora.common.config.toml import literal
-from fedlora.common.disk.bounded import read_text
-from fedlora.common.disk.files import write_atomically
+from fedlora.common.disk.files import read_text, write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.trust.enrolment import Peer, folded, request_from_text
 from fedlora.common.trust.identity import Identity, PublicIdentity

@@ -6,11 +6,10 @@ import hashlib
 from pathlib import Path
 
 from fedlora.client.report.report import PAGE, REPORT, REPORT_TAG
-from fedlora.common.disk.bounded import read_text
+from fedlora.common.disk.files import read_text
 from fedlora.common.errors import Refused
 from fedlora.common.trust.enrolment import request_from_text
-from fedlora.common.trust.identity import PublicIdentity
-from fedlora.common.trust.sealed import MAX_TEXT_BYTES, Sealed, unseal
+from fedlora.common.trust.identity import MAX_TEXT_BYTES, PublicIdentity, Signed, unseal
 
 
 def check_report(folder: Path, expected: PublicIdentity | None = None) -> PublicIdentity:
@@ -22,7 +21,7 @@ def check_report(folder: Path, expected: PublicIdentity | None = None) -> Public
             f"{folder}: found {', '.join(found)[:200]}, expected {REPORT} and {PAGE} alone"
         )
     digest = hashlib.sha256((folder / PAGE).read_bytes()).hexdigest()
-    if digest != sealed.body.get("page_sha256"):
+    if digest != sealed.table.get("page_sha256"):
         raise Refused(f"{folder / PAGE}: found another page than the one whose digest was signed")
     return sealed.signer
 
@@ -35,6 +34,6 @@ def read_key(path: Path) -> PublicIdentity:
     return PublicIdentity.from_text(text, path.name)
 
 
-def read_report(path: Path, expected: PublicIdentity | None = None) -> Sealed:
+def read_report(path: Path, expected: PublicIdentity | None = None) -> Signed:
     """A report; Refused where one byte is not as it was signed."""
     return unseal(read_text(path, MAX_TEXT_BYTES, "a report"), REPORT_TAG, path.name, expected)

@@ -27,8 +27,7 @@ from fedlora.common.disk.files import write_atomically
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.privacy.accountant import accountant_name
 from fedlora.common.privacy.modes import GUARANTEES
-from fedlora.common.trust.identity import Identity
-from fedlora.common.trust.sealed import seal
+from fedlora.common.trust.identity import Identity, seal
 
 REPORT_TAG = "fedlora-node-report-1"
 REPORT, PAGE = "report.json", "report.html"

@@ -11,7 +11,7 @@ from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import Policy
 from fedlora.client.node.roster import read_peers
 from fedlora.client.secagg.masked_run import MaskedRun, checked_terms
-from fedlora.common.disk.bounded import read_text
+from fedlora.common.disk.files import read_text
 from fedlora.common.errors import Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.secagg.cohort import CohortPolicy

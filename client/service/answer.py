@@ -30,7 +30,7 @@ from fedlora.client.service.answer_task import answer_task, open_task
 from fedlora.client.service.dialogue import PRIVATE_REASON, Dialogue, Node, Place, PrivateFault, now
 from fedlora.client.service.refusals import RefusalLog
 from fedlora.client.service.work import Work
-from fedlora.common.disk.lines import append_line
+from fedlora.common.disk.files import append_line
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.privacy.modes import guarantee_of

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from fedlora.client.secagg.masked_run import MaskedRun
 from fedlora.client.secagg.node import Possible
 from fedlora.client.service.dialogue import Dialogue, Node, private
-from fedlora.common.disk.lines import append_line
+from fedlora.common.disk.files import append_line
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan

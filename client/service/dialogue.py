@@ -25,7 +25,7 @@ from fedlora.client.node.outbox import Outbox, Plans
 from fedlora.client.node.policy import Policy
 from fedlora.client.secagg.runs import MaskedRuns
 from fedlora.client.service.work import Work
-from fedlora.common.disk.lines import append_line
+from fedlora.common.disk.files import append_line
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import RunManifest

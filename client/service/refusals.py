@@ -18,8 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.common.disk.files import write_atomically
-from fedlora.common.disk.lines import append_line, lines_of
+from fedlora.common.disk.files import append_line, lines_of, write_atomically
 
 log = logging.getLogger(__name__)
 

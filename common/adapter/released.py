@@ -23,8 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load
 
-from fedlora.common.codec.canonical import json_table
-from fedlora.common.codec.strict import build
+from fedlora.common.codec.strict import build, json_table
 from fedlora.common.config.toml import Bounds
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import AdapterLayout

@@ -1,4 +1,6 @@
-"""Frozen dataclasses from tables that somebody else wrote.
+"""Tables: their one spelling as bytes, and frozen dataclasses from what somebody else wrote.
+
+Canonical JSON is UTF-8 with sorted keys, no white space and Python's shortest floats.
 
 A field's type says what it may be: str, int, float, bool or bytes, another dataclass (a table), a
 tuple (a list of one kind), one of these or None, or a type that reads itself from text. A `rule`
@@ -9,18 +11,39 @@ integers beyond 64 bits.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from fedlora.common.codec.canonical import MAX_MESSAGE_BYTES, canonical, json_table
 from fedlora.common.errors import BadInput
 from fedlora.common.terminal import printable
 
+MAX_MESSAGE_BYTES = 1 << 20
 T = TypeVar("T")
 NOUNS = {str: "a string", int: "an integer", float: "a finite number", bool: "true or false"}
+
+
+def canonical(value: Mapping[str, Any]) -> bytes:
+    """The one spelling of a table; ValueError for what JSON or UTF-8 can't hold."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def json_table(data: bytes, where: str, limit: int = MAX_MESSAGE_BYTES) -> dict[str, Any]:
+    """A JSON table in whatever spelling; BadInput for anything else, or more than `limit` bytes."""
+    if len(data) > limit:
+        raise BadInput(f"{where}: found {len(data)} bytes, expected at most {limit}")
+    try:
+        table = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: found bytes that are not JSON ({error})") from error
+    if not isinstance(table, dict):
+        raise BadInput(f"{where}: found {type(table).__name__}, expected a table")
+    return table
 
 
 def build(cls: type[T], table: Any, where: str) -> T:

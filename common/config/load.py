@@ -8,7 +8,7 @@ from typing import cast
 
 from fedlora.common.config.schema import Config, FaultsConfig
 from fedlora.common.config.toml import read_fields, read_table, shown
-from fedlora.common.disk.bounded import read_bytes, text_of
+from fedlora.common.disk.files import read_bytes, text_of
 from fedlora.common.errors import BadInput
 from fedlora.common.secagg.cohort import most_colluders
 from fedlora.common.secagg.wire import MOST_MEMBERS

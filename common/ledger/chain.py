@@ -25,13 +25,11 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from fedlora.common.codec.canonical import canonical
-from fedlora.common.codec.strict import build
+from fedlora.common.codec.strict import build, canonical
 from fedlora.common.disk import locks
 from fedlora.common.disk.files import sync_folder, write_atomically
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.trust.identity import Identity, PublicIdentity
-from fedlora.common.trust.sealed import seal, unseal
+from fedlora.common.trust.identity import Identity, PublicIdentity, seal, unseal
 
 HEAD_TAG = "fedlora-ledger-head-2"
 EARLIER_HEAD_TAG = "fedlora-ledger-head-1"  # of a head that is written anew with the next entry
@@ -307,7 +305,7 @@ def _opened(data: bytes, key: PublicIdentity) -> _Head:
         raise BadInput("head: found no JSON") from error
     if isinstance(table, dict) and "body" not in table:
         return _opened_earlier(table, key)
-    return build(_Head, unseal(text, HEAD_TAG, "head", key).body, "head")
+    return build(_Head, unseal(text, HEAD_TAG, "head", key).table, "head")
 
 
 def _opened_earlier(table: dict[str, Any], key: PublicIdentity) -> _Head:

@@ -13,8 +13,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fedlora.common.codec.canonical import json_table
-from fedlora.common.codec.strict import build, from_canonical, to_canonical
+from fedlora.common.codec.strict import build, from_canonical, json_table, to_canonical
 from fedlora.common.config.schema import (
     ALL_LINEAR,
     AUTO,

@@ -23,8 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from fedlora.common.codec.strict import build
 from fedlora.common.errors import BadInput
-from fedlora.common.trust.identity import Identity, PublicIdentity
-from fedlora.common.trust.sealed import seal, unseal
+from fedlora.common.trust.identity import Identity, PublicIdentity, seal, unseal
 
 VERSION = 1
 # safe as a file name, in a log and on a line
@@ -182,7 +181,7 @@ def _opened(text: str, kind: str, where: str) -> Any:
     check_kind(text, kind, where)
     cls, tag, signer = KINDS[kind]
     sealed = unseal(text, tag, where)
-    body = dict(sealed.body)
+    body = dict(sealed.table)
     version = body.pop("version", None)
     if type(version) is not int or version != VERSION:
         raise BadInput(f"{where} version: found {str(version)[:20]!r}, expected {VERSION}")

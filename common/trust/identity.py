@@ -1,4 +1,4 @@
-"""Who speaks: Ed25519 identities, and what they sign.
+"""Who speaks: Ed25519 identities, and what they sign: `Signed`, as bytes or as a text.
 
 Everything signed is framed (`common.codec.framing`): a tag that names the protocol and the stage,
 then each field. So a signature made for one stage is worth nothing in another.
@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedlora.common.codec.framing import KEY_BYTES, SIGNATURE_BYTES, framed
+from fedlora.common.codec.strict import canonical, json_table
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, Refused
+
+MAX_TEXT_BYTES = 64 << 20  # of a signed text
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,12 @@ def read_private(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class Signed:
-    """A body that one identity signed for one purpose; `tag` is the reader's, and not sent."""
+    """A body that one identity signed for one purpose; `tag` is the reader's, and not sent.
+
+    It travels as bytes, or, where the body is canonical JSON, as a text that a person can read
+    (`seal`, `unseal`): body, signer and signature as JSON, in one spelling, so that any change to
+    a file is noticed.
+    """
 
     body: bytes
     signer: PublicIdentity
@@ -175,3 +186,52 @@ class Signed:
         if len(data) < start:
             raise BadInput(f"{where}: found {len(data)} bytes, expected at least {start}")
         return cls(data[start:], PublicIdentity(data[:KEY_BYTES]), data[KEY_BYTES:start])
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """The body as a table; BadInput where it is none."""
+        return json_table(self.body, "signed text", MAX_TEXT_BYTES)
+
+    @property
+    def text(self) -> str:
+        """Body, signer and signature as JSON, for a body that is a table in canonical bytes."""
+        encoded = base64.b64encode(self.signature).decode()
+        table = {"body": self.table, "signature": encoded, "signer": self.signer.text}
+        made = json.dumps(table, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+        return made + "\n"
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Signed:
+        """From a text of any spelling; BadInput for another thing; who signed is not asked."""
+        expected = "expected body, signer and signature"
+        try:
+            if len(text) > MAX_TEXT_BYTES:
+                raise ValueError("too long")
+            table = json.loads(text)
+            body, signer, encoded = table["body"], table["signer"], table["signature"]
+            signature, spelled = base64.b64decode(encoded, validate=True), canonical(body)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise BadInput(f"{where}: found no signed text, {expected}") from error
+        if not isinstance(body, dict) or not isinstance(signer, str):
+            raise BadInput(f"{where}: found no signed text, expected a table that somebody signed")
+        return cls(spelled, PublicIdentity.from_text(signer, f"{where} signer"), signature)
+
+
+def seal(identity: Identity, tag: str, table: Mapping[str, Any]) -> str:
+    """`table` as text, signed under `tag`."""
+    return Signed.by(identity, tag, canonical(table)).text
+
+
+def unseal(text: str, tag: str, where: str, expected: PublicIdentity | None = None) -> Signed:
+    """What was sealed; Refused unless its signer signed it, and is `expected` where that is given.
+
+    Without `expected` this shows integrity only: that the text is as its signer wrote it, whoever
+    that is. BadInput where it is no such text.
+    """
+    signed = Signed.from_text(text, where)
+    if expected is not None and signed.signer != expected:
+        raise Refused(f"{where}: found the key {signed.signer.text}, expected {expected.text}")
+    signed.opened(tag, signed.signer)
+    if signed.text != text:
+        raise Refused(f"{where}: found another spelling than was signed: it was changed")
+    return signed

@@ -19,8 +19,7 @@ from fedlora.common.trust.enrolment import (
     check_kind,
     request_from_text,
 )
-from fedlora.common.trust.identity import Identity, PublicIdentity
-from fedlora.common.trust.sealed import seal, unseal
+from fedlora.common.trust.identity import Identity, PublicIdentity, seal, unseal
 
 ROTATION_TAG = "fedlora-rotation-1"
 
@@ -62,7 +61,7 @@ def rotation_from_text(text: str, where: str) -> Rotation:
         raise BadInput(f"{where}: found {len(text)} characters, expected at most {2 * MAX_TEXT}")
     check_kind(text, ROTATION, where)
     sealed = unseal(text, ROTATION_TAG, where)
-    request = build(_Body, sealed.body, where).request
+    request = build(_Body, sealed.table, where).request
     found = request_from_text(request, f"{where} request")
     if found.identity == sealed.signer:
         raise BadInput(f"{where}: found the old key as the new one, expected another")

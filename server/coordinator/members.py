@@ -19,13 +19,11 @@ from typing import Any
 
 from fedlora.common.codec.strict import build
 from fedlora.common.disk import locks
-from fedlora.common.disk.bounded import read_text
-from fedlora.common.disk.files import write_atomically
+from fedlora.common.disk.files import read_text, write_atomically
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.trust.enrolment import EnrolmentRequest, folded, request_from_text
-from fedlora.common.trust.identity import Identity, PublicIdentity
+from fedlora.common.trust.identity import MAX_TEXT_BYTES, Identity, PublicIdentity, seal, unseal
 from fedlora.common.trust.rotation import rotation_from_text
-from fedlora.common.trust.sealed import MAX_TEXT_BYTES, seal, unseal
 
 MEMBERS_TAG = "fedlora-members-1"
 VERSION = 1
@@ -80,16 +78,16 @@ class Registry:
         kept = self._kept()  # first: a change in between then leaves the file ahead, and not behind
         text = read_text(self._path, MAX_TEXT_BYTES, "the registry")
         sealed = unseal(text, MEMBERS_TAG, self._path.name, self._coordinator.public)
-        if sealed.body.get("version") != VERSION:
+        if sealed.table.get("version") != VERSION:
             raise BadInput(f"{self._path.name} version: expected {VERSION}")
-        revision = sealed.body.get("revision", 0)
+        revision = sealed.table.get("revision", 0)
         if type(revision) is not int or revision < kept or (revision > 1 and not kept):
             raise Refused(
                 f"{self._path.name} revision: found {revision}, expected"
                 f" {kept or 'the number that is kept'} ({self._revision}): it was restored from an"
                 " older copy"
             )
-        return sealed.body
+        return sealed.table
 
     def _kept(self) -> int:
         """The newest version's number; 0 where none was kept yet."""

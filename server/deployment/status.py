@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.common.disk.lines import lines_of
+from fedlora.common.disk.files import lines_of
 from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.protocol.messages import Consent, reply_from_bytes

@@ -18,8 +18,7 @@ from typing import Any
 
 from fedlora.common.config.load import load_config
 from fedlora.common.config.schema import Config, config_to_toml
-from fedlora.common.disk.files import write_atomically
-from fedlora.common.disk.lines import lines_of
+from fedlora.common.disk.files import lines_of, write_atomically
 from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
 from fedlora.common.model.base import check_base, resolve_base
 from fedlora.server.coordinator.folder import Directory

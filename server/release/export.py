@@ -31,8 +31,7 @@ from fedlora.common.adapter.released import DESCRIPTION, description_text, publi
 from fedlora.common.disk.files import sync_folder, write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.protocol.messages import Consent
-from fedlora.common.trust.identity import Identity
-from fedlora.common.trust.sealed import seal
+from fedlora.common.trust.identity import Identity, seal
 from fedlora.server.release.card import shown_figures
 from fedlora.server.release.layout import (
     ADAPTER,

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.common.adapter.released import read_spec
-from fedlora.common.codec.canonical import json_table
-from fedlora.common.disk.bounded import read_bytes, read_text
+from fedlora.common.codec.strict import json_table
+from fedlora.common.disk.files import read_bytes, read_text
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.protocol.messages import Consent, reply_from_bytes
-from fedlora.common.trust.identity import PublicIdentity
-from fedlora.common.trust.sealed import MAX_TEXT_BYTES
+from fedlora.common.trust.identity import MAX_TEXT_BYTES, PublicIdentity
 from fedlora.server.coordinator.folder import Directory
 from fedlora.server.coordinator.members import REVOKED
 from fedlora.server.release.export import export

@@ -12,9 +12,8 @@ from typing import Any
 
 from fedlora.common.adapter.released import FILES as ADAPTER_FILES
 from fedlora.common.adapter.released import Description, read_released
-from fedlora.common.codec.canonical import MAX_MESSAGE_BYTES, canonical, json_table
-from fedlora.common.codec.strict import build
-from fedlora.common.disk.bounded import read_text
+from fedlora.common.codec.strict import MAX_MESSAGE_BYTES, build, json_table
+from fedlora.common.disk.files import read_text
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import AdapterLayout, RunManifest
 from fedlora.common.model.state import AdapterState
@@ -23,8 +22,7 @@ from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import Consent, reply_from_bytes
 from fedlora.common.terminal import fault_lines
 from fedlora.common.trust.enrolment import FEDERATION, NAME
-from fedlora.common.trust.identity import PublicIdentity
-from fedlora.common.trust.sealed import MAX_TEXT_BYTES, Sealed, unseal
+from fedlora.common.trust.identity import MAX_TEXT_BYTES, PublicIdentity, Signed, unseal
 from fedlora.server.release.card import LOADERS, model_card, shown_figures
 from fedlora.server.release.layout import (
     ADAPTER,
@@ -76,19 +74,19 @@ def verify(folder: Path, key: PublicIdentity | None = None) -> list[str]:
 
 def _verified(folder: Path, key: PublicIdentity | None) -> list[str]:
     index = _sealed(folder, INDEX, RELEASE_TAG, key)
-    expected = _index(index.body)
+    expected = _index(index.table)
     _check_files(folder, expected)
     signer = index.signer
     body = _sealed(folder, MANIFEST, RELEASE_MANIFEST_TAG, signer).body
-    manifest = RunManifest.from_bytes(canonical(body))
+    manifest = RunManifest.from_bytes(body)
     if not FEDERATION.fullmatch(manifest.federation):
         raise BadInput(
             f"{MANIFEST} federation: found {manifest.federation[:80]!r}, expected a short name"
         )
-    institutions = _institutions(_sealed(folder, MEMBERS, EXPORT_MEMBERS_TAG, signer).body)
+    institutions = _institutions(_sealed(folder, MEMBERS, EXPORT_MEMBERS_TAG, signer).table)
     statements = _statements(folder, manifest, institutions, expected)
     reports = _reports(folder, institutions, expected)
-    _check_card(folder, index.body["version"], manifest, institutions, statements)
+    _check_card(folder, index.table["version"], manifest, institutions, statements)
     adapter = _check_adapter(folder, manifest)
     largest = max((statement.epsilon for statement in statements.values()), default=0.0)
     checked = [
@@ -295,7 +293,7 @@ def read_adapter(folder: Path) -> tuple[Description, AdapterState]:
         raise Refused(str(error).replace(f"{folder}/", "")) from error
 
 
-def _sealed(folder: Path, name: str, tag: str, expected: PublicIdentity | None) -> Sealed:
+def _sealed(folder: Path, name: str, tag: str, expected: PublicIdentity | None) -> Signed:
     try:
         return unseal(_text(folder, name), tag, name, expected)
     except Refused as error:

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.common.disk.files import write_text
-from fedlora.common.disk.lines import lines_of
+from fedlora.common.disk.files import lines_of, write_text
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.checkpoint import Progress

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedlora.common.disk.lines import append_line, lines_of
+from fedlora.common.disk.files import append_line, lines_of
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.secagg.wire import KeyOffer

@@ -17,8 +17,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedlora.common.disk.files import write_atomically
-from fedlora.common.disk.lines import lines_of
+from fedlora.common.disk.files import lines_of, write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.simulations.report import numbers, plots, tables

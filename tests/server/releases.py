@@ -17,8 +17,7 @@ from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import Consent, reply_to_bytes
-from fedlora.common.trust.identity import Identity
-from fedlora.common.trust.sealed import seal
+from fedlora.common.trust.identity import Identity, seal
 from fedlora.server.coordinator.folder import Directory
 from fedlora.server.release.export import export
 from fedlora.server.release.layout import REPORT_TAG, Institution, Release

@@ -11,9 +11,8 @@ import pytest
 
 from fedlora.common.errors import BadInput, QuorumLost
 from fedlora.common.model.state import AdapterState
-from fedlora.common.trust.identity import Identity
+from fedlora.common.trust.identity import Identity, seal
 from fedlora.common.trust.rotation import rotation_to_text
-from fedlora.common.trust.sealed import seal
 from fedlora.server import cli
 from fedlora.server.coordinator.folder import Directory
 from fedlora.server.release.layout import REPORT_TAG

@@ -57,7 +57,7 @@ def test_a_report_tells_all(north: Institution, tmp_path: Path) -> None:
     assert told["accountant"] == body["accountant"] and "PRV" in told["accountant"]
     assert told["neighbours"] == "data sets that differ by adding or removing one unit"
     sealed = read_report(tmp_path / "out" / "report.json", north.identity.public)
-    assert sealed.body == json.loads(json.dumps(body))
+    assert sealed.table == json.loads(json.dumps(body))
 
 
 def test_a_report_without_a_run_says_how_privacy_is_made(north: Institution) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.common.disk.bounded import read_bytes, read_text
+from fedlora.common.disk.files import read_bytes, read_text
 from fedlora.common.errors import BadInput
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlora.common.disk.lines import Line, append_line, lines_of
+from fedlora.common.disk.files import Line, append_line, lines_of
 
 
 def test_what_was_appended_is_read(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from scipy.stats import norm
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
-from fedlora.common.privacy import calibration, renyi
+from fedlora.common.privacy import accountant, calibration
 from fedlora.common.privacy.accountant import (
     Mechanism,
     Spend,
@@ -276,10 +276,10 @@ def test_it_is_opacus_prv_accountant_and_never_less(
 def test_a_chord_is_above_the_series_that_it_stands_for(noise: float, rate: float) -> None:
     from opacus.accountants.analysis import rdp
 
-    assert renyi._series_is_long(noise, rate)
-    exact = rdp.compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=renyi.ORDERS)
-    ratio = renyi._step_curve(noise, rate) / exact
-    assert (ratio >= 1 - 1e-12).all() and (ratio[renyi.ORDERS.index(2.1) :] <= 1.08).all()
+    assert accountant._series_is_long(noise, rate)
+    exact = rdp.compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=accountant.ORDERS)
+    ratio = accountant._step_curve(noise, rate) / exact
+    assert (ratio >= 1 - 1e-12).all() and (ratio[accountant.ORDERS.index(2.1) :] <= 1.08).all()
 
 
 @pytest.mark.parametrize("noise", [10.0, 300.0, 1e4, 1e6])

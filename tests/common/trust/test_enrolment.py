@@ -22,8 +22,7 @@ from fedlora.common.trust.enrolment import (
     request_from_text,
     request_to_text,
 )
-from fedlora.common.trust.identity import Identity
-from fedlora.common.trust.sealed import seal, unseal
+from fedlora.common.trust.identity import Identity, seal, unseal
 
 KEY = Identity.generate()
 
@@ -63,7 +62,7 @@ def test_every_flipped_byte_is_noticed() -> None:
 
 def test_another_spelling_of_the_same_table_is_refused() -> None:
     text = seal(KEY, "tag", {"a": 1})
-    assert unseal(text, "tag", "t").body == {"a": 1}
+    assert unseal(text, "tag", "t").table == {"a": 1}
     with pytest.raises(Refused, match="another spelling"):
         unseal(json.dumps(json.loads(text)), "tag", "t")
     with pytest.raises(Refused, match="expected"):

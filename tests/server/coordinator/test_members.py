@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.common.disk import bounded
+from fedlora.common.disk import files
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.trust.identity import Identity
 from fedlora.common.trust.rotation import rotation_to_text
@@ -71,7 +71,7 @@ def test_a_change_while_it_is_read_is_no_older_copy(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The round loop reads while an operator enrols."""
-    read = bounded.read_text
+    read = files.read_text
 
     def meanwhile(*place: Any) -> str:
         text = read(*place)

@@ -17,8 +17,7 @@ import pytest
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.protocol.messages import MANIFEST_TAG, Consent, reply_from_bytes
-from fedlora.common.trust.identity import Identity
-from fedlora.common.trust.sealed import seal, unseal
+from fedlora.common.trust.identity import Identity, seal, unseal
 from fedlora.server.release.card import model_card
 from fedlora.server.release.export import export
 from fedlora.server.release.layout import (
@@ -312,7 +311,7 @@ def code_beside_it(folder: Path, of: Party) -> None:
 
 def another_manifest(folder: Path, of: Party) -> None:
     path = folder / "manifest.json"
-    body = dict(unseal(path.read_text(), RELEASE_MANIFEST_TAG, "m").body) | {"epsilon": 0.5}
+    body = dict(unseal(path.read_text(), RELEASE_MANIFEST_TAG, "m").table) | {"epsilon": 0.5}
     path.write_text(seal(of.coordinator, RELEASE_MANIFEST_TAG, body))
 
 
