@@ -1,8 +1,8 @@
 """What the house measures: `python -m tests.house_figures [--root CHECKOUT] [--walks]` prints it.
 
-Static figures are read from the sources of any checkout (`--root`). `--walks` runs one simulated
-round, one deployed round and one `verify` of this checkout, and lists the files whose functions
-ran: what a reader has to open to follow them.
+Figures are read from the sources of any checkout (`--root`), also of the house before it had rooms.
+`--walks` runs one simulated round, one deployed round and one `verify` of it, and lists the files
+that a reader opens to follow them; `Walk` says which these are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -134,68 +138,115 @@ def _imported(root: Path, tree: ast.Module) -> Iterator[Path]:
             )
 
 
-@contextmanager
-def opened(found: set[str]) -> Iterator[None]:
-    """Adds to `found` each product file in which a function is called."""
-    folders = tuple(f"{ROOT / layer}/" for layer in CODE)
+@dataclass
+class Walk:
+    """The product functions that ran, and which file's function called which other file's.
 
-    def note(frame: FrameType, event: str, _: object) -> None:
-        if (
-            event == "call"
-            and frame.f_code.co_filename.startswith(folders)
-            and frame.f_code.co_name != "<module>"
-        ):
-            found.add(str(Path(frame.f_code.co_filename).relative_to(ROOT)))
+    A file is *entered* when one of its functions ran. It is *opened* when that function carries the
+    walk on: it called a function of another product file, other than to make a value
+    (`__init__`, `__post_init__`). A file that carries nothing on is a leaf: its call's name and
+    docstring say what it does, and who follows the walk need not open it. `lines` are those of the
+    functions that ran, in all files entered.
+    """
 
-    sys.setprofile(note)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
+    root: Path
+    lines: dict[str, set[int]] = field(default_factory=dict)
+    onward: dict[str, set[str]] = field(default_factory=dict)
+
+    @property
+    def opened(self) -> list[str]:
+        return sorted(self.onward)
+
+    @property
+    def leaves(self) -> list[str]:
+        return sorted(self.lines.keys() - self.onward.keys())
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Notes every call of this thread."""
+        sys.setprofile(self._note)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+    def _note(self, frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        name = _product_file(self.root, code.co_filename)
+        if event != "call" or name is None or code.co_name == "<module>":
+            return
+        ran = [line for *_, line in code.co_lines() if line is not None]
+        self.lines.setdefault(name, set()).update(range(code.co_firstlineno, max(ran) + 1))
+        above = frame.f_back
+        while above and _product_file(self.root, above.f_code.co_filename) is None:
+            above = above.f_back
+        caller = above and _product_file(self.root, above.f_code.co_filename)
+        if caller and caller != name and code.co_name not in ("__init__", "__post_init__"):
+            self.onward.setdefault(caller, set()).add(name)
 
 
-def simulated_round(scratch: Path) -> set[str]:
+@cache
+def _product_file(root: Path, name: str) -> str | None:
+    """A product file's name below `root`, links resolved; None for any other."""
+    path = Path(name).resolve()
+    inside = any(path.is_relative_to(root / layer) for layer in CODE)
+    return str(path.relative_to(root)) if inside else None
+
+
+def simulated_round(walk: Walk, scratch: Path) -> None:
     """One private round of three institutions in this process, from the loop's start to its end."""
-    from fedlora.server.runs.run import conduct
-    from fedlora.simulations.begin import Options, begin
-    from fedlora.simulations.engines.sequential import sequential
-    from tests.simulations.experiments import test_simulate as world
-
-    base, data, found = tiny_base(scratch), scratch / "data", set[str]()
+    base, data = tiny_base(scratch), scratch / "data"
     data.mkdir()
     for name, count in (("train", 75), ("test", 20)):
         rows = [{"text": f"w{n} {('good', 'bad')[n % 2]}", "label": n % 2} for n in range(count)]
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one = ("federation.rounds=1", "training.head_rounds=0")
-    run = begin(world.config(base, data, "record", *one), scratch / "run", Options(device="cpu"))
+    if _is_there("simulations.begin"):
+        from fedlora.server.runs.run import conduct
+        from fedlora.simulations.begin import Options, begin
+        from fedlora.simulations.engines.sequential import sequential
+        from tests.simulations.experiments.test_simulate import config
+
+        run = begin(config(base, data, "record", *one), scratch / "run", Options(device="cpu"))
+    else:
+        former = import_module("fedlora.simulations.run")
+        sequential, conduct = former.sequential, former.train
+        config = import_module("tests.simulations.test_run").config
+        settings = config(base, data, "record", *one)
+        run = former.begin(settings, former.Paths.of(scratch / "run"))
     cohort = sequential(run)
-    with opened(found):
+    with walk.followed():
         conduct(run, cohort)
-    return found
 
 
-def deployed_round(scratch: Path) -> set[str]:
+def deployed_round(walk: Walk, scratch: Path) -> None:
     """One attempt at a round under signatures: coordinator and four nodes, whose work is a fake."""
-    from dataclasses import replace
-
-    from tests.server.deployment.test_masked_runs import RUN, World
-
-    world, found = World(scratch, replace(RUN, secure=None)), set[str]()
-    with opened(found):
+    now = _is_there("server.deployment.cohorts")
+    place = "deployment.test_masked_runs" if now else "test_secure_deployment"
+    module = import_module(f"tests.server.{place}")
+    world = module.World(scratch, replace(module.RUN, secure=None))
+    with walk.followed():
         assert world.total(1).replies == 4
-    return found
 
 
-def verified(scratch: Path) -> set[str]:
+def verified(walk: Walk, scratch: Path) -> None:
     """`verify` of a small release."""
-    from fedlora.server.release.verify import verify
     from tests.server.releases import exported, party
 
-    of, found = party(), set[str]()
+    now = _is_there("server.release.verify")
+    module = import_module("fedlora.server.release" + ".verify" * now)
+    of = party()
     folder = exported(scratch, of)
-    with opened(found):
-        verify(folder, of.coordinator.public)
-    return found
+    with walk.followed():
+        module.verify(folder, of.coordinator.public)
+
+
+def _is_there(name: str) -> bool:
+    """Whether the checkout that is walked has this module: walks start in the earlier house too."""
+    try:
+        return find_spec(f"fedlora.{name}") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def tiny_base(scratch: Path) -> Path:
@@ -211,11 +262,28 @@ def tiny_base(scratch: Path) -> Path:
     return made
 
 
-WALKS: dict[str, Callable[[Path], set[str]]] = {
+WALKS: dict[str, Callable[[Walk, Path], None]] = {
     "one simulated round": simulated_round,
     "one deployed round": deployed_round,
     "verify": verified,
 }
+
+
+def print_walks(root: Path) -> None:
+    """Follow the three walks of the checkout at `root`, with its own sources and test worlds."""
+    # the links alone say what fedlora is: an editable install would mix two checkouts
+    sys.meta_path[:] = [each for each in sys.meta_path if "Editable" not in str(each)]
+    sys.path[:0] = [str(root / ".typing"), str(root)]
+    for name in [each for each in sys.modules if each.split(".")[0] == "tests"]:
+        del sys.modules[name]
+    for name, start in WALKS.items():
+        walk = Walk(root)
+        with tempfile.TemporaryDirectory() as scratch:
+            start(walk, Path(scratch))
+        read = sum(map(len, walk.lines.values()))
+        print(f"{name}: {len(walk.opened)} files opened of {len(walk.lines)} entered, {read} lines")
+        print(*(f"  {each}" for each in walk.opened), sep="\n")
+        print("  leaves:", *walk.leaves)
 
 
 def main() -> None:
@@ -226,10 +294,8 @@ def main() -> None:
     for name, figure in static(arguments.root).items():
         counted = f"{len(figure)}: " if isinstance(figure, dict | list) else ""
         print(f"{name:34} {counted}{figure}")
-    for name, walk in WALKS.items() if arguments.walks else ():
-        with tempfile.TemporaryDirectory() as scratch:
-            found = sorted(walk(Path(scratch)))
-        print(f"{name}: {len(found)} files", *found, sep="\n  ")
+    if arguments.walks:
+        print_walks(arguments.root.resolve())
 
 
 if __name__ == "__main__":
