@@ -19,7 +19,7 @@ demo: $(VENV)/demo  ## a private federation on a synthetic corpus, ending with a
 	$(BIN)/fedlora-sim quickstart --out runs/quickstart
 
 federation: $(VENV)/demo  ## a coordinator and three institutions as real processes on this machine, five private rounds
-	$(BIN)/python simulations/local_deployment.py --out runs/federation
+	$(BIN)/python simulations/local/whole_run.py --out runs/federation
 
 test: $(VENV)/dev  ## linters, types, all tests but the long ones
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -115,16 +115,12 @@ def begin(
     began, config = time.monotonic(), checked(config)
     paths = Paths.of(folder, options.ledger)
     _check_options(config, options, own)
-    _check_folder(config, paths, options.resume)
-    if not options.resume:
-        # Of a killed beginning: fitted on what was public then, and may be private in this run.
-        forget_beginning(paths.folder)
-    done = 0
+    _ready_folder(config, paths, options.resume)
+    done: list[int] = []
 
     def features(more: int) -> None:
-        nonlocal done
-        done += more
-        on_features(done, federation.feature_records)
+        done.append(more)
+        on_features(sum(done), federation.feature_records)
 
     federation = federation_of(config, paths.folder, machine_of(config, options, features), own)
     checkpoint, ledger = (_resumed if options.resume else _new)(config, paths, federation, own)
@@ -281,13 +277,16 @@ def _check_options(config: Config, options: Options, own: Own) -> None:
         )
 
 
-def _check_folder(config: Config, paths: Paths, resume: bool) -> None:
+def _ready_folder(config: Config, paths: Paths, resume: bool) -> None:
+    """BadInput unless the folder holds no run or, to be resumed, one of this configuration."""
     begun = (paths.checkpoint / "manifest.json").exists()
     if begun and not resume:
         raise BadInput(
             f"{paths.folder}: found a run, expected an empty folder; --resume goes on with it"
         )
     if not resume:
+        # Of a killed beginning: fitted on what was public then, and may be private in this run.
+        forget_beginning(paths.folder)
         return
     if not begun:
         raise BadInput(f"{paths.folder}: found no run to resume")

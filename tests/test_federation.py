@@ -24,8 +24,10 @@ from fedlora.client.node.folder import NodeFolder
 from fedlora.common.adapter.peft import load_adapter
 from fedlora.common.protocol.messages import Consent, reply_from_bytes
 from fedlora.server.coordinator.folder import Directory
-from fedlora.simulations.local_deployment import NAMES, Federation, conclude, running
-from fedlora.simulations.processes import listens, wait_until
+from fedlora.simulations.local.deployment import Federation, running
+from fedlora.simulations.local.folders import NAMES
+from fedlora.simulations.local.processes import listens, wait_until
+from fedlora.simulations.local.whole_run import conclude
 from tests.isolation import ALONE, NOBODY, NOT_SHOWN, as_nobody, available, public_folder
 from tests.proxy import Line
 

@@ -39,18 +39,8 @@ ROOMS = {
         *("strategies", "rounds", "secagg", "runs", "coordinator", "release", "deployment", "cli"),
     ),
     "simulations": (
-        *(
-            "federation",
-            "report",
-            "begin",
-            "engines",
-            "experiments",
-            "examples",
-            "cli",
-            "processes",
-            "local_deployment",
-            "benchmarks",
-        ),
+        *("federation", "report", "begin", "engines", "experiments", "examples", "cli", "local"),
+        "benchmarks",
     ),
 }
 FLWR = {
@@ -74,6 +64,8 @@ LIGHT_ROOMS = (
 LIGHT_FILES = ("errors", "terminal", "model/state", "data/records")
 # The one file that compares a mode's name: a configuration's rules stand below its guarantees.
 COMPARES_MODES = {"common/config/load.py"}
+# Files that are still longer than a reader takes in at once.
+LONG = {"simulations/benchmarks/families.py"}
 HEAVY = {"torch", "transformers", "peft", "opacus", "sklearn"}
 
 
@@ -255,11 +247,11 @@ def test_type_checkers_see_the_code_through_links() -> None:
 def test_files_and_functions_stay_short(layer: str) -> None:
     for path in sources(layer):
         text = path.read_text()
-        assert len(text.splitlines()) <= 400, path
+        assert len(text.splitlines()) <= (400 if str(path.relative_to(ROOT)) in LONG else 350), path
         assert not text or text.lstrip().startswith('"""'), (
             f"{path}: begins without saying what it is"
         )
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 body = (node.end_lineno or 0) - node.body[0].lineno + 1
-                assert body <= 60, f"{path}: {node.name} has {body} lines"
+                assert body <= 40, f"{path}: {node.name} has {body} lines"

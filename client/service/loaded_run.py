@@ -21,7 +21,8 @@ from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.trainer import Trainer
 from fedlora.common.config.schema import ALL_LINEAR, LoraConfig, ModelConfig, check_delta
-from fedlora.common.data.records import Records, file_digest, unit_groups
+from fedlora.common.data.data_file import file_digest
+from fedlora.common.data.records import Records, unit_groups
 from fedlora.common.errors import BadInput
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import RunManifest

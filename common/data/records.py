@@ -1,17 +1,14 @@
-"""Reading records, and which of them form one unit of privacy.
+"""Records, and which of them form one unit of privacy.
 
-JSON lines, CSV and Parquet; every fault names file, row and column. Row numbers count a file's
-records from 1, also in the part of a file that `take` picked. No training file decides what labels
-exist: the label set is public and fixed.
+Every fault names file, row and column. Row numbers count a file's records from 1, also in the part
+of a file that `take` picked. No training file decides what labels exist: the label set is public
+and fixed.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.common.config.toml import shown
+from fedlora.common.data.data_file import Values, columns_of
 from fedlora.common.errors import BadInput
 
 Ints = npt.NDArray[np.int64]
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
-MAX_LINE_BYTES = 10 << 20
-MAX_FILE_BYTES = 8 << 30  # of Parquet, once unpacked, too
 MAX_LABELS = 100_000
 
 
@@ -101,7 +97,7 @@ def read_records(
     With `root` given, a path that leads out of it (through a symbolic link too) is refused.
     """
     where = path.name
-    table = _table(path, columns.wanted, root)
+    table = columns_of(path, columns.wanted, root)
     texts = _strings(table[columns.text], where, columns.text)
     if not texts:
         raise BadInput(f"{where}: found no records, expected at least one")
@@ -122,7 +118,7 @@ def read_records(
 def read_label_set(path: Path, column: str) -> tuple[str, ...]:
     """The labels that occur in a *public* file: 0..k-1 for integers, else the sorted strings."""
     where = path.name
-    values = _table(path, (column,), None)[column]
+    values = columns_of(path, (column,), None)[column]
     strings = _names(values, where, column)
     if not strings:
         raise BadInput(f"{where}: found no records, expected at least one")
@@ -159,160 +155,10 @@ def split_validation(units: UnitIndex, share: float, seed: int) -> tuple[Ints, I
     return _records_of(units, np.sort(order[aside:])), _records_of(units, np.sort(order[:aside]))
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    try:
-        with path.open("rb") as stream:
-            return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise BadInput(f"{path}: can't be read ({error.strerror}), expected a data file") from error
-
-
-def check_unchanged(path: Path, digest: str) -> None:
-    """BadInput where a data file is not what it was when the run began."""
-    found = file_digest(path)
-    if found != digest:
-        raise BadInput(
-            f"{path.name}: found {found}, expected {digest}: the data changed during the run"
-        )
-
-
 def _records_of(units: UnitIndex, chosen: Ints) -> Ints:
     picked = np.zeros(len(units), dtype=bool)
     picked[chosen] = True
     return np.sort(units.records[np.repeat(picked, np.diff(units.offsets))])
-
-
-Values = list[Any]
-Reader = Callable[[Path, Sequence[str], str], dict[str, Values]]
-
-
-def _table(path: Path, wanted: Sequence[str], root: Path | None) -> dict[str, Values]:
-    """The wanted columns as they stand in the file."""
-    where = path.name
-    if path.suffix not in READERS:
-        raise BadInput(
-            f"{where}: found {path.suffix or 'no ending'}, expected one of {', '.join(READERS)}"
-        )
-    if root is not None and not path.resolve().is_relative_to(root.resolve()):
-        raise BadInput(f"{where}: leads to a place outside {root.name}, expected a file inside it")
-    if not path.is_file():
-        raise BadInput(f"{path}: found no such file, expected one of {', '.join(READERS)}")
-    _check_size(path.stat().st_size, where)
-    try:
-        return READERS[path.suffix](path, wanted, where)
-    except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        raise BadInput(f"{path}: can't be read ({reason}), expected a data file") from error
-
-
-def _check_size(size: int, where: str) -> None:
-    if size > MAX_FILE_BYTES:
-        raise BadInput(f"{where}: found {size} bytes, expected at most {MAX_FILE_BYTES}")
-
-
-def _read_parquet(path: Path, wanted: Sequence[str], where: str) -> dict[str, Values]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _need(wanted, file.schema_arrow.names, where)
-            groups = (
-                file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)
-            )
-            _check_size(sum(group.total_byte_size for group in groups), where)
-            table = file.read(columns=list(wanted))
-            return {name: table[name].to_pylist() for name in wanted}
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: found text that is not UTF-8, expected UTF-8") from error
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0][:200]
-        raise BadInput(f"{where}: can't be read ({reason}), expected Parquet") from error
-
-
-def _read_jsonl(path: Path, wanted: Sequence[str], where: str) -> dict[str, Values]:
-    table: dict[str, Values] = {name: [] for name in wanted}
-    row = 0
-    for number, line in enumerate(_lines(path, where), start=1):
-        if not line.strip():
-            continue
-        row += 1
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            raise BadInput(
-                f"{where} line {number}: found no JSON ({reason}), expected an object"
-            ) from error
-        if not isinstance(record, dict):
-            raise BadInput(
-                f"{where} line {number}: found {type(record).__name__}, expected an object"
-            )
-        _need(wanted, list(record), f"{where} row {row}")
-        for name in wanted:
-            table[name].append(record[name])
-    return table
-
-
-def _read_csv(path: Path, wanted: Sequence[str], where: str) -> dict[str, Values]:
-    """RFC 4180 with a header; fields up to 128 KiB: no unclosed quote swallows the file."""
-    table: dict[str, Values] = {name: [] for name in wanted}
-    reader = csv.reader(_lines(path, where), strict=True)
-    try:
-        header = next(reader, [])
-        _need(wanted, header, where)
-        places = [(table[name], header.index(name)) for name in wanted]
-        for fields in reader:
-            if len(fields) not in (0, len(header)):
-                found = f"found {len(fields)} fields, expected {len(header)} as in the header"
-                raise BadInput(f"{where} line {reader.line_num}: {found}")
-            for column, place in places if fields else ():
-                column.append(_number_or_text(fields[place]))
-    except csv.Error as error:
-        raise BadInput(
-            f"{where} line {reader.line_num}: found no CSV ({error}), expected fields"
-        ) from error
-    return table
-
-
-READERS: dict[str, Reader] = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-
-
-def _lines(path: Path, where: str) -> Iterator[str]:
-    with path.open("rb") as stream:
-        number = 0
-        while line := stream.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise BadInput(
-                    f"{where} line {number}: found more than {MAX_LINE_BYTES} bytes, expected fewer"
-                )
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                found = f"found a byte that is not UTF-8 at {error.start}, expected UTF-8"
-                raise BadInput(f"{where} line {number}: {found}") from error
-
-
-def _number_or_text(value: str) -> int | str:
-    """CSV has no types: an integer is what reads as one and nothing more."""
-    if len(value) <= 18 and value.isdecimal() and str(int(value)) == value:
-        return int(value)
-    return value
-
-
-def _need(wanted: Sequence[str], found: Sequence[str], where: str) -> None:
-    faults = []
-    for name in wanted:
-        if name not in found:
-            faults.append(
-                f"{where}: found columns {shown(sorted(found))}, expected {shown(name)} among them"
-            )
-        elif list(found).count(name) > 1:
-            faults.append(f"{where}: found column {shown(name)} twice, expected it once")
-    if faults:
-        raise BadInput(faults)
 
 
 def _no_nulls(values: Values, where: str, column: str) -> None:

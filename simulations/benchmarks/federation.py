@@ -19,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,8 +32,9 @@ from rich.table import Table
 from fedlora.common.errors import FedloraError
 from fedlora.common.model.base import resolve_base
 from fedlora.simulations.federation.corpus import CLASSES, generate
-from fedlora.simulations.local_deployment import NAMES, Federation, running
-from fedlora.simulations.processes import BIN, free_port, listens, wait_until
+from fedlora.simulations.local.deployment import Federation, running
+from fedlora.simulations.local.folders import NAMES, write_records
+from fedlora.simulations.local.processes import BIN, free_port, listens, signal_group, wait_until
 
 SECONDS = 1800.0
 PROJECT = """\
@@ -151,63 +154,76 @@ def _trained(node: Path) -> list[float]:
 
 def template(root: Path, rounds: int) -> Cost:
     """The same texts in an app after Flower's template, on SuperLink and three SuperNodes."""
-    app, out, port = root / "app", root / "out.json", free_port()
+    out, port = root / "out.json", free_port()
+    _write_app(root, port)
+    settings = f'rounds={rounds} base="{resolve_base("minilm")}" labels={len(CLASSES)} out="{out}"'
+    words = [str(BIN / "flwr"), "run", str(root / "app"), "--run-config", settings]
+    with _flower(root, port):
+        subprocess.run(words, env=_environment(root), check=True, capture_output=True)
+        wait_until(out.exists, "the app's end", SECONDS)
+        time.sleep(1.0)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    seconds = [after - before for before, after in pairwise(found["times"])]
+    return _cost("after Flower's template", seconds, found["training"])
+
+
+def _write_app(root: Path, port: int) -> None:
+    """The app, Flower's configuration that names its SuperLink, and each institution's records."""
+    app, corpus = root / "app", generate(7)
     app.mkdir(parents=True)
-    files = {"pyproject.toml": PROJECT, "server_app.py": SERVER, "client_app.py": CLIENT}
-    for name, text in files.items():
-        (app / name).write_text(text, encoding="utf-8")
-    (root / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\n'
-        "insecure = true\n",
-        encoding="utf-8",
-    )
-    corpus = generate(7)
-    commands = [["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]]
-    for name in NAMES:
-        mine = [each for each in corpus.train if each["institution"] == name]
-        records = [
-            {"text": each["text"], "label": list(CLASSES).index(each["label"])} for each in mine
-        ]
-        (root / f"{name}.jsonl").write_text(
-            "".join(json.dumps(each) + "\n" for each in records), encoding="utf-8"
-        )
-        here, own = f"127.0.0.1:{port}", str(free_port())
-        options = ["--superlink", here, "--host", "127.0.0.1", "--port", own]
-        config = f'data="{root / name}.jsonl"'
-        commands.append(["flower-supernode", "--insecure", *options, "--node-config", config])
-    quiet = {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "OMP_NUM_THREADS": "1",
+    superlink = f'address = "127.0.0.1:{port}"\ninsecure = true\n'
+    texts = {
+        app / "pyproject.toml": PROJECT,
+        app / "server_app.py": SERVER,
+        app / "client_app.py": CLIENT,
+        root / "config.toml": f'[superlink]\ndefault = "here"\n[superlink.here]\n{superlink}',
     }
-    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
-    environment = {**os.environ, **quiet, "FLWR_HOME": str(root), "PATH": path}
-    environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    for name in NAMES:
+        records = [
+            {"text": each["text"], "label": list(CLASSES).index(each["label"])}
+            for each in corpus.train
+            if each["institution"] == name
+        ]
+        write_records(root / f"{name}.jsonl", records)
+
+
+@contextmanager
+def _flower(root: Path, port: int) -> Iterator[None]:
+    """SuperLink and a SuperNode for each institution, until the end."""
+    here = ["--insecure", "--host", "127.0.0.1", "--port"]
+    commands = [["flower-superlink", *here, str(port)]]
+    for name in NAMES:
+        own = ["--superlink", f"127.0.0.1:{port}", "--node-config", f'data="{root / name}.jsonl"']
+        commands.append(["flower-supernode", *here, str(free_port()), *own])
     processes: list[subprocess.Popen[bytes]] = []
     try:
         with (root / "log").open("ab") as log:
-            for command in commands:
-                start = [str(BIN / command[0]), *command[1:]]
+            for command, *options in commands:
+                start, environment = [str(BIN / command), *options], _environment(root)
                 processes.append(
                     subprocess.Popen(
                         start, env=environment, stdout=log, stderr=log, start_new_session=True
                     )
                 )
                 wait_until(lambda: listens(port), "SuperLink")
-        settings = (
-            f'rounds={rounds} base="{resolve_base("minilm")}" labels={len(CLASSES)} out="{out}"'
-        )
-        words = [str(BIN / "flwr"), "run", str(app), "--run-config", settings]
-        subprocess.run(words, env=environment, check=True, capture_output=True)
-        wait_until(out.exists, "the app's end", SECONDS)
-        time.sleep(1.0)
+        yield
     finally:
         for process in processes:
-            os.killpg(process.pid, signal.SIGTERM)
-    found = json.loads(out.read_text(encoding="utf-8"))
-    times = found["times"]
-    seconds = [after - before for before, after in pairwise(times)]
-    return _cost("after Flower's template", seconds, found["training"])
+            signal_group(process, signal.SIGTERM)
+
+
+def _environment(root: Path) -> dict[str, str]:
+    own = {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_HOME": str(root),
+        "OMP_NUM_THREADS": "1",
+        "PATH": os.pathsep.join([str(BIN), os.environ["PATH"]]),
+    }
+    return {**os.environ, **own}
 
 
 def _cost(system: str, seconds: list[float], training: list[float]) -> Cost:

@@ -138,59 +138,63 @@ class _Coordinator:
         return self._pipe.recv_bytes()
 
 
-def institutions(pipe: Connection, nodes: int, parameters: int) -> None:
-    """The second process: every institution, one request at a time."""
-    encoding = Encoding.fitting(parameters, 1.0, LEVELS, nodes)
-    names = [f"node-{number:04d}" for number in range(nodes)]
-    identities = {name: Identity.generate() for name in names}
-    peers = {name: Peer(name, name, identity.public) for name, identity in identities.items()}
-    members = {
-        name: SecureNode(
-            identities[name],
-            CohortPolicy(name, peers, 3),
-            EPOCH.federation,
-            EPOCH.run,
-            MemoryOutbox(),
-        )
-        for name in names
-    }
-    pipe.send_bytes(
-        json.dumps({name: peer.identity.key.hex() for name, peer in peers.items()}).encode()
-    )
-    cpu, sent, received = (
-        dict.fromkeys(names, 0.0),
-        dict.fromkeys(names, 0),
-        dict.fromkeys(names, 0),
-    )
-    total = np.zeros(parameters, dtype=np.int64)
-    while True:
-        asked = pipe.recv_bytes().decode()
-        if asked == "done":
-            break
-        name, stage = asked.split()
-        message = pipe.recv_bytes()
-        node = members[name]
-        update = (
-            np.random.default_rng(int(name[5:])).uniform(-1, 1, parameters)
-            if stage == "mask"
-            else None
-        )
+class _Institutions:
+    """Every institution, one request at a time, and what each used, sent and received."""
+
+    def __init__(self, nodes: int, parameters: int) -> None:
+        names = [f"node-{number:04d}" for number in range(nodes)]
+        keys = {name: Identity.generate() for name in names}
+        peers = {name: Peer(name, name, key.public) for name, key in keys.items()}
+        self.public = {name: key.public.key.hex() for name, key in keys.items()}
+        self.encoding = Encoding.fitting(parameters, 1.0, LEVELS, nodes)
+        self.cpu, self.sent, self.received = (dict.fromkeys(names, 0.0) for _ in range(3))
+        self.total = np.zeros(parameters, dtype=np.int64)
+        self._members = {
+            name: SecureNode(
+                keys[name],
+                CohortPolicy(name, peers, 3),
+                EPOCH.federation,
+                EPOCH.run,
+                MemoryOutbox(),
+            )
+            for name in names
+        }
+
+    def answer(self, name: str, stage: str, message: bytes) -> bytes:
+        """What `name` sends back; a masked update counts into `total`."""
+        update = None
+        if stage == "mask":
+            source = np.random.default_rng(int(name[5:]))
+            update = source.uniform(-1, 1, len(self.total))
         before = time.process_time()
-        answer = _answer(node, stage, message, encoding, update)
-        cpu[name] += time.process_time() - before
-        sent[name], received[name] = sent[name] + len(answer), received[name] + len(message)
+        answer = _answer(self._members[name], stage, message, self.encoding, update)
+        self.cpu[name] += time.process_time() - before
+        self.sent[name] += len(answer)
+        self.received[name] += len(message)
         if update is not None:
-            total += encoding.encode(update)
-        pipe.send_bytes(answer)
-    whole = [name for name in names if sent[name] > parameters]  # those who did not drop out
-    told = {
-        "cpu": float(np.mean([cpu[name] for name in whole])),
-        "most": max(cpu.values()),
-        "sent": max(sent.values()),
-        "received": max(received.values()),
-    }
-    pipe.send_bytes(json.dumps(told).encode())
-    pipe.send_bytes(total.tobytes())
+            self.total += self.encoding.encode(update)
+        return answer
+
+    def told(self) -> dict[str, float]:
+        """CPU seconds of those that did not drop out, and the most that anybody sent or got."""
+        whole = [name for name, sent in self.sent.items() if sent > len(self.total)]
+        return {
+            "cpu": float(np.mean([self.cpu[name] for name in whole])),
+            "most": max(self.cpu.values()),
+            "sent": max(self.sent.values()),
+            "received": max(self.received.values()),
+        }
+
+
+def institutions(pipe: Connection, nodes: int, parameters: int) -> None:
+    """The second process: answers what is asked, until it is told that all is done."""
+    all_of_them = _Institutions(nodes, parameters)
+    pipe.send_bytes(json.dumps(all_of_them.public).encode())
+    while (asked := pipe.recv_bytes().decode()) != "done":
+        name, stage = asked.split()
+        pipe.send_bytes(all_of_them.answer(name, stage, pipe.recv_bytes()))
+    pipe.send_bytes(json.dumps(all_of_them.told()).encode())
+    pipe.send_bytes(all_of_them.total.tobytes())
 
 
 def _answer(

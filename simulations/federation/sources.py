@@ -6,13 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedlora.common.config.schema import DataConfig
-from fedlora.common.data.records import (
-    Records,
-    file_digest,
-    read_records,
-    split_validation,
-    unit_groups,
-)
+from fedlora.common.data.data_file import file_digest
+from fedlora.common.data.records import Records, read_records, split_validation, unit_groups
 from fedlora.common.errors import BadInput
 from fedlora.server.runs.public_data import PublicRecords, columns_of, read_labels, task_of
 

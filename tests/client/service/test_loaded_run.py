@@ -12,7 +12,7 @@ import pytest
 from fedlora.client.service.answer import Resident
 from fedlora.client.service.loaded_run import LoadedRun
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.data.records import file_digest
+from fedlora.common.data.data_file import file_digest
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
 from fedlora.common.model.base import base_digest

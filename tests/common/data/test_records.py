@@ -15,13 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.common.data import records as data
+from fedlora.common.data import data_file
 from fedlora.common.data.records import (
     Columns,
     Records,
     UnitIndex,
-    check_unchanged,
-    file_digest,
     read_label_set,
     read_records,
     split_validation,
@@ -260,7 +258,8 @@ def test_long_line(ending: str, tmp_path: Path) -> None:
         stream.truncate(100_000_000)  # one line of zeros; the file system keeps no block for it
     line = fault(path)
     assert (
-        line == f"{path.name} line 2: found more than {data.MAX_LINE_BYTES} bytes, expected fewer"
+        line
+        == f"{path.name} line 2: found more than {data_file.MAX_LINE_BYTES} bytes, expected fewer"
     )
 
 
@@ -293,7 +292,7 @@ def test_outside_root(direct: bool, tmp_path: Path) -> None:
 
 def test_too_large_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "a.parquet", [ROWS[0] | {"text": "a" * 100_000}] * 50)
-    monkeypatch.setattr(data, "MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(data_file, "MAX_FILE_BYTES", 20_000)
     assert path.stat().st_size < 20_000, "small on disk, large once unpacked"
     unpacked = fault(path)
     assert "bytes, expected at most 20000" in unpacked and unpacked.startswith("a.parquet: found ")
@@ -349,24 +348,6 @@ def test_bad_label_set(labels: list[Any], expected: str, tmp_path: Path) -> None
 def test_integer_labels_fill_their_range(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "test.jsonl", [{"label": label} for label in (3, 0)])
     assert read_label_set(path, "label") == ("0", "1", "2", "3")
-
-
-@pytest.mark.parametrize(
-    "change", ["edited", "gone"], ids=["data-changed-between-rounds", "data-gone-between-rounds"]
-)
-def test_changed_data(change: str, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    digest = file_digest(path)
-    check_unchanged(path, digest)
-    if change == "edited":
-        path.write_bytes(path.read_bytes().replace(b"good", b"gold"))
-    else:
-        path.unlink()
-    with pytest.raises(
-        BadInput,
-        match=r"the data changed during the run" if change == "edited" else "can't be read",
-    ):
-        check_unchanged(path, digest)
 
 
 # Units

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from fedlora.server.coordinator.folder import Directory
-from fedlora.simulations.processes import free_port
+from fedlora.simulations.local.processes import free_port
 from tests.beside import beside
 
 NGINX = shutil.which("nginx") or ("/usr/sbin/nginx" if Path("/usr/sbin/nginx").exists() else "")

@@ -38,7 +38,7 @@ from fedlora.server.deployment import supervise
 from fedlora.server.deployment.process import outcome_of
 from fedlora.server.deployment.serve import serve
 from fedlora.server.rounds.cohort import Failure
-from fedlora.simulations.local_deployment import TRAINING
+from fedlora.simulations.local.folders import TRAINING
 from tests.server.enrolments import request
 
 NAMES = ("east", "north", "south")
