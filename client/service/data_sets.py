@@ -8,9 +8,7 @@ from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import DataPolicy, Policy
 from fedlora.common.config.schema import check_delta
 from fedlora.common.data.records import Columns, Records, read_records, unit_groups
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification, Task
-from fedlora.common.errors import BadInput
-from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.data.tasks import task_named
 from fedlora.common.model.tokenizer import load_tokenizer
 
 
@@ -23,8 +21,9 @@ def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[int, int]
     records = read_data(data, folder.under(data.path))
     units = len(unit_groups(records.units, len(records)))
     check_delta(policy.limits.delta, units, f"{records.where}, by [limits] delta:")
+    task = task_named(data.task, data.labels)
     for base in policy.bases.values():
-        task_of(data).encode(records, load_tokenizer(folder.base(base)), policy.limits.max_length)
+        task.encode(records, load_tokenizer(folder.base(base)), policy.limits.max_length)
     return len(records), units
 
 
@@ -38,11 +37,3 @@ def read_data(data: DataPolicy, path: Path) -> Records:
         unit=data.unit,
     )
     return read_records(path, columns, data.labels, root=path.parent)
-
-
-def task_of(asked: RunManifest | DataPolicy) -> Task:
-    if asked.task == "sequence-classification":
-        return SequenceClassification(asked.labels)
-    if asked.task == "causal-lm":
-        return CausalLanguageModel()
-    raise BadInput(f"manifest task: found {asked.task!r}, expected a known one")

@@ -15,7 +15,7 @@ import torch
 
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import DataPolicy, Policy
-from fedlora.client.service.data_sets import read_data, task_of
+from fedlora.client.service.data_sets import read_data
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.step import PerSampleGradients
@@ -23,6 +23,7 @@ from fedlora.client.training.trainer import Trainer
 from fedlora.common.config.schema import ALL_LINEAR, LoraConfig, ModelConfig, check_delta
 from fedlora.common.data.data_file import file_digest
 from fedlora.common.data.records import Records, unit_groups
+from fedlora.common.data.tasks import task_named
 from fedlora.common.errors import BadInput
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import RunManifest
@@ -123,7 +124,8 @@ class LoadedRun:
         settings = replace(
             model, digest=manifest.base_digest, task=manifest.task, max_length=manifest.max_length
         )
-        built = build_model(settings, lora, task_of(manifest), manifest.seed, _device(self._policy))
+        task = task_named(manifest.task, manifest.labels)
+        built = build_model(settings, lora, task, manifest.seed, _device(self._policy))
         if manifest.projection_digest:
             built.projection = Projection.read(projection)
             # before it is kept for the run
@@ -175,7 +177,8 @@ def try_base(folder: NodeFolder, policy: Policy, digest: str) -> dict[str, float
         settings = ModelConfig(base, digest, data.task, longest, pooling)
         lora = LoraConfig(rank=1, targets=(ALL_LINEAR,))
         try:
-            found[data.task] = build_model(settings, lora, task_of(data), 0).probe_seconds
+            task = task_named(data.task, data.labels)
+            found[data.task] = build_model(settings, lora, task, 0).probe_seconds
         except BadInput as error:
             found[data.task] = error
     return found

@@ -67,7 +67,7 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(Part):
     """Bytes as they are, `size` of them where one is given."""
 
     size: int | None = None
@@ -82,7 +82,7 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Part):
     """UTF-8 of `least` to `most` bytes; on one printable line where that is asked."""
 
     least: int
@@ -107,7 +107,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Whole(Part):
     """A whole number from 0 to `most`, as 8 bytes, big-endian."""
 
     most: int = (1 << 64) - 1
@@ -123,7 +123,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Listed:
+class Listed(Part):
     """At most `most` items of one kind, framed under LIST_TAG."""
 
     item: Part
@@ -137,7 +137,7 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class OneOf:
+class OneOf(Part):
     """A member of a string enumeration, by its value."""
 
     kind: type[StrEnum]
@@ -154,7 +154,7 @@ class OneOf:
 
 
 @dataclass(frozen=True)
-class Own:
+class Own(Part):
     """A value of a type that says itself how it is written."""
 
     kind: Any

@@ -38,6 +38,7 @@ class Columns:
 
     @property
     def wanted(self) -> tuple[str, ...]:
+        """The names that are not empty, each once: the columns that are read."""
         names = (self.text, self.response, self.label, self.unit, *self.more)
         return tuple(dict.fromkeys(name for name in names if name))
 

@@ -45,6 +45,7 @@ class Encoded:
         return np.diff(self.offsets)
 
     def tokens_of(self, row: int) -> npt.NDArray[np.int32]:
+        """(length,) int32: the tokens of record `row`, a view."""
         return self.tokens[self.offsets[row] : self.offsets[row + 1]]
 
     def batch(
@@ -110,6 +111,10 @@ class SequenceClassification:
     name: str = "sequence-classification"
 
     def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
+        """Each text framed as the tokenizer frames one, cut to `max_length`; `targets` are labels.
+
+        BadInput where there are no labels, or a text has no token.
+        """
         if records.labels is None:
             raise BadInput(f"{records.where}: found no labels, expected a label column")
         before, after = frame(tokenizer)
@@ -121,10 +126,12 @@ class SequenceClassification:
         return _ragged(rows, records.labels, {"text": shortened})
 
     def losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(n,) cross entropy of `logits` (n, labels), float32, or float64 where they are."""
         precise = logits if logits.dtype == torch.float64 else logits.float()
         return functional.cross_entropy(precise, batch.targets, reduction="none")
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> Totals:
+        """Of `logits` (n, labels): confusion by true row (labels, labels), loss, examples."""
         size = len(self.labels)
         guesses = logits.float().argmax(dim=1)
         pairs = torch.bincount(batch.targets * size + guesses, minlength=size * size)
@@ -136,6 +143,7 @@ class SequenceClassification:
         }
 
     def metrics(self, totals: Totals) -> dict[str, float]:
+        """Mean loss, accuracy, and macro F1 over the classes that occur or were guessed, 0..1."""
         confusion = totals["confusion"]
         right, true, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
         present = (true + guessed) > 0  # a class that neither occurs nor is guessed has no F1
@@ -160,6 +168,11 @@ class CausalLanguageModel:
     name: str = "causal-lm"
 
     def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
+        """Prompt and response as one text of at most `max_length`; the end of a prompt stays.
+
+        A response keeps what the prompt leaves, and at least half of the room. `targets` are where
+        it begins. BadInput where there is no column of responses, or a response has no token.
+        """
         if records.responses is None:
             raise BadInput(
                 f"{records.where}: found no responses, expected prompt and response columns"
@@ -182,10 +195,12 @@ class CausalLanguageModel:
         return _ragged(rows, np.array(starts, dtype=np.int64), cut)
 
     def losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(n,) mean cross entropy of the tokens of each response; `logits` (n, length, words)."""
         summed, count = self._response_losses(logits, batch)
         return summed / count
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> Totals:
+        """Of `logits` (n, length, words): the loss of responses, their tokens, examples."""
         summed, count = self._response_losses(logits, batch)
         return {
             "loss": np.array(summed.double().sum().item()),
@@ -194,6 +209,7 @@ class CausalLanguageModel:
         }
 
     def metrics(self, totals: Totals) -> dict[str, float]:
+        """Mean loss of a token in nats, and perplexity."""
         loss = float(totals["loss"]) / float(totals["tokens"])
         return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
 
@@ -210,6 +226,15 @@ class CausalLanguageModel:
 
 
 TASKS = {"sequence-classification": SequenceClassification, "causal-lm": CausalLanguageModel}
+
+
+def task_named(name: str, labels: tuple[str, ...]) -> Task:
+    """The task of a configuration, policy or manifest; BadInput where it names none."""
+    if name == "sequence-classification":
+        return SequenceClassification(labels)
+    if name == "causal-lm":
+        return CausalLanguageModel()
+    raise BadInput(f"task: found {name!r}, expected sequence-classification or causal-lm")
 
 
 def add_totals(totals: Sequence[Totals]) -> Totals:

@@ -136,6 +136,7 @@ class Projection:
         return Projection(affine(self.whiten), Kernel(landmarks, 1.0, affine(self.kernel.affine)))
 
     def write(self, path: Path) -> None:
+        """The map as safetensors, whole or not at all; `read` gives it back to the last bit."""
         write_atomically(
             path, bytes(save({n: np.ascontiguousarray(p) for n, p in self._parts().items()}))
         )

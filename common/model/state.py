@@ -37,6 +37,7 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
+        """How many coordinates it has."""
         return math.prod(self.shape)
 
 
@@ -104,6 +105,7 @@ class AdapterState:
 
     @classmethod
     def zeros(cls, spec: AdapterSpec) -> AdapterState:
+        """The state in which every coordinate is 0."""
         return cls(spec, np.zeros(spec.size, dtype=np.float32))
 
     @classmethod

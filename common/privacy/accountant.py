@@ -131,6 +131,7 @@ def group_scales(noise_multiplier: float, clips: Sequence[float]) -> list[float]
 
 
 def accountant_name() -> str:
+    """As a privacy statement names it, with the version that computes."""
     return f"Opacus {version('opacus')} PRV"
 
 

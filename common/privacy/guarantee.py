@@ -33,10 +33,12 @@ class Permits(Protocol):
     """What an institution's policy says about guarantees that are not its own noise alone."""
 
     @property
-    def allow_unnoised(self) -> bool: ...
+    def allow_unnoised(self) -> bool:
+        """Whether runs without any privacy may have data."""
 
     @property
-    def client_level(self) -> bool: ...
+    def client_level(self) -> bool:
+        """Whether updates may leave under a share of the noise alone."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class OsRandom:
     """The system's generator; large requests: AES-256-CTR under a key that is used once."""
 
     def words(self, n: int) -> Words:
+        """(n,) uint64: the operating system's bytes, or AES in counter mode under a key of them."""
         if n <= _DIRECT_WORDS:
             return np.frombuffer(os.urandom(8 * _count(n)), dtype=np.uint64)
         stream = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
@@ -64,6 +65,7 @@ class SeededRandom:
         self._stream = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
 
     def words(self, n: int) -> Words:
+        """(n,) uint64: the next of the stream that the seed decides."""
         return np.asarray(self._stream.random_raw(_count(n)), dtype=np.uint64)
 
 

@@ -206,6 +206,10 @@ def _statements(
 def opened_consent(
     data: bytes, name: str, manifest: RunManifest, keys: Mapping[str, PublicIdentity]
 ) -> Consent:
+    """What institution `name` signed about this run, at what its schedule costs; Refused for else.
+
+    `data` is the signed reply; `keys` are the members' by name.
+    """
     where = f"{STATEMENTS}/{name}.json"
     reply = reply_from_bytes(data, manifest.federation, keys)
     if not isinstance(reply, Consent) or reply.institution != name:
@@ -287,6 +291,7 @@ def _check_adapter(folder: Path, manifest: RunManifest) -> str:
 
 
 def read_adapter(folder: Path) -> tuple[Description, AdapterState]:
+    """The adapter of an export and its description; Refused, which names files within it."""
     try:
         return read_released(folder / ADAPTER)
     except BadInput as error:
@@ -318,6 +323,7 @@ def _check_plain(path: Path, name: str) -> None:
 
 
 def digest_of(folder: Path, name: str) -> str:
+    """`sha256:` and the hash of a file of an export; Refused where it cannot be read."""
     try:
         with (folder / name).open("rb") as stream:
             return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()

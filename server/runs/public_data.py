@@ -14,7 +14,7 @@ import torch
 from fedlora.common.config.parts import NetworkRecipe
 from fedlora.common.config.schema import DataConfig, ModelConfig
 from fedlora.common.data.records import Columns, Records, read_label_set, read_records
-from fedlora.common.data.tasks import CausalLanguageModel, Encoded, SequenceClassification, Task
+from fedlora.common.data.tasks import Encoded, Task, task_named
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
 from fedlora.common.model.compute import COMPUTE, Compute, compute_of_run
@@ -50,7 +50,7 @@ def read_public(data: DataConfig, task: str) -> PublicRecords:
         read_records(Path(each), columns_of(data, task), labels)
         for each in (data.validation, data.test)
     )
-    return PublicRecords(task_of(task, labels), validation, test)
+    return PublicRecords(task_named(task, labels), validation, test)
 
 
 def read_labels(data: DataConfig, task: str) -> tuple[str, ...]:
@@ -58,10 +58,6 @@ def read_labels(data: DataConfig, task: str) -> tuple[str, ...]:
     if task != "sequence-classification":
         return ()
     return tuple(data.labels or read_label_set(Path(data.test), data.label))
-
-
-def task_of(task: str, labels: tuple[str, ...]) -> Task:
-    return CausalLanguageModel() if task == "causal-lm" else SequenceClassification(labels)
 
 
 def columns_of(data: DataConfig, task: str) -> Columns:
@@ -157,6 +153,7 @@ def forget_beginning(folder: Path) -> None:
 
 
 def encode(model: AdapterModel, records: Records) -> Encoded:
+    """Tokenised for the model's own task, at most `model.longest` tokens each."""
     return model.task.encode(records, model.tokenizer, model.longest)
 
 

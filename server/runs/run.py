@@ -55,6 +55,7 @@ class Run:
 
     @property
     def manifest(self) -> RunManifest:
+        """The checkpoint's."""
         return self.checkpoint.manifest
 
 
@@ -167,6 +168,7 @@ class MetricsLog:
         self._earlier = max((json.loads(line)["elapsed_seconds"] for line in kept), default=0.0)
 
     def write(self, record: RoundRecord, progress: Progress) -> None:
+        """Append the line of a round that was committed, and tell who watches."""
         line = self._line(record)
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")

@@ -36,10 +36,12 @@ class Listed:
 
     @property
     def names(self) -> list[str]:
+        """Of whom the list names, in its order."""
         return list(self.offers)
 
     @property
     def threshold(self) -> int:
+        """t: how many must answer to the end."""
         return cohort.threshold(len(self.offers))
 
 
@@ -291,6 +293,7 @@ class ServerAttempt:
 
 
 def identity_of(identities: Mapping[str, PublicIdentity], name: str) -> PublicIdentity:
+    """A member's key; Refused for whom the federation does not know."""
     if name not in identities:
         raise Refused(f"{name}: not a member of this federation")
     return identities[name]

@@ -66,6 +66,7 @@ class FedAvg:
     def apply(
         self, state: AdapterState, memory: ServerState, mean: Floats
     ) -> tuple[AdapterState, ServerState]:
+        """The state after a step of the server's optimiser along `mean` (size,), and memory."""
         step, memory = RULES[self.optimizer.name](self.optimizer, memory, mean)
         done = memory.counts.get("steps", 0)
         left = max(0.0, 1 - done / self.decay_rounds) if self.decay_rounds else 1.0

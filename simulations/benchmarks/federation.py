@@ -233,6 +233,7 @@ def _cost(system: str, seconds: list[float], training: list[float]) -> Cost:
 
 
 def main() -> None:
+    """Three federations after each other, and their rounds as a table."""
     parser = argparse.ArgumentParser(description="Seconds of a round beyond its training.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)

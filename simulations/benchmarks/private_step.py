@@ -66,6 +66,7 @@ class Case:
 
 
 def main() -> None:
+    """Time the steps alternately, and print them against the first."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

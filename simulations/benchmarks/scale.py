@@ -68,6 +68,7 @@ delta = 1e-6
 
 
 def main() -> None:
+    """A federation of each size in a process of its own, or with --only one, here."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=6)

@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 
 def main() -> None:
+    """Each case in a process of its own, or with --only one, here."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="one small case")

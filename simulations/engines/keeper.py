@@ -76,6 +76,7 @@ class Keeper:
 
     @classmethod
     def find(cls, manifest: RunManifest) -> Keeper:
+        """The run's actor, from any process of its cluster; ValueError where there is none."""
         return cls(ray.get_actor(_name(manifest)))
 
     def answer(self, request: bytes, spec: AdapterSpec, train: Train) -> bytes:

@@ -43,4 +43,5 @@ class Shared:
         return Identity(Ed25519PrivateKey.from_private_bytes(raw))
 
     def write(self, folder: Path) -> None:
+        """Into a file that only its owner reads: it holds a secret."""
         write_atomically(folder / NODES_FILE, json.dumps(vars(self)).encode(), mode=0o600)

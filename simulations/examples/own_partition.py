@@ -31,6 +31,7 @@ def by_length(records: Records, units: UnitIndex) -> npt.NDArray[np.int64]:
 
 
 def main(folder: Path, base: str = "minilm", rounds: int = 20) -> Result:
+    """Train on institutions dealt by `by_length`, and print how each fares."""
     result = simulate(federation(folder, base, rounds), folder / "run", partition=by_length)
     for name, accuracy in result.summary["accuracy_by_client"].items():
         print(f"{name}: accuracy {accuracy:.3f} of its mix of labels")

@@ -40,6 +40,7 @@ class Nesterov:
 
 
 def main(folder: Path, base: str = "minilm", rounds: int = 20) -> Result:
+    """Train with `Nesterov` in the configured strategy's place."""
     config = federation(folder, base, rounds)
     result = simulate(config, folder / "run", Options(threads=2), strategy=Nesterov())
     print(f"{result.summary['strategy']}: accuracy {result.summary['accuracy']:.3f}")

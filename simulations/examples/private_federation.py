@@ -46,6 +46,7 @@ def federation(folder: Path, base: str = "minilm", rounds: int = 20) -> Config:
 
 
 def main(folder: Path, base: str = "minilm", rounds: int = 20) -> Result:
+    """Plan, train and use: what a run costs, what it learns, what it states."""
     config = federation(folder, base, rounds)
     print(plan(config), end="\n\n")
 

@@ -38,6 +38,7 @@ class Partition:
     names: tuple[str, ...] = ()
 
     def units_of(self, client: int) -> Ints:
+        """Indices of a client's units."""
         return self.units[self.offsets[client] : self.offsets[client + 1]]
 
     @property

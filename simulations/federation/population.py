@@ -66,6 +66,7 @@ class Federation:
 
     @property
     def model(self) -> AdapterModel:
+        """The one network, which clients and evaluation take turns with."""
         return self.public.model
 
     @property
@@ -75,6 +76,7 @@ class Federation:
 
     @property
     def clients(self) -> range:
+        """Their numbers, from 0."""
         return range(len(self.partition.sizes))
 
     def trainer(
@@ -147,4 +149,5 @@ class Federation:
 
 
 def client_name(client: int) -> str:
+    """As messages, ledger and summary name it."""
     return f"client-{client}"

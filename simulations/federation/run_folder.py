@@ -30,6 +30,7 @@ class Paths:
 
     @classmethod
     def of(cls, folder: Path, ledger: Path | None = None) -> Paths:
+        """Absolute; without `ledger` the run has one of its own in its folder."""
         folder = folder.resolve()
         return cls(folder, (ledger or folder / "ledger.sqlite").resolve(), folder / "checkpoint")
 
@@ -56,6 +57,7 @@ class SimulatedRun(Run):
 
     @property
     def moments(self) -> MomentStore:
+        """The clients' optimisers between rounds."""
         return MomentStore(self.folder / "clients")
 
 

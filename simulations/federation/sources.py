@@ -8,8 +8,9 @@ from pathlib import Path
 from fedlora.common.config.schema import DataConfig
 from fedlora.common.data.data_file import file_digest
 from fedlora.common.data.records import Records, read_records, split_validation, unit_groups
+from fedlora.common.data.tasks import task_named
 from fedlora.common.errors import BadInput
-from fedlora.server.runs.public_data import PublicRecords, columns_of, read_labels, task_of
+from fedlora.server.runs.public_data import PublicRecords, columns_of, read_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,5 +42,5 @@ def read_sources(data: DataConfig, task: str, seed: int, more: tuple[str, ...] =
         kept, aside = split_validation(groups, data.validation, seed)
         validation = train.take(aside, f"{train.where} (validation part)")
         train = train.take(kept)
-    records = PublicRecords(task_of(task, labels), validation, test)
+    records = PublicRecords(task_named(task, labels), validation, test)
     return Sources(train, records, file_digest(Path(data.train)))

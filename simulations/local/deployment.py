@@ -35,6 +35,7 @@ class Federation(Folders):
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start_trainer(self, name: str) -> None:
+        """Return once it answers on its socket; FedloraError where it ended instead."""
         socket_path = self.door(name)
         socket_path.unlink(missing_ok=True)
         self._start(f"trainer {name}", "fedlora-node", "serve", "--node", str(self.node(name)))
@@ -46,11 +47,13 @@ class Federation(Folders):
             raise FedloraError(f"the trainer of {name} ended: {self.root / 'logs'} says why")
 
     def start_relay(self, name: str) -> None:
+        """Start it; it looks for SuperLink and its trainer by itself."""
         where = ["--relay", str(self.relay(name)), "--trainer", f"unix:{self.door(name)}"]
         command = ["link", *where, "--port", str(free_port())]
         self._start(f"relay {name}", "fedlora-node", *command)
 
     def start_server(self, resume: bool = False) -> None:
+        """A new run, or the last one resumed; SuperLink comes with it."""
         command = ["resume"] if resume else ["run", str(self.root / "training.toml")]
         self._start("server", "fedlora-server", *command, "--dir", str(self.coordinator))
 

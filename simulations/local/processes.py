@@ -49,6 +49,7 @@ def run(command: str, *arguments: str) -> str:
 
 
 def wait_until(ready: Any, what: str, seconds: float = START_SECONDS) -> None:
+    """Return once `ready()` holds; FedloraError, which names `what`, after so many seconds."""
     end = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > end:
@@ -57,11 +58,13 @@ def wait_until(ready: Any, what: str, seconds: float = START_SECONDS) -> None:
 
 
 def listens(port: int) -> bool:
+    """Whether something accepts connections at a port of this machine."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:
+    """A port that nobody held a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

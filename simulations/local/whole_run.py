@@ -20,6 +20,7 @@ from fedlora.simulations.local.processes import run
 
 
 def main() -> None:
+    """The command; ends with 1 where the server did not end well."""
     parser = argparse.ArgumentParser(description="A federation of processes on this machine.")
     parser.add_argument("--out", type=Path, default=Path("runs/federation"))
     parser.add_argument("--rounds", type=int, default=5)

@@ -26,6 +26,7 @@ def delta(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
+    """A share in 0..1 with one decimal; a dash where there is none."""
     return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}{NBSP}%"
 
 

@@ -30,6 +30,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
+    """Shaded cells under a name; `total` is the sum of their values."""
+
     name: str
     cells: tuple[Cell, ...]
     total: float
