@@ -195,6 +195,13 @@ def compares_a_mode(node: ast.AST) -> bool:
     return named and any(each.value in GUARANTEES for each in inner)
 
 
+def test_the_design_draws_these_rooms() -> None:
+    drawn = (ROOT / "docs" / "design.md").read_text()
+    for layer in CODE:
+        rooms = [room for room in ROOMS[layer] if (ROOT / layer / room).is_dir()]
+        assert f"{layer:12} {' · '.join(rooms)}\n" in drawn
+
+
 def test_flwr_is_imported_in_its_files_only() -> None:
     found = {
         str(path.relative_to(ROOT))

@@ -88,7 +88,7 @@ class Federation:
         masked: bool = False,
     ) -> Trainer:
         """The trainer of one institution that consented to `manifest`; Refused if it may not."""
-        budget = self._budget(self.budget_name(client), manifest)
+        budget = self._budget(client_name(client), manifest)
         data = ClientData(client_name(client), self.train, self._units_of(client))
         trainer = Trainer(data, self.training, ledger, budget, moments, masked)
         trainer.consent(manifest)
@@ -106,10 +106,6 @@ class Federation:
             budget = self._budget(self.budget.name, manifest)
             attempts = [phase.attempts for phase in manifest.phases]
             ledger.consent(budget, manifest.digest, charge(guarantee), attempts)
-
-    def budget_name(self, client: int) -> str:
-        """What a client's own part of a run charges beside the population's budget."""
-        return client_name(client)
 
     def _budget(self, name: str, manifest: RunManifest) -> Budget:
         """A budget that one run of this federation fits into."""
