@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -46,6 +44,7 @@ from fedlora.common.model.compute import PRECISIONS, choose_compute
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.privacy.randomness import OsRandom
 from fedlora.server.runs.summary import peak_rss_bytes
+from fedlora.simulations.benchmarks.fresh_process import in_a_fresh_process
 
 AG_NEWS = Path("../shared/data/ag_news/train.parquet")
 MAX_LENGTH = 128
@@ -226,7 +225,12 @@ def _figures(
         "records": arguments.records,
         "real_tokens": real,
         "padded_tokens": {name: case.padded for name, case in built.items()},
-        "peak_rss_bytes": {name: _peak(name, arguments) for name in built},
+        "peak_rss_bytes": {
+            name: in_a_fresh_process(
+                __file__, "--only", name, "--records", arguments.records, "--repeats", 1
+            )["rss"]
+            for name in built
+        },
         "attention": built[
             "private"
         ].model.network.backbone.base_model.model.config._attn_implementation,  # type: ignore[union-attr]
@@ -265,21 +269,6 @@ def _matmul(device: torch.device) -> dict[str, float]:
             times.append(time.perf_counter() - start)
         rates[name] = 2.0 * 2048 * 384 * 1536 / min(times[1:])
     return rates
-
-
-def _peak(name: str, arguments: argparse.Namespace) -> int:
-    command = [
-        sys.executable,
-        __file__,
-        "--only",
-        name,
-        "--records",
-        str(arguments.records),
-        "--repeats",
-        "1",
-    ]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8")
-    return int(json.loads(done.stdout.splitlines()[-1])["rss"])
 
 
 def _print(figures: dict[str, Any]) -> None:

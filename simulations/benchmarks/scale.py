@@ -15,8 +15,6 @@ STARTED = time.perf_counter()
 
 import argparse
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +30,7 @@ from fedlora.common.config.schema import Config
 from fedlora.server.runs.run import conduct
 from fedlora.server.runs.summary import peak_rss_bytes
 from fedlora.simulations.begin import Options, begin
+from fedlora.simulations.benchmarks.fresh_process import in_a_fresh_process
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.federation.partition import Partition
 
@@ -77,7 +76,9 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(_measure(arguments.only, arguments.rounds)))
         return
-    figures = [_in_a_fresh_process(size, arguments.rounds) for size in SIZES]
+    figures = [
+        in_a_fresh_process(__file__, "--only", size, "--rounds", arguments.rounds) for size in SIZES
+    ]
     _print(figures)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -113,13 +114,6 @@ def _many(units: int, config: Config) -> Partition:
     return replace(
         Partition(np.arange(clients + 1, dtype=np.int64) * RECORDS, drawn.astype(np.int64))
     )
-
-
-def _in_a_fresh_process(size: int, rounds: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--only", str(size), "--rounds", str(rounds)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8")
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
 
 
 def _print(figures: list[dict[str, Any]]) -> None:

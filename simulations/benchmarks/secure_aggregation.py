@@ -15,10 +15,6 @@ import argparse
 import gc
 import json
 import multiprocessing
-import os
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -37,8 +33,10 @@ from fedlora.common.secagg.ring import Encoding
 from fedlora.common.secagg.wire import Epoch, Slot
 from fedlora.common.trust.enrolment import Peer
 from fedlora.common.trust.identity import Identity, PublicIdentity
+from fedlora.server.runs.summary import peak_rss_bytes
 from fedlora.server.secagg.attempt import ServerAttempt
 from fedlora.server.secagg.epoch import ServerEpoch
+from fedlora.simulations.benchmarks.fresh_process import in_a_fresh_process
 
 CASES = ((100, 1_000_000, 30), (100, 1_000_000, 0), (10, 10_000_000, 3), (10, 1_000_000, 3))
 QUICK = ((10, 100_000, 3),)
@@ -58,7 +56,10 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(measure(*(int(each) for each in arguments.only.split(",")))))
         return
-    figures = [_in_a_fresh_process(*case) for case in (QUICK if arguments.quick else CASES)]
+    figures = [
+        in_a_fresh_process(__file__, "--only", ",".join(map(str, case)), OMP_NUM_THREADS="1")
+        for case in (QUICK if arguments.quick else CASES)
+    ]
     _print(figures)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -75,9 +76,9 @@ def measure(nodes: int, parameters: int, dropouts: int) -> dict[str, Any]:
         ours, {name: PublicIdentity(bytes.fromhex(key)) for name, key in keys.items()}
     )
     gc.collect()
-    before = _peak()
+    before = peak_rss_bytes()
     levels = server.run(Encoding.fitting(parameters, 1.0, LEVELS, nodes), dropouts)
-    memory = _peak() - before
+    memory = peak_rss_bytes() - before
     ours.send_bytes(b"done")
     told = json.loads(ours.recv_bytes())
     exact = bool((np.frombuffer(ours.recv_bytes(), np.int64) == levels).all())
@@ -262,22 +263,6 @@ def _each(step: Callable[[], object], times: int) -> float:
     for _ in range(times):
         step()
     return (time.process_time() - before) / times
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
-def _in_a_fresh_process(*case: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--only", ",".join(str(each) for each in case)]
-    single = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env=single, encoding="utf-8"
-    )
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
 
 
 def _print(figures: list[dict[str, Any]]) -> None:
