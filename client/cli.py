@@ -50,6 +50,7 @@ def options(
         ),
     ] = False,
 ) -> None:
+    """What stands before a command."""
     pass
 
 

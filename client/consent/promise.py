@@ -31,12 +31,14 @@ def promised(manifest: RunManifest) -> Guarantee:
 
 
 def mode_verdict(mode: str, policy: Policy) -> Verdict:
+    """Whether the policy allows what a run of this mode promises."""
     known = GUARANTEES.get(mode)
     reason = f"expected {EXPECTED}" if known is None else known.refusal(policy.limits)
     return Verdict("mode", mode, reason)
 
 
 def noise_verdict(field: str, phase: Phase, guarantee: Guarantee, policy: Policy) -> Verdict:
+    """Whether a phase has at least the noise that the policy asks for, and no more than counts."""
     noise, least = phase.noise_multiplier, policy.limits.noise_multiplier
     reason = note = ""
     if guarantee.private:

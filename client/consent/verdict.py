@@ -29,10 +29,12 @@ class Verdict:
 
     @property
     def allowed(self) -> bool:
+        """Whether there is no reason against it."""
         return not self.reason
 
     @property
     def denial(self) -> str:
+        """The line that a refusal shows."""
         return f"manifest {self.field} = {self.found}: {self.reason}"
 
 
@@ -54,20 +56,25 @@ def allow(verdicts: list[Verdict]) -> None:
 
 
 def same(field: str, found: str, expected: str) -> Verdict:
+    """Allowed where `found` is `expected`."""
     return Verdict(field, found[:80], "" if found == expected else f"expected {expected}")
 
 
 def one_of(field: str, found: str, known: set[str] | Mapping[str, str], reason: str) -> Verdict:
+    """Allowed where `found` is among `known`, else with `reason`."""
     return Verdict(field, found[:80] or '""', "" if found in known else reason)
 
 
 def at_most(field: str, found: float, most: float) -> Verdict:
+    """Allowed where `found` is no more than `most`; never where it is no number."""
     return Verdict(field, f"{found:g}", "" if found <= most else f"expected at most {most:g}")
 
 
 def least(field: str, found: int, least: int) -> Verdict:
+    """Allowed where `found` is no less than `least`."""
     return Verdict(field, str(found), "" if found >= least else f"expected at least {least}")
 
 
 def beyond(extra: list[str] | list[int], known: tuple[object, ...]) -> str:
+    """The reason against items that are not `known`; "" where there is no `extra`."""
     return f"expected some of {list(known)}" if extra else ""

@@ -29,6 +29,10 @@ class Door:
     key: str = ""
 
     def channel(self) -> grpc.Channel:
+        """A channel to the trainer: in clear over a local socket, else under mutual TLS.
+
+        OSError or BadInput where one of its PEM files can't be read.
+        """
         options = [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -36,30 +36,37 @@ class NodeFolder:
 
     @property
     def policy(self) -> Path:
+        """What the institution allows."""
         return self.root / "node.toml"
 
     @property
     def identity(self) -> Path:
+        """Its private key."""
         return self.root / "identity.pem"
 
     @property
     def request(self) -> Path:
+        """What the coordinator enrols."""
         return self.root / "enrolment.json"
 
     @property
     def rotation(self) -> Path:
+        """The signed change to a new key."""
         return self.root / "rotation.json"
 
     @property
     def federation(self) -> Path:
+        """The pinned invitation: whose federation, and the coordinator's key."""
         return self.root / "federation.json"
 
     @property
     def peers(self) -> Path:
+        """Whom it approved for secure aggregation."""
         return self.root / "peers.toml"
 
     @property
     def refusals(self) -> Path:
+        """A line for each request that was refused."""
         return self.root / "refusals.jsonl"
 
     @property
@@ -69,10 +76,12 @@ class NodeFolder:
 
     @property
     def relay(self) -> Path:
+        """All that may lie on the machine with a network."""
         return self.root / "relay"
 
     @property
     def runs(self) -> Path:
+        """A folder for each run: plans, offers, projections."""
         return self.root / "runs"
 
     def run(self, manifest: str) -> Path:
@@ -121,5 +130,6 @@ class NodeFolder:
         return policy
 
     def open_ledger(self, policy: Policy) -> Ledger:
+        """The ledger of all budgets, held against its signed head; what `Ledger.open` raises."""
         head = self.under(policy.trainer.head)
         return Ledger.open(self.root / "ledger.sqlite", head, self.root / "ledger.key")

@@ -81,7 +81,7 @@ class MaskedOutbox(Protocol):
         """(round, attempt) of every `put`, also of those from before a restart."""
 
 
-class FolderOutbox:
+class FolderOutbox(MaskedOutbox):
     """One file for each attempt; whole and on disk before `put` returns."""
 
     def __init__(self, folder: Path) -> None:
@@ -106,7 +106,7 @@ class FolderOutbox:
 
 
 @dataclass
-class MemoryOutbox:
+class MemoryOutbox(MaskedOutbox):
     """For simulations, where no node outlives the process: the last input, and what was used."""
 
     last: tuple[int, int, bytes] = (0, 0, b"")
@@ -161,6 +161,7 @@ class Plans:
                 )
 
     def write(self, plan: RoundPlan) -> None:
+        """Keep a plan, durably, before it is acted on."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(self.folder / f"{plan.attempt:06d}.plan", plan.to_bytes(), mode=0o600)
 

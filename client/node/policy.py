@@ -68,6 +68,7 @@ class DataPolicy:
 
     @property
     def serves(self) -> tuple[str, tuple[str, ...], str]:
+        """Task, labels and unit: a manifest that has the same may use these data."""
         return self.task, self.labels, self.unit
 
 

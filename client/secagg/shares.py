@@ -48,6 +48,7 @@ class EpochState:
 
     @property
     def names(self) -> list[str]:
+        """Of the members, in the list's order."""
         return [offer.name for offer in self.members]
 
 

@@ -59,6 +59,7 @@ class Service:
         self.address = _bind(self._server, settings, root)
 
     def start(self) -> None:
+        """Serve, and say so to a health check."""
         self._server.start()
         self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
 

@@ -66,12 +66,17 @@ class LoadedRun:
         self._prepared: Prepared | None = None
 
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
+        """Read the data, reserve the run's cost in `budget`, return the digest of the data.
+
+        What reading and the ledger refuse is raised.
+        """
         with threads(self._policy.trainer.threads):
             prepared = self.prepare(manifest, projection)
             self._trainer(prepared, manifest, budget)
         return prepared.data_digest
 
     def spec(self, manifest: RunManifest, projection: Path) -> AdapterSpec:
+        """The tensors that the run moves, from its network."""
         with threads(self._policy.trainer.threads):
             return self.prepare(manifest, projection).spec
 
@@ -83,6 +88,10 @@ class LoadedRun:
         plan: RoundPlan,
         vector: bytes,
     ) -> tuple[bytes, str]:
+        """The update of one attempt, float32 bytes of (size,), and the digest of its data.
+
+        `vector` is the adapter that the plan starts from, in the same bytes.
+        """
         with threads(self._policy.trainer.threads):
             prepared = self.prepare(manifest, projection)
             trainer = self._trainer(prepared, manifest, budget)

@@ -35,6 +35,7 @@ class MomentStore:
         return {name: value for name, value in found.items() if name != "round"}
 
     def write(self, client: str, phase: int, round_number: int, moments: Moments) -> None:
+        """Keep a client's moments after a round, beside those of the round before."""
         if not moments:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -64,15 +64,18 @@ class Trial:
 
     @classmethod
     def of(cls, model: Probed, forward: Forward) -> Trial:
+        """A trial on public sentences, among them one of full length."""
         long = " ".join(SENTENCES * (1 + min(model.longest, LONGEST) // 8))
         short, full = (_encoded(model, texts) for texts in (list(SENTENCES), [long]))
         return cls(model, forward, short, full)
 
     @property
     def together(self) -> Batch:
+        """The short sentences as one batch."""
         return self.short.batch(np.arange(len(self.short)), self.model.pad, self.model.device)
 
     def answers(self, batch: Batch) -> torch.Tensor:
+        """The logits of a batch, float32, without gradients."""
         with torch.no_grad():
             return self.forward(batch.ids, batch.mask).float()
 

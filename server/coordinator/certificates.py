@@ -75,6 +75,7 @@ class Authority:
 
     @property
     def pem(self) -> str:
+        """The certificate, for who must trust it."""
         return self.certificate.public_bytes(Encoding.PEM).decode()
 
 
@@ -146,6 +147,7 @@ def hosts_of(certificate: x509.Certificate) -> list[str]:
 
 
 def read_certificate(path: Path) -> x509.Certificate:
+    """BadInput where there is none in PEM."""
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:

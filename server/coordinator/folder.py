@@ -57,16 +57,21 @@ HOST = Pattern(
 
 @dataclass(frozen=True)
 class Address:
+    """Where institutions reach the coordinator."""
+
     host: str = field(default="", metadata={"rule": HOST})
     port: int = field(default=9443, metadata=PORT)
 
     @property
     def text(self) -> str:
+        """`host:port`, an IPv6 host in brackets."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True)
 class SuperLinkPort:
+    """Where SuperLink listens on this machine."""
+
     port: int = field(default=9300, metadata=PORT)
 
 
@@ -140,10 +145,12 @@ class Directory:
 
     @property
     def registry(self) -> Registry:
+        """The members, under the coordinator's signature."""
         return Registry(self.root / MEMBERS, self.identity, self.root / REVISION)
 
     @property
     def authority(self) -> Authority:
+        """What signs certificates; BadInput where it is missing."""
         return Authority.load(self.root / "ca")
 
     def invitation(self) -> str:
@@ -175,6 +182,7 @@ class Directory:
         )
 
     def superlink_files(self) -> Files:
+        """What SuperLink is started with."""
         tls = self.root / "tls"
         return Files(
             self.root / "ca" / "ca.crt",
@@ -208,6 +216,7 @@ class Directory:
             ) from error
 
     def write_registered(self, nodes: Mapping[str, tuple[int, str]]) -> None:
+        """Which SuperNode is whose: by name, its node's number and key."""
         text = json.dumps(nodes, indent=1) + "\n"
         write_atomically(self.root / "superlink" / "nodes.json", text.encode())
 

@@ -45,6 +45,7 @@ class Member:
 
     @property
     def active(self) -> bool:
+        """Whether it was neither revoked nor left."""
         return not self.ended
 
 

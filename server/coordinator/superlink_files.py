@@ -17,4 +17,5 @@ class Files:
 
     @property
     def secret(self) -> Path:
+        """Between SuperLink and its executor."""
         return self.state / "superexec.secret"

@@ -79,6 +79,7 @@ class GridCarrier:
         self._grid, self._nodes, self._clock = grid, nodes, clock or Clock()
 
     def online(self) -> set[str]:
+        """Whose SuperNode is connected now."""
         connected = set(self._grid.get_node_ids())
         return {name for name, node in self._nodes().items() if node in connected}
 

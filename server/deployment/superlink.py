@@ -96,6 +96,7 @@ class SuperLink:
         self.stop()
 
     def superlink_command(self) -> list[str]:
+        """Under TLS and node authentication, with its state in its folder."""
         files = self.files
         return [
             installed("flower-superlink"),
@@ -112,6 +113,7 @@ class SuperLink:
         ]
 
     def superexec_command(self) -> list[str]:
+        """The executor, which starts the app of a run."""
         return [
             installed("flower-superexec"),
             *("--runtime-api-address", f"127.0.0.1:{self.port}"),
@@ -184,6 +186,7 @@ class SuperLink:
         )
 
     def stop_run(self, run: str) -> None:
+        """Ask for the end of a run; one that is over already stays so."""
         with suppress(FedloraError):
             self._flwr("stop", run, CONNECTION, seconds=STOP_SECONDS)
 

@@ -57,6 +57,7 @@ class Use:
 
     @property
     def name(self) -> str:
+        """As the table shows it."""
         return "causal-lm" if self.task == "causal-lm" else f"classifier, {self.pooling}"
 
 
@@ -89,6 +90,7 @@ class Findings:
 
 
 def uses(family: Family) -> tuple[Use, ...]:
+    """What a family can be used for."""
     return (CLASSIFIER, OWN, LANGUAGE) if family.kind == "decoder" else (CLASSIFIER, OWN)
 
 
@@ -142,6 +144,7 @@ def records(count: int) -> Records:
 
 
 def logits(model: AdapterModel, data: Encoded) -> torch.Tensor:
+    """Of all records in one batch, without gradients."""
     with torch.no_grad():
         return model.logits(_batch(model, data))
 
@@ -210,6 +213,7 @@ class Row:
 
 
 def rows(families: tuple[Family, ...], folder: Path) -> Iterator[Row]:
+    """One for each family and use, tried when it is asked for."""
     for family in families:
         base = family.save(folder / family.name.replace(" ", "-"))
         for use in uses(family):
@@ -235,6 +239,7 @@ def _result(base: Path, use: Use, scratch: Path) -> tuple[str, str]:
 
 
 def main() -> None:
+    """Try families on random weights, and print what each did."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("families", nargs="*")
