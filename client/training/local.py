@@ -38,12 +38,10 @@ class ClientData:
 
 @dataclass(frozen=True, eq=False)
 class LocalResult:
-    """`delta` is what leaves; `moments` and the counts stay at the node."""
+    """`delta` is what leaves; `moments` stay at the node."""
 
     delta: Vector
     moments: Moments
-    examples: int
-    nonfinite: int
 
 
 class LocalTraining:
@@ -75,40 +73,34 @@ class LocalTraining:
         optimizer = _optimizer(phase, weights, moments)
         # noise elsewhere is dropped, its values are constant
         trained = self._model.spec.moved_by(phase.name)
-        examples = nonfinite = 0
         for _ in range(phase.steps):
             at = AdapterState(state.spec, weights.detach().numpy().copy())
-            gradient, total = self._gradient(data, phase, at, source, private)
+            gradient = self._gradient(data, phase, at, source, private)
             gradient += phase.proximal_mu * (at.vector.astype(np.float64) - state.vector)
             weights.grad = torch.from_numpy(np.where(trained, gradient, 0.0).astype(np.float32))
             optimizer.step()
-            examples += total.units
-            nonfinite += total.nonfinite
         delta = weights.detach().numpy() - state.vector
-        return LocalResult(delta, _moments(optimizer, phase), examples, nonfinite)
+        return LocalResult(delta, _moments(optimizer, phase))
 
     def _gradient(
         self, data: ClientData, phase: Phase, at: AdapterState, source: Random, private: bool
-    ) -> tuple[npt.NDArray[np.float64], GradientSum]:
+    ) -> npt.NDArray[np.float64]:
         """(size,) float64 mean gradient of one step, noised where the run is private."""
         self._model.load(at)
         drawn = draw_units(len(data.units.offsets) - 1, phase.sampling_rate, source)
         groups = self._groups(phase)
         if phase.name == "head":
             total = self._head_sum(data, drawn, at, groups if private else None)
+        elif private:
+            encoded, units = data.encoded, data.units
+            total = self.gradients.clipped_sum(encoded, units, drawn, groups, self._tokens)
         else:
-            if private:
-                total = self.gradients.clipped_sum(
-                    data.encoded, data.units, drawn, groups, self._tokens
-                )
-            else:
-                batches = micro_batches(data.units, drawn, data.encoded.lengths, self._tokens)
-                total = self.gradients.plain_sum(data.encoded, batches)
+            batches = micro_batches(data.units, drawn, data.encoded.lengths, self._tokens)
+            total = self.gradients.plain_sum(data.encoded, batches)
         if private:
-            mean = private_mean(total, groups, phase.noise_multiplier, phase.expected_units, source)
-        else:
-            mean = total.vector / phase.expected_units
-        return mean, total
+            noise, expected = phase.noise_multiplier, phase.expected_units
+            return private_mean(total, groups, noise, expected, source)
+        return total.vector / phase.expected_units
 
     def _head_sum(
         self,
