@@ -73,6 +73,8 @@ def static(root: Path) -> dict[str, Any]:
         "longest function": max(bodies.items(), key=lambda item: item[1]),
         "longest file": max(lengths.items(), key=lambda item: item[1]),
         f"lines over {WIDTH} columns": wide,
+        "public names": sum(map(_public, trees.values())),
+        "without a docstring of their own": sum(map(_untold, trees.values())),
         "circles": sum(len(_circles(root, layer, trees)) for layer in CODE),
         "files that see the whole Config": sorted(
             str(path.relative_to(root))
@@ -87,6 +89,25 @@ def _width(line: str) -> int:
     """Columns of a line as the linter counts them: accents take none, a trailing pragma is free."""
     prose = re.sub(r"\s*# (type: ignore|noqa).*", "", line)
     return sum(not unicodedata.combining(letter) for letter in prose)
+
+
+def _public(tree: ast.Module) -> int:
+    """Functions, classes and their methods that another file may use."""
+    return len(list(_public_names(tree)))
+
+
+def _untold(tree: ast.Module) -> int:
+    """Of these, those that say nothing of themselves; some take the place of one that does."""
+    return sum(not ast.get_docstring(node) for node in _public_names(tree))
+
+
+def _public_names(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node
+            for each in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(each, ast.FunctionDef) and not each.name.startswith("_"):
+                    yield each
 
 
 def _compares_mode(node: ast.AST) -> bool:
