@@ -19,7 +19,7 @@ from fedlora.common.codec.strict import MAX_MESSAGE_BYTES
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
-from fedlora.common.terminal import run_to_end
+from fedlora.common.terminal import printable, run_to_end
 
 app = typer.Typer(
     help="An institution's node: it keeps the data, and its own policy decides what leaves.",
@@ -75,12 +75,10 @@ def init(
     folder = NodeFolder(node)
     request = (enrolment.rotate if rotate else enrolment.init)(folder, name, organisation)
     file = folder.rotation if rotate else folder.request
-    console.print(f"hand {file} to the coordinator, and read out on the telephone:", markup=False)
-    console.print(f"  {request.name}: {request.identity.fingerprint}", markup=False)
+    _say(f"hand {file} to the coordinator, and read out on the telephone:")
+    _say(f"  {request.name}: {request.identity.fingerprint}")
     if rotate:
-        console.print(
-            "Peers approve the same file: fedlora-node join rotation.json --approve", markup=False
-        )
+        _say("Peers approve the same file: fedlora-node join rotation.json --approve")
         console.print(
             "Once the coordinator has taken it: restart the trainer, and the relay with"
             f" {folder.relay}",
@@ -108,22 +106,18 @@ def join(
     folder = NodeFolder(node)
     if remove:
         peer = roster.remove_peer(folder, file.name)
-        console.print(
-            f"removed {peer.name} ({peer.organisation}): {peer.identity.fingerprint}", markup=False
-        )
+        _say(f"removed {peer.name} ({peer.organisation}): {peer.identity.fingerprint}")
         return
     text = read_text(file)
     if approve:
         peer = roster.approve(folder, text, file.name)
-        console.print(
-            f"approved {peer.name} ({peer.organisation}); compare by telephone:", markup=False
-        )
-        console.print(f"  {peer.identity.fingerprint}", markup=False)
+        _say(f"approved {peer.name} ({peer.organisation}); compare by telephone:")
+        _say(f"  {peer.identity.fingerprint}")
         return
     invitation = enrolment.join(folder, text, file.name)
-    console.print(f"joined {invitation.federation} at {invitation.address}; compare:", markup=False)
+    _say(f"joined {invitation.federation} at {invitation.address}; compare:")
     for name, fingerprint in enrolment.fingerprints(invitation).items():
-        console.print(f"  {name}: {fingerprint}", markup=False)
+        _say(f"  {name}: {fingerprint}")
 
 
 @app.command("check-data")
@@ -141,19 +135,17 @@ def check_data(node: Folder = HERE) -> None:
         found = base_digest(folder.base(base))
         if found != digest:
             raise BadInput(f"node.toml [bases] {base}: found {found}, expected {digest}")
-        console.print(f"{base}: {digest}", markup=False)
+        _say(f"{base}: {digest}")
         tried = try_base(folder, policy, digest)
         for task, took in tried.items():
             told = f"not for {task}: {took}" if isinstance(took, BadInput) else f"tried for {task}"
-            console.print(f"  {told}", markup=False)
+            _say(f"  {told}")
         faults = [each for each in tried.values() if isinstance(each, BadInput)]
         if faults and len(faults) == len(tried):
             raise faults[0]
     for name, data in policy.data.items():
         records, units = data_sets.check_data(folder, policy, name)
-        console.print(
-            f"{name}: {records} records, {units} units, charges {data.budget}", markup=False
-        )
+        _say(f"{name}: {records} records, {units} units, charges {data.budget}")
 
 
 @app.command("base")
@@ -217,7 +209,7 @@ def serve(node: Folder = HERE) -> None:
         ledger = folder.open_ledger(policy)
         resident = Resident(folder, policy, identity, ledger, LoadedRun(folder, policy, ledger))
         service = Service(resident.ask, policy.trainer, folder.root)
-        console.print(f"trainer of {policy.institution} listens at {service.address}", markup=False)
+        _say(f"trainer of {policy.institution} listens at {service.address}")
         service.serve()
 
 
@@ -262,7 +254,7 @@ def ledger(node: Folder = HERE) -> None:
             shown = f"ε {epsilon}, δ {delta}, no longer in the policy"
         else:
             shown = f"ε {epsilon} of {budget.epsilon:g}, δ {delta} of {budget.delta:g}"
-        console.print(f"{name}: {shown}", markup=False)
+        _say(f"{name}: {shown}")
     for entry in entries:
         sys.stdout.write(
             json.dumps({"number": entry.number, **entry.body, "hash": entry.hash}) + "\n"
@@ -290,14 +282,14 @@ def report(
         signer = check_module.check_report(
             check, None if key is None else check_module.read_key(key)
         )
-        console.print("verified" if key is not None else "integrity only: signed by", markup=False)
-        console.print(f"  {signer.fingerprint}", markup=False)
+        _say("verified" if key is not None else "integrity only: signed by")
+        _say(f"  {signer.fingerprint}")
         return
     folder = NodeFolder(node)
     policy = folder.load_policy()
     identity = Identity.load(folder.identity)
     reports.write_report(folder, policy, identity, folder.open_ledger(policy), out)
-    console.print(f"{out / reports.REPORT} and {out / reports.PAGE}", markup=False)
+    _say(f"{out / reports.REPORT} and {out / reports.PAGE}")
 
 
 def _manifest(path: Path) -> RunManifest:
@@ -312,6 +304,10 @@ def _manifest(path: Path) -> RunManifest:
         )
     except BadInput as error:
         raise BadInput([f"{path}: {fault}" for fault in error.faults]) from error
+
+
+def _say(text: str) -> None:
+    console.print(printable(text), markup=False)
 
 
 def _offline() -> None:
