@@ -34,6 +34,7 @@ class Layout(Enum):
         return next((each for each in cls if each.fits(shape, records)), None)
 
     def fits(self, shape: torch.Size, records: int) -> bool:
+        """Whether a tensor of this shape can hold so many records in this layout."""
         if self is Layout.FIRST:
             return len(shape) > 1 and shape[0] == records
         if self is Layout.SECOND:
@@ -41,6 +42,7 @@ class Layout(Enum):
         return len(shape) == 2 and shape[0] > records and shape[0] % records == 0
 
     def records_first(self, tensor: torch.Tensor, records: int) -> torch.Tensor:
+        """(records, …) of a tensor in this layout."""
         if self is Layout.SECOND:
             return tensor.transpose(0, 1)
         return tensor if self is Layout.FIRST else tensor.reshape(records, -1, tensor.shape[-1])
@@ -75,6 +77,7 @@ class RecordHooks(GradSampleHooks):  # type: ignore[misc]  # Opacus has no types
     def rearrange_grad_samples(
         self, *, module: nn.Module, backprops: torch.Tensor, **kwargs: Any
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Opacus', records first in the layout that was tried; BadInput where none fits."""
         module.max_batch_len = self.records  # type: ignore[assignment]
         inputs, gradients = super().rearrange_grad_samples(
             module=module, backprops=backprops, **kwargs

@@ -329,6 +329,7 @@ def _by_owner(samples: torch.Tensor, owners: torch.Tensor, units: int) -> torch.
 
 
 def checked_clip(clip: float) -> float:
+    """The same; BadInput unless float32 can square what it bounds."""
     if not SMALLEST_CLIP <= clip < float("inf"):
         raise BadInput(
             f"clip: found {clip}, expected a finite number of at least {SMALLEST_CLIP:g}"

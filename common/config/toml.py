@@ -31,7 +31,7 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
-class Bounds:
+class Bounds(Rule):
     """A number from `low` to `high`, each end left out where it is open.
 
     A string passes: it comes here only where the field's type allows one instead of a number.
@@ -56,7 +56,7 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Rule):
     """One of `known`."""
 
     known: tuple[str, ...]
@@ -71,7 +71,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class Pattern(Rule):
     """A string that matches a regular expression; `what` says so in words."""
 
     pattern: str
@@ -85,7 +85,7 @@ class Pattern:
 
 
 @dataclass(frozen=True)
-class Each:
+class Each(Rule):
     """A list of at least `shortest` items that each keep `rule`, none twice unless it says so."""
 
     rule: Rule

@@ -64,10 +64,12 @@ class PooledClassifier(nn.Module):
         self.head = head
 
     def pooled(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(n, features) float32 before any projection; `ids` and `mask` are (n, length)."""
         output = self.backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         return self.pooling.means(output.hidden_states, mask)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(n, labels) logits of `ids` and `mask` (n, length); the head outside autocast."""
         features = self.pooling.features(self.pooled(ids, mask))
         with torch.autocast(features.device.type, enabled=False):
             logits: torch.Tensor = self.head(features)
