@@ -178,8 +178,12 @@ def federation_of(
 
 
 def manifest_of(config: Config, federation: Federation) -> RunManifest:
-    """A new run of a federation."""
-    return make_manifest(Terms.of(config), federation.public.facts, default_cache())
+    """A new run of a federation.
+
+    Nobody here is hostile to a record: batches are packed unless the configuration says otherwise.
+    """
+    terms = Terms.of(config, batches="packed")
+    return make_manifest(terms, federation.public.facts, default_cache())
 
 
 def machine_of(
@@ -291,7 +295,7 @@ def _ready_folder(config: Config, paths: Paths, resume: bool) -> None:
     if not begun:
         raise BadInput(f"{paths.folder}: found no run to resume")
     before = (paths.folder / "config.toml").read_text(encoding="utf-8")
-    if before != config_to_toml(config):
+    if parse_config(before) != config:
         raise BadInput(
             f"{paths.folder}/config.toml: found another configuration than the one given to"
             " --resume"

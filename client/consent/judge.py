@@ -61,6 +61,7 @@ def judge(
         *spend_verdicts(guarantee, policy, spent, reserved, sound),
         least("minimum_cohort", manifest.minimum_cohort, policy.limits.minimum_cohort),
         _secure_verdict(manifest, policy),
+        _batches_verdict(manifest, policy),
         shared_noise_verdict(guarantee),
         *_free_verdicts(manifest),
     ]
@@ -180,3 +181,10 @@ def _secure_verdict(manifest: RunManifest, policy: Policy) -> Verdict:
             "secure", found, f"expected an update bound for each of {len(manifest.phases)} phases"
         )
     return Verdict("secure", found)
+
+
+def _batches_verdict(manifest: RunManifest, policy: Policy) -> Verdict:
+    """In a packed batch a hostile adapter can make one record move what others add."""
+    denied = manifest.batches == "packed" and not policy.limits.allow_packed
+    reason = "expected fixed; allow_packed is false" if denied else ""
+    return Verdict("batches", manifest.batches, reason)

@@ -88,6 +88,7 @@ class Limits:
     targets: tuple[str, ...] = _ruled((), Each(NAME))  # empty: any
     layers: tuple[int, ...] = _ruled((), Each(LAYER))  # empty: any
     allow_unnoised: bool = False
+    allow_packed: bool = False  # batches in which a record's rounding depends on its company
     require_secure: bool = False  # updates leave this node under masks only
     max_colluders: int = _ruled(1, Bounds(0, 1000))  # peers that may side with the coordinator
     client_level: bool = False  # runs whose noise is shared between institutions, under masks

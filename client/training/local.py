@@ -47,7 +47,8 @@ class LocalResult:
 class LocalTraining:
     """Runs a phase's local steps on one resident model.
 
-    `micro_batch_tokens` bounds memory and changes nothing else. A private run takes its randomness
+    `micro_batch_tokens` bounds memory and changes nothing else but, where batches are packed, the
+    last bits. A private run takes its randomness
     from the operating system; who calls decides by the source that is passed in.
     """
 
@@ -67,15 +68,19 @@ class LocalTraining:
         moments: Moments,
         source: Random,
         private: bool,
+        packed: bool = False,
     ) -> LocalResult:
-        """`phase.steps` steps from `state`. Every step counts, also one whose draw is empty."""
+        """`phase.steps` steps from `state`. Every step counts, also one whose draw is empty.
+
+        `packed`: a private step's batches are packed, not of fixed shapes.
+        """
         weights = torch.nn.Parameter(torch.from_numpy(state.vector.astype(np.float32)))
         optimizer = _optimizer(phase, weights, moments)
         # noise elsewhere is dropped, its values are constant
         trained = self._model.spec.moved_by(phase.name)
         for _ in range(phase.steps):
             at = AdapterState(state.spec, weights.detach().numpy().copy())
-            gradient = self._gradient(data, phase, at, source, private)
+            gradient = self._gradient(data, phase, at, source, private, packed)
             gradient += phase.proximal_mu * (at.vector.astype(np.float64) - state.vector)
             weights.grad = torch.from_numpy(np.where(trained, gradient, 0.0).astype(np.float32))
             optimizer.step()
@@ -83,7 +88,13 @@ class LocalTraining:
         return LocalResult(delta, _moments(optimizer, phase))
 
     def _gradient(
-        self, data: ClientData, phase: Phase, at: AdapterState, source: Random, private: bool
+        self,
+        data: ClientData,
+        phase: Phase,
+        at: AdapterState,
+        source: Random,
+        private: bool,
+        packed: bool,
     ) -> npt.NDArray[np.float64]:
         """(size,) float64 mean gradient of one step, noised where the run is private."""
         self._model.load(at)
@@ -93,7 +104,7 @@ class LocalTraining:
             total = self._head_sum(data, drawn, at, groups if private else None)
         elif private:
             encoded, units = data.encoded, data.units
-            total = self.gradients.clipped_sum(encoded, units, drawn, groups, self._tokens)
+            total = self.gradients.clipped_sum(encoded, units, drawn, groups, self._tokens, packed)
         else:
             batches = micro_batches(data.units, drawn, data.encoded.lengths, self._tokens)
             total = self.gradients.plain_sum(data.encoded, batches)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from fedlora.client.training.hooks import RecordHooks
-from fedlora.client.training.sampling import MicroBatch, private_batches
+from fedlora.client.training.sampling import MicroBatch, micro_batches, private_batches
 from fedlora.common.data.records import UnitIndex
 from fedlora.common.data.tasks import Encoded
 from fedlora.common.errors import BadInput
@@ -113,21 +113,29 @@ class PerSampleGradients:
         drawn: npt.NDArray[np.int64],
         groups: ClipGroups,
         tokens: int,
+        packed: bool = False,
     ) -> GradientSum:
         """Σ over the drawn units of a unit's gradient, clipped per group over all its records.
 
-        What a unit adds depends on no other unit, to the last bit before the sum; `tokens` bounds a
-        micro-batch.
+        What a unit adds depends on no other unit, to the last bit before the sum; where batches are
+        `packed`, but for rounding. `tokens` bounds a micro-batch.
         """
         total = _UnitSum(self.model.spec, groups, self.model.device)
-        for batch in self.batches(data, units, drawn, tokens):
+        for batch in self.batches(data, units, drawn, tokens, packed):
             total.add(self._samples(data, batch), batch)
         return total.result()
 
     def batches(
-        self, data: Encoded, units: UnitIndex, drawn: npt.NDArray[np.int64], tokens: int
+        self,
+        data: Encoded,
+        units: UnitIndex,
+        drawn: npt.NDArray[np.int64],
+        tokens: int,
+        packed: bool = False,
     ) -> Iterator[MicroBatch]:
-        """The micro-batches of a private step."""
+        """The micro-batches of a private step: of fixed shapes, or as a step without privacy's."""
+        if packed:
+            return micro_batches(units, drawn, data.lengths, tokens)
 
         def records(length: int, full: bool) -> int:
             return self._records(

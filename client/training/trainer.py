@@ -119,8 +119,8 @@ class Trainer:
         )
         phase = manifest.phases[plan.phase]
         moments = self._moments.read(owner, plan.phase, plan.round)
-        by_step = guarantee.noise_in_step
-        result = self._training.update(self._data, phase, state, moments, source, by_step)
+        by_step, packed = guarantee.noise_in_step, manifest.batches == "packed"
+        result = self._training.update(self._data, phase, state, moments, source, by_step, packed)
         self._moments.write(owner, plan.phase, plan.round, result.moments)
         delta = guarantee.clipped(result.delta, phase)
         return Update(owner, plan.manifest, plan.round, plan.attempt, delta)

@@ -4,9 +4,10 @@ Canonical JSON is UTF-8 with sorted keys, no white space and Python's shortest f
 
 A field's type says what it may be: str, int, float, bool or bytes, another dataclass (a table), a
 tuple (a list of one kind), one of these or None, or a type that reads itself from text. A `rule`
-in its metadata may say more. Every field that is missing, extra or not that is named, in one
-BadInput. What no canonical bytes can hold is refused: surrogates, numbers that are not finite, and
-integers beyond 64 bits.
+in its metadata may say more, and an `unwritten` value there is one that is never written: a later
+field whose absence means what was so before. Every field that is missing, extra or not that is
+named, in one BadInput. What no canonical bytes can hold is refused: surrogates, numbers that are
+not finite, and integers beyond 64 bits.
 """
 
 from __future__ import annotations
@@ -56,8 +57,12 @@ def build(cls: type[T], table: Any, where: str) -> T:
         f"{where} {printable(str(name)[:80])}: unknown field" for name in table if name not in known
     ]
     values: dict[str, Any] = {}
+    unwritten = unwritten_values(cls)
     for name, rule in known.items():
         place = f"{where} {name}"
+        if name not in table and name in unwritten:
+            values[name] = unwritten[name]
+            continue
         if name not in table:
             faults.append(f"{place}: missing")
             continue
@@ -74,7 +79,20 @@ def build(cls: type[T], table: Any, where: str) -> T:
 
 def to_canonical(value: Any) -> bytes:
     """A dataclass as canonical JSON."""
-    return canonical(asdict(value))
+    table = asdict(value)
+    for name, at in unwritten_values(type(value)).items():
+        if table[name] == at:
+            del table[name]
+    return canonical(table)
+
+
+def unwritten_values(cls: type) -> dict[str, Any]:
+    """Of the fields of `cls` itself that have one, by name."""
+    return {
+        each.name: each.metadata["unwritten"]
+        for each in fields(cls)
+        if "unwritten" in each.metadata
+    }
 
 
 def from_canonical(cls: type[T], data: bytes, where: str, limit: int = MAX_MESSAGE_BYTES) -> T:

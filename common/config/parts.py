@@ -7,7 +7,7 @@ parts of their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedlora.common.config.schema import (
     AggregationConfig,
@@ -32,13 +32,16 @@ class Terms:
     aggregation: AggregationConfig
 
     @classmethod
-    def of(cls, config: Config) -> Terms:
-        """As they are configured."""
+    def of(cls, config: Config, batches: str = "fixed") -> Terms:
+        """As they are configured; with `batches` where the configuration leaves the choice."""
+        training = config.training
+        if training.batches == "auto":
+            training = replace(training, batches=batches)
         return cls(
             config.seed,
             config.data.unit,
             config.federation,
-            config.training,
+            training,
             config.privacy,
             config.aggregation,
         )

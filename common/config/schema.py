@@ -140,6 +140,9 @@ class TrainingConfig:
     head_expected_units: float = _number(0.0, 0, 1e9)
     head_optimizer: str = _choice("sgd", "sgd", "adamw")
     head_learning_rate: float = _number(1.0, 0, 1e3, open_low=True)
+    # fixed: what a record gives depends on no other, to the last bit; packed: by length, as many as
+    # fit; auto: packed where one researcher computes all institutions, else fixed
+    batches: str = _choice("auto", "auto", "fixed", "packed")
     micro_batch_tokens: int = _number(4096, 1, 1 << 24, tuning=True)
     precision: str = _choice("auto", "auto", "bf16", "fp32", tuning=True)
     attention: str = _choice("auto", "auto", "eager", "sdpa", tuning=True)

@@ -22,10 +22,11 @@ from fedlora.common.config.schema import (
     check_rules,
     is_expression,
 )
-from fedlora.common.config.toml import Bounds, Each, shown
+from fedlora.common.config.toml import Bounds, Choice, Each, shown
 from fedlora.common.errors import BadInput
 
 VERSION = 1
+BATCHES = Choice(("fixed", "packed"))
 POSITIVE = {"rule": Each(Bounds(0, math.inf, open_low=True), distinct=False)}
 
 
@@ -157,6 +158,8 @@ class RunManifest:
     phases: tuple[Phase, ...]
     secure: SecureTerms | None = None  # None: updates are sent in clear
     skellam: SkellamTerms | None = None  # in mode "client", and there alone
+    # what a step's records are computed in (`common.model.shapes`); fixed before it could be chosen
+    batches: str = field(default="fixed", metadata={"unwritten": "fixed", "rule": BATCHES})
     version: int = VERSION
 
     def to_bytes(self) -> bytes:

@@ -19,6 +19,10 @@ from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.privacy.guarantee import NOT_COVERED, Guarantee, Permits
 from fedlora.common.privacy.norm_bound import NOISE_TAIL, stepped
 
+PACKED = (
+    "A step's records were computed in packed batches: by rounding, what one record gives depends"
+    " on the others beside it, which the clip does not bound. Fixed batches do not have this."
+)
 MAX_DRAW_RATIO = 100.0  # a draw of so many times the expected units, all aligned
 
 
@@ -118,6 +122,7 @@ class RecordLevel(Guarantee):
             " public number. Draws and noise come from the operating system's generator.",
             f"The noise is {self.noise}: the guarantee is that of the mathematical mechanism,"
             " and the last bits of floating point numbers are not covered by it.",
+            *([PACKED] if manifest.batches == "packed" else []),
             "Assumed: a unit occurs at one institution only (otherwise its ε and δ add up), the"
             " base model, the label set and the configuration were chosen without looking at"
             " the private records, and validation and test files are public.",

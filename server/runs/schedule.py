@@ -68,6 +68,7 @@ def make_manifest(
         phases=schedule.phases,
         secure=secure,
         skellam=schedule.skellam,
+        batches=terms.training.batches if guarantee.noise_in_step else "fixed",
     )
 
 

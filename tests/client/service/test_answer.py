@@ -93,6 +93,13 @@ def test_plans_do_not_go_back_where_the_ledger_alone_is_left(north: Institution)
     assert len(north.work.trained) == 1
 
 
+def test_who_allows_packed_batches_is_asked_for_them(north: Institution) -> None:
+    text = north.folder.policy.read_text().replace("[limits]", "[limits]\nallow_packed = true")
+    north.set_policy(text)
+    north.restart()
+    assert isinstance(north.ask(offer_of(replace(RUN, batches="packed"))), Consent)
+
+
 STRANGER = Identity.generate()
 
 
@@ -115,6 +122,7 @@ STRANGER = Identity.generate()
         pytest.param(
             offer_of(replace(RUN, mode="client")), "client_level is false", id="client-mode"
         ),
+        pytest.param(offer_of(replace(RUN, batches="packed")), "allow_packed", id="packed"),
         pytest.param(
             offer_of(replace(RUN, base_digest="sha256:0")), "base_digest", id="unpinned-base"
         ),

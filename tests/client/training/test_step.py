@@ -118,17 +118,26 @@ def units_of(sizes: list[int]) -> UnitIndex:
 
 @pytest.mark.parametrize("sizes", [[], [1], [1] * 9, [3], [7, 1, 1, 5, 2], [9, 9]], ids=str)
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
+@pytest.mark.parametrize("packed", [False, True], ids=["fixed", "packed"])
 def test_the_clipped_sum_is_that_of_a_batch_of_one_loop(
-    case: Case, sizes: list[int], tokens: int
+    case: Case, sizes: list[int], tokens: int, packed: bool
 ) -> None:
     model, gradients, data = case.model, case.gradients, case.data
     units = units_of(sizes)
     groups = ClipGroups.flat(model.spec, 0.7)
     drawn = np.arange(len(sizes), dtype=np.int64)
-    found = gradients.clipped_sum(data, units, drawn, groups, tokens)
+    found = gradients.clipped_sum(data, units, drawn, groups, tokens, packed)
     expected = clipped_sum_by_ones(case.reference, data, units, drawn, groups)
     assert found.units == len(sizes)
     assert np.linalg.norm(found.vector - expected) <= case.near * max(0.7 * len(sizes), 1e-30)
+
+
+def test_packed_batches_are_those_of_a_step_without_privacy(case: Case) -> None:
+    units, drawn, lengths = units_of([3, 1, 1]), np.arange(3, dtype=np.int64), case.data.lengths
+    packed = [*case.gradients.batches(case.data, units, drawn, 4096, True)]
+    plain = [*micro_batches(units, drawn, lengths, 4096)]
+    assert [batch.rows.tolist() for batch in packed] == [batch.rows.tolist() for batch in plain]
+    assert len(packed) == 1 and packed[0].shape is None
 
 
 def test_two_groups_are_clipped_apart(case: Case) -> None:

@@ -54,6 +54,24 @@ POLICY = Policy(
 )
 
 
+def test_a_manifest_of_fixed_batches_is_what_it_was_before_they_had_a_name() -> None:
+    data = MANIFEST.to_bytes()
+    assert b"batches" not in data and RunManifest.from_bytes(data).batches == "fixed"
+    packed = replace(MANIFEST, batches="packed")
+    assert RunManifest.from_bytes(packed.to_bytes()) == packed and packed.digest != MANIFEST.digest
+    for named in ("fixed", "loose"):
+        with pytest.raises(BadInput, match="manifest"):
+            RunManifest.from_bytes(packed.to_bytes().replace(b"packed", named.encode()))
+
+
+def test_a_statement_says_where_batches_were_packed() -> None:
+    said = [
+        "packed batches" in " ".join(guarantee_of(replace(MANIFEST, batches=each)).statement(2.0))
+        for each in ("packed", "fixed")
+    ]
+    assert said == [True, False]
+
+
 def test_a_statement_names_unit_neighbours_schedule_noise_and_assumptions() -> None:
     text = " ".join(guarantee_of(MANIFEST).statement(2.0041))
     for part in (
