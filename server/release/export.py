@@ -31,7 +31,7 @@ from fedlora.common.adapter.released import DESCRIPTION, description_text, publi
 from fedlora.common.disk.files import sync_folder, write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.protocol.messages import Consent
-from fedlora.common.trust.identity import Identity, seal
+from fedlora.common.trust.identity import Identity, Signed, seal
 from fedlora.server.release.card import shown_figures
 from fedlora.server.release.layout import (
     ADAPTER,
@@ -117,9 +117,8 @@ def _fill(folder: Path, coordinator: Identity, release: Release, adapter: Path) 
         for name, each in release.institutions.items()
     }
     body = {"version": MEMBERS_VERSION, "institutions": members}
-    _write(
-        folder / MANIFEST, seal(coordinator, RELEASE_MANIFEST_TAG, json.loads(manifest.to_bytes()))
-    )
+    signed = Signed.by(coordinator, RELEASE_MANIFEST_TAG, manifest.to_bytes())
+    _write(folder / MANIFEST, signed.text)
     _write(folder / MEMBERS, seal(coordinator, EXPORT_MEMBERS_TAG, body))
     figures = shown_figures(release.figures)
     _write(folder / FIGURES, json.dumps(figures, indent=1, sort_keys=True) + "\n")
