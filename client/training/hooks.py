@@ -39,7 +39,7 @@ class Layout(Enum):
             return len(shape) > 1 and shape[0] == records
         if self is Layout.SECOND:
             return len(shape) == 3 and shape[1] == records
-        return len(shape) == 2 and shape[0] > records and shape[0] % records == 0
+        return len(shape) == 2 and shape[0] % records == 0
 
     def records_first(self, tensor: torch.Tensor, records: int) -> torch.Tensor:
         """(records, …) of a tensor in this layout."""
@@ -60,6 +60,16 @@ class RecordHooks(GradSampleHooks):  # type: ignore[misc]  # Opacus has no types
             # The network stays in eval mode, where nothing is drawn at random; Opacus records what
             # enters a layer in training mode alone, and these layers compute the same in both.
             layer.training = True
+        self.disable_hooks()
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Hooks record in here alone: other passes, to measure or to evaluate, are nobody's."""
+        self.enable_hooks()
+        try:
+            yield
+        finally:
+            self.disable_hooks()
 
     def learn(self, forward: Callable[[], Any], records: int) -> bool:
         """Whether each layer has a rule for its gradient and sees `forward`'s batch in one layout,

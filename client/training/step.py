@@ -149,13 +149,12 @@ class PerSampleGradients:
         """(m, size) per-sample gradients of each parameter, of the batch's own records."""
         if self.one_by_one:
             return self._ones(data, batch)
-        self._hooks.enable_hooks()
-        self._backward(data, batch)
+        with self._hooks.on():
+            self._backward(data, batch)
         return [self._take(name)[: len(batch.rows)] for name in self._names]
 
     def _ones(self, data: Encoded, batch: MicroBatch) -> list[torch.Tensor]:
         """The same without hooks: as many passes as there are records."""
-        self._hooks.disable_hooks()
         tokens = None if batch.shape is None else (1, batch.shape[1])
         each = []
         for row in batch.rows:
@@ -166,7 +165,7 @@ class PerSampleGradients:
 
     def _hooks_are_right(self) -> bool:
         """Whether hooks give each record of a batch what it has alone."""
-        model, shape = self.model, Shape(3, 8, False)
+        model, shape = self.model, Shape(3, min(8, self.model.longest), False)
         _, texts = probes(shape, model.vocabulary)
         every = np.arange(shape.records, dtype=np.int64)
         batch = MicroBatch(every, every, False, (shape.records, shape.tokens))
@@ -204,7 +203,6 @@ class PerSampleGradients:
 
     def plain_sum(self, data: Encoded, batches: Iterable[MicroBatch]) -> GradientSum:
         """Σ of gradients without a clip: training without privacy, and at its cost."""
-        self._hooks.disable_hooks()
         units = 0
         for batch in batches:
             self._backward(data, batch)

@@ -160,7 +160,6 @@ def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
     if projection is not None:
         model.projection = projection
     model.load(read_state(folder, model.spec, description))
-    model.network.eval()
     return LoadedAdapter(model, description)
 
 

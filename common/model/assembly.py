@@ -1,4 +1,8 @@
-"""How a base, LoRA and a head become one network: PEFT places the adapter, the rest is frozen."""
+"""A base, its LoRA layers and its head made one network, which starts from a seed.
+
+PEFT places the adapter; a classifier over pooled hidden states is ours where the configuration asks
+for it, else the base's own head is trained beside the adapter.
+"""
 
 from __future__ import annotations
 
@@ -19,65 +23,44 @@ from fedlora.common.data.tasks import Task
 from fedlora.common.errors import BadInput
 from fedlora.common.model.behaviour import called, texts
 from fedlora.common.model.loading import load_backbone, load_classifier, load_language_model
-from fedlora.common.model.pooling import PooledClassifier, Pooling
+from fedlora.common.model.pooling import OwnHead, PooledClassifier, Pooling, build_head
 from fedlora.common.model.state import HEAD_PREFIX
 from fedlora.common.model.targets import explicit
 from fedlora.common.model.weights import PEFT_HEADS
 
+# PEFT 0.21 asks transformers 5 for a property under its old name.
+warnings.filterwarnings(
+    "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+)
+
 PEFT_ADAPTER = "default"  # PEFT's own name for the first adapter of a model
-
-
-class OwnHead(nn.Module):
-    """A transformers model with its own head: sequence classification or language modelling.
-
-    A decoder's classifier scores every word of a text. The last one counts, by the mask:
-    transformers goes by the padding's id, which may be a word's.
-    """
-
-    def __init__(self, model: nn.Module, classifier: nn.Module | None = None) -> None:
-        super().__init__()
-        self.backbone = model
-        self.by_word = False  # as the last pass was
-        self._scores: list[torch.Tensor] = []
-        if classifier is not None:
-            classifier.register_forward_hook(lambda _, inputs, output: self._scores.append(output))
-
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        self._scores.clear()
-        logits: torch.Tensor = self.backbone(input_ids=ids, attention_mask=mask).logits
-        scores = self._scores.pop() if self._scores else logits
-        self.by_word = scores is not logits and scores.ndim == 3
-        if not self.by_word:
-            return logits
-        return scores[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1]
-
-
-def build_head(width: int, hidden: int, classes: int) -> nn.Sequential:
-    """Linear, or linear - GELU - linear."""
-    if not hidden:
-        return nn.Sequential(nn.Linear(width, classes))
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, classes))
 
 
 def assembled(
     model: ModelConfig, folder: Path, task: Task, tokenizer: Any, lora: LoraConfig
 ) -> tuple[PooledClassifier | OwnHead, LoraConfig]:
+    """The network, and `lora` with the names of what is adapted.
+
+    BadInput where the base can't serve the task.
+    """
     if task.name == "causal-lm":
-        adapted, lora = with_lora(load_language_model(folder), model, lora, peft.TaskType.CAUSAL_LM)
+        adapted, lora = _with_lora(
+            load_language_model(folder), model, lora, peft.TaskType.CAUSAL_LM
+        )
         return OwnHead(adapted), lora
     if task.name != "sequence-classification":
         raise BadInput(f"[model] task = {task.name!r}: found no network for it")
     if model.pooling == "default":
-        base, heads = load_classifier(folder, len(task.labels))
+        base, new = load_classifier(folder, len(task.labels))
         config = base.config.get_text_config()
         if config.pad_token_id is None:  # without one, transformers refuses a batch
             config.pad_token_id = tokenizer.pad_token_id or 0
-        adapted, lora = with_lora(base, model, lora, peft.TaskType.SEQ_CLS, heads)
+        adapted, lora = _with_lora(base, model, lora, peft.TaskType.SEQ_CLS, new)
         return OwnHead(adapted, _own_classifier(adapted)), lora
     base = load_backbone(folder)
     config = base.config.get_text_config()
     pooling = Pooling(_pooled_layers(model, config.num_hidden_layers), model.head_scale)
-    backbone, lora = with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
+    backbone, lora = _with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
     width = model.kernel_directions or model.projection or config.hidden_size * len(pooling.layers)
     head = build_head(width, model.head_hidden, len(task.labels))
     return PooledClassifier(backbone, pooling, head), lora
@@ -106,7 +89,7 @@ def _pooled_layers(model: ModelConfig, depth: int) -> tuple[int, ...]:
     return layers
 
 
-def with_lora(
+def _with_lora(
     base: PreTrainedModel,
     model: ModelConfig,
     lora: LoraConfig,
@@ -120,7 +103,7 @@ def with_lora(
 
     def used() -> frozenset[str]:
         embeddings: Any = base.get_input_embeddings()
-        return called(base, *texts(embeddings.num_embeddings, base.device))
+        return called(base, *texts(embeddings.num_embeddings, base.device, model.max_length))
 
     heads = (*PEFT_HEADS, *new) if kind == peft.TaskType.SEQ_CLS else ()
     lora = explicit(base, lora, used, heads)
@@ -151,12 +134,7 @@ def with_lora(
     return adapted, lora
 
 
-def base_of(network: PooledClassifier | OwnHead) -> Any:
-    backbone: Any = network.backbone
-    return backbone.get_base_model()
-
-
-def trainable_of(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Trainable parameters by their names in an `AdapterSpec`; heads begin with `HEAD_PREFIX`."""
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
@@ -177,9 +155,9 @@ def initialise(network: nn.Module, seed: int) -> None:
     """
     generator = np.random.Generator(np.random.Philox(seed))
     last_head = [
-        name for name, p in trainable_of(network) if name.startswith(HEAD_PREFIX) and p.ndim == 2
+        name for name, p in trainable(network) if name.startswith(HEAD_PREFIX) and p.ndim == 2
     ][-1:]
-    tensors = dict(trainable_of(network))
+    tensors = dict(trainable(network))
     frozen_a = {
         n: p for n, p in network.named_parameters() if ".lora_A." in n and not p.requires_grad
     }

@@ -17,16 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlora.common.errors import BadInput
 
-RECORDS, TOKENS = 3, 7  # of a text that is tried: short, and neither is a usual width
+RECORDS, TOKENS = 3, 7  # of what is tried: short texts, and neither is a usual width
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids and mask to logits
 
 
 def texts(
-    vocabulary: int, device: torch.device, seed: int = 0
+    vocabulary: int, device: torch.device, longest: int = TOKENS, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask of `RECORDS` random texts of `TOKENS`, the last of each one padding."""
+    """Ids and mask of `RECORDS` random texts of `TOKENS`, or `longest`; the last one is padding."""
     rng = np.random.default_rng(seed)
-    ids = torch.from_numpy(rng.integers(0, vocabulary, (RECORDS, TOKENS)))
+    ids = torch.from_numpy(rng.integers(0, vocabulary, (RECORDS, min(TOKENS, longest))))
     mask = torch.ones_like(ids)
     mask[:, -1] = 0
     return ids.to(device), mask.to(device)
@@ -52,7 +52,7 @@ def check_still(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> None
 
 def check_causal(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> None:
     """BadInput where a word changes what is predicted for the places before it."""
-    changed, place = ids.clone(), TOKENS - 2
+    changed, place = ids.clone(), ids.shape[1] - 2
     changed[:, place] = (ids[:, place] == 0).long()
     with torch.no_grad():
         before, after = (forward(each, mask)[:, :place].float() for each in (ids, changed))
@@ -63,15 +63,19 @@ def check_causal(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> Non
         )
 
 
-def is_routed(forward: Forward, vocabulary: int, device: torch.device) -> bool:
-    """Whether products are shaped by what a batch says, not by its shape alone.
+def is_routed(
+    forward: Forward,
+    one: tuple[torch.Tensor, torch.Tensor],
+    other: tuple[torch.Tensor, torch.Tensor],
+) -> bool:
+    """Whether products are shaped by what a batch says, not by its shape alone, which is the same.
 
     Experts are: a word's product is computed together with whatever words chose the same expert.
     """
     traces = []
-    for seed in (1, 2):
+    for ids, mask in (one, other):
         with torch.no_grad(), _Trace() as trace:
-            forward(*texts(vocabulary, device, seed))
+            forward(ids, mask)
         traces.append(trace.found)
     return traces[0] != traces[1] or any("grouped_mm" in name for name, *_ in traces[0])
 

@@ -28,9 +28,8 @@ transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call
 def load_backbone(folder: Path) -> PreTrainedModel:
     """The transformer without a head: an encoder, or a decoder's hidden states."""
     config = _config(folder)
-    kind: Any = transformers.AutoModel
-    if config.is_encoder_decoder:  # one that was published as its encoder alone
-        kind = transformers.AutoModelForTextEncoding
+    half = _is_half(config)
+    kind: Any = transformers.AutoModelForTextEncoding if half else transformers.AutoModel
     base, report = _load(folder, config, kind)
     if getattr(base, "pooler", None) is not None:
         base.pooler = None  # ours replaces it; adapting what nothing reads would only add noise
@@ -45,7 +44,7 @@ def load_classifier(folder: Path, labels: int) -> tuple[PreTrainedModel, tuple[s
     """
     config = _config(folder)
     kind = transformers.AutoModelForSequenceClassification
-    if config.is_encoder_decoder or type(config) not in kind._model_mapping:
+    if _is_half(config) or type(config) not in kind._model_mapping:
         raise BadInput(
             f'[model] pooling = "default": found {config.model_type}, which has no classifier of'
             " its own here, expected pooling = mean or layers"
@@ -61,7 +60,7 @@ def load_language_model(folder: Path) -> PreTrainedModel:
     """The transformer with its own next-token head."""
     config = _config(folder)
     kind = transformers.AutoModelForCausalLM
-    if config.is_encoder_decoder or type(config) not in kind._model_mapping:
+    if _is_half(config) or type(config) not in kind._model_mapping:
         raise BadInput(
             f'[model] task = "causal-lm": found {config.model_type}, which has no causal language'
             " model, expected a decoder"
@@ -95,14 +94,18 @@ def _config(folder: Path) -> PreTrainedConfig:
         )
     except Exception as error:  # the library raises a dozen unrelated types
         raise BadInput(f"{folder / 'config.json'}: {_first_line(error)}") from error
-    encoder = any(str(each).endswith("EncoderModel") for each in config.architectures or ())
-    if config.is_encoder_decoder and not encoder:
+    if config.is_encoder_decoder and not _is_half(config):
         raise BadInput(
             f"{_where(folder)}: found an encoder-decoder ({config.model_type}), expected an"
             " encoder or a decoder"
         )
     config.use_cache = False  # no step generates
     return without_dropout(config)
+
+
+def _is_half(config: PreTrainedConfig) -> bool:
+    """Whether an encoder-decoder was published as its encoder alone: T5EncoderModel and its kin."""
+    return any(str(each).endswith("EncoderModel") for each in config.architectures or ())
 
 
 def _load(folder: Path, config: PreTrainedConfig, kind: Any) -> tuple[Any, dict[str, Any]]:

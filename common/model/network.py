@@ -1,14 +1,12 @@
 """The frozen base with a LoRA adapter, and the one way in and out of it: an `AdapterState`.
 
-PEFT places the adapter; a classifier over pooled hidden states is ours where the configuration asks
-for it. Dropout is off: a private step is already noisy, and each example's loss must depend on that
-example alone. The trainable parameters, the noised vector and the exported tensors are the same
-set, by construction: all three come from `AdapterModel.parameters`.
+Dropout is off: a private step is already noisy, and each example's loss must depend on that example
+alone. The trainable parameters, the noised vector and the exported tensors are the same set, by
+construction: all three come from `AdapterModel.parameters`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -20,29 +18,17 @@ from torch import nn
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.tasks import Batch, Task
 from fedlora.common.errors import BadInput
-from fedlora.common.model.assembly import (
-    PEFT_ADAPTER,
-    OwnHead,
-    assembled,
-    base_of,
-    initialise,
-    trainable_of,
-)
+from fedlora.common.model.assembly import PEFT_ADAPTER, assembled, initialise, trainable
 from fedlora.common.model.base import base_stamp, check_base, check_digest, resolve_base
 from fedlora.common.model.behaviour import check_causal, check_still, is_routed, texts
 from fedlora.common.model.dropout import switch_dropout_off
 from fedlora.common.model.loading import offered_attentions
-from fedlora.common.model.pooling import PooledClassifier
+from fedlora.common.model.pooling import OwnHead, PooledClassifier
 from fedlora.common.model.probe import probe
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.shapes import Shapes
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.model.tokenizer import check_fit, load_tokenizer
-
-# PEFT 0.21 asks transformers 5 for a property under its old name.
-warnings.filterwarnings(
-    "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-)
 
 
 class AdapterModel:
@@ -67,11 +53,11 @@ class AdapterModel:
         self.longest = longest  # tokens that a record is cut to
         self.lora = lora  # with names for targets
         self.precision = torch.float32
-        self.attentions = offered_attentions(base_of(network))
+        self.attentions = offered_attentions(_base_of(network))
         self.attention = ""  # as set; "": as loaded
         self.probe_seconds = 0.0
         self.shapes = Shapes()
-        self.parameters: dict[str, nn.Parameter] = dict(trainable_of(network))
+        self.parameters: dict[str, nn.Parameter] = dict(trainable(network))
         self.spec = AdapterSpec(
             tuple(TensorSpec(n, tuple(p.shape)) for n, p in self.parameters.items())
         )
@@ -168,14 +154,11 @@ class AdapterModel:
                 "[training] head_rounds: found a head that scores every word, expected pooling ="
                 " mean or layers"
             )
-        size = int(self.spec.head_mask().sum())
+        size, saved = int(self.spec.head_mask().sum()), f".modules_to_save.{PEFT_ADAPTER}"
         for name, module in self.network.named_modules():
-            linear = isinstance(module, nn.Linear) and name.endswith(
-                f".modules_to_save.{PEFT_ADAPTER}"
-            )
-            if linear and sum(each.numel() for each in module.parameters()) == size:
-                head: nn.Module = module
-                return head
+            whole = sum(each.numel() for each in module.parameters()) == size
+            if isinstance(module, nn.Linear) and name.endswith(saved) and whole:
+                return module
         raise BadInput(
             "[training] head_rounds: found a model without a linear head, expected pooling = mean"
             " or layers"
@@ -212,7 +195,7 @@ class AdapterModel:
                 f" {', '.join(self.attentions)}, which the base offers"
             )
         if len(self.attentions) > 1:
-            base_of(self.network).set_attn_implementation(name)
+            _base_of(self.network).set_attn_implementation(name)
         self.attention = name
 
 
@@ -244,12 +227,12 @@ def _try(model: AdapterModel) -> None:
     """
     network = model.network  # a projection below the head may come later
     forward = network.pooled if isinstance(network, PooledClassifier) else network
+    one, other = (texts(model.vocabulary, model.device, model.longest, seed) for seed in (0, 1))
     with model.probed():
-        ids, mask = texts(model.vocabulary, model.device)
-        check_still(forward, ids, mask)
+        check_still(forward, *one)
         if model.task.name == "causal-lm":
-            check_causal(forward, ids, mask)
-        model.shapes.routed = is_routed(forward, model.vocabulary, model.device)
+            check_causal(forward, *one)
+        model.shapes.routed = is_routed(forward, one, other)
         model.probe_seconds = probe(model, forward)
 
 
@@ -261,3 +244,8 @@ def _check_positions(network: PooledClassifier | OwnHead, max_length: int) -> No
         raise BadInput(
             f"[model] max_length = {max_length}: expected at most the base model's {most} positions"
         )
+
+
+def _base_of(network: PooledClassifier | OwnHead) -> Any:
+    backbone: Any = network.backbone
+    return backbone.get_base_model()

@@ -74,3 +74,36 @@ class PooledClassifier(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             logits: torch.Tensor = self.head(features)
         return logits
+
+
+class OwnHead(nn.Module):
+    """A transformers model with its own head: sequence classification or language modelling.
+
+    A decoder's classifier scores every word of a text. The last one counts, by the mask:
+    transformers goes by the padding's id, which may be a word's.
+    """
+
+    def __init__(self, model: nn.Module, classifier: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone = model
+        self.by_word = False  # as the last pass was
+        self._scores: list[torch.Tensor] = []
+        if classifier is not None:
+            classifier.register_forward_hook(lambda _, inputs, output: self._scores.append(output))
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Logits of (n, tokens) ids: (n, classes), or a language model's (n, tokens, words)."""
+        self._scores.clear()
+        logits: torch.Tensor = self.backbone(input_ids=ids, attention_mask=mask).logits
+        scores = self._scores.pop() if self._scores else logits
+        self.by_word = scores is not logits and scores.ndim == 3
+        if not self.by_word:
+            return logits
+        return scores[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1]
+
+
+def build_head(width: int, hidden: int, classes: int) -> nn.Sequential:
+    """Linear, or linear - GELU - linear."""
+    if not hidden:
+        return nn.Sequential(nn.Linear(width, classes))
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, classes))

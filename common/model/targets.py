@@ -15,6 +15,7 @@ from typing import Any
 import peft
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.common.config.schema import ALL_LINEAR, AUTO, LoraConfig, is_expression
@@ -44,7 +45,7 @@ _LINEAR = (nn.Linear, Conv1D)
 
 
 def explicit(
-    base: nn.Module,
+    base: PreTrainedModel,
     lora: LoraConfig,
     used: Callable[[], Collection[str]],
     heads: tuple[str, ...] = (),
@@ -63,7 +64,12 @@ def explicit(
     able = [name for name in every if not reasons[name]]
     if lora.targets == (ALL_LINEAR,):
         called = used()
-        chosen = {name for name in able if name in called and not _reads_weight(base, name)}
+        output = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+        chosen = {
+            name
+            for name in able
+            if name in called and every[name] is not output and not _reads_weight(base, name)
+        }
     elif lora.targets == (AUTO,):
         chosen = _automatic(able)
     else:

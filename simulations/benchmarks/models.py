@@ -1,4 +1,4 @@
-"""The matrix of bases: which families of transformers train here, and what they train is right.
+"""The matrix of bases: which families of transformers train here, and that it is right.
 
 Each family is a small random base on disk (`families`), examined as a run would use it:
 
@@ -16,6 +16,7 @@ import argparse
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,7 +190,9 @@ def _export_error(
         text = plain.config.get_text_config()
         text.pad_token_id = text.pad_token_id if text.pad_token_id is not None else model.pad
     plain.set_attn_implementation(_config(model)._attn_implementation)
-    alone = peft.PeftModel.from_pretrained(plain, str(scratch)).eval()
+    with warnings.catch_warnings():  # it sets by each layer's kind what it warns of
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        alone = peft.PeftModel.from_pretrained(plain, str(scratch)).eval()
     inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
     with torch.no_grad():
         if isinstance(model.network, PooledClassifier):

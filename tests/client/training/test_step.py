@@ -18,8 +18,8 @@ from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
 from fedlora.common.data.tasks import CausalLanguageModel, Encoded, SequenceClassification, Task
 from fedlora.common.errors import BadInput
-from fedlora.common.model.assembly import build_head
 from fedlora.common.model.network import AdapterModel, build_model
+from fedlora.common.model.pooling import build_head
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.accountant import group_scales
 from fedlora.common.privacy.randomness import OsRandom

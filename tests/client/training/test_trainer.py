@@ -20,9 +20,9 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.model.assembly import build_head
 from fedlora.common.model.features import FeatureCache, pooled_features
 from fedlora.common.model.network import AdapterModel, build_model
+from fedlora.common.model.pooling import build_head
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.randomness import OsRandom
 from tests.oracles import head_clipped_sum_by_ones
