@@ -37,7 +37,8 @@ from fedlora.common.model import loading
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import PooledClassifier
 from fedlora.common.model.state import AdapterState
-from fedlora.simulations.benchmarks.families import FAMILIES, WORDS, Family
+from fedlora.simulations.benchmarks.families import FAMILIES
+from fedlora.simulations.benchmarks.random_base import WORDS, Family
 
 Vector = npt.NDArray[np.float64]
 Drawn = npt.NDArray[np.int64]

@@ -21,7 +21,7 @@ from fedlora.common.errors import BadInput
 from fedlora.common.model.behaviour import check_still, texts
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import PooledClassifier
-from fedlora.simulations.benchmarks.families import FAMILIES, Family
+from fedlora.simulations.benchmarks.families import FAMILIES
 from fedlora.simulations.benchmarks.models import (
     CLASSIFIER,
     LABELS,
@@ -31,6 +31,7 @@ from fedlora.simulations.benchmarks.models import (
     examine,
     uses,
 )
+from fedlora.simulations.benchmarks.random_base import Family
 from tests.oracles import clipped_sum_by_ones
 
 FAST = {
