@@ -22,6 +22,7 @@ from fedlora.client.consent.verdict import Verdict, at_most, beyond, least, one_
 from fedlora.client.node.policy import Policy
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase, RunManifest
+from fedlora.common.model.state import PHASES
 from fedlora.common.privacy.accountant import SMALLEST_CLIP, Spend
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
@@ -123,7 +124,7 @@ def _phase_verdicts(guarantee: Guarantee, policy: Policy) -> list[Verdict]:
     ]
     for number, phase in enumerate(phases):
         name = f"phases[{number}]"
-        named = "" if phase.name in ("head", "adapter") else "expected head or adapter"
+        named = "" if phase.name in PHASES else f"expected one of {', '.join(PHASES)}"
         rounds = "" if 1 <= phase.rounds <= phase.attempts else "expected 1 to attempts"
         steps = "" if 1 <= phase.steps <= limits.steps else f"expected 1 to {limits.steps}"
         verdicts += [

@@ -136,8 +136,8 @@ class LocalTraining:
         return self._model.task.losses(logits, Batch(targets, targets, targets))
 
     def _groups(self, phase: Phase) -> ClipGroups:
-        if phase.name == "head" or phase.head_clip == 0:
-            return ClipGroups.flat(self._model.spec, phase.clip)
+        if phase.name != "adapter" or phase.head_clip == 0:
+            return ClipGroups.flat(self._model.spec, phase.clip, phase.name)
         return ClipGroups.split(self._model.spec, phase.clip, phase.head_clip)
 
 

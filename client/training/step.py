@@ -40,16 +40,18 @@ RECORDS = {"cpu": 4, "cuda": 512}
 class ClipGroups:
     """L2 bounds of disjoint coordinate groups of the flat vector.
 
-    `group` is (size,) int, `bounds` (groups,).
+    `group` is (size,) int, `bounds` (groups,). A coordinate of group -1 stands still: nothing of
+    it enters a norm or a sum, and it gets no noise.
     """
 
     group: npt.NDArray[np.int64]
     bounds: tuple[float, ...]
 
     @classmethod
-    def flat(cls, spec: AdapterSpec, clip: float) -> ClipGroups:
-        """One bound for all coordinates."""
-        return cls(np.zeros(spec.size, dtype=np.int64), (checked_clip(clip),))
+    def flat(cls, spec: AdapterSpec, clip: float, phase: str = "adapter") -> ClipGroups:
+        """One bound for all coordinates that a phase of that name moves."""
+        group = np.where(spec.moved_by(phase), 0, -1)
+        return cls(group.astype(np.int64), (checked_clip(clip),))
 
     @classmethod
     def split(cls, spec: AdapterSpec, clip: float, head_clip: float) -> ClipGroups:
@@ -58,7 +60,8 @@ class ClipGroups:
 
     def noise_std(self, noise_multiplier: float) -> npt.NDArray[np.float64]:
         """(size,) standard deviation of the noise on each coordinate of the sum."""
-        return np.asarray(group_scales(noise_multiplier, self.bounds), dtype=np.float64)[self.group]
+        scales = [*group_scales(noise_multiplier, self.bounds), 0.0]  # the last one is group -1's
+        return np.asarray(scales, dtype=np.float64)[self.group]
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +282,9 @@ class _UnitSum:
     """Adds per-sample gradients up to units, clips each unit once, and sums."""
 
     def __init__(self, spec: AdapterSpec, groups: ClipGroups, device: torch.device) -> None:
-        self._places = [place for _, place in spec.slices()]
+        places = [place for _, place in spec.slices()]
+        self._moving = [n for n, place in enumerate(places) if groups.group[place][0] >= 0]
+        self._places = [places[n] for n in self._moving]
         self._groups = [int(groups.group[place][0]) for place in self._places]
         self._bounds = torch.tensor(groups.bounds, dtype=torch.float64, device=device)
         self._total = torch.zeros(spec.size, dtype=torch.float64, device=device)
@@ -291,11 +296,8 @@ class _UnitSum:
     def add(self, samples: Sequence[torch.Tensor], batch: MicroBatch) -> None:
         owners = torch.from_numpy(batch.owners - batch.owners[0]).to(self._total.device)
         units = int(owners[-1]) + 1
-        sums = (
-            list(samples)
-            if units == len(owners)
-            else [_by_owner(s, owners, units) for s in samples]
-        )
+        moving = [samples[n] for n in self._moving]
+        sums = moving if units == len(owners) else [_by_owner(s, owners, units) for s in moving]
         if self._open is not None:
             for each, begun in zip(sums, self._open, strict=True):
                 each[0] += begun

@@ -48,7 +48,7 @@ Fault = tuple[tuple[str, ...], str]  # the fields that it is about, and the line
 
 def _together(config: Config) -> Iterator[Fault]:
     """Faults of fields that are right alone and wrong together."""
-    federation, training = config.federation, config.training
+    federation = config.federation
     if config.aggregation.secure:
         yield from _secure(config)
     elif config.faults != FaultsConfig():
@@ -58,10 +58,7 @@ def _together(config: Config) -> Iterator[Fault]:
     if federation.partition == "by-column" and not federation.column:
         paths = ("federation.partition", "federation.column")
         yield paths, '[federation] column = "": expected a column, since partition = "by-column"'
-    if training.head_rounds > federation.rounds:
-        paths = ("training.head_rounds", "federation.rounds")
-        found = f"[training] head_rounds = {training.head_rounds}"
-        yield paths, f"{found}: expected at most [federation] rounds = {federation.rounds}"
+    yield from _phases(config)
     if config.model.head_hidden > 0 and config.model.pooling == "default":
         paths = ("model.head_hidden", "model.pooling")
         found = f"[model] head_hidden = {config.model.head_hidden}"
@@ -84,6 +81,23 @@ def _together(config: Config) -> Iterator[Fault]:
         )
     if config.model.task == "causal-lm":
         yield from _causal(config)
+
+
+def _phases(config: Config) -> Iterator[Fault]:
+    """What the rounds can't be divided into: the head alone, then LoRA or both."""
+    federation, training = config.federation, config.training
+    if training.head_rounds > federation.rounds:
+        paths = ("training.head_rounds", "federation.rounds")
+        found = f"[training] head_rounds = {training.head_rounds}"
+        yield paths, f"{found}: expected at most [federation] rounds = {federation.rounds}"
+    if training.moves == "lora" and training.head_rounds == 0:
+        found = '[training] moves = "lora": expected "both" with head_rounds = 0'
+        paths = ("training.moves", "training.head_rounds")
+        yield paths, f"{found}: a head that was never trained passes no gradient on"
+    if training.moves == "lora" and config.privacy.head_clip > 0:
+        found = f"[privacy] head_clip = {config.privacy.head_clip:g}"
+        paths = ("training.moves", "privacy.head_clip")
+        yield paths, f'{found}: expected 0 with moves = "lora"'
 
 
 def _secure(config: Config) -> Iterator[Fault]:

@@ -134,6 +134,7 @@ class TrainingConfig:
     learning_rate: float = _number(1e-3, 0, 1e3, open_low=True)
     proximal_mu: float = _number(0.0, 0, 1e3)
     head_rounds: int = _number(0, 0, 100_000)  # first rounds that train the head alone
+    moves: str = _choice("both", "lora", "both")  # what the rounds after them move
     head_steps: int = _number(1, 1, 10_000)
     head_sampling_rate: float = _number(0.2, 0, 1, open_low=True)
     # 0: expected_units in proportion to the rates

@@ -41,7 +41,8 @@ class Phase:
     = 1 / noise_multiplier².
     """
 
-    name: str  # "head": only the head trains, on cached features; "adapter": head and LoRA train
+    # "head": only the head trains, on cached features; "lora": all but the head; "adapter": both
+    name: str
     rounds: int
     attempts: int  # rounds + spare rounds: what the noise is calibrated for
     steps: int  # local steps of a round

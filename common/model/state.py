@@ -25,6 +25,7 @@ Vector = npt.NDArray[np.float32]
 
 MAX_TENSORS = 10_000
 MAX_HEADER_BYTES = 4 << 20
+PHASES = ("head", "lora", "adapter")  # what a phase moves: the head, the rest, or both
 HEAD_PREFIX = "head."  # tensors of the task head; all others belong to the LoRA adapter
 
 
@@ -70,14 +71,16 @@ class AdapterSpec:
         """(size,) true where a phase of that name moves a coordinate; BadInput if unknown."""
         if phase == "head":
             return self.head_mask()
+        if phase == "lora":
+            return ~self.head_mask()
         if phase == "adapter":
             return np.ones(self.size, dtype=bool)
-        raise BadInput(f"manifest phase name: found {phase!r}, expected head or adapter")
+        raise BadInput(f"manifest phase name: found {phase!r}, expected {', '.join(PHASES)}")
 
     @property
     def moved(self) -> dict[str, int]:
         """By a phase's name, how many coordinates it moves."""
-        return {name: int(self.moved_by(name).sum()) for name in ("head", "adapter")}
+        return {name: int(self.moved_by(name).sum()) for name in PHASES}
 
     @cached_property
     def digest(self) -> str:

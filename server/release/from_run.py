@@ -41,7 +41,7 @@ def export_run(
             for name, data in statements.items()
         },
         statements=statements,
-        adapter=checkpoint.load().released.digest,
+        adapter=checkpoint.load().release.digest,
         figures=summary,
         reports=_reports(reports),
     )

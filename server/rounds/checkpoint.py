@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,20 +27,31 @@ from safetensors.numpy import load, save
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, FedloraError, Refused, Spent
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.model.state import AdapterSpec, AdapterState, check_safetensors_header
+from fedlora.common.model.state import AdapterSpec, AdapterState, Vector, check_safetensors_header
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.strategies.strategy import ServerState
 
 VERSION = 1  # of these files' layout
-STATE, RELEASED, MEMORY = "state", "released", "memory."
+STATE, RELEASED, MEMORY, ENDED = "state", "released", "memory.", "ended."
 # a simulation's own ledger's
 NAMES = r"(manifest|attempts|progress)\.json|state-\d+\.safetensors|ledger-head\.json|ledger\.key"
 WRITTEN = re.compile(rf"({NAMES})|\.({NAMES})\.\d+")  # the second: half written when a kill came
 
 
 @dataclass(frozen=True, eq=False)
+class Ended:
+    """The released state at the end of a phase, and its validation score."""
+
+    state: AdapterState
+    score: float | None
+
+
+@dataclass(frozen=True, eq=False)
 class Progress:
-    """Where a run stands after `round` committed rounds; `released` would be exported now."""
+    """Where a run stands after `round` committed rounds.
+
+    `released` is what the current phase has to give, averaged where averaging has begun.
+    """
 
     round: int
     state: AdapterState
@@ -47,6 +59,19 @@ class Progress:
     memory: ServerState = field(default_factory=ServerState)
     best: float | None = None  # the best validation score so far, higher is better
     stale: int = 0  # evaluations since then
+    score: float | None = None  # of `released`, when it was last evaluated in its phase
+    ended: tuple[Ended, ...] = ()  # the phases before this one
+
+    @property
+    def release(self) -> AdapterState:
+        """What a run that ends here leaves: the state that public validation likes best.
+
+        A phase that made things worse leaves the end of the one before it; of equals the later one
+        is taken. All of them are noised already: choosing by public records costs no privacy.
+        """
+        states = [*self.ended, Ended(self.released, self.score)]
+        worst = -math.inf
+        return max(reversed(states), key=lambda e: worst if e.score is None else e.score).state
 
 
 @dataclass(frozen=True)
@@ -139,10 +164,7 @@ class Checkpoint:
 
     def commit(self, progress: Progress) -> None:
         """Make a round durable. The state before it stays until this one is the one pointed to."""
-        vectors = {MEMORY + name: value for name, value in progress.memory.vectors.items()}
-        data = bytes(
-            save({STATE: progress.state.vector, RELEASED: progress.released.vector, **vectors})
-        )
+        data = bytes(save(_vectors(progress)))
         name = f"state-{progress.round}.safetensors"
         self._write(name, data)
         table = {
@@ -154,6 +176,8 @@ class Checkpoint:
             "counts": dict(progress.memory.counts),
             "best": progress.best,
             "stale": progress.stale,
+            "score": progress.score,
+            "ended": [each.score for each in progress.ended],
         }
         self._write("progress.json", _sealed(table))
         self._clear(name)
@@ -184,6 +208,11 @@ class Checkpoint:
             memory=ServerState(memory, table["counts"]),
             best=table["best"],
             stale=int(table["stale"]),
+            score=table.get("score"),  # files of before phases were compared have neither
+            ended=tuple(
+                Ended(AdapterState(self._spec, vectors[f"{ENDED}{place}"]), score)
+                for place, score in enumerate(table.get("ended", []))
+            ),
         )
 
     def check_against_ledger(self, used: int) -> None:
@@ -246,6 +275,13 @@ class Checkpoint:
         for path in stale:
             with suppress(OSError):
                 path.unlink()
+
+
+def _vectors(progress: Progress) -> dict[str, Vector]:
+    """All vectors of a state file by name."""
+    ended = {f"{ENDED}{place}": each.state.vector for place, each in enumerate(progress.ended)}
+    memory = {MEMORY + name: value for name, value in progress.memory.vectors.items()}
+    return {STATE: progress.state.vector, RELEASED: progress.released.vector, **ended, **memory}
 
 
 def _sealed(table: Mapping[str, Any]) -> bytes:

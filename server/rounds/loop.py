@@ -29,7 +29,7 @@ from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused, S
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState
-from fedlora.server.rounds.checkpoint import Checkpoint, Progress
+from fedlora.server.rounds.checkpoint import Checkpoint, Ended, Progress
 from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure, SecureRecord, replies_needed
 from fedlora.server.strategies.averaging import add_to_average
 from fedlora.server.strategies.strategy import ServerState, Strategy
@@ -178,16 +178,14 @@ def _released(
 
 
 def _scored(progress: Progress, metrics: Mapping[str, float]) -> Progress:
-    """Note whether validation got better: accuracy where the task has one, else the loss."""
+    """Note the score, and whether it got better: accuracy where the task has one, else the loss."""
     if not metrics:
         return progress
-    score = metrics["accuracy"] if "accuracy" in metrics else -metrics["loss"]
-    better = math.isfinite(score) and (progress.best is None or score > progress.best)
-    return (
-        replace(progress, best=score, stale=0)
-        if better
-        else replace(progress, stale=progress.stale + 1)
-    )
+    found = metrics["accuracy"] if "accuracy" in metrics else -metrics["loss"]
+    score = found if math.isfinite(found) else None
+    if score is not None and (progress.best is None or score > progress.best):
+        return replace(progress, score=score, best=score, stale=0)
+    return replace(progress, score=score, stale=progress.stale + 1)
 
 
 def _next(
@@ -198,11 +196,16 @@ def _next(
     memory: ServerState,
     scored: Progress,
 ) -> Progress:
-    """A phase ends with its released state; the next starts there, with the score alone."""
-    if _ends_phase(manifest, number):
-        stale = scored.stale if number == manifest.rounds else 0
-        return Progress(number, released, released, ServerState(), scored.best, stale)
-    return Progress(number, state, released, memory, scored.best, scored.stale)
+    """A phase ends with its released state, which is kept: a later one may turn out worse.
+
+    The next starts there, with nothing remembered but the scores.
+    """
+    if not _ends_phase(manifest, number):
+        return replace(scored, round=number, state=state, released=released, memory=memory)
+    over = replace(scored, round=number, state=released, released=released, memory=ServerState())
+    if number == manifest.rounds:
+        return over
+    return replace(over, stale=0, score=None, ended=(*over.ended, Ended(released, over.score)))
 
 
 def _record(

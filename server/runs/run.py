@@ -16,7 +16,7 @@ from typing import Any
 
 from fedlora.common.adapter.peft import export_adapter
 from fedlora.common.config.schema import FederationConfig, ServerConfig
-from fedlora.common.disk.files import write_text
+from fedlora.common.disk.files import lines_of, write_text
 from fedlora.common.errors import QuorumLost, Refused, Spent
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.model.state import AdapterState
@@ -24,6 +24,7 @@ from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Cohort
 from fedlora.server.rounds.loop import RoundRecord, Rules, run_rounds
+from fedlora.server.runs.phases import phase_table
 from fedlora.server.runs.public_data import PublicSide
 from fedlora.server.runs.summary import summary_of, write_summary
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
@@ -107,11 +108,12 @@ def conclude(
     """
     started = time.monotonic()
     run.public.features.clear()
-    metrics = run.public.test.evaluate(progress.released)
+    lines = [line.value for line in lines_of(run.folder / "metrics.jsonl")]
+    phases = phase_table(run.manifest, progress, run.public.test, lines)
     model, recipe = run.public.model, run.public.recipe
     adapter = run.folder / "adapter"
-    export_adapter(model, progress.released, recipe.model, model.lora, recipe.seed, adapter)
-    summary = summary_of(run.manifest, run.public, run.folder, progress, metrics, reserved)
+    export_adapter(model, progress.release, recipe.model, model.lora, recipe.seed, adapter)
+    summary = summary_of(run.manifest, run.public, run.folder, progress, phases, lines, reserved)
     summary["seconds"] += time.monotonic() - started
     summary["privacy_statement"] += run.caveats
     summary |= {"clients": run.clients, "engine": run.engine, "config": run.config, **more()}

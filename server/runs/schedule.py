@@ -117,7 +117,7 @@ def _head_phase(terms: Terms, rounds: int) -> Phase:
 def _adapter_phase(terms: Terms, rounds: int) -> Phase:
     training = terms.training
     return Phase(
-        name="adapter",
+        name="adapter" if training.moves == "both" else "lora",
         rounds=rounds,
         attempts=rounds + terms.federation.spare_rounds,
         steps=training.steps,

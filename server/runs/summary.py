@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.common.disk.files import lines_of, write_text
+from fedlora.common.disk.files import write_text
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.checkpoint import Progress
@@ -27,14 +27,19 @@ def summary_of(
     public: PublicSide,
     folder: Path,
     progress: Progress,
-    metrics: Mapping[str, float],
+    phases: Sequence[Mapping[str, Any]],
+    lines: Sequence[Mapping[str, Any]],
     reserved: Mapping[str, float],
 ) -> dict[str, Any]:
-    """What every run says of itself: what was promised, what was reached, and at what cost."""
-    lines = [line.value for line in lines_of(folder / "metrics.jsonl")]
+    """What every run says of itself: what was promised, what was reached, and at what cost.
+
+    `phases` are those of `phase_table`, `lines` those of metrics.jsonl.
+    """
+    released = next(phase for phase in phases if phase["released"])
     return {
         "task": manifest.task,
-        **metrics,
+        **released["test"],
+        "phases": list(phases),
         **_guaranteed(manifest, reserved),
         "rounds": progress.round,
         **_measured(lines),
@@ -44,10 +49,10 @@ def summary_of(
         "secure_aggregation": manifest.secure is not None,
         "secure": SumLog(folder).summary(manifest),
         "base_digest": manifest.base_digest,
-        "adapter_digest": progress.released.digest,
+        "adapter_digest": progress.release.digest,
         "attention": public.compute.attention,
         "precision": public.compute.precision,
-        "validation": {key: lines[-1][key] for key in metrics if lines and key in lines[-1]},
+        "validation": released["validation"],
         "versions": versions(),
     }
 

@@ -54,6 +54,7 @@ def write_report(folder: Path) -> Path:
         "baseline": sections.baseline(summary),
         "comparison": sections.comparison(summary),
         "rounds": sections.rounds(summary, lines),
+        "phases": sections.phase_ends(summary),
         "clients": sections.clients(summary),
         "partition": sections.partition(summary),
         "participation": sections.participation(lines, summary["partition"]["clients"]),

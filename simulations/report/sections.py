@@ -32,6 +32,9 @@ Summary = Mapping[str, Any]
 Lines = Sequence[Mapping[str, Any]]
 
 
+PHASES = {"head": "The head alone", "adapter": "LoRA and the head", "lora": "LoRA below it"}
+
+
 def base(summary: Summary) -> str:
     """The base model's name, or the last part of its path."""
     try:
@@ -83,6 +86,31 @@ def rounds(summary: Summary, lines: Lines) -> dict[str, Any]:
         text += f" The dashed line is what the whole schedule reserved, {shown_epsilon(whole)}."
         pictures.append((svg, text))
     return {"pictures": pictures, "phases": phases, "metric": metric}
+
+
+def phase_ends(summary: Summary) -> dict[str, Any]:
+    """What each phase came to, and in words what LoRA added to the head."""
+    found = summary.get("phases") or []
+    metric = "perplexity" if "perplexity" in summary else "accuracy"
+    show = numbers.percent if metric == "accuracy" else numbers.number
+    rows = [
+        {
+            "title": PHASES.get(row["phase"], row["phase"]),
+            "rounds": row["rounds"],
+            "validation": show(row["validation"].get(metric)),
+            "test": show(row["test"].get(metric)),
+            "released": row["released"],
+        }
+        for row in found
+    ]
+    if len(rows) < 2 or metric != "accuracy":
+        return {"rows": rows, "metric": metric, "sentence": ""}
+    gain = 100 * (found[-1]["test"]["accuracy"] - found[0]["test"]["accuracy"])
+    kept = "it is released" if found[-1]["released"] else "so the head alone is released"
+    added = f"LoRA {'added' if gain >= 0 else 'cost'} {abs(gain):.1f} points of accuracy"
+    seen = "was liked better" if found[-1]["released"] else "was not liked better"
+    sentence = f"{added} on the test file. On the validation part it {seen}, {kept}."
+    return {"rows": rows, "metric": metric, "sentence": sentence}
 
 
 def _phases(lines: Lines) -> list[tuple[str, int]]:

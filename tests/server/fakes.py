@@ -260,6 +260,10 @@ class Run:
 def same(found: Progress, expected: Progress) -> None:
     """Assert that two runs stand at the same place, bit for bit."""
     assert (found.round, found.best, found.stale) == (expected.round, expected.best, expected.stale)
+    assert found.score == expected.score
+    assert [(each.state, each.score) for each in found.ended] == [
+        (each.state, each.score) for each in expected.ended
+    ]
     assert found.state == expected.state
     assert found.released == expected.released
     assert found.memory.counts == expected.memory.counts

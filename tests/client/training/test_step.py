@@ -151,6 +151,23 @@ def test_two_groups_are_clipped_apart(case: Case) -> None:
     assert np.linalg.norm(found.vector - expected) <= case.near * 3 * 0.45
 
 
+def test_a_phase_clips_what_it_moves_and_nothing_else(case: Case) -> None:
+    """The norm of what stands still would eat the clip, and its noise would be for nothing."""
+    model, gradients, data = case.model, case.gradients, case.data
+    units, drawn = units_of([1, 4, 2]), np.arange(3, dtype=np.int64)
+    groups = ClipGroups.flat(model.spec, 0.05, "lora")
+    found = gradients.clipped_sum(data, units, drawn, groups, 50)
+    moved = model.spec.moved_by("lora")
+    expected = np.zeros(model.spec.size)
+    for unit in drawn:
+        whole = ClipGroups.flat(model.spec, 1e9)
+        alone = clipped_sum_by_ones(case.reference, data, units, np.array([unit]), whole)[moved]
+        expected[moved] += alone * min(1.0, 0.05 / float(np.linalg.norm(alone)))
+    assert not found.vector[~moved].any()
+    assert np.linalg.norm(found.vector - expected) <= case.near * 3 * 0.05
+    np.testing.assert_allclose(groups.noise_std(2.0), np.where(moved, 0.1, 0.0))
+
+
 def test_without_a_clip_it_is_the_plain_gradient(case: Case) -> None:
     model, gradients, data = case.model, case.gradients, case.data
     units, drawn = units_of([1, 4, 2]), np.arange(3, dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -16,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
-from fedlora.server.rounds.checkpoint import Checkpoint, Progress
+from fedlora.server.rounds.checkpoint import Checkpoint, Ended, Progress
 from fedlora.server.strategies.strategy import ServerState
 from tests.disk import fill, small_disk
 from tests.server.fakes import SPEC, START, Disk, Run, full_disk, manifest_of, same
@@ -25,6 +26,7 @@ CASE = 5  # the bit between a small letter and its capital: 1e-05 and 1E-05 are 
 FILES = ("manifest.json", "attempts.json", "progress.json", "state-2.safetensors")
 
 floats = arrays.arrays(np.float32, SPEC.size, elements=st.floats(width=32, allow_nan=False))
+scores = st.none() | st.floats(-9, 9)
 memories = st.builds(
     ServerState,
     st.dictionaries(st.text("abcé. ", min_size=1, max_size=8), floats, max_size=3),
@@ -71,6 +73,44 @@ def test_what_is_committed_is_loaded(
         same(checkpoint.load(), Progress(0, START, START))
         checkpoint.commit(progress)
         same(Checkpoint.open(checkpoint.folder, SPEC).load(), progress)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.tuples(floats, scores), max_size=3), scores)
+def test_the_ends_of_phases_are_loaded_and_the_best_is_released(
+    ended: list[tuple[np.ndarray[tuple[int], np.dtype[np.float32]], float | None]],
+    score: float | None,
+) -> None:
+    states = tuple(Ended(AdapterState(SPEC, vector), found) for vector, found in ended)
+    last = AdapterState(SPEC, np.full(SPEC.size, 77, dtype=np.float32))
+    progress = Progress(1, last, last, score=score, ended=states)
+    with tempfile.TemporaryDirectory() as name:
+        checkpoint = Checkpoint.create(Path(name) / "checkpoint", manifest_of(2), START)
+        checkpoint.commit(progress)
+        found = Checkpoint.open(checkpoint.folder, SPEC).load()
+    same(found, progress)
+    assert found.score == score
+    assert [(each.state, each.score) for each in found.ended] == [
+        (each.state, each.score) for each in states
+    ]
+    assert found.release == progress.release
+    known = [each for each in (*states, Ended(last, score)) if each.score is not None]
+    if known:
+        best = max(each.score for each in known if each.score is not None)
+        assert found.release == [each for each in known if each.score == best][-1].state
+    else:
+        assert found.release == last
+
+
+def test_a_checkpoint_of_before_phases_were_compared_is_read(run: Run) -> None:
+    path = run.folder / "progress.json"
+    table = json.loads(json.loads(path.read_text())["body"])
+    del table["score"], table["ended"]
+    body = json.dumps(table, sort_keys=True)
+    seal = hashlib.sha256(body.encode()).hexdigest()
+    path.write_text(json.dumps({"body": body, "sha256": seal}))
+    found = Checkpoint.open(run.folder, SPEC).load()
+    assert (found.score, found.ended) == (None, ()) and found.release == found.released
 
 
 def test_a_state_without_coordinates_is_a_state() -> None:
