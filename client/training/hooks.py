@@ -78,11 +78,16 @@ class RecordHooks(GradSampleHooks):  # type: ignore[misc]  # Opacus has no types
         seen: dict[nn.Module, set[Layout | None]] = {layer: set() for layer in self.layers}
         with torch.no_grad(), _watched(seen, records):
             forward()
-        ruled = all(type(layer) in self.GRAD_SAMPLERS for layer in self.layers)
+        ruled = all(self._has_rule(layer) for layer in self.layers)
         if not ruled or any(None in each or len(each) > 1 for each in seen.values()):
             return False
         self._layouts = {layer: layout for layer, each in seen.items() for layout in each if layout}
         return True
+
+    def _has_rule(self, layer: nn.Module) -> bool:
+        """Opacus' own rule for LayerNorm asks for a bias, which ModernBERT's has not."""
+        whole = not isinstance(layer, nn.LayerNorm) or layer.bias is not None
+        return whole and type(layer) in self.GRAD_SAMPLERS
 
     def rearrange_grad_samples(
         self, *, module: nn.Module, backprops: torch.Tensor, **kwargs: Any
