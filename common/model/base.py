@@ -13,6 +13,7 @@ import os
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 from fedlora.common.errors import BadInput
 from fedlora.common.model.state import check_safetensors_header
@@ -69,6 +70,8 @@ def check_base(folder: Path) -> None:
         _check_weights(file)
     for index in sorted(folder.glob("*.safetensors.index.json")):
         _check_index(index, {file.name for file in weights})
+    if (tokenizer := folder / "tokenizer_config.json").is_file():
+        _check_tokenizer(tokenizer)
 
 
 def _check_config(config: Path) -> None:
@@ -128,25 +131,52 @@ def _check_index(index: Path, weights: set[str]) -> None:
         )
 
 
-def _is_beside(name: object, folder: Path) -> bool:
-    kinds = (".safetensors", ".safetensors.index.json")
+def _check_tokenizer(config: Path) -> None:
+    """BadInput where a tokenizer comes from files that the digest does not cover.
+
+    Of the paths that may stand in there transformers opens these two, wherever they lead.
+    """
+    table = _table(config)
+    named = table.get("fast_tokenizer_files") or []
+    if not isinstance(named, list):
+        named = [named]
+    strange = [name for name in named if not _is_beside(name, config.parent, (".json",))]
+    if strange:
+        raise BadInput(
+            f"{config} fast_tokenizer_files: found {str(strange[0])[:80]!r}, expected names of"
+            " *.json files in the same folder"
+        )
+    if inputs := table.get("init_inputs"):
+        raise BadInput(
+            f"{config} init_inputs: found {str(inputs)[:80]!r}, expected none: they may name files"
+        )
+
+
+def _is_beside(
+    name: object, folder: Path, kinds: tuple[str, ...] = (".safetensors", ".safetensors.index.json")
+) -> bool:
     plain = isinstance(name, str) and name.endswith(kinds) and Path(name).name == name
     return plain and (folder / str(name)).is_file()
 
 
 def refuse_code(config: Path) -> None:
     """BadInput where a model or adapter configuration names Python code to run."""
+    table = _table(config)
+    for key in _CODE_KEYS:
+        if table.get(key):
+            raise BadInput(
+                f"{config} {key}: found a reference to code, expected none: it is never run"
+            )
+
+
+def _table(config: Path) -> dict[str, Any]:
     try:
         table = json.loads(config.read_bytes())
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{config}: found bytes that are not JSON ({error})") from error
     if not isinstance(table, dict):
         raise BadInput(f"{config}: found {type(table).__name__}, expected a table")
-    for key in _CODE_KEYS:
-        if table.get(key):
-            raise BadInput(
-                f"{config} {key}: found a reference to code, expected none: it is never run"
-            )
+    return table
 
 
 def base_digest(folder: Path) -> str:

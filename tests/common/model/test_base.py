@@ -117,6 +117,33 @@ def test_whatever_else_a_tokenizer_reads_is_in_the_digest(base: Path, name: str)
     assert base_digest(base) != before
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fast_tokenizer_files", ["tokenizer.json", "../outside/tokenizer.4.0.0.json"]),
+        ("fast_tokenizer_files", ["sub/tokenizer.4.0.0.json"]),
+        ("fast_tokenizer_files", ["gone/tokenizer.4.0.0.json"]),
+        ("fast_tokenizer_files", [3]),
+        ("fast_tokenizer_files", "../outside/tokenizer.4.0.0.json"),
+        ("init_inputs", ["../outside/vocab.txt"]),
+    ],
+)
+def test_a_tokenizer_can_not_come_from_elsewhere(base: Path, key: str, value: object) -> None:
+    """transformers opens such a file wherever it lies: the digest never saw it."""
+    for folder in (base / "sub", base.parent / "outside"):
+        folder.mkdir()
+        shutil.copy(base / "tokenizer.json", folder / "tokenizer.4.0.0.json")
+    edit(base / "tokenizer_config.json", **{key: value})
+    with pytest.raises(BadInput, match=f"tokenizer_config.json {key}: found "):
+        check_base(base)
+
+
+def test_a_tokenizer_for_newer_versions_lies_beside_the_others(base: Path) -> None:
+    shutil.copy(base / "tokenizer.json", base / "tokenizer.4.0.0.json")
+    edit(base / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.0.0.json"])
+    check_base(base)
+
+
 def test_a_base_that_changes_while_it_is_read_is_refused(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
