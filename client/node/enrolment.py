@@ -16,8 +16,10 @@ from cryptography.hazmat.primitives.serialization import (
 
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import policy_template
+from fedlora.common.codec.strict import MAX_MESSAGE_BYTES
 from fedlora.common.disk import locks
-from fedlora.common.disk.files import read_text, write_atomically
+from fedlora.common.disk.files import read_text, text_of, write_atomically
+from fedlora.common.disk.guarded import read_guarded
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.trust.enrolment import (
     EnrolmentRequest,
@@ -127,7 +129,9 @@ def pinned_invitation(folder: NodeFolder) -> Invitation:
         raise Refused(
             f"{folder.federation}: found no federation; fedlora-node join INVITATION first"
         )
-    return invitation_from_text(read_text(folder.federation), folder.federation.name)
+    path = folder.federation
+    data = read_guarded(path, "the invitation that this node joined by", MAX_MESSAGE_BYTES)
+    return invitation_from_text(text_of(data, path.name), path.name)
 
 
 def only_trainer(folder: NodeFolder) -> AbstractContextManager[None]:

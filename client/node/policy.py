@@ -9,9 +9,7 @@ given under.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +27,9 @@ from fedlora.common.config.toml import (
     read_table,
     shown,
 )
-from fedlora.common.disk.files import bounded, text_of
-from fedlora.common.errors import BadInput, Refused
+from fedlora.common.disk.files import text_of
+from fedlora.common.disk.guarded import read_guarded
+from fedlora.common.errors import BadInput
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.secagg.cohort import DEFAULT_COHORT, SMALLEST_COHORT
 from fedlora.common.trust.enrolment import NAME as INSTITUTION
@@ -147,7 +146,7 @@ class Policy:
 
 def load_policy(path: Path) -> Policy:
     """Refused where others could have written the file; BadInput lists every fault in it."""
-    data = _read_guarded(path)
+    data = read_guarded(path, "the node's policy", MAX_POLICY_BYTES)
     text = text_of(data, path.name, "the node's policy", "utf-8-sig")
     return parse_policy(text, path.name, _digest(data))
 
@@ -296,31 +295,6 @@ def _bases(found: Any, where: str, faults: list[str]) -> dict[str, str]:
                 " name"
             )
     return {str(digest): str(folder) for digest, folder in found.items()}
-
-
-def _read_guarded(path: Path) -> bytes:
-    """The bytes of a file that only its owner can write, or replace by another."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise BadInput(
-            f"{path}: can't be read ({error.strerror}), expected the node's policy"
-        ) from error
-    with os.fdopen(descriptor, "rb") as stream:
-        held = os.fstat(descriptor)
-        folder = path.resolve().parent.stat()
-        if not stat.S_ISREG(held.st_mode):
-            raise BadInput(f"{path}: found no plain file, expected the node's policy")
-        if held.st_mode & 0o022 or held.st_uid not in (0, os.geteuid()):
-            raise Refused(
-                f"{path}: found a policy that others can write (mode {held.st_mode & 0o777:04o},"
-                f" owner {held.st_uid}), expected mode 0644 or less and this user's or root's"
-            )
-        if folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX:
-            raise Refused(
-                f"{path.parent}: found a folder that others can write, expected mode 0755 or less"
-            )
-        return bounded(stream, path.name, MAX_POLICY_BYTES)
 
 
 def _digest(data: bytes) -> str:

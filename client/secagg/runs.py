@@ -28,6 +28,10 @@ class MaskedRuns:
         self._folder, self._policy, self._identity, self._outbox = folder, policy, identity, outbox
         self._known: dict[str, MaskedRun] = {}
 
+    def adopt(self, policy: Policy) -> None:
+        """Go by this policy from now on."""
+        self._policy = policy
+
     def check(self, manifest: RunManifest) -> None:
         """Refused where approved peers can never make a cohort, or terms are not this node's."""
         asked = self._asked(manifest)

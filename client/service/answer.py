@@ -48,7 +48,8 @@ log = logging.getLogger(__name__)
 
 
 class Resident:
-    """One institution's trainer. Requests are taken one at a time, whoever sends them.
+    """One institution's trainer. Requests are taken one at a time, whoever sends them, and each is
+    judged by the policy that lies on the disk then.
 
     Refused where the ledger is an older copy than what has left this node.
     """
@@ -67,6 +68,7 @@ class Resident:
         """The signed reply to a request; never raises what a request can cause."""
         with self._one:
             try:
+                self._node = self._node.present()
                 dialogue = Dialogue(self._node, pinned_invitation(self._node.folder))
             except FedloraError as error:
                 log.error("%s", error)

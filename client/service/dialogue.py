@@ -70,6 +70,23 @@ class Node:
         name = self.policy.data_for(manifest.task, manifest.labels, manifest.unit)
         return self.policy.budgets[self.policy.data[name].budget]
 
+    def present(self) -> Node:
+        """This node under its policy as it lies on the disk now; Refused where it is no policy of
+        its own. What [trainer] says holds from start to end.
+        """
+        found = self.folder.load_policy()
+        if found.digest == self.policy.digest:
+            return self
+        if found.institution != self.policy.institution:
+            raise Refused(
+                f"{self.folder.policy.name} institution: found {found.institution}, expected"
+                f" {self.policy.institution}, who was started"
+            )
+        policy = replace(found, trainer=self.policy.trainer)
+        self.masked.adopt(policy)
+        self.work.adopt(policy)
+        return replace(self, policy=policy)
+
     def note_data(self, manifest: RunManifest, digest: str) -> None:
         """Note which version of the data the run used just now."""
         line = {"time": now(), "data": digest}
@@ -119,6 +136,10 @@ class Dialogue:
         phase = manifest.phase_of(plan.round)
         if phase != plan.phase:
             raise BadInput(f"plan phase: found {plan.phase}, expected {phase}")
+        # Whatever the ledger says: it may be an older copy of itself.
+        most = sum(each.attempts for each in manifest.phases[: phase + 1])
+        if guarantee_of(manifest).private and plan.attempt > most:
+            raise Refused(f"plan attempt: found {plan.attempt}, expected at most {most}")
         return manifest
 
     def judged(self, manifest: RunManifest, consented: bool = False) -> Spend:

@@ -65,6 +65,11 @@ class LoadedRun:
         self._gradients: PerSampleGradients | None = None
         self._prepared: Prepared | None = None
 
+    def adopt(self, policy: Policy) -> None:
+        """Go by this policy from now on: base and data are loaded anew."""
+        self._policy = policy
+        self._run, self._gradients, self._prepared = "", None, None
+
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
         """Read the data, reserve the run's cost in `budget`, return the digest of the data.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from fedlora.client.node.policy import Policy
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
@@ -13,6 +14,9 @@ from fedlora.common.model.state import AdapterSpec
 
 class Work(Protocol):
     """All that is done with a model and with data; `projection` is the run's, on this disk."""
+
+    def adopt(self, policy: Policy) -> None:
+        """Go by this policy from now on; nothing stays that was loaded under another."""
 
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
         """Check the network, reserve the schedule; the digest of the data set."""

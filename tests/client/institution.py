@@ -18,6 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from fedlora.client.node import enrolment
 from fedlora.client.node.folder import NodeFolder
+from fedlora.client.node.policy import Policy
 from fedlora.client.service.answer import Resident
 from fedlora.client.service.work import Work
 from fedlora.common.config.schema import LoraConfig, ModelConfig
@@ -126,6 +127,9 @@ class FakeWork:
     adapter: AdapterSpec = ADAPTER_SPEC
     update: bytes = b""  # what it answers; empty: a number that counts its trainings
     turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def adopt(self, policy: Policy) -> None:
+        pass
 
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
         if manifest.mode != "none":

@@ -1,0 +1,1 @@
+"""What an outside review tried around the mechanism, each red before it was mended."""
