@@ -52,7 +52,8 @@ def init(
     _say(f"made         {made.root}")
     _say(f"hand out     {made.root / INVITATION}")
     _say(f"coordinator  {made.identity.public.fingerprint}")
-    _say("Institutions compare this fingerprint with you by telephone when they join.")
+    _say(f"authority    {made.authority_fingerprint}")
+    _say("Institutions compare both fingerprints with you by telephone when they join.")
 
 
 @app.command()
@@ -121,6 +122,8 @@ def members(dir_: Folder = HERE) -> None:
     from fedlora.server.coordinator.folder import Directory
 
     directory = Directory.open(dir_)
+    _say(f"coordinator  {directory.identity.public.fingerprint}")
+    _say(f"authority    {directory.authority_fingerprint}")
     for each in directory.registry.members():
         ended = f", {each.reason} {each.ended[:10]}" if each.ended else ""
         _say(f"{each.name}  {each.organisation}, enrolled {each.enrolled[:10]}{ended}")

@@ -32,10 +32,12 @@ def offered(offer: Offer, coordinator: PublicIdentity, institution: str) -> RunM
         raise BadInput(
             f"offer institution: found {one_line(address.institution)[:80]}, expected {institution}"
         )
-    if time.time() > address.not_after + SKEW:
+    late = time.time() - address.not_after
+    if late > SKEW:
         raise BadInput(
-            f"offer not_after: found {address.not_after} (UTC seconds), which is past, expected an"
-            " offer that is still good: ask again, or compare the clocks"
+            f"offer not_after: found {address.not_after} (UTC seconds), which by this node's clock"
+            f" was {late:.0f} s ago, expected at most {SKEW:.0f} s: an old offer, or a clock of the"
+            " node that is ahead by at least as much; ask again, or compare the clocks"
         )
     manifest = read_manifest(offer.manifest, coordinator)
     if address.manifest != manifest.digest:

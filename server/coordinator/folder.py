@@ -30,7 +30,12 @@ from typing import Any, cast
 from fedlora.common.config.toml import Bounds, Pattern, literal, read_fields, read_table
 from fedlora.common.disk.files import sync_folder, write_atomically
 from fedlora.common.errors import BadInput
-from fedlora.common.trust.enrolment import FEDERATION, Invitation, invitation_to_text
+from fedlora.common.trust.enrolment import (
+    FEDERATION,
+    Invitation,
+    certificate_fingerprint,
+    invitation_to_text,
+)
 from fedlora.common.trust.identity import Identity
 from fedlora.server.coordinator.certificates import (
     SERVER_DAYS,
@@ -152,6 +157,11 @@ class Directory:
     def authority(self) -> Authority:
         """What signs certificates; BadInput where it is missing."""
         return Authority.load(self.root / "ca")
+
+    @property
+    def authority_fingerprint(self) -> str:
+        """What `fedlora-node join` prints of the certificate authority, to be compared."""
+        return certificate_fingerprint(self.authority.pem, "ca/ca.crt")
 
     def invitation(self) -> str:
         """What institutions join with: address, authority and coordinator's key, signed."""

@@ -140,8 +140,10 @@ class Participants(Institutions):
         here, needed = len(asked) - len(away), self.needed(len(asked) + len(failures))
         if here >= needed and self.left:
             return asked, failures
+        # a revocation leaves nobody to wait for: each further attempt would be spent on nobody
+        few = len(consented) < self.needed(len(consented))
         final = (
-            bool(failures)
+            (bool(failures) or few)
             and not away
             and set(members) <= set(self._consents) | set(self._declined)
         )

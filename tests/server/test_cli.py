@@ -11,6 +11,7 @@ import pytest
 
 from fedlora.common.errors import BadInput, QuorumLost
 from fedlora.common.model.state import AdapterState
+from fedlora.common.trust.enrolment import certificate_fingerprint, invitation_from_text
 from fedlora.common.trust.identity import Identity, seal
 from fedlora.common.trust.rotation import rotation_to_text
 from fedlora.server import cli
@@ -45,7 +46,17 @@ def made(command: Command, tmp_path: Path) -> Directory:
     )
     directory = Directory.open(tmp_path / "coordinator")
     assert code == 0 and directory.identity.public.fingerprint in out
+    assert directory.authority_fingerprint in out
     return directory
+
+
+def test_the_authority_s_fingerprint_is_the_one_that_a_node_prints(
+    command: Command, made: Directory
+) -> None:
+    invitation = invitation_from_text(made.invitation(), "invitation.json")
+    shown = certificate_fingerprint(invitation.ca_certificate, "ca_certificate")
+    code, out, _ = command("members")
+    assert code == 0 and shown in out and made.identity.public.fingerprint in out
 
 
 def test_from_init_to_verify(command: Command, made: Directory, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +140,12 @@ def test_what_is_not_allowed_trains_nothing(north: Institution, data: bytes, mat
     before = [entry.hash for entry in north.ledger.entries()]
     assert match in declined(north, data).reason
     assert [entry.hash for entry in north.ledger.entries()] == before and not north.work.trained
+
+
+def test_a_clock_that_is_off_is_named_with_its_offset(north: Institution) -> None:
+    reason = declined(north, offer_of(RUN, seconds=-3600)).reason
+    found = re.search(r"was (\d+) s ago", reason)
+    assert found and 3600 <= int(found[1]) <= 3660, reason
 
 
 # msg-signature-flipped

@@ -355,6 +355,16 @@ def test_who_is_waited_for_is_said_once(world: World, monkeypatch: pytest.Monkey
     ]
 
 
+def test_a_revocation_that_leaves_too_few_ends_the_run_at_its_next_attempt(world: World) -> None:
+    run = manifest(minimum_cohort=3)
+    cohort = world.cohort(run, expected=3)
+    assert cohort.total(plan_of(run), START).replies == 3
+    world.revoked, tasks = {"south"}, world.tasks
+    found = cohort.total(plan_of(run, 2), START)
+    expected = Failure("cohort", "2 take part, expected at least 3", refused=True)
+    assert found.failures == (expected,) and world.tasks == tasks
+
+
 def test_a_revocation_counts_from_the_next_attempt(world: World) -> None:
     cohort = world.cohort(manifest(), expected=2)
     assert cohort.total(plan_of(manifest()), START).replies == 3
