@@ -53,6 +53,12 @@ def explained(error: OSError) -> tuple[str, int]:
     return printable(f"{where}{error.strerror or error}"), code
 
 
+INSTALLED = (
+    "expected an installation with fedlora[node] for a trainer, fedlora[server] for a coordinator"
+    " and to verify, or fedlora[sim]"
+)
+
+
 def run_to_end(
     app: Callable[..., Any], name: str, stopped: Callable[[], str] = lambda: ""
 ) -> NoReturn:
@@ -75,6 +81,11 @@ def run_to_end(
         line, code = explained(error)
         _print(f"{name}: {line}")
         sys.exit(code)
+    except ModuleNotFoundError as error:
+        if (error.name or "fedlora").split(".")[0] == "fedlora":
+            raise  # a fault of ours, and not of an installation
+        _print(f"{name}: found no package {error.name}, {INSTALLED}")
+        sys.exit(BadInput.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
