@@ -275,8 +275,6 @@ def report(
 ) -> None:
     """The node's report: JSON signed with its key, and a page."""
     from fedlora.client.report import check as check_module
-    from fedlora.client.report import report as reports
-    from fedlora.common.trust.identity import Identity
 
     if check is not None:
         signer = check_module.check_report(
@@ -285,11 +283,14 @@ def report(
         _say("verified" if key is not None else "integrity only: signed by")
         _say(f"  {signer.fingerprint}")
         return
+    from fedlora.client.report.report import write_report
+    from fedlora.common.trust.identity import Identity
+
     folder = NodeFolder(node)
     policy = folder.load_policy()
     identity = Identity.load(folder.identity)
-    reports.write_report(folder, policy, identity, folder.open_ledger(policy), out)
-    _say(f"{out / reports.REPORT} and {out / reports.PAGE}")
+    write_report(folder, policy, identity, folder.open_ledger(policy), out)
+    _say(f"{out / check_module.REPORT} and {out / check_module.PAGE}")
 
 
 def _manifest(path: Path) -> RunManifest:

@@ -54,8 +54,8 @@ def explained(error: OSError) -> tuple[str, int]:
 
 
 INSTALLED = (
-    "expected an installation with fedlora[node] for a trainer, fedlora[server] for a coordinator"
-    " and to verify, or fedlora[sim]"
+    "expected an installation with fedlora[node] for a trainer, fedlora[server] for a coordinator,"
+    " or fedlora[sim]"
 )
 
 

@@ -1,15 +1,17 @@
-"""Is a node's report the one that its institution signed?"""
+"""Is a node's report the one that its institution signed? For this the core is enough."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from fedlora.client.report.report import PAGE, REPORT, REPORT_TAG
 from fedlora.common.disk.files import read_text
 from fedlora.common.errors import Refused
 from fedlora.common.trust.enrolment import request_from_text
 from fedlora.common.trust.identity import MAX_TEXT_BYTES, PublicIdentity, Signed, unseal
+
+REPORT_TAG = "fedlora-node-report-1"
+REPORT, PAGE = "report.json", "report.html"
 
 
 def check_report(folder: Path, expected: PublicIdentity | None = None) -> PublicIdentity:

@@ -20,17 +20,16 @@ from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import Policy
 from fedlora.client.node.roster import read_peers
+from fedlora.client.report.check import PAGE, REPORT, REPORT_TAG
 from fedlora.client.report.page import page
 from fedlora.client.report.run_facts import Body, consented_runs, run_facts
 from fedlora.client.service.refusals import read_lines, read_refusals
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.ledger.ledger import Budget, Ledger
-from fedlora.common.privacy.accountant import accountant_name
+from fedlora.common.privacy.accountant import ACCOUNTANT
 from fedlora.common.privacy.modes import GUARANTEES
 from fedlora.common.trust.identity import Identity, seal
 
-REPORT_TAG = "fedlora-node-report-1"
-REPORT, PAGE = "report.json", "report.html"
 ASSUMPTIONS = (
     (
         "A unit of privacy occurs at one institution only; where it occurs at several, its ε and δ"
@@ -92,7 +91,7 @@ def report_body(
             "entries": entries[-1].number,
             "head": entries[-1].hash,
         },
-        "accountant": accountant_name(),
+        "accountant": ACCOUNTANT,
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "mechanisms": {
             name: each.mechanism

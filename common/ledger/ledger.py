@@ -26,7 +26,7 @@ from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.figures import exact
 
 SCHEMA = 1
-SAME_TERMS = 1e-9  # relative: the last bits of an ε differ between machines
+SAME_TERMS = 1e-4  # relative: another machine, or version, computes an ε to within that
 
 __all__ = ["SCHEMA", "Budget", "Entry", "Ledger", "exceeded"]
 

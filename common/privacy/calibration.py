@@ -20,7 +20,7 @@ from fedlora.common.config.schema import AggregationConfig, PrivacyConfig
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase, SkellamTerms
-from fedlora.common.privacy.accountant import Mechanism, accountant_name, epsilon_of
+from fedlora.common.privacy.accountant import ACCOUNTANT, Mechanism, epsilon_of
 from fedlora.common.privacy.skellam import Release, epsilon_of_releases, releases
 from fedlora.common.secagg.cohort import threshold
 
@@ -193,7 +193,7 @@ def _check_request(sampling_rate: float, steps: int, epsilon: float) -> None:
 
 
 def _key(fixed: Sequence[Mechanism], *numbers: float) -> str:
-    listing = [[asdict(each) for each in fixed], list(numbers), accountant_name()]
+    listing = [[asdict(each) for each in fixed], list(numbers), ACCOUNTANT]
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
 

@@ -13,7 +13,13 @@ from functools import lru_cache
 from fedlora.common.config.schema import check_delta
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase
-from fedlora.common.privacy.accountant import Mechanism, accountant_name, epsilon_of, renyi_epsilon
+from fedlora.common.privacy.accountant import (
+    ACCOUNTANT,
+    RENYI,
+    Mechanism,
+    epsilon_of,
+    renyi_epsilon,
+)
 from fedlora.common.privacy.calibration import with_gaussian_noise
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.privacy.guarantee import NOT_COVERED, Guarantee, Permits
@@ -37,7 +43,8 @@ class RecordLevel(Guarantee):
     mechanism = "Poisson-subsampled Gaussian, per-unit clip"
     neighbours = "data sets that differ by adding or removing one unit"
     noise = "continuous Gaussian in floating point"
-    second_accountant = "Opacus RDP"
+    second_accountant = RENYI
+    accountant = ACCOUNTANT
     calibrated = staticmethod(with_gaussian_noise)
 
     @staticmethod
@@ -87,10 +94,6 @@ class RecordLevel(Guarantee):
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
-
-    @property
-    def accountant(self) -> str:
-        return accountant_name()
 
     def second_epsilon(self) -> float | None:
         epsilon = renyi_epsilon(self.history(), self.manifest.delta)

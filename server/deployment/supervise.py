@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fedlora.server.release.from_run import read_summary
 
 LOOK = 0.5  # seconds between two looks at a run's files
 ASK_FLOWER = 10.0  # seconds between two questions to Flower whether the run still lives
+PACKAGES = ("torch", "transformers", "peft", "pyarrow", "scipy", "sklearn")  # of `server.runs`
 PATIENCE = 3  # questions in a row that Flower may leave without an answer, while it listens
 
 Watch = Callable[[Mapping[str, Any]], None]  # one line of metrics.jsonl
@@ -41,6 +43,7 @@ def begin(directory: Directory, config: Path, beside: bool = False) -> Path:
     BadInput lists what is wrong with it, and nothing is made. Refused where the last run has not
     ended, unless the new one is begun `beside` it.
     """
+    _check_packages()
     _check_last(directory, beside)
     settings = load_config(config)
     if faults := _faults(settings):
@@ -50,6 +53,13 @@ def begin(directory: Directory, config: Path, beside: bool = False) -> Path:
     folder = directory.new_run()
     write_atomically(folder / "config.toml", config_to_toml(_from_anywhere(settings)).encode())
     return folder
+
+
+def _check_packages() -> None:
+    """ModuleNotFoundError for what the run's own process would lack, once a run is made."""
+    for name in PACKAGES:
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"no package {name}", name=name)
 
 
 def _check_last(directory: Directory, beside: bool) -> None:
@@ -120,6 +130,7 @@ def carry_out(
     directory: Directory, folder: Path, watch: Watch, tell: Tell = lambda text: None
 ) -> dict[str, Any]:
     """Run what lies in `folder` to its end: the summary, or raises how else it ended."""
+    _check_packages()
     _check_members(directory, load_config(folder / "config.toml"))
     for name in (OUTCOME, WAITING):
         (folder / name).unlink(missing_ok=True)

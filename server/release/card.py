@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.privacy.accountant import ACCOUNTANT
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import Consent
@@ -41,6 +43,14 @@ def model_card(
             "\n".join(["| figure | value |", "|---|---|", *measured]),
         ]
     return "\n\n".join([*parts, USE.format(module=LOADERS[version])]) + "\n"
+
+
+def as_earlier(card: str, found: str, version: int) -> str:
+    """`card` as the release's version words it: until 2 with the Opacus that computed ε, which only
+    what was `found` can say. Its figures are the same.
+    """
+    named = OPACUS.search(found) if version <= 2 else None
+    return card.replace(ACCOUNTANT, named[1], 1) if named else card
 
 
 def shown_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +136,8 @@ def _cell(text: str) -> str:
 
 
 # By a release's version, for a card is compared word for word: where `load_adapter` was, and is.
-LOADERS = {1: "fedlora.common.export", 2: "fedlora.common.adapter"}
+LOADERS = {1: "fedlora.common.export", 2: "fedlora.common.adapter", 3: "fedlora.common.adapter"}
+OPACUS = re.compile(r"computed by (Opacus 1\.6(?:\.\d{1,2})? PRV) for the sampling that ran")
 USE = """## Use
 
 ```python

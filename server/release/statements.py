@@ -14,10 +14,9 @@ from functools import lru_cache
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.accountant import Spend
+from fedlora.common.privacy.guarantee import SLACK
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import Consent
-
-SAME = 1e-6  # relative: the last bits of an ε differ between machines
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def consent_faults(consent: Consent, manifest: RunManifest) -> list[str]:
             ("epsilon", consent.epsilon, due.epsilon),
             ("delta", consent.delta, due.delta),
         )
-        if not cost * (1 - SAME) <= found <= cost * (1 + SAME)
+        if not cost / SLACK <= found <= cost * SLACK
     ]
 
 

@@ -23,7 +23,7 @@ from fedlora.common.protocol.messages import Consent, reply_from_bytes
 from fedlora.common.terminal import fault_lines
 from fedlora.common.trust.enrolment import FEDERATION, NAME
 from fedlora.common.trust.identity import MAX_TEXT_BYTES, PublicIdentity, Signed, unseal
-from fedlora.server.release.card import LOADERS, model_card, shown_figures
+from fedlora.server.release.card import LOADERS, as_earlier, model_card, shown_figures
 from fedlora.server.release.layout import (
     ADAPTER,
     CARD,
@@ -248,7 +248,9 @@ def _check_card(
     figures = json_table(_text(folder, FIGURES).encode(), FIGURES)
     if figures != shown_figures(figures):
         raise BadInput(f"{FIGURES}: found other figures than a card shows")
-    if _text(folder, CARD) != rebuilt_card(manifest, institutions, statements, figures, version):
+    found = _text(folder, CARD)
+    rebuilt = rebuilt_card(manifest, institutions, statements, figures, version)
+    if found != as_earlier(rebuilt, found, version):
         raise Refused(f"{CARD}: found another text than follows from what the institutions signed")
 
 

@@ -90,10 +90,19 @@ def _measured(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     """Of everything that can change a result."""
-    from importlib.metadata import version
-
     names = ("fedlora", "torch", "transformers", "peft", "opacus", "numpy", "flwr")
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
+    found = {name: installed for name in names if (installed := _version(name))}
+    return {"python": sys.version.split()[0]} | found
+
+
+def _version(name: str) -> str:
+    """ "" where it is not installed: a coordinator has no Opacus."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 def peak_rss_bytes() -> int:
