@@ -10,7 +10,7 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo federation test lint types chaos models mutants bench wheel clean help
+.PHONY: demo federation test lint types chaos models mutants installs bench wheel clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -23,7 +23,7 @@ federation: $(VENV)/demo  ## a coordinator and three institutions as real proces
 
 test: $(VENV)/dev  ## linters, types, all tests but the long ones
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not chaos and not models" --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not chaos and not models and not installs" --durations=15
 
 chaos: $(VENV)/dev  ## kill runs at random moments, many times
 	$(BIN)/python -m pytest -m chaos -o faulthandler_timeout=7200
@@ -33,6 +33,9 @@ models: $(VENV)/dev  ## train on a small base of each family of transformers
 
 mutants: $(VENV)/dev  ## break each check of secure aggregation, and see a test fail
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants_secagg
+
+installs: $(VENV)/dev  ## the wheel in an empty environment for each role, and every command of that role in it
+	$(BIN)/python -m pytest -m installs -o faulthandler_timeout=7200 tests/test_installs.py tests/test_operations.py
 
 bench: $(VENV)/dev  ## the benchmarks whose figures docs/ quotes
 	mkdir -p runs/bench

@@ -1,6 +1,7 @@
 """A command as it is where one role is installed: every other role's packages can't be found.
 
-    python -m tests.as_installed EXTRAS COMMAND ...        EXTRAS: core, server, node, sim
+    python -m tests.as_installed EXTRAS COMMAND ...        EXTRAS: core, node,demo, ...; or @FILE,
+                                                           which names the modules that are hidden
 
 What an installation brings follows from pyproject.toml and from what the packages here require.
 """
@@ -58,7 +59,12 @@ def hidden(extras: frozenset[str]) -> Iterator[str]:
 
 def main() -> None:
     """Run the command in this process; its exit code is this one's."""
-    away = set(hidden(frozenset({sys.argv[1]} - {"core"})))
+    extras = sys.argv[1]
+    away = (
+        set(Path(extras[1:]).read_text().split())
+        if extras.startswith("@")
+        else set(hidden(frozenset(extras.split(",")) - {"core"}))
+    )
     find: Any = importlib.machinery.PathFinder.find_spec
 
     def find_spec(name: str, *more: Any) -> Any:

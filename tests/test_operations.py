@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+
+from tests.installations import KINDS, commands, on_path
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```bash( run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def test_the_runbook_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_runbook_runs(
+    kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Each command where its role's packages are, and no others."""
     script = "set -euo pipefail\n" + "".join(text for run, text in BLOCK.findall(TEXT) if run)
     assert script.count("fedlora-") >= 11
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=tmp_path,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        env=on_path(commands(kind, tmp_path_factory.getbasetemp())),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "notes: 200 records, 200 units, charges patients" in done.stdout

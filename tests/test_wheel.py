@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import venv
@@ -11,33 +10,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-CODE = ("server", "client", "common", "simulations")
+from tests.installations import CODE, ROOT, copied
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: a build leaves folders behind."""
-    copy = tmp_path_factory.mktemp("source")
-    for name in (*CODE, "pyproject.toml", "README.md", "LICENSE"):
-        source = ROOT / name
-        (
-            shutil.copytree(source, copy / name)
-            if source.is_dir()
-            else shutil.copy(source, copy / name)
-        )
     out = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(out),
-        str(copy),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
+    copy = copied(tmp_path_factory.mktemp("built") / "source")
+    subprocess.run([*command, str(copy)], check=True, capture_output=True)
     return next(out.glob("*.whl"))
 
 
