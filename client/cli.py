@@ -145,7 +145,9 @@ def check_data(node: Folder = HERE) -> None:
             raise faults[0]
     for name, data in policy.data.items():
         records, units = data_sets.check_data(folder, policy, name)
-        _say(f"{name}: {records} records, {units} units, charges {data.budget}")
+        _say(f"{name}: {len(records)} records, {units} units, charges {data.budget}")
+        if records.spellings:
+            _say(f"  {records.spellings}")
 
 
 @app.command("base")

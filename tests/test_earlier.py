@@ -16,7 +16,8 @@ from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.roster import read_peers
 from fedlora.common.errors import BadInput, FedloraError, Refused
-from fedlora.common.ledger.ledger import Ledger
+from fedlora.common.ledger.ledger import SCHEMA, Budget, Ledger
+from fedlora.common.ledger.subject import Subject
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.accountant import Spend
 from fedlora.common.protocol.messages import Consent, reply_from_bytes
@@ -80,7 +81,13 @@ def test_a_ledger_is_opened_and_goes_on(earlier: Path) -> None:
     again = node_ledger(earlier / "node")
     assert again.spent("messages") == Spend(spent.epsilon, spent.delta)
     assert again.entries()[:-1] == before and again.attempts_used(MANIFEST) == 3
+    # the first consent moves the ledger on, so that a program of its time refuses it
+    more = (Budget("messages", 8.0, 1e-3), "sha256:a", Spend(0.5, 1e-6), [1])
+    again.consent(*more, Subject("record", "demo"))
     again.close()
+    last = node_ledger(earlier / "node").entries()[-2:]
+    assert [entry.body["kind"] for entry in last] == ["schema", "consent"]
+    assert last[0].body["schema"] == SCHEMA == 2 and last[1].body["federation"] == "demo"
 
 
 @pytest.mark.parametrize("name", ["ledger.sqlite", "head/head.json"])

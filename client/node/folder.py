@@ -6,7 +6,7 @@ enrolment.json     the request to hand to the coordinator
 rotation.json      after `init --rotate`: that request under the old key's signature
 federation.json    the invitation, as pinned by `join`
 peers.toml         the roster; `join --approve` alone adds to it
-ledger.sqlite, ledger.key, and the head where the policy says
+ledger.sqlite, ledger.key, and the head; or wherever the policy's [ledger] says
 runs/, outbox/     what was consented to, and the exact bytes that left
 refusals.jsonl     every refusal of what the coordinator signed; refusals.json how often
 strangers.jsonl    the refusals of all else
@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlora.client.node import binding
 from fedlora.client.node.policy import Policy, load_policy
 from fedlora.common.disk.files import read_text
 from fedlora.common.errors import BadInput
@@ -118,8 +119,11 @@ class NodeFolder:
         return self.root / path
 
     def load_policy(self) -> Policy:
-        """BadInput where it is another institution's than the one that enrols from this folder."""
+        """BadInput where it is another institution's than the one that enrols from this folder, or
+        lets one file charge two budgets.
+        """
         policy = load_policy(self.policy)
+        binding.check_budgets(policy.data, self.root, self.policy.name)
         if self.request.exists():
             enrolled = request_from_text(read_text(self.request), self.request.name).name
             if enrolled != policy.institution:
@@ -130,6 +134,22 @@ class NodeFolder:
         return policy
 
     def open_ledger(self, policy: Policy) -> Ledger:
-        """The ledger of all budgets, held against its signed head; what `Ledger.open` raises."""
-        head = self.under(policy.trainer.head)
-        return Ledger.open(self.root / "ledger.sqlite", head, self.root / "ledger.key")
+        """The ledger of all budgets, held against its signed head; what `Ledger.open` raises.
+
+        Key and head lie beside it, wherever that is: whoever shares the ledger shares them.
+        """
+        path = self.under(policy.ledger.path)
+        return Ledger.open(path, path.parent / policy.trainer.head, path.with_suffix(".key"))
+
+    def marks(self, policy: Policy) -> Path | None:
+        """Where marks of data files are written; None: beside the data."""
+        return self.under(policy.ledger.marks) if policy.ledger.marks else None
+
+    def check_marks(self, policy: Policy, ledger: str) -> None:
+        """Refused where a data set of the policy is marked by another ledger than this, by id."""
+        for data in policy.data.values():
+            binding.check_mark(self.under(data.path), ledger, self.marks(policy))
+
+    def bind_data(self, policy: Policy, name: str, ledger: str) -> None:
+        """Mark a data set as this ledger's; Refused where it is another's, or can't be marked."""
+        binding.bind(self.under(policy.data[name].path), ledger, self.marks(policy))

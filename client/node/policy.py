@@ -95,6 +95,14 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class LedgerPolicy:
+    """Where the ledger lies: several node folders of one institution may share it."""
+
+    path: str = _ruled("ledger.sqlite", Pattern(r".{1,1000}\.sqlite", "a file, NAME.sqlite"))
+    marks: str = _ruled("", OPTIONAL)  # a folder for the marks of read-only data
+
+
+@dataclass(frozen=True)
 class TrainerPolicy:
     """How the trainer is reached, and where its ledger's head lies: best on another disk."""
 
@@ -103,7 +111,7 @@ class TrainerPolicy:
         Pattern(r"unix:.{1,100}|[A-Za-z0-9.\[\]:-]{1,253}:\d{1,5}", "unix:PATH or host:port"),
     )
     group_may_ask: bool = False  # the socket's mode is 0660 instead of 0600
-    head: str = _ruled("head/head.json", NAME)
+    head: str = _ruled("head/head.json", NAME)  # starts where the ledger lies
     outbox: str = _ruled("outbox", NAME)
     threads: int = _ruled(0, Bounds(0, 1024))
     device: str = _ruled("auto", Choice(("auto", "cpu", "cuda")))
@@ -123,6 +131,7 @@ class _Plain:
     )
     limits: Limits = field(default_factory=Limits)
     trainer: TrainerPolicy = field(default_factory=TrainerPolicy)
+    ledger: LedgerPolicy = field(default_factory=LedgerPolicy)
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,7 @@ class Policy:
     # digest -> folder (relative ones start in the node's) or packaged model
     bases: Mapping[str, str]
     digest: str
+    ledger: LedgerPolicy = field(default_factory=LedgerPolicy)
 
     def data_for(self, task: str, labels: tuple[str, ...], unit: str) -> str:
         """The name of the data set that serves such a run, or ""."""
@@ -171,6 +181,7 @@ def parse_policy(text: str, where: str = "node.toml", digest: str = "") -> Polic
         institution=read.institution,
         limits=read.limits,
         trainer=read.trainer,
+        ledger=read.ledger,
         budgets={name: Budget(name, each.epsilon, each.delta) for name, each in budgets.items()},
         data=data,
         bases=bases,

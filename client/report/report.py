@@ -22,7 +22,7 @@ from fedlora.client.node.policy import Policy
 from fedlora.client.node.roster import read_peers
 from fedlora.client.report.check import PAGE, REPORT, REPORT_TAG
 from fedlora.client.report.page import page
-from fedlora.client.report.run_facts import Body, consented_runs, run_facts
+from fedlora.client.report.run_facts import Body, consented_runs, federations, run_facts
 from fedlora.client.service.refusals import read_lines, read_refusals
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.ledger.ledger import Budget, Ledger
@@ -40,6 +40,7 @@ ASSUMPTIONS = (
         " records; validation and test files are public."
     ),
     "Data sets that may hold the same persons charge the same budget of the policy.",
+    "No data file was charged to a second ledger under another name or as a copy.",
     "Ledger, key and head were never all put back to an older copy together.",
     (
         "Noise is drawn in floating point or whole numbers as each run states; the guarantee is the"
@@ -80,6 +81,7 @@ def report_body(
         **_who(folder, policy, identity),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "budgets": _budgets(policy, ledger, bodies),
+        "federations": federations(folder, bodies),
         "runs": [run_facts(folder, outbox, bodies, digest) for digest in runs],
         # as they were told, and what the policy said; details, which may quote a record, stay in
         # the node's own log

@@ -5,6 +5,7 @@ From its manifest, and from what the ledger and the outbox hold of it.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fedlora.client.consent.offer import kept_manifest
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.service.refusals import read_lines
+from fedlora.common.privacy.figures import exact
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.terminal import one_line
@@ -19,6 +21,7 @@ from fedlora.common.terminal import one_line
 Body = dict[str, Any]  # of an entry of the ledger
 Release = tuple[int, int, int]  # round, attempt, bytes
 NOT_KEPT = "the ledger charged it; its manifest is not kept here"
+_NOTHING = {"epsilon": Fraction(0), "delta": Fraction(0)}
 PHASE_FACTS = (
     *("name", "sampling_rate", "noise_multiplier", "clip", "head_clip"),
     *("rounds", "attempts", "steps"),
@@ -29,6 +32,29 @@ def consented_runs(folder: NodeFolder, bodies: list[Body]) -> list[str]:
     """The digests of the runs whose manifest is kept, or which the ledger charged."""
     kept = {f"sha256:{path.parent.name}" for path in folder.manifests()}
     return sorted(kept | {str(body["manifest"]) for body in bodies if body["kind"] == "consent"})
+
+
+def federations(folder: NodeFolder, bodies: list[Body]) -> list[Body]:
+    """Each federation that charged this ledger, through whichever node folder, and what."""
+    found: dict[tuple[str, str], Body] = {}
+    for body in _of_kind(bodies, "consent"):
+        name = str(body.get("federation", "")) or _kept_federation(folder, str(body["manifest"]))
+        budget = str(body["budget"])
+        line = found.setdefault(
+            (name, budget), {"federation": name, "budget": budget, "runs": 0, **_NOTHING}
+        )
+        line["runs"] += 1
+        for each in _NOTHING:
+            line[each] += exact(float(body[each]))
+    return [
+        line | {each: float(line[each]) for each in _NOTHING} for _, line in sorted(found.items())
+    ]
+
+
+def _kept_federation(folder: NodeFolder, digest: str) -> str:
+    """Of a consent by an earlier version, which did not say; "" where it is not known."""
+    path = folder.manifest(digest)
+    return kept_manifest(path)[1].federation if path.is_file() else ""
 
 
 def run_facts(folder: NodeFolder, outbox: Outbox, bodies: list[Body], digest: str) -> Body:
@@ -47,6 +73,7 @@ def _lost_run(digest: str, mine: list[Body], sizes: list[Release]) -> Body:
         "manifest": digest,
         "manifest_kept": False,
         "note": NOT_KEPT,
+        "federation": next((name for body in consents if (name := body.get("federation"))), ""),
         "budget": [str(body["budget"]) for body in consents],
         "epsilon": max(float(body["epsilon"]) for body in consents),
         "delta": max(float(body["delta"]) for body in consents),

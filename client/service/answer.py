@@ -51,7 +51,8 @@ class Resident:
     """One institution's trainer. Requests are taken one at a time, whoever sends them, and each is
     judged by the policy that lies on the disk then.
 
-    Refused where the ledger is an older copy than what has left this node.
+    Refused where the ledger is an older copy than what has left this node, or not the one that its
+    data charge.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Resident:
         self._refusals = RefusalLog(folder.refusals)
         self._one = threading.Lock()
         _check_history(self._node)
+        folder.check_marks(policy, ledger.id)
 
     def ask(self, data: bytes) -> bytes:
         """The signed reply to a request; never raises what a request can cause."""

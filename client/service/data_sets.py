@@ -12,8 +12,8 @@ from fedlora.common.data.tasks import task_named
 from fedlora.common.model.tokenizer import load_tokenizer
 
 
-def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[int, int]:
-    """Records and units of a data set, read and tokenised for each base as a run does it.
+def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[Records, int]:
+    """Records and number of units of a data set, read and tokenised for each base as a run does it.
 
     BadInput names the row.
     """
@@ -24,7 +24,7 @@ def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[int, int]
     task = task_named(data.task, data.labels)
     for base in policy.bases.values():
         task.encode(records, load_tokenizer(folder.base(base)), policy.limits.max_length)
-    return len(records), units
+    return records, units
 
 
 def read_data(data: DataPolicy, path: Path) -> Records:

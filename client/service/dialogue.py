@@ -70,6 +70,12 @@ class Node:
         name = self.policy.data_for(manifest.task, manifest.labels, manifest.unit)
         return self.policy.budgets[self.policy.data[name].budget]
 
+    def bind_data(self, manifest: RunManifest) -> None:
+        """Mark the run's data as this ledger's, before anything is read or reserved."""
+        name = self.policy.data_for(manifest.task, manifest.labels, manifest.unit)
+        with private():
+            self.folder.bind_data(self.policy, name, self.ledger.id)
+
     def present(self) -> Node:
         """This node under its policy as it lies on the disk now; Refused where it is no policy of
         its own. What [trainer] says holds from start to end.
@@ -82,7 +88,7 @@ class Node:
                 f"{self.folder.policy.name} institution: found {found.institution}, expected"
                 f" {self.policy.institution}, who was started"
             )
-        policy = replace(found, trainer=self.policy.trainer)
+        policy = replace(found, trainer=self.policy.trainer, ledger=self.policy.ledger)
         self.masked.adopt(policy)
         self.work.adopt(policy)
         return replace(self, policy=policy)
@@ -143,7 +149,8 @@ class Dialogue:
         return manifest
 
     def judged(self, manifest: RunManifest, consented: bool = False) -> Spend:
-        """What the run costs, if the policy allows it; Refused otherwise.
+        """What the run costs, if the policy allows it; Refused otherwise. The data are this
+        ledger's from then on.
 
         `consented`: and if it was consented to before.
         """
@@ -154,6 +161,7 @@ class Dialogue:
             if name:
                 reserved = ledger.reserved_for(policy.data[name].budget, manifest.digest)
         allow(judge(manifest, policy, self.invitation.federation, spent, reserved))
+        self.node.bind_data(manifest)
         guarantee = guarantee_of(manifest)
         if consented and guarantee.private and reserved is None:
             raise Refused(f"plan manifest: nothing was consented to for {manifest.digest[:20]}")

@@ -7,6 +7,7 @@ text.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterSpec, AdapterState
 from fedlora.common.protocol.messages import vector_from_bytes, vector_to_bytes
 
+log = logging.getLogger(__name__)
 PROBE = (
     "a sentence that anybody may read, of about the length of a short message to a bank or a"
     " hospital"
@@ -44,16 +46,20 @@ TRIED_LENGTH = 64  # tokens of a text that a base is tried on, where no run says
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """One run's data and training; `data_digest` is the file's, and stays here."""
+    """One run's data and training."""
 
     data: ClientData
     training: LocalTraining
-    data_digest: str
 
     @property
     def spec(self) -> AdapterSpec:
         """Which coordinates the run's adapter has."""
         return self.training.gradients.model.spec
+
+    @property
+    def data_digest(self) -> str:
+        """The data file's; it stays here."""
+        return self.data.digest
 
 
 class LoadedRun:
@@ -164,6 +170,8 @@ class LoadedRun:
         records = read_data(data, path)
         if file_digest(path) != digest:
             raise BadInput(f"{path.name}: changed while it was read")
+        if records.spellings:
+            log.warning("%s", records.spellings)
         units = unit_groups(records.units, len(records))
         # by the policy's δ, whatever the manifest's: a consent must not tell the number of units
         check_delta(self._policy.limits.delta, len(units), f"{path.name}, by [limits] delta:")
@@ -172,8 +180,8 @@ class LoadedRun:
         training = LocalTraining(
             gradients, FeatureCache(model), self._policy.trainer.micro_batch_tokens
         )
-        client = ClientData(self._policy.institution, encoded, units)
-        return Prepared(client, training, digest)
+        client = ClientData(self._policy.institution, encoded, units, str(path.resolve()), digest)
+        return Prepared(client, training)
 
 
 def try_base(folder: NodeFolder, policy: Policy, digest: str) -> dict[str, float | BadInput]:

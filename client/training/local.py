@@ -34,6 +34,8 @@ class ClientData:
     owner: str
     encoded: Encoded
     units: UnitIndex
+    path: str = ""  # of the file that they were read from, without links
+    digest: str = ""  # of its bytes then
 
 
 @dataclass(frozen=True, eq=False)

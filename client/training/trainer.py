@@ -22,6 +22,7 @@ from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.moments import MomentStore
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget, Ledger
+from fedlora.common.ledger.subject import Subject
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterState
@@ -80,6 +81,7 @@ class Trainer:
                 manifest.digest,
                 charge(guarantee),
                 [phase.attempts for phase in manifest.phases],
+                Subject.of(manifest, self._data.path, self._data.digest),
             )
         self._guarantee = guarantee
 

@@ -1,13 +1,16 @@
 """Records, and which of them form one unit of privacy.
 
-Every fault names file, row and column. Row numbers count a file's records from 1, also in the part
-of a file that `take` picked. No training file decides what labels exist: the label set is public
-and fixed.
+A unit has one spelling: names that differ in white space, case or Unicode's forms are one unit, of
+which each would else have had the whole ε. Every fault names file, row and column. Row numbers
+count a file's records from 1, also in the part of a file that `take` picked. No training file
+decides what labels exist: the label set is public and fixed.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,9 @@ from fedlora.common.errors import BadInput
 
 Ints = npt.NDArray[np.int64]
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_INVISIBLE = re.compile(  # what Unicode lets a program ignore when it shows a text
+    "[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
+)
 
 MAX_LABELS = 100_000
 
@@ -54,6 +60,7 @@ class Records:
     columns: Mapping[str, Sequence[str]]
     where: str
     rows: Ints | None = None  # where each record stood in its file, from 0; None: in this order
+    respelled: int = 0  # units of the file that were spelled in more than one way
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -76,6 +83,17 @@ class Records:
             columns={name: pick(values) for name, values in self.columns.items()},
             where=where or self.where,
             rows=np.asarray(rows, dtype=np.int64) if self.rows is None else self.rows[rows],
+            respelled=self.respelled,
+        )
+
+    @property
+    def spellings(self) -> str:
+        """What the owner of the file should look at in its units, or "". Never for anybody else."""
+        if not self.respelled:
+            return ""
+        return (
+            f"{self.where}: {self.respelled} units were spelled in several ways (white space, case"
+            " or Unicode form); each is one unit"
         )
 
 
@@ -102,6 +120,9 @@ def read_records(
     texts = _strings(table[columns.text], where, columns.text)
     if not texts:
         raise BadInput(f"{where}: found no records, expected at least one")
+    units, respelled = None, 0
+    if columns.unit:
+        units, respelled = _units(table[columns.unit], where, columns.unit)
     return Records(
         texts=texts,
         responses=_strings(table[columns.response], where, columns.response)
@@ -110,10 +131,20 @@ def read_records(
         labels=_labels(table[columns.label], labels, where, columns.label)
         if columns.label
         else None,
-        units=_names(table[columns.unit], where, columns.unit) if columns.unit else None,
+        units=units,
         columns={name: _names(table[name], where, name) for name in columns.more},
         where=where,
+        respelled=respelled,
     )
+
+
+def unit_name(name: str) -> str:
+    """The one spelling of a unit: NFKC, case folded, white space single, nothing invisible."""
+    folded, before = name, ""
+    while folded != before:  # one step may make room for another: what is canonical stays so
+        before = folded
+        folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", folded)).casefold()
+    return " ".join(folded.split())
 
 
 def read_label_set(path: Path, column: str) -> tuple[str, ...]:
@@ -188,6 +219,17 @@ def _names(values: Values, where: str, column: str) -> list[str]:
     """Units or institutions: strings or integers, none missing."""
     _no_nulls(values, where, column)
     return _strings(values, where, column)
+
+
+def _units(values: Values, where: str, column: str) -> tuple[list[str], int]:
+    """Units in their one spelling, and how many of them had several."""
+    names = _names(values, where, column)
+    spelled = {name: unit_name(name) for name in dict.fromkeys(names)}
+    if "" in spelled.values():
+        row = next(row for row, name in enumerate(names, start=1) if not spelled[name])
+        raise BadInput(f"{where} row {row} {column}: found nothing visible, expected a value")
+    several = sum(count > 1 for count in Counter(spelled.values()).values())
+    return [spelled[name] for name in names], several
 
 
 def _labels(values: Values, labels: Sequence[str], where: str, column: str) -> Ints:

@@ -33,6 +33,7 @@ from fedlora.common.trust.identity import Identity, PublicIdentity, seal, unseal
 
 HEAD_TAG = "fedlora-ledger-head-2"
 EARLIER_HEAD_TAG = "fedlora-ledger-head-1"  # of a head that is written anew with the next entry
+KEYED_TAG = "fedlora-ledger-keyed-1"
 
 _TABLE = (
     "CREATE TABLE entries (number INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL)"
@@ -128,6 +129,13 @@ class Chain:
         with _refusing(self._path), _exclusive(self._path):
             self._catch_up()
             yield
+
+    def keyed(self, text: str) -> str:
+        """The same for the same text, and nothing to anybody without this chain's key.
+
+        What an entry has of data: a plain digest would let guesses be tried on a head that leaves.
+        """
+        return "keyed:" + hashlib.sha256(self._key.sign(KEYED_TAG, text.encode())).hexdigest()
 
     def append(self, body: Mapping[str, Any]) -> None:
         """Add an entry, durable when this returns; only under `locked`."""

@@ -6,7 +6,8 @@
 
 Nothing is ever refunded or deleted. ε and δ add up over runs (basic composition), exactly as the
 decimal numbers that people write: 0.1 three times fits a cap of 0.3, and nothing fits beyond it.
-Budgets have names: data never opens one, a policy does. How the entries are kept is
+Budgets have names: data never opens one, a policy does. A budget counts one kind of unit, that of
+its first consent, and a data file charges one budget. How the entries are kept is
 `common.ledger.chain`.
 """
 
@@ -15,17 +16,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.chain import Chain, Entry
+from fedlora.common.ledger.subject import UNKNOWN, Subject
 from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.figures import exact
 
-SCHEMA = 1
+SCHEMA = 2  # 2: a consent says whose records it is about
+EARLIER_SCHEMA = 1  # is read; the first consent after it is preceded by an entry that moves it on
 SAME_TERMS = 1e-4  # relative: another machine, or version, computes an ε to within that
 
 __all__ = ["SCHEMA", "Budget", "Entry", "Ledger", "exceeded"]
@@ -80,6 +83,9 @@ class Ledger:
     def __init__(self) -> None:
         self._consents: dict[tuple[str, str], _Consent] = {}  # by budget and manifest, as all below
         self._totals: dict[str, _Total] = {}  # by budget
+        self._units: dict[str, str] = {}  # by budget: of the first consent that says one
+        self._payers: dict[str, str] = {}  # the budget that a path or a digest of data charges
+        self._schema = SCHEMA
         # attempt -> (phase, round)
         self._phases: dict[tuple[str, str], dict[int, tuple[int, int]]] = {}
         self._committed: set[tuple[str, str, int]] = set()
@@ -97,12 +103,24 @@ class Ledger:
         ledger._chain = Chain.open(path, head, key, opening, ledger._take_in)
         return ledger
 
-    def consent(self, budget: Budget, manifest: str, spend: Spend, attempts: Sequence[int]) -> None:
-        """Reserve a run's whole spend; Refused past a cap. A second time changes nothing."""
+    def consent(
+        self,
+        budget: Budget,
+        manifest: str,
+        spend: Spend,
+        attempts: Sequence[int],
+        subject: Subject = UNKNOWN,
+    ) -> None:
+        """Reserve a run's whole spend; Refused past a cap, for another unit than the budget's, or
+        for data that charge another budget. A second time changes nothing.
+        """
         asked = _Consent(spend, tuple(attempts))
         if not asked.attempts or any(type(each) is not int or each < 0 for each in asked.attempts):
             raise BadInput(f"consent attempts: found {list(attempts)}, expected whole numbers >= 0")
+        if subject.data:
+            subject = replace(subject, data=self._chain.keyed(subject.data))
         with self._chain.locked():
+            self._check_subject(budget.name, subject)
             given = self._consents.get((budget.name, manifest))
             if given is not None:
                 if not given.covers(asked):
@@ -111,11 +129,14 @@ class Ledger:
                     )
                 return
             self._check_caps(budget, spend)
+            if self._schema != SCHEMA:
+                self._chain.append({"kind": "schema", "schema": SCHEMA})
             self._chain.append(
                 {
                     "kind": "consent",
                     "budget": budget.name,
                     "manifest": manifest,
+                    **asdict(subject),
                     "epsilon": spend.epsilon,
                     "delta": spend.delta,
                     "attempts": list(asked.attempts),
@@ -229,18 +250,36 @@ class Ledger:
         if reason:
             raise Refused(reason)
 
+    def _check_subject(self, budget: str, subject: Subject) -> None:
+        """The ε of a record and of a person do not add up; nor is one file two populations."""
+        unit = self._units.get(budget, subject.unit)
+        if subject.unit and subject.unit != unit:
+            raise Refused(
+                f"budget {budget}: found the unit {subject.unit!r}, expected {unit!r}, which it has"
+                " counted from its first consent on"
+            )
+        for each in filter(None, (subject.path, subject.data)):
+            payer = self._payers.get(each, budget)
+            if payer != budget:
+                raise Refused(
+                    f"budget {budget}: found data that charged budget {payer} before, by path or"
+                    f" by bytes ({subject.path[:200]}), expected them to charge it again"
+                )
+
     def _take_in(self, body: Mapping[str, Any]) -> None:
         kind = body["kind"]
-        if kind == "open":
-            if body["schema"] != SCHEMA:
+        begins, moves_on = kind == "open" and not self.id, kind == "schema"
+        if begins or (moves_on and self._schema < SCHEMA):
+            if body["schema"] not in (EARLIER_SCHEMA, SCHEMA):
                 raise Refused(f"ledger: found schema {body['schema']}, expected {SCHEMA}")
-            self.id = str(body["id"])
+            self._schema, self.id = body["schema"], str(body.get("id", self.id))
             return
-        key = (body["budget"], body["manifest"])
+        key = (str(body.get("budget")), str(body.get("manifest")))
         if kind == "consent" and key not in self._consents:
             spend = Spend(body["epsilon"], body["delta"])
             self._consents[key] = _Consent(spend, tuple(body["attempts"]))
             self._totals[key[0]] = self._totals.get(key[0], _Total()) + spend
+            self._take_in_subject(key[0], body)
         elif kind == "reserve" and body["attempt"] not in self._phases.get(key, {}):
             self._phases.setdefault(key, {})[body["attempt"]] = (body["phase"], body["round"])
         elif kind == "commit" and (*key, body["attempt"]) not in self._committed:
@@ -249,6 +288,14 @@ class Ledger:
             raise Refused(
                 f"ledger: found an entry of kind {kind!r} that no ledger of this version writes"
             )
+
+    def _take_in_subject(self, budget: str, body: Mapping[str, Any]) -> None:
+        """Of a consent of this schema; an earlier one says nothing."""
+        if body.get("unit"):
+            self._units.setdefault(budget, str(body["unit"]))
+        for name in ("path", "data"):
+            if body.get(name):
+                self._payers.setdefault(str(body[name]), budget)
 
 
 def exceeded(budget: Budget, spent: Spend, more: Spend) -> str:

@@ -20,6 +20,7 @@ from fedlora.client.training.trainer import Trainer, charge
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
 from fedlora.common.data.tasks import Encoded
 from fedlora.common.ledger.ledger import Budget, Ledger
+from fedlora.common.ledger.subject import Subject
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.privacy.modes import guarantee_of
@@ -105,7 +106,8 @@ class Federation:
         if guarantee.private:
             budget = self._budget(self.budget.name, manifest)
             attempts = [phase.attempts for phase in manifest.phases]
-            ledger.consent(budget, manifest.digest, charge(guarantee), attempts)
+            cost, subject = charge(guarantee), Subject.of(manifest)
+            ledger.consent(budget, manifest.digest, cost, attempts, subject)
 
     def _budget(self, name: str, manifest: RunManifest) -> Budget:
         """A budget that one run of this federation fits into."""

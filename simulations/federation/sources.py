@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from fedlora.common.data.records import Records, read_records, split_validation,
 from fedlora.common.data.tasks import task_named
 from fedlora.common.errors import BadInput
 from fedlora.server.runs.public_data import PublicRecords, columns_of, read_labels
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +37,8 @@ def read_sources(data: DataConfig, task: str, seed: int, more: tuple[str, ...] =
     labels, public = read_labels(data, task), columns_of(data, task)
     private = replace(public, unit=data.unit, more=more)
     train = read_records(Path(data.train), private, labels)
+    if train.spellings:
+        log.warning("%s", train.spellings)
     test = read_records(Path(data.test), public, labels)
     if isinstance(data.validation, str):
         validation = read_records(Path(data.validation), public, labels)

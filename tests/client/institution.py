@@ -23,6 +23,7 @@ from fedlora.client.service.answer import Resident
 from fedlora.client.service.work import Work
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.ledger.ledger import Budget, Ledger
+from fedlora.common.ledger.subject import Subject
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, TensorSpec
@@ -134,7 +135,8 @@ class FakeWork:
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
         if manifest.mode != "none":
             attempts = [phase.attempts for phase in manifest.phases]
-            self.ledger.consent(budget, manifest.digest, guarantee_of(manifest).charge(), attempts)
+            cost, subject = guarantee_of(manifest).charge(), Subject.of(manifest)
+            self.ledger.consent(budget, manifest.digest, cost, attempts, subject)
         return "sha256:data"
 
     def spec(self, manifest: RunManifest, projection: Path) -> AdapterSpec:
@@ -165,6 +167,7 @@ class Institution:
     root: Path
     name: str = "north"
     organisation: str = "Nord Klinik"
+    federation: str = "f"
     resident: Resident = field(init=False)
     work: FakeWork = field(init=False)
     ledger: Ledger = field(init=False)
@@ -176,7 +179,9 @@ class Institution:
             self.set_policy(
                 POLICY.format(base=BASE, folder="base").replace('"north"', f'"{self.name}"')
             )
-            invitation = Invitation("f", "127.0.0.1:9092", CERTIFICATE, COORDINATOR.public)
+            invitation = Invitation(
+                self.federation, "127.0.0.1:9092", CERTIFICATE, COORDINATOR.public
+            )
             enrolment.join(self.folder, invitation_to_text(COORDINATOR, invitation), "invitation")
         self.restart()
 
@@ -195,7 +200,7 @@ class Institution:
         return self.read(self.resident.ask(data))
 
     def read(self, data: bytes) -> Reply:
-        return reply_from_bytes(data, "f", {self.name: self.identity.public})
+        return reply_from_bytes(data, self.federation, {self.name: self.identity.public})
 
 
 def declined(north: Institution, data: bytes) -> Decline:

@@ -131,6 +131,19 @@ def test_check_data_names_the_row(
     assert code == 2 and match in err, err
 
 
+def test_check_data_says_how_many_units_were_spelled_in_several_ways(
+    north: Institution, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = north.folder.policy.read_text()
+    north.set_policy(text.replace("[bases]", 'unit = "who"\n[bases]'))
+    names = [f"person {k // 2}" for k in range(16)] + ["Person  3", "PERSON 4"]
+    rows = [json.dumps({"text": "good", "label": "a", "who": name}) for name in names]
+    (north.root / "notes.jsonl").write_text("\n".join(rows))
+    code, out, _ = run(capsys, monkeypatch, "check-data", "--node", str(north.root))
+    assert code == 0 and "notes: 18 records, 8 units" in out
+    assert "  notes.jsonl: 2 units were spelled in several ways" in out
+
+
 def test_a_link_out_of_the_data_folder_is_refused(  # data-symlink-outside-root
     north: Institution,
     tmp_path: Path,

@@ -64,6 +64,9 @@ RUN = manifest_of()
             id="no-digest",
         ),
         pytest.param(BASE, "sha256:12", "64 hexadecimal", id="short-digest"),
+        pytest.param(
+            "[limits]", '[ledger]\npath = "ledger.key"\n[limits]', "NAME.sqlite", id="ledger-path"
+        ),
         pytest.param("north", "North Pole", "lower-case", id="institution-name"),
     ],
 )

@@ -51,6 +51,10 @@ def test_consent_training_and_answer_with_a_real_model(tmp_path: Path, tiny_bert
     assert np.isfinite(update).all() and update.any()
     kinds = [entry.body["kind"] for entry in north.ledger.entries()]
     assert kinds == ["open", "consent", "reserve", "commit"]
+    consent = north.ledger.entries()[1].body
+    assert (consent["unit"], consent["federation"]) == ("record", "f")
+    assert consent["path"] == str((north.root / "notes.jsonl").resolve())
+    assert consent["data"].startswith("keyed:")
     noted = [
         json.loads(line) for line in north.folder.data_log(run.digest).read_text().splitlines()
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import string
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from fedlora.common.data.records import (
     read_records,
     split_validation,
     unit_groups,
+    unit_name,
 )
 from fedlora.common.errors import BadInput
 
@@ -361,6 +364,40 @@ def test_unit_groups_hold_every_record_once(names: list[str]) -> None:
     for unit in range(len(units)):
         mine = units.records[units.offsets[unit] : units.offsets[unit + 1]].tolist()
         assert mine == [record for record, name in enumerate(names) if name == names[mine[0]]]
+
+
+SPELLINGS = ("José  García", "jose\u0301 garcía", " JOSÉ\u00a0GARCÍA\t", "Jos\u00e9\u200b García")
+
+
+def test_a_unit_that_is_spelled_in_several_ways_is_one(tmp_path: Path) -> None:
+    names = (*SPELLINGS, "Ann", "ann", "Bob")
+    rows = [{"text": "t", "label": 0, "who": name} for name in names]
+    for ending, write in WRITERS.items():
+        records = read_records(write(tmp_path / f"a{ending}", rows), COLUMNS, LABELS)
+        assert records.units is not None and len(set(records.units)) == 3
+        assert unit_groups(records.units).offsets.tolist() == [0, 4, 6, 7]
+        assert records.respelled == 2 and "2 units were spelled" in records.spellings
+        assert records.take(np.array([1, 2])).spellings == records.spellings
+    plain = read_records(write_csv(tmp_path / "b.csv", ROWS), COLUMNS, LABELS)
+    assert plain.respelled == 0 and plain.spellings == ""
+
+
+def test_a_unit_of_which_nothing_is_seen_is_none(tmp_path: Path) -> None:
+    rows = [{"text": "t", "label": 0, "who": name} for name in ("a", " \u200b")]
+    found = fault(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert found == "a.jsonl row 2 who: found nothing visible, expected a value"
+
+
+@given(st.text(), st.sampled_from(["NFC", "NFD", "NFKC", "NFKD"]))
+def test_a_units_one_spelling_stays_and_knows_no_form(name: str, form: Any) -> None:
+    assert unit_name(unit_name(name)) == unit_name(name)
+    assert unit_name(unicodedata.normalize(form, name)) == unit_name(name)
+    assert unit_name(f"\t {name}\u00a0 ") == unit_name(name)
+
+
+@given(st.text(string.ascii_letters + string.digits + "-_", min_size=1))
+def test_other_names_are_other_units(name: str) -> None:
+    assert unit_name(name) == name.lower() != unit_name(name + "0")
 
 
 @given(st.integers(0, 50))

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger import chain
 from fedlora.common.ledger.ledger import Budget, Ledger
+from fedlora.common.ledger.subject import Subject
 from fedlora.common.privacy.accountant import Spend
 from fedlora.common.trust.identity import Identity
 
@@ -362,6 +363,48 @@ for attempt in range(first, 100000):
 """
 
 
+def test_a_budget_keeps_the_unit_of_its_first_consent(place: Place) -> None:
+    ledger, spend = place.open(), Spend(0.5, 1e-6)
+    ledger.consent(WARD, "sha256:a", spend, [1])  # by whom nothing was said
+    ledger.consent(WARD, "sha256:b", spend, [1], Subject("record", "f"))
+    place.close()
+    ledger = place.open()
+    for subject in (Subject("patient", "f"), Subject("Record", "f")):
+        with pytest.raises(Refused, match=f"found the unit '{subject.unit}', expected 'record'"):
+            ledger.consent(WARD, "sha256:c", spend, [1], subject)
+    ledger.consent(Budget("patients", 1.0, 1e-5), "sha256:c", spend, [1], Subject("patient", "f"))
+    assert ledger.spent("ward") == Spend(1.0, 2e-6)
+
+
+def test_a_data_file_charges_one_budget(place: Place) -> None:
+    ledger, spend, other = place.open(), Spend(0.5, 1e-6), Budget("other", 3.0, 1e-5)
+    ledger.consent(WARD, RUN, spend, [1], Subject("record", "f", "/d/a.csv", "sha256:1"))
+    place.close()
+    ledger = place.open()
+    for subject in (
+        Subject("record", "g", "/d/a.csv", "sha256:2"),  # the file has grown
+        Subject("record", "g", "/d/copy.csv", "sha256:1"),  # or is a copy
+    ):
+        with pytest.raises(Refused, match="found data that charged budget ward before"):
+            ledger.consent(other, "sha256:b", spend, [1], subject)
+        ledger.consent(WARD, f"sha256:b{subject.data}", spend, [1], subject)
+    last = ledger.entries()[-2].body
+    assert (last["unit"], last["federation"], last["path"]) == ("record", "g", "/d/a.csv")
+
+
+def test_no_entry_has_a_digest_of_data_that_can_be_guessed(tmp_path: Path) -> None:
+    """A head that leaves would let whoever knows the rest try guesses."""
+    kept = []
+    for name in ("a", "b"):
+        place = Place(tmp_path / name)
+        for run in ("sha256:1", "sha256:2"):
+            place.open().consent(WARD, run, Spend(1.0, 0), [1], Subject("record", data="sha256:d"))
+        kept.append([entry.body["data"] for entry in place.open().entries()[1:]])
+        assert "sha256:d" not in json.dumps([entry.body for entry in place.open().entries()])
+        place.close()
+    assert kept[0][0] == kept[0][1] != kept[1][0] == kept[1][1]
+
+
 def test_what_was_acknowledged_survives_kill_9(place: Place) -> None:
     rng, acknowledged = random.Random(5), 0
     for _ in range(3):
@@ -539,7 +582,9 @@ def test_an_edited_ledger_is_refused(place: Place, statement: str) -> None:
           "attempt": 1}, "reserve"),
         ({"kind": "commit", "budget": "ward", "manifest": RUN, "round": 1, "attempt": 1,
           "update": ""}, "commit"),
-        ({"kind": "open", "schema": 2, "id": ""}, "schema 2, expected 1"),
+        ({"kind": "open", "schema": 2, "id": "x"}, "kind 'open'"),
+        ({"kind": "schema", "schema": 2}, "kind 'schema'"),
+        ({"kind": "schema", "schema": 3}, "kind 'schema'"),
     ],
 )  # fmt: skip
 def test_an_entry_that_no_ledger_writes_is_refused(

@@ -1,0 +1,129 @@
+"""What a data file is bound to: one budget of the policy, and one ledger.
+
+A budget belongs to a population. Two ledgers that charged one file would each let its whole budget
+be spent. So the first ledger that charges a file leaves a mark beside it, `NAME.fedlora-ledger`,
+which holds the ledger's id, and every other ledger that meets the mark refuses. Where the data are
+read-only, marks lie in the folder that `[ledger] marks` names. A mark is of a name: a copy of the
+data, or a mark that somebody removed, is not noticed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora.client.node.policy import DataPolicy
+from fedlora.common.codec.strict import from_canonical, to_canonical
+from fedlora.common.disk.files import bounded, sync_folder
+from fedlora.common.errors import BadInput, Refused
+
+MARK = ".fedlora-ledger"
+MAX_MARK_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What stands in the file: the id of the ledger that its data charge."""
+
+    ledger: str
+
+
+def check_budgets(data: Mapping[str, DataPolicy], root: Path, where: str) -> None:
+    """BadInput where two data sets are one file, by whatever name, and charge two budgets.
+
+    Relative paths start in `root`.
+    """
+    faults, seen = [], list[tuple[str, Path]]()
+    for name, each in data.items():
+        path = root / each.path
+        for other, known in seen:
+            if data[other].budget != each.budget and _same_file(path, known):
+                faults.append(
+                    f"{where} [data.{name}] path: found the file of [data.{other}], which charges"
+                    f" [budgets.{data[other].budget}], expected one budget for one file"
+                )
+        seen.append((name, path))
+    if faults:
+        raise BadInput(faults)
+
+
+def check_mark(path: Path, ledger: str, marks: Path | None) -> bool:
+    """Whether this ledger, by its id, has marked a data file; Refused where another one has."""
+    places = _places(path, marks)
+    for mark in places:
+        found = _owner(mark)
+        if found not in ("", ledger):
+            raise Refused(
+                f"{mark}: found the mark of ledger {found}, expected {ledger}, this node's: these"
+                " data charge the other one; name it under [ledger] path"
+            )
+    return bool(_owner(places[-1]))
+
+
+def bind(path: Path, ledger: str, marks: Path | None) -> None:
+    """Mark a data file as this ledger's; Refused where it is another's, or no mark can be made."""
+    if check_mark(path, ledger, marks):
+        return
+    mark = _places(path, marks)[-1]
+    try:
+        if marks is not None:
+            marks.mkdir(parents=True, exist_ok=True)
+        _create(mark, to_canonical(_Mark(ledger)))
+    except OSError as error:
+        raise Refused(
+            f"{mark}: could not be written ({error.strerror}), expected the mark of the ledger that"
+            " these data charge; for read-only data name a folder under [ledger] marks, one for all"
+            " nodes that have these data"
+        ) from error
+    check_mark(path, ledger, marks)  # another ledger may have been first
+
+
+def _places(path: Path, marks: Path | None) -> list[Path]:
+    """Where a mark may lie; the last is where this node writes one."""
+    real = path.resolve()
+    beside = real.with_name(real.name + MARK)
+    return [beside] if marks is None else [beside, marks / beside.name]
+
+
+def _owner(mark: Path) -> str:
+    """The id of the ledger that wrote a mark, or "" where there is none."""
+    try:
+        descriptor = os.open(mark, os.O_RDONLY | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, "rb") as stream:
+            data = bounded(stream, mark.name, MAX_MARK_BYTES)
+        return from_canonical(_Mark, data, mark.name).ledger
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return ""
+        raise Refused(f"{mark}: can't be read ({error.strerror}), expected a mark") from error
+    except BadInput as error:
+        raise Refused(f"{mark}: found none that a ledger wrote ({error.faults[0]})") from error
+
+
+def _create(mark: Path, data: bytes) -> None:
+    """Write a mark that is whole from the first, or leave the one that was there before."""
+    # not by process number, which two containers may have alike
+    scratch = mark.with_name(f".{mark.name}.{os.urandom(8).hex()}")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(descriptor)
+        try:
+            os.link(scratch, mark)
+        except FileExistsError:
+            return
+    finally:
+        scratch.unlink(missing_ok=True)
+    sync_folder(mark.parent)
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.resolve() == other.resolve() or one.samefile(other)
+    except OSError:  # one of them is not there yet
+        return False
