@@ -22,7 +22,7 @@ import pytest
 
 from fedlora.client.node.folder import NodeFolder
 from fedlora.common.adapter.peft import load_adapter
-from fedlora.common.protocol.messages import Consent, reply_from_bytes
+from fedlora.common.protocol.messages import Started, reply_from_bytes
 from fedlora.server.coordinator.folder import Directory
 from fedlora.simulations.local.deployment import Federation, running
 from fedlora.simulations.local.folders import NAMES
@@ -74,9 +74,9 @@ def check_ledgers(federation: Federation) -> None:
         }
         assert reserved >= set(counted), (name, reserved, counted)
         reply = reply_from_bytes(
-            (folder / "consents" / f"{name}.reply").read_bytes(), "demo", members
+            (folder / "consents" / f"{name}.started").read_bytes(), "demo", members
         )
-        assert isinstance(reply, Consent) and ledger.spent("messages").epsilon == reply.epsilon
+        assert isinstance(reply, Started) and ledger.spent("messages").epsilon == reply.epsilon
         ledger.close()
 
 
@@ -386,7 +386,11 @@ def _moved(federation: Federation, before: int) -> bool:
 def _releases(federation: Federation) -> dict[Path, bytes]:
     """Every release that a node keeps, as it lies there."""
     paths = (path for name in NAMES for path in (federation.node(name) / "outbox").glob("*/*"))
-    return {path: path.read_bytes() for path in paths if path.suffix in (".reply", ".masked")}
+    return {
+        path: path.read_bytes()
+        for path in paths
+        if path.suffix in (".reply", ".started", ".masked")
+    }
 
 
 BURSTS = (1, 2, 3, 4, 5)

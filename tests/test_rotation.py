@@ -154,15 +154,15 @@ def test_the_next_round_counts_the_new_key_and_the_old_one_no_more(federation: F
     assert attempt(cohort, 4).replies == 3
     # north's consent on disk was signed by its old key: it is asked for anew
     resumed = federation.cohort()
-    assert set(federation.who.consents) == {"east", "south"}
-    assert attempt(resumed, 5).replies == 3 and set(federation.who.consents) == set(NAMES)
+    assert set(federation.who.reserved) == {"east", "south"}
+    assert attempt(resumed, 5).replies == 3 and set(federation.who.reserved) == set(NAMES)
     federation.cohort()
-    assert set(federation.who.consents) == set(NAMES)
+    assert set(federation.who.reserved) == set(NAMES)
     folder = NodeFolder(federation.root / "north")
     spent = [entry.body["kind"] for entry in folder.open_ledger(folder.load_policy()).entries()]
     assert spent.count("consent") == 1  # signed twice, charged once
     sent = Outbox(folder.root / "outbox").sizes(RUN.digest)
-    assert [number for _, number, _ in sent] == [0, 1, 2, 3, 4, 5]
+    assert [each.attempt for each in sent] == [0, 0, 1, 2, 3, 4, 5]
 
 
 def test_a_lost_key_is_revoked_and_a_new_one_enrolled_beside_the_old_ledger(

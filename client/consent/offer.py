@@ -14,6 +14,7 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.projection import Projection
 from fedlora.common.protocol.messages import MANIFEST_TAG, OFFER_TAG, Address, Offer
+from fedlora.common.protocol.start import LONGEST_OFFER
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 
@@ -32,6 +33,17 @@ def offered(offer: Offer, coordinator: PublicIdentity, institution: str) -> RunM
         raise BadInput(
             f"offer institution: found {one_line(address.institution)[:80]}, expected {institution}"
         )
+    check_time(address)
+    manifest = read_manifest(offer.manifest, coordinator)
+    if address.manifest != manifest.digest:
+        raise BadInput(
+            f"offer manifest: found {manifest.digest}, expected {one_line(address.manifest)[:80]}"
+        )
+    return manifest
+
+
+def check_time(address: Address) -> None:
+    """BadInput where an offer, or the consent to it, is over, or would be good for too long."""
     late = time.time() - address.not_after
     if late > SKEW:
         raise BadInput(
@@ -39,12 +51,12 @@ def offered(offer: Offer, coordinator: PublicIdentity, institution: str) -> RunM
             f" was {late:.0f} s ago, expected at most {SKEW:.0f} s: an old offer, or a clock of the"
             " node that is ahead by at least as much; ask again, or compare the clocks"
         )
-    manifest = read_manifest(offer.manifest, coordinator)
-    if address.manifest != manifest.digest:
+    if -late > LONGEST_OFFER + SKEW:
         raise BadInput(
-            f"offer manifest: found {manifest.digest}, expected {one_line(address.manifest)[:80]}"
+            f"offer not_after: found {address.not_after} (UTC seconds), which by this node's clock"
+            f" is in {-late:.0f} s, expected at most {LONGEST_OFFER} s: an offer for too long, or a"
+            " clock of the node that is behind; compare the clocks"
         )
-    return manifest
 
 
 def read_manifest(signed: Signed, coordinator: PublicIdentity) -> RunManifest:

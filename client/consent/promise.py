@@ -86,11 +86,11 @@ def spend_verdicts(
         reason = "can't be projected before the other fields are allowed"
         return [Verdict("epsilon", claim, reason), delta]
     used = spent.get(budget.name, Spend(0.0, 0.0))
-    return [_epsilon_verdict(guarantee, budget, used, reserved), delta]
+    return [_epsilon_verdict(guarantee, budget, used, reserved, policy), delta]
 
 
 def _epsilon_verdict(
-    guarantee: Guarantee, budget: Budget, used: Spend, reserved: Spend | None
+    guarantee: Guarantee, budget: Budget, used: Spend, reserved: Spend | None, policy: Policy
 ) -> Verdict:
     claimed, cost = guarantee.manifest.epsilon, guarantee.stated_epsilon()
     charged, found = guarantee.charged_epsilon(), f"{claimed:g}"
@@ -100,13 +100,33 @@ def _epsilon_verdict(
     if cost > claimed * SLACK:
         return Verdict("epsilon", found, f"its schedule costs {shown_epsilon(cost)}", note)
     # what was let in before reserves nothing more
-    over = exceeded(budget, used, guarantee.charge()) if reserved is None else ""
+    steps = policy.limits.budget_steps
+    over = _beyond(budget, used, guarantee.charge(), steps) if reserved is None else ""
     reason = (
         f"the budget does not suffice: it would be charged ε {shown_epsilon(charged)}"
         if over
         else ""
     )
     return Verdict("epsilon", found, reason, over or note)
+
+
+def _beyond(budget: Budget, used: Spend, more: Spend, steps: int) -> str:
+    """Why a run does not fit what is left, or "".
+
+    What is left counts down to a whole number of steps of the budget: whoever offers run after run
+    to see which are refused learns no more of it.
+    """
+    for name, cap, spent, asked in (
+        ("ε", budget.epsilon, used.epsilon, more.epsilon),
+        ("δ", budget.delta, used.delta, more.delta),
+    ):
+        left, step = exact(cap) - exact(spent), exact(cap) / steps
+        if exact(asked) > left // step * step:
+            return exceeded(budget, used, more) or (
+                f"budget {budget.name}: {name} = {float(left):.6g} is left, which counts as"
+                f" {float(left // step * step):.6g}, in steps of 1/{steps} of {cap:.6g}"
+            )
+    return ""
 
 
 def _cost_note(budget: Budget, used: float, charged: float, reserved: Spend | None) -> str:

@@ -7,7 +7,8 @@ rotation.json      after `init --rotate`: that request under the old key's signa
 federation.json    the invitation, as pinned by `join`
 peers.toml         the roster; `join --approve` alone adds to it
 ledger.sqlite, ledger.key, and the head; or wherever the policy's [ledger] says
-runs/, outbox/     what was consented to, and the exact bytes that left
+offers/            what was consented to and not started: a bounded number of runs
+runs/, outbox/     what was started, and the exact bytes that left
 refusals.jsonl     every refusal of what the coordinator signed; refusals.json how often
 strangers.jsonl    the refusals of all else
 relay/             all that the relay needs, to be given to its user: Flower's key, CA, address
@@ -26,7 +27,8 @@ from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.model.base import PACKAGED, resolve_base
 from fedlora.common.trust.enrolment import request_from_text
 
-MANIFEST = "manifest.signed"  # in a run's folder
+# in a run's folder
+MANIFEST, PROJECTION = "manifest.signed", "projection.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,13 @@ class NodeFolder:
         return self.root / "relay"
 
     @property
+    def offers(self) -> Path:
+        """A folder for each run that was consented to and not started."""
+        return self.root / "offers"
+
+    @property
     def runs(self) -> Path:
-        """A folder for each run: plans, offers, projections."""
+        """A folder for each run that was started: manifest, projection, plans."""
         return self.root / "runs"
 
     def run(self, manifest: str) -> Path:
@@ -90,12 +97,12 @@ class NodeFolder:
         return self.runs / manifest.removeprefix("sha256:")
 
     def manifest(self, manifest: str) -> Path:
-        """What the coordinator signed and this node consented to."""
+        """What the coordinator signed, this node consented to, and was started."""
         return self.run(manifest) / MANIFEST
 
     def projection(self, manifest: str) -> Path:
         """The run's projection of pooled features; an empty file where it has none."""
-        return self.run(manifest) / "projection.safetensors"
+        return self.run(manifest) / PROJECTION
 
     def data_log(self, manifest: str) -> Path:
         """When the run used its data, and which version of them."""

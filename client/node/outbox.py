@@ -11,22 +11,38 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import Refused
 from fedlora.common.manifest.plan import RoundPlan
 
+REPLY, START, MASKED = ".reply", ".started", ".masked"
+
+
+class Release(NamedTuple):
+    """Something that left, or may have; round and attempt are 0 of a consent and of a start."""
+
+    round: int
+    attempt: int
+    size: int  # bytes
+    kind: str  # REPLY, START or MASKED
+
 
 @dataclass(frozen=True)
 class Outbox:
-    """The releases of all runs, by (manifest, round, attempt); a consent is round 0, attempt 0."""
+    """The releases of all runs, by (manifest, round, attempt); a consent is round 0, attempt 0.
+
+    So is what acknowledged the run's start, which is of another kind.
+    """
 
     folder: Path
 
-    def read(self, manifest: str, round_number: int, attempt: int, request: bytes) -> bytes | None:
+    def read(
+        self, manifest: str, round_number: int, attempt: int, request: bytes, kind: str = REPLY
+    ) -> bytes | None:
         """The reply given to this very request, or None; Refused where another was answered."""
-        path = self._path(manifest, round_number, attempt)
+        path = self._path(manifest, round_number, attempt, kind)
         if not path.exists():
             return None
         data = path.read_bytes()
@@ -35,16 +51,22 @@ class Outbox:
             raise Refused(f"outbox: round {round_number} attempt {attempt} was changed on disk")
         if asked != hashlib.sha256(request).digest():
             raise Refused(
-                f"task: round {round_number} attempt {attempt} was answered for another request: a"
-                " rewind"
+                f"{'start' if kind == START else 'task'}: round {round_number} attempt {attempt}"
+                " was answered for another request: a rewind"
             )
         return reply
 
     def write(
-        self, manifest: str, round_number: int, attempt: int, request: bytes, reply: bytes
+        self,
+        manifest: str,
+        round_number: int,
+        attempt: int,
+        request: bytes,
+        reply: bytes,
+        kind: str = REPLY,
     ) -> None:
         """Keep a reply, durably."""
-        path = self._path(manifest, round_number, attempt)
+        path = self._path(manifest, round_number, attempt, kind)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         mark = hashlib.sha256(request).digest() + hashlib.sha256(reply).digest()
         write_atomically(path, mark + reply, mode=0o600)
@@ -53,19 +75,23 @@ class Outbox:
         """The masked inputs of a run, beside its consent."""
         return FolderOutbox(self._path(manifest, 0, 0).parent)
 
-    def sizes(self, manifest: str) -> Iterator[tuple[int, int, int]]:
-        """(round, attempt, bytes) of each release of a run, oldest first."""
-        folder = self._path(manifest, 0, 0).parent
-        paths = sorted(folder.iterdir(), key=lambda path: path.stem) if folder.is_dir() else ()
-        for path in paths:
-            if path.suffix in (".reply", ".masked"):
-                number, attempt = path.stem.split("-")
-                mark = 64 if path.suffix == ".reply" else 0
-                yield int(number), int(attempt), path.stat().st_size - mark
+    def started(self, manifest: str) -> bool:
+        """Whether a start of the run was acknowledged."""
+        return self._path(manifest, 0, 0, START).exists()
 
-    def _path(self, manifest: str, round_number: int, attempt: int) -> Path:
+    def sizes(self, manifest: str) -> Iterator[Release]:
+        """Each release of a run, oldest first."""
+        folder = self._path(manifest, 0, 0).parent
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix in (REPLY, START, MASKED):
+                number, attempt = path.stem.split("-")
+                mark = 0 if path.suffix == MASKED else 64
+                size = path.stat().st_size - mark
+                yield Release(int(number), int(attempt), size, path.suffix)
+
+    def _path(self, manifest: str, round_number: int, attempt: int, kind: str = REPLY) -> Path:
         name = hashlib.sha256(manifest.encode()).hexdigest()
-        return self.folder / name / f"{round_number:06d}-{attempt:06d}.reply"
+        return self.folder / name / f"{round_number:06d}-{attempt:06d}{kind}"
 
 
 class MaskedOutbox(Protocol):

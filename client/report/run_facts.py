@@ -11,7 +11,7 @@ from typing import Any
 
 from fedlora.client.consent.offer import kept_manifest
 from fedlora.client.node.folder import NodeFolder
-from fedlora.client.node.outbox import Outbox
+from fedlora.client.node.outbox import START, Outbox, Release
 from fedlora.client.service.refusals import read_lines
 from fedlora.common.privacy.figures import exact
 from fedlora.common.privacy.guarantee import Guarantee
@@ -19,7 +19,6 @@ from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.terminal import one_line
 
 Body = dict[str, Any]  # of an entry of the ledger
-Release = tuple[int, int, int]  # round, attempt, bytes
 NOT_KEPT = "the ledger charged it; its manifest is not kept here"
 _NOTHING = {"epsilon": Fraction(0), "delta": Fraction(0)}
 PHASE_FACTS = (
@@ -89,7 +88,7 @@ def _kept_run(folder: NodeFolder, digest: str, mine: list[Body], sizes: list[Rel
     guarantee = guarantee_of(manifest)
     consents, masked = _of_kind(mine, "consent"), manifest.secure is not None
     epsilon = max((float(body["epsilon"]) for body in consents), default=None)
-    left = sum(attempt > 0 for _, attempt, _ in sizes)
+    left = sum(each.attempt > 0 for each in sizes)
     return {
         "manifest": manifest.digest,
         "manifest_kept": True,
@@ -137,13 +136,13 @@ def _of_kind(mine: list[Body], kind: str) -> list[Body]:
 def _sent(sizes: list[Release], update: str, to: str) -> list[Body]:
     return [
         {
-            "kind": update if attempt else "consent",
+            "kind": update if each.attempt else "start" if each.kind == START else "consent",
             "to": to,
-            "round": number,
-            "attempt": attempt,
-            "bytes": size,
+            "round": each.round,
+            "attempt": each.attempt,
+            "bytes": each.size,
         }
-        for number, attempt, size in sizes
+        for each in sizes
     ]
 
 

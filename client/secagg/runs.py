@@ -6,6 +6,8 @@ it meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import Policy
@@ -32,13 +34,18 @@ class MaskedRuns:
         """Go by this policy from now on."""
         self._policy = policy
 
-    def check(self, manifest: RunManifest) -> None:
-        """Refused where approved peers can never make a cohort, or terms are not this node's."""
+    def check(self, manifest: RunManifest, names: Collection[str] | None = None) -> None:
+        """Refused where approved peers can never make a cohort, or terms are not this node's.
+
+        `names`: whom the run starts with; None where that is not known yet.
+        """
         asked = self._asked(manifest)
-        if len(asked.peers) < asked.minimum_cohort:
+        here = {name for name in asked.peers if names is None or name in names}
+        if len(here) < asked.minimum_cohort:
+            started = "" if names is None else " of those it starts with"
             raise Refused(
                 f"manifest minimum_cohort = {asked.minimum_cohort}: this node's operator approved "
-                f"{len(asked.peers) - 1} peers, expected at least {asked.minimum_cohort - 1}"
+                f"{len(here) - 1} peers{started}, expected at least {asked.minimum_cohort - 1}"
             )
         checked_terms(manifest, asked)
 

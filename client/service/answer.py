@@ -4,6 +4,7 @@ All that decides, and no transport:
 
     open      parse; the coordinator's signature, under the key that `join` pinned
     answer    an offer by a consent                                    (client.service.answer_offer)
+              a start by an acknowledgement                            (client.service.answer_start)
               a task by an update                                      (client.service.answer_task)
               a stage of secure aggregation by its next message        (client.service.answer_stage)
     decline   what was refused, or went wrong: signed too, and noted in a log
@@ -21,11 +22,13 @@ from fedlora.client.consent.offer import kept_manifest
 from fedlora.client.consent.verdict import Denied
 from fedlora.client.node.enrolment import pinned_invitation
 from fedlora.client.node.folder import NodeFolder
+from fedlora.client.node.offers import Offers
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import Policy
 from fedlora.client.secagg.runs import MaskedRuns
 from fedlora.client.service.answer_offer import answer_offer, open_offer
 from fedlora.client.service.answer_stage import answer_stage, open_stage
+from fedlora.client.service.answer_start import answer_start, open_start
 from fedlora.client.service.answer_task import answer_task, open_task
 from fedlora.client.service.dialogue import PRIVATE_REASON, Dialogue, Node, Place, PrivateFault, now
 from fedlora.client.service.refusals import RefusalLog
@@ -38,6 +41,7 @@ from fedlora.common.protocol.messages import (
     Decline,
     Offer,
     SignedStage,
+    SignedStart,
     reply_to_bytes,
     request_from_bytes,
 )
@@ -60,7 +64,7 @@ class Resident:
     ) -> None:
         outbox = Outbox(folder.under(policy.trainer.outbox))
         masked = MaskedRuns(folder, policy, identity, outbox)
-        self._node = Node(folder, policy, identity, ledger, work, outbox, masked)
+        self._node = Node(folder, policy, identity, ledger, work, Offers(folder), outbox, masked)
         self._refusals = RefusalLog(folder.refusals)
         self._one = threading.Lock()
         _check_history(self._node)
@@ -121,6 +125,9 @@ def _opened(dialogue: Dialogue, data: bytes) -> tuple[Dialogue, Callable[[], byt
     if isinstance(request, Offer):
         dialogue, manifest = open_offer(dialogue, request)
         return dialogue, partial(answer_offer, dialogue, request, manifest)
+    if isinstance(request, SignedStart):
+        dialogue, start = open_start(dialogue, request)
+        return dialogue, partial(answer_start, dialogue, start, request.start.to_bytes())
     if isinstance(request, SignedStage):
         dialogue, asked = open_stage(dialogue, request)
         return dialogue, partial(answer_stage, dialogue, asked)
@@ -139,7 +146,7 @@ def _check_history(node: Node) -> None:
         _, manifest = kept_manifest(path)
         if not guarantee_of(manifest).private:
             continue
-        left = {attempt for _, attempt, _ in node.outbox.sizes(manifest.digest)} - {0}
+        left = {each.attempt for each in node.outbox.sizes(manifest.digest)} - {0}
         reserved = set(node.ledger.reservations(manifest.digest))
         if manifest.digest not in consented or left - reserved:
             raise Refused(

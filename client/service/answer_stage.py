@@ -1,7 +1,7 @@
 """A stage of secure aggregation, and this node's message in it.
 
 open              the coordinator's signature on the whole request
-judge             was the run consented to? where keys or updates are asked for, the policy again
+judge             was the run started? the policy again, also where an input was made before
 answer            the state machine's next step, if it is one           (client.secagg.masked_run)
 input             may this attempt be masked at all? only then reserve, train, mask; the masked
                   bytes are on disk before they leave, and sent again as they are
@@ -43,11 +43,10 @@ def answer_stage(dialogue: Dialogue, request: Request) -> bytes:
         raise BadInput(f"stage institution: found {request.institution}, expected {me}")
     if manifest.secure is None:
         raise Refused("stage: found a run without secure aggregation, expected a task of it")
+    dialogue.judged(manifest, started=True)
     with private():
         run = node.masked.of(manifest)
         kept = run.node.sent(plan.round, plan.attempt) if request.stage == Stage.INPUT else None
-    if kept is None and request.stage in (Stage.OFFER, Stage.INPUT):
-        dialogue.judged(manifest, consented=True)
     try:
         message = kept or _answered(dialogue, run, manifest, request)
     except Refused as error:

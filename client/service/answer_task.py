@@ -1,8 +1,8 @@
 """A task, and the update that answers it.
 
 open              the coordinator's signature on the plan of one attempt
-judge             was the run consented to? does the policy, which may be stricter by now, still
-                  allow it? A task that was answered before is answered by the same bytes
+judge             was the run started? does the policy, which may be stricter by now, still
+                  allow it? Then a task that was answered before is answered by the same bytes
 reserve, train    no replay, no rewind; ledger, then data                (client.training.trainer)
 sign              the update, once the signed bytes are on disk
 """
@@ -38,10 +38,10 @@ def answer_task(dialogue: Dialogue, plan: RoundPlan, vector: bytes, request: byt
         raise Refused(
             "task: found a run whose updates leave under masks only, expected a stage of it"
         )
+    dialogue.judged(manifest, started=True)
     kept = node.outbox.read(plan.manifest, plan.round, plan.attempt, request)
     if kept is not None:
         return kept
-    dialogue.judged(manifest, consented=True)
     update = dialogue.trained(manifest, plan, vector)
     me = node.policy.institution
     answer = Answer(me, plan.manifest, plan.round, plan.attempt, update)

@@ -1,7 +1,7 @@
 """One request and its answer, and the steps that all answers share.
 
     about      what the request is about, once its signature was checked
-    known      the manifest that was consented to, from this node's own disk
+    known      the manifest of a run that was started, from this node's own disk
     judged     what the policy says to it, as it is now
     trained    does the attempt go on from all before it? then it is reserved, trained, committed
     released   the signed bytes, once they are on disk
@@ -21,6 +21,7 @@ from fedlora.client.consent.judge import judge
 from fedlora.client.consent.offer import read_manifest
 from fedlora.client.consent.verdict import allow
 from fedlora.client.node.folder import NodeFolder
+from fedlora.client.node.offers import Offers
 from fedlora.client.node.outbox import Outbox, Plans
 from fedlora.client.node.policy import Policy
 from fedlora.client.secagg.runs import MaskedRuns
@@ -32,7 +33,7 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.modes import guarantee_of
-from fedlora.common.protocol.messages import MAX_NUMBER, Reply, reply_to_bytes
+from fedlora.common.protocol.messages import MAX_NUMBER, Reply, reply_from_bytes, reply_to_bytes
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.enrolment import Invitation
 from fedlora.common.trust.identity import Identity, Signed
@@ -62,6 +63,7 @@ class Node:
     identity: Identity
     ledger: Ledger
     work: Work
+    offers: Offers
     outbox: Outbox
     masked: MaskedRuns
 
@@ -134,7 +136,7 @@ class Dialogue:
         path = self.node.folder.manifest(plan.manifest)
         if not _is_digest(plan.manifest) or not path.is_file():
             found = one_line(plan.manifest)[:80]
-            raise Refused(f"plan manifest: found {found}, which was not consented to")
+            raise Refused(f"plan manifest: found {found}, which was not started")
         signed = Signed.from_bytes(path.read_bytes(), "kept manifest")
         manifest = read_manifest(signed, self.invitation.coordinator)
         if manifest.digest != plan.manifest:
@@ -148,24 +150,29 @@ class Dialogue:
             raise Refused(f"plan attempt: found {plan.attempt}, expected at most {most}")
         return manifest
 
-    def judged(self, manifest: RunManifest, consented: bool = False) -> Spend:
+    def judged(self, manifest: RunManifest, started: bool = False) -> Spend:
         """What the run costs, if the policy allows it; Refused otherwise. The data are this
         ledger's from then on.
 
-        `consented`: and if it was consented to before.
+        `started`: and if it was reserved before.
         """
-        policy, ledger, reserved = self.node.policy, self.node.ledger, None
-        name = policy.data_for(manifest.task, manifest.labels, manifest.unit)
+        policy, reserved = self.node.policy, self.reserved(manifest)
         with private():
-            spent = {each: ledger.spent(each) for each in policy.budgets}
-            if name:
-                reserved = ledger.reserved_for(policy.data[name].budget, manifest.digest)
+            spent = {each: self.node.ledger.spent(each) for each in policy.budgets}
         allow(judge(manifest, policy, self.invitation.federation, spent, reserved))
         self.node.bind_data(manifest)
         guarantee = guarantee_of(manifest)
-        if consented and guarantee.private and reserved is None:
-            raise Refused(f"plan manifest: nothing was consented to for {manifest.digest[:20]}")
+        if started and guarantee.private and reserved is None:
+            raise Refused(f"plan manifest: nothing was reserved for {manifest.digest[:20]}")
         return guarantee.charge()
+
+    def reserved(self, manifest: RunManifest) -> Spend | None:
+        """What the run has of its budget already; None where nothing, or where none would pay."""
+        policy = self.node.policy
+        name = policy.data_for(manifest.task, manifest.labels, manifest.unit)
+        with private():
+            budget = policy.data[name].budget if name else ""
+            return self.node.ledger.reserved_for(budget, manifest.digest)
 
     def trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> bytes:
         """An attempt's update, which goes on from all before: reserved, trained, committed."""
@@ -189,6 +196,15 @@ class Dialogue:
             signed = self.signed(reply)
             self.node.outbox.write(place.manifest, place.round, place.attempt, request, signed)
         return signed
+
+    def is_ours(self, kept: bytes) -> bool:
+        """Whether today's key signed it; what has no noise, a rotated key signs anew."""
+        ours = {self.node.policy.institution: self.node.identity.public}
+        try:
+            reply_from_bytes(kept, self.invitation.federation, ours)
+        except Refused:
+            return False
+        return True
 
     def signed(self, reply: Reply) -> bytes:
         """The reply, under this node's key, for this federation alone."""

@@ -20,13 +20,14 @@ from fedlora.client.service.data_sets import read_data
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.step import PerSampleGradients
-from fedlora.client.training.trainer import Trainer
+from fedlora.client.training.trainer import Trainer, check_model
 from fedlora.common.config.schema import ALL_LINEAR, LoraConfig, ModelConfig, check_delta
 from fedlora.common.data.data_file import file_digest
 from fedlora.common.data.records import Records, unit_groups
 from fedlora.common.data.tasks import task_named
 from fedlora.common.errors import BadInput
 from fedlora.common.ledger.ledger import Budget, Ledger
+from fedlora.common.ledger.subject import Subject
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.compute import compute_of_run, threads
@@ -75,6 +76,17 @@ class LoadedRun:
         """Go by this policy from now on: base and data are loaded anew."""
         self._policy = policy
         self._run, self._gradients, self._prepared = "", None, None
+
+    def check(self, manifest: RunManifest, projection: Path, budget: Budget) -> None:
+        """Read the data, build the network; BadInput where they are not the manifest's.
+
+        Refused where the budget counts another unit, or the data charge another budget.
+        """
+        with threads(self._policy.trainer.threads):
+            prepared = self.prepare(manifest, projection)
+        check_model(manifest, prepared.training.gradients.model)
+        subject = Subject.of(manifest, prepared.data.path, prepared.data.digest)
+        self._ledger.check(budget.name, subject)
 
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
         """Read the data, reserve the run's cost in `budget`, return the digest of the data.

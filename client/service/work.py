@@ -18,8 +18,11 @@ class Work(Protocol):
     def adopt(self, policy: Policy) -> None:
         """Go by this policy from now on; nothing stays that was loaded under another."""
 
+    def check(self, manifest: RunManifest, projection: Path, budget: Budget) -> None:
+        """Whether network, data and budget are what the manifest names; reserves nothing."""
+
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
-        """Check the network, reserve the schedule; the digest of the data set."""
+        """Check them again, reserve the schedule; the digest of the data set."""
 
     def spec(self, manifest: RunManifest, projection: Path) -> AdapterSpec:
         """Which coordinates the run's adapter has."""

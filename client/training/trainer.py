@@ -25,6 +25,7 @@ from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.guarantee import SLACK, Guarantee
@@ -60,15 +61,7 @@ class Trainer:
 
     def consent(self, manifest: RunManifest) -> None:
         """Reserve the whole schedule; Refused past the cap, BadInput for another model."""
-        model = self._training.gradients.model
-        projection = "" if model.projection is None else model.projection.digest
-        for name, found, expected in (
-            ("base_digest", manifest.base_digest, model.base_digest),
-            ("spec_digest", manifest.spec_digest, model.spec.digest),
-            ("projection_digest", manifest.projection_digest, projection),
-        ):
-            if found != expected:
-                raise BadInput(f"manifest {name}: found {found}, expected {expected}")
+        check_model(manifest, self._training.gradients.model)
         guarantee = guarantee_of(manifest)
         if guarantee.needs_masks and not self._masked:
             raise Refused(
@@ -131,6 +124,18 @@ class Trainer:
         if self._ledger is None:
             raise Refused("ledger: found none, expected one: nothing private trains without it")
         return self._ledger
+
+
+def check_model(manifest: RunManifest, model: AdapterModel) -> None:
+    """BadInput where the manifest is for another base, adapter or projection than `model` has."""
+    projection = "" if model.projection is None else model.projection.digest
+    for name, found, expected in (
+        ("base_digest", manifest.base_digest, model.base_digest),
+        ("spec_digest", manifest.spec_digest, model.spec.digest),
+        ("projection_digest", manifest.projection_digest, projection),
+    ):
+        if found != expected:
+            raise BadInput(f"manifest {name}: found {found}, expected {expected}")
 
 
 def charge(guarantee: Guarantee) -> Spend:

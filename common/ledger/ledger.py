@@ -117,8 +117,7 @@ class Ledger:
         asked = _Consent(spend, tuple(attempts))
         if not asked.attempts or any(type(each) is not int or each < 0 for each in asked.attempts):
             raise BadInput(f"consent attempts: found {list(attempts)}, expected whole numbers >= 0")
-        if subject.data:
-            subject = replace(subject, data=self._chain.keyed(subject.data))
+        subject = self._keyed(subject)
         with self._chain.locked():
             self._check_subject(budget.name, subject)
             given = self._consents.get((budget.name, manifest))
@@ -144,6 +143,11 @@ class Ledger:
                     "cap_delta": budget.delta,
                 }
             )
+
+    def check(self, budget: str, subject: Subject) -> None:
+        """Refused where a consent would be, for its unit or its data; reserves nothing."""
+        with self._chain.locked():
+            self._check_subject(budget, self._keyed(subject))
 
     def reserve(
         self, budget: str, manifest: str, phase: int, round_number: int, attempt: int
@@ -249,6 +253,11 @@ class Ledger:
         reason = _exceeded(budget, self._totals.get(budget.name, _Total()), spend)
         if reason:
             raise Refused(reason)
+
+    def _keyed(self, subject: Subject) -> Subject:
+        """As it stands in an entry: the digest of data under the ledger's key."""
+        keyed = self._chain.keyed(subject.data) if subject.data else ""
+        return replace(subject, data=keyed)
 
     def _check_subject(self, budget: str, subject: Subject) -> None:
         """The ε of a record and of a person do not add up; nor is one file two populations."""

@@ -2,9 +2,11 @@
 
     offer    coordinator -> node   the signed manifest, the projection that it names, and a signed
                                    address: to which institution this offer goes, and until when
+    start    coordinator -> node   who consented, signed: the run begins (common.protocol.start)
     task     coordinator -> node   a signed plan, and the adapter that it starts from
     stage    coordinator -> node   one signed step of secure aggregation (common.protocol.stages)
-    consent  node -> coordinator   what the node reserved, under which policy
+    consent  node -> coordinator   what the node would reserve, under which policy
+    started  node -> coordinator   that it is reserved now, for which start
     answer   node -> coordinator   the noised update
     staged   node -> coordinator   the node's own message of that step
     decline  node -> coordinator   why there is none
@@ -42,7 +44,7 @@ from fedlora.common.model.state import Vector
 from fedlora.common.terminal import MAX_LINE, one_line
 from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
 
-REQUEST_VERSION = 2  # 2: an offer carries its address
+REQUEST_VERSION = 3  # 2: an offer carries its address; 3: a start follows the consents
 REPLY_VERSION = 1
 MARK = b"fedlora"
 MAX_REQUEST_BYTES = MAX_REPLY_BYTES = 256 << 20
@@ -52,6 +54,7 @@ MAX_NUMBER = 1 << 31  # of a round or an attempt
 
 MANIFEST_TAG = "fedlora-manifest-1"
 OFFER_TAG = "fedlora-offer-1"
+START_TAG = "fedlora-start-1"
 PLAN_TAG = "fedlora-plan-1"
 STAGE_TAG = "fedlora-stage-1"
 REPLY_TAG = "fedlora-reply-1"
@@ -93,6 +96,15 @@ class Address:
 
 
 @dataclass(frozen=True)
+class SignedStart(Framed):
+    """The start of a run: a `start.Start` as bytes, signed under START_TAG."""
+
+    TAG = "start"
+
+    start: Signed
+
+
+@dataclass(frozen=True)
 class Task(Framed):
     """One attempt at one round: the plan, signed under PLAN_TAG.
 
@@ -117,13 +129,20 @@ class SignedStage(Framed):
 
 @dataclass(frozen=True)
 class Consent:
-    """The node reserved (ε, δ) of its budget for the whole schedule of `manifest` (a digest)."""
+    """What the node reserves for the whole schedule of `manifest`, a digest, once it starts."""
 
     institution: str
     manifest: str
     policy_digest: str
     epsilon: float  # 0 where the run is not private
     delta: float
+
+
+@dataclass(frozen=True)
+class Started(Consent):
+    """It is reserved in the node's ledger now; `start` is the digest of the signed start."""
+
+    start: str
 
 
 @dataclass(frozen=True)
@@ -150,7 +169,7 @@ class Staged:
 
 @dataclass(frozen=True)
 class Decline:
-    """Why no consent (round and attempt 0) or no update. `refused`: asking again is vain."""
+    """Why no consent, no start (round and attempt 0) or no update. `refused`: asking is vain."""
 
     institution: str
     manifest: str  # a digest, or "" where the request named none that could be read
@@ -160,10 +179,12 @@ class Decline:
     refused: bool
 
 
-Request = Offer | Task | SignedStage
-Reply = Consent | Answer | Staged | Decline
-REQUESTS: Mapping[str, type[Request]] = {each.TAG: each for each in (Offer, Task, SignedStage)}
-REPLIES = ("consent", "answer", "staged", "decline")
+Request = Offer | SignedStart | Task | SignedStage
+Reply = Consent | Started | Answer | Staged | Decline
+REQUESTS: Mapping[str, type[Request]] = {
+    each.TAG: each for each in (Offer, SignedStart, Task, SignedStage)
+}
+REPLIES = ("consent", "started", "answer", "staged", "decline")
 
 
 def request_to_bytes(request: Request) -> bytes:
@@ -258,6 +279,13 @@ class _Terms:
 
 
 @dataclass(frozen=True)
+class _Begun(_Terms):
+    """The body of what answers a start."""
+
+    start: str = field(metadata={"rule": _OneLine()})
+
+
+@dataclass(frozen=True)
 class _Reason:
     """The body of a decline."""
 
@@ -268,8 +296,11 @@ class _Reason:
 def _sent(reply: Reply) -> tuple[str, _Sent]:
     """A reply's kind, and what travels of it, unsigned."""
     if isinstance(reply, Consent):
-        terms = _Terms(reply.policy_digest, float(reply.epsilon), float(reply.delta))
-        return "consent", _Sent(reply.manifest, 0, 0, reply.institution, to_canonical(terms))
+        said = (reply.policy_digest, float(reply.epsilon), float(reply.delta))
+        kind, terms = "consent", _Terms(*said)
+        if isinstance(reply, Started):
+            kind, terms = "started", _Begun(*said, reply.start)
+        return kind, _Sent(reply.manifest, 0, 0, reply.institution, to_canonical(terms))
     if isinstance(reply, Answer):
         kind, body = "answer", reply.vector
     elif isinstance(reply, Staged):
@@ -288,10 +319,11 @@ def _received(kind: str, sent: _Sent) -> Reply:
     if kind == "decline":
         told = from_canonical(_Reason, sent.body, kind, MAX_BODY_BYTES)
         return Decline(*place, told.reason, told.refused)
-    terms = from_canonical(_Terms, sent.body, kind, MAX_BODY_BYTES)
+    terms = from_canonical(_Begun if kind == "started" else _Terms, sent.body, kind, MAX_BODY_BYTES)
     if (sent.round, sent.attempt) != (0, 0):
         raise BadInput(f"{kind}: found round {sent.round} attempt {sent.attempt}, expected 0 and 0")
-    return Consent(sent.institution, sent.manifest, terms.policy, terms.epsilon, terms.delta)
+    said = (sent.institution, sent.manifest, terms.policy, terms.epsilon, terms.delta)
+    return Started(*said, terms.start) if isinstance(terms, _Begun) else Consent(*said)
 
 
 def _kind(body: memoryview, what: str, known: Mapping[str, object] | tuple[str, ...]) -> str:

@@ -1,7 +1,11 @@
 """Who takes part: active, connected members get the signed manifest, and consent or decline.
 
-A consent is kept as the bytes that its institution signed, so a resumed run knows who gave one. Who
-is a member is read anew for each attempt: a revocation or a new key counts from the next one on.
+    offer    to who has not answered yet; a consent costs nobody anything
+    start    once enough have consented and are connected: to each of them, once, who is in the
+             cohort; who acknowledges it has reserved the run's cost, and can be asked
+
+What an institution signed is kept as it came, so a resumed run knows who was started. Who is a
+member is read anew for each attempt: a revocation or a new key counts from the next one on.
 """
 
 from __future__ import annotations
@@ -22,17 +26,22 @@ from fedlora.common.privacy.randomness import OsRandom
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
+    START_TAG,
     Address,
     Consent,
     Decline,
     Offer,
     Reply,
+    SignedStart,
+    Started,
     request_to_bytes,
 )
 from fedlora.common.protocol.stages import Stage
+from fedlora.common.protocol.start import LONGEST_OFFER, Party, Start, digest_of
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator
+from fedlora.server.deployment.consents import Consents
 from fedlora.server.deployment.institutions import Carrier, Institutions
 from fedlora.server.release.statements import consent_faults, schedule_cost
 from fedlora.server.rounds.cohort import Failure, participants
@@ -45,6 +54,7 @@ QUICK = 30.0  # seconds at most for a stage in which nobody trains, and
 PARTS: dict[str, float] = {Stage.OFFER: 0.25, Stage.DEAL: 0.25, Stage.CONFIRM: 0.5, Stage.OPEN: 1.0}
 # of the deadline, for who is away while a quorum is here: who is here needs the rest
 PATIENCE = 0.25
+SHORTEST_OFFER = 600.0  # seconds that a consent is good for, or two deadlines
 WAITING = "waiting"  # in the run's folder: whom it waits for; empty where it does not
 
 
@@ -68,15 +78,15 @@ class Participants(Institutions):
         super().__init__(manifest, coordinator, carrier, folder, deadline, quorum)
         self._expected, self._sleep = expected, sleep
         self._said = ""
-        self._consents: dict[str, Consent] = {}
-        self._declined: dict[str, Failure] = {}
+        self._said_of = Consents(folder)
+        self._until: dict[str, float] = {}  # seconds of UTC: how long a consent is good
         schedule_cost(manifest)  # now: it takes seconds, which an attempt would lose
         self._read_consents()
 
     @property
-    def consents(self) -> Mapping[str, Consent]:
+    def reserved(self) -> Mapping[str, Started]:
         """By institution: what each reserved for this run, under which policy."""
-        return dict(self._consents)
+        return dict(self._said_of.started)
 
     def gather(self) -> Mapping[str, PublicIdentity]:
         """Members, once the expected have consented and are connected, or waiting is vain.
@@ -91,13 +101,15 @@ class Participants(Institutions):
             members, online = self.coordinator.members(), self.carrier.online()
             connected = {name: key for name, key in members.items() if name in online}
             self._offer(connected, self._patience(connected, len(members)) - self._waited)
-            here = set(self._consents) & set(connected)
-            complete = len(here) >= self._expected or (set(self._declined) | here) >= set(members)
+            here = set(self._said_of.given) & set(connected)
+            answered = set(self._said_of.declined) | here
+            complete = len(here) >= self._expected or answered >= set(members)
             patience = self._patience(connected, len(members))
             doubt = min(patience, DOUBT) if patience < self.deadline else patience
             sure = not self._doubtful & here or self._waited >= doubt
             if (complete and sure) or self._waited >= patience:
                 self._say("")
+                self._start(connected, members)
                 return members
             self._say(self._missing(members, connected))
             self._sleep(LOOK)
@@ -106,7 +118,7 @@ class Participants(Institutions):
         """Whom an attempt waits for, in words that change only when somebody comes or goes."""
         here = set(connected)
         silent = sorted(
-            (here - set(self._consents) - set(self._declined)) | (here & self._doubtful)
+            name for name in here if name in self._doubtful or not self._said_of.answered(name)
         )
         parts = [f"waiting for {self._expected} members: {len(here)} connected"]
         if away := sorted(set(members) - here):
@@ -132,22 +144,29 @@ class Participants(Institutions):
         self, members: Mapping[str, PublicIdentity], plan: RoundPlan
     ) -> tuple[list[str], list[Failure]]:
         """Whom to ask for an attempt, and who is left out; nobody where no sum could count."""
-        failures = [failure for name, failure in self._declined.items() if name in members]
-        consented = sorted(set(self._consents) & set(members))
-        asked = participants(consented, self.manifest.participation, OsRandom())
+        given, started = set(self._said_of.given) & set(members), self._said_of.started
+        failures = [each for name, each in self._said_of.declined.items() if name in members]
+        declined = len(failures)
+        failures += [
+            Failure(name, "did not acknowledge the start")
+            for name in sorted(given - set(started))
+            if self._said_of.start_of(name) is not None
+        ]
+        begun = sorted(given & set(started))
+        asked = participants(begun, self.manifest.participation, OsRandom())
         online = self.carrier.online()
         away = [Failure(name, "not connected") for name in asked if name not in online]
         here, needed = len(asked) - len(away), self.needed(len(asked) + len(failures))
-        if here >= needed and self.left:
+        if begun and here >= needed and self.left:
             return asked, failures
+        if not begun:  # too few for a start: nobody was charged
+            here, needed = len(given & online), self.needed(len(given) + declined)
         # a revocation leaves nobody to wait for: each further attempt would be spent on nobody
-        few = len(consented) < self.needed(len(consented))
-        final = (
-            (bool(failures) or few)
-            and not away
-            and set(members) <= set(self._consents) | set(self._declined)
-        )
-        found = f"{here} take part" if here < needed else "no time is left"
+        few = len(given) < self.needed(len(given))
+        answered = given | set(self._said_of.declined)
+        final = (bool(failures) or few) and not away and set(members) <= answered
+        found = "no time is left" if begun else "none was started"
+        found = f"{here} take part" if here < needed else found
         failure = Failure(
             "cohort", f"{found}, expected at least {needed}", refused=final and here < needed
         )
@@ -159,14 +178,16 @@ class Participants(Institutions):
 
     def _patience(self, connected: Iterable[str], members: int) -> float:
         """Seconds that others are waited for: all, where those who surely answer are too few."""
-        sure = (set(self._consents) & set(connected)) - self._doubtful
+        sure = (set(self._said_of.given) & set(connected)) - self._doubtful
         quorum = len(sure) >= self.needed(min(self._expected, members))
         return self.deadline * (PATIENCE if quorum else 1.0)
 
     def _offer(self, members: Mapping[str, PublicIdentity], seconds: float) -> None:
-        """Offer the run to who has not answered yet, and to who may be gone."""
-        known = (set(self._consents) | set(self._declined)) - self._doubtful
-        unasked = [name for name in members if name not in known]
+        """Offer the run to who has not answered yet, to who may be gone, and before a consent ends.
+
+        A node answers a second offer with what it said to the first.
+        """
+        unasked = [name for name in members if self._is_open(name)]
         if not unasked:
             return
         requests = dict(self._offers(unasked))
@@ -177,45 +198,80 @@ class Participants(Institutions):
                 log.warning("%s: %s", name, answer.reason)
                 continue
             self._doubtful.discard(name)
-            if name in self._consents or name in self._declined:
+            if name in self._said_of.declined or self._said_of.start_of(name) is not None:
                 continue
             try:
                 reply = self.opened(name, answer, members)
             except (BadInput, Refused) as error:
-                self._decline(Failure(name, one_line(str(error))))
+                self._said_of.decline(Failure(name, one_line(str(error))))
                 continue
-            reason = self._refusal(reply)
-            if isinstance(reply, Consent) and not reason:
-                self._keep(name, answer, reply)
+            if reason := self._refusal(reply, Consent):
+                self._said_of.decline(Failure(name, reason, refused=True))
             else:
-                self._decline(Failure(name, reason, refused=True))
+                self._said_of.consent(name, answer)
 
-    def _decline(self, failure: Failure) -> None:
-        """For this process's life; its reason lies where `fedlora-server status` finds it."""
-        log.warning("%s declines: %s", failure.client, failure.reason)
-        self._declined[failure.client] = failure
-        write_atomically(
-            self._consents_folder() / f"{failure.client}.declined", failure.reason.encode()
-        )
+    def _is_open(self, name: str) -> bool:
+        """Whether to offer the run to it, or once more."""
+        if name in self._doubtful or not self._said_of.answered(name):
+            return True
+        settled = name in self._said_of.declined or self._said_of.start_of(name) is not None
+        return not settled and self._until.get(name, 0.0) - time.time() < self.deadline
 
     def _offers(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """An offer to each, good for as long as an attempt lasts."""
+        """An offer to each, good until the start of an attempt after this one."""
         signer, path = self.coordinator.identity, self.folder / PROJECTION
         manifest = Signed.by(signer, MANIFEST_TAG, self.manifest.to_bytes())
         projection = path.read_bytes() if path.is_file() else b""
-        digest, until = self.manifest.digest, math.ceil(time.time() + self.deadline)
+        digest, good = self.manifest.digest, max(2 * self.deadline, SHORTEST_OFFER)
+        until = math.ceil(time.time() + min(good, LONGEST_OFFER))
         for name in names:
+            self._until[name] = until
             address = Signed.by(signer, OFFER_TAG, Address(digest, name, until).to_bytes())
             yield name, request_to_bytes(Offer(manifest, projection, address))
 
-    def _consents_folder(self) -> Path:
-        folder = self.folder / "consents"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+    def _start(
+        self, connected: Mapping[str, PublicIdentity], members: Mapping[str, PublicIdentity]
+    ) -> None:
+        """Start each that consented and is connected, where with those started before they suffice.
 
-    def _keep(self, name: str, data: bytes, consent: Consent) -> None:
-        write_atomically(self._consents_folder() / f"{name}.reply", data)
-        self._consents[name] = consent
+        What is signed for one is on disk before it leaves, and goes to it again as it is.
+        """
+        given, started = self._said_of.given, self._said_of.started
+        cohort = sorted((set(started) | (set(given) & set(connected))) & set(members))
+        waiting = [name for name in cohort if name in connected and name not in started]
+        declined = set(self._said_of.declined) & set(members)
+        enough = len(cohort) >= self.needed(len(cohort) + len(declined))
+        if not (waiting and enough and self.left):
+            return
+        parties = tuple(Party(name, digest_of(given[name])) for name in cohort)
+        body = Start(self.manifest.digest, parties).to_bytes()
+        for name in waiting:
+            if self._said_of.start_of(name) is None:
+                start = Signed.by(self.coordinator.identity, START_TAG, body)
+                self._said_of.keep_start(name, start)
+        kept = {name: self._said_of.start_of(name) for name in waiting}
+        requests = {
+            name: request_to_bytes(SignedStart(each)) for name, each in kept.items() if each
+        }
+        for name, answer in self.take(requests, self.left / 2):
+            if not isinstance(answer, Failure):
+                self._acknowledged(name, answer, members)
+
+    def _acknowledged(self, name: str, data: bytes, members: Mapping[str, PublicIdentity]) -> None:
+        """What `name` says to its start; where that is no refusal for good, it is offered anew."""
+        try:
+            reply = self.opened(name, data, members)
+        except (BadInput, Refused) as error:
+            self._said_of.decline(Failure(name, one_line(str(error))))
+            return
+        reason = self._refusal(reply, Started)
+        if isinstance(reply, Started) and not reason:
+            self._said_of.acknowledge(name, data, reply)
+        elif isinstance(reply, Decline) and not reply.refused:
+            log.warning("%s does not start: %s", name, reason)
+            self._said_of.withdraw(name)
+        else:
+            self._said_of.decline(Failure(name, reason, refused=True))
 
     def _read_consents(self) -> None:
         """Of a run that is resumed; Refused for what nobody signed.
@@ -223,20 +279,20 @@ class Participants(Institutions):
         What a former key signed, or is at another ε than the schedule's, is asked for anew.
         """
         members = self.coordinator.members()
-        # of an earlier process: asked anew
-        for path in (self.folder / "consents").glob("*.declined"):
-            path.unlink()
-        for path in sorted((self.folder / "consents").glob("*.reply")):
-            if path.stem in members:
-                data = path.read_bytes()
-                try:
-                    reply = self.opened(path.stem, data, members)
-                except Refused:
-                    if not self._by_former(path.stem, data):
-                        raise
-                    continue
-                if isinstance(reply, Consent) and not self._refusal(reply):
-                    self._consents[path.stem] = reply
+        for name, (consent, started) in self._said_of.on_disk().items():
+            if name not in members or consent is None:
+                continue
+            self._said_of.given[name] = consent
+            if started is None:
+                continue
+            try:
+                reply = self.opened(name, started, members)
+            except Refused:
+                if not self._by_former(name, started):
+                    raise
+                continue
+            if isinstance(reply, Started) and not self._refusal(reply, Started):
+                self._said_of.started[name] = reply
 
     def _by_former(self, name: str, data: bytes) -> bool:
         """Whether a key signed it that `name` had before it rotated."""
@@ -246,10 +302,11 @@ class Participants(Institutions):
                 return True
         return False
 
-    def _refusal(self, reply: Reply) -> str:
-        """Why it is no consent to this run at what its schedule costs; "" where it is one."""
+    def _refusal(self, reply: Reply, expected: type[Consent]) -> str:
+        """Why it is no consent, or no acknowledgement, at what the schedule costs; "" if it is."""
         if isinstance(reply, Decline):
             return reply.reason
-        if not isinstance(reply, Consent) or reply.manifest != self.manifest.digest:
-            return f"found a {type(reply).__name__.lower()}, expected a consent to this run"
+        if type(reply) is not expected or reply.manifest != self.manifest.digest:
+            kind = "consent to" if expected is Consent else "start of"
+            return f"found a {type(reply).__name__.lower()}, expected a {kind} this run"
         return "; ".join(f"consent {fault}" for fault in consent_faults(reply, self.manifest))

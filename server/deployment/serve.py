@@ -52,7 +52,7 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
     )
 
     def finish(progress: Progress, ended: str) -> dict[str, Any]:
-        reserved = {name: consent.epsilon for name, consent in who.consents.items()}
+        reserved = {name: each.epsilon for name, each in who.reserved.items()}
         more = {"institutions": sorted(reserved), "ended": ended}
         return conclude(run, progress, reserved, lambda: more)
 

@@ -20,6 +20,7 @@ from fedlora.common.protocol.messages import Consent, reply_from_bytes
 from fedlora.common.terminal import printable
 from fedlora.server.coordinator.folder import Directory
 from fedlora.server.coordinator.members import Member
+from fedlora.server.deployment.consents import REPLY, STARTED
 from fedlora.server.deployment.process import OUTCOME, is_held, read_outcome
 from fedlora.server.rounds.checkpoint import standing
 
@@ -108,9 +109,10 @@ def _by_name(directory: Directory) -> dict[str, list[Member]]:
 
 
 def _stated(directory: Directory, folder: Path, name: str, entries: Sequence[Member]) -> str:
-    """What this member's signed consent says it reserved; "" where it has not consented."""
-    path = folder / "consents" / f"{name}.reply"
-    if not path.exists():
+    """What this member signed that it reserved; before the start, that it would reserve."""
+    paths = [folder / "consents" / f"{name}{kind}" for kind in (STARTED, REPLY)]
+    path = next((each for each in paths if each.exists()), None)
+    if path is None:
         return ""
     for member in entries:  # a consent stays what an earlier key signed
         with suppress(FedloraError):

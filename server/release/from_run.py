@@ -3,7 +3,8 @@
 What the round loop left there, and the members as they were enrolled.
 
 checkpoint/                the run's manifest, and the state that it committed last
-consents/NAME.reply        the exact bytes that NAME signed
+consents/NAME.started      the exact bytes that NAME signed: what it reserved; NAME.reply of a run
+                           from before there were starts
 summary.json, adapter/     figures and the adapter, written when the run ended
 """
 
@@ -32,7 +33,8 @@ def export_run(
     summary = read_summary(run)
     checkpoint = Checkpoint.open(run / "checkpoint", read_spec(run / "adapter"))
     manifest = checkpoint.manifest
-    paths = sorted((run / "consents").glob("*.reply"))
+    paths = sorted((run / "consents").glob("*.started"))
+    paths = paths or sorted((run / "consents").glob("*.reply"))
     statements = {path.stem: path.read_bytes() for path in paths}
     release = Release(
         manifest=manifest,
@@ -72,9 +74,7 @@ def _institution(directory: Directory, name: str, signed: bytes, federation: str
                 each.identity for each in known if each is not member and each.reason != REVOKED
             ]
             return Institution(member.organisation, member.identity, tuple(others))
-    raise BadInput(
-        f"consents/{name}.reply: found a signature of no key that {name} was enrolled with"
-    )
+    raise BadInput(f"consents/{name}: found a signature of no key that {name} was enrolled with")
 
 
 def _signed_by(data: bytes, federation: str, name: str, identity: PublicIdentity) -> bool:

@@ -37,7 +37,8 @@ class Institution:
 class Release:
     """What an export is made of.
 
-    `statements` are the exact bytes that each institution signed (`messages.Consent`).
+    `statements` are the exact bytes that each institution signed (`messages.Started`;
+    `Consent` of a run from before there were starts).
     """
 
     manifest: RunManifest

@@ -10,14 +10,14 @@ import shutil
 from pathlib import Path
 
 from fedlora.common.protocol.messages import Answer, Decline
-from tests.client.institution import PHASE, Institution, manifest_of, offer_of, task_of
+from tests.client.institution import PHASE, Institution, manifest_of, task_of
 
 RUN = manifest_of()
 
 
 def test_no_attempt_beyond_the_schedule_is_answered(tmp_path: Path) -> None:
     north, backup = Institution(tmp_path / "north"), tmp_path / "backup"
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     north.ledger.close()
     shutil.copytree(north.root, backup)
     north.restart()

@@ -26,7 +26,7 @@ def policy_with(north: Institution, line: str) -> str:
 
 
 def test_a_tightened_policy_holds_from_the_next_request_on(north: Institution) -> None:
-    assert isinstance(north.ask(offer_of(RUN)), Consent)
+    north.begin(RUN)
     assert isinstance(north.ask(task_of(RUN)), Answer)
     before = north.folder.policy.read_text()
     north.set_policy(policy_with(north, "require_secure = true"))
@@ -67,14 +67,28 @@ def broken(path: Path) -> None:
 def test_nothing_trains_by_a_file_that_is_not_the_owners(
     north: Institution, spoil: Callable[[Path], None], name: str
 ) -> None:
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     spoil(getattr(north.folder, name))
     north.resident.ask(task_of(RUN))
     assert not north.work.trained
 
 
 def test_another_institutions_policy_is_refused(north: Institution) -> None:
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     north.set_policy(north.folder.policy.read_text().replace('"north"', '"south"'))
     north.resident.ask(task_of(RUN))
     assert not north.work.trained
+
+
+def test_a_kept_answer_is_not_handed_out_again_once_the_policy_forbids_it(
+    north: Institution,
+) -> None:
+    """Before: what lay in the outbox was sent again before the policy was asked."""
+    north.begin(RUN)
+    first = north.resident.ask(task_of(RUN))
+    before = north.folder.policy.read_text()
+    north.set_policy(policy_with(north, "require_secure = true"))
+    reply = north.ask(task_of(RUN))
+    assert isinstance(reply, Decline) and "require_secure" in reply.reason
+    north.set_policy(before)
+    assert north.resident.ask(task_of(RUN)) == first

@@ -21,7 +21,7 @@ from fedlora.client.report.report import report_body
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.privacy.figures import exact
 from fedlora.common.privacy.modes import guarantee_of
-from fedlora.common.protocol.messages import Answer, Consent, Decline
+from fedlora.common.protocol.messages import Answer, Decline, Started
 from tests.client.institution import PHASE, Institution, manifest_of, offer_of, task_of
 
 CAP = 2.0
@@ -43,8 +43,8 @@ def spend_all(*nodes: Institution) -> float:
     total, asked = Fraction(0), list(nodes)
     for number in range(12):
         for each in list(asked):
-            reply = each.ask(offer_of(replace(RUN, federation=each.federation, run=str(number))))
-            if isinstance(reply, Consent):
+            reply = each.offered(replace(RUN, federation=each.federation, run=str(number)))
+            if isinstance(reply, Started):
                 total += exact(reply.epsilon)
             else:
                 asked.remove(each)
@@ -77,7 +77,7 @@ def test_two_federations_share_a_ledger(tmp_path: Path, data: Path) -> None:
     assert nodes[0].ledger.id == nodes[1].ledger.id
     for each in nodes:
         first = replace(RUN, federation=each.federation)
-        assert isinstance(each.ask(offer_of(first)), Consent)
+        each.begin(first)
         assert isinstance(each.ask(task_of(first)), Answer)
     assert spend_all(*nodes) > 0 and nodes[0].ledger.spent("people").epsilon <= CAP
     north = nodes[0]
@@ -149,7 +149,7 @@ def test_one_file_by_two_names_does_not_charge_two_budgets(
 
 def test_a_budget_counts_the_unit_of_its_first_consent(tmp_path: Path, data: Path) -> None:
     north = folder_of(tmp_path, "f", data)
-    assert isinstance(north.ask(offer_of(RUN)), Consent)
+    north.begin(RUN)
     spent = north.ledger.spent("people")
     text = north.folder.policy.read_text().replace("[bases]", 'unit = "patient"\n[bases]')
     north.set_policy(text)

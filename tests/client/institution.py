@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,14 +32,19 @@ from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
     PLAN_TAG,
+    START_TAG,
     Address,
+    Consent,
     Decline,
     Offer,
     Reply,
+    SignedStart,
+    Started,
     Task,
     reply_from_bytes,
     request_to_bytes,
 )
+from fedlora.common.protocol.start import Party, Start, digest_of
 from fedlora.common.trust.enrolment import Invitation, invitation_to_text
 from fedlora.common.trust.identity import Identity, Signed
 
@@ -103,6 +108,18 @@ def offer_of(
     )
 
 
+def start_of(
+    manifest: RunManifest, consents: Mapping[str, bytes], key: Identity = COORDINATOR
+) -> bytes:
+    """The start of a run with these signed consents, by institution."""
+    parties = tuple(Party(name, digest_of(data)) for name, data in sorted(consents.items()))
+    body = Start(manifest.digest, parties).to_bytes()
+    return request_to_bytes(SignedStart(Signed.by(key, START_TAG, body)))
+
+
+OTHERS = {"others-1": b"1", "others-2": b"2"}  # a cohort's, whose consents a node can't check
+
+
 def task_of(
     manifest: RunManifest, round_: int = 1, attempt: int = 1, adapter: str = "sha256:a",
     key: Identity = COORDINATOR, vector: bytes = ADAPTER, phase: int | None = None,
@@ -131,6 +148,10 @@ class FakeWork:
 
     def adopt(self, policy: Policy) -> None:
         pass
+
+    def check(self, manifest: RunManifest, projection: Path, budget: Budget) -> None:
+        if manifest.mode != "none":
+            self.ledger.check(budget.name, Subject.of(manifest))
 
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
         if manifest.mode != "none":
@@ -198,6 +219,19 @@ class Institution:
 
     def ask(self, data: bytes) -> Reply:
         return self.read(self.resident.ask(data))
+
+    def begin(self, manifest: RunManifest) -> Started:
+        """Offered, consented to and started, with two institutions that nobody knows."""
+        started = self.offered(manifest)
+        assert isinstance(started, Started), started
+        return started
+
+    def offered(self, manifest: RunManifest) -> Reply:
+        """As `begin`; or where it is declined."""
+        consent = self.resident.ask(offer_of(manifest, to=self.name))
+        if not isinstance(self.read(consent), Consent):
+            return self.read(consent)
+        return self.ask(start_of(manifest, {self.name: consent, **OTHERS}))
 
     def read(self, data: bytes) -> Reply:
         return reply_from_bytes(data, self.federation, {self.name: self.identity.public})

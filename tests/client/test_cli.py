@@ -25,7 +25,7 @@ from fedlora.common.errors import BadInput
 from fedlora.common.model.base import base_digest
 from fedlora.common.protocol.messages import MANIFEST_TAG
 from fedlora.common.trust.identity import Signed
-from tests.client.institution import COORDINATOR, POLICY, Institution, manifest_of, offer_of
+from tests.client.institution import COORDINATOR, POLICY, Institution, manifest_of
 
 
 def run(
@@ -222,7 +222,7 @@ def test_explain_says_what_is_spent_and_names_a_bad_file(
     code, out, _ = run(capsys, monkeypatch, *words)
     assert code == 0 and "0 went to other runs" in out and "would be left" in out, out
     north.restart()
-    north.ask(offer_of(asked))
+    north.begin(asked)
     assert 2 * north.ledger.spent("people").epsilon > 0.3, "it fits once"
     north.ledger.close()
     code, out, _ = run(capsys, monkeypatch, *words)
@@ -255,7 +255,7 @@ def test_the_ledger_tells_what_a_budget_spent_that_the_policy_has_no_more(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     north = Institution(tmp_path / "n")
-    north.ask(offer_of(manifest_of()))
+    north.begin(manifest_of())
     north.ledger.close()
     words = ("ledger", "--node", str(north.root))
     assert run(capsys, monkeypatch, *words)[1].startswith(

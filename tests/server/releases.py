@@ -16,7 +16,7 @@ from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.privacy.modes import guarantee_of
-from fedlora.common.protocol.messages import Consent, reply_to_bytes
+from fedlora.common.protocol.messages import Started, reply_to_bytes
 from fedlora.common.trust.identity import Identity, seal
 from fedlora.server.coordinator.folder import Directory
 from fedlora.server.release.export import export
@@ -70,9 +70,9 @@ def cost(of: RunManifest) -> float:
 
 
 def consent(who: Identity, name: str, of: RunManifest, epsilon: float | None = None) -> bytes:
-    """What `name` signs: by default at what the schedule costs."""
+    """What `name` signs of its reservation: by default at what the schedule costs."""
     spent = cost(of) if epsilon is None else epsilon
-    statement = Consent(name, of.digest, "sha256:" + "3" * 64, spent, of.delta)
+    statement = Started(name, of.digest, "sha256:" + "3" * 64, spent, of.delta, "sha256:s")
     return reply_to_bytes(who, of.federation, statement)
 
 
@@ -148,6 +148,6 @@ def finished_run(directory: Directory, members: Mapping[str, Identity]) -> None:
     )
     (run / "consents").mkdir()
     for name, identity in members.items():
-        (run / "consents" / f"{name}.reply").write_bytes(consent(identity, name, found))
+        (run / "consents" / f"{name}.started").write_bytes(consent(identity, name, found))
     (run / "summary.json").write_text(json.dumps({"accuracy": 0.5}))
     adapter(run / "adapter")

@@ -11,7 +11,7 @@ import pytest
 
 from fedlora.client.node.binding import MARK, bind, check_mark
 from fedlora.common.errors import Refused
-from fedlora.common.protocol.messages import Consent, Decline
+from fedlora.common.protocol.messages import Decline
 from tests.client.institution import Institution, manifest_of, offer_of
 
 ONE, OTHER = "1" * 32, "2" * 32
@@ -129,7 +129,7 @@ def test_the_ledgers_key_and_head_lie_where_it_lies(tmp_path: Path) -> None:
     before = north.folder.policy.read_text()
     north.set_policy(before + f'[ledger]\npath = "{shared}/people.sqlite"\nmarks = "marks"\n')
     north.restart()
-    assert isinstance(north.ask(offer_of(manifest_of())), Consent)
+    north.begin(manifest_of())
     found = {str(path.relative_to(shared)) for path in shared.rglob("*") if path.is_file()}
     assert {"people.sqlite", "people.key", "head/head.json"} <= found
     assert (north.root / "marks" / ("notes.jsonl" + MARK)).is_file()

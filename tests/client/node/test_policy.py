@@ -21,16 +21,8 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.modes import guarantee_of
-from fedlora.common.protocol.messages import Answer, Consent
-from tests.client.institution import (
-    BASE,
-    PHASE,
-    POLICY,
-    Institution,
-    manifest_of,
-    offer_of,
-    task_of,
-)
+from fedlora.common.protocol.messages import Answer, Started
+from tests.client.institution import BASE, PHASE, POLICY, Institution, manifest_of, task_of
 
 TEXT = POLICY.format(base=BASE, folder="base")
 RUN = manifest_of()
@@ -191,12 +183,20 @@ def test_every_field_of_a_manifest_has_a_verdict() -> None:
 
 
 def test_the_cap_holds_to_the_last_decimal() -> None:
-    policy, cost = parse_policy(TEXT), guarantee_of(RUN).charge()
-    left = Spend(2.0 - cost.epsilon, 0.0)
-    allow(judge(RUN, policy, "f", {"people": Spend(left.epsilon - 1e-9, 0.0)}))
+    cost = guarantee_of(RUN).charge()
+    policy = parse_policy(TEXT.replace("epsilon = 2.0", f"epsilon = {cost.epsilon!r}"))
+    allow(judge(RUN, policy, "f", {}))
     with pytest.raises(Denied, match="budget does not suffice") as caught:
-        allow(judge(RUN, policy, "f", {"people": Spend(left.epsilon + 1e-9, 0.0)}))
-    assert "past its cap of 2" in caught.value.detail
+        allow(judge(RUN, policy, "f", {"people": Spend(1e-12, 0.0)}))
+    assert f"past its cap of {cost.epsilon:.6g}" in caught.value.detail
+
+
+def test_runs_that_cost_a_third_of_a_budget_fit_three_times() -> None:
+    cost = guarantee_of(RUN).charge()
+    for count in (1, 2, 3, 4, 5, 6):
+        cap = f"epsilon = {cost.epsilon * count * (1 + 1e-9)!r}"
+        policy = parse_policy(TEXT.replace("epsilon = 2.0", cap))
+        allow(judge(RUN, policy, "f", {"people": Spend(cost.epsilon * (count - 1), 0.0)}))
 
 
 def test_who_is_denied_learns_no_budget_and_nothing_of_other_runs() -> None:
@@ -274,7 +274,7 @@ class Rig:
     def offer(self, run: RunManifest) -> None:
         if run.digest in self.runs:
             return
-        if isinstance(self.north.ask(offer_of(run)), Consent):
+        if isinstance(self.north.offered(run), Started):
             assert self.allowed(run), run
             self.runs[run.digest] = run
         total = sum(guarantee_of(each).charge().epsilon for each in self.runs.values())

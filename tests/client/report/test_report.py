@@ -38,20 +38,15 @@ def write(north: Institution, out: Path) -> dict[str, Any]:
 
 
 def test_a_report_tells_all(north: Institution, tmp_path: Path) -> None:
-    for data in (
-        offer_of(RUN),
-        task_of(RUN),
-        offer_of(replace(RUN, run="2", minimum_cohort=1)),
-        b"x",
-    ):
+    north.begin(RUN)
+    for data in (task_of(RUN), offer_of(replace(RUN, run="2", minimum_cohort=1)), b"x"):
         north.ask(data)
     body = write(north, tmp_path / "out")
     (told,) = body["runs"]
     assert told["epsilon"] < told["epsilon_second_accountant"] < 2 * told["epsilon"]
     assert told["phases"][0]["noise_multiplier"] == 3.0
-    assert [each["kind"] for each in told["sent"]] == ["consent", "update"] and told["sent"][1][
-        "bytes"
-    ] > 0
+    assert [each["kind"] for each in told["sent"]] == ["consent", "start", "update"]
+    assert all(each["bytes"] > 0 for each in told["sent"])
     assert len(body["refusals"]) == len(body["strangers"]) == 1 and body["ledger"]["entries"] == 4
     assert body["budgets"][0]["epsilon_spent"] == told["epsilon"]
     assert told["accountant"] == body["accountant"] and "PRV" in told["accountant"]
@@ -94,7 +89,7 @@ def test_a_run_of_shared_noise_is_told_as_what_it_is(north: Institution) -> None
 
 
 def test_the_page_begins_with_what_is_spent_rounded_against_the_node(north: Institution) -> None:
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     for attempt in (1, 2, 3):
         north.ask(task_of(RUN, attempt=attempt))
     body = body_of(north)
@@ -128,11 +123,11 @@ def test_a_run_that_the_ledger_charged_is_told_without_its_manifest(
 
     north.work.consent = killed  # type: ignore[method-assign, assignment]
     with pytest.raises(Killed):
-        north.resident.ask(offer_of(RUN))
+        north.begin(RUN)
     north.restart()
     lost = replace(RUN, run="2")
-    for data in (offer_of(lost), task_of(lost)):
-        north.ask(data)
+    north.begin(lost)
+    north.ask(task_of(lost))
     shutil.rmtree(north.folder.run(lost.digest))
     body = write(north, tmp_path / "out")
     assert check_report(tmp_path / "out", north.identity.public) == north.identity.public
@@ -147,14 +142,14 @@ def test_a_run_that_the_ledger_charged_is_told_without_its_manifest(
     assert [told[each.digest]["attempts_reserved"] for each in (RUN, lost)] == [0, 1]
     shown = page(body)
     assert (
-        "2 runs were consented to, 2 of them without" in shown
+        "2 runs were started, 2 of them without" in shown
         and "its manifest is not kept here" in shown
     )
     assert "4 consented to; 1 reserved, 1 updates made" in shown
 
 
 def test_a_budget_that_the_policy_has_no_more_stays_spent(north: Institution) -> None:
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     north.set_policy(north.folder.policy.read_text().replace("people", "persons"))
     north.restart()
     body = body_of(north)
@@ -169,7 +164,8 @@ def test_updates_without_noise_are_counted_as_what_left(north: Institution) -> N
     north.set_policy(north.folder.policy.read_text() + "allow_unnoised = true\n")
     north.restart()
     run = manifest_of(mode="none")
-    for data in (offer_of(run), task_of(run), task_of(run, 2, 2, "sha256:b")):
+    north.begin(run)
+    for data in (task_of(run), task_of(run, 2, 2, "sha256:b")):
         north.ask(data)
     (told,) = body_of(north)["runs"]
     assert told["updates_committed"] == 2
@@ -177,7 +173,7 @@ def test_updates_without_noise_are_counted_as_what_left(north: Institution) -> N
 
 
 def test_only_a_confirmed_sum_is_counted_as_confirmed(north: Institution) -> None:
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     sums = [
         {"attempt": 1, "members": None},
         {"attempt": 2, "members": None},
@@ -190,7 +186,7 @@ def test_only_a_confirmed_sum_is_counted_as_confirmed(north: Institution) -> Non
 
 
 def test_both_clips_are_shown_and_no_delta_is_rounded_down(north: Institution) -> None:
-    north.ask(offer_of(manifest_of(PHASE, replace(PHASE, head_clip=0.25), delta=1.00049e-5)))
+    north.begin(manifest_of(PHASE, replace(PHASE, head_clip=0.25), delta=1.00049e-5))
     shown = page(body_of(north))
     assert "<th>Clip of the head</th>" in shown
     assert "<td>1</td><td>one for all</td>" in shown and "<td>1</td><td>0.25</td>" in shown
@@ -201,7 +197,7 @@ def test_noise_beyond_what_arithmetic_holds_is_worth_no_more(north: Institution)
     """Else the second accountant's series would be as long as a coordinator likes."""
     for noise in (1e4, 1e6):
         run = manifest_of(replace(PHASE, sampling_rate=0.5, noise_multiplier=noise))
-        north.ask(offer_of(run))
+        north.begin(run)
     one, other = body_of(north)["runs"]
     assert 0 < one["epsilon"] < one["epsilon_second_accountant"] < 0.2
     assert one["epsilon_second_accountant"] == other["epsilon_second_accountant"]
@@ -213,7 +209,8 @@ def test_a_name_in_the_page_is_text(north: Institution) -> None:
 
 
 def test_every_text_in_the_page_is_text(north: Institution) -> None:
-    for data in (offer_of(RUN), task_of(RUN), offer_of(replace(RUN, minimum_cohort=1)), b"x"):
+    north.begin(RUN)
+    for data in (task_of(RUN), offer_of(replace(RUN, minimum_cohort=1)), b"x"):
         north.ask(data)
 
     def marked(value: Any) -> Any:
@@ -232,8 +229,8 @@ def test_every_text_in_the_page_is_text(north: Institution) -> None:
 
 
 def test_no_byte_or_file_of_a_report_changes_unnoticed(north: Institution, tmp_path: Path) -> None:
-    for data in (offer_of(RUN), task_of(RUN)):
-        north.ask(data)
+    north.begin(RUN)
+    north.ask(task_of(RUN))
     out = tmp_path / "out"
     write(north, out)
     key = read_key(north.folder.request)

@@ -92,3 +92,11 @@ def test_without_noise_a_round_leaves_once(world: World, mode: str) -> None:
         with pytest.raises(Refused, match="leaves once only"):
             north.check(again, encoding)
     north.check(replace(again, round=2), encoding)
+
+
+def test_a_run_starts_with_peers_that_are_approved_here(world: World) -> None:
+    """Else it is charged, and no cohort of it can ever be."""
+    north = world.runs("north")
+    north.check(run_of(), set(NAMES))
+    with pytest.raises(Refused, match="approved 1 peers of those it starts with, expected at le"):
+        north.check(run_of(), {"east", "north", "stranger", "nobody"})

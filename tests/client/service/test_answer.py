@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from fedlora.common.protocol.messages import (
     Answer,
     Consent,
     Decline,
+    Reply,
     Task,
     request_to_bytes,
 )
@@ -55,6 +57,9 @@ def test_an_offer_is_consented_to_once_and_a_task_answered_once(north: Instituti
     assert consent.policy_digest == north.folder.load_policy().digest
     # offered again: signed anew, consented to once
     assert north.resident.ask(offer_of(RUN, seconds=90)) == first
+    assert [entry.body["kind"] for entry in north.ledger.entries()] == ["open"]
+    north.begin(RUN)
+    assert north.resident.ask(offer_of(RUN, seconds=90)) == first
     answer = north.resident.ask(task_of(RUN))
     assert isinstance(north.read(answer), Answer)
     north.restart()
@@ -65,7 +70,7 @@ def test_an_offer_is_consented_to_once_and_a_task_answered_once(north: Instituti
 
 
 def test_replays_and_rewinds_are_refused(north: Institution) -> None:  # msg-replayed
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     north.ask(task_of(RUN))
     north.ask(task_of(RUN, round_=2, attempt=3, adapter="sha256:b"))
     for data, match in (
@@ -82,7 +87,7 @@ def test_replays_and_rewinds_are_refused(north: Institution) -> None:  # msg-rep
 
 
 def test_plans_do_not_go_back_where_the_ledger_alone_is_left(north: Institution) -> None:
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     north.ask(task_of(RUN, round_=2, attempt=3))
     for path in (
         *(north.folder.run(RUN.digest) / "plans").iterdir(),
@@ -110,7 +115,7 @@ STRANGER = Identity.generate()
         pytest.param(b"", "no message", id="empty"),
         pytest.param(offer_of(RUN, STRANGER), "found the key", id="msg-wrong-sender"),
         pytest.param(task_of(RUN, key=STRANGER), "found the key", id="plan-of-a-stranger"),
-        pytest.param(task_of(replace(RUN, run="2")), "not consented", id="msg-wrong-run"),
+        pytest.param(task_of(replace(RUN, run="2")), "not started", id="msg-wrong-run"),
         pytest.param(task_of(RUN, phase=1), "plan phase: found 1", id="msg-wrong-stage"),
         pytest.param(offer_of(replace(RUN, federation="g")), "expected f", id="another-federation"),
         pytest.param(
@@ -136,7 +141,7 @@ STRANGER = Identity.generate()
     ],
 )
 def test_what_is_not_allowed_trains_nothing(north: Institution, data: bytes, match: str) -> None:
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     before = [entry.hash for entry in north.ledger.entries()]
     assert match in declined(north, data).reason
     assert [entry.hash for entry in north.ledger.entries()] == before and not north.work.trained
@@ -150,7 +155,7 @@ def test_a_clock_that_is_off_is_named_with_its_offset(north: Institution) -> Non
 
 # msg-signature-flipped
 def test_every_flipped_bit_of_a_plan_is_refused(north: Institution) -> None:
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     plan = RoundPlan(RUN.digest, 0, 1, 1, "sha256:a")
     signed = Signed.by(COORDINATOR, PLAN_TAG, plan.to_bytes()).to_bytes()
     for place in range(0, len(signed), 3):
@@ -160,14 +165,14 @@ def test_every_flipped_bit_of_a_plan_is_refused(north: Institution) -> None:
 
 
 def test_wrong_rounds_and_numbers_are_refused(north: Institution) -> None:  # msg-wrong-round
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     for round_, attempt in ((9, 1), (0, 1), (1, 0), (-1, 1), (1, 2**40)):
         declined(north, task_of(RUN, round_, attempt, phase=0))
     assert not north.work.trained
 
 
 def test_a_fault_in_sight_of_data_is_told_to_the_log_alone(north: Institution) -> None:
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
 
     def fails() -> None:
         raise BadInput(
@@ -207,30 +212,25 @@ def test_a_forged_projection_is_refused_before_it_is_written(north: Institution)
     run = replace(RUN, projection_digest=digest, network=replace(RUN.network, projection=2))
     for forged in (projection(2)[1], data[:-1], b"\0" * 4096):
         assert "offer projection" in declined(north, offer_of(run, projection=forged)).reason
-        assert not list(north.folder.runs.glob("*"))
+        assert not north.folder.runs.exists()
+        assert [path.name for path in north.folder.offers.iterdir()] == ["today.json"]
     assert isinstance(north.ask(offer_of(run, projection=data)), Consent)
 
 
 def test_what_was_not_consented_to_leaves_nothing_on_the_disk(north: Institution) -> None:
     class Fails(FakeWork):
-        after = False
-
-        def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
-            if self.after:
-                super().consent(manifest, projection, budget)
+        def check(self, manifest: RunManifest, projection: Path, budget: Budget) -> None:
+            assert projection.is_file()
             raise BadInput("manifest spec_digest: found another")
 
-    work = Fails(north.ledger)
-    north.restart(work)
+    north.restart(Fails(north.ledger))
     declined(north, offer_of(RUN))
-    assert not list(north.folder.runs.glob("*"))
-    work.after, work.ledger = True, north.ledger
-    declined(north, offer_of(RUN))
-    assert list(north.folder.runs.glob("*")), "what was reserved stays"
+    assert [path.name for path in north.folder.offers.iterdir()] == ["today.json"]
+    assert not north.folder.runs.exists()
 
 
 def test_a_stricter_policy_stops_a_run_that_was_consented_to(north: Institution) -> None:
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     north.set_policy(POLICY.format(base=BASE, folder="b").replace("rounds = 10", "rounds = 2"))
     north.restart()
     assert "expected at most 2" in declined(north, task_of(RUN)).reason
@@ -239,7 +239,7 @@ def test_a_stricter_policy_stops_a_run_that_was_consented_to(north: Institution)
 def test_nothing_leaves_that_is_not_on_disk(
     north: Institution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -251,7 +251,7 @@ def test_nothing_leaves_that_is_not_on_disk(
 
 
 def test_a_changed_release_is_not_sent(north: Institution) -> None:
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     north.ask(task_of(RUN))
     (path,) = north.folder.under("outbox").rglob("000001-000001.reply")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -264,13 +264,13 @@ def test_a_ledger_restored_with_its_head_is_noticed_by_what_was_released(
     import shutil
 
     files = [north.root / "ledger.sqlite", north.folder.under("head/head.json")]
-    for steps in ([offer_of(RUN)], [task_of(RUN)]):
+    steps: list[Callable[[], Reply]] = [lambda: north.begin(RUN), lambda: north.ask(task_of(RUN))]
+    for step in steps:
         north.ledger.close()
         for file in files:
             shutil.copy(file, file.with_suffix(".old"))
         north.restart()
-        for data in steps:
-            assert not isinstance(north.ask(data), Decline)
+        assert not isinstance(step(), Decline)
         north.ledger.close()
         for file in files:
             shutil.copy(file, file.with_suffix(".new"))
@@ -301,7 +301,7 @@ def test_ledger_on_a_full_disk_trains_nothing(north: Institution, tmp_path: Path
 
     with small_disk(tmp_path / "disk") as disk:
         full = Institution(disk / "node")
-        full.ask(offer_of(RUN))
+        full.begin(RUN)
         full.ask(task_of(RUN))
         filler = fill(disk)
         reply = full.ask(task_of(RUN, attempt=2))

@@ -32,9 +32,18 @@ from fedlora.common.errors import Refused
 from fedlora.common.manifest.manifest import Network, RunManifest
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.state import AdapterState
-from fedlora.common.protocol.messages import Answer, Consent, Decline, Reply, reply_from_bytes
+from fedlora.common.protocol.messages import Answer, Decline, Reply, Started, reply_from_bytes
 from tests.beside import beside
-from tests.client.institution import PHASE, POLICY, Institution, manifest_of, offer_of, task_of
+from tests.client.institution import (
+    OTHERS,
+    PHASE,
+    POLICY,
+    Institution,
+    manifest_of,
+    offer_of,
+    start_of,
+    task_of,
+)
 from tests.client.service.authority import Authority
 
 LABELS = ("a", "b")
@@ -101,6 +110,12 @@ class Trainer:
             self.door.ask(data, 120), "f", {"north": self.north.identity.public}
         )
 
+    def begin(self) -> None:
+        """Offered, consented to and started."""
+        consent = self.door.ask(offer_of(self.run), 120)
+        started = self.ask(start_of(self.run, {"north": consent, **OTHERS}))
+        assert isinstance(started, Started), (started, self.log)
+
     def task(self, round_: int, attempt: int) -> bytes:
         vector = self.state.vector.astype("<f4").tobytes()
         return task_of(self.run, round_, attempt, self.state.digest, vector=vector)
@@ -151,8 +166,7 @@ def test_a_killed_trainer_gives_the_same_bytes_or_nothing(trainer: Trainer) -> N
     trainer.start()
     mode = (trainer.north.root / "trainer.sock").stat().st_mode
     assert stat.S_ISSOCK(mode) and mode & 0o077 == 0
-    consent = trainer.ask(offer_of(trainer.run))
-    assert isinstance(consent, Consent), (consent, trainer.log)
+    trainer.begin()
     first = trainer.door.ask(trainer.task(1, 1), 60)
     answer = reply_from_bytes(first, "f", {"north": trainer.north.identity.public})
     assert isinstance(answer, Answer), (answer, trainer.log)
@@ -169,7 +183,7 @@ def test_a_kill_in_the_middle_of_a_round_costs_the_attempt(trainer: Trainer) -> 
         trainer.run, phases=(replace(trainer.run.phases[0], steps=20, noise_multiplier=8.0),)
     )
     trainer.start()
-    assert isinstance(trainer.ask(offer_of(trainer.run)), Consent), trainer.log
+    trainer.begin()
     with trainer.door.channel() as channel:
         call = channel.unary_unary(f"/{SERVICE}/Ask").future(trainer.task(1, 1))
         deadline = time.monotonic() + 30
@@ -291,7 +305,7 @@ def test_strangers_cost_an_honest_round_little(trainer: Trainer, transport: str)
         ),
     )
     trainer.start()
-    assert isinstance(trainer.ask(offer_of(trainer.run)), Consent), trainer.log
+    trainer.begin()
     _round(trainer, 1)  # the first one loads and compiles
     alone = _round(trainer, 2)
     assert trainer.process is not None

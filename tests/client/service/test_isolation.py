@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.common.protocol.messages import Answer
-from tests.client.institution import BASE, POLICY, Institution, manifest_of, offer_of, task_of
+from tests.client.institution import BASE, POLICY, Institution, manifest_of, task_of
 from tests.isolation import ALONE, NOBODY, NOT_SHOWN, as_nobody, available, public_folder
 
 HOSTILE = """
@@ -74,7 +74,7 @@ def test_a_hostile_bundle_under_the_relays_user_gets_nothing(place: Path) -> Non
     (north.root / "notes.jsonl").write_text('{"text": "secret", "label": "a"}\n')
     north.restart()
     run = manifest_of()
-    north.ask(offer_of(run))
+    north.begin(run)
     replayed = task_of(run)
     answer = north.resident.ask(replayed)
     assert isinstance(north.read(answer), Answer)

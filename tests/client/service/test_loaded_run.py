@@ -18,8 +18,8 @@ from fedlora.common.manifest.manifest import Network
 from fedlora.common.model.base import base_digest
 from fedlora.common.model.projection import Affine, Projection
 from fedlora.common.model.state import AdapterState
-from fedlora.common.protocol.messages import Answer, Consent, vector_from_bytes, vector_to_bytes
-from tests.client.institution import POLICY, Institution, manifest_of, offer_of, task_of
+from fedlora.common.protocol.messages import Answer, vector_from_bytes, vector_to_bytes
+from tests.client.institution import POLICY, Institution, manifest_of, task_of
 
 
 def node_with_data(root: Path, base: Path) -> Institution:
@@ -41,7 +41,7 @@ def test_consent_training_and_answer_with_a_real_model(tmp_path: Path, tiny_bert
     north.resident = Resident(
         north.folder, north.folder.load_policy(), north.identity, north.ledger, loaded
     )
-    assert isinstance(north.ask(offer_of(run)), Consent)
+    north.begin(run)
     state = AdapterState(spec, np.zeros(spec.size, np.float32))
     task = task_of(run, adapter=state.digest, vector=vector_to_bytes(state.vector))
     first = north.resident.ask(task)

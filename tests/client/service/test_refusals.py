@@ -11,7 +11,6 @@ import pytest
 
 from fedlora.client.report.page import page
 from fedlora.client.report.report import report_body
-from fedlora.common.protocol.messages import Consent
 from tests.client.institution import Institution, declined, manifest_of, offer_of, task_of
 
 RUN = manifest_of()
@@ -50,11 +49,12 @@ def test_the_log_tells_consents_answers_and_refusals(
     north: Institution, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "fedlora")
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     north.ask(task_of(RUN))
     north.ask(task_of(RUN, round_=2, attempt=1))
-    consented, answered, refused = (record.getMessage() for record in caplog.records)
-    assert consented.startswith("consented to run 1: ε 0.") and "of budget people, 1." in consented
+    consented, started, answered, refused = (record.getMessage() for record in caplog.records)
+    assert consented == "consented to run 1: a start will charge ε 0.191 to budget people"
+    assert started == "started run 1 with 3 institutions: ε 0.191 of budget people, 1.809 left"
     assert answered == "answered round 1, attempt 1 of run 1"
     assert refused.startswith("refused sha256:") and "rewind" in refused
 
@@ -64,7 +64,7 @@ def test_what_a_budget_has_left_is_told_to_the_nodes_own_log_alone(
 ) -> None:
     north.set_policy(north.folder.policy.read_text().replace("epsilon = 2.0", "epsilon = 0.3117"))
     north.restart()
-    assert isinstance(north.ask(offer_of(RUN)), Consent)
+    north.begin(RUN)
     spent, reason = (
         north.ledger.spent("people").epsilon,
         declined(north, offer_of(replace(RUN, run="2"))).reason,
@@ -110,8 +110,9 @@ def test_refusals_push_no_refusal_out(north: Institution, monkeypatch: pytest.Mo
     """
     monkeypatch.setattr("fedlora.client.service.refusals.MOST_LINES", 20)
     monkeypatch.setattr("fedlora.client.service.refusals.MOST_OF_A_RUN", 5)
+    north.set_policy(north.folder.policy.read_text() + "offers = 1000\n")
     first = declined(north, offer_of(replace(RUN, mode="none"))).reason
-    north.ask(offer_of(RUN))
+    north.begin(RUN)
     for attempt in range(8):  # one run: five reasons
         north.ask(task_of(RUN, round_=3 - attempt % 2, attempt=2**attempt, phase=1 + attempt))
     for number in range(30):

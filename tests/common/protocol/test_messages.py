@@ -17,6 +17,7 @@ from fedlora.common.protocol.messages import (
     PLAN_TAG,
     REPLY_TAG,
     STAGE_TAG,
+    START_TAG,
     Address,
     Answer,
     Consent,
@@ -25,7 +26,9 @@ from fedlora.common.protocol.messages import (
     Reply,
     Request,
     SignedStage,
+    SignedStart,
     Staged,
+    Started,
     Task,
     reply_from_bytes,
     reply_to_bytes,
@@ -34,6 +37,7 @@ from fedlora.common.protocol.messages import (
     vector_from_bytes,
     vector_to_bytes,
 )
+from fedlora.common.protocol.start import Party, Start
 from fedlora.common.trust.identity import Identity, Signed
 
 COORDINATOR, NORTH, SOUTH = Identity.generate(), Identity.generate(), Identity.generate()
@@ -47,8 +51,11 @@ OFFER = Offer(
 )
 TASK = Task(DIGEST, Signed.by(COORDINATOR, PLAN_TAG, b"{}"), bytes(8))
 STAGE = SignedStage(Signed.by(COORDINATOR, STAGE_TAG, b"request"))
+BODY = Start(DIGEST, (Party("north", DIGEST), Party("south", DIGEST)))
+START = SignedStart(Signed.by(COORDINATOR, START_TAG, BODY.to_bytes()))
 ANSWER = Answer("north", DIGEST, 3, 5, bytes(range(8)))
 CONSENT = Consent("north", DIGEST, "sha256:p", 1.5, 1e-5)
+STARTED = Started("north", DIGEST, "sha256:p", 1.5, 1e-5, DIGEST)
 DECLINE = Decline("north", "", 0, 0, "no\nway", True)
 
 numbers = st.integers(0, 2**31)
@@ -59,12 +66,21 @@ replies: st.SearchStrategy[Reply] = st.one_of(
         Consent, st.just("north"), st.just(DIGEST), st.just("p"), st.floats(0, 1e6), st.floats(0, 1)
     ),
     st.builds(
+        Started,
+        st.just("north"),
+        st.just(DIGEST),
+        st.just("p"),
+        st.floats(0, 1e6),
+        st.floats(0, 1),
+        st.just(DIGEST),
+    ),
+    st.builds(
         Decline, st.just("north"), st.just(DIGEST), numbers, numbers, st.just("why"), st.booleans()
     ),
 )
 
 
-@pytest.mark.parametrize("request_", [OFFER, TASK, STAGE])
+@pytest.mark.parametrize("request_", [OFFER, START, TASK, STAGE])
 def test_requests_come_back_as_they_went(request_: Request) -> None:
     assert request_from_bytes(request_to_bytes(request_)) == request_
 
@@ -83,6 +99,23 @@ def test_an_address_is_whole(body: bytes) -> None:
         Address.from_bytes(body)
 
 
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"{}", "start cohort: missing"),
+        (BODY.to_bytes().replace(b"sha256:1", b"sha256:x"), "expected .sha256:. and 64"),
+        (BODY.to_bytes().replace(b"sha256:1", b"sha256:../1"), "expected .sha256:. and 64"),
+        (BODY.to_bytes().replace(b"south", b"north"), "expected each name once"),
+        (BODY.to_bytes().replace(b"south", b"east"), "expected each name once"),
+        (BODY.to_bytes() + b" ", "another spelling"),
+    ],
+)
+def test_a_start_is_whole(body: bytes, said: str) -> None:
+    assert Start.from_bytes(BODY.to_bytes()) == BODY
+    with pytest.raises(BadInput, match=said):
+        Start.from_bytes(body)
+
+
 @given(replies)
 def test_replies_come_back_as_they_went(reply: Reply) -> None:
     data = reply_to_bytes(NORTH, "f", reply)
@@ -90,7 +123,7 @@ def test_replies_come_back_as_they_went(reply: Reply) -> None:
     assert reply_from_bytes(data, "f", MEMBERS) == reply
 
 
-@given(st.sampled_from([OFFER, TASK, STAGE]), st.data())
+@given(st.sampled_from([OFFER, START, TASK, STAGE]), st.data())
 def test_a_request_that_is_accepted_has_these_bytes(request_: Request, draw: st.DataObject) -> None:
     data = bytearray(request_to_bytes(request_))
     data[draw.draw(st.integers(0, len(data) - 1))] ^= draw.draw(st.integers(1, 255))
@@ -131,10 +164,12 @@ BODIES = st.one_of(
             b'{"delta":0.1,"epsilon":1e999,"policy":"p"}',
             b'{"delta":0.1,"epsilon":1.0,"policy":"p\\n"}',
             b'{"delta":0.1,"epsilon":1.0,"policy":"p","more":1}',
+            b'{"delta":0.1,"epsilon":1.0,"policy":"p","start":"s"}',
+            b'{"delta":0.1,"epsilon":1.0,"policy":"p","start":"s\n"}',
         ]
     ),
 )
-KINDS = ("consent", "answer", "staged", "decline", "bid")
+KINDS = ("consent", "started", "answer", "staged", "decline", "bid")
 
 
 @given(st.sampled_from(KINDS), st.sampled_from([0, 3, 1 << 31, 1 << 32]), st.booleans(), BODIES)
@@ -162,7 +197,7 @@ def test_a_reply_that_is_accepted_has_these_bytes(
             "consent epsilon: expected a finite",
         ),
         ("consent", b'{"delta":0.1,"epsilon":1,"policy":"p"}', "consent: found another spelling"),
-        ("bid", b"", "reply kind: found 'bid', expected one of consent, answer, staged, decline"),
+        ("bid", b"", "reply kind: found 'bid', expected one of consent, started, answer, sta"),
     ],
 )
 def test_what_is_signed_and_wrong_is_named(kind: str, body: bytes, said: str) -> None:
@@ -175,7 +210,7 @@ def test_a_reason_is_one_printable_line() -> None:
     assert isinstance(found, Decline) and found.reason == "no way"
 
 
-@pytest.mark.parametrize("reply", [ANSWER, CONSENT, DECLINE])
+@pytest.mark.parametrize("reply", [ANSWER, CONSENT, STARTED, DECLINE])
 def test_every_flipped_byte_of_a_reply_is_noticed(reply: Reply) -> None:
     data = reply_to_bytes(NORTH, "f", reply)
     for place in range(len(data)):
@@ -185,7 +220,7 @@ def test_every_flipped_byte_of_a_reply_is_noticed(reply: Reply) -> None:
                 reply_from_bytes(changed, "f", MEMBERS)
 
 
-@given(st.sampled_from([request_to_bytes(OFFER), request_to_bytes(TASK)]), st.data())
+@given(st.sampled_from([request_to_bytes(each) for each in (OFFER, START, TASK)]), st.data())
 def test_malformed_requests_are_bad_input(data: bytes, draw: st.DataObject) -> None:
     cut = draw.draw(st.integers(0, len(data) - 1))
     with pytest.raises(BadInput):
@@ -196,7 +231,7 @@ def test_malformed_requests_are_bad_input(data: bytes, draw: st.DataObject) -> N
 
 @given(st.binary(max_size=200))
 def test_noise_is_bad_input(noise: bytes) -> None:
-    for data in (noise, b"fedlora\x00\x02" + noise):
+    for data in (noise, b"fedlora\x00\x03" + noise):
         with pytest.raises(BadInput):
             request_from_bytes(data)
 
@@ -220,7 +255,7 @@ def test_sizes_and_versions_are_checked_first(id_: str) -> None:
         with pytest.raises(BadInput, match="at most 10"):
             request_from_bytes(data, limit=10)
     else:
-        with pytest.raises(BadInput, match="version: found 9, expected 2"):
+        with pytest.raises(BadInput, match="version: found 9, expected 3"):
             request_from_bytes(data[:8] + b"\x09" + data[9:])
 
 

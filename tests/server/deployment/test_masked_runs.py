@@ -32,7 +32,9 @@ from fedlora.common.protocol.messages import (
     Offer,
     Reply,
     SignedStage,
+    SignedStart,
     Staged,
+    Started,
     reply_from_bytes,
     request_from_bytes,
     request_to_bytes,
@@ -131,7 +133,8 @@ def stage_of(data: bytes) -> str:
     request = request_from_bytes(data)
     if isinstance(request, SignedStage):
         return Request.from_bytes(request.request.body).stage
-    return "offered" if isinstance(request, Offer) else "task"
+    kinds = {Offer: "offered", SignedStart: "start"}
+    return kinds.get(type(request), "task")
 
 
 @pytest.fixture
@@ -149,9 +152,8 @@ def test_the_sum_is_exact_and_only_masked_vectors_leave(world: World) -> None:
         assert np.abs(found.total - expected).max() <= 4 * step / 2 + 1e-12
     assert [stage for stage, _ in world.carried].count("deal") == 4  # one epoch for three attempts
     for stage, reply in world.carried:
-        assert isinstance(reply, Consent) if stage == "offered" else isinstance(reply, Staged), (
-            stage
-        )
+        kinds = {"offered": Consent, "start": Started}
+        assert type(reply) is kinds.get(stage, Staged), stage
         if isinstance(reply, Staged) and stage == "input":
             words = np.frombuffer(MaskedInput.from_bytes(reply.message).vector, dtype="<u4")[
                 : SPEC.size
@@ -196,7 +198,7 @@ def test_report_and_card_say_how_it_was_added(world: World, tmp_path: Path) -> N
     # it may, for all that this node knows
     assert said == [(1, 4, 3, 0), (2, 4, 3, 1), (3, 4, 3, 1), (3, 4, 3, 0)]
     figures = shown_figures({"secure": SumLog(world.folder).summary(RUN)})
-    card = model_card(RUN, dict.fromkeys(NAMES, "Org"), dict(world.who.consents), figures)
+    card = model_card(RUN, dict.fromkeys(NAMES, "Org"), dict(world.who.reserved), figures)
     assert (
         "aggregated securely" in card
         and "3 sums were learnt under masks: cohorts of 4 to 4" in card
@@ -206,7 +208,7 @@ def test_report_and_card_say_how_it_was_added(world: World, tmp_path: Path) -> N
         and "keys 0, shares 0, input 1, confirm 0, open 1" in card
     )
     clear = model_card(
-        replace(RUN, secure=None), dict.fromkeys(NAMES, "Org"), dict(world.who.consents), {}
+        replace(RUN, secure=None), dict.fromkeys(NAMES, "Org"), dict(world.who.reserved), {}
     )
     assert "securely" not in clear and "masks" not in clear
 
@@ -290,6 +292,7 @@ def test_the_same_bytes_for_one_attempt_also_after_a_restart(world: World) -> No
     assert isinstance(kept, Staged)
     assert [path.suffix for path in sorted((world.nodes["north"].root / "outbox").glob("*/*"))] == [
         ".reply",
+        ".started",
         ".masked",
     ]
     plan = RoundPlan(RUN.digest, 0, 1, 1, START.digest)
@@ -299,6 +302,23 @@ def test_the_same_bytes_for_one_attempt_also_after_a_restart(world: World) -> No
         assert world.nodes["north"].ask(request) == kept
         world.restart("north")
     assert world.trained("north") == 0  # of the new process: nothing
+
+
+def test_a_policy_that_was_tightened_holds_for_a_masked_input_that_is_asked_for_again(
+    world: World,
+) -> None:
+    world.total(1)
+    north = world.nodes["north"]
+    policy = north.folder.policy.read_text()
+    plan = RoundPlan(RUN.digest, 0, 1, 1, START.digest)
+    body = Request("input", "north", plan, b"", START.vector.tobytes()).to_bytes()
+    request = request_to_bytes(SignedStage(Signed.by(COORDINATOR, STAGE_TAG, body)))
+    north.set_policy(policy.replace("rounds = 10", "rounds = 2"))
+    for data in (request, stage(RUN, name="confirm"), stage(RUN, name="open")):
+        reply = north.ask(data)
+        assert isinstance(reply, Decline) and "expected at most 2" in reply.reason
+    north.set_policy(policy)
+    assert isinstance(north.ask(request), Staged)
 
 
 def test_a_revocation_ends_the_epoch(world: World) -> None:
@@ -336,7 +356,7 @@ def test_what_is_promised_to_be_masked_does_not_leave_in_clear(world: World) -> 
         (task_of(RUN, 1, 2), "under masks only"),
         (stage(RUN, to="south"), "stage institution"),
         (stage(RUN, key=Identity.generate()), "fedlora-stage-1"),
-        (stage(clear), "not consented to"),
+        (stage(clear), "not started"),
     ):
         reply = north.ask(data)
         assert isinstance(reply, Decline) and said in reply.reason, reply
@@ -348,7 +368,7 @@ def test_what_is_promised_to_be_masked_does_not_leave_in_clear(world: World) -> 
 def test_a_run_in_clear_takes_no_stage_and_may_be_refused_by_policy(tmp_path: Path) -> None:
     north = Institution(tmp_path / "n")
     clear = manifest_of()
-    assert isinstance(north.ask(offer_of(clear)), Consent)
+    north.begin(clear)
     reply = north.ask(stage(clear))
     assert isinstance(reply, Decline) and "without secure aggregation" in reply.reason
     assert isinstance(north.ask(task_of(clear)), Answer)
@@ -489,7 +509,7 @@ def test_privacy_of_whole_institutions(tmp_path: Path) -> None:
     # six deviations; any two carry it all
     assert 0.87 < noise.std() / (least * np.sqrt(4 / 2)) < 1.13
     cost = guarantee_of(SHARED).charged_epsilon()
-    assert {name: each.epsilon for name, each in world.who.consents.items()} == dict.fromkeys(
+    assert {name: each.epsilon for name, each in world.who.reserved.items()} == dict.fromkeys(
         NAMES, cost
     )
     assert (
@@ -497,7 +517,7 @@ def test_privacy_of_whole_institutions(tmp_path: Path) -> None:
         == cost
         > guarantee_of(SHARED).stated_epsilon()
     )
-    card = model_card(SHARED, dict.fromkeys(NAMES, "Org"), dict(world.who.consents), {})
+    card = model_card(SHARED, dict.fromkeys(NAMES, "Org"), dict(world.who.reserved), {})
     assert (
         f"({shown_epsilon(guarantee_of(SHARED).stated_epsilon())}, 1e-05)" in card
         and "ε of a record" in card

@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +20,22 @@ from fedlora.common.errors import FedloraError
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.base import base_digest
+from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     PLAN_TAG,
+    START_TAG,
     Answer,
     Consent,
     Offer,
+    SignedStart,
+    Started,
     Task,
     reply_to_bytes,
     request_from_bytes,
 )
+from fedlora.common.protocol.start import Start
 from fedlora.common.trust.identity import Identity
 from fedlora.server import cli
 from fedlora.server.coordinator.folder import Directory
@@ -53,6 +58,11 @@ class Hands:
     identities: Mapping[str, Identity]
     last: int = 1
     answering: bool = True  # False: consents, and answers no plan
+    cost: Spend = field(default_factory=lambda: Spend(0.0, 0.0))
+
+    @property
+    def said(self) -> tuple[float, float]:
+        return self.cost.epsilon, self.cost.delta
 
     def online(self) -> set[str]:
         return set(self.identities)
@@ -65,9 +75,11 @@ class Hands:
             asked = request_from_bytes(data)
             if isinstance(asked, Offer):
                 run = RunManifest.from_bytes(asked.manifest.opened(MANIFEST_TAG, key))
-                reply: Answer | Consent = Consent(
-                    name, run.digest, "sha256:p", guarantee_of(run).stated_epsilon(), run.delta
-                )
+                self.cost = guarantee_of(run).charge()
+                reply: Answer | Consent = Consent(name, run.digest, "sha256:p", *self.said)
+            elif isinstance(asked, SignedStart):
+                start = Start.from_bytes(asked.start.opened(START_TAG, key))
+                reply = Started(name, start.manifest, "sha256:p", *self.said, "sha256:s")
             else:
                 assert isinstance(asked, Task)
                 plan = RoundPlan.from_bytes(asked.plan.opened(PLAN_TAG, key))

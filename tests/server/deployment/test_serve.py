@@ -24,16 +24,20 @@ from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
     PLAN_TAG,
+    START_TAG,
     Address,
     Answer,
     Consent,
     Decline,
     Offer,
     Reply,
+    SignedStart,
+    Started,
     Task,
     reply_to_bytes,
     request_from_bytes,
 )
+from fedlora.common.protocol.start import Start, digest_of
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator
@@ -59,6 +63,8 @@ class Node:
     identity: Identity = field(default_factory=Identity.generate)
     habit: str = "honest"
     sent: list[bytes] = field(default_factory=list)
+    consent: bytes = b""
+    starts: list[Start] = field(default_factory=list)
 
     def answer(self, data: bytes) -> bytes:
         request = request_from_bytes(data)
@@ -77,10 +83,25 @@ class Node:
             }.get(self.habit, COST)
             delta = 2e-5 if self.habit == "another delta" else 1e-5
             consent = Consent(self.name, digest, "sha256:p", epsilon, delta)
-            return self._signed(consent) if self.habit != "exceeds" else self._beyond(consent)
+            exceeds = self.habit == "exceeds"
+            self.consent = self._beyond(consent) if exceeds else self._signed(consent)
+            return self.consent
+        if isinstance(request, SignedStart):
+            return self._started(request)
         assert isinstance(request, Task)
         plan = RoundPlan.from_bytes(request.plan.opened(PLAN_TAG, self.coordinator))
         return self._update(plan)
+
+    def _started(self, request: SignedStart) -> bytes:
+        start = Start.from_bytes(request.start.opened(START_TAG, self.coordinator))
+        named = {party.institution: party.consent for party in start.cohort}
+        assert named[self.name] == digest_of(self.consent)
+        self.starts.append(start)
+        if self.habit in ("is too late", "does not start"):
+            for_good = self.habit == "does not start"
+            return self._signed(Decline(self.name, start.manifest, 0, 0, self.habit, for_good))
+        said = (self.name, start.manifest, "sha256:p", COST, 1e-5)
+        return self._signed(Started(*said, digest_of(request.start.to_bytes())))
 
     def _update(self, plan: RoundPlan) -> bytes:
         if self.habit == "replays" and self.sent:
@@ -209,7 +230,7 @@ def test_the_sum_of_honest_institutions(world: World) -> None:
     found = cohort.total(plan_of(manifest()), START)
     assert (found.replies, found.asked, found.failures) == (3, 3, ())
     assert np.array_equal(found.total, np.full(SPEC.size, 3.0))
-    assert {name: consent.epsilon for name, consent in world.who.consents.items()} == dict.fromkeys(
+    assert {name: consent.epsilon for name, consent in world.who.reserved.items()} == dict.fromkeys(
         NAMES, COST
     )
 
@@ -296,21 +317,21 @@ def test_a_consent_at_another_price_than_the_schedule_s_is_a_decline(
     found = world.cohort(manifest(), expected=2).total(plan_of(manifest()), START)
     reason = f"consent {'delta' if habit == 'another delta' else 'epsilon'}: found "
     assert found.failures[0].client == "east" and found.failures[0].reason.startswith(reason)
-    assert found.failures[0].refused and set(world.who.consents) == {"north", "south"}
+    assert found.failures[0].refused and set(world.who.reserved) == {"north", "south"}
 
 
 def test_a_consent_on_disk_at_another_price_is_asked_for_anew(world: World) -> None:
     world.cohort(manifest()).total(plan_of(manifest()), START)
     east = world.nodes["east"]
-    absurd = Consent("east", manifest().digest, "sha256:p", 1.7e308, 1e-5)
-    (world.folder / "consents" / "east.reply").write_bytes(
+    absurd = Started("east", manifest().digest, "sha256:p", 1.7e308, 1e-5, "sha256:s")
+    (world.folder / "consents" / "east.started").write_bytes(
         reply_to_bytes(east.identity, "test", absurd)
     )
     resumed = world.cohort(manifest())
-    assert set(world.who.consents) == {"north", "south"}
+    assert set(world.who.reserved) == {"north", "south"}
     assert (
         resumed.total(plan_of(manifest(), 2), START).replies == 3
-        and world.who.consents["east"].epsilon == COST
+        and world.who.reserved["east"].epsilon == COST
     )
 
 
@@ -439,14 +460,78 @@ def test_a_resumed_run_knows_who_consented(world: World) -> None:
     world.cohort(manifest()).total(plan_of(manifest()), START)
     offers = world.offers
     resumed = world.cohort(manifest())
-    assert set(world.who.consents) == set(NAMES)
+    assert set(world.who.reserved) == set(NAMES)
     resumed.total(plan_of(manifest(), 2), START)
     assert world.offers == offers
 
 
+def test_a_run_of_before_there_were_starts_is_resumed(world: World) -> None:
+    """Its folder has consents alone; they are asked for again, and then started."""
+    world.cohort(manifest()).total(plan_of(manifest()), START)
+    for kind in ("start", "started"):
+        for path in (world.folder / "consents").glob(f"*.{kind}"):
+            path.unlink()
+    resumed, offers = world.cohort(manifest()), world.offers
+    assert not world.who.reserved
+    assert resumed.total(plan_of(manifest(), 2), START).replies == 3
+    assert world.offers == offers + 3 and set(world.who.reserved) == set(NAMES)
+
+
+def test_who_refuses_its_start_is_a_drop_out(world: World) -> None:
+    world.nodes["east"].habit = "does not start"
+    cohort = world.cohort(manifest())
+    for attempt in (1, 2):
+        found = cohort.total(plan_of(manifest(), attempt), START)
+        assert found.replies == 2 and set(world.who.reserved) == {"north", "south"}
+        assert found.failures == (Failure("east", "does not start", refused=True),)
+    assert len(world.nodes["east"].starts) == 1, "asked for good"
+
+
+def test_whose_consent_is_over_is_offered_the_run_anew(world: World) -> None:
+    east = world.nodes["east"]
+    east.habit = "is too late"
+    cohort = world.cohort(manifest())
+    assert cohort.total(plan_of(manifest()), START).replies == 2
+    east.habit, offers = "honest", world.offers
+    assert cohort.total(plan_of(manifest(), 2), START).replies == 3
+    assert world.offers == offers + 1 and len(east.starts) == 2
+    first, second = east.starts
+    assert first.cohort == second.cohort
+
+
+def test_who_comes_late_is_started_by_itself(world: World) -> None:
+    """Nobody who was started is started anew."""
+    world.away = {"east"}
+    cohort = world.cohort(manifest(), expected=2)
+    assert cohort.total(plan_of(manifest()), START).replies == 2
+    world.away = set()
+    assert cohort.total(plan_of(manifest(), 2), START).replies == 3
+    assert [len(world.nodes[name].starts) for name in NAMES] == [1, 1, 1]
+    assert [len(world.nodes[name].starts[0].cohort) for name in NAMES] == [3, 2, 2]
+
+
+def test_a_start_is_on_disk_before_it_leaves_and_goes_out_again_as_it_is(world: World) -> None:
+    world.cohort(manifest())
+    path = world.folder / "consents" / "north.start"
+    asked, sent = world.nodes["north"].answer, []
+
+    def looks(data: bytes) -> bytes:
+        request = request_from_bytes(data)
+        if isinstance(request, SignedStart):
+            sent.append(request.start.to_bytes())
+            assert path.read_bytes() == sent[-1]
+        return asked(data)
+
+    world.nodes["north"].answer = looks  # type: ignore[method-assign]
+    world.cohort(manifest()).total(plan_of(manifest()), START)
+    (world.folder / "consents" / "north.started").unlink()  # the acknowledgement was lost
+    world.cohort(manifest()).total(plan_of(manifest(), 2), START)
+    assert len(sent) == 2 and sent[0] == sent[1]
+
+
 def test_a_consent_that_was_changed_on_disk_is_refused(world: World) -> None:
     world.cohort(manifest()).total(plan_of(manifest()), START)
-    path = world.folder / "consents" / "north.reply"
+    path = world.folder / "consents" / "north.started"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))

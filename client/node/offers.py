@@ -1,0 +1,128 @@
+"""Runs that were consented to and not started: nothing of them is charged, and few are kept.
+
+offers/RUN/    manifest and projection as they were offered; address.signed, until when the consent
+               is good; consent.reply, the bytes that left; what loading the network left there
+offers/today.json    how many new runs were offered today
+
+A start moves the folder to runs/, in one step. A coordinator that never starts what it offers fills
+no disk: the last `MOST` are kept, and older ones make room. A run that was begun before there were
+starts is kept where it lies.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedlora.client.node.folder import MANIFEST, PROJECTION, NodeFolder
+from fedlora.common.codec.strict import from_canonical, to_canonical
+from fedlora.common.disk.files import read_bytes, sync_folder, write_atomically
+from fedlora.common.errors import BadInput
+from fedlora.common.protocol.messages import Offer
+from fedlora.common.trust.identity import Signed
+
+MOST = 4
+ADDRESS, CONSENT, TODAY = "address.signed", "consent.reply", "today.json"
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What was offered and consented to; `consent` is the very reply that left."""
+
+    manifest: Signed
+    address: Signed
+    consent: bytes
+
+
+@dataclass(frozen=True)
+class _Today:
+    """How many new runs were offered on a day of UTC."""
+
+    day: str
+    offers: int
+
+
+@dataclass(frozen=True)
+class Offers:
+    """The consents of one node that wait for a start, by the digests of their manifests."""
+
+    folder: NodeFolder
+
+    def read(self, manifest: str) -> Waiting | None:
+        """What waits, or did until it was started; None where nothing was consented to."""
+        place = self._place(manifest)
+        if not (place / CONSENT).is_file():
+            return None
+        manifest_, address = (
+            Signed.from_bytes((place / name).read_bytes(), f"kept {name}")
+            for name in (MANIFEST, ADDRESS)
+        )
+        return Waiting(manifest_, address, (place / CONSENT).read_bytes())
+
+    def projection(self, manifest: str) -> Path:
+        """Where the projection of what waits lies, or of the run that was begun."""
+        return self._place(manifest) / PROJECTION
+
+    def lay_out(self, manifest: str, projection: bytes) -> Path:
+        """The file of the projection, from which the run's network is built to try it."""
+        path = self.projection(manifest)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(path, projection, mode=0o600)
+        return path
+
+    def keep(self, manifest: str, offer: Offer, consent: bytes) -> None:
+        """Keep what was consented to, durably; the consent last, which makes it whole."""
+        place = self._place(manifest)
+        write_atomically(place / MANIFEST, offer.manifest.to_bytes(), mode=0o600)
+        write_atomically(place / ADDRESS, offer.address.to_bytes(), mode=0o600)
+        write_atomically(place / CONSENT, consent, mode=0o600)
+
+    def begin(self, manifest: str) -> None:
+        """Move what waits to the runs, durably; a second time changes nothing."""
+        waits, run = self._waits(manifest), self.folder.run(manifest)
+        if not self._begun(manifest):
+            shutil.rmtree(run, ignore_errors=True)  # without a manifest nothing ran in it
+            run.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            waits.rename(run)
+            sync_folder(run.parent)
+            sync_folder(waits.parent)
+
+    def drop(self, manifest: str) -> None:
+        """Forget what waits; of a run that was begun nothing but its consent."""
+        (self._place(manifest) / CONSENT).unlink(missing_ok=True)
+        shutil.rmtree(self._waits(manifest), ignore_errors=True)
+
+    def make_room(self, stays: Callable[[str], bool]) -> None:
+        """Forget all but the last `MOST`, and those that `stays` says of their manifest."""
+        waits = [path for path in self.folder.offers.glob("*") if path.is_dir()]
+        waits.sort(key=lambda path: path.stat().st_mtime_ns)
+        for path in waits[:-MOST]:
+            if not stays(f"sha256:{path.name}"):
+                self.drop(f"sha256:{path.name}")
+
+    def count(self, most: int) -> None:
+        """Count one more new run of today, durably; BadInput beyond `most`."""
+        path, today = self.folder.offers / TODAY, datetime.now(UTC).date().isoformat()
+        known = _Today(today, 0)
+        if path.exists():
+            found = from_canonical(_Today, read_bytes(path), str(path))
+            known = found if found.day == today else known
+        if known.offers >= most:
+            raise BadInput(
+                f"offer: found more new runs than this node considers, expected at most {most} a"
+                " day (UTC), by [limits] offers"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(path, to_canonical(_Today(today, known.offers + 1)), mode=0o600)
+
+    def _waits(self, manifest: str) -> Path:
+        return self.folder.offers / manifest.removeprefix("sha256:")
+
+    def _begun(self, manifest: str) -> bool:
+        return self.folder.manifest(manifest).is_file()
+
+    def _place(self, manifest: str) -> Path:
+        return self.folder.run(manifest) if self._begun(manifest) else self._waits(manifest)
