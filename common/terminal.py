@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -16,6 +17,8 @@ from fedlora.common.errors import BadInput, FedloraError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 MAX_LINE = 2_000  # characters of a reason
+# the folders of an absolute path, not those of a base64 text or a relative one
+ABOVE = re.compile(r"(?<![\w./+=-])(?:~|/)(?:[^\s/:;,'\"()]+/)+|(?<![\w./+=-])~/")
 SHORT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
@@ -38,6 +41,11 @@ def one_line(text: str, most: int = MAX_LINE) -> str:
     """
     kept = printable(text[: most + 1])
     return kept if len(kept) <= most else kept[: most - 1] + "…"
+
+
+def without_places(text: str) -> str:
+    """Text in which an absolute path is its last part alone: where it lies is its machine's own."""
+    return ABOVE.sub("…/", text)
 
 
 def fault_lines(error: FedloraError) -> list[str]:

@@ -113,6 +113,7 @@ def test_killed_in_the_middle_it_goes_on_and_its_export_verifies(
         wait_until(lambda: listens(federation.port), "SuperLink", SECONDS)
         code = federation.wait(SECONDS)
         assert code == 0, logs(federation)
+        assert not listens(federation.port)  # nor is what the killed one had started left
     assert [line["round"] for line in lines(federation)] == [1, 2] and committed >= 1
     check_ledgers(federation)
     conclude(federation)

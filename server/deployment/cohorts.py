@@ -43,6 +43,7 @@ class ClearCohort:
         started = time.monotonic()
         members = self._who.gather()
         asked, failures = self._who.asked(members, plan)
+        declined = len(failures)
         total, replies = np.zeros(state.spec.size, dtype=np.float64), 0
         for name, answer in self._answers(plan, state, asked):
             found = (
@@ -55,7 +56,7 @@ class ClearCohort:
             else:
                 total += found.delta
                 replies += 1
-        count = max(len(asked), replies + len(failures))
+        count = len(asked) + declined if asked else 0
         return CohortSum(total, replies, count, tuple(failures), time.monotonic() - started)
 
     def _answers(

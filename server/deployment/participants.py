@@ -78,6 +78,8 @@ class Participants(Institutions):
         super().__init__(manifest, coordinator, carrier, folder, deadline, quorum)
         self._expected, self._sleep = expected, sleep
         self._said = ""
+        # whom the next attempt asks, and who is left out, where they have met for it
+        self._met: tuple[list[str], list[Failure]] | None = None
         self._said_of = Consents(folder)
         self._until: dict[str, float] = {}  # seconds of UTC: how long a consent is good
         schedule_cost(manifest)  # now: it takes seconds, which an attempt would lose
@@ -97,6 +99,8 @@ class Participants(Institutions):
         their budget, and is not begun while one of them starts anew.
         """
         self._began = time.monotonic()
+        if self._met is not None:  # a moment ago
+            return self.coordinator.members()
         while True:
             members, online = self.coordinator.members(), self.carrier.online()
             connected = {name: key for name, key in members.items() if name in online}
@@ -113,6 +117,15 @@ class Participants(Institutions):
                 return members
             self._say(self._missing(members, connected))
             self._sleep(LOOK)
+
+    def ready(self) -> tuple[Failure, ...]:
+        """Meet for an attempt before it is begun, for it would be spent on too few.
+
+        Nothing where it may find a quorum, else who and what is in the way.
+        """
+        asked, failures = self._drawn(self.gather())
+        self._met = (asked, failures) if asked else None
+        return () if asked else tuple(failures)
 
     def _missing(self, members: Iterable[str], connected: Iterable[str]) -> str:
         """Whom an attempt waits for, in words that change only when somebody comes or goes."""
@@ -144,6 +157,10 @@ class Participants(Institutions):
         self, members: Mapping[str, PublicIdentity], plan: RoundPlan
     ) -> tuple[list[str], list[Failure]]:
         """Whom to ask for an attempt, and who is left out; nobody where no sum could count."""
+        met, self._met = self._met, None
+        return met or self._drawn(members)
+
+    def _drawn(self, members: Mapping[str, PublicIdentity]) -> tuple[list[str], list[Failure]]:
         given, started = set(self._said_of.given) & set(members), self._said_of.started
         failures = [each for name, each in self._said_of.declined.items() if name in members]
         declined = len(failures)

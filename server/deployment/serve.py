@@ -56,7 +56,7 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
         more = {"institutions": sorted(reserved), "ended": ended}
         return conclude(run, progress, reserved, lambda: more)
 
-    return to_its_end(run.checkpoint, lambda: conduct(run, cohort_of(who)), finish)
+    return to_its_end(run.checkpoint, lambda: conduct(run, cohort_of(who), ready=who.ready), finish)
 
 
 def _check_folder(folder: Path, config: Config) -> None:

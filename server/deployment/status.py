@@ -23,8 +23,9 @@ from fedlora.server.coordinator.members import Member
 from fedlora.server.deployment.consents import REPLY, STARTED
 from fedlora.server.deployment.process import OUTCOME, is_held, read_outcome
 from fedlora.server.rounds.checkpoint import standing
+from fedlora.server.runs.metrics import METRICS, lost_attempts
 
-LAST = 8  # rounds shown
+LAST = 8  # rounds shown, and lost attempts
 LOOK = 1.0  # seconds
 
 
@@ -46,9 +47,9 @@ def show(directory: Directory, console: Console, follow: bool) -> None:
 
 def _view(directory: Directory, folder: Path) -> Group:
     where = Text(f"{directory.settings.federation}, run {folder.name}: {_progress(folder)}")
-    return Group(
-        where, Text(_state(directory, folder)), _members(directory, folder), _rounds(folder)
-    )
+    state = Text(_state(directory, folder))
+    tables = [_members(directory, folder), _rounds(folder), *_lost(folder)]
+    return Group(where, state, *tables)
 
 
 def _progress(folder: Path) -> str:
@@ -138,9 +139,17 @@ def _rounds(folder: Path) -> Table:
     return table
 
 
+def _lost(folder: Path) -> list[Table]:
+    """None where no attempt was lost."""
+    table = Table("attempt", "lost, because", box=None)
+    for attempt, reason in lost_attempts(folder)[-LAST:]:
+        table.add_row(str(attempt), Text(printable(reason)))
+    return [table] if table.row_count else []
+
+
 def _lines(folder: Path) -> list[dict[str, Any]]:
     """The rounds so far; a last line without an end is half written."""
-    path, found = folder / "metrics.jsonl", []
+    path, found = folder / METRICS, []
     for line in (each for each in lines_of(path) if each.ended):
         try:
             found.append(_checked(line.value))

@@ -7,8 +7,8 @@ TLS, node authentication, process isolation, nothing that calls out.
     flower-superexec     starts the ServerApp, and only who has the secret may ask for it
     flwr                 Flower's command line: registers nodes and starts runs
 
-SuperLink is attached to where it runs already. What it starts is installed code: the bundle carries
-none.
+SuperLink is attached to where it runs already, but for one that a killed coordinator's process
+started: that is ended, and started anew. What it starts is installed code: the bundle carries none.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import FedloraError
 from fedlora.common.protocol.flower_programs import environment, installed
 from fedlora.server.coordinator.superlink_files import Files
+from fedlora.server.deployment import orphans
 
 log = logging.getLogger(__name__)
 CONNECTION = "coordinator"  # Flower's name for its own SuperLink
 KEY_IN_USE, NOT_FOUND = "Public key already in use", "Node ID not found"  # as Flower says it
 UNREGISTERED = "unregistered"
+STARTED = "started.json"  # what a coordinator's process started; a killed one could not end it
 LOGS = ("superlink.log", "superexec.log")
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
@@ -80,6 +82,7 @@ class SuperLink:
 
     def __enter__(self) -> SuperLink:
         self._prepare()
+        orphans.end(self.files.state / STARTED)
         if _listens(self.port):
             log.info("attached to the SuperLink on port %d", self.port)
             return self
@@ -200,6 +203,8 @@ class SuperLink:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if self._processes:
+            (self.files.state / STARTED).unlink(missing_ok=True)
         self._processes.clear()
 
     def _prepare(self) -> None:
@@ -233,6 +238,7 @@ class SuperLink:
                 start_new_session=True,
             )
         self._processes.append(process)
+        orphans.note(self.files.state / STARTED, [each.pid for each in self._processes])
 
     def _wait_until_it_listens(self) -> None:
         end = time.monotonic() + START_SECONDS

@@ -9,6 +9,7 @@ a new Flower run.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from fedlora.server.deployment.participants import WAITING
 from fedlora.server.deployment.process import OUTCOME, appoint, is_held, outcome_path, read_outcome
 from fedlora.server.deployment.superlink import START_SECONDS, SuperLink
 from fedlora.server.release.from_run import read_summary
+from fedlora.server.rounds.loop import SAY_AGAIN
+from fedlora.server.runs.metrics import METRICS, lost_attempts
 
 LOOK = 0.5  # seconds between two looks at a run's files
 ASK_FLOWER = 10.0  # seconds between two questions to Flower whether the run still lives
@@ -212,10 +215,12 @@ def _followed(
     tell: Tell,
 ) -> dict[str, Any]:
     """How the run ended, as its process left it; what Flower says where it left nothing."""
-    metrics, seen, ending = folder / "metrics.jsonl", 0, outcome_path(folder, token)
-    asked, said, vigil, faults = time.monotonic(), "", _Vigil(link, run), list[str]()
+    metrics, seen, ending = folder / METRICS, 0, outcome_path(folder, token)
+    asked, vigil, faults = time.monotonic(), _Vigil(link, run), list[str]()
+    waits, lost = _Waits(folder / WAITING, tell), len(lost_attempts(folder))
     while not ending.exists():
-        seen, said = _watched(metrics, seen, watch), _told(folder / WAITING, said, tell)
+        seen, lost = _watched(metrics, seen, watch), _lost(folder, lost, tell)
+        waits.look()
         if time.monotonic() - asked > ASK_FLOWER:
             why = vigil.ended()
             if why and not ending.exists():
@@ -228,17 +233,35 @@ def _followed(
             asked = time.monotonic()
         time.sleep(LOOK)
     _watched(metrics, seen, watch)
+    _lost(folder, lost, tell)
     outcome: dict[str, Any] = json.loads(ending.read_text(encoding="utf-8"))
     ending.unlink()
     return outcome
 
 
-def _told(waiting: Path, said: str, tell: Tell) -> str:
-    """Whom the run waits for, told where it is another than was `said`."""
-    text = waiting.read_text(encoding="utf-8") if waiting.exists() else ""
-    if text not in ("", said):
-        tell(text)
-    return text
+@dataclass(eq=False)
+class _Waits:
+    """Tells whom the run waits for, once, and at most once a minute where that changes."""
+
+    waiting: Path
+    tell: Tell
+    said: str = ""
+    when: float = -math.inf
+
+    def look(self) -> None:
+        """Read the file, and tell."""
+        text = self.waiting.read_text(encoding="utf-8") if self.waiting.exists() else ""
+        if text not in ("", self.said) and time.monotonic() - self.when >= SAY_AGAIN:
+            self.tell(text)
+            self.said, self.when = text, time.monotonic()
+
+
+def _lost(folder: Path, known: int, tell: Tell) -> int:
+    """Tell which attempts were lost beside those `known`, and why; how many there are now."""
+    found = lost_attempts(folder)
+    for attempt, reason in found[known:]:
+        tell(f"attempt {attempt} is lost: {reason}")
+    return len(found)
 
 
 def _watched(metrics: Path, seen: int, watch: Watch) -> int:

@@ -162,6 +162,11 @@ class Checkpoint:
         """Attempts begun in a phase, crashed ones included."""
         return int(self._attempts()["by_phase"][phase])
 
+    @property
+    def attempts_in_all(self) -> int:
+        """Attempts begun in all phases: the number of the last one."""
+        return int(self._attempts()["total"])
+
     def commit(self, progress: Progress) -> None:
         """Make a round durable. The state before it stays until this one is the one pointed to."""
         data = bytes(save(_vectors(progress)))

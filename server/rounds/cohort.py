@@ -13,17 +13,24 @@ import numpy.typing as npt
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.randomness import Random, bernoulli
+from fedlora.common.terminal import one_line, without_places
 
 Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that was asked and whose answer does not count; `refused`: by policy or budget."""
+    """A client that was asked and whose answer does not count; `refused`: by policy or budget.
+
+    Its reason is one printable line without absolute paths, whoever wrote it.
+    """
 
     client: str
     reason: str
     refused: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", one_line(without_places(self.reason)))
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,11 @@ class SecureRecord:
 
 @dataclass(frozen=True, eq=False)
 class CohortSum:
-    """What an attempt brought in: `total` is the float64 (size,) sum of `replies` updates."""
+    """What an attempt brought in: `total` is the float64 (size,) sum of `replies` updates.
+
+    `asked` counts members: those asked, and those who had declined. None with failures: nobody was
+    asked, for no sum could have counted.
+    """
 
     total: npt.NDArray[np.float64]
     replies: int
@@ -55,6 +66,26 @@ class CohortSum:
     failures: tuple[Failure, ...]
     seconds: float
     secure: SecureRecord | None = None  # None: the coordinator saw every update
+
+    def counts(self, quorum: float, minimum: int) -> bool:
+        """Whether its replies make a quorum; an attempt that drew nobody has one."""
+        if not self.asked:
+            return not self.failures
+        return self.replies >= replies_needed(self.asked, quorum, minimum)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An attempt that was begun and brought no round."""
+
+    round: int
+    phase: str
+    attempt: int
+    seconds: float
+    asked: int
+    replies: int
+    failures: tuple[Failure, ...]
+    reason: str
 
 
 class Cohort(Protocol):

@@ -1,9 +1,10 @@
 """The round loop. One round, from plan to new adapter:
 
+    0. wait until a quorum may answer: who is away or refuses costs no attempt
     1. begin an attempt: its number is durable before anybody hears of it
     2. plan: the manifest's digest, the phase, the round, the attempt and the state it starts from
-    3. ask a cohort for the sum of its updates; below the quorum the attempt is spent, and the next
-       begins
+    3. ask a cohort for the sum of its updates; below the quorum the attempt is spent, its reason is
+       kept, and the next begins
     4. apply: the phase's strategy turns the mean update into the next state
     5. average the states of a phase's last rounds, where the configuration asks for it
     6. evaluate on public validation data, where it is due
@@ -30,7 +31,7 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState
 from fedlora.server.rounds.checkpoint import Checkpoint, Ended, Progress
-from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure, SecureRecord, replies_needed
+from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure, Lost, SecureRecord
 from fedlora.server.strategies.averaging import add_to_average
 from fedlora.server.strategies.strategy import ServerState, Strategy
 
@@ -69,6 +70,20 @@ class RoundRecord:
 
 Validate = Callable[[AdapterState, int], Mapping[str, float]]  # (released state, phase) -> metrics
 Observe = Callable[[RoundRecord, Progress], None]
+Ready = Callable[[], tuple[Failure, ...]]  # waits; who and what is in the way, nothing to begin
+Lose = Callable[[Lost], None]
+SAY_AGAIN = 60.0  # seconds between two lines about the same wait
+
+
+@dataclass(frozen=True)
+class Around:
+    """What goes on around attempts: whom they wait for, and who hears of those that are lost."""
+
+    ready: Ready = tuple
+    lose: Lose = lambda lost: None
+
+
+ALONE = Around()
 
 
 def run_rounds(
@@ -78,6 +93,7 @@ def run_rounds(
     rules: Rules,
     validate: Validate,
     observe: Observe,
+    around: Around = ALONE,
 ) -> Progress:
     """From the last committed round to the last one, or until patience ends.
 
@@ -90,7 +106,7 @@ def run_rounds(
         started = time.monotonic()
         number = progress.round + 1
         phase = manifest.phase_of(number)
-        plan, answer = _ask(checkpoint, cohort, progress, phase, rules)
+        plan, answer = _ask(checkpoint, cohort, progress, phase, rules, around)
         state, memory = _apply(strategies[phase], plan, progress, answer)
         released, memory = _released(manifest, number, state, memory, rules)
         due = number % rules.evaluate_every == 0 or _ends_phase(manifest, number)
@@ -102,17 +118,26 @@ def run_rounds(
 
 
 def _ask(
-    checkpoint: Checkpoint, cohort: Cohort, progress: Progress, phase: int, rules: Rules
+    checkpoint: Checkpoint,
+    cohort: Cohort,
+    progress: Progress,
+    phase: int,
+    rules: Rules,
+    around: Around,
 ) -> tuple[RoundPlan, CohortSum]:
     """Attempt the next round until a quorum answers, a refusal makes it vain, or none is left."""
     manifest, state = checkpoint.manifest, progress.state
     while True:
-        attempt = checkpoint.begin_attempt(phase)
+        left = manifest.phases[phase].attempts - checkpoint.attempts_begun(phase)
+        if not checkpoint.spent(phase):
+            _await(around.ready, progress.round + 1, max(1, left))
+        attempt, started = checkpoint.begin_attempt(phase), time.monotonic()
         plan = RoundPlan(manifest.digest, phase, progress.round + 1, attempt, state.digest)
         answer = _checked(cohort.total(plan, state), plan, state.spec.size)
-        if answer.replies >= replies_needed(answer.asked, rules.quorum, rules.minimum):
+        if answer.counts(rules.quorum, rules.minimum):
             return plan, answer
         lost = _lost(plan, answer, rules)
+        around.lose(_told(manifest, plan, answer, str(lost), time.monotonic() - started))
         if reason := checkpoint.spent(phase):
             raise Spent(f"{reason} ({lost})") from lost
         if (
@@ -121,6 +146,25 @@ def _ask(
         ):
             raise lost
         log.warning("%s; the next attempt begins", lost)
+
+
+def _await(ready: Ready, number: int, most: int) -> None:
+    """Wait, as often as attempts are left, until one may find a quorum.
+
+    Refused where only refusals are in the way, QuorumLost where nobody came: no attempt was begun.
+    """
+    said = -math.inf
+    for _ in range(most):
+        failures = ready()
+        if not failures:
+            return
+        text = f"round {number}: no attempt is begun ({_reasons(failures)})"
+        if all(failure.refused for failure in failures):
+            raise Refused(text)
+        if time.monotonic() - said >= SAY_AGAIN:
+            log.warning("%s; waits on", text)
+            said = time.monotonic()
+    raise QuorumLost(text)
 
 
 def _checked(answer: CohortSum, plan: RoundPlan, size: int) -> CohortSum:
@@ -139,14 +183,34 @@ def _checked(answer: CohortSum, plan: RoundPlan, size: int) -> CohortSum:
 
 def _lost(plan: RoundPlan, answer: CohortSum, rules: Rules) -> QuorumLost | Refused:
     """What to raise for a cohort below its quorum: a refusal, where only those are in the way."""
-    reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in answer.failures[:5])
-    more = f"; and {len(answer.failures) - 5} more" if len(answer.failures) > 5 else ""
+    answered = f"{answer.replies} of {answer.asked} asked answered"
     text = (
-        f"round {plan.round}: {answer.replies} of {answer.asked} asked answered, "
-        f"expected a share of {rules.quorum:g} and at least {rules.minimum} ({reasons}{more})"
+        f"round {plan.round}: {answered if answer.asked else 'nobody was asked'}, expected a share"
+        f" of {rules.quorum:g} and at least {rules.minimum} ({_reasons(answer.failures)})"
     )
     refused = answer.failures and all(failure.refused for failure in answer.failures)
     return Refused(text) if refused else QuorumLost(text)
+
+
+def _reasons(failures: Sequence[Failure]) -> str:
+    """The first five, and how many there are beside them."""
+    more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
+    return "; ".join(f"{each.client}: {each.reason}" for each in failures[:5]) + more
+
+
+def _told(
+    manifest: RunManifest, plan: RoundPlan, answer: CohortSum, reason: str, seconds: float
+) -> Lost:
+    return Lost(
+        round=plan.round,
+        phase=manifest.phases[plan.phase].name,
+        attempt=plan.attempt,
+        seconds=seconds,
+        asked=answer.asked,
+        replies=answer.replies,
+        failures=answer.failures,
+        reason=reason,
+    )
 
 
 def _apply(

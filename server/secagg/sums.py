@@ -112,7 +112,7 @@ class SecureCohort:
                 self._epoch = None  # whoever is left meets in a new one
                 attempt.failures.add(Failure("cohort", one_line(str(error))), counts=False)
         failures = (*declined, *attempt.failures.found())
-        count = max(len(asked), replies + len(failures))
+        count = len(asked) + len(declined) if asked else 0
         return CohortSum(total, replies, count, failures, time.monotonic() - started, record)
 
     def _epoch_for(self, attempt: _Attempt) -> _EpochInUse:

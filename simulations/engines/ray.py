@@ -44,7 +44,8 @@ from fedlora.server.deployment.cohorts import cohort_of
 from fedlora.server.deployment.flower import LONGEST_POLL, REQUEST, Clock, GridCarrier
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.rounds.cohort import Cohort, Failure
-from fedlora.server.runs.run import Observe, conduct, to_its_end
+from fedlora.server.runs.metrics import Observe
+from fedlora.server.runs.run import conduct, to_its_end
 from fedlora.simulations.begin import Options, begin, with_corpus
 from fedlora.simulations.engines.nodes import Simulated, resident_of
 from fedlora.simulations.engines.shared import Shared

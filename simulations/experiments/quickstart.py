@@ -40,6 +40,7 @@ WRITTEN = (
         "ledger.id",
         "manifest.json",
         "metrics.jsonl",
+        "lost.jsonl",
         "projection.safetensors",
     ),
     *("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger.sqlite.lock"),

@@ -13,7 +13,8 @@ from fedlora.common.config.schema import Config
 from fedlora.common.model.compute import threads
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.rounds.cohort import Cohort
-from fedlora.server.runs.run import Observe, conduct, nobody, to_its_end
+from fedlora.server.runs.metrics import Observe, nobody
+from fedlora.server.runs.run import conduct, to_its_end
 from fedlora.server.strategies.strategy import Strategy
 from fedlora.simulations.begin import DEFAULTS, Features, Options, Own, begin
 from fedlora.simulations.engines.sequential import sequential

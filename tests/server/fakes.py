@@ -21,7 +21,7 @@ from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.norm_bound import check_norm
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import CohortSum, Failure
-from fedlora.server.rounds.loop import RoundRecord, Rules, run_rounds
+from fedlora.server.rounds.loop import Around, RoundRecord, Rules, run_rounds
 from fedlora.server.runs.schedule import NetworkFacts
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 
@@ -227,6 +227,7 @@ class Run:
         "loss": float(np.square(state.vector, dtype=np.float64).sum())
     }
     step: Callable[[], None] = _nothing
+    around: Around = field(default_factory=Around)
     cohort: Institutions = field(init=False)
 
     def __post_init__(self) -> None:
@@ -244,7 +245,13 @@ class Run:
         strategy = FedAvg(ServerOptimizer(self.optimizer, 0.5, 0.9, 0.99))
         strategies = [strategy for _ in self.manifest.phases]
         return run_rounds(
-            checkpoint, self.cohort, strategies, self.rules, self._validate, self._observe
+            checkpoint,
+            self.cohort,
+            strategies,
+            self.rules,
+            self._validate,
+            self._observe,
+            self.around,
         )
 
     def _validate(self, state: AdapterState, phase: int) -> Mapping[str, float]:

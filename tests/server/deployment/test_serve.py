@@ -15,7 +15,7 @@ import pytest
 
 from fedlora.common.codec.framing import frame
 from fedlora.common.disk.files import write_atomically
-from fedlora.common.errors import Refused, Spent
+from fedlora.common.errors import QuorumLost, Refused, Spent
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.privacy.modes import guarantee_of
@@ -44,8 +44,8 @@ from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.cohorts import ClearCohort, cohort_of
 from fedlora.server.deployment.participants import WAITING, Participants
 from fedlora.server.rounds.checkpoint import Checkpoint
-from fedlora.server.rounds.cohort import Failure
-from fedlora.server.rounds.loop import Rules, run_rounds
+from fedlora.server.rounds.cohort import CohortSum, Failure
+from fedlora.server.rounds.loop import Around, Rules, run_rounds
 from fedlora.server.secagg.attempt import SecureSum
 from fedlora.server.secagg.sums import SecureCohort
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
@@ -566,6 +566,40 @@ def test_fewer_than_the_promised_cohort_are_never_summed(
         with pytest.raises(Spent, match="at least 3"):
             go()
         assert checkpoint.load().round == 0
+
+
+@pytest.mark.parametrize("left", ["away", "revoked"])
+def test_who_is_missing_before_an_attempt_burns_none(world: World, left: str) -> None:
+    """Five were spent within a second, with nobody asked, and the run ended."""
+    run = manifest(minimum_cohort=3)
+    checkpoint = Checkpoint.create(world.folder / "checkpoint", run, START)
+    cohort, strategy = world.cohort(run), FedAvg(ServerOptimizer("none", 1.0, 0.0, 0.0))
+
+    def go() -> int:
+        return run_rounds(
+            checkpoint, cohort, [strategy], Rules(minimum=3), lambda state, phase: {},
+            lambda *_: None, Around(world.who.ready),
+        ).round  # fmt: skip
+
+    setattr(world, left, {"east"})
+    with pytest.raises(QuorumLost if left == "away" else Refused, match="no attempt is begun"):
+        go()
+    assert checkpoint.attempts_in_all == 0 == world.tasks
+    setattr(world, left, set())
+    assert go() == 2 and checkpoint.attempts_in_all == 2
+
+
+def test_members_are_counted_and_nobody_else(world: World) -> None:
+    """Three members were said to be four: the cohort's own failure was one of them."""
+    cohort = world.cohort(manifest(), quorum=1.0)
+    cohort.total(plan_of(manifest()), START)
+    world.down = {"east"}
+    found = cohort.total(plan_of(manifest(), 2), START)
+    assert (found.asked, found.replies) == (3, 2) and not found.counts(1.0, 1)
+    world.down, world.away = set(), {"east"}
+    found = cohort.total(plan_of(manifest(), 3), START)
+    assert (found.asked, found.replies) == (0, 0) and not found.counts(0.5, 1)
+    assert CohortSum(found.total, 0, 0, (), 0.0).counts(1.0, 3)  # nobody was drawn
 
 
 def test_a_round_ends_with_its_deadline_also_where_members_are_waited_for(

@@ -72,6 +72,13 @@ def test_where_a_run_stands_and_who_is_in_it(directory: Directory, said: Said) -
     assert lines[-1] == "1 1 1 of 2 2.0 0.750 0.5"
 
 
+def test_why_attempts_were_lost_is_shown(directory: Directory, said: Said) -> None:
+    """It stood in the log alone, and in Flower's database."""
+    lost = {"attempt": 2, "reason": "round 2: 1 of 2 asked answered (south: \x1b[2Jgone)"}
+    (directory.runs()[0] / "lost.jsonl").write_text(json.dumps(lost) + "\n{half")
+    assert said()[-1] == "2 round 2: 1 of 2 asked answered (south: [2Jgone)"
+
+
 def test_whether_it_runs_and_how_it_ended(directory: Directory, said: Said) -> None:
     run = directory.runs()[0]
     with _only_process(run):

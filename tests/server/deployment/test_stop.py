@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -44,10 +45,38 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_was_started_ends_with_who_started_it(
-    tmp_path: Path, tiny_bert: Path, number: signal.Signals
-) -> None:
+@dataclass
+class Server:
+    """`fedlora-server` over stand-ins for Flower's programs, which write their numbers down."""
+
+    folder: Path
+    directory: Directory
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """Once it follows its run."""
+        appointed = self.directory.root / "runs" / "1" / "appointed"
+        appointed.unlink(missing_ok=True)
+        command = [sys.executable, "-c", SERVER, str(self.folder / "programs"), *words]
+        server = subprocess.Popen(
+            [*command, "--dir", str(self.directory.root)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        end = time.monotonic() + 60
+        while not appointed.exists():
+            assert server.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(1.0)
+        return server
+
+    def started(self) -> list[int]:
+        programs = ("flower-superlink", "flower-superexec")
+        return [int((self.folder / name).read_text()) for name in programs]
+
+
+@pytest.fixture
+def server(tmp_path: Path, tiny_bert: Path) -> Server:
     directory = Directory.create(tmp_path / "c", "demo", "127.0.0.1", free_port(), free_port())
     for name in ("north", "south", "west"):
         directory.registry.enrol(request(Identity.generate(), name), name)
@@ -60,30 +89,34 @@ def test_what_was_started_ends_with_who_started_it(
     for name in ("flwr", "flower-superlink", "flower-superexec"):
         (programs / name).write_text(f"#!{sys.executable}" + STAND_IN.format(folder=str(tmp_path)))
         (programs / name).chmod(0o755)
-    words = [
-        sys.executable,
-        "-c",
-        SERVER,
-        str(programs),
-        "run",
-        str(path),
-        "--dir",
-        str(directory.root),
-    ]
-    server = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    appointed = directory.root / "runs" / "1" / "appointed"
-    end = time.monotonic() + 60
+    return Server(tmp_path, directory)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_started_ends_with_who_started_it(server: Server, number: signal.Signals) -> None:
+    root = server.directory.root
+    process = server.start("run", str(root / "training.toml"))
     try:
-        while not appointed.exists():
-            assert server.poll() is None and time.monotonic() < end
-            time.sleep(0.05)
-        time.sleep(1.0)  # until it follows the run
-        started = [
-            int((tmp_path / name).read_text()) for name in ("flower-superlink", "flower-superexec")
-        ]
-        os.kill(server.pid, number)
-        said = server.communicate(timeout=30)[1]
+        os.kill(process.pid, number)
+        said = process.communicate(timeout=30)[1]
     finally:
-        server.kill()
-    assert server.returncode == 1 and f"fedlora-server resume --dir {directory.root}" in said
-    assert "Traceback" not in said and not any(psutil.pid_exists(each) for each in started)
+        process.kill()
+    assert process.returncode == 1 and f"fedlora-server resume --dir {root}" in said
+    assert "Traceback" not in said and not any(map(psutil.pid_exists, server.started()))
+
+
+def test_nothing_is_left_running_after_a_kill_and_a_resume(server: Server) -> None:
+    """The resumed run was attached to what the killed one had left, and left it again."""
+    first = server.start("run", str(server.directory.root / "training.toml"))
+    first.kill()
+    first.communicate()
+    left = server.started()
+    assert all(map(psutil.pid_exists, left))
+    second = server.start("resume")
+    try:
+        assert not any(map(psutil.pid_exists, left)) and server.started() != left
+        second.terminate()
+        second.communicate(timeout=30)
+    finally:
+        second.kill()
+    assert not any(map(psutil.pid_exists, [*left, *server.started()]))

@@ -21,8 +21,8 @@ from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterState, Vector
 from fedlora.common.privacy.randomness import OsRandom, SeededRandom
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
-from fedlora.server.rounds.cohort import CohortSum, participants, replies_needed
-from fedlora.server.rounds.loop import Rules, run_rounds
+from fedlora.server.rounds.cohort import CohortSum, Failure, Lost, participants, replies_needed
+from fedlora.server.rounds.loop import Around, Rules, run_rounds
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
 from tests.server.fakes import (
@@ -195,6 +195,51 @@ class _Recording:
 
 
 # --- quorum and attempts --------------------------------------------------------------------------
+
+
+def test_whoever_is_in_the_way_costs_no_attempt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path / "run", manifest_of(2, spare=1))
+    answers = [(Failure("east", "not connected"),)] * 2 + [()] * 2
+    run.around = Around(lambda: answers.pop(0))
+    assert run.go().round == 2 and [plan.attempt for plan in run.cohort.plans] == [1, 2]
+    assert [each.getMessage() for each in caplog.records] == [
+        "round 1: no attempt is begun (east: not connected); waits on"
+    ]
+
+
+def test_waiting_ends_where_attempts_would_have_and_a_refusal_ends_it(tmp_path: Path) -> None:
+    for refused, error in ((False, QuorumLost), (True, Refused)):
+        run, asked = Run(tmp_path / str(refused), manifest_of(2)), list[int]()
+
+        def in_the_way(refused: bool = refused, asked: list[int] = asked) -> tuple[Failure, ...]:
+            asked.append(1)
+            return (Failure("east", "away", refused),)
+
+        run.around = Around(in_the_way)
+        with pytest.raises(error, match="round 1: no attempt is begun"):
+            run.go()
+        assert len(asked) == (1 if refused else run.manifest.phases[0].attempts)
+        assert run.checkpoint().attempts_in_all == 0
+
+
+def test_why_an_attempt_was_lost_is_kept(tmp_path: Path) -> None:
+    run, lost = Run(tmp_path / "run", manifest_of(2)), list[Lost]()
+    run.cohort.behaviours = {1: loud}
+    run.around = Around(lose=lost.append)
+    with pytest.raises(FedloraError):
+        run.go()
+    assert [each.attempt for each in lost] == [
+        *range(1, run.manifest.phases[0].attempts + 1)
+    ] and all(each.asked == 3 and "client-1: on fire" in each.reason for each in lost)
+
+
+def test_a_reason_is_one_line_without_anybodys_folders() -> None:
+    failure = Failure("east", "unix:/home/of/us/node/trainer.sock: \x1b[2Jgone\nround 9 fine")
+    assert failure.reason == "unix:…/trainer.sock:  [2Jgone round 9 fine"
+    kept = "found a/b/c and YWJj/ZGVm/Zw== of 3/4, expected 1/2"
+    assert Failure("east", kept).reason == kept
 
 
 def test_a_quorum_is_the_exact_share_of_those_asked() -> None:

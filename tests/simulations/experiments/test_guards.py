@@ -12,7 +12,8 @@ import pytest
 from fedlora.common.config.load import load_config
 from fedlora.common.config.schema import config_to_toml
 from fedlora.common.errors import BadInput, QuorumLost, Refused
-from fedlora.server.runs.run import _round_of, conduct
+from fedlora.server.runs.metrics import _round_of
+from fedlora.server.runs.run import conduct
 from fedlora.simulations.begin import begin
 from fedlora.simulations.cli import _stopped
 from fedlora.simulations.experiments import quickstart, simulate
