@@ -20,6 +20,10 @@ MAX_LINE = 2_000  # characters of a reason
 # the folders of an absolute path, not those of a base64 text or a relative one
 ABOVE = re.compile(r"(?<![\w./+=-])(?:~|/)(?:[^\s/:;,'\"()]+/)+|(?<![\w./+=-])~/")
 SHORT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+INSTALLED = (
+    "expected an installation with fedlora[node] for a trainer, fedlora[server] for a coordinator,"
+    " or fedlora[sim]"
+)
 
 
 def bear_any_letter() -> None:
@@ -59,12 +63,6 @@ def explained(error: OSError) -> tuple[str, int]:
     where = f"{error.filename}: " if error.filename else ""
     code = FedloraError.exit_code if error.errno in SHORT_OF else BadInput.exit_code
     return printable(f"{where}{error.strerror or error}"), code
-
-
-INSTALLED = (
-    "expected an installation with fedlora[node] for a trainer, fedlora[server] for a coordinator,"
-    " or fedlora[sim]"
-)
 
 
 def run_to_end(

@@ -1,6 +1,6 @@
 """From a configuration to a run that has begun: here, and in `experiments`, it is seen whole.
 
-    1. read the records, build the network on them, deal the units out
+    1. read the records, choose what the configuration leaves open, build the network, deal out
     2. make the manifest, or read the one of the run that is resumed
     3. from the checkpoint on it is a run; then its ε is reserved for the whole population
 
@@ -31,9 +31,11 @@ from fedlora.common.privacy.modes import guarantee_named
 from fedlora.server.rounds.checkpoint import Checkpoint
 from fedlora.server.rounds.cohort import Cohort
 from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning
+from fedlora.server.runs.rules import agree
 from fedlora.server.runs.run import rules_of, strategies_of
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.strategies.strategy import Strategy
+from fedlora.simulations.chosen import CONFIG, decided_run, taken_as_public, write_decided
 from fedlora.simulations.federation.corpus import generate, write
 from fedlora.simulations.federation.partition import (
     Owners,
@@ -43,7 +45,7 @@ from fedlora.simulations.federation.partition import (
 )
 from fedlora.simulations.federation.population import Federation
 from fedlora.simulations.federation.run_folder import Paths, SimulatedRun
-from fedlora.simulations.federation.sources import read_sources
+from fedlora.simulations.federation.sources import Sources, read_sources
 
 # in a run's folder: which data, which ledger and which parts of one's own it began with
 DATA, LEDGER, OWN = "data.sha256", "ledger.id", "own.json"
@@ -116,13 +118,7 @@ def begin(
     paths = Paths.of(folder, options.ledger)
     _check_options(config, options, own)
     _ready_folder(config, paths, options.resume)
-    done: list[int] = []
-
-    def features(more: int) -> None:
-        done.append(more)
-        on_features(sum(done), federation.feature_records)
-
-    federation = federation_of(config, paths.folder, machine_of(config, options, features), own)
+    federation, config, chosen = _prepared(config, paths, options, own, on_features)
     checkpoint, ledger = (_resumed if options.resume else _new)(config, paths, federation, own)
     manifest = checkpoint.manifest
     checkpoint.check_against_ledger(ledger.attempts_used(manifest.digest))
@@ -137,7 +133,7 @@ def begin(
         clients=config.federation.clients,
         engine=options.engine,
         config=config_to_toml(config),
-        caveats=own.caveats,
+        caveats=(*taken_as_public(config, chosen), *own.caveats),
         began=began,
         federation=federation,
         ledger=ledger,
@@ -145,7 +141,27 @@ def begin(
         deadline=config.federation.deadline,
         faults=config.faults,
         own=own.names,
+        chosen=chosen,
     )
+
+
+def _prepared(
+    config: Config, paths: Paths, options: Options, own: Own, on_features: Features
+) -> tuple[Federation, Config, tuple[str, ...]]:
+    """The federation, the configuration with a value in every place, and what was chosen in it."""
+    done: list[int] = []
+
+    def features(more: int) -> None:
+        done.append(more)
+        on_features(sum(done), federation.feature_records)
+
+    machine = machine_of(config, options, features)
+    sources = sources_of(config, own)
+    config, chosen = decided_run(config, sources, paths.folder, options.resume)
+    federation = federation_of(config, sources, paths.folder, machine, own)
+    if not options.resume:
+        write_decided(config, chosen, paths.folder)
+    return federation, config, chosen
 
 
 def checked(config: Config) -> Config:
@@ -153,18 +169,23 @@ def checked(config: Config) -> Config:
     return parse_config(config_to_toml(config))
 
 
+def sources_of(config: Config, own: Own = NOTHING_OWN) -> Sources:
+    """The records that a configuration names, as read; BadInput names what is wrong."""
+    dealing = config.federation
+    wanted = dealing.partition == "by-column" or own.partition is not None
+    more = (dealing.column,) if wanted and dealing.column else ()
+    return read_sources(config.data, config.model.task, config.seed, more)
+
+
 def federation_of(
-    config: Config, folder: Path, machine: Machine, own: Own = NOTHING_OWN
+    config: Config, sources: Sources, folder: Path, machine: Machine, own: Own = NOTHING_OWN
 ) -> Federation:
-    """Read and encode the data, load the model, deal the units out.
+    """Encode the data, load the model, deal the units out; `config` has a value in every place.
 
     BadInput names what is wrong. What is computed once for a run and must not change in it lies in
     the run's `folder`.
     """
     dealing, privacy = config.federation, config.privacy
-    wanted = dealing.partition == "by-column" or own.partition is not None
-    more = (dealing.column,) if wanted and dealing.column else ()
-    sources = read_sources(config.data, config.model.task, config.seed, more)
     _check_delta(config, sources.train)
     public = PublicSide.build(NetworkRecipe.of(config), sources.public, folder, machine)
     budget = Budget(f"population {privacy.population}", privacy.epsilon, privacy.delta)
@@ -221,7 +242,6 @@ def _new(
 ) -> tuple[Checkpoint, Ledger]:
     manifest, ledger = manifest_of(config, federation), paths.open_ledger()
     manifest = replace(manifest, strategy=own.names.get("strategy", manifest.strategy))
-    write_text(paths.folder / "config.toml", config_to_toml(config))
     write_text(paths.folder / DATA, federation.data_digest + "\n")
     write_text(paths.folder / LEDGER, ledger.id + "\n")
     write_text(paths.folder / "manifest.json", manifest.to_bytes().decode() + "\n")
@@ -294,11 +314,10 @@ def _ready_folder(config: Config, paths: Paths, resume: bool) -> None:
         return
     if not begun:
         raise BadInput(f"{paths.folder}: found no run to resume")
-    before = (paths.folder / "config.toml").read_text(encoding="utf-8")
-    if parse_config(before) != config:
+    before = parse_config((paths.folder / CONFIG).read_text(encoding="utf-8"))
+    if not agree(config, before):
         raise BadInput(
-            f"{paths.folder}/config.toml: found another configuration than the one given to"
-            " --resume"
+            f"{paths.folder / CONFIG}: found another configuration than the one given to --resume"
         )
 
 

@@ -42,7 +42,21 @@ LedgerFile = Annotated[Path | None, typer.Option("--ledger", help="A ledger shar
 
 @app.command()
 def run(
-    config: ConfigFile,
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="A TOML file, or the name of a packaged configuration (ag_news)."),
+    ] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Records to train on: .csv, .jsonl or .parquet.")
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option(help="Public records; without it a tenth of --train.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="The column with the text.")] = None,
+    label: Annotated[str | None, typer.Option(help="The column with the label.")] = None,
+    epsilon: Annotated[str | None, typer.Option(help='A number, or "none".')] = None,
+    base: Annotated[str | None, typer.Option(help="A folder, a package, or a hub id.")] = None,
+    clients: Annotated[int | None, typer.Option(help="Institutions.")] = None,
     set_: Overrides = None,
     engine: Annotated[str, typer.Option(help="sequential or ray.")] = "sequential",
     out: Out = None,
@@ -51,12 +65,17 @@ def run(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Run a federation and write its report."""
-    from fedlora.simulations import Options
+    """Run a federation and write its report: of a configuration, or of --train with defaults."""
+    from fedlora.simulations import Options, load_config
+    from fedlora.simulations.experiments.configuration import described
 
-    folder = out or Path("runs") / packaged_config(config).stem
+    if config is None and train is None:
+        raise BadInput("fedlora-sim run: found neither a configuration nor --train, expected one")
+    named = {"data_text": text, "data_label": label, "model_base": base}
+    given = described(train, test, epsilon, **named, federation_clients=clients)
+    folder = out or Path("runs") / (packaged_config(config) if config else train or Path()).stem
     options = Options(engine=engine, device=device, threads=threads, resume=resume, ledger=ledger)
-    result = _watched(_load(config, set_), folder, options)
+    result = _watched(load_config(config, [*given, *(set_ or [])]), folder, options)
     _print_summary(result.summary, folder)
 
 
@@ -84,7 +103,7 @@ def plan(config: ConfigFile, set_: Overrides = None, threads: Threads = 0) -> No
 @app.command()
 def sweep(
     config: ConfigFile,
-    over: Annotated[str, typer.Option(help="section.key=VALUE,VALUE,…")],
+    over: Annotated[list[str], typer.Option(help="section.key=VALUE,VALUE,… of one key")],
     set_: Overrides = None,
     out: Out = None,
     device: Device = "auto",
@@ -94,7 +113,9 @@ def sweep(
     from fedlora.simulations import Options
     from fedlora.simulations import sweep as swept
 
-    key, values = _over(over)
+    if len(over) != 1:
+        raise BadInput(f"--over: found {len(over)} keys, expected one")
+    key, values = _over(over[0])
     folder = out or Path("runs") / f"{packaged_config(config).stem}-sweep"
 
     def run(settings: Config, folder: Path, options: Options) -> Result:
@@ -134,6 +155,22 @@ def predict(
         sys.stdout.write(json.dumps({"text": text, "answer": answer}, ensure_ascii=False) + "\n")
 
 
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, or its adapter folder.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    base: Annotated[str, typer.Option(help="Where the base model lies, if elsewhere.")] = "",
+) -> None:
+    """The released adapter added to its base: a whole model that loads without PEFT."""
+    from fedlora.common.adapter.merged import write_merged
+    from fedlora.common.adapter.peft import load_adapter
+
+    adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    write_merged(load_adapter(adapter, base), adapter, out, dtype)
+    console.print(f"model   {out}")
+
+
 def main() -> None:
     """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
     run_to_end(app, "fedlora-sim", lambda: _stopped(sys.argv[1:]))
@@ -158,7 +195,7 @@ def _watched(settings: Config, folder: Path, options: Options) -> Result:
     from fedlora.simulations import simulate
     from fedlora.simulations.experiments.progress import run_progress
 
-    with run_progress(console, settings.federation.rounds) as bars:
+    with run_progress(console) as bars:
         return simulate(settings, folder, options, on_round=bars.round, on_features=bars.features)
 
 
@@ -196,6 +233,8 @@ def _print_summary(summary: Mapping[str, Any], folder: Path) -> None:
             value = summary[name]
             shown = f"{value:.4g}" if isinstance(value, float) else str(value)
             table.add_row(name, shown_epsilon(value) if name == "epsilon" else shown)
+    for sentence in summary.get("warnings", ()):
+        table.add_row("warning", sentence)
     table.add_row("adapter", str(folder / "adapter"))
     table.add_row("report", str(folder / "report.html"))
     console.print(table)

@@ -39,7 +39,17 @@ ROOMS = {
         *("strategies", "rounds", "secagg", "runs", "coordinator", "release", "deployment", "cli"),
     ),
     "simulations": (
-        *("federation", "report", "begin", "engines", "experiments", "examples", "cli", "local"),
+        *(
+            "federation",
+            "report",
+            "chosen",
+            "begin",
+            "engines",
+            "experiments",
+            "examples",
+            "cli",
+            "local",
+        ),
         "benchmarks",
     ),
 }

@@ -50,8 +50,8 @@ class LocalTraining:
     """Runs a phase's local steps on one resident model.
 
     `micro_batch_tokens` bounds memory and changes nothing else but, where batches are packed, the
-    last bits. A private run takes its randomness
-    from the operating system; who calls decides by the source that is passed in.
+    last bits. A private run takes its randomness from the operating system; who calls decides by
+    the source that is passed in.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from fedlora.common.config.schema import Config, FaultsConfig
-from fedlora.common.config.toml import read_fields, read_table, shown
+from fedlora.common.config.toml import UNDECIDED, read_fields, read_table, shown
 from fedlora.common.disk.files import read_bytes, text_of
 from fedlora.common.errors import BadInput
 from fedlora.common.secagg.cohort import most_colluders
@@ -70,7 +70,7 @@ def _together(config: Config) -> Iterator[Fault]:
         found = f"[model] kernel_directions = {config.model.kernel_directions}"
         paths = ("model.kernel_directions", "model.projection")
         yield paths, f"{found}: expected 0 with projection = 0"
-    if config.model.pooled_layers and config.model.pooling != "layers":
+    if config.model.pooled_layers and config.model.pooling in ("default", "mean"):
         paths = ("model.pooled_layers", "model.pooling")
         found = f'[model] pooled_layers: expected [] with pooling = "{config.model.pooling}"'
         yield paths, f'{found}, or "layers"'
@@ -86,7 +86,7 @@ def _together(config: Config) -> Iterator[Fault]:
 def _phases(config: Config) -> Iterator[Fault]:
     """What the rounds can't be divided into: the head alone, then LoRA or both."""
     federation, training = config.federation, config.training
-    if training.head_rounds > federation.rounds:
+    if training.head_rounds > federation.rounds > UNDECIDED:
         paths = ("training.head_rounds", "federation.rounds")
         found = f"[training] head_rounds = {training.head_rounds}"
         yield paths, f"{found}: expected at most [federation] rounds = {federation.rounds}"
@@ -161,7 +161,7 @@ def _causal(config: Config) -> Iterator[Fault]:
     since = 'since task = "causal-lm"'
     if not config.data.response:
         yield ("model.task", "data.response"), f'[data] response = "": expected a column, {since}'
-    if config.model.pooling != "default":
+    if config.model.pooling in ("mean", "layers"):
         found = f'[model] pooling = "{config.model.pooling}"'
         yield ("model.task", "model.pooling"), f'{found}: expected "default", {since}'
     if config.training.head_rounds > 0:

@@ -17,7 +17,9 @@ from fedlora.common.config.schema import (
     ModelConfig,
     PrivacyConfig,
     TrainingConfig,
+    open_fields,
 )
+from fedlora.common.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,12 @@ class Terms:
 
     @classmethod
     def of(cls, config: Config, batches: str = "fixed") -> Terms:
-        """As they are configured; with `batches` where the configuration leaves the choice."""
+        """As they are configured; with `batches` where the configuration leaves the choice.
+
+        BadInput where more is left open: what rules have not chosen must not be signed.
+        """
+        if left := open_fields(config):
+            raise BadInput(f"{', '.join(left)}: found nothing yet, expected a value in every place")
         training = config.training
         if training.batches == "auto":
             training = replace(training, batches=batches)

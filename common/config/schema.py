@@ -12,7 +12,17 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fedlora.common.codec.strict import NOUNS
-from fedlora.common.config.toml import Bounds, Choice, Each, Pattern, shown, to_toml
+from fedlora.common.config.toml import (
+    AUTO,
+    UNDECIDED,
+    Bounds,
+    Choice,
+    Each,
+    Pattern,
+    shown,
+    to_toml,
+    undecided,
+)
 from fedlora.common.errors import BadInput
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -21,7 +31,7 @@ LETTER = r"[^\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]"  # one line, and writa
 NAME = Pattern(LETTER + "{1,4096}", "one line of text")
 OPTIONAL = Pattern(LETTER + "{0,4096}", 'one line of text, or ""')
 LAYER = Bounds(0, 10_000)
-AUTO, ALL_LINEAR = "auto", "all-linear"  # of [lora] targets
+ALL_LINEAR = "all-linear"  # of [lora] targets, as is AUTO
 ATTACKS = ("sybil", "small-u2", "two-lists", "corrupt-share")
 
 
@@ -43,6 +53,16 @@ def _choice(default: str, *known: str, tuning: bool = False) -> Any:
     return field(default=default, metadata={"rule": Choice(known), "tuning": tuning})
 
 
+def _chosen(low: float, high: float, *, open_low: bool = False) -> Any:
+    """A number that is chosen by rule (`server/runs/rules.py`) where none is given."""
+    rule = Bounds(low, high, open_low)
+    return field(default=UNDECIDED, metadata={"rule": rule, "auto": True})
+
+
+def _chosen_name(*known: str) -> Any:
+    return field(default=AUTO, metadata={"rule": Choice(known), "auto": True})
+
+
 def _text(default: str, rule: Pattern = OPTIONAL) -> Any:
     return field(default=default, metadata={"rule": rule})
 
@@ -62,7 +82,7 @@ class ModelConfig:
     digest: str = _text("", DIGEST)  # "sha256:…": what the base must be
     task: str = _choice("sequence-classification", "sequence-classification", "causal-lm")
     max_length: int = _number(64, 4, 32_768)
-    pooling: str = _choice("default", "default", "mean", "layers")
+    pooling: str = _chosen_name("default", "mean", "layers")
     # for "layers": 0 is the embeddings; empty: all
     pooled_layers: tuple[int, ...] = _items((), LAYER)
     # principal directions of public features to whiten; 0: none
@@ -82,7 +102,7 @@ class LoraConfig:
     alpha: float = _number(16.0, 0, 1e6, open_low=True)
     # "auto", "all-linear", a regular expression (an `re:` before it makes one of a plain word), or
     # names of layers
-    targets: tuple[str, ...] = _items(("query", "value"), NAME, shortest=1, one=True)
+    targets: tuple[str, ...] = _items((AUTO,), NAME, shortest=1, one=True)
     layers: tuple[int, ...] = _items((), LAYER)  # empty: all
     variant: str = _choice("lora", "lora", "ffa")
 
@@ -92,7 +112,8 @@ class DataConfig:
     """[data]: files, their columns, and the privacy unit."""
 
     train: str = _text("")
-    test: str = _text("")  # public
+    # A public file, or the share of train that is set aside as public.
+    test: float | str = _number("", 0, 1, open_low=True, open_high=True)
     # A public file, or the share of train that belongs to no client.
     validation: float | str = _number(0.03, 0, 1, open_low=True, open_high=True)
     text: str = _text("text", NAME)
@@ -112,9 +133,11 @@ class FederationConfig:
     partition: str = _choice("dirichlet", "iid", "dirichlet", "by-column", "shards", "quantity")
     alpha: float = _number(0.5, 0, 1e6, open_low=True)
     column: str = _text("")  # by-column
-    rounds: int = _number(20, 1, 100_000)
+    rounds: int = _chosen(1, 100_000)
     # attempts beyond rounds that the noise is calibrated for
-    spare_rounds: int = _number(0, 0, 100_000)
+    spare_rounds: int = _chosen(0, 100_000)
+    # privacy units of all institutions together, about, and public: what rules reckon with
+    units: int = _chosen(1, 1_000_000_000)
     participation: float = _number(1.0, 0, 1, open_low=True)
     quorum: float = _number(1.0, 0, 1, open_low=True)
     deadline: float = _number(600.0, 0, 1e6, open_low=True)  # seconds
@@ -126,21 +149,21 @@ class FederationConfig:
 class TrainingConfig:
     """[training]: what an institution computes in a round."""
 
-    steps: int = _number(2, 1, 10_000)
-    sampling_rate: float = _number(0.02, 0, 1, open_low=True)
-    expected_units: float = _number(128.0, 0, 1e9, open_low=True)
-    optimizer: str = _choice("adamw", "sgd", "adamw")
+    steps: int = _chosen(1, 10_000)
+    sampling_rate: float = _chosen(0, 1, open_low=True)
+    expected_units: float = _chosen(0, 1e9, open_low=True)
+    optimizer: str = _chosen_name("sgd", "adamw")
     carry_optimizer: bool = True
-    learning_rate: float = _number(1e-3, 0, 1e3, open_low=True)
+    learning_rate: float = _chosen(0, 1e3, open_low=True)
     proximal_mu: float = _number(0.0, 0, 1e3)
-    head_rounds: int = _number(0, 0, 100_000)  # first rounds that train the head alone
-    moves: str = _choice("both", "lora", "both")  # what the rounds after them move
-    head_steps: int = _number(1, 1, 10_000)
-    head_sampling_rate: float = _number(0.2, 0, 1, open_low=True)
+    head_rounds: int = _chosen(0, 100_000)  # first rounds that train the head alone
+    moves: str = _chosen_name("lora", "both")  # what the rounds after them move
+    head_steps: int = _chosen(1, 10_000)
+    head_sampling_rate: float = _chosen(0, 1, open_low=True)
     # 0: expected_units in proportion to the rates
-    head_expected_units: float = _number(0.0, 0, 1e9)
-    head_optimizer: str = _choice("sgd", "sgd", "adamw")
-    head_learning_rate: float = _number(1.0, 0, 1e3, open_low=True)
+    head_expected_units: float = _chosen(0, 1e9)
+    head_optimizer: str = _chosen_name("sgd", "adamw")
+    head_learning_rate: float = _chosen(0, 1e3, open_low=True)
     # fixed: what a record gives depends on no other, to the last bit; packed: by length, as many as
     # fit; auto: packed where one researcher computes all institutions, else fixed
     batches: str = _choice("auto", "auto", "fixed", "packed")
@@ -156,12 +179,12 @@ class PrivacyConfig:
     mode: str = _choice("record", "record", "client", "none")
     epsilon: float = _number(3.0, 0, 1e4, open_low=True)
     delta: float = _number(1e-5, 0, 0.5, open_low=True)
-    clip: float = _number(1.0, 1e-6, 1e6)
+    clip: float = _chosen(1e-6, 1e6)
     # adapter phase: a clip of the head's own; 0: one for all
     head_clip: float = _number(0.0, 0, 1e6)
-    head_phase_clip: float = _number(1.0, 1e-6, 1e6)
+    head_phase_clip: float = _chosen(1e-6, 1e6)
     # of ε that the head phase may use
-    head_epsilon_share: float = _number(0.5, 0, 1, open_low=True)
+    head_epsilon_share: float = _chosen(0, 1, open_low=True)
     # The population of data.train: in a shared ledger, all runs on it charge one budget.
     population: str = _text("population", NAME)
 
@@ -194,15 +217,15 @@ class FaultsConfig:
 class ServerConfig:
     """[server]: what the coordinator makes of a sum."""
 
-    optimizer: str = _choice("none", "none", "momentum", "adam", "yogi")
-    learning_rate: float = _number(1.0, 0, 1e3, open_low=True)
+    optimizer: str = _chosen_name("none", "momentum", "adam", "yogi")
+    learning_rate: float = _chosen(0, 1e3, open_low=True)
     momentum: float = _number(0.9, 0, 0.9999)
     beta2: float = _number(0.99, 0, 0.99999)
     # share of a phase's last rounds whose states are averaged
-    average_last: float = _number(0.0, 0, 1)
-    decay: str = _choice("none", "none", "linear")  # of the learning rate, over a phase's rounds
-    head_optimizer: str = _choice("momentum", "none", "momentum", "adam", "yogi")
-    head_learning_rate: float = _number(1.0, 0, 1e3, open_low=True)
+    average_last: float = _chosen(0, 1)
+    decay: str = _chosen_name("none", "linear")  # of the learning rate, over a phase's rounds
+    head_optimizer: str = _chosen_name("none", "momentum", "adam", "yogi")
+    head_learning_rate: float = _chosen(0, 1e3, open_low=True)
 
 
 @dataclass(frozen=True)
@@ -229,6 +252,18 @@ def is_expression(target: str) -> bool:
 def config_to_toml(config: Config) -> str:
     """The configuration as TOML that `parse_config` reads back to the same value."""
     return to_toml(config)
+
+
+def open_fields(config: Config) -> tuple[str, ...]:
+    """`section.field` of all that the rules are to choose."""
+    sections = {each.name: getattr(config, each.name) for each in fields(config)}
+    return tuple(
+        f"{name}.{each.name}"
+        for name, section in sections.items()
+        if name != "seed"
+        for each in fields(section)
+        if undecided(each, getattr(section, each.name))
+    )
 
 
 def check_delta(delta: float, units: int, where: str) -> None:

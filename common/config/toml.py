@@ -12,12 +12,15 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any, Protocol, get_args, get_origin, get_type_hints
 
 from fedlora.common.codec.strict import NOUNS, converted, is_kind, noun_of
 from fedlora.common.errors import BadInput
 from fedlora.common.terminal import one_line
+
+AUTO = "auto"  # what is written for a value that a rule is to choose
+UNDECIDED = -1  # what stands for it where the field's type is a number
 
 
 class Rule(Protocol):
@@ -173,8 +176,13 @@ def to_toml(config: Any) -> str:
         if is_dataclass(value):
             sections.append(f"\n[{field.name}]\n{to_toml(value)}")
         else:
-            plain.append(f"{field.name} = {literal(value)}\n")
+            plain.append(f"{field.name} = {literal(AUTO if undecided(field, value) else value)}\n")
     return "".join(plain + sections)
+
+
+def undecided(field: Field[Any], value: Any) -> bool:
+    """Whether a field that a rule may choose is left to it."""
+    return bool(field.metadata.get("auto")) and value in (AUTO, UNDECIDED)
 
 
 def literal(value: Any) -> str:
@@ -207,6 +215,8 @@ def _section(
         if is_dataclass(kind):
             right[name], inner = _subsection(root, kind, values[name], table, name)
             faults |= inner
+        elif field.metadata.get("auto") and values[name] == AUTO:
+            right[name] = AUTO if kind is str else kind(UNDECIDED)
         elif fault := _fault(kind, values[name], field.metadata.get("rule")):
             faults[path] = f"{table.place(section, name)} = {shown(values[name])}: {fault}"
         else:

@@ -16,13 +16,12 @@ from typing import Any
 from fedlora.common.codec.strict import build, from_canonical, json_table, to_canonical
 from fedlora.common.config.schema import (
     ALL_LINEAR,
-    AUTO,
     LoraConfig,
     ModelConfig,
     check_rules,
     is_expression,
 )
-from fedlora.common.config.toml import Bounds, Choice, Each, shown
+from fedlora.common.config.toml import AUTO, Bounds, Choice, Each, shown
 from fedlora.common.errors import BadInput
 
 VERSION = 1

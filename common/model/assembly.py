@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.config.toml import AUTO
 from fedlora.common.data.tasks import Task
 from fedlora.common.errors import BadInput
 from fedlora.common.model.behaviour import called, texts
@@ -50,6 +51,8 @@ def assembled(
         return OwnHead(adapted), lora
     if task.name != "sequence-classification":
         raise BadInput(f"[model] task = {task.name!r}: found no network for it")
+    if model.pooling == AUTO:
+        raise BadInput('[model] pooling = "auto": expected default, mean or layers by now')
     if model.pooling == "default":
         base, new = load_classifier(folder, len(task.labels))
         config = base.config.get_text_config()

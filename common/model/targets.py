@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.common.config.schema import ALL_LINEAR, AUTO, LoraConfig, is_expression
+from fedlora.common.config.schema import ALL_LINEAR, LoraConfig, is_expression
+from fedlora.common.config.toml import AUTO
 from fedlora.common.errors import BadInput
 
 # What "auto" adapts: the first row of which a base has every name. Queries and values, or what

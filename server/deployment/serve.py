@@ -31,6 +31,7 @@ from fedlora.server.deployment.institutions import Carrier
 from fedlora.server.deployment.participants import Participants
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning, read_public
+from fedlora.server.runs.rules import PublicFacts, decided
 from fedlora.server.runs.run import Run, conclude, conduct, rules_of, strategies_of, to_its_end
 from fedlora.server.runs.schedule import make_manifest
 
@@ -78,6 +79,9 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
     if not begun:
         forget_beginning(folder)
     records = read_public(config.data, config.model.task)
+    if not begun:
+        config = decided(config, PublicFacts(0, len(records.task.labels)))
+        write_atomically(folder / "config.toml", config_to_toml(config).encode())
     machine = Machine(attention=config.training.attention, precision=config.training.precision)
     public = PublicSide.build(NetworkRecipe.of(config), records, folder, machine)
     if begun:

@@ -30,6 +30,7 @@ from fedlora.server.deployment.superlink import START_SECONDS, SuperLink
 from fedlora.server.release.from_run import read_summary
 from fedlora.server.rounds.loop import SAY_AGAIN
 from fedlora.server.runs.metrics import METRICS, lost_attempts
+from fedlora.server.runs.rules import PublicFacts, decided
 
 LOOK = 0.5  # seconds between two looks at a run's files
 ASK_FLOWER = 10.0  # seconds between two questions to Flower whether the run still lives
@@ -105,6 +106,10 @@ def _faults(config: Config) -> list[str]:
             f"[federation] clients = {config.federation.clients}: expected at least the "
             f"[aggregation] minimum_cohort = {cohort}"
         )
+    try:
+        decided(config, PublicFacts(0, 0))
+    except BadInput as error:
+        found.extend(error.faults)
     for name, value in (("validation", config.data.validation), ("test", config.data.test)):
         if not isinstance(value, str):
             found.append(

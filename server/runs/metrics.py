@@ -20,7 +20,7 @@ from fedlora.server.rounds.loop import RoundRecord
 METRICS, LOST = "metrics.jsonl", "lost.jsonl"
 ENDED = "the process that began it ended before it was committed, or kept no reason"
 WATCHED = ("accuracy", "loss", "epsilon", "examples_per_second")
-# a round's number, and what a person watches
+# a round's number, and what a person watches: those, and the number of all rounds
 Observe = Callable[[int, Mapping[str, float | None]], None]
 
 
@@ -67,7 +67,8 @@ class MetricsLog:
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         self._counted.add(record.attempt)
-        self._observe(record.round, {name: line.get(name) for name in WATCHED})
+        figures = {name: line.get(name) for name in WATCHED}
+        self._observe(record.round, {**figures, "rounds": self._checkpoint.manifest.rounds})
 
     def _line(self, record: RoundRecord) -> dict[str, Any]:
         checkpoint, manifest = self._checkpoint, self._checkpoint.manifest

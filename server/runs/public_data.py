@@ -48,16 +48,20 @@ def read_public(data: DataConfig, task: str) -> PublicRecords:
     labels = read_labels(data, task)
     validation, test = (
         read_records(Path(each), columns_of(data, task), labels)
-        for each in (data.validation, data.test)
+        for each in (data.validation, str(data.test))
     )
     return PublicRecords(task_named(task, labels), validation, test)
 
 
 def read_labels(data: DataConfig, task: str) -> tuple[str, ...]:
-    """The public label set: as configured, or of the test file; never of a training file."""
+    """The public label set: as configured, or of the test file.
+
+    Of the training file only where the test part is a share of it, which a statement says.
+    """
     if task != "sequence-classification":
         return ()
-    return tuple(data.labels or read_label_set(Path(data.test), data.label))
+    public = data.test if isinstance(data.test, str) else data.train
+    return tuple(data.labels or read_label_set(Path(public), data.label))
 
 
 def columns_of(data: DataConfig, task: str) -> Columns:

@@ -24,7 +24,7 @@ from fedlora.server.rounds.loop import ALONE, Around, Ready, Rules, run_rounds
 from fedlora.server.runs.metrics import METRICS, MetricsLog, Observe, nobody
 from fedlora.server.runs.phases import phase_table
 from fedlora.server.runs.public_data import PublicSide
-from fedlora.server.runs.summary import summary_of, write_summary
+from fedlora.server.runs.summary import doubts, summary_of, write_summary
 from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
 from fedlora.server.strategies.strategy import Strategy
 
@@ -110,6 +110,7 @@ def conclude(
     summary = summary_of(run.manifest, run.public, run.folder, progress, phases, lines, reserved)
     summary["seconds"] += time.monotonic() - started
     summary["privacy_statement"] += run.caveats
+    summary["warnings"] = doubts(run.public.test.totals.get("confusion"), progress.release)
     summary |= {"clients": run.clients, "engine": run.engine, "config": run.config, **more()}
     write_summary(run.folder, summary)
     return summary

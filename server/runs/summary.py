@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fedlora.common.disk.files import write_text
 from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.runs.public_data import PublicSide
 from fedlora.server.secagg.log import SumLog
+
+Counts = npt.NDArray[np.float64]  # whole numbers
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -55,6 +62,32 @@ def summary_of(
         "validation": released["validation"],
         "versions": versions(),
     }
+
+
+def doubts(confusion: Counts | None, release: AdapterState) -> list[str]:
+    """What a reader of the figures should know first, in sentences; most often none.
+
+    `confusion` (classes, classes) counts the test file's records, rows by their true class; None
+    where the task has no classes.
+    """
+    found = []
+    if confusion is not None and confusion.sum():
+        records = confusion.sum()
+        right, most = np.trace(confusion) / records, confusion.sum(axis=1).max() / records
+        error = math.sqrt(most * (1 - most) / records)
+        if right <= most + 2 * error:
+            found.append(
+                f"Accuracy {right:.3f} is hardly above always guessing the largest class"
+                f" ({most:.3f}): nothing was learnt, or noise drowned it. More units, a larger ε or"
+                " fewer classes would help."
+            )
+    moved = [value.any() for name, value in release.named().items() if ".lora_B." in name]
+    if moved and not any(moved):
+        found.append(
+            "LoRA changes nothing in what is released: validation kept the head alone, or no round"
+            " moved LoRA."
+        )
+    return found
 
 
 def _guaranteed(manifest: RunManifest, reserved: Mapping[str, float]) -> dict[str, Any]:

@@ -194,7 +194,11 @@ def _epoch(network: torch.nn.Module, optimizer: Any, loader: Any, device: torch.
 def _model(records: int, device: torch.device) -> tuple[AdapterModel, Encoded]:
     task = SequenceClassification(LABELS)
     model = build_model(
-        ModelConfig(max_length=MAX_LENGTH), LoraConfig(rank=8), task, seed=1, device=device
+        ModelConfig(max_length=MAX_LENGTH, pooling="default"),
+        LoraConfig(rank=8),
+        task,
+        seed=1,
+        device=device,
     )
     read = read_records(AG_NEWS, Columns(text="text", label="label"), LABELS)
     rows = np.random.default_rng(0).permutation(len(read))[:records].astype(np.int64)

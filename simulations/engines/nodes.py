@@ -43,7 +43,7 @@ from fedlora.common.trust.identity import PublicIdentity
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.institutions import Carrier, Institutions
 from fedlora.server.rounds.cohort import Failure
-from fedlora.simulations.begin import Options, federation_of, machine_of
+from fedlora.simulations.begin import Options, federation_of, machine_of, sources_of
 from fedlora.simulations.engines.sequential import chosen_names
 from fedlora.simulations.engines.shared import NODES_FILE, Shared
 from fedlora.simulations.federation.population import Federation, client_name
@@ -142,7 +142,8 @@ def resident_of(folder: Path) -> Resident:
 def _built(folder: Path, table: bytes) -> Resident:
     """`table`, of NODES_FILE, tells runs apart that had one folder: each has its own secret."""
     shared, config = Shared(**json.loads(table)), load_config(folder / "config.toml")
-    federation = federation_of(config, folder, machine_of(config, Options(device=shared.device)))
+    machine = machine_of(config, Options(device=shared.device))
+    federation = federation_of(config, sources_of(config), folder, machine)
     return Resident(
         federation=federation,
         manifest=RunManifest.from_json((folder / "manifest.json").read_bytes()),

@@ -13,6 +13,8 @@ from fedlora.common.config.toml import literal
 from fedlora.common.errors import BadInput
 from fedlora.simulations.federation.packaged import packaged_config
 
+TEST_SHARE = 0.1  # of the training file, where no test file is named
+
 
 def load_config(
     source: str | Path | None = None,
@@ -31,6 +33,30 @@ def load_config(
         return load.load_config(packaged_config(Path(source)), given)
     except BadInput as error:
         raise BadInput([fault.removeprefix("--set ") for fault in error.faults]) from error
+
+
+def described(
+    train: Path | None, test: Path | None, epsilon: str | None, **fields: str | int | None
+) -> list[str]:
+    """What a command line says without a configuration file, as overrides.
+
+    Without a test file a tenth of the training file is set aside as public. `fields` are named
+    `section_key`; those that are None are left out. BadInput for an ε that is neither a number nor
+    "none".
+    """
+    given = [] if train is None else [f"data.train={literal(str(train))}"]
+    if test is not None:
+        given.append(f"data.test={literal(str(test))}")
+    elif train is not None:
+        given.append(f"data.test={TEST_SHARE}")
+    if epsilon == "none":
+        given.append("privacy.mode=none")
+    elif epsilon is not None:
+        given.append(f"privacy.epsilon={epsilon}")
+    for name, value in fields.items():
+        if value is not None:
+            given.append(f"{name.replace('_', '.', 1)}={literal(value)}")
+    return given
 
 
 def changed(config: Config, *overrides: str) -> Config:

@@ -31,7 +31,9 @@ from fedlora.simulations.begin import (
     federation_of,
     machine_of,
     manifest_of,
+    sources_of,
 )
+from fedlora.simulations.chosen import decided_for
 from fedlora.simulations.federation.population import Federation
 
 PROBE_RECORDS = 48  # of the public validation part
@@ -100,7 +102,10 @@ def plan(config: Config, options: Options = DEFAULTS) -> Plan:
     """
     config = checked(config)
     with threads(options.threads), TemporaryDirectory() as folder:
-        federation = federation_of(config, Path(folder), machine_of(config, options))
+        sources = sources_of(config)
+        config = decided_for(config, sources)
+        machine = machine_of(config, options)
+        federation = federation_of(config, sources, Path(folder), machine)
         manifest = manifest_of(config, federation)
         speed = measure(federation, config)
     guarantee, compute = guarantee_of(manifest), federation.public.compute

@@ -21,25 +21,28 @@ from fedlora.common.privacy.figures import shown_epsilon
 class RunProgress:
     """Two bars: records whose features are computed (head phase), and rounds."""
 
-    def __init__(self, progress: Progress, rounds: int) -> None:
+    def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._features = progress.add_task("features", total=None, visible=False, figures="")
-        self._rounds = progress.add_task("rounds", total=rounds, figures="")
+        self._rounds = progress.add_task("rounds", total=None, figures="")
 
     def features(self, done: int, records: int) -> None:
         """So many of the records that a head phase needs went through the frozen model."""
         self._progress.update(self._features, completed=done, total=records, visible=True)
 
     def round(self, number: int, figures: Mapping[str, float | None]) -> None:
-        """Round `number` was committed."""
+        """Round `number` was committed; `figures` has the number of all `rounds`."""
         shown = "  ".join(
-            _figure(name, value) for name, value in figures.items() if value is not None
+            _figure(name, value)
+            for name, value in figures.items()
+            if value is not None and name != "rounds"
         )
-        self._progress.update(self._rounds, completed=number, figures=shown)
+        total = figures["rounds"]
+        self._progress.update(self._rounds, completed=number, total=total, figures=shown)
 
 
 @contextmanager
-def run_progress(console: Console, rounds: int) -> Iterator[RunProgress]:
+def run_progress(console: Console) -> Iterator[RunProgress]:
     """Live bars on a terminal; nothing but the last state where output is not a terminal."""
     columns = (
         TextColumn("{task.description:>8}"),
@@ -50,7 +53,7 @@ def run_progress(console: Console, rounds: int) -> Iterator[RunProgress]:
         TextColumn("{task.fields[figures]}"),
     )
     with Progress(*columns, console=console, transient=False) as progress:
-        yield RunProgress(progress, rounds)
+        yield RunProgress(progress)
 
 
 def _figure(name: str, value: float) -> str:

@@ -82,7 +82,7 @@ def _one_run(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores before training, and the summary after it."""
     console.print(f"[bold]{title}[/bold]")
-    with run_progress(console, config.federation.rounds) as progress:
+    with run_progress(console) as progress:
         options = Options(device="cpu", texts=texts)
         run = begin(config, folder, options, on_features=progress.features)
         before = run.public.test.evaluate(run.public.initial)

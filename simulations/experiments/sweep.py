@@ -12,11 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedlora.common.config.schema import Config, config_to_toml
+from fedlora.common.config.load import load_config
+from fedlora.common.config.schema import Config
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.model.features import PooledTexts
+from fedlora.server.runs.rules import agree
 from fedlora.simulations.begin import DEFAULTS, Options
+from fedlora.simulations.chosen import CONFIG
 from fedlora.simulations.experiments.configuration import changed, override
 from fedlora.simulations.experiments.simulate import Result, simulate
 from fedlora.simulations.report.pages import write_sweep_report
@@ -78,7 +81,7 @@ def _finished(target: Path, trial: Config) -> Mapping[str, Any] | None:
     """The summary of a trial that was run before; BadInput where it can't stand for this one."""
     if not (target / "summary.json").is_file():
         return None
-    if (target / "config.toml").read_text(encoding="utf-8") != config_to_toml(trial):
+    if not agree(trial, load_config(target / CONFIG)):
         raise BadInput(f"{target}: found a trial of another configuration, expected another --out")
     summary: dict[str, Any] = json.loads((target / "summary.json").read_text(encoding="utf-8"))
     if summary.get("ended"):

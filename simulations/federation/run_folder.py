@@ -54,6 +54,7 @@ class SimulatedRun(Run):
     deadline: float  # seconds of an attempt, where there is anybody to wait for
     faults: FaultsConfig
     own: Mapping[str, str]  # which parts are the researcher's own, and their names
+    chosen: tuple[str, ...] = ()  # fields of the configuration that were left to the rules
 
     @property
     def moments(self) -> MomentStore:
@@ -77,6 +78,7 @@ def finish(
             "partition": federation.partition_table(),
             "synthetic": synthetic,
             "own": dict(run.own),
+            "chosen": list(run.chosen),
             "ended": ended,
         }
 

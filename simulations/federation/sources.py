@@ -28,8 +28,8 @@ class Sources:
 def read_sources(data: DataConfig, task: str, seed: int, more: tuple[str, ...] = ()) -> Sources:
     """Read what the [data] section names, with the columns `more` of the training file.
 
-    `seed` draws the validation part where it is a share of the training file. BadInput says which
-    file, row and column is wrong.
+    `seed` draws what is a share of the training file: the test part, then the validation part of
+    what is left. BadInput says which file, row and column is wrong.
     """
     for name, value in (("train", data.train), ("test", data.test)):
         if not value:
@@ -39,13 +39,15 @@ def read_sources(data: DataConfig, task: str, seed: int, more: tuple[str, ...] =
     train = read_records(Path(data.train), private, labels)
     if train.spellings:
         log.warning("%s", train.spellings)
-    test = read_records(Path(data.test), public, labels)
-    if isinstance(data.validation, str):
-        validation = read_records(Path(data.validation), public, labels)
-    else:
-        groups = unit_groups(train.units, len(train))
-        kept, aside = split_validation(groups, data.validation, seed)
-        validation = train.take(aside, f"{train.where} (validation part)")
-        train = train.take(kept)
+
+    def part(name: str, source: float | str, train: Records) -> tuple[Records, Records]:
+        """A public file's records, or a share of the training file's units; and what is left."""
+        if isinstance(source, str):
+            return read_records(Path(source), public, labels), train
+        kept, aside = split_validation(unit_groups(train.units, len(train)), source, seed)
+        return train.take(aside, f"{train.where} ({name} part)"), train.take(kept)
+
+    test, train = part("test", data.test, train)
+    validation, train = part("validation", data.validation, train)
     records = PublicRecords(task_named(task, labels), validation, test)
     return Sources(train, records, file_digest(Path(data.train)))

@@ -43,6 +43,7 @@ spare_rounds = {spare}
 quorum = {quorum}
 deadline = {deadline}
 [training]
+head_rounds = 0
 steps = 1
 sampling_rate = 0.1
 expected_units = 80
@@ -60,6 +61,7 @@ secure = {secure}
 [server]
 optimizer = "momentum"
 learning_rate = 1.0
+decay = "none"
 """
 
 POLICY = """\

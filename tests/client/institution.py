@@ -48,6 +48,8 @@ from fedlora.common.protocol.start import Party, Start, digest_of
 from fedlora.common.trust.enrolment import Invitation, invitation_to_text
 from fedlora.common.trust.identity import Identity, Signed
 
+LORA = LoraConfig(rank=2, targets=("query", "value"))
+
 BASE = "sha256:" + "b" * 64
 PHASE = Phase("adapter", 3, 4, 2, 0.05, 4.0, 3.0, 1.0, 0.0, "sgd", 0.01, True, 0.0)
 COORDINATOR = Identity.generate()
@@ -90,7 +92,7 @@ def manifest_of(*phases: Phase, **changes: object) -> RunManifest:
         federation="f", run="1", task="sequence-classification", labels=("a", "b"),
         base_digest=BASE, spec_digest="s", projection_digest="", max_length=16, mode="record",
         unit="", epsilon=1.0, delta=1e-5, strategy="fedavg", participation=1.0, minimum_cohort=3,
-        seed=5, network=Network.of(ModelConfig(pooling="mean"), LoraConfig(rank=2)),
+        seed=5, network=Network.of(ModelConfig(pooling="mean"), LORA),
         phases=phases or (PHASE,),
     )  # fmt: skip
     return replace(made, **changes)  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def manifest_of(
         participation=1.0,
         minimum_cohort=1,
         seed=7,
-        network=Network.of(ModelConfig(), LoraConfig()),
+        network=Network.of(ModelConfig(pooling="default"), LoraConfig(targets=("query", "value"))),
         phases=phases,
     )
 

@@ -59,7 +59,7 @@ def manifest(mode: str = "record", run: str = "r1") -> RunManifest:
         participation=1.0,
         minimum_cohort=2,
         seed=7,
-        network=Network.of(ModelConfig(pooling="mean"), LoraConfig()),
+        network=Network.of(ModelConfig(pooling="mean"), LoraConfig(targets=("query", "value"))),
         phases=(phase,),
     )
 

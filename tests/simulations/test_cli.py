@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from fedlora.common.config.load import load_config
+from fedlora.common.config.schema import open_fields
 from fedlora.simulations import cli
 
 
@@ -60,7 +63,7 @@ def test_every_fault_is_a_line_and_the_exit_code_is_2(
         (("report", "no-such-run"), "expected a run that has finished"),
         (("predict", "no-such-run", "texts.txt"), "texts.txt"),
         (("no-such-command",), "No such command"),
-        (("run",), "Missing argument"),
+        (("run",), "found neither a configuration nor --train"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -97,3 +100,37 @@ def test_help_is_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert code == 0
     for command in ("quickstart", "plan", "run", "sweep", "report", "predict"):
         assert command in out
+
+
+def table_of(folder: Path, rows: int) -> Path:
+    """A person's own file, with names of columns of their own."""
+    path = folder / "my.csv"
+    lines = [f"w{k % 50} w{k % 7} {'good' if k % 2 else 'bad'},{'ab'[k % 2]}" for k in range(rows)]
+    path.write_text("body,topic\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def test_a_file_of_ones_own_needs_no_configuration(
+    tiny_bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A tenth is set aside as public, which the statement says; what was chosen can be edited."""
+    out = tmp_path / "run"
+    words = ["run", "--train", str(table_of(tmp_path, 120)), "--text", "body", "--label", "topic"]
+    words += ["--epsilon", "8", "--base", str(tiny_bert), "--clients", "2", "--out", str(out)]
+    few = ["--set", "federation.rounds=3", "--set", "privacy.delta=1e-4"]
+    code, _, error = call(monkeypatch, capsys, *words, *few)
+    assert code == 0, error
+    summary = json.loads((out / "summary.json").read_text())
+    assert [phase["phase"] for phase in summary["phases"]] == ["head", "lora"]
+    assert summary["epsilon"] <= 8.0 and sum(map(sum, summary["confusion"])) == 12
+    statement = " ".join(summary["privacy_statement"])
+    assert "were taken from the training file" in statement and "about 100 units" in statement
+    assert "training.head_rounds" in summary["chosen"]
+    assert (out / "report.html").is_file()
+    decided = load_config(out / "config.toml")
+    assert open_fields(decided) == () and decided.federation.rounds == 3
+    code, _, error = call(monkeypatch, capsys, *words, *few, "--resume")
+    assert code == 0, error

@@ -33,6 +33,7 @@ from fedlora.common.secagg.cohort import CohortPolicy, threshold
 from fedlora.common.secagg.wire import Epoch
 from fedlora.common.trust.identity import PublicIdentity
 from fedlora.server.rounds.cohort import CohortSum, Failure
+from fedlora.server.runs.rules import PublicFacts, decided
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.secagg.epoch import ServerEpoch
 from fedlora.server.secagg.sums import SecureCohort
@@ -354,10 +355,13 @@ def asked(epsilon: float, rounds: int, coordinates: int = 1540) -> RunManifest:
         [privacy]
         mode = "client"
         epsilon = {epsilon}
+        clip = 1.0
+        [training]
+        head_rounds = 0
         [aggregation]
         secure = true
     """
-    settings = parse_config(text)
+    settings = decided(parse_config(text), PublicFacts(20_000, 2))
     return make_manifest(Terms.of(settings), facts_of(settings, {"adapter": coordinates}))
 
 

@@ -47,7 +47,8 @@ from tests.client.institution import (
 from tests.client.service.authority import Authority
 
 LABELS = ("a", "b")
-MODEL, LORA = ModelConfig(pooling="mean"), LoraConfig(rank=2)
+MODEL = ModelConfig(pooling="mean")
+LORA = LoraConfig(rank=2, targets=("query", "value"))
 LIMIT, BURST = 64 << 20, 12  # bytes of one message that are taken; messages at once
 
 

@@ -21,6 +21,8 @@ from fedlora.common.model.state import AdapterState
 from fedlora.common.protocol.messages import Answer, vector_from_bytes, vector_to_bytes
 from tests.client.institution import POLICY, Institution, manifest_of, task_of
 
+LORA = LoraConfig(rank=2, targets=("query", "value"))
+
 
 def node_with_data(root: Path, base: Path) -> Institution:
     north = Institution(root)
@@ -34,7 +36,7 @@ def node_with_data(root: Path, base: Path) -> Institution:
 def test_consent_training_and_answer_with_a_real_model(tmp_path: Path, tiny_bert: Path) -> None:
     north = node_with_data(tmp_path / "n", tiny_bert)
     loaded = LoadedRun(north.folder, north.folder.load_policy(), north.ledger)
-    network = Network.of(ModelConfig(pooling="mean"), LoraConfig(rank=2))
+    network = Network.of(ModelConfig(pooling="mean"), LORA)
     run = manifest_of(base_digest=base_digest(tiny_bert), network=network)
     spec = loaded.spec(run, tmp_path / "none")
     run = replace(run, spec_digest=spec.digest)
@@ -70,7 +72,7 @@ def test_a_forged_projection_spoils_no_later_one(tmp_path: Path, tiny_bert: Path
     forged.write(tmp_path / "forged")
     right.write(tmp_path / "right")
     north = node_with_data(tmp_path / "n", tiny_bert)
-    network = Network.of(replace(ModelConfig(pooling="mean"), projection=2), LoraConfig(rank=2))
+    network = Network.of(replace(ModelConfig(pooling="mean"), projection=2), LORA)
     run = manifest_of(
         base_digest=base_digest(tiny_bert), projection_digest=right.digest, network=network
     )

@@ -27,6 +27,7 @@ from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.randomness import OsRandom
 from tests.oracles import head_clipped_sum_by_ones
 
+NETWORK = Network.of(ModelConfig(pooling="default"), LoraConfig(targets=("query", "value")))
 PHASE = Phase("adapter", 3, 4, 2, 0.5, 4.0, 3.0, 1.0, 0.0, "adamw", 0.01, True, 0.0)
 
 
@@ -61,7 +62,7 @@ def manifest(model: AdapterModel, mode: str = "record", **changes: object) -> Ru
         base_digest=model.base_digest, spec_digest=model.spec.digest, projection_digest="",
         max_length=16, mode=mode, unit="", epsilon=50.0, delta=1e-3, strategy="fedavg",
         participation=1.0, minimum_cohort=1, seed=5,
-        network=Network.of(ModelConfig(), LoraConfig()), phases=(PHASE,),
+        network=NETWORK, phases=(PHASE,),
     )  # fmt: skip
     return replace(made, **changes)  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from fedlora.common.model.base import base_digest, check_base
 from fedlora.common.model.network import build_model
 from fedlora.common.model.projection import PROJECTION
 
+LORA = LoraConfig(rank=2, targets=("query", "value"))
+
 LABELS = ("a", "b")
 
 
@@ -34,7 +37,7 @@ LABELS = ("a", "b")
 def exported(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An FFA adapter: its A is frozen, and drawn from the seed."""
     settings = ModelConfig(base=str(tiny_bert), pooling="mean")
-    lora = LoraConfig(rank=2, variant="ffa")
+    lora = replace(LORA, variant="ffa")
     model = build_model(settings, lora, SequenceClassification(LABELS), seed=7)
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
     export_adapter(model, model.state(), settings, lora, 7, folder)
@@ -149,7 +152,7 @@ def test_what_an_older_peft_does_not_know_may_be_missing(exported: Path, tmp_pat
 
 def test_one_tensor_under_two_names_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
     """A model's own head: of two keys for it, PEFT and `verify` could each read another."""
-    settings, lora = ModelConfig(base=str(tiny_bert), pooling="default"), LoraConfig(rank=2)
+    settings, lora = ModelConfig(base=str(tiny_bert), pooling="default"), LORA
     model = build_model(settings, lora, SequenceClassification(LABELS), seed=7)
     export_adapter(model, model.state(), settings, lora, 7, tmp_path)
     read_released(tmp_path)
@@ -192,7 +195,7 @@ def test_what_peft_writes_for_other_bases_is_what_is_expected(
         tokenizer.save_pretrained(place / "base")
         base.save_pretrained(place / "base")
         settings, lora = (
-            ModelConfig(base=str(place / "base"), task=task.name),
+            ModelConfig(base=str(place / "base"), task=task.name, pooling="default"),
             LoraConfig(2, targets=targets),
         )
         model = build_model(settings, lora, task, seed=7)

@@ -18,6 +18,7 @@ from fedlora.common.config.schema import (
     check_delta,
     config_to_toml,
 )
+from fedlora.common.config.toml import UNDECIDED
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
 
@@ -179,11 +180,11 @@ BAD = {
         ['run.toml [federation] column = "": expected a column, since partition = "by-column"'],
     ),
     "cfg-head-rounds-over-rounds": (
-        "[training]\nhead_rounds = 21",
+        "[federation]\nrounds = 20\n[training]\nhead_rounds = 21",
         ["run.toml [training] head_rounds = 21: expected at most [federation] rounds = 20"],
     ),
     "cfg-pooling": (
-        "[model]\nhead_hidden = 8\npooled_layers = [1]",
+        '[model]\npooling = "default"\nhead_hidden = 8\npooled_layers = [1]',
         [
             (
                 "run.toml [model] head_hidden = 8: "
@@ -305,11 +306,7 @@ def test_the_contract_of_design() -> None:
         "faults",
     ]
     assert (config.seed, config.model.base, config.model.max_length) == (7, "minilm", 64)
-    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (
-        8,
-        16.0,
-        ("query", "value"),
-    )
+    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16.0, ("auto",))
     assert (config.data.validation, config.data.text, config.data.label) == (0.03, "text", "label")
     assert (config.federation.clients, config.federation.partition, config.federation.alpha) == (
         10,
@@ -320,19 +317,34 @@ def test_the_contract_of_design() -> None:
         config.federation.rounds,
         config.federation.spare_rounds,
         config.federation.deadline,
-    ) == (20, 0, 600)
+    ) == (UNDECIDED, UNDECIDED, 600)
     assert (
         config.training.steps,
         config.training.sampling_rate,
         config.training.expected_units,
-    ) == (2, 0.02, 128)
+    ) == (UNDECIDED, UNDECIDED, UNDECIDED)
     assert (config.privacy.mode, config.privacy.epsilon, config.privacy.delta) == (
         "record",
         3.0,
         1e-5,
     )
     assert (config.aggregation.strategy, config.aggregation.secure) == ("fedavg", False)
-    assert (config.server.optimizer, config.server.learning_rate) == ("none", 1.0)
+    assert (config.server.optimizer, config.server.learning_rate) == ("auto", UNDECIDED)
+
+
+def test_what_is_left_to_the_rules_is_written_as_auto() -> None:
+    """A number that nobody gave comes back as such; -1 itself is no value."""
+    said = parse_config('[federation]\nrounds = "auto"\n[training]\nsteps = 3')
+    assert (said.federation.rounds, said.training.steps) == (UNDECIDED, 3)
+    text = config_to_toml(said)
+    assert 'rounds = "auto"' in text and "-1" not in text and parse_config(text) == said
+    assert faults("[training]\nsteps = -1") == [
+        "run.toml [training] steps = -1: expected an integer >= 1 and <= 10000"
+    ]
+    # a number that no rule chooses
+    assert faults('[privacy]\nepsilon = "auto"') == [
+        'run.toml [privacy] epsilon = "auto": expected a finite number > 0 and <= 10000'
+    ]
 
 
 def test_performance_knobs_are_told_apart() -> None:
@@ -459,7 +471,7 @@ def test_any_value_is_taken_or_refused_by_name(path: str, value: Any) -> None:
 def test_a_network_is_what_its_configuration_says() -> None:
     model, lora = (
         ModelConfig(pooling="layers", pooled_layers=(0, 3), head_hidden=4),
-        LoraConfig(rank=3),
+        LoraConfig(rank=3, targets=("query", "value")),
     )
     network = Network.of(model, lora)
     assert network.configs(model.base) == (model, lora)

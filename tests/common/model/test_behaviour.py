@@ -109,9 +109,9 @@ def test_an_encoder_is_no_language_model(tiny_bert: Path, tmp_path: Path) -> Non
         transformers.AutoTokenizer.from_pretrained(tiny_bert),
     ):
         each.save_pretrained(base)
-    settings = ModelConfig(base=str(base), task="causal-lm")
+    settings = ModelConfig(base=str(base), pooling="default", task="causal-lm")
     with pytest.raises(BadInput, match="reads what it is to predict"):
-        build_model(settings, LoraConfig(), CausalLanguageModel(), 1)
+        build_model(settings, LoraConfig(targets=("query", "value")), CausalLanguageModel(), 1)
 
 
 def test_a_base_that_draws_is_refused_when_it_is_built(
@@ -128,7 +128,7 @@ def test_a_base_that_draws_is_refused_when_it_is_built(
     with pytest.raises(BadInput, match="two passes over one batch that differ"):
         build_model(
             ModelConfig(base=str(tiny_bert), pooling="mean"),
-            LoraConfig(),
+            LoraConfig(targets=("query", "value")),
             SequenceClassification(("a", "b")),
             1,
         )

@@ -128,8 +128,8 @@ def test_a_classifier_has_no_language_model(tiny_bert: Path) -> None:
     assert base.name == "DistilBERT"
     with pytest.raises(BadInput, match="has no causal language model"):
         folder = base.save(tiny_bert.parent / "distilbert")
-        settings = ModelConfig(base=str(folder), task="causal-lm")
-        build_model(settings, LoraConfig(), CausalLanguageModel(), 1)
+        settings = ModelConfig(base=str(folder), pooling="default", task="causal-lm")
+        build_model(settings, LoraConfig(targets=("query", "value")), CausalLanguageModel(), 1)
 
 
 def test_the_fused_attention_comes_first_and_an_unknown_one_is_refused(tiny_bert: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterState
 from fedlora.common.model.tokenizer import load_tokenizer
 
+LORA = LoraConfig(rank=2, targets=("query", "value"))
+
 LABELS = ("a", "b", "c")
 TEXTS = ["w1 good w3", "w2", "bad w5 w6 w7 w8 loan", "poor the w9"]
 HEADS = [("mean", 0), ("layers", 0), ("layers", 6), ("default", 0)]
@@ -35,7 +38,7 @@ def classifier(
     folder: Path, pooling: str, hidden: int = 0, lora: LoraConfig | None = None
 ) -> AdapterModel:
     settings = ModelConfig(base=str(folder), pooling=pooling, head_hidden=hidden)
-    return build_model(settings, lora or LoraConfig(rank=2), SequenceClassification(LABELS), seed=3)
+    return build_model(settings, lora or LORA, SequenceClassification(LABELS), seed=3)
 
 
 def scrambled(model: AdapterModel) -> AdapterState:
@@ -66,7 +69,7 @@ def test_an_exported_adapter_gives_the_same_logits(
     model = classifier(tiny_bert, pooling, hidden)
     state = scrambled(model)
     settings = ModelConfig(base=str(tiny_bert), pooling=pooling, head_hidden=hidden)
-    export_adapter(model, state, settings, LoraConfig(rank=2), 3, tmp_path)
+    export_adapter(model, state, settings, LORA, 3, tmp_path)
     data = model.task.encode(records(TEXTS), model.tokenizer, 64)
     batch = data.batch(np.arange(4), model.pad, model.device)
     expected = model.logits(batch).detach()
@@ -90,12 +93,7 @@ def test_peft_alone_loads_the_adapted_backbone(
     model = classifier(tiny_bert, pooling)
     state = scrambled(model)
     export_adapter(
-        model,
-        state,
-        ModelConfig(base=str(tiny_bert), pooling=pooling),
-        LoraConfig(rank=2),
-        3,
-        tmp_path,
+        model, state, ModelConfig(base=str(tiny_bert), pooling=pooling), LORA, 3, tmp_path
     )
     alone = peft.PeftModel.from_pretrained(
         transformers.AutoModel.from_pretrained(tiny_bert), tmp_path
@@ -113,7 +111,7 @@ def test_peft_alone_loads_the_adapted_backbone(
 
 
 def test_a_causal_model_exports_and_completes(tiny_llama: Path, tmp_path: Path) -> None:
-    settings = ModelConfig(base=str(tiny_llama), task="causal-lm")
+    settings = ModelConfig(base=str(tiny_llama), pooling="default", task="causal-lm")
     lora = LoraConfig(rank=2, targets=("q_proj", "v_proj"))
     model = build_model(settings, lora, CausalLanguageModel(), seed=3)
     state = scrambled(model)
@@ -134,11 +132,11 @@ def test_a_projection_goes_with_its_adapter(tiny_bert: Path, tmp_path: Path, ker
     settings = ModelConfig(
         base=str(tiny_bert), pooling="layers", projection=5, kernel_directions=kernel, head_hidden=4
     )
-    model = build_model(settings, LoraConfig(rank=2), SequenceClassification(LABELS), seed=3)
+    model = build_model(settings, LORA, SequenceClassification(LABELS), seed=3)
     public = np.random.default_rng(0).uniform(size=(40, 96)).astype(np.float32)
     model.projection = Projection.fit(public, 5, 0.1, kernel, 2.0)
     state = scrambled(model)
-    export_adapter(model, state, settings, LoraConfig(rank=2), 3, tmp_path)
+    export_adapter(model, state, settings, LORA, 3, tmp_path)
     batch = model.task.encode(records(TEXTS), model.tokenizer, 64).batch(
         np.arange(4), 0, model.device
     )
@@ -178,7 +176,7 @@ def test_a_linear_head_on_kernel_features_is_a_kernel_machine() -> None:
 def test_frozen_a_is_the_same_on_every_machine_and_survives_export(
     tiny_bert: Path, tmp_path: Path
 ) -> None:
-    lora = LoraConfig(rank=2, variant="ffa")
+    lora = replace(LORA, variant="ffa")
     model = classifier(tiny_bert, "mean", lora=lora)
     torch.manual_seed(99)
     other = classifier(tiny_bert, "mean", lora=lora)
@@ -235,7 +233,7 @@ def test_prompts_lose_their_left_and_responses_their_right(
 
 
 def test_a_language_model_is_scored_on_its_response_alone(tiny_llama: Path) -> None:
-    settings = ModelConfig(base=str(tiny_llama), task="causal-lm")
+    settings = ModelConfig(base=str(tiny_llama), pooling="default", task="causal-lm")
     task: Task = CausalLanguageModel()
     model = build_model(settings, LoraConfig(rank=2, targets=("q_proj",)), task, seed=3)
     data = task.encode(records(["w1 w2 w3"], ["w4 w5"]), model.tokenizer, 64)
@@ -291,7 +289,7 @@ def test_unsafe_folders_are_refused(tiny_bert: Path, tmp_path: Path, name: str) 
         model,
         scrambled(model),
         ModelConfig(base=str(tiny_bert), pooling="mean"),
-        LoraConfig(rank=2),
+        LORA,
         3,
         tmp_path / "good",
     )
@@ -303,7 +301,9 @@ def test_unsafe_folders_are_refused(tiny_bert: Path, tmp_path: Path, name: str) 
 def test_base_digest_mismatch(tiny_bert: Path, tmp_path: Path) -> None:
     settings = ModelConfig(base=str(tiny_bert), digest="sha256:" + "0" * 64, pooling="mean")
     with pytest.raises(BadInput, match=r"\[model\] digest"):
-        build_model(settings, LoraConfig(), SequenceClassification(LABELS), seed=3)
+        build_model(
+            settings, LoraConfig(targets=("query", "value")), SequenceClassification(LABELS), seed=3
+        )
     before = base_digest(tiny_bert)
     shutil.copytree(tiny_bert, tmp_path / "copy")
     assert base_digest(tmp_path / "copy") == before

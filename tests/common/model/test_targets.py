@@ -180,7 +180,7 @@ def test_a_configuration_says_it_with_one_word_or_a_list() -> None:
 
 @pytest.mark.parametrize("target", ["auto", "all-linear", "re:.*", ".*q_proj"])
 def test_a_manifest_names_what_it_adapts(target: str) -> None:
-    network = Network.of(ModelConfig(), LoraConfig(targets=(target,)))
+    network = Network.of(ModelConfig(pooling="default"), LoraConfig(targets=(target,)))
     with pytest.raises(BadInput, match=r"manifest network targets: found .*, expected names"):
         network.configs("base")
 
@@ -192,6 +192,6 @@ def test_the_model_knows_the_names_of_what_it_adapts(tiny_bert: Path, tiny_llama
     assert model.lora.targets == ("dense", "key", "query", "value")
     again = build_model(*Network.of(settings, model.lora).configs(str(tiny_bert)), task, 1)
     assert again.spec == model.spec
-    causal = ModelConfig(base=str(tiny_llama), task="causal-lm")
+    causal = ModelConfig(base=str(tiny_llama), pooling="default", task="causal-lm")
     language = build_model(causal, LoraConfig(targets=("auto",)), CausalLanguageModel(), 1)
     assert language.lora.targets == ("q_proj", "v_proj")

@@ -96,7 +96,7 @@ def test_a_language_model_s_head_is_frozen_and_must_be_there(
 ) -> None:
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
     rename(folder, {"lm_head.weight": ""})
-    settings = ModelConfig(base=str(folder), task="causal-lm", max_length=16)
+    settings = ModelConfig(base=str(folder), pooling="default", task="causal-lm", max_length=16)
     with pytest.raises(BadInput, match=r"no weights in the files for lm_head\.weight"):
         build_model(settings, LoraConfig(2, targets=("q_proj",)), CausalLanguageModel(), 1)
 
@@ -138,7 +138,7 @@ def test_a_head_that_no_file_has_is_trained_whole(deberta: Path, tmp_path: Path)
         _ = one.head  # a head phase trains one linear layer
     values = np.random.default_rng(1).normal(0, 0.3, one.spec.size).astype(np.float32)
     state = AdapterState(one.spec, values)
-    settings = ModelConfig(base=str(deberta), max_length=16)
+    settings = ModelConfig(base=str(deberta), pooling="default", max_length=16)
     out = tmp_path / "adapter"
     export_adapter(one, state, settings, LoraConfig(2, targets=targets), 1, out)
     assert read_released(out)[1] == state

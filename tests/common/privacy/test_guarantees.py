@@ -22,7 +22,7 @@ from fedlora.common.privacy.record_level import RecordLevel
 from fedlora.server.release.card import model_card
 
 PHASE = Phase("adapter", 3, 4, 2, 0.25, 4.0, 3.0, 1.0, 0.0, "sgd", 0.01, True, 0.0)
-NETWORK = Network.of(ModelConfig(), LoraConfig())
+NETWORK = Network.of(ModelConfig(pooling="default"), LoraConfig(targets=("query", "value")))
 MANIFEST = RunManifest(
     "f",
     "1",

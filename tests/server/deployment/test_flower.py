@@ -65,7 +65,7 @@ MANIFEST = RunManifest(
     participation=1.0,
     minimum_cohort=1,
     seed=0,
-    network=Network.of(ModelConfig(), LoraConfig()),
+    network=Network.of(ModelConfig(pooling="default"), LoraConfig(targets=("query", "value"))),
     phases=(PHASE,),
 )
 PLAN = RoundPlan(MANIFEST.digest, phase=0, round=2, attempt=4, adapter=STATE.digest)

@@ -114,6 +114,10 @@ def test_nothing_is_left_running_after_a_kill_and_a_resume(server: Server) -> No
     assert all(map(psutil.pid_exists, left))
     second = server.start("resume")
     try:
+        end = time.monotonic() + 60  # it begins by ending them
+        while any(map(psutil.pid_exists, left)) and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(1.0)
         assert not any(map(psutil.pid_exists, left)) and server.started() != left
         second.terminate()
         second.communicate(timeout=30)

@@ -21,6 +21,7 @@ from fedlora.common.privacy.institution_level import InstitutionLevel
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.skellam import Release, epsilon_of_releases
 from fedlora.common.secagg.cohort import threshold
+from fedlora.server.runs.rules import PublicFacts, decided
 from fedlora.server.runs.run import conduct
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.simulations.begin import begin
@@ -32,6 +33,7 @@ from tests.simulations.engines.test_masked import SECURE
 from tests.simulations.experiments.test_simulate import config, cpu, data, run_whole
 
 __all__ = ["data"]
+FACTS = PublicFacts(50, 2)
 CLIENT = [*SECURE, "privacy.clip=0.5", "privacy.head_phase_clip=0.5"]
 
 
@@ -164,7 +166,7 @@ def test_noise_is_calibrated_for_all_phases_together(
 ) -> None:
     settings = config(tiny_bert, data, "client", *CLIENT, "federation.spare_rounds=0")
     moved = {"head": 10, "adapter": 1000}
-    manifest = make_manifest(Terms.of(settings), facts_of(settings, moved))
+    manifest = make_manifest(Terms.of(decided(settings, FACTS)), facts_of(settings, moved))
     head, adapter = (phase.noise_multiplier for phase in manifest.phases)
     releases = [Release(head, LEVELS, 10, 2), Release(adapter, LEVELS, 1000, 2)]
     assert InstitutionLevel(manifest).releases() == releases
@@ -173,7 +175,7 @@ def test_noise_is_calibrated_for_all_phases_together(
     assert charge(guarantee_of(manifest)).epsilon == epsilon_of_releases(releases, 1e-4, moved=2)
     many = "federation.clients=200"  # ten deviations of their noise need the wider ring
     loud = config(tiny_bert, data, "client", *CLIENT, "privacy.epsilon=0.02", many)
-    wide = make_manifest(Terms.of(loud), facts_of(loud, moved))
+    wide = make_manifest(Terms.of(decided(loud, FACTS)), facts_of(loud, moved))
     assert manifest.secure is not None and wide.secure is not None
     assert (manifest.secure.bits, wide.secure.bits) == (32, 64)
     # and finer noise could not be drawn
@@ -192,7 +194,7 @@ def test_what_cannot_be(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     settings = config(tiny_bert, data, "client", *CLIENT)
     # nothing is noised that is not known to move
     with pytest.raises(BadInput, match='mode = "client": expected'):
-        make_manifest(Terms.of(settings), facts_of(settings, {}))
+        make_manifest(Terms.of(decided(settings, FACTS)), facts_of(settings, {}))
     with pytest.raises(BadInput, match=r"\[privacy\] delta = 0.3: expected less than 1/5"):
         begin(
             config(tiny_bert, data, "client", *CLIENT, "privacy.delta=0.3"),

@@ -59,6 +59,7 @@ sampling_rate = 0.3
 expected_units = 8
 head_rounds = 2
 head_sampling_rate = 0.5
+moves = "both"
 precision = "fp32"
 attention = "sdpa"
 [server]
@@ -66,6 +67,7 @@ head_learning_rate = 0.05
 [privacy]
 mode = "{mode}"
 epsilon = 8.0
+head_epsilon_share = 0.5
 delta = 1e-4
 """
 

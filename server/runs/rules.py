@@ -1,0 +1,267 @@
+"""What a configuration leaves open is chosen here, from public facts: each rule with its reason.
+
+A run has two phases. The head is trained alone, on the frozen base's features: few coordinates
+carry noise, and every unit is in every step. Then LoRA moves the base, from a head that passes
+gradients on. Validation keeps the end of the better phase (`server.rounds.loop`).
+
+A private rate is bounded twice: by what suits gradients alone, and by what noise would do, which
+is in proportion to clip / units. Where there are few units, rates are small, and never a ruin.
+How the constants were found: docs/results.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Any
+
+from fedlora.common.config.load import parse_config
+from fedlora.common.config.schema import Config, config_to_toml, open_fields
+from fedlora.common.config.toml import AUTO
+from fedlora.common.errors import BadInput
+from fedlora.common.privacy.modes import guarantee_named
+
+HEAD_ROUNDS, LORA_ROUNDS = 30, 60
+SPARE = 2  # attempts of a phase that may be lost: to a crash, to Ctrl-C
+HEAD_SHARE = 0.6  # of ε
+# So small that every unit is clipped: what a step adds has one size, whatever the base.
+HEAD_CLIP, LORA_CLIP = 1.0, 0.1
+# A logit's standard deviation by the noise of a head phase. Twice or half of it cost 1 to 4 points
+# at ε = 1, 3 and 8 on 77 classes.
+SHAKEN = 1.6
+# Without noise the head's best rate grows with the classes: their gradients point apart.
+CLIPPED_HEAD_RATE, OPEN_HEAD_RATE = 4.5, 10.0
+# Units that LoRA's rounds draw in all: what a machine without a GPU does in minutes. Few units are
+# drawn more often, at most all of them in each step; many at a rate that amplifies well.
+LORA_UNITS, SMALLEST_DRAW = 100_000, 0.05
+LORA_RATE = 10.0  # of the mean of gradients of length 0.1, under momentum
+# How far noise moves a coordinate in a step, at most. Five times as much ended below the head.
+LORA_SHAKEN = 7e-4
+OPEN_RATE = 1e-3  # AdamW's, for LoRA without privacy
+MOST_EPSILON = 100.0  # beyond it, e^ε and the normal tails are rounding
+OPEN_BATCH, OPEN_ROUNDS, OPEN_EPOCHS = 32, 10, 3
+
+# chosen by what `federation.units` says
+BY_UNITS = frozenset(
+    ("training.expected_units", "training.head_expected_units", "training.sampling_rate")
+)
+Chosen = Mapping[str, Mapping[str, Any]]  # by section and field
+
+
+@dataclass(frozen=True)
+class PublicFacts:
+    """What is known before a network is built. `units` of all institutions together, about."""
+
+    units: int
+    classes: int  # 0: a language model
+
+
+def decided(config: Config, facts: PublicFacts) -> Config:
+    """`config` with a value in every place; BadInput where chosen and given don't fit together."""
+    for rule in (_network, _rounds, _head, _lora, _server):
+        config = _filled(config, rule(config, facts))
+    return parse_config(config_to_toml(config), "config")
+
+
+def agree(config: Config, run: Config) -> bool:
+    """Whether a run that has begun is the one that `config` describes, as far as it says."""
+    left = open_fields(config)
+    taken: dict[str, dict[str, Any]] = {}
+    for path in left:
+        section, field = path.split(".")
+        taken.setdefault(section, {})[field] = getattr(getattr(run, section), field)
+    if config.lora.targets == (AUTO,):  # what a base has is read when it is loaded
+        config = replace(config, lora=replace(config.lora, targets=run.lora.targets))
+    return _filled(config, taken) == run
+
+
+def rounded(units: int) -> int:
+    """To two digits."""
+    step = int(10 ** max(0, len(str(units)) - 2))
+    return max(1, round(units / step) * step)
+
+
+def _filled(config: Config, chosen: Chosen) -> Config:
+    """What is given stays."""
+    left = open_fields(config)
+    sections = {
+        name: replace(
+            getattr(config, name),
+            **{field: value for field, value in values.items() if f"{name}.{field}" in left},
+        )
+        for name, values in chosen.items()
+    }
+    return replace(config, **sections)
+
+
+def _network(config: Config, facts: PublicFacts) -> Chosen:
+    """A mean over the words reads what a base knows; a head of its own may be drawn anew."""
+    model = config.model
+    pooling = "layers" if model.pooled_layers else "mean"
+    return {"model": {"pooling": pooling if facts.classes else "default"}}
+
+
+def _rounds(config: Config, facts: PublicFacts) -> Chosen:
+    """A phase each for head and LoRA; of a given number, most for the head, which pays first.
+
+    A head of the base's own can't be counted on to be one that trains by itself.
+    """
+    dealing, head = config.federation, config.training.head_rounds
+    if head < 0 and config.model.pooling == "default":
+        head = 0
+    elif head < 0:
+        head = HEAD_ROUNDS if dealing.rounds < 0 else dealing.rounds * 3 // 5
+    noisy = guarantee_named(config.privacy.mode).noise_in_step
+    more = LORA_ROUNDS if noisy else OPEN_ROUNDS
+    return {
+        "training": {"head_rounds": head},
+        "federation": {
+            "rounds": head + more,
+            "spare_rounds": SPARE,
+            "units": facts.units or _units_meant(config),
+        },
+    }
+
+
+def _units_meant(config: Config) -> int:
+    """As given, or by what a step expects of an institution; BadInput where neither says so."""
+    training, clients = config.training, config.federation.clients
+    if config.federation.units > 0:
+        return config.federation.units
+    expected = training.expected_units / training.sampling_rate
+    if training.expected_units < 0 or training.sampling_rate < 0:
+        expected = training.head_expected_units / training.head_sampling_rate
+        if training.head_expected_units <= 0 or training.head_sampling_rate < 0:
+            raise BadInput(
+                '[federation] units = "auto": expected about how many privacy units the'
+                " institutions have together, where expected_units are to be chosen"
+            )
+    return max(1, round(clients * expected))
+
+
+def _head(config: Config, facts: PublicFacts) -> Chosen:
+    """Every unit in every step: no draw amplifies, and no signal for its ε is better."""
+    training, units = config.training, _units_of_one(config)
+    rate = training.head_sampling_rate if training.head_sampling_rate > 0 else 1.0
+    return {
+        "training": {
+            "head_steps": 1,
+            "head_sampling_rate": rate,
+            "head_expected_units": units * rate,
+            "head_optimizer": "sgd",
+            "head_learning_rate": 1.0,
+        },
+        "privacy": {"head_phase_clip": HEAD_CLIP, "head_epsilon_share": HEAD_SHARE},
+    }
+
+
+def _lora(config: Config, facts: PublicFacts) -> Chosen:
+    """With noise in each step, few and large ones; else small ones that make up epochs."""
+    training, units = config.training, _units_of_one(config)
+    moves = "both" if config.privacy.head_clip or not training.head_rounds else "lora"
+    if guarantee_named(config.privacy.mode).noise_in_step:
+        drawn = LORA_UNITS / (LORA_ROUNDS * config.federation.units)
+        steps, rate = 1, min(1.0, max(SMALLEST_DRAW, drawn))
+        optimizer, learning_rate = "sgd", 1.0
+    else:
+        rounds = config.federation.rounds - training.head_rounds
+        rate = min(1.0, OPEN_BATCH / units)
+        steps = max(1, round(OPEN_EPOCHS / (rate * max(1, rounds))))
+        optimizer, learning_rate = "adamw", OPEN_RATE
+    rate = training.sampling_rate if training.sampling_rate > 0 else rate
+    chosen = {
+        "steps": steps,
+        "sampling_rate": rate,
+        "expected_units": max(1.0, units * rate),
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "moves": moves,
+    }
+    return {"training": chosen, "privacy": {"clip": LORA_CLIP}}
+
+
+def _server(config: Config, facts: PublicFacts) -> Chosen:
+    """A rate is a phase's as a whole: what the nodes' own rate is counts in it."""
+    training = config.training
+    if training.optimizer == "adamw":  # its steps have their size already
+        optimizer, rate = "none", 1.0
+    else:
+        optimizer, rate = "momentum", _lora_rate(config) / training.learning_rate
+    head = 1.0 if training.head_optimizer == "adamw" else _head_rate(config, facts)
+    return {
+        "server": {
+            "optimizer": optimizer,
+            "learning_rate": rate,
+            "head_optimizer": "none",
+            "head_learning_rate": head / training.head_learning_rate / training.head_steps,
+            "decay": "linear",
+            "average_last": 0.0,
+        }
+    }
+
+
+def _head_rate(config: Config, facts: PublicFacts) -> float:
+    """What suits gradients alone, and what noise allows."""
+    privacy, rounds = config.privacy, max(1, config.training.head_rounds)
+    if not guarantee_named(privacy.mode).noise_in_step:
+        return OPEN_HEAD_RATE
+    clip, rate = privacy.head_phase_clip, config.training.head_sampling_rate
+    noise = _sigma(_head_mu(config), rate, rounds * config.training.head_steps)
+    noise *= clip / config.training.head_expected_units / math.sqrt(_asked(config))
+    # features have length head_scale; with a linear decay a third of the squared rates counts
+    moved = config.model.head_scale * noise * math.sqrt(rounds / 3)
+    return min(CLIPPED_HEAD_RATE * math.sqrt(max(1, facts.classes)) / clip, SHAKEN / moved)
+
+
+def _lora_rate(config: Config) -> float:
+    """Likewise."""
+    privacy, training = config.privacy, config.training
+    suits = LORA_RATE * LORA_CLIP / privacy.clip
+    rounds = config.federation.rounds - training.head_rounds
+    if not guarantee_named(privacy.mode).noise_in_step or rounds == 0:
+        return suits
+    whole, head = gaussian_mu(privacy.epsilon, privacy.delta), _head_mu(config)
+    left = math.sqrt(whole**2 - head**2) if training.head_rounds else whole
+    noise = _sigma(left, training.sampling_rate, rounds * training.steps)
+    noise *= privacy.clip / training.expected_units / math.sqrt(_asked(config))
+    return min(suits, LORA_SHAKEN / noise)
+
+
+def _head_mu(config: Config) -> float:
+    privacy = config.privacy
+    return gaussian_mu(min(0.99, privacy.head_epsilon_share) * privacy.epsilon, privacy.delta)
+
+
+def _sigma(mu: float, sampling_rate: float, steps: int) -> float:
+    """About what keeps so many steps μ-private: a rate is no promise, and calibration is exact.
+
+    By the limit of many steps (Bu et al. 2020): μ = q √steps √(exp(1 / σ²) - 1).
+    """
+    if sampling_rate == 1:
+        return math.sqrt(steps) / mu
+    return 1 / math.sqrt(math.log1p((mu / sampling_rate) ** 2 / steps))
+
+
+def _asked(config: Config) -> float:
+    """Institutions of a round, about."""
+    return max(1.0, config.federation.participation * config.federation.clients)
+
+
+def gaussian_mu(epsilon: float, delta: float) -> float:
+    """The μ of a Gaussian mechanism that is (ε, δ)-private exactly (Dong, Roth and Su 2022)."""
+    epsilon = min(epsilon, MOST_EPSILON)
+    low, high = 1e-6, 1e3
+    for _ in range(100):
+        middle = math.sqrt(low * high)
+        shift = epsilon / middle
+        normal = NormalDist().cdf
+        spent = normal(middle / 2 - shift) - math.exp(epsilon) * normal(-middle / 2 - shift)
+        low, high = (middle, high) if spent < delta else (low, middle)
+    return low
+
+
+def _units_of_one(config: Config) -> float:
+    """Units that an institution has, about."""
+    return max(1.0, config.federation.units / config.federation.clients)

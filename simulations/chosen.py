@@ -1,0 +1,63 @@
+"""What a run's configuration left to the rules, and what of its private file that takes as public.
+
+The run's config.toml has a value in every place; chosen.json names those that were chosen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedlora.common.config.load import parse_config
+from fedlora.common.config.schema import Config, config_to_toml, open_fields
+from fedlora.common.data.records import unit_groups
+from fedlora.common.disk.files import write_text
+from fedlora.common.privacy.modes import guarantee_named
+from fedlora.server.runs.rules import BY_UNITS, PublicFacts, decided, rounded
+from fedlora.simulations.federation.sources import Sources
+
+CONFIG, CHOSEN = "config.toml", "chosen.json"  # in a run's folder
+UNITS = (
+    "That there are about {units} units is taken as public: rates and normalisers follow from it."
+)
+PARTS = (
+    "The test and validation parts and the label set were taken from the training file, and are"
+    " public: the records in those parts are not protected."
+)
+
+
+def decided_for(config: Config, sources: Sources) -> Config:
+    """`config` with a value in every place, by the rules and what is public of these records.
+
+    How many units there are is taken as public here, to two digits.
+    """
+    units, task = len(unit_groups(sources.train.units, len(sources.train))), sources.public.task
+    return decided(config, PublicFacts(rounded(units), len(task.labels)))
+
+
+def decided_run(
+    config: Config, sources: Sources, folder: Path, resume: bool
+) -> tuple[Config, tuple[str, ...]]:
+    """The configuration of a run, and which fields of it were chosen by rule when it began."""
+    if not resume:
+        return decided_for(config, sources), open_fields(config)
+    kept = folder / CHOSEN  # a run of an earlier version has none
+    chosen = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else ()
+    return parse_config((folder / CONFIG).read_text(encoding="utf-8")), tuple(chosen)
+
+
+def write_decided(config: Config, chosen: Sequence[str], folder: Path) -> None:
+    """What `decided_run` reads when the run is resumed."""
+    write_text(folder / CONFIG, config_to_toml(config))
+    write_text(folder / CHOSEN, json.dumps(chosen) + "\n")
+
+
+def taken_as_public(config: Config, chosen: Sequence[str]) -> tuple[str, ...]:
+    """Sentences for the statement; none where nothing is promised."""
+    if not guarantee_named(config.privacy.mode).private:
+        return ()
+    by_units = "federation.units" in chosen and bool(BY_UNITS.intersection(chosen))
+    units = UNITS.format(units=config.federation.units)
+    parts = not isinstance(config.data.test, str)
+    return (units,) * by_units + (PARTS,) * parts

@@ -1,0 +1,143 @@
+"""What a configuration leaves open: chosen from public facts alone, and what is given stays."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fedlora.common.config.load import parse_config
+from fedlora.common.config.parts import Terms
+from fedlora.common.config.schema import Config, config_to_toml, open_fields
+from fedlora.common.errors import BadInput
+from fedlora.common.privacy.accountant import Mechanism, epsilon_of
+from fedlora.common.privacy.calibration import Asked
+from fedlora.common.privacy.record_level import RecordLevel
+from fedlora.server.runs.rules import PublicFacts, agree, decided, gaussian_mu, rounded
+from fedlora.server.runs.schedule import public_phases
+
+FACTS = PublicFacts(units=10_000, classes=77)
+
+
+def chosen(text: str = "", facts: PublicFacts = FACTS) -> Config:
+    return decided(parse_config(text), facts)
+
+
+def test_a_bare_configuration_is_a_head_phase_and_then_lora() -> None:
+    head, lora = public_phases(Terms.of(chosen()))
+    assert (head.name, head.rounds, head.steps, head.sampling_rate) == ("head", 30, 1, 1.0)
+    assert head.expected_units == 1_000  # of an institution
+    assert (lora.name, lora.rounds, lora.steps) == ("lora", 60, 1)
+    assert lora.sampling_rate == pytest.approx(100_000 / (60 * 10_000))
+    assert lora.expected_units == pytest.approx(1_000 * lora.sampling_rate)
+    assert all(phase.attempts == phase.rounds + 2 for phase in (head, lora))
+
+
+def test_nothing_is_left_open_and_what_is_decided_stays() -> None:
+    config = chosen()
+    assert open_fields(config) == () and len(open_fields(Config())) > 20
+    assert decided(config, PublicFacts(5, 2)) == config
+    assert parse_config(config_to_toml(config)) == config
+
+
+def test_what_is_left_open_is_never_signed() -> None:
+    with pytest.raises(BadInput, match=r"federation.rounds, .*expected a value in every place"):
+        Terms.of(Config())
+
+
+def test_what_is_given_stays() -> None:
+    text = (
+        '[model]\npooling = "layers"\n[federation]\nrounds = 10\nspare_rounds = 0\n'
+        "[training]\nexpected_units = 7\n[server]\nhead_learning_rate = 0.5\n"
+    )
+    config = chosen(text)
+    assert (config.model.pooling, config.federation.rounds) == ("layers", 10)
+    assert (config.federation.spare_rounds, config.training.expected_units) == (0, 7)
+    assert (config.server.head_learning_rate, config.training.head_rounds) == (0.5, 6)
+
+
+@pytest.mark.parametrize("units", [200, 2_000, 200_000])
+@pytest.mark.parametrize("epsilon", [0.5, 3.0, 8.0])
+def test_the_heads_rate_lets_noise_move_a_logit_by_so_much_at_most(
+    units: int, epsilon: float
+) -> None:
+    config = chosen(f"[privacy]\nepsilon = {epsilon}", PublicFacts(units, 2))
+    (head, _), terms = public_phases(Terms.of(config)), config.server
+    sigma = math.sqrt(head.rounds) / gaussian_mu(0.6 * epsilon, 1e-5)
+    noise = sigma * head.clip / head.expected_units / math.sqrt(10)
+    rates = [terms.head_learning_rate * (1 - step / head.rounds) for step in range(head.rounds)]
+    moved = 10.0 * noise * math.sqrt(sum(rate**2 for rate in rates))  # features have length 10
+    assert moved <= 1.7
+    assert moved > 1.5 or terms.head_learning_rate == pytest.approx(4.5 * math.sqrt(2))
+
+
+@pytest.mark.parametrize("units", [500, 10_000, 300_000])
+def test_noise_moves_a_coordinate_of_lora_by_so_much_at_most(units: int) -> None:
+    """By the noise that is calibrated in the end, and not by the estimate that the rule uses."""
+    config = chosen("[privacy]\nepsilon = 8.0", PublicFacts(units, 2))
+    terms = Terms.of(config)
+    asked = Asked(terms.privacy, terms.aggregation, {}, None)
+    _, lora = RecordLevel.calibrated(public_phases(terms), asked).phases
+    noise = lora.noise_multiplier * lora.clip / lora.expected_units / math.sqrt(10)
+    assert config.server.learning_rate * noise <= 0.9e-3
+    assert config.server.learning_rate == 10.0 or config.server.learning_rate * noise > 0.55e-3
+
+
+def test_mu_is_that_of_the_accountant() -> None:
+    """ε of a Gaussian mechanism without sampling, by an accountant that knows nothing of μ."""
+    for epsilon in (0.5, 2.0, 8.0):
+        mu = gaussian_mu(epsilon, 1e-5)
+        found = epsilon_of([Mechanism(1.0, 1 / mu, 1)], 1e-5)
+        assert found == pytest.approx(epsilon, rel=0.02)
+
+
+def test_without_privacy_small_steps_make_up_epochs() -> None:
+    config = chosen('[privacy]\nmode = "none"')
+    training = config.training
+    rounds = config.federation.rounds - training.head_rounds
+    assert (training.optimizer, config.server.optimizer) == ("adamw", "none")
+    assert training.expected_units == pytest.approx(32)
+    assert rounds * training.steps * training.sampling_rate == pytest.approx(3, rel=0.05)
+
+
+def test_a_head_of_the_bases_own_has_no_phase_unless_it_is_asked_for() -> None:
+    own = '[model]\npooling = "default"\n'
+    assert chosen(own).training.head_rounds == 0
+    assert chosen(own + "[training]\nhead_rounds = 4").training.head_rounds == 4
+
+
+def test_a_language_model_has_no_head_phase() -> None:
+    text = '[model]\ntask = "causal-lm"\n[data]\nresponse = "answer"'
+    config = chosen(text, PublicFacts(5_000, 0))
+    assert (config.model.pooling, config.training.head_rounds) == ("default", 0)
+    assert config.training.moves == "both"
+
+
+def test_a_coordinator_states_how_many_units_there_are() -> None:
+    nothing = PublicFacts(0, 3)
+    with pytest.raises(BadInput, match=r'\[federation\] units = "auto": expected about how many'):
+        chosen("", nothing)
+    stated = chosen("[federation]\nunits = 5000", nothing)
+    assert stated.training.head_expected_units == 500
+    meant = chosen("[training]\nexpected_units = 20\nsampling_rate = 0.1", nothing)
+    assert meant.federation.units == 2_000
+
+
+def test_what_is_chosen_and_given_must_fit() -> None:
+    with pytest.raises(BadInput, match=r"head_rounds = 9: expected at most"):
+        chosen("[federation]\nrounds = 5\n[training]\nhead_rounds = 9")
+
+
+def test_a_run_goes_on_with_what_was_chosen_when_it_began() -> None:
+    run = chosen()
+    assert agree(parse_config(""), run)
+    assert agree(parse_config("[federation]\nrounds = 90"), run)
+    assert not agree(parse_config("[federation]\nrounds = 91"), run)
+    assert not agree(parse_config("seed = 8"), run)
+
+
+@pytest.mark.parametrize(
+    ("units", "shown"), [(1, 1), (99, 99), (104, 100), (9_951, 10_000), (67_349, 67_000)]
+)
+def test_a_number_of_units_is_public_to_two_digits(units: int, shown: int) -> None:
+    assert rounded(units) == shown
