@@ -210,7 +210,7 @@ def serve(node: Folder = HERE) -> None:
     with only_trainer(folder):
         ledger = folder.open_ledger(policy)
         resident = Resident(folder, policy, identity, ledger, LoadedRun(folder, policy, ledger))
-        service = Service(resident.ask, policy.trainer, folder.root)
+        service = Service(resident.ask_in_time, policy.trainer, folder.root)
         _say(f"trainer of {policy.institution} listens at {service.address}")
         service.serve()
 

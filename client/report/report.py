@@ -43,6 +43,11 @@ ASSUMPTIONS = (
     "No data file was charged to a second ledger under another name or as a copy.",
     "Ledger, key and head were never all put back to an older copy together.",
     (
+        "Nobody outside the institution sees how much of a processor, or for how long, the trainer"
+        " uses: an answer leaves at a public tick, and that hides no more of a step's time than"
+        " between two ticks."
+    ),
+    (
         "Noise is drawn in floating point or whole numbers as each run states; the guarantee is the"
         " mathematical mechanism's."
     ),

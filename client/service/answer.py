@@ -32,6 +32,7 @@ from fedlora.client.service.answer_start import answer_start, open_start
 from fedlora.client.service.answer_task import answer_task, open_task
 from fedlora.client.service.dialogue import PRIVATE_REASON, Dialogue, Node, Place, PrivateFault, now
 from fedlora.client.service.refusals import RefusalLog
+from fedlora.client.service.ticks import Ticks, Watched
 from fedlora.client.service.work import Work
 from fedlora.common.disk.files import append_line
 from fedlora.common.errors import BadInput, FedloraError, Refused
@@ -64,11 +65,27 @@ class Resident:
     ) -> None:
         outbox = Outbox(folder.under(policy.trainer.outbox))
         masked = MaskedRuns(folder, policy, identity, outbox)
-        self._node = Node(folder, policy, identity, ledger, work, Offers(folder), outbox, masked)
+        self._watched = Watched(work)
+        self._node = Node(
+            folder, policy, identity, ledger, self._watched, Offers(folder), outbox, masked
+        )
+        self._ticks, self._turn = Ticks(policy.trainer.answer_every), threading.Lock()
         self._refusals = RefusalLog(folder.refusals)
         self._one = threading.Lock()
         _check_history(self._node)
         folder.check_marks(policy, ledger.id)
+
+    def ask_in_time(self, data: bytes) -> bytes:
+        """As `ask`, when the answer may leave: at a tick, if data were touched for it.
+
+        It is on disk before; whoever ends the process meanwhile loses nothing of it.
+        """
+        with self._turn:
+            began = self._ticks.now()
+            self._watched.taken()
+            answer = self.ask(data)
+            self._ticks.wait(self._watched.taken(), began)
+            return answer
 
     def ask(self, data: bytes) -> bytes:
         """The signed reply to a request; never raises what a request can cause."""

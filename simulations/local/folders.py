@@ -89,6 +89,7 @@ client_level = {client_level}
 
 [trainer]
 threads = 1
+answer_every = 0.5
 """
 
 

@@ -145,7 +145,7 @@ def trainer(tmp_path: Path, tiny_bert: Path, model: AdapterModel) -> Iterator[Tr
     north = Institution(tmp_path / "n")
     north.set_policy(
         POLICY.format(base=model.base_digest, folder=tiny_bert)
-        + "[trainer]\nmicro_batch_tokens = 200\n"
+        + "[trainer]\nmicro_batch_tokens = 200\nanswer_every = 0.1\n"
     )
     rows = [json.dumps({"text": f"w{k % 50} good", "label": LABELS[k % 2]}) for k in range(300)]
     (north.root / "notes.jsonl").write_text("\n".join(rows))
@@ -229,7 +229,7 @@ def ask(trainer, data):
     return b"done"
 
 root, endpoint.GRACE = Path(sys.argv[1]), float(sys.argv[2])
-answer.Resident.ask = ask
+answer.Resident.ask_in_time = ask
 sys.argv = ["fedlora-node", "serve", "--node", str(root)]
 cli.main()
 """
