@@ -10,13 +10,16 @@ import errno
 import io
 import re
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fedlora.common.errors import BadInput, FedloraError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 MAX_LINE = 2_000  # characters of a reason
+MOST_CAUSES = 8
 # the folders of an absolute path, not those of a base64 text or a relative one
 ABOVE = re.compile(r"(?<![\w./+=-])(?:~|/)(?:[^\s/:;,'\"()]+/)+|(?<![\w./+=-])~/")
 SHORT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -50,6 +53,21 @@ def one_line(text: str, most: int = MAX_LINE) -> str:
 def without_places(text: str) -> str:
     """Text in which an absolute path is its last part alone: where it lies is its machine's own."""
     return ABOVE.sub("…/", text)
+
+
+def places(error: BaseException) -> str:
+    """Where an error came from, and what caused it, without what it says: that may quote a record.
+
+    Kind by kind, the innermost place first.
+    """
+    found: list[str] = []
+    each: BaseException | None = error
+    while each is not None and len(found) < MOST_CAUSES:
+        frames = reversed(traceback.extract_tb(each.__traceback__))
+        at = " < ".join(f"{Path(at.filename).name}:{at.lineno} {at.name}" for at in frames)
+        found.append(f"{type(each).__name__} at {at or 'no place'}")
+        each = each.__cause__ or each.__context__
+    return "; after ".join(found)
 
 
 def fault_lines(error: FedloraError) -> list[str]:

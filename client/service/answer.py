@@ -12,7 +12,6 @@ All that decides, and no transport:
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Callable
@@ -46,7 +45,7 @@ from fedlora.common.protocol.messages import (
     reply_to_bytes,
     request_from_bytes,
 )
-from fedlora.common.terminal import one_line
+from fedlora.common.terminal import one_line, places
 from fedlora.common.trust.identity import Identity
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ class Resident:
             # quotes no record: the node's report has it too
             line["verdict"] = one_line(error.detail)
         if not public:
-            log.error("a request failed", exc_info=inner)
+            log.error("a request failed: %s", places(inner))
         told = line.get("verdict", reason)
         log.warning("refused%s: %s", f" {place.manifest[:20]}" * bool(place.manifest), told)
         try:
@@ -130,7 +129,7 @@ class Resident:
             else:  # who can say anything may push out what was said before, and nothing else
                 append_line(self._node.folder.strangers, line)
         except OSError as full:
-            log.error("a refusal could not be logged (%s): %s", full, json.dumps(line))
+            log.error("a refusal could not be logged (%s): %s", full, told)
         name = self._node.policy.institution
         decline = Decline(name, place.manifest, place.round, place.attempt, reason, refused)
         return reply_to_bytes(self._node.identity, federation, decline)

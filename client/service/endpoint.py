@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import grpc
-from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -28,6 +28,8 @@ from fedlora.client.network.channel import SERVICE
 from fedlora.client.node.policy import TrainerPolicy
 from fedlora.client.service.signals import stop_event
 from fedlora.common.errors import BadInput, Refused
+from fedlora.common.terminal import places
+from fedlora.common.trust.enrolment import certificate_in
 from fedlora.common.trust.identity import read_private
 
 log = logging.getLogger(__name__)
@@ -109,8 +111,8 @@ class Service:
             context.abort(grpc.StatusCode.UNAVAILABLE, "the trainer stops; ask again later")
         except grpc.RpcError:
             raise
-        except Exception:  # an answer that could not even be signed: say nothing about why
-            log.exception("a request could not be answered")
+        except Exception as error:  # an answer that could not even be signed: say nothing of why
+            log.error("a request could not be answered: %s", places(error))
             context.abort(grpc.StatusCode.INTERNAL, "the trainer failed; its own log says why")
         finally:
             self._room.release()
@@ -205,12 +207,12 @@ def _bind_tls(server: grpc.Server, settings: TrainerPolicy, root: Path) -> str:
 
 def check_pair(certificate: bytes, key: bytes, where: str) -> None:
     """BadInput unless the key is the certificate's; Refused where that is not valid now."""
+    found = certificate_in(certificate, where)
     try:
-        found = x509.load_pem_x509_certificate(certificate)
-        private = load_pem_private_key(key, None)
-    except (ValueError, TypeError) as error:
+        pair = (load_pem_private_key(key, None).public_key(), found.public_key())
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise BadInput(f"{where}: found no certificate and key in PEM") from error
-    if found.public_key() != private.public_key():
+    if pair[0] != pair[1]:
         raise BadInput(f"{where}: found a key that does not match its certificate")
     if not found.not_valid_before_utc <= datetime.now(UTC) <= found.not_valid_after_utc:
         raise Refused(

@@ -18,7 +18,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MomentStore:
-    """An optimiser's state between rounds: noised values, nothing else.
+    """An optimiser's state between rounds, in files that only their owner reads.
+
+    Made of noised gradients where noise is added in every step (mode "record"). In modes "none" and
+    "client" it is not noised, says as much as the data beside it, and must leave no more than they.
 
     Two files for each client and phase, so that a round that is killed after its write and before
     the server's commit finds the moments it started from. Each is whole and on disk before it
@@ -43,7 +46,7 @@ class MomentStore:
         base = max(held, key=lambda slot: _round_of(held[slot]), default=None)
         target = next(slot for slot in self._slots(client, phase) if slot != base)
         write_atomically(
-            target, save({**moments, "round": np.array([round_number], dtype=np.int64)})
+            target, save({**moments, "round": np.array([round_number], dtype=np.int64)}), mode=0o600
         )
 
     def _held(self, client: str, phase: int, before_round: int) -> dict[Path, Moments]:

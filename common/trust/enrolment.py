@@ -34,9 +34,18 @@ MAX_TEXT = 1 << 16
 REQUEST, INVITATION, ROTATION = "an enrolment request", "an invitation", "a rotation"
 
 
+# Letters of other scripts that look like a Latin one, in the case in which they do.
+_CYRILLIC = dict(zip("авекмнорстухіјѕԁԛԝһ", "abekmhopctyxijsdqwh", strict=True))
+_GREEK = dict(zip("αβεζηικμνορτυχ", "abezhikmnoptyx", strict=True))
+LIKE_LATIN = str.maketrans(_CYRILLIC | _GREEK)
+
+
 def folded(organisation: str) -> str:
-    """The same for spellings of one organisation that differ in case, width or white space only."""
-    return " ".join(unicodedata.normalize("NFKC", organisation).casefold().split())
+    """The same for spellings of one organisation that differ in case, width or white space only, or
+    in letters of another script that look alike.
+    """
+    text = " ".join(unicodedata.normalize("NFKC", organisation).casefold().split())
+    return text.translate(LIKE_LATIN)
 
 
 @dataclass(frozen=True)
@@ -123,14 +132,21 @@ def invitation_from_text(text: str, where: str) -> Invitation:
 
 def certificate_fingerprint(pem: str, where: str) -> str:
     """SHA-256 of a certificate, grouped as an identity's fingerprint; BadInput where it is none."""
-    try:
-        certificate = x509.load_pem_x509_certificate(pem.encode())
-    except ValueError as error:
-        raise BadInput(f"{where}: found no certificate in PEM") from error
     from cryptography.hazmat.primitives.hashes import SHA256
 
-    found = certificate.fingerprint(SHA256()).hex()
+    try:
+        found = certificate_in(pem.encode(), where).fingerprint(SHA256()).hex()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{where}: found half a surrogate pair, expected PEM") from error
     return " ".join(found[at : at + 8] for at in range(0, 64, 8))
+
+
+def certificate_in(pem: bytes, where: str) -> x509.Certificate:
+    """BadInput where it is none, or one of a version that X.509 does not have."""
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as error:
+        raise BadInput(f"{where}: found no certificate in PEM") from error
 
 
 def check_flower_key(line: str, where: str) -> None:
@@ -193,3 +209,14 @@ def _opened(text: str, kind: str, where: str) -> Any:
 def _check_line(text: str, where: str) -> None:
     if not 0 < len(text) <= 200 or not text.isprintable():
         raise BadInput(f"{where}: expected 1 to 200 printable characters")
+    for word in text.split():
+        if len(scripts := sorted({_script(letter) for letter in word} - {""})) > 1:
+            raise BadInput(
+                f"{where}: found {' and '.join(scripts)} letters in one word, expected one script"
+            )
+
+
+def _script(letter: str) -> str:
+    """Of the scripts whose letters are taken for each other's; "" for all else."""
+    first = unicodedata.name(letter, "").partition(" ")[0]
+    return first.capitalize() if first in ("LATIN", "CYRILLIC", "GREEK") else ""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -25,17 +25,25 @@ from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, Refused
 
 MAX_TEXT_BYTES = 64 << 20  # of a signed text
+# Of edwards25519: the field, and y of the points of order 1, 2, 4 and 8, whose signatures anybody
+# can make for most messages.
+FIELD = (1 << 255) - 19
+_OF_ORDER_8 = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
+SMALL_ORDER = frozenset({0, 1, FIELD - 1, _OF_ORDER_8, FIELD - _OF_ORDER_8})
 
 
 @dataclass(frozen=True)
 class PublicIdentity:
-    """An Ed25519 public key, 32 bytes."""
+    """An Ed25519 public key, 32 bytes in its one spelling; BadInput for a point of small order."""
 
     key: bytes
 
     def __post_init__(self) -> None:
         if len(self.key) != KEY_BYTES:
             raise BadInput(f"public key: found {len(self.key)} bytes, expected {KEY_BYTES}")
+        y = int.from_bytes(self.key, "little") & ((1 << 255) - 1)
+        if y >= FIELD or y in SMALL_ORDER:
+            raise BadInput("public key: found a point of small order, or none, expected a key")
 
     @classmethod
     def from_text(cls, text: str, where: str) -> PublicIdentity:
@@ -113,7 +121,7 @@ class Identity:
         data = read_private(path)
         try:
             key = serialization.load_pem_private_key(data, password=None)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise BadInput(
                 f"{path}: found no private key, expected an Ed25519 key in PEM"
             ) from error

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import (
     SECP384R1,
     EllipticCurvePrivateKey,
@@ -32,8 +32,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedlora.common.disk.files import write_atomically
+from fedlora.common.disk.files import read_bytes, write_atomically
 from fedlora.common.errors import BadInput
+from fedlora.common.trust.enrolment import certificate_in
 from fedlora.common.trust.identity import read_private
 
 CA_KEY, CA_CERTIFICATE = "ca.key", "ca.crt"
@@ -148,14 +149,9 @@ def hosts_of(certificate: x509.Certificate) -> list[str]:
 
 def read_certificate(path: Path) -> x509.Certificate:
     """BadInput where there is none in PEM."""
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except OSError as error:
-        raise BadInput(
-            f"{path}: can't be read ({error.strerror}), expected a certificate in PEM"
-        ) from error
-    except ValueError as error:
-        raise BadInput(f"{path}: found no certificate, expected one in PEM") from error
+    return certificate_in(
+        read_bytes(path, expected="a certificate in PEM", where=str(path)), str(path)
+    )
 
 
 def read_key(path: Path) -> EllipticCurvePrivateKey:
@@ -163,7 +159,7 @@ def read_key(path: Path) -> EllipticCurvePrivateKey:
     data = read_private(path)
     try:
         key = load_pem_private_key(data, password=None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise BadInput(f"{path}: found no private key, expected an ECDSA key in PEM") from error
     if not isinstance(key, EllipticCurvePrivateKey):
         raise BadInput(f"{path}: found a {type(key).__name__}, expected an ECDSA key")

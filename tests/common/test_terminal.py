@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.common.errors import BadInput, QuorumLost, Refused
-from fedlora.common.terminal import bear_any_letter, fault_lines, one_line, printable, run_to_end
+from fedlora.common.terminal import (
+    MOST_CAUSES,
+    bear_any_letter,
+    fault_lines,
+    one_line,
+    places,
+    printable,
+    run_to_end,
+)
 
 
 @given(st.text())
@@ -70,3 +78,24 @@ def test_a_command_ends_with_its_lines_and_its_code(
     with pytest.raises(SystemExit) as stop:
         run_to_end(app, "tool", lambda: "stopped")
     assert int(stop.value.code or 0) == code and capsys.readouterr().err == said
+
+
+def test_an_error_s_places_say_nothing_that_it_says() -> None:
+    def inner() -> None:
+        raise ValueError("patient 4711 has influenza")
+
+    try:
+        try:
+            inner()
+        except ValueError as error:
+            raise KeyError("4711") from error
+    except KeyError as error:
+        said = places(error)
+    assert said.startswith("KeyError at test_terminal.py:") and "; after ValueError at " in said
+    assert "inner" in said and "4711" not in said and "\n" not in said
+
+
+def test_a_chain_of_errors_has_an_end() -> None:
+    error = ValueError("x")
+    error.__cause__ = error
+    assert places(error).count("ValueError") == MOST_CAUSES

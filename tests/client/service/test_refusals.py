@@ -103,6 +103,21 @@ def test_counts_of_refusals_that_are_none_are_told_as_unreadable(
     assert reported(north)["refusals_not_kept"] == {"count": 1, "kinds": {"x": kind}}
 
 
+def test_the_trainers_log_quotes_no_record(
+    north: Institution, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback ended with what a library had said, and that was a patient's text."""
+
+    def train(*_: object) -> None:
+        raise ValueError("could not convert 'patient 4711, influenza'")
+
+    north.begin(RUN)
+    monkeypatch.setattr(north.work, "train", train)
+    north.ask(task_of(RUN))
+    assert "a request failed: ValueError at test_refusals.py:" in caplog.text
+    assert "4711" not in caplog.text and "Traceback" not in caplog.text
+
+
 def test_refusals_push_no_refusal_out(north: Institution, monkeypatch: pytest.MonkeyPatch) -> None:
     """A coordinator's first refused attempt stays in the report, however many it adds.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,9 @@ from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.trust.enrolment import (
     EnrolmentRequest,
     Invitation,
+    _check_line,
+    certificate_fingerprint,
+    folded,
     invitation_from_text,
     invitation_to_text,
     request_from_text,
@@ -132,3 +136,34 @@ def test_who_signed_is_not_said_a_second_time(named: str) -> None:
             read(seal(KEY, tag, {"version": 1}), "r")
         with pytest.raises(BadInput, match="r more: unknown field"):
             read(seal(KEY, tag, body | {"more": 1}), "r")
+
+
+@pytest.mark.parametrize("name", ["Kl\u0456nik", "\u0410 b\u0430nk", "\u0391lpha"])
+def test_a_word_of_two_scripts_is_refused(name: str) -> None:
+    with pytest.raises(BadInput, match="letters in one word, expected one script"):
+        _check_line(name, "request organisation")
+    for honest in ("Süd Klinik", "\u041a\u043b\u0438\u043d\u0438\u043a\u0430 North", "東京病院 A"):
+        _check_line(honest, "request organisation")
+
+
+def test_names_that_look_alike_are_one() -> None:
+    """Else one organisation counts twice in a cohort."""
+    assert folded("\u0410\u0422\u041e\u041c") == folded("ATOM") == folded("  aTom")
+    assert folded("\u0391\u03a4\u039f\u039c") == folded("atom") != folded("atoms")
+
+
+def test_a_certificate_of_no_known_version_is_refused() -> None:
+    """The library raises a type of its own for it, which is no ValueError."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, now = x509.Name([]), datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(1))
+    der = made.sign(key, SHA256()).public_bytes(Encoding.DER)
+    strange = der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x07", 1)
+    assert strange != der
+    text = base64.encodebytes(strange).decode()
+    pem = f"-----BEGIN CERTIFICATE-----\n{text}-----END CERTIFICATE-----\n"
+    with pytest.raises(x509.InvalidVersion):
+        x509.load_pem_x509_certificate(pem.encode()).version  # noqa: B018
+    for wrong in (pem, "\ud800", ""):
+        with pytest.raises(BadInput, match="invitation ca_certificate"):
+            certificate_fingerprint(wrong, "invitation ca_certificate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import stat
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedlora.common.codec.framing import digest, framed
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
+from fedlora.common.trust.identity import SMALL_ORDER, Identity, PublicIdentity, Signed
 
 FORM = "ed25519: and 32 bytes in base64"
 FIELDS = st.lists(st.binary(max_size=12), max_size=4)
@@ -109,3 +110,40 @@ def test_a_public_key_in_text(text: str) -> None:
     assert len(identity.public.fingerprint.split()) == 8
     with pytest.raises(BadInput, match=r"^peers\.toml"):
         PublicIdentity.from_text(text, "peers.toml")
+
+
+P = (1 << 255) - 19
+D = -121665 * pow(121666, -1, P) % P
+
+
+def points_of_small_order() -> list[bytes]:
+    """Every encoding of a point that 8 takes to the neutral one: sign bits and y + p included."""
+    found = []
+    for y in (*SMALL_ORDER, P, P + 1):
+        for sign in (0, 1 << 255):
+            found.append((y | sign).to_bytes(32, "little"))
+    return found
+
+
+def times_eight(y: int) -> tuple[int, int]:
+    square = (y * y - 1) * pow(D * y * y + 1, -1, P) % P
+    x = pow(square, (P + 3) // 8, P)
+    if (x * x - square) % P:
+        x = x * pow(2, (P - 1) // 4, P) % P
+    assert (x * x - square) % P == 0
+    for _ in range(3):
+        both = D * x * x * y * y % P
+        x, y = 2 * x * y * pow(1 + both, -1, P) % P, (y * y + x * x) * pow(1 - both, -1, P) % P
+    return x, y
+
+
+def test_a_key_of_small_order_is_none() -> None:
+    """Whoever enrols with one can have signatures of it for what it never saw."""
+    assert all(times_eight(y) == (0, 1) for y in SMALL_ORDER)
+    for key in points_of_small_order():
+        text = "ed25519:" + base64.b64encode(key).decode()
+        with pytest.raises(BadInput, match="small order"):
+            PublicIdentity.from_text(text, "a request")
+        with pytest.raises(BadInput, match="small order"):
+            Signed.from_bytes(key + bytes(64))
+    assert PublicIdentity(Identity.generate().public.key)

@@ -63,7 +63,7 @@ class Server:
             stdout=subprocess.DEVNULL,
             text=True,
         )
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while not appointed.exists():
             assert server.poll() is None and time.monotonic() < end
             time.sleep(0.05)
