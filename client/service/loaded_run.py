@@ -30,7 +30,7 @@ from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.model.compute import compute_of_run, threads
+from fedlora.common.model.compute import compute_of_run, stored_for_run, threads
 from fedlora.common.model.features import FeatureCache
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import Projection
@@ -157,7 +157,9 @@ class LoadedRun:
             model, digest=manifest.base_digest, task=manifest.task, max_length=manifest.max_length
         )
         task = task_named(manifest.task, manifest.labels)
-        built = build_model(settings, lora, task, manifest.seed, _device(self._policy))
+        device = _device(self._policy)
+        settings = stored_for_run(settings, device, projection.parent)
+        built = build_model(settings, lora, task, manifest.seed, device)
         if manifest.projection_digest:
             built.projection = Projection.read(projection)
             # before it is kept for the run

@@ -222,7 +222,7 @@ class PerSampleGradients:
         inputs = data.batch(batch.rows, self.model.pad, self.model.device, batch.shape)
         self._hooks.records = len(inputs.ids)
         try:
-            losses = self.model.task.losses(self.model.logits(inputs), inputs)
+            losses = self.model.losses(inputs)
             with warnings.catch_warnings():
                 # Opacus registers full backward hooks on modules whose inputs are frozen: expected
                 # with LoRA

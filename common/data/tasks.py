@@ -67,16 +67,21 @@ class Encoded:
         ids[: len(rows)], real[: len(rows)] = np.where(inside, self.tokens[source], pad), inside
         targets = np.zeros(count, dtype=np.int64)
         targets[: len(rows)] = self.targets[rows]
-        return Batch(*(torch.from_numpy(each).to(device) for each in (ids, real, targets)))
+        tokens, mask, aims = (torch.from_numpy(each).to(device) for each in (ids, real, targets))
+        return Batch(tokens, mask, aims, shape is not None)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Model inputs: `ids` and `mask` are (n, length), `targets` is (n,)."""
+    """Model inputs: `ids` and `mask` are (n, length), `targets` is (n,).
+
+    `fixed`: the shape was given, and no product may have one that follows from the targets.
+    """
 
     ids: torch.Tensor
     mask: torch.Tensor
     targets: torch.Tensor
+    fixed: bool = False
 
 
 class Task(Protocol):
@@ -196,16 +201,29 @@ class CausalLanguageModel:
 
     def losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """(n,) mean cross entropy of the tokens of each response; `logits` (n, length, words)."""
-        summed, count = self._response_losses(logits, batch)
-        return summed / count
+        return self.losses_of(self._by_word(logits, batch), batch)
 
     def measure(self, logits: torch.Tensor, batch: Batch) -> Totals:
         """Of `logits` (n, length, words): the loss of responses, their tokens, examples."""
-        summed, count = self._response_losses(logits, batch)
+        return self.measure_of(self._by_word(logits, batch), batch)
+
+    def counted(self, batch: Batch) -> torch.Tensor:
+        """(n, length - 1) whether the next word is of the response."""
+        places = torch.arange(1, batch.ids.shape[1], device=batch.ids.device)
+        return (places[None, :] >= batch.targets[:, None]) & (batch.mask[:, 1:] == 1)
+
+    def losses_of(self, by_word: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(n,) of the cross entropy `by_word` (n, length - 1) of each next word."""
+        counted = self.counted(batch)
+        return (by_word * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+
+    def measure_of(self, by_word: torch.Tensor, batch: Batch) -> Totals:
+        """The same as `measure`, of the cross entropy `by_word` (n, length - 1)."""
+        counted = self.counted(batch)
         return {
-            "loss": np.array(summed.double().sum().item()),
-            "tokens": np.array(count.double().sum().item()),
-            "examples": np.array(float(len(count))),
+            "loss": np.array((by_word * counted).sum(dim=1).double().sum().item()),
+            "tokens": np.array(counted.sum(dim=1).clamp(min=1).double().sum().item()),
+            "examples": np.array(float(len(counted))),
         }
 
     def metrics(self, totals: Totals) -> dict[str, float]:
@@ -213,16 +231,11 @@ class CausalLanguageModel:
         loss = float(totals["loss"]) / float(totals["tokens"])
         return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
 
-    def _response_losses(
-        self, logits: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss and number of response tokens, each (n,)."""
-        losses = functional.cross_entropy(
+    def _by_word(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(n, length - 1) cross entropy of each next word."""
+        return functional.cross_entropy(
             logits[:, :-1].float().transpose(1, 2), batch.ids[:, 1:], reduction="none"
         )
-        places = torch.arange(1, batch.ids.shape[1], device=batch.ids.device)
-        counted = (places[None, :] >= batch.targets[:, None]) & (batch.mask[:, 1:] == 1)
-        return (losses * counted).sum(dim=1), counted.sum(dim=1).clamp(min=1)
 
 
 TASKS = {"sequence-classification": SequenceClassification, "causal-lm": CausalLanguageModel}

@@ -26,6 +26,7 @@ from fedlora.common.model.behaviour import called, texts
 from fedlora.common.model.loading import load_backbone, load_classifier, load_language_model
 from fedlora.common.model.pooling import OwnHead, PooledClassifier, Pooling, build_head
 from fedlora.common.model.state import HEAD_PREFIX
+from fedlora.common.model.stored import Place, widen_trained
 from fedlora.common.model.targets import explicit
 from fedlora.common.model.weights import PEFT_HEADS
 
@@ -38,7 +39,7 @@ PEFT_ADAPTER = "default"  # PEFT's own name for the first adapter of a model
 
 
 def assembled(
-    model: ModelConfig, folder: Path, task: Task, tokenizer: Any, lora: LoraConfig
+    model: ModelConfig, folder: Path, task: Task, tokenizer: Any, lora: LoraConfig, place: Place
 ) -> tuple[PooledClassifier | OwnHead, LoraConfig]:
     """The network, and `lora` with the names of what is adapted.
 
@@ -46,7 +47,7 @@ def assembled(
     """
     if task.name == "causal-lm":
         adapted, lora = _with_lora(
-            load_language_model(folder), model, lora, peft.TaskType.CAUSAL_LM
+            load_language_model(folder, place), model, lora, peft.TaskType.CAUSAL_LM
         )
         return OwnHead(adapted), lora
     if task.name != "sequence-classification":
@@ -54,13 +55,13 @@ def assembled(
     if model.pooling == AUTO:
         raise BadInput('[model] pooling = "auto": expected default, mean or layers by now')
     if model.pooling == "default":
-        base, new = load_classifier(folder, len(task.labels))
+        base, new = load_classifier(folder, len(task.labels), place)
         config = base.config.get_text_config()
         if config.pad_token_id is None:  # without one, transformers refuses a batch
             config.pad_token_id = tokenizer.pad_token_id or 0
         adapted, lora = _with_lora(base, model, lora, peft.TaskType.SEQ_CLS, new)
         return OwnHead(adapted, _own_classifier(adapted)), lora
-    base = load_backbone(folder)
+    base = load_backbone(folder, place)
     config = base.config.get_text_config()
     pooling = Pooling(_pooled_layers(model, config.num_hidden_layers), model.head_scale)
     backbone, lora = _with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
@@ -127,6 +128,7 @@ def _with_lora(
         raise BadInput(
             f"[lora] targets = {list(lora.targets)}: {str(error).splitlines()[0]}"
         ) from error
+    widen_trained(adapted)
     settled: Any = adapted.peft_config[PEFT_ADAPTER]
     settled.base_model_name_or_path = model.base
     settled.target_modules = set(lora.targets)  # PEFT shortens long lists in its own way

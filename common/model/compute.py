@@ -11,18 +11,20 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedlora.common.config.schema import ModelConfig
 from fedlora.common.data.tasks import Encoded
 from fedlora.common.disk.files import write_text
 from fedlora.common.errors import BadInput
 from fedlora.common.model.loading import ATTENTIONS
 from fedlora.common.model.network import AdapterModel
+from fedlora.common.model.stored import Place
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROBE_ROWS = 12
@@ -36,6 +38,7 @@ class Compute:
     attention: str
     precision: str
     seconds: dict[str, float]
+    dtype: str = "float32"  # what frozen matrices are stored as
 
 
 def choose_compute(model: AdapterModel, data: Encoded, attention: str, precision: str) -> Compute:
@@ -59,7 +62,19 @@ def choose_compute(model: AdapterModel, data: Encoded, attention: str, precision
         seconds["/".join(pair)] = _fastest(lambda: _probe(model, data))
     best = min(pairs, key=lambda pair: seconds.get("/".join(pair), 0.0))
     _apply(model, *best)
-    return Compute(*best, seconds)
+    return Compute(*best, seconds, model.stored)
+
+
+def stored_for_run(model: ModelConfig, device: torch.device | None, folder: Path) -> ModelConfig:
+    """`model` with the dtype that the run in `folder` began with on such a device, or begins with.
+
+    Settled before a base is loaded; `compute_of_run` keeps it. BadInput for what is none.
+    """
+    if model.dtype != "auto":
+        return model
+    kept = _kept(folder / COMPUTE).get((device or torch.device("cpu")).type)
+    name = "auto" if kept is None else str(kept.get("dtype", "float32"))
+    return replace(model, dtype=Place.of(name, device).dtype_name)
 
 
 def compute_of_run(
@@ -128,7 +143,7 @@ def _apply(model: AdapterModel, attention: str, precision: str) -> None:
 def _probe(model: AdapterModel, data: Encoded) -> None:
     rows = np.arange(min(PROBE_ROWS, len(data)), dtype=np.int64)
     batch = data.batch(rows, model.pad, model.device)
-    model.task.losses(model.logits(batch), batch).sum().backward()  # type: ignore[no-untyped-call]
+    model.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
     for parameter in model.parameters.values():
         parameter.grad = None
         parameter.grad_sample = None  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The base's network from its files, as it is frozen: float32, without dropout, without code.
+"""The base's network from its files, as it is frozen: without dropout, without code.
 
 What an architecture offers is asked of its class. What can't serve is refused in one line, whatever
 transformers raises.
@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fedlora.common.errors import BadInput
 from fedlora.common.model.dropout import without_dropout
+from fedlora.common.model.stored import ON_CPU, Place, keep_stored, planned
 from fedlora.common.model.weights import check_loaded, new_heads
 
 # The fused kernel first: what a class offers of these, in this order.
@@ -25,19 +26,21 @@ transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-cal
 transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
-def load_backbone(folder: Path) -> PreTrainedModel:
+def load_backbone(folder: Path, place: Place = ON_CPU) -> PreTrainedModel:
     """The transformer without a head: an encoder, or a decoder's hidden states."""
     config = _config(folder)
     half = _is_half(config)
     kind: Any = transformers.AutoModelForTextEncoding if half else transformers.AutoModel
-    base, report = _load(folder, config, kind)
+    base, report = _load(folder, config, kind, place)
     if getattr(base, "pooler", None) is not None:
         base.pooler = None  # ours replaces it; adapting what nothing reads would only add noise
     check_loaded(base, report, _where(folder))
     return cast(PreTrainedModel, base)
 
 
-def load_classifier(folder: Path, labels: int) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def load_classifier(
+    folder: Path, labels: int, place: Place = ON_CPU
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The transformer with its own head for `labels` classes.
 
     And which modules of it are new, beside those that PEFT trains in any case.
@@ -50,13 +53,13 @@ def load_classifier(folder: Path, labels: int) -> tuple[PreTrainedModel, tuple[s
             " its own here, expected pooling = mean or layers"
         )
     config.num_labels = labels
-    base, report = _load(folder, config, kind)
+    base, report = _load(folder, config, kind, place)
     heads = new_heads(base, report)
     check_loaded(base, report, _where(folder), heads)
     return base, heads
 
 
-def load_language_model(folder: Path) -> PreTrainedModel:
+def load_language_model(folder: Path, place: Place = ON_CPU) -> PreTrainedModel:
     """The transformer with its own next-token head."""
     config = _config(folder)
     kind = transformers.AutoModelForCausalLM
@@ -65,7 +68,7 @@ def load_language_model(folder: Path) -> PreTrainedModel:
             f'[model] task = "causal-lm": found {config.model_type}, which has no causal language'
             " model, expected a decoder"
         )
-    base, report = _load(folder, config, kind)
+    base, report = _load(folder, config, kind, place)
     check_loaded(base, report, _where(folder))
     return cast(PreTrainedModel, base)
 
@@ -108,21 +111,26 @@ def _is_half(config: PreTrainedConfig) -> bool:
     return any(str(each).endswith("EncoderModel") for each in config.architectures or ())
 
 
-def _load(folder: Path, config: PreTrainedConfig, kind: Any) -> tuple[Any, dict[str, Any]]:
+def _load(
+    folder: Path, config: PreTrainedConfig, kind: Any, place: Place
+) -> tuple[Any, dict[str, Any]]:
     """The network, and transformers' report of what the files had no weights for."""
     try:
-        base, report = kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="eager",  # every class has it; the others are asked for below
-            ignore_mismatched_sizes=True,  # of a head for other labels; reported
-            output_loading_info=True,
-        )
+        with planned(kind, config, place):
+            base, report = kind.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                device_map={"": place.device},
+                trust_remote_code=False,
+                use_safetensors=True,
+                attn_implementation="eager",  # every class has it; the others are asked for below
+                ignore_mismatched_sizes=True,  # of a head for other labels; reported
+                output_loading_info=True,
+            )
     except Exception as error:  # the library raises a dozen unrelated types
         raise BadInput(f"{_where(folder)}: {_first_line(error)}") from error
+    keep_stored(base)
     offered = offered_attentions(base)
     if offered[0] != base.config._attn_implementation:
         base.set_attn_implementation(offered[0])

@@ -16,18 +16,20 @@ import torch
 from torch import nn
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.data.tasks import Batch, Task
+from fedlora.common.data.tasks import Batch, CausalLanguageModel, Task, Totals
 from fedlora.common.errors import BadInput
 from fedlora.common.model.assembly import PEFT_ADAPTER, assembled, initialise, trainable
 from fedlora.common.model.base import base_stamp, check_base, check_digest, resolve_base
 from fedlora.common.model.behaviour import check_causal, check_still, is_routed, texts
 from fedlora.common.model.dropout import switch_dropout_off
 from fedlora.common.model.loading import offered_attentions
+from fedlora.common.model.next_words import NextWords
 from fedlora.common.model.pooling import OwnHead, PooledClassifier
 from fedlora.common.model.probe import probe
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.shapes import Shapes
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
+from fedlora.common.model.stored import Place, stored_as
 from fedlora.common.model.tokenizer import check_fit, load_tokenizer
 
 
@@ -40,16 +42,17 @@ class AdapterModel:
         task: Task,
         tokenizer: Any,
         digest: str,
-        device: torch.device,
+        place: Place,
         longest: int,
         lora: LoraConfig,
     ) -> None:
         # Without dropout, skipped layers or noisy routers by construction: eval mode, always.
-        self.network = network.to(device).eval()
+        self.network = network.to(place.device).eval()
         self.task = task
         self.tokenizer = tokenizer
         self.base_digest = digest
-        self.device = device
+        self.device = place.device
+        self.stored = stored_as(network)  # what the frozen matrices are stored as
         self.longest = longest  # tokens that a record is cut to
         self.lora = lora  # with names for targets
         self.precision = torch.float32
@@ -57,6 +60,7 @@ class AdapterModel:
         self.attention = ""  # as set; "": as loaded
         self.probe_seconds = 0.0
         self.shapes = Shapes()
+        self.next_words: NextWords | None = None  # of a language model in two parts
         self.parameters: dict[str, nn.Parameter] = dict(trainable(network))
         self.spec = AdapterSpec(
             tuple(TensorSpec(n, tuple(p.shape)) for n, p in self.parameters.items())
@@ -111,6 +115,22 @@ class AdapterModel:
         with self.autocast():
             result: torch.Tensor = self.network(batch.ids, batch.mask)
         return result
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """(n,) float32 of each example by itself, as the task's of `logits`; in less memory."""
+        task, words = self.task, self.next_words
+        if words is None or not isinstance(task, CausalLanguageModel):
+            return task.losses(self.logits(batch), batch)
+        with self.autocast():
+            return task.losses_of(words.losses(batch, task.counted(batch)), batch)
+
+    def measure(self, batch: Batch) -> Totals:
+        """The task's sums over a batch."""
+        task, words = self.task, self.next_words
+        if words is None or not isinstance(task, CausalLanguageModel):
+            return task.measure(self.logits(batch), batch)
+        with self.autocast():
+            return task.measure_of(words.losses(batch, task.counted(batch)), batch)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 matrix products where chosen; whatever leaves a loss is float32."""
@@ -208,14 +228,14 @@ def build_model(
     before = base_stamp(folder)
     digest = check_digest(folder, model.digest)
     tokenizer = load_tokenizer(folder)
-    network, lora = assembled(model, folder, task, tokenizer, lora)
+    place = Place.of(model.dtype, device)
+    network, lora = assembled(model, folder, task, tokenizer, lora, place)
     if base_stamp(folder) != before:  # what was loaded may not be what the digest is of
         raise BadInput(f"[model] base = {folder}: found files that changed while they were read")
     _check_positions(network, model.max_length)
     switch_dropout_off(network)
     initialise(network, seed)
-    where = device or torch.device("cpu")
-    built = AdapterModel(network, task, tokenizer, digest, where, model.max_length, lora)
+    built = AdapterModel(network, task, tokenizer, digest, place, model.max_length, lora)
     check_fit(tokenizer, built.rows, f"[model] base = {folder}")
     _try(built)
     return built
@@ -232,8 +252,17 @@ def _try(model: AdapterModel) -> None:
         check_still(forward, *one)
         if model.task.name == "causal-lm":
             check_causal(forward, *one)
+            model.next_words = _next_words(model, *one)
         model.shapes.routed = is_routed(forward, one, other)
         model.probe_seconds = probe(model, forward)
+
+
+def _next_words(model: AdapterModel, ids: torch.Tensor, mask: torch.Tensor) -> NextWords | None:
+    """The language model in two parts, where they were seen to give what the whole gives."""
+    found = NextWords.of(_base_of(model.network))
+    with torch.no_grad():
+        scores = model.network(ids, mask)
+    return found if found is not None and found.gives(ids, mask, scores) else None
 
 
 def _check_positions(network: PooledClassifier | OwnHead, max_length: int) -> None:

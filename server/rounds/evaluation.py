@@ -37,7 +37,7 @@ class Evaluator:
         parts = []
         for chosen in length_batches(self.data.lengths[self.rows], EVALUATION_TOKENS):
             batch = self.data.batch(self.rows[chosen], self.model.pad, self.model.device)
-            parts.append(self.model.task.measure(self.model.logits(batch), batch))
+            parts.append(self.model.measure(batch))
         return add_totals(parts)
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from fedlora.common.data.records import Columns, Records, read_label_set, read_r
 from fedlora.common.data.tasks import Encoded, Task, task_named
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
-from fedlora.common.model.compute import COMPUTE, Compute, compute_of_run
+from fedlora.common.model.compute import COMPUTE, Compute, compute_of_run, stored_for_run
 from fedlora.common.model.features import FeatureCache, PooledTexts, Progress, pooled_features
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import PROJECTION, Projection
@@ -106,7 +106,7 @@ class PublicSide:
         The projection and the way to compute are settled once for a run and must not change in it:
         they lie in the run's `folder`.
         """
-        settings, texts = recipe.model, machine.texts
+        settings, texts = stored_for_run(recipe.model, machine.device, folder), machine.texts
         model = build_model(settings, recipe.lora, records.task, recipe.seed, machine.device)
         if recipe.head_phase:
             _ = model.head  # refuses a model whose head can't be trained by itself

@@ -59,6 +59,7 @@ def summary_of(
         "adapter_digest": progress.release.digest,
         "attention": public.compute.attention,
         "precision": public.compute.precision,
+        "dtype": public.compute.dtype,
         "validation": released["validation"],
         "versions": versions(),
     }

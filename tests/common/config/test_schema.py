@@ -355,7 +355,12 @@ def test_performance_knobs_are_told_apart() -> None:
         for field in fields(getattr(Config(), section))
         if field.metadata.get("tuning")
     }
-    assert knobs == {"training.micro_batch_tokens", "training.precision", "training.attention"}
+    assert knobs == {
+        "model.dtype",
+        "training.micro_batch_tokens",
+        "training.precision",
+        "training.attention",
+    }
 
 
 def test_every_field_but_switches_has_a_rule() -> None:
