@@ -215,6 +215,7 @@ def machine_of(
         device=torch_device(options.device),
         attention=config.training.attention,
         precision=config.training.precision,
+        checkpointing=config.training.checkpointing,
         texts=options.texts,
         progress=features,
     )

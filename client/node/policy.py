@@ -121,6 +121,7 @@ class TrainerPolicy:
     device: str = _ruled("auto", Choice(("auto", "cpu", "cuda")))
     micro_batch_tokens: int = _ruled(4096, Bounds(1, 1 << 24))
     answer_every: float = _ruled(5.0, Bounds(0.1, 3600))  # seconds: the first tick of an answer
+    checkpointing: bool = False  # layers are computed again on the way back: slower, far smaller
     max_message_bytes: int = _ruled(64 << 20, Bounds(1 << 16, 256 << 20))
     tls_certificate: str = _ruled("", OPTIONAL)  # for host:port: mutual TLS, always
     tls_key: str = _ruled("", OPTIONAL)

@@ -160,6 +160,8 @@ class LoadedRun:
         device = _device(self._policy)
         settings = stored_for_run(settings, device, projection.parent)
         built = build_model(settings, lora, task, manifest.seed, device)
+        if self._policy.trainer.checkpointing:
+            built.recompute()
         if manifest.projection_digest:
             built.projection = Projection.read(projection)
             # before it is kept for the run

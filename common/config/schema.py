@@ -170,6 +170,8 @@ class TrainingConfig:
     # fit; auto: packed where one researcher computes all institutions, else fixed
     batches: str = _choice("auto", "auto", "fixed", "packed")
     micro_batch_tokens: int = _number(4096, 1, 1 << 24, tuning=True)
+    # compute layers again on the way back instead of keeping what is in them: slower, far smaller
+    checkpointing: bool = field(default=False, metadata={"tuning": True})
     precision: str = _choice("auto", "auto", "bf16", "fp32", tuning=True)
     attention: str = _choice("auto", "auto", "eager", "sdpa", tuning=True)
 

@@ -27,6 +27,7 @@ from fedlora.common.model.next_words import NextWords
 from fedlora.common.model.pooling import OwnHead, PooledClassifier
 from fedlora.common.model.probe import probe
 from fedlora.common.model.projection import Projection
+from fedlora.common.model.recompute import recompute
 from fedlora.common.model.shapes import Shapes
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.model.stored import Place, stored_as
@@ -206,6 +207,10 @@ class AdapterModel:
         if isinstance(self.network, PooledClassifier):
             return self.network.pooling.features(pooled)
         return pooled
+
+    def recompute(self) -> None:
+        """Compute layers again on the way back instead of keeping what is in them."""
+        recompute(self.network)
 
     def set_attention(self, name: str) -> None:
         """Switch to another of `attentions` in place."""

@@ -82,7 +82,12 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
     if not begun:
         config = decided(config, PublicFacts(0, len(records.task.labels)))
         write_atomically(folder / "config.toml", config_to_toml(config).encode())
-    machine = Machine(attention=config.training.attention, precision=config.training.precision)
+    training = config.training
+    machine = Machine(
+        attention=training.attention,
+        precision=training.precision,
+        checkpointing=training.checkpointing,
+    )
     public = PublicSide.build(NetworkRecipe.of(config), records, folder, machine)
     if begun:
         checkpoint = Checkpoint.open(path, public.model.spec)

@@ -81,6 +81,7 @@ class Machine:
     device: torch.device | None = None  # None: the CPU
     attention: str = "auto"
     precision: str = "auto"
+    checkpointing: bool = False
     texts: PooledTexts | None = None  # pooled before, in this process
     progress: Progress | None = None  # told of records that went through the frozen model
 
@@ -108,6 +109,8 @@ class PublicSide:
         """
         settings, texts = stored_for_run(recipe.model, machine.device, folder), machine.texts
         model = build_model(settings, recipe.lora, records.task, recipe.seed, machine.device)
+        if machine.checkpointing:
+            model.recompute()
         if recipe.head_phase:
             _ = model.head  # refuses a model whose head can't be trained by itself
         test, validation = encode(model, records.test), encode(model, records.validation)

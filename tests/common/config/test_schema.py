@@ -358,6 +358,7 @@ def test_performance_knobs_are_told_apart() -> None:
     assert knobs == {
         "model.dtype",
         "training.micro_batch_tokens",
+        "training.checkpointing",
         "training.precision",
         "training.attention",
     }
