@@ -40,6 +40,7 @@ installs: $(VENV)/dev  ## the wheel in an empty environment for each role, and e
 bench: $(VENV)/dev  ## the benchmarks whose figures docs/ quotes
 	mkdir -p runs/bench
 	$(BIN)/python simulations/benchmarks/private_step.py --json runs/bench/private_step.json
+	$(BIN)/python simulations/benchmarks/step_memory.py --json runs/bench/step_memory.json
 	$(BIN)/python simulations/benchmarks/scale.py --json runs/bench/scale.json
 	$(BIN)/python simulations/benchmarks/secure_aggregation.py --json runs/bench/secure_aggregation.json
 	$(BIN)/python simulations/benchmarks/federation.py --json runs/bench/federation.json

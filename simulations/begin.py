@@ -119,6 +119,8 @@ def begin(
     _check_options(config, options, own)
     _ready_folder(config, paths, options.resume)
     federation, config, chosen = _prepared(config, paths, options, own, on_features)
+    if config.federation.rounds > config.training.head_rounds:  # a head's steps take next to none
+        federation.memory(config.training, guarantee_named(config.privacy.mode).noise_in_step)
     checkpoint, ledger = (_resumed if options.resume else _new)(config, paths, federation, own)
     manifest = checkpoint.manifest
     checkpoint.check_against_ledger(ledger.attempts_used(manifest.digest))

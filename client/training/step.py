@@ -246,8 +246,6 @@ class PerSampleGradients:
         """(m, size) float32 per-sample gradients of one parameter, taken off the model."""
         parameter = self.model.parameters[name]
         sample = getattr(parameter, "grad_sample", None)
-        if isinstance(sample, list):  # of a layer that several recomputed ones share
-            sample = torch.stack(sample).sum(dim=0)
         if not isinstance(sample, torch.Tensor):
             raise _unused(name)
         parameter.grad_sample = None  # type: ignore[attr-defined]  # Opacus' own

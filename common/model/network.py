@@ -23,6 +23,7 @@ from fedlora.common.model.base import base_stamp, check_base, check_digest, reso
 from fedlora.common.model.behaviour import check_causal, check_still, is_routed, texts
 from fedlora.common.model.dropout import switch_dropout_off
 from fedlora.common.model.loading import offered_attentions
+from fedlora.common.model.machine import check_room
 from fedlora.common.model.next_words import NextWords
 from fedlora.common.model.pooling import OwnHead, PooledClassifier
 from fedlora.common.model.probe import probe
@@ -234,6 +235,7 @@ def build_model(
     digest = check_digest(folder, model.digest)
     tokenizer = load_tokenizer(folder)
     place = Place.of(model.dtype, device)
+    check_room(folder, place)
     network, lora = assembled(model, folder, task, tokenizer, lora, place)
     if base_stamp(folder) != before:  # what was loaded may not be what the digest is of
         raise BadInput(f"[model] base = {folder}: found files that changed while they were read")

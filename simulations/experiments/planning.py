@@ -13,6 +13,7 @@ import numpy.typing as npt
 from rich.console import Console, ConsoleOptions
 from rich.table import Table
 
+from fedlora.client.training.memory import Memory
 from fedlora.client.training.sampling import micro_batches
 from fedlora.client.training.step import ClipGroups
 from fedlora.common.config.schema import Config
@@ -21,6 +22,7 @@ from fedlora.common.data.tasks import Encoded
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.model.compute import threads
 from fedlora.common.model.features import pooled_features
+from fedlora.common.model.machine import shown
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_named, guarantee_of
@@ -60,6 +62,8 @@ class Plan:
     parameters: int  # float32 numbers of an update
     attention: str
     precision: str
+    dtype: str
+    memory: Memory  # of a step of an adapter phase, on this machine
 
     @property
     def minutes(self) -> float:
@@ -78,6 +82,13 @@ class Plan:
         yield (
             f"{self.parameters:,} trainable parameters; {self.bytes_a_round:,} bytes to each client"
             f" and back in a round; {self.attention} attention, {self.precision}"
+        )
+        memory = self.memory
+        yield (
+            f"memory at the peak of a step {shown(memory.peak)}: held {shown(memory.held)}, of it"
+            f" weights in {self.dtype} {shown(memory.weights)}; activations"
+            f" {shown(memory.activations)}, gradients {shown(memory.gradients)}, scores of words"
+            f" {shown(memory.scores)}"
         )
 
     def __str__(self) -> str:
@@ -107,6 +118,8 @@ def plan(config: Config, options: Options = DEFAULTS) -> Plan:
         machine = machine_of(config, options)
         federation = federation_of(config, sources, Path(folder), machine)
         manifest = manifest_of(config, federation)
+        in_step = guarantee_named(config.privacy.mode).noise_in_step
+        memory = federation.memory(config.training, in_step)
         speed = measure(federation, config)
     guarantee, compute = guarantee_of(manifest), federation.public.compute
     return Plan(
@@ -118,6 +131,8 @@ def plan(config: Config, options: Options = DEFAULTS) -> Plan:
         parameters=federation.model.spec.size,
         attention=compute.attention,
         precision=compute.precision,
+        dtype=compute.dtype,
+        memory=memory,
     )
 
 

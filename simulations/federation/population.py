@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.client.training.local import ClientData, LocalTraining
+from fedlora.client.training.memory import Memory, check_fits
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.trainer import Trainer, charge
+from fedlora.common.config.schema import TrainingConfig
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
 from fedlora.common.data.tasks import Encoded
 from fedlora.common.ledger.ledger import Budget, Ledger
@@ -69,6 +71,16 @@ class Federation:
     def model(self) -> AdapterModel:
         """The one network, which clients and evaluation take turns with."""
         return self.public.model
+
+    def memory(self, training: TrainingConfig, private: bool) -> Memory:
+        """Of a step over the longest records; BadInput where it does not fit here."""
+        return check_fits(
+            self.model,
+            training.micro_batch_tokens,
+            int(self.train.lengths.max(initial=1)),
+            packed=training.batches != "fixed",
+            private=private,
+        )
 
     @property
     def feature_records(self) -> int:

@@ -16,7 +16,13 @@ from fedlora.client.training.sampling import micro_batches
 from fedlora.client.training.step import ClipGroups, GradientSum, PerSampleGradients, private_mean
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
-from fedlora.common.data.tasks import CausalLanguageModel, Encoded, SequenceClassification, Task
+from fedlora.common.data.tasks import (
+    Batch,
+    CausalLanguageModel,
+    Encoded,
+    SequenceClassification,
+    Task,
+)
 from fedlora.common.errors import BadInput
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import build_head
@@ -185,11 +191,11 @@ def test_a_record_that_is_not_finite_is_zeroed_and_counted(
 ) -> None:
     model, gradients, data = case.model, case.gradients, case.data
     units, drawn = units_of([2, 1, 3]), np.arange(3, dtype=np.int64)
-    losses = type(model.task).losses
+    losses = model.losses
     poisoned = int(units.records[units.offsets[2]])
 
-    def with_nan(self: object, logits: torch.Tensor, batch: object) -> torch.Tensor:
-        rows = losses(self, logits, batch)  # type: ignore[arg-type]
+    def with_nan(batch: Batch) -> torch.Tensor:
+        rows = losses(batch)
         return rows * torch.where(
             torch.from_numpy(current == poisoned).to(rows.device), torch.nan, 1.0
         )
@@ -202,7 +208,7 @@ def test_a_record_that_is_not_finite_is_zeroed_and_counted(
         current = batch.rows  # type: ignore[attr-defined]
         original(encoded, batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(type(model.task), "losses", with_nan)
+    monkeypatch.setattr(model, "losses", with_nan)
     monkeypatch.setattr(gradients, "_backward", remember)
     groups = ClipGroups.flat(model.spec, 0.7)
     found = gradients.clipped_sum(data, units, drawn, groups, 40)

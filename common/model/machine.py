@@ -1,0 +1,69 @@
+"""What memory a machine has left, and whether a base fits into it before it is read."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from fedlora.common.errors import BadInput
+from fedlora.common.model.stored import Place
+
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def check_room(folder: Path, place: Place) -> None:
+    """BadInput where the weights of a base are more than the machine, or the GPU, has free."""
+    free, needed = available(place.device), weight_bytes(folder, place.dtype)
+    if free is None or needed <= free:
+        return
+    wide = place.dtype == torch.float32
+    advice = 'dtype = "bfloat16" halves it' if wide else "expected a smaller base"
+    raise BadInput(
+        f"[model] base = {folder}: its weights take {shown(needed)} as {place.dtype_name}, found"
+        f" {shown(free)} free on {place.device.type}; {advice}"
+    )
+
+
+def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Of all weights in a folder, its matrices stored as `dtype` and all else as float32."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  # it is no mapping
+                shape = weights.get_slice(name).get_shape()
+                total += math.prod(shape) * (dtype.itemsize if len(shape) > 1 else 4)
+    return total
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that can still be had, None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    found = []
+    if MEMINFO.is_file():
+        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        found.append(1024 * int(lines["MemAvailable"].split()[0]))
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
+        found.append(max(0, int(most) - int(used.read_text())))
+    return min(found, default=None)
+
+
+def held(device: torch.device) -> int:
+    """Bytes that this process has now: of memory, or of the GPU's."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        return 0
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def shown(size: int) -> str:
+    """Bytes for a reader."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
