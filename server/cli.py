@@ -113,7 +113,7 @@ def revoke(
     """End a membership; it counts from the next round, and its key never comes back."""
     from fedlora.server.coordinator.folder import Directory
 
-    _say(f"revoked      {Directory.open(dir_).registry.revoke(name).name}")
+    _say(f"revoked      {Directory.open(dir_).revoke(name).name}")
 
 
 @app.command()

@@ -146,7 +146,22 @@ class NodeFolder:
         Key and head lie beside it, wherever that is: whoever shares the ledger shares them.
         """
         path = self.under(policy.ledger.path)
-        return Ledger.open(path, path.parent / policy.trainer.head, path.with_suffix(".key"))
+        anchor = self._anchor(policy, path.parent)
+        head, key = path.parent / policy.trainer.head, path.with_suffix(".key")
+        return Ledger.open(path, head, key, anchor)
+
+    def _anchor(self, policy: Policy, ledger: Path) -> Path | None:
+        """BadInput where the anchor would be put back to an older day with what it witnesses."""
+        if not policy.ledger.anchor:
+            return None
+        anchor = self.under(policy.ledger.anchor)
+        for folder in (self.root, ledger):
+            if anchor.resolve().is_relative_to(folder.resolve()):
+                raise BadInput(
+                    f"{self.policy.name} [ledger] anchor: found a file in {folder}, expected one"
+                    " outside, which no copy of that folder holds"
+                )
+        return anchor
 
     def marks(self, policy: Policy) -> Path | None:
         """Where marks of data files are written; None: beside the data."""

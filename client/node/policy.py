@@ -104,6 +104,7 @@ class LedgerPolicy:
 
     path: str = _ruled("ledger.sqlite", Pattern(r".{1,1000}\.sqlite", "a file, NAME.sqlite"))
     marks: str = _ruled("", OPTIONAL)  # a folder for the marks of read-only data
+    anchor: str = _ruled("", OPTIONAL)  # a file outside: the newest head once more
 
 
 @dataclass(frozen=True)

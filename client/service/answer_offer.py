@@ -43,7 +43,10 @@ def answer_offer(dialogue: Dialogue, offer: Offer, manifest: RunManifest) -> byt
     if kept is not None and dialogue.is_ours(kept):
         return kept
     me, its = node.policy.institution, node.policy.digest
-    consent = dialogue.signed(Consent(me, digest, its, spend.epsilon, spend.delta))
+    with private():
+        at = node.ledger.head()
+    reply = Consent(me, digest, its, spend.epsilon, spend.delta, height=at.count, head=at.hash)
+    consent = dialogue.signed(reply)
     with private():
         if started:
             node.outbox.write(digest, 0, 0, asked, consent)

@@ -54,7 +54,11 @@ def answer_start(dialogue: Dialogue, start: Start, request: bytes) -> bytes:
     with private():
         _reserve(dialogue, manifest)
     me, its = node.policy.institution, node.policy.digest
-    reply = Started(me, digest, its, spend.epsilon, spend.delta, digest_of(request))
+    with private():
+        at, begun = node.ledger.head(), digest_of(request)
+    reply = Started(
+        me, digest, its, spend.epsilon, spend.delta, begun, height=at.count, head=at.hash
+    )
     with private():
         asked = waiting.manifest.to_bytes()
         node.outbox.write(digest, 0, 0, asked, waiting.consent)

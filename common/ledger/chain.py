@@ -7,7 +7,8 @@ entry. An entry is durable before `append` returns; a kill between the entry and
 head one behind, and the next one who looks signs it anew.
 
 What this can't see: both places, or all three files, restored to the same older moment or deleted
-together. Keep them on different disks, or send heads away, where that matters.
+together. Keep them on different disks, or have an anchor (`common.ledger.anchor`), where that
+matters.
 """
 
 from __future__ import annotations
@@ -22,17 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
-from fedlora.common.codec.strict import build, canonical
+from fedlora.common.codec.strict import canonical
 from fedlora.common.disk import locks
 from fedlora.common.disk.files import sync_folder, write_atomically
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.trust.identity import Identity, PublicIdentity, seal, unseal
+from fedlora.common.ledger.anchor import Anchor
+from fedlora.common.ledger.signed_head import Head, opened_head, signed_head
+from fedlora.common.trust.identity import Identity
 
-HEAD_TAG = "fedlora-ledger-head-2"
-EARLIER_HEAD_TAG = "fedlora-ledger-head-1"  # of a head that is written anew with the next entry
 KEYED_TAG = "fedlora-ledger-keyed-1"
 
 _TABLE = (
@@ -40,6 +38,7 @@ _TABLE = (
     " STRICT"
 )
 _INSERT = "INSERT INTO entries VALUES (?, ?, ?)"
+_HASH = "SELECT hash FROM entries WHERE number = ?"
 _AFTER = "SELECT number, body, hash FROM entries WHERE number > ? ORDER BY number"
 
 
@@ -50,14 +49,6 @@ class Entry:
     number: int
     body: dict[str, Any]
     hash: str
-
-
-@dataclass(frozen=True)
-class _Head:
-    """What is signed: how many entries there are, and the hash of the last one."""
-
-    count: int = 0
-    hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,14 +68,20 @@ class Chain:
     """One open chain. `take` gets every entry's body once, in order, whoever wrote it."""
 
     def __init__(
-        self, path: Path, head: Path, key: Identity, take: Callable[[Mapping[str, Any]], None]
+        self,
+        path: Path,
+        head: Path,
+        key: Identity,
+        take: Callable[[Mapping[str, Any]], None],
+        anchor: Path | None,
     ) -> None:
         self._path = path
         self._head = head
         self._key = key
         self._take = take
+        self._anchor = None if anchor is None else Anchor(anchor, key)
         self._at = _Position()
-        self._seen = (b"", _Head())  # what was verified or written here before
+        self._seen = (b"", Head())  # what was verified or written here before
         self._connection = _connect(path, "rw")
         self.close = weakref.finalize(self, self._connection.close)
         self.close.atexit = False
@@ -97,11 +94,12 @@ class Chain:
         key: Path,
         opening: Mapping[str, Any],
         take: Callable[[Mapping[str, Any]], None],
+        anchor: Path | None = None,
     ) -> Chain:
         """Open a chain, or begin one with the entry `opening` where there was none.
 
         Refused where the chain is not the one that the head was signed for, or one of the three
-        files is missing.
+        files is missing, or the anchor, if there is to be one, is ahead of the chain.
         """
         with _refusing(path):
             for each in (path, head, key):
@@ -115,7 +113,7 @@ class Chain:
                     f"ledger {path}: {', '.join(map(str, missing))} is missing, expected ledger,"
                     " head and key; it was deleted or moved, and without it nothing can be spent"
                 )
-            chain = cls(path, head, _loaded(key), take)
+            chain = cls(path, head, _loaded(key), take, anchor)
             try:
                 chain._catch_up()
             except BaseException:
@@ -129,6 +127,16 @@ class Chain:
         with _refusing(self._path), _exclusive(self._path):
             self._catch_up()
             yield
+
+    @property
+    def head(self) -> Head:
+        """How far it goes, as far as this process has looked."""
+        return Head(self._at.count, self._at.hash)
+
+    @property
+    def lacks_anchor(self) -> bool:
+        """Whether there is to be an anchor, and none is there."""
+        return self._anchor is not None and self._anchor.missing
 
     def keyed(self, text: str) -> str:
         """The same for the same text, and nothing to anybody without this chain's key.
@@ -167,6 +175,12 @@ class Chain:
             self._take(entry.body)
             self._at = position
         self._check_head()
+        if self._anchor is not None:
+            self._anchor.check(self.head, self._hash_of)
+
+    def _hash_of(self, number: int) -> str:
+        found = self._connection.execute(_HASH, (number,)).fetchone()
+        return "" if found is None else str(found[0])
 
     def _verified(self, position: _Position) -> Iterator[tuple[Entry, _Position]]:
         for number, text, digest in self._connection.execute(_AFTER, (position.count,)).fetchall():
@@ -196,11 +210,11 @@ class Chain:
         if count < self._at.count:
             self._write_head()  # somebody was killed between the entry and its head
 
-    def _read_head(self) -> _Head:
+    def _read_head(self) -> Head:
         data = self._head.read_bytes() if self._head.is_file() else b""
         if data != self._seen[0]:
             try:
-                self._seen = (data, _opened(data, self._key.public))
+                self._seen = (data, opened_head(data, self._key.public))
             except (BadInput, Refused) as error:
                 raise Refused(
                     f"ledger head {self._head}: found none that this key signed"
@@ -208,9 +222,11 @@ class Chain:
         return self._seen[1]
 
     def _write_head(self) -> None:
-        data = _signed_head(self._key, self._at)
-        self._seen = (data, _Head(self._at.count, self._at.hash))
+        data = signed_head(self._key, self.head)
+        self._seen = (data, self.head)
         write_atomically(self._head, data)
+        if self._anchor is not None:
+            self._anchor.write(self.head)
 
 
 def _loaded(key: Path) -> Identity:
@@ -262,7 +278,7 @@ def _begin(path: Path, head: Path, key: Path, opening: Mapping[str, Any]) -> Non
         connection.execute(_INSERT, (first.count, text, first.hash))
         connection.execute("COMMIT")
     sync_folder(path.parent)
-    write_atomically(head, _signed_head(private, first))
+    write_atomically(head, signed_head(private, Head(first.count, first.hash)))
     private.write(key)
 
 
@@ -299,30 +315,3 @@ def _refusing(path: Path) -> Iterator[None]:
 
 def _canonical(body: Mapping[str, Any]) -> str:
     return canonical(body).decode()
-
-
-def _signed_head(key: Identity, at: _Position) -> bytes:
-    return seal(key, HEAD_TAG, {"count": at.count, "hash": at.hash}).encode()
-
-
-def _opened(data: bytes, key: PublicIdentity) -> _Head:
-    """The head that `key` signed, of this version or the one before; BadInput or Refused else."""
-    try:
-        text, table = data.decode(), json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadInput("head: found no JSON") from error
-    if isinstance(table, dict) and "body" not in table:
-        return _opened_earlier(table, key)
-    return build(_Head, unseal(text, HEAD_TAG, "head", key).table, "head")
-
-
-def _opened_earlier(table: dict[str, Any], key: PublicIdentity) -> _Head:
-    """A head of version 1: a table with its signature, over lines that were not framed."""
-    head = build(_Head, {name: table.get(name) for name in ("count", "hash")}, "head")
-    signed = f"{EARLIER_HEAD_TAG}\n{head.count}\n{head.hash}".encode()
-    try:
-        signature = bytes.fromhex(str(table.get("signature")))
-        Ed25519PublicKey.from_public_bytes(key.key).verify(signature, signed)
-    except (ValueError, InvalidSignature) as error:
-        raise Refused("head: found no signature of this key") from error
-    return head

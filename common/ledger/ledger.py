@@ -13,41 +13,24 @@ its first consent, and a data file charges one budget. How the entries are kept 
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from fedlora.common.errors import BadInput, Refused
+from fedlora.common.ledger.budget import Budget, Total, beyond, exceeded
 from fedlora.common.ledger.chain import Chain, Entry
+from fedlora.common.ledger.signed_head import Head
 from fedlora.common.ledger.subject import UNKNOWN, Subject
 from fedlora.common.privacy.accountant import Spend
-from fedlora.common.privacy.figures import exact
 
 SCHEMA = 2  # 2: a consent says whose records it is about
 EARLIER_SCHEMA = 1  # is read; the first consent after it is preceded by an entry that moves it on
 SAME_TERMS = 1e-4  # relative: another machine, or version, computes an ε to within that
 
 __all__ = ["SCHEMA", "Budget", "Entry", "Ledger", "exceeded"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A named budget of one population, and what it may spend over all runs."""
-
-    name: str
-    epsilon: float
-    delta: float
-
-    def __post_init__(self) -> None:
-        for field, value in (("epsilon", self.epsilon), ("delta", self.delta)):
-            if not (math.isfinite(value) and value > 0):
-                raise BadInput(
-                    f"budget {self.name} {field}: found {value}, expected a finite number > 0"
-                )
 
 
 @dataclass(frozen=True)
@@ -66,26 +49,16 @@ class _Consent:
         )
 
 
-@dataclass(frozen=True)
-class _Total:
-    """An exact sum of spends."""
-
-    epsilon: Fraction = Fraction(0)
-    delta: Fraction = Fraction(0)
-
-    def __add__(self, spend: Spend) -> _Total:
-        return _Total(self.epsilon + exact(spend.epsilon), self.delta + exact(spend.delta))
-
-
 class Ledger:
     """One ledger; safe for several processes and threads at once, but not over a fork."""
 
     def __init__(self) -> None:
         self._consents: dict[tuple[str, str], _Consent] = {}  # by budget and manifest, as all below
-        self._totals: dict[str, _Total] = {}  # by budget
+        self._totals: dict[str, Total] = {}  # by budget
         self._units: dict[str, str] = {}  # by budget: of the first consent that says one
         self._payers: dict[str, str] = {}  # the budget that a path or a digest of data charges
         self._schema = SCHEMA
+        self._anchored = False
         # attempt -> (phase, round)
         self._phases: dict[tuple[str, str], dict[int, tuple[int, int]]] = {}
         self._committed: set[tuple[str, str, int]] = set()
@@ -93,15 +66,28 @@ class Ledger:
         self.id = ""  # drawn when the ledger was begun: which ledger this is
 
     @classmethod
-    def open(cls, path: Path, head: Path, key: Path) -> Ledger:
+    def open(cls, path: Path, head: Path, key: Path, anchor: Path | None = None) -> Ledger:
         """Open a ledger, or begin one where neither it nor its head nor its key exists.
 
-        Refused where the ledger is not the one that the head was signed for.
+        Refused where the ledger is not the one that the head was signed for, or that was anchored.
         """
         ledger = cls()
         opening = {"kind": "open", "schema": SCHEMA, "id": os.urandom(16).hex()}
-        ledger._chain = Chain.open(path, head, key, opening, ledger._take_in)
+        ledger._chain = Chain.open(path, head, key, opening, ledger._take_in, anchor)
+        if ledger._chain.lacks_anchor:
+            ledger._begin_anchor(anchor)
         return ledger
+
+    def _begin_anchor(self, anchor: Path | None) -> None:
+        """The first entry with an anchor; Refused where there was one: its disk may be away."""
+        with self._chain.locked():
+            if self._anchored:
+                raise Refused(
+                    f"ledger anchor {anchor}: is missing, expected the one that this ledger has;"
+                    " where it is to lie elsewhere from now on, move it there"
+                )
+            self._move_on()
+            self._chain.append({"kind": "anchor"})
 
     def consent(
         self,
@@ -128,8 +114,7 @@ class Ledger:
                     )
                 return
             self._check_caps(budget, spend)
-            if self._schema != SCHEMA:
-                self._chain.append({"kind": "schema", "schema": SCHEMA})
+            self._move_on()
             self._chain.append(
                 {
                     "kind": "consent",
@@ -211,7 +196,7 @@ class Ledger:
     def spent(self, budget: str) -> Spend:
         """What a budget has reserved over all runs."""
         with self._chain.locked():
-            total = self._totals.get(budget, _Total())
+            total = self._totals.get(budget, Total())
             return Spend(float(total.epsilon), float(total.delta))
 
     def reserved_for(self, budget: str, manifest: str) -> Spend | None:
@@ -241,6 +226,14 @@ class Ledger:
             )
             return max(used, default=0)
 
+    def head(self) -> Head:
+        """Its height, which is how many entries there are, and which ledger it is there: the last
+        one's hash under the ledger's key, for an entry's own hash would let guesses be tried.
+        """
+        with self._chain.locked():
+            at = self._chain.head
+            return Head(at.count, self._chain.keyed(at.hash))
+
     def entries(self) -> list[Entry]:
         """All entries, oldest first, verified again."""
         return self._chain.entries()
@@ -249,8 +242,13 @@ class Ledger:
         """Let go of the file; whoever uses it afterwards is refused."""
         self._chain.close()
 
+    def _move_on(self) -> None:
+        """What no earlier version knows is entered only once that would refuse the ledger."""
+        if self._schema != SCHEMA:
+            self._chain.append({"kind": "schema", "schema": SCHEMA})
+
     def _check_caps(self, budget: Budget, spend: Spend) -> None:
-        reason = _exceeded(budget, self._totals.get(budget.name, _Total()), spend)
+        reason = beyond(budget, self._totals.get(budget.name, Total()), spend)
         if reason:
             raise Refused(reason)
 
@@ -283,11 +281,14 @@ class Ledger:
                 raise Refused(f"ledger: found schema {body['schema']}, expected {SCHEMA}")
             self._schema, self.id = body["schema"], str(body.get("id", self.id))
             return
+        if kind == "anchor" and not self._anchored:
+            self._anchored = True
+            return
         key = (str(body.get("budget")), str(body.get("manifest")))
         if kind == "consent" and key not in self._consents:
             spend = Spend(body["epsilon"], body["delta"])
             self._consents[key] = _Consent(spend, tuple(body["attempts"]))
-            self._totals[key[0]] = self._totals.get(key[0], _Total()) + spend
+            self._totals[key[0]] = self._totals.get(key[0], Total()) + spend
             self._take_in_subject(key[0], body)
         elif kind == "reserve" and body["attempt"] not in self._phases.get(key, {}):
             self._phases.setdefault(key, {})[body["attempt"]] = (body["phase"], body["round"])
@@ -305,22 +306,3 @@ class Ledger:
         for name in ("path", "data"):
             if body.get(name):
                 self._payers.setdefault(str(body[name]), budget)
-
-
-def exceeded(budget: Budget, spent: Spend, more: Spend) -> str:
-    """Why `more` does not fit a budget of which `spent` is gone, or ""."""
-    return _exceeded(budget, _Total() + spent, more)
-
-
-def _exceeded(budget: Budget, before: _Total, more: Spend) -> str:
-    after = before + more
-    for name, used, needed, cap in (
-        ("ε", before.epsilon, after.epsilon, budget.epsilon),
-        ("δ", before.delta, after.delta, budget.delta),
-    ):
-        if needed > exact(cap):
-            return (
-                f"budget {budget.name}: {name} = {float(used):.6g} is spent and would reach "
-                f"{float(needed):.6g}, past its cap of {cap:.6g}"
-            )
-    return ""

@@ -19,10 +19,9 @@ or reuse one, and a relay need not parse any.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
 
 import numpy as np
@@ -38,10 +37,10 @@ from fedlora.common.codec.framing import (
     unframe,
 )
 from fedlora.common.codec.strict import from_canonical, to_canonical
-from fedlora.common.config.toml import Bounds
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.model.state import Vector
-from fedlora.common.terminal import MAX_LINE, one_line
+from fedlora.common.protocol.terms import Begun, Reason, Terms
+from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
 
 REQUEST_VERSION = 3  # 2: an offer carries its address; 3: a start follows the consents
@@ -136,6 +135,10 @@ class Consent:
     policy_digest: str
     epsilon: float  # 0 where the run is not private
     delta: float
+    # the node's ledger then: how many entries it had, and which one it was, under its own key; 0
+    # and "" where an earlier version spoke
+    height: int = field(default=0, kw_only=True)
+    head: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -261,52 +264,20 @@ class _Sent:
         return (federation.encode(), manifest, round_, attempt, kind.encode(), institution, body)
 
 
-class _OneLine:
-    """A text that prints on one line of bounded length, wherever it ends."""
-
-    def fault(self, value: str, noun: str) -> str:
-        fits = value == one_line(value)
-        return "" if fits else f"expected one printable line of at most {MAX_LINE} characters"
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """The body of a consent."""
-
-    policy: str = field(metadata={"rule": _OneLine()})
-    epsilon: float = field(metadata={"rule": Bounds(0, math.inf)})
-    delta: float = field(metadata={"rule": Bounds(0, math.inf)})
-
-
-@dataclass(frozen=True)
-class _Begun(_Terms):
-    """The body of what answers a start."""
-
-    start: str = field(metadata={"rule": _OneLine()})
-
-
-@dataclass(frozen=True)
-class _Reason:
-    """The body of a decline."""
-
-    reason: str = field(metadata={"rule": _OneLine()})
-    refused: bool
-
-
 def _sent(reply: Reply) -> tuple[str, _Sent]:
     """A reply's kind, and what travels of it, unsigned."""
     if isinstance(reply, Consent):
         said = (reply.policy_digest, float(reply.epsilon), float(reply.delta))
-        kind, terms = "consent", _Terms(*said)
+        kind, terms = "consent", Terms(*said, height=reply.height, head=reply.head)
         if isinstance(reply, Started):
-            kind, terms = "started", _Begun(*said, reply.start)
+            kind, terms = "started", Begun(**asdict(terms), start=reply.start)
         return kind, _Sent(reply.manifest, 0, 0, reply.institution, to_canonical(terms))
     if isinstance(reply, Answer):
         kind, body = "answer", reply.vector
     elif isinstance(reply, Staged):
         kind, body = "staged", reply.message
     else:
-        kind, body = "decline", to_canonical(_Reason(one_line(reply.reason), reply.refused))
+        kind, body = "decline", to_canonical(Reason(one_line(reply.reason), reply.refused))
     return kind, _Sent(reply.manifest, reply.round, reply.attempt, reply.institution, body)
 
 
@@ -317,13 +288,14 @@ def _received(kind: str, sent: _Sent) -> Reply:
     if kind == "staged":
         return Staged(*place, sent.body)
     if kind == "decline":
-        told = from_canonical(_Reason, sent.body, kind, MAX_BODY_BYTES)
+        told = from_canonical(Reason, sent.body, kind, MAX_BODY_BYTES)
         return Decline(*place, told.reason, told.refused)
-    terms = from_canonical(_Begun if kind == "started" else _Terms, sent.body, kind, MAX_BODY_BYTES)
+    terms = from_canonical(Begun if kind == "started" else Terms, sent.body, kind, MAX_BODY_BYTES)
     if (sent.round, sent.attempt) != (0, 0):
         raise BadInput(f"{kind}: found round {sent.round} attempt {sent.attempt}, expected 0 and 0")
     said = (sent.institution, sent.manifest, terms.policy, terms.epsilon, terms.delta)
-    return Started(*said, terms.start) if isinstance(terms, _Begun) else Consent(*said)
+    consent = Consent(*said, height=terms.height, head=terms.head)
+    return Started(**asdict(consent), start=terms.start) if isinstance(terms, Begun) else consent
 
 
 def _kind(body: memoryview, what: str, known: Mapping[str, object] | tuple[str, ...]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlora.common.trust.identity import Identity, PublicIdentity
+from fedlora.server.coordinator.heights import Heights
 
 Members = Callable[[], Mapping[str, PublicIdentity]]
 
@@ -19,3 +20,4 @@ class Coordinator:
     members: Members  # the active ones, at this moment
     # keys that a member had before
     former: Callable[[str], Sequence[PublicIdentity]] = lambda name: ()
+    heights: Heights | None = None  # of the members' ledgers; None: nobody keeps them

@@ -5,6 +5,7 @@ coordinator.pub      the public key that manifests and exports are verified with
 invitation.json      what institutions join with; signed
 keys/coordinator.pem Ed25519, 0600: who has it speaks for the federation
 ca/, tls/            certificate authority; the server's certificate
+heights.json         how high each member's ledger was when it last said so
 members.json         who is a member; signed, and numbered: the newest one's number is in
                      keys/members.revision
 training.toml        a commented example of a run's configuration
@@ -45,7 +46,8 @@ from fedlora.server.coordinator.certificates import (
     read_certificate,
 )
 from fedlora.server.coordinator.coordinator import Coordinator
-from fedlora.server.coordinator.members import Registry
+from fedlora.server.coordinator.heights import HEIGHTS, Heights
+from fedlora.server.coordinator.members import Member, Registry
 from fedlora.server.coordinator.superlink_files import Files
 
 SETTINGS, MEMBERS, KEY = "coordinator.toml", "members.json", "keys/coordinator.pem"
@@ -187,9 +189,21 @@ class Directory:
     def coordinator(self) -> Coordinator:
         """Who speaks in a run, and to whom: members are read anew each time they are asked for."""
         registry = self.registry
-        return Coordinator(
-            self.settings.federation, self.identity, registry.active, registry.former
-        )
+        speaks = (self.settings.federation, self.identity)
+        return Coordinator(*speaks, registry.active, registry.former, self.heights)
+
+    @property
+    def heights(self) -> Heights:
+        """How far the members' ledgers had come."""
+        return Heights(self.root / HEIGHTS)
+
+    def revoke(self, name: str) -> Member:
+        """End a membership; BadInput where there is none. Whoever comes back by this name under a
+        new key has another ledger, or says so.
+        """
+        ended = self.registry.revoke(name)
+        self.heights.forget(name)
+        return ended
 
     def superlink_files(self) -> Files:
         """What SuperLink is started with."""

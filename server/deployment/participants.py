@@ -41,6 +41,7 @@ from fedlora.common.protocol.start import LONGEST_OFFER, Party, Start, digest_of
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator
+from fedlora.server.coordinator.heights import Height
 from fedlora.server.deployment.consents import Consents
 from fedlora.server.deployment.institutions import Carrier, Institutions
 from fedlora.server.release.statements import consent_faults, schedule_cost
@@ -222,10 +223,11 @@ class Participants(Institutions):
             except (BadInput, Refused) as error:
                 self._said_of.decline(Failure(name, one_line(str(error))))
                 continue
-            if reason := self._refusal(reply, Consent):
+            if reason := self._refusal(reply, Consent) or self._fallen(reply):
                 self._said_of.decline(Failure(name, reason, refused=True))
             else:
                 self._said_of.consent(name, answer)
+                self._note_height(reply)
 
     def _is_open(self, name: str) -> bool:
         """Whether to offer the run to it, or once more."""
@@ -284,11 +286,23 @@ class Participants(Institutions):
         reason = self._refusal(reply, Started)
         if isinstance(reply, Started) and not reason:
             self._said_of.acknowledge(name, data, reply)
+            self._note_height(reply)
         elif isinstance(reply, Decline) and not reply.refused:
             log.warning("%s does not start: %s", name, reason)
             self._said_of.withdraw(name)
         else:
             self._said_of.decline(Failure(name, reason, refused=True))
+
+    def _fallen(self, reply: Reply) -> str:
+        """Why a fresh consent comes from a ledger that was put back to an older day, or ""."""
+        heights = self.coordinator.heights
+        if heights is None or not isinstance(reply, Consent):
+            return ""
+        return heights.fault(reply.institution, Height(reply.height, reply.head))
+
+    def _note_height(self, reply: Reply) -> None:
+        if self.coordinator.heights is not None and isinstance(reply, Consent):
+            self.coordinator.heights.note(reply.institution, Height(reply.height, reply.head))
 
     def _read_consents(self) -> None:
         """Of a run that is resumed; Refused for what nobody signed.

@@ -321,7 +321,7 @@ def test_a_beginning_that_was_killed_begins_again(
     place: Place, monkeypatch: pytest.MonkeyPatch, survives: int
 ) -> None:
     places: dict[str, object] = dict.fromkeys(
-        ("_signed_head", "sync_folder", "write_atomically"), chain
+        ("signed_head", "sync_folder", "write_atomically"), chain
     ) | {"write": Identity}
     calls: dict[str, Callable[..., object]] = {
         name: getattr(where, name) for name, where in places.items()
