@@ -100,7 +100,7 @@ def manifest_of(*phases: Phase, **changes: object) -> RunManifest:
 
 def offer_of(
     manifest: RunManifest, key: Identity = COORDINATOR, projection: bytes = b"",
-    to: str = "north", seconds: float = 60, digest: str = "",
+    to: str = "north", seconds: float = 3600, digest: str = "",
 ) -> bytes:  # fmt: skip
     """An offer good for `seconds`, whose address names `to` and `digest`, or the manifest's."""
     address = Address(digest or manifest.digest, to, int(time.time() + seconds))
