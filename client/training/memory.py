@@ -1,9 +1,10 @@
 """How much memory a step will take at its peak, before it is made.
 
-    activations   what autograd keeps of one record, counted on texts of nobody's of two lengths:
-                  a part that grows with its tokens, and one with their square (attention); times
-                  a micro-batch's records; twice its largest tensor on top, for what is
-                  computed and not kept
+    activations   what autograd keeps, counted on texts of nobody's of three lengths: a part that
+                  is there once (matrices that autocast narrowed), one that grows with a record's
+                  tokens, and one with their square (attention), these two times a micro-batch's
+                  records; twice the largest tensor on top, for what is computed and not kept;
+                  and `ALLOCATOR` times the whole
     gradients     float32 of each record of a micro-batch, the largest matrix once more in float64,
                   and six float64 vectors of the adapter: sum, noise, optimiser
     scores        of words: `SCORES` times a chunk of them (`common.model.next_words`)
@@ -18,6 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedlora.client.training.step import RECORDS
@@ -28,7 +30,8 @@ from fedlora.common.model.next_words import CHUNK
 from fedlora.common.model.pooling import PooledClassifier
 from fedlora.common.model.shapes import BUCKETS
 
-SHORT, LONG = 16, 48  # tokens of the texts that are counted
+LENGTHS = (16, 32, 48)  # tokens of the texts that are counted
+ALLOCATOR = 1.25  # what was measured on CPUs beside what is kept: gradients on the way, freed parts
 SCORES = 4  # scores, their logarithms, and the gradients of both
 VECTORS = 6
 
@@ -56,25 +59,30 @@ class Memory:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept of one record: `linear` a token, `square` a pair of tokens; `largest` a token."""
+    """Bytes that autograd keeps: `once`, whatever the records, and of each record `linear` a token
+    and `square` a pair of tokens; `largest` a token is of the largest tensor.
+    """
 
+    once: float
     linear: float
     square: float
     largest: float
 
     @classmethod
     def of(cls, model: AdapterModel) -> Activations:
-        """Counted on one record of `SHORT` and one of `LONG` tokens, or what the model reads."""
-        long = max(2, min(LONG, model.longest))
-        short = max(1, min(SHORT, long // 2))
-        (less, _), (more, largest) = (_kept(model, length) for length in (short, long))
-        square = max(0.0, (more / long - less / short) / (long - short))
-        return cls(more / long - square * long, square, largest / long)
+        """Counted on one record of each of `LENGTHS`, shorter where the model reads less."""
+        longest = max(3, min(LENGTHS[-1], model.longest))
+        lengths = [longest * length // LENGTHS[-1] for length in LENGTHS]
+        kept = [_kept(model, length) for length in lengths]
+        square, linear, once = np.polyfit(lengths, [peak for peak, _ in kept], 2)
+        if square < 0:
+            square, (linear, once) = 0.0, np.polyfit(lengths, [peak for peak, _ in kept], 1)
+        return cls(max(0.0, float(once)), float(linear), float(square), kept[-1][1] / lengths[-1])
 
     def bytes(self, records: int, tokens: int) -> int:
-        """Of a micro-batch."""
+        """Of a micro-batch, with what an allocator needs beside it."""
         record = self.linear * tokens + self.square * tokens**2 + 2 * self.largest * tokens
-        return int(records * record)
+        return int(ALLOCATOR * (self.once + records * record))
 
 
 def memory_of_step(

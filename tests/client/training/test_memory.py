@@ -38,13 +38,23 @@ def model(base: Path) -> AdapterModel:
 def test_activations_are_what_autograd_keeps_of_a_longer_text(
     model: AdapterModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted at 8 and 12 tokens, and at 24."""
+    """Counted at 4, 8 and 12 tokens, and at 24."""
     model.set_attention("eager")  # scores, which grow with the square
-    monkeypatch.setattr(memory, "LONG", 12)
+    monkeypatch.setattr(memory, "LENGTHS", (4, 8, 12))
     found = Activations.of(model)
     kept, _ = memory._kept(model, 24)
     assert found.square > 0
-    assert abs(found.linear * 24 + found.square * 24**2 - kept) <= 0.05 * kept
+    assert abs(found.once + found.linear * 24 + found.square * 24**2 - kept) <= 0.05 * kept
+
+
+def test_matrices_that_autocast_narrows_are_kept_once(base: Path) -> None:
+    """However many records a batch has."""
+    narrowed = model_on(base)
+    narrowed.precision = torch.bfloat16
+    frozen = [each for each in narrowed.network.parameters() if not each.requires_grad]
+    found = Activations.of(narrowed)
+    assert found.once > 0.3 * sum(2 * each.numel() for each in frozen)
+    assert found.bytes(64, 24) < 64 * found.bytes(1, 24) - 60 * found.once
 
 
 def test_more_records_take_more_and_fixed_batches_hold_four(model: AdapterModel) -> None:
