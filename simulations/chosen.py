@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.common.config.load import parse_config
-from fedlora.common.config.schema import Config, config_to_toml, open_fields
+from fedlora.common.config.schema import Config, DataConfig, config_to_toml, open_fields
 from fedlora.common.data.records import unit_groups
 from fedlora.common.disk.files import write_text
 from fedlora.common.privacy.modes import guarantee_named
@@ -22,8 +22,7 @@ UNITS = (
     "That there are about {units} units is taken as public: rates and normalisers follow from it."
 )
 PARTS = (
-    "The test and validation parts and the label set were taken from the training file, and are"
-    " public: the records in those parts are not protected."
+    "Taken from the training file, and public: the {parts}. The records in it are not protected."
 )
 
 
@@ -59,5 +58,14 @@ def taken_as_public(config: Config, chosen: Sequence[str]) -> tuple[str, ...]:
         return ()
     by_units = "federation.units" in chosen and bool(BY_UNITS.intersection(chosen))
     units = UNITS.format(units=config.federation.units)
-    parts = not isinstance(config.data.test, str)
-    return (units,) * by_units + (PARTS,) * parts
+    return (units,) * by_units + _parts(config.data)
+
+
+def _parts(data: DataConfig) -> tuple[str, ...]:
+    shares = {"test part": data.test, "validation part": data.validation}
+    taken = [name for name, source in shares.items() if not isinstance(source, str)]
+    if not isinstance(data.test, str) and not data.labels:
+        taken.append("label set")
+    if not taken:
+        return ()
+    return (PARTS.format(parts=" and ".join(filter(None, (", ".join(taken[:-1]), taken[-1])))),)

@@ -6,8 +6,9 @@ Gopi, Lee and Wutschitz 2021, Numerical Composition of Differential Privacy. One
 
 It is cut to a domain, discretised on a mesh by its distribution function, shifted to the mean that
 it had, and composed with itself and the others by Fourier transform (algorithm 1). What cutting and
-rounding may cost is added (theorem 5.5): ε is read at δ (1 - LOST), and `error` is added. Opacus
-has the same algorithm; tests hold the two together to 2e-6, and dp-accounting's PLD below both.
+rounding may cost is added (theorem 5.5): ε is read at δ (1 - LOST), less what the transform's own
+rounding may have moved, and `error` is added. Opacus has the same algorithm, without the latter;
+tests hold the two together to 2e-6, and dp-accounting's PLD below both.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import numpy as np
 from fedlora.common.privacy.renyi import Floats, Steps, renyi_bound
 
 LOST = 1e-3  # of δ: for what lies outside the domain
+# Of δ, for each step: a spectrum to the power of the steps carries its rounding so many times.
+# Against the exact curve of 10⁶ to 10⁸ Gaussian steps a bound that ignored it was up to 7 % low.
+ROUNDED = 2.0**-51
 MARGIN = 3.0  # of the domain, beyond the tail bound (remark 5.6)
 FLAT = 9.0  # standard deviations beyond which a Gaussian's tail is less than rounding
 REACH = 14.0  # standard deviations of a loss whose mean is integrated: e^-98 is beyond
@@ -51,6 +55,9 @@ def composed_epsilon(history: Sequence[Steps], delta: float, error: float) -> fl
     ValueError where rounding leaves none that is known.
     """
     steps = sum(count for *_, count in history)
+    sure = (1 - LOST) * delta - ROUNDED * steps
+    if sure < delta / 2:
+        raise ValueError("so many steps round away a δ so small")
     mesh = _mesh(history, steps, delta, error)
     spectrum, shift = np.ones(mesh.size // 2 + 1, dtype=np.complex128), 0.0
     for noise, rate, count in history:
@@ -59,7 +66,7 @@ def composed_epsilon(history: Sequence[Steps], delta: float, error: float) -> fl
         shift += moved * count
     # an index counts its distance from `zero`, a sum of indices every step's: all but one go
     masses = np.roll(np.fft.irfft(spectrum, mesh.size), -(steps - 1) * mesh.zero % mesh.size)
-    return _epsilon(masses, mesh.points + shift, (1 - LOST) * delta) + error
+    return _epsilon(masses, mesh.points + shift, sure) + error
 
 
 def _mesh(history: Sequence[Steps], steps: int, delta: float, error: float) -> Mesh:

@@ -30,6 +30,21 @@ class Height:
     head: str = ""
 
 
+def put_back(seen: Height, found: Height) -> str:
+    """Why a ledger that was `seen` before can't be the one that is `found` now, or ""."""
+    if found.height < seen.height:
+        return (
+            f"ledger height: found {found.height}, expected at least {seen.height}, which this"
+            " member's ledger had before: it was restored from an older copy, or is another one"
+        )
+    if found.height == seen.height and found.head != seen.head:
+        return (
+            f"ledger height: found another entry {found.height} than this member's ledger had"
+            " before: it was restored from an older copy, or is another one"
+        )
+    return ""
+
+
 class Heights:
     """The highest of each member, in one file; `path` lies in the coordinator's folder."""
 
@@ -42,18 +57,7 @@ class Heights:
 
     def fault(self, member: str, found: Height) -> str:
         """Why a member's ledger is none that goes on from what was seen of it; "" where it is."""
-        seen = self.seen(member)
-        if found.height < seen.height:
-            return (
-                f"ledger height: found {found.height}, expected at least {seen.height}, which this"
-                " member's ledger had before: it was restored from an older copy, or is another one"
-            )
-        if found.height == seen.height and found.head != seen.head:
-            return (
-                f"ledger height: found another entry {found.height} than this member's ledger had"
-                " before: it was restored from an older copy, or is another one"
-            )
-        return ""
+        return put_back(self.seen(member), found)
 
     def note(self, member: str, found: Height) -> None:
         """Keep what a member's ledger has come to, durably, if it is higher."""

@@ -41,7 +41,7 @@ from fedlora.common.protocol.start import LONGEST_OFFER, Party, Start, digest_of
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator
-from fedlora.server.coordinator.heights import Height
+from fedlora.server.coordinator.heights import Height, put_back
 from fedlora.server.deployment.consents import Consents
 from fedlora.server.deployment.institutions import Carrier, Institutions
 from fedlora.server.release.statements import consent_faults, schedule_cost
@@ -280,10 +280,10 @@ class Participants(Institutions):
         """What `name` says to its start; where that is no refusal for good, it is offered anew."""
         try:
             reply = self.opened(name, data, members)
+            reason = self._refusal(reply, Started) or self._put_back(name, reply, members)
         except (BadInput, Refused) as error:
             self._said_of.decline(Failure(name, one_line(str(error))))
             return
-        reason = self._refusal(reply, Started)
         if isinstance(reply, Started) and not reason:
             self._said_of.acknowledge(name, data, reply)
             self._note_height(reply)
@@ -299,6 +299,12 @@ class Participants(Institutions):
         if heights is None or not isinstance(reply, Consent):
             return ""
         return heights.fault(reply.institution, Height(reply.height, reply.head))
+
+    def _put_back(self, name: str, reply: Reply, members: Mapping[str, PublicIdentity]) -> str:
+        """Why a start was charged to an older copy of the ledger that consented to it, or ""."""
+        consent = self.opened(name, self._said_of.given[name], members)
+        both = [Height(r.height, r.head) for r in (consent, reply) if isinstance(r, Consent)]
+        return put_back(*both) if len(both) == 2 else ""
 
     def _note_height(self, reply: Reply) -> None:
         if self.coordinator.heights is not None and isinstance(reply, Consent):

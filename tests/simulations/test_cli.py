@@ -127,7 +127,10 @@ def test_a_file_of_ones_own_needs_no_configuration(
     assert [phase["phase"] for phase in summary["phases"]] == ["head", "lora"]
     assert summary["epsilon"] <= 8.0 and sum(map(sum, summary["confusion"])) == 12
     statement = " ".join(summary["privacy_statement"])
-    assert "were taken from the training file" in statement and "about 100 units" in statement
+    assert (
+        "public: the test part, validation part and label set." in statement
+        and "about 100 units" in statement
+    )
     assert "training.head_rounds" in summary["chosen"]
     assert (out / "report.html").is_file()
     decided = load_config(out / "config.toml")

@@ -16,6 +16,7 @@ from scipy import integrate
 from scipy.stats import norm
 
 from fedlora.common.privacy import privacy_loss
+from fedlora.common.privacy.accountant import Mechanism, epsilon_of
 from fedlora.common.privacy.privacy_loss import (
     Mesh,
     _discretised,
@@ -104,3 +105,25 @@ def test_a_mean_outside_its_cells_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(privacy_loss, "_mean", lambda *_: 0.2)
     with pytest.raises(ValueError, match="mean"):
         _discretised(2.0, 0.01, Mesh(1e-3, 20_000))
+
+
+@pytest.mark.parametrize(
+    ("noise", "steps", "delta", "truth"),
+    # the exact curve of a Gaussian mechanism, in 60 digits
+    [
+        (1e3, 10**6, 1e-10, 6.5479),
+        (3e3, 10**7, 1e-10, 6.9382),
+        (6e3, 4 * 10**7, 1e-9, 6.544),
+        (1e4, 10**8, 1e-10, 6.548),
+    ],
+)
+def test_so_many_steps_do_not_round_a_bound_below_the_truth(
+    noise: float, steps: int, delta: float, truth: float
+) -> None:
+    assert epsilon_of([Mechanism(1.0, noise, steps)], delta) >= truth
+
+
+def test_what_thousands_of_steps_round_is_not_seen_in_what_is_printed() -> None:
+    """20,000 steps at a δ of 1e-5: of δ it is less than a millionth."""
+    steps = [(1.0, 0.01, 20_000)]
+    assert composed_epsilon(steps, 1e-5, 0.01) == pytest.approx(opacus(steps, 1e-5, 0.01), rel=1e-6)

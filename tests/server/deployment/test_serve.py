@@ -54,6 +54,11 @@ from tests.server.fakes import SPEC, START, manifest_of
 NAMES = ("east", "north", "south")
 
 
+def head_of(entry: int) -> str:
+    """What a node says of its ledger's newest entry."""
+    return f"keyed:{entry:064x}"
+
+
 @dataclass
 class Node:
     """An institution that adds one to each coordinate, or does what its `habit` says."""
@@ -82,7 +87,9 @@ class Node:
                 "a little more": COST * 1.001,
             }.get(self.habit, COST)
             delta = 2e-5 if self.habit == "another delta" else 1e-5
-            consent = Consent(self.name, digest, "sha256:p", epsilon, delta)
+            consent = Consent(
+                self.name, digest, "sha256:p", epsilon, delta, height=5, head=head_of(5)
+            )
             exceeds = self.habit == "exceeds"
             self.consent = self._beyond(consent) if exceeds else self._signed(consent)
             return self.consent
@@ -101,7 +108,14 @@ class Node:
             for_good = self.habit == "does not start"
             return self._signed(Decline(self.name, start.manifest, 0, 0, self.habit, for_good))
         said = (self.name, start.manifest, "sha256:p", COST, 1e-5)
-        return self._signed(Started(*said, digest_of(request.start.to_bytes())))
+        # a start that is charged is an entry more, and one that was charged before is none
+        height, head = {
+            "was put back": (4, head_of(4)),
+            "was put back by one": (5, head_of(7)),
+            "was charged before": (5, head_of(5)),
+        }.get(self.habit, (6, head_of(6)))
+        digest = digest_of(request.start.to_bytes())
+        return self._signed(Started(*said, start=digest, height=height, head=head))
 
     def _update(self, plan: RoundPlan) -> bytes:
         if self.habit == "replays" and self.sent:
@@ -485,6 +499,27 @@ def test_who_refuses_its_start_is_a_drop_out(world: World) -> None:
         assert found.replies == 2 and set(world.who.reserved) == {"north", "south"}
         assert found.failures == (Failure("east", "does not start", refused=True),)
     assert len(world.nodes["east"].starts) == 1, "asked for good"
+
+
+@pytest.mark.parametrize(
+    ("habit", "reason"),
+    [
+        ("was put back", "ledger height: found 4, expected at least 5"),
+        ("was put back by one", "ledger height: found another entry 5"),
+    ],
+)
+def test_a_ledger_that_is_put_back_between_consent_and_start_is_noticed(
+    world: World, habit: str, reason: str
+) -> None:
+    world.nodes["east"].habit = habit
+    found = world.cohort(manifest()).total(plan_of(manifest()), START)
+    assert found.replies == 2 and set(world.who.reserved) == {"north", "south"}
+    assert found.failures[0].client == "east" and reason in found.failures[0].reason
+
+
+def test_a_start_that_was_charged_before_is_none_of_these(world: World) -> None:
+    world.nodes["east"].habit = "was charged before"
+    assert world.cohort(manifest()).total(plan_of(manifest()), START).replies == 3
 
 
 def test_whose_consent_is_over_is_offered_the_run_anew(world: World) -> None:
