@@ -216,7 +216,7 @@ def test_a_start_for_one_node_starts_no_other(federation: Federation) -> None:
 def test_a_consent_ends(north: Institution, monkeypatch: pytest.MonkeyPatch) -> None:
     consent = north.resident.ask(offer_of(RUN))
     start = start_of(RUN, {"north": consent, **OTHERS})
-    monkeypatch.setattr(time, "time", lambda: now() + 3600)
+    monkeypatch.setattr(time, "time", lambda: now() + 7200)
     reply = declined(north, start)
     assert "offer not_after" in reply.reason and not reply.refused
     assert north.ledger.spent("people").epsilon == 0
