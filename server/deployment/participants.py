@@ -302,9 +302,10 @@ class Participants(Institutions):
 
     def _put_back(self, name: str, reply: Reply, members: Mapping[str, PublicIdentity]) -> str:
         """Why a start was charged to an older copy of the ledger that consented to it, or ""."""
-        consent = self.opened(name, self._said_of.given[name], members)
-        both = [Height(r.height, r.head) for r in (consent, reply) if isinstance(r, Consent)]
-        return put_back(*both) if len(both) == 2 else ""
+        with suppress(Refused):  # signed by a former key: nothing to hold it against
+            said = (self.opened(name, self._said_of.given[name], members), reply)
+            return put_back(*(Height(r.height, r.head) for r in said if isinstance(r, Consent)))
+        return ""
 
     def _note_height(self, reply: Reply) -> None:
         if self.coordinator.heights is not None and isinstance(reply, Consent):
