@@ -31,12 +31,13 @@ HEAD_CLIP, LORA_CLIP = 1.0, 0.1
 # A logit's standard deviation by the noise of a head phase. Twice or half of it cost 1 to 4 points
 # at ε = 1, 3 and 8 on 77 classes.
 SHAKEN = 1.6
-# Without noise the head's best rate grows with the classes: their gradients point apart.
-CLIPPED_HEAD_RATE, OPEN_HEAD_RATE = 4.5, 10.0
+CLIPPED_HEAD_RATE = 4.5  # times √classes, whose gradients point apart, where noise is no bound
+OPEN_HEAD_RATE = 10.0  # of gradients that nothing clips
 # Units that LoRA's rounds draw in all: what a machine without a GPU does in minutes. Few units are
 # drawn more often, at most all of them in each step; many at a rate that amplifies well.
 LORA_UNITS, SMALLEST_DRAW = 100_000, 0.05
 LORA_RATE = 10.0  # of the mean of gradients of length 0.1, under momentum
+OPEN_LORA_RATE = 0.1  # of gradients that nothing clips, under momentum
 # How far noise moves a coordinate in a step, at most. Five times as much ended below the head.
 LORA_SHAKEN = 7e-4
 OPEN_RATE = 1e-3  # AdamW's, for LoRA without privacy
@@ -151,7 +152,7 @@ def _head(config: Config, facts: PublicFacts) -> Chosen:
             "head_sampling_rate": rate,
             "head_expected_units": units * rate,
             "head_optimizer": "sgd",
-            "head_learning_rate": 1.0,
+            "head_learning_rate": _local_rate(training.head_optimizer),
         },
         "privacy": {"head_phase_clip": HEAD_CLIP, "head_epsilon_share": HEAD_SHARE},
     }
@@ -164,22 +165,29 @@ def _lora(config: Config, facts: PublicFacts) -> Chosen:
     if guarantee_named(config.privacy.mode).noise_in_step:
         drawn = LORA_UNITS / (LORA_ROUNDS * config.federation.units)
         steps, rate = 1, min(1.0, max(SMALLEST_DRAW, drawn))
-        optimizer, learning_rate = "sgd", 1.0
+        optimizer = "sgd"
     else:
         rounds = config.federation.rounds - training.head_rounds
         rate = min(1.0, OPEN_BATCH / units)
         steps = max(1, round(OPEN_EPOCHS / (rate * max(1, rounds))))
-        optimizer, learning_rate = "adamw", OPEN_RATE
+        optimizer = "adamw"
+    if training.optimizer != AUTO:
+        optimizer = training.optimizer
     rate = training.sampling_rate if training.sampling_rate > 0 else rate
     chosen = {
         "steps": steps,
         "sampling_rate": rate,
         "expected_units": max(1.0, units * rate),
         "optimizer": optimizer,
-        "learning_rate": learning_rate,
+        "learning_rate": _local_rate(optimizer),
         "moves": moves,
     }
     return {"training": chosen, "privacy": {"clip": LORA_CLIP}}
+
+
+def _local_rate(optimizer: str) -> float:
+    """AdamW's step has a size of its own; of SGD's the server's rate is the whole."""
+    return OPEN_RATE if optimizer == "adamw" else 1.0
 
 
 def _server(config: Config, facts: PublicFacts) -> Chosen:
@@ -188,14 +196,18 @@ def _server(config: Config, facts: PublicFacts) -> Chosen:
     if training.optimizer == "adamw":  # its steps have their size already
         optimizer, rate = "none", 1.0
     else:
-        optimizer, rate = "momentum", _lora_rate(config) / training.learning_rate
-    head = 1.0 if training.head_optimizer == "adamw" else _head_rate(config, facts)
+        local = training.learning_rate * training.steps
+        optimizer, rate = "momentum", _lora_rate(config) / local
+    head = 1.0
+    if training.head_optimizer != "adamw":
+        local = training.head_learning_rate * training.head_steps
+        head = _head_rate(config, facts) / local
     return {
         "server": {
             "optimizer": optimizer,
             "learning_rate": rate,
             "head_optimizer": "none",
-            "head_learning_rate": head / training.head_learning_rate / training.head_steps,
+            "head_learning_rate": head,
             "decay": "linear",
             "average_last": 0.0,
         }
@@ -218,9 +230,11 @@ def _head_rate(config: Config, facts: PublicFacts) -> float:
 def _lora_rate(config: Config) -> float:
     """Likewise."""
     privacy, training = config.privacy, config.training
+    if not guarantee_named(privacy.mode).noise_in_step:
+        return OPEN_LORA_RATE
     suits = LORA_RATE * LORA_CLIP / privacy.clip
     rounds = config.federation.rounds - training.head_rounds
-    if not guarantee_named(privacy.mode).noise_in_step or rounds == 0:
+    if rounds == 0:
         return suits
     whole, head = gaussian_mu(privacy.epsilon, privacy.delta), _head_mu(config)
     left = math.sqrt(whole**2 - head**2) if training.head_rounds else whole

@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers import get_linear_schedule_with_warmup as warm_and_decay
 
 from fedlora.common.data.records import Columns, Records, read_label_set, read_records
+from fedlora.common.errors import BadInput
 from fedlora.common.model.base import resolve_base
 
 
@@ -94,7 +95,8 @@ def _shuffled(records: int, batch: int) -> Iterator[list[int]]:
 def _batch(
     tokenizer: Any, records: Records, rows: list[int], length: int
 ) -> tuple[Any, torch.Tensor]:
-    assert records.labels is not None
+    if records.labels is None:
+        raise BadInput(f"{records.where}: found no labels, expected a column of them")
     texts = [records.texts[row] for row in rows]
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
     return inputs, torch.from_numpy(records.labels[rows].astype(np.int64))

@@ -42,6 +42,7 @@ max_length = 64
 pooling = "mean"
 [lora]
 rank = 4
+targets = ["query", "value"]
 layers = [5]
 [data]
 train = "../shared/data/ag_news/train.parquet"
@@ -55,14 +56,20 @@ rounds = {rounds}
 participation = {participation}
 evaluate_every = 100000
 [training]
+head_rounds = 0
 steps = 1
 sampling_rate = 0.5
 expected_units = 16
+optimizer = "adamw"
+learning_rate = 1e-3
 precision = "fp32"
 attention = "sdpa"
 [privacy]
 epsilon = 8.0
 delta = 1e-6
+clip = 1.0
+[server]
+decay = "none"
 """
 
 

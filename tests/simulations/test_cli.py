@@ -137,3 +137,5 @@ def test_a_file_of_ones_own_needs_no_configuration(
     assert open_fields(decided) == () and decided.federation.rounds == 3
     code, _, error = call(monkeypatch, capsys, *words, *few, "--resume")
     assert code == 0, error
+    code, _, error = call(monkeypatch, capsys, "merge", str(out), "--out", str(tmp_path / "model"))
+    assert code == 0 and (tmp_path / "model" / "model.safetensors").is_file(), error

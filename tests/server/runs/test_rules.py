@@ -100,6 +100,26 @@ def test_without_privacy_small_steps_make_up_epochs() -> None:
     assert rounds * training.steps * training.sampling_rate == pytest.approx(3, rel=0.05)
 
 
+@pytest.mark.parametrize("mode", ["record", "none"])
+@pytest.mark.parametrize(("optimizer", "local"), [("adamw", 1e-3), ("sgd", 1.0)])
+def test_a_rate_suits_the_optimizer_that_is_given(mode: str, optimizer: str, local: float) -> None:
+    """AdamW's steps have a size of their own, and the server adds them as they are."""
+    text = f"""
+        [training]
+        optimizer = "{optimizer}"
+        head_optimizer = "{optimizer}"
+        [privacy]
+        mode = "{mode}"
+    """
+    config = chosen(text)
+    training, server = config.training, config.server
+    assert (training.learning_rate, training.head_learning_rate) == (local, local)
+    if optimizer == "adamw":
+        assert (server.learning_rate, server.head_learning_rate) == (1.0, 1.0)
+    else:
+        assert 0 < server.learning_rate <= 10 and 1 < server.head_learning_rate < 40
+
+
 def test_a_head_of_the_bases_own_has_no_phase_unless_it_is_asked_for() -> None:
     own = '[model]\npooling = "default"\n'
     assert chosen(own).training.head_rounds == 0
