@@ -75,8 +75,8 @@ class CohortSum:
 
 
 @dataclass(frozen=True)
-class Lost:
-    """An attempt that was begun and brought no round."""
+class Attempted:
+    """What is known of an attempt that was begun; all of it public."""
 
     round: int
     phase: str
@@ -85,6 +85,12 @@ class Lost:
     asked: int
     replies: int
     failures: tuple[Failure, ...]
+
+
+@dataclass(frozen=True)
+class Lost(Attempted):
+    """It brought no round."""
+
     reason: str
 
 

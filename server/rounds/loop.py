@@ -31,7 +31,7 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState
 from fedlora.server.rounds.checkpoint import Checkpoint, Ended, Progress
-from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure, Lost, SecureRecord
+from fedlora.server.rounds.cohort import Attempted, Cohort, CohortSum, Failure, Lost, SecureRecord
 from fedlora.server.strategies.averaging import add_to_average
 from fedlora.server.strategies.strategy import ServerState, Strategy
 
@@ -54,16 +54,9 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class RoundRecord:
-    """What is known of a round that is about to be committed; all of it public."""
+class RoundRecord(Attempted):
+    """It brought a round, which is about to be committed."""
 
-    round: int
-    phase: str
-    attempt: int
-    seconds: float
-    asked: int
-    replies: int
-    failures: tuple[Failure, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
     secure: SecureRecord | None = None
 
@@ -112,7 +105,8 @@ def run_rounds(
         due = number % rules.evaluate_every == 0 or _ends_phase(manifest, number)
         metrics = validate(released, phase) if due else {}
         progress = _next(manifest, number, state, released, memory, _scored(progress, metrics))
-        observe(_record(manifest, plan, answer, metrics, time.monotonic() - started), progress)
+        attempted = _attempted(manifest, plan, answer, started)
+        observe(RoundRecord(**vars(attempted), metrics=metrics, secure=answer.secure), progress)
         checkpoint.commit(progress)
     return progress
 
@@ -137,7 +131,8 @@ def _ask(
         if answer.counts(rules.quorum, rules.minimum):
             return plan, answer
         lost = _lost(plan, answer, rules)
-        around.lose(_told(manifest, plan, answer, str(lost), time.monotonic() - started))
+        attempted = _attempted(manifest, plan, answer, started)
+        around.lose(Lost(**vars(attempted), reason=str(lost)))
         if reason := checkpoint.spent(phase):
             raise Spent(f"{reason} ({lost})") from lost
         if (
@@ -198,18 +193,17 @@ def _reasons(failures: Sequence[Failure]) -> str:
     return "; ".join(f"{each.client}: {each.reason}" for each in failures[:5]) + more
 
 
-def _told(
-    manifest: RunManifest, plan: RoundPlan, answer: CohortSum, reason: str, seconds: float
-) -> Lost:
-    return Lost(
+def _attempted(
+    manifest: RunManifest, plan: RoundPlan, answer: CohortSum, began: float
+) -> Attempted:
+    return Attempted(
         round=plan.round,
         phase=manifest.phases[plan.phase].name,
         attempt=plan.attempt,
-        seconds=seconds,
+        seconds=time.monotonic() - began,
         asked=answer.asked,
         replies=answer.replies,
         failures=answer.failures,
-        reason=reason,
     )
 
 
@@ -270,26 +264,6 @@ def _next(
     if number == manifest.rounds:
         return over
     return replace(over, stale=0, score=None, ended=(*over.ended, Ended(released, over.score)))
-
-
-def _record(
-    manifest: RunManifest,
-    plan: RoundPlan,
-    answer: CohortSum,
-    metrics: Mapping[str, float],
-    seconds: float,
-) -> RoundRecord:
-    return RoundRecord(
-        round=plan.round,
-        phase=manifest.phases[plan.phase].name,
-        attempt=plan.attempt,
-        seconds=seconds,
-        asked=answer.asked,
-        replies=answer.replies,
-        failures=answer.failures,
-        metrics=metrics,
-        secure=answer.secure,
-    )
 
 
 def _last_round(manifest: RunManifest, phase: int) -> int:
