@@ -106,10 +106,11 @@ def phase_ends(summary: Summary) -> dict[str, Any]:
     if len(rows) < 2 or metric != "accuracy":
         return {"rows": rows, "metric": metric, "sentence": ""}
     gain = 100 * (found[-1]["test"]["accuracy"] - found[0]["test"]["accuracy"])
-    kept = "it is released" if found[-1]["released"] else "so the head alone is released"
     added = f"LoRA {'added' if gain >= 0 else 'cost'} {abs(gain):.1f} points of accuracy"
-    seen = "was liked better" if found[-1]["released"] else "was not liked better"
-    sentence = f"{added} on the test file. On the validation part it {seen}, {kept}."
+    seen = "did not do as well, so the head alone is released"
+    if found[-1]["released"]:  # of equals, too
+        seen = "did at least as well, and is released"
+    sentence = f"{added} on the test file. On the validation part it {seen}."
     return {"rows": rows, "metric": metric, "sentence": sentence}
 
 
