@@ -58,7 +58,8 @@ class Node:
         north = self.north
         loaded = LoadedRun(north.folder, policy, north.ledger)
         north.resident = Resident(north.folder, policy, north.identity, north.ledger, loaded)
-        network = Network.of(ModelConfig(pooling="mean"), LoraConfig(rank=2))
+        lora = LoraConfig(rank=2, targets=("query", "value"))
+        network = Network.of(ModelConfig(pooling="mean"), lora)
         phase = replace(
             PHASE, rounds=answers, attempts=answers, steps=1, sampling_rate=1.0,
             expected_units=40.0, noise_multiplier=1.2,
