@@ -34,6 +34,7 @@ from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginnin
 from fedlora.server.runs.rules import agree
 from fedlora.server.runs.run import rules_of, strategies_of
 from fedlora.server.runs.schedule import make_manifest
+from fedlora.server.strategies.gathered import gathering
 from fedlora.server.strategies.strategy import Strategy
 from fedlora.simulations.chosen import CONFIG, decided_run, taken_as_public, write_decided
 from fedlora.simulations.federation.corpus import generate, write
@@ -131,10 +132,11 @@ def begin(
         public=federation.public,
         checkpoint=checkpoint,
         strategies=own.strategies(manifest) or strategies_of(config.server, manifest),
-        rules=rules_of(config.federation, config.server, manifest),
+        rules=rules_of(config.federation, config.server, config.aggregation, manifest),
         clients=config.federation.clients,
         engine=options.engine,
         config=config_to_toml(config),
+        gather=gathering(config.aggregation),
         caveats=(*taken_as_public(config, chosen), *own.caveats),
         began=began,
         federation=federation,

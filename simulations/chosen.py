@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedlora.common.config.load import parse_config
@@ -43,7 +44,10 @@ def decided_run(
         return decided_for(config, sources), open_fields(config)
     kept = folder / CHOSEN  # a run of an earlier version has none
     chosen = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else ()
-    return parse_config((folder / CONFIG).read_text(encoding="utf-8")), tuple(chosen)
+    config = parse_config((folder / CONFIG).read_text(encoding="utf-8"))
+    if "server.warmup" in open_fields(config):  # nor had it a warm-up
+        config = replace(config, server=replace(config.server, warmup=0.0))
+    return config, tuple(chosen)
 
 
 def write_decided(config: Config, chosen: Sequence[str], folder: Path) -> None:

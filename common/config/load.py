@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
-from fedlora.common.config.schema import Config, FaultsConfig
+from fedlora.common.config.schema import ROBUST, Config, FaultsConfig
 from fedlora.common.config.toml import UNDECIDED, read_fields, read_table, shown
 from fedlora.common.disk.files import read_bytes, text_of
 from fedlora.common.errors import BadInput
@@ -55,6 +55,8 @@ def _together(config: Config) -> Iterator[Fault]:
         yield ("aggregation.secure",), "[faults]: expected none without [aggregation] secure = true"
     if config.privacy.mode == "client":
         yield from _client_level(config)
+    if config.aggregation.strategy in ROBUST:
+        yield from _robust(config)
     if federation.partition == "by-column" and not federation.column:
         paths = ("federation.partition", "federation.column")
         yield paths, '[federation] column = "": expected a column, since partition = "by-column"'
@@ -134,6 +136,24 @@ def _secure(config: Config) -> Iterator[Fault]:
         yield (
             (*paths, "aggregation.epoch_rounds"),
             f"{found}: expected 1 with participation < 1: an epoch's cohort is fixed ahead",
+        )
+
+
+def _robust(config: Config) -> Iterator[Fault]:
+    """What a mean that compares single updates can't be combined with, and why."""
+    asked, dealing = config.aggregation, config.federation
+    found = f'[aggregation] strategy = "{asked.strategy}"'
+    if asked.secure:
+        yield (
+            ("aggregation.strategy", "aggregation.secure"),
+            f"{found}: expected secure = false: it compares updates, and masks leave but a sum",
+        )
+    members = dealing.participation * dealing.clients
+    if members < asked.fewest:
+        yield (
+            ("aggregation.strategy", "aggregation.hostile", "federation.clients"),
+            f"{found} with hostile = {asked.hostile}: expected at least {asked.fewest} institutions"
+            f" in a round, found {members:g}",
         )
 
 

@@ -32,6 +32,8 @@ NAME = Pattern(LETTER + "{1,4096}", "one line of text")
 OPTIONAL = Pattern(LETTER + "{0,4096}", 'one line of text, or ""')
 LAYER = Bounds(0, 10_000)
 ALL_LINEAR = "all-linear"  # of [lora] targets, as is AUTO
+# strategies that compare updates: how many they need beyond twice the hostile ones
+ROBUST = {"median": 1, "trimmed-mean": 1, "multi-krum": 3, "norm-filter": 1}
 ATTACKS = ("sybil", "small-u2", "two-lists", "corrupt-share")
 
 
@@ -197,12 +199,18 @@ class PrivacyConfig:
 class AggregationConfig:
     """[aggregation]: how updates are added."""
 
-    strategy: str = _choice("fedavg", "fedavg")
+    strategy: str = _choice("fedavg", "fedavg", *ROBUST)
+    hostile: int = _number(1, 1, 1000)  # institutions whose updates a robust strategy bears
     # the coordinator learns sums of at least minimum_cohort updates, and nothing else
     secure: bool = False
     minimum_cohort: int = _number(5, 3, 1000)
     max_colluders: int = _number(1, 0, 1000)  # institutions that may side with the coordinator
     epoch_rounds: int = _number(8, 1, 256)  # for which keys and shares are exchanged ahead
+
+    @property
+    def fewest(self) -> int:
+        """Updates of a round below which the strategy says nothing."""
+        return 2 * self.hostile + ROBUST[self.strategy] if self.strategy in ROBUST else 1
 
 
 @dataclass(frozen=True)
@@ -227,7 +235,9 @@ class ServerConfig:
     beta2: float = _number(0.99, 0, 0.99999)
     # share of a phase's last rounds whose states are averaged
     average_last: float = _chosen(0, 1)
-    decay: str = _chosen_name("none", "linear")  # of the learning rate, over a phase's rounds
+    # share of LoRA's rounds over which the learning rate rises; then it may fall, in both phases
+    warmup: float = _chosen(0, 0.9)
+    decay: str = _chosen_name("none", "linear")
     head_optimizer: str = _chosen_name("none", "momentum", "adam", "yogi")
     head_learning_rate: float = _chosen(0, 1e3, open_low=True)
 

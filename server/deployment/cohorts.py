@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
-import numpy as np
-
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.plan import RoundPlan, Update
@@ -27,16 +25,17 @@ from fedlora.server.deployment.institutions import Institutions
 from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure
 from fedlora.server.secagg.log import SumLog
 from fedlora.server.secagg.sums import SecureCohort
+from fedlora.server.strategies.gathered import Gather, Summed
 
 
 class ClearCohort:
     """A `Cohort` of institutions that sign what they say and send noised updates in clear."""
 
-    def __init__(self, who: Institutions) -> None:
-        self._who = who
+    def __init__(self, who: Institutions, gather: Gather = Summed) -> None:
+        self._who, self._gather = who, gather
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
-        """The sum of the updates that count, added as they come.
+        """The sum of the updates that count, or what a robust mean makes of them.
 
         Within the deadline, waiting for members included.
         """
@@ -44,7 +43,7 @@ class ClearCohort:
         members = self._who.gather()
         asked, failures = self._who.asked(members, plan)
         declined = len(failures)
-        total, replies = np.zeros(state.spec.size, dtype=np.float64), 0
+        gathered = self._gather(state.spec.size)
         for name, answer in self._answers(plan, state, asked):
             found = (
                 answer
@@ -54,10 +53,10 @@ class ClearCohort:
             if isinstance(found, Failure):
                 failures.append(found)
             else:
-                total += found.delta
-                replies += 1
+                gathered.add(found.delta)
         count = len(asked) + declined if asked else 0
-        return CohortSum(total, replies, count, tuple(failures), time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return CohortSum(gathered.total(), gathered.count, count, tuple(failures), seconds)
 
     def _answers(
         self, plan: RoundPlan, state: AdapterState, asked: list[str]
@@ -112,8 +111,8 @@ def _check_moved(update: Update, phase: str, spec: AdapterSpec) -> None:
         )
 
 
-def cohort_of(who: Institutions) -> Cohort:
+def cohort_of(who: Institutions, gather: Gather = Summed) -> Cohort:
     """What the manifest promised to the institutions, and nothing less."""
     if who.manifest.secure is None:
-        return ClearCohort(who)
+        return ClearCohort(who, gather)
     return SecureCohort(who.manifest, who, SumLog(who.folder))

@@ -34,6 +34,7 @@ from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginnin
 from fedlora.server.runs.rules import PublicFacts, decided
 from fedlora.server.runs.run import Run, conclude, conduct, rules_of, strategies_of, to_its_end
 from fedlora.server.runs.schedule import make_manifest
+from fedlora.server.strategies.gathered import gathering
 
 
 def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str, Any]:
@@ -57,7 +58,8 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
         more = {"institutions": sorted(reserved), "ended": ended}
         return conclude(run, progress, reserved, lambda: more)
 
-    return to_its_end(run.checkpoint, lambda: conduct(run, cohort_of(who), ready=who.ready), finish)
+    cohort = cohort_of(who, run.gather)
+    return to_its_end(run.checkpoint, lambda: conduct(run, cohort, ready=who.ready), finish)
 
 
 def _check_folder(folder: Path, config: Config) -> None:
@@ -101,8 +103,9 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
         public=public,
         checkpoint=checkpoint,
         strategies=strategies_of(config.server, checkpoint.manifest),
-        rules=rules_of(config.federation, config.server, checkpoint.manifest),
+        rules=rules_of(config.federation, config.server, config.aggregation, checkpoint.manifest),
         clients=config.federation.clients,
         engine="flower",
+        gather=gathering(config.aggregation),
         config=config_to_toml(config),
     )

@@ -32,8 +32,8 @@ from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState
 from fedlora.server.rounds.checkpoint import Checkpoint, Ended, Progress
 from fedlora.server.rounds.cohort import Attempted, Cohort, CohortSum, Failure, Lost, SecureRecord
-from fedlora.server.strategies.averaging import add_to_average
 from fedlora.server.strategies.strategy import ServerState, Strategy
+from fedlora.server.strategies.tail_average import add_to_average
 
 log = logging.getLogger(__name__)
 

@@ -40,6 +40,7 @@ LORA_RATE = 10.0  # of the mean of gradients of length 0.1, under momentum
 OPEN_LORA_RATE = 0.1  # of gradients that nothing clips, under momentum
 # How far noise moves a coordinate in a step, at most. Five times as much ended below the head.
 LORA_SHAKEN = 7e-4
+WARMUP = 0.1  # of LoRA's rounds: its first gradients are of a B that is zero
 OPEN_RATE = 1e-3  # AdamW's, for LoRA without privacy
 MOST_EPSILON = 100.0  # beyond it, e^ε and the normal tails are rounding
 OPEN_BATCH, OPEN_ROUNDS, OPEN_EPOCHS = 32, 10, 3
@@ -208,6 +209,7 @@ def _server(config: Config, facts: PublicFacts) -> Chosen:
             "learning_rate": rate,
             "head_optimizer": "none",
             "head_learning_rate": head,
+            "warmup": WARMUP,
             "decay": "linear",
             "average_last": 0.0,
         }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.common.adapter.peft import export_adapter
-from fedlora.common.config.schema import FederationConfig, ServerConfig
+from fedlora.common.config.schema import AggregationConfig, FederationConfig, ServerConfig
 from fedlora.common.disk.files import lines_of
 from fedlora.common.errors import QuorumLost, Refused, Spent
 from fedlora.common.manifest.manifest import Phase, RunManifest
@@ -25,7 +25,9 @@ from fedlora.server.runs.metrics import METRICS, MetricsLog, Observe, nobody
 from fedlora.server.runs.phases import phase_table
 from fedlora.server.runs.public_data import PublicSide
 from fedlora.server.runs.summary import doubts, summary_of, write_summary
-from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
+from fedlora.server.strategies.fedavg import FedAvg, RateSchedule
+from fedlora.server.strategies.gathered import Gather, Summed
+from fedlora.server.strategies.optimizers import ServerOptimizer
 from fedlora.server.strategies.strategy import Strategy
 
 
@@ -41,6 +43,7 @@ class Run:
     clients: int
     engine: str
     config: str  # as TOML, for whoever reads the summary
+    gather: Gather = Summed  # what becomes of updates in clear
     caveats: tuple[str, ...] = ()  # sentences that the privacy statement ends with
     began: float = field(default_factory=time.monotonic)
 
@@ -116,14 +119,19 @@ def conclude(
     return summary
 
 
-def rules_of(federation: FederationConfig, server: ServerConfig, manifest: RunManifest) -> Rules:
+def rules_of(
+    federation: FederationConfig,
+    server: ServerConfig,
+    asked: AggregationConfig,
+    manifest: RunManifest,
+) -> Rules:
     """How the rounds of a run end."""
     return Rules(
         quorum=federation.quorum,
         average_last=server.average_last,
         patience=federation.patience,
         evaluate_every=federation.evaluate_every,
-        minimum=manifest.minimum_cohort,
+        minimum=max(manifest.minimum_cohort, asked.fewest),
     )
 
 
@@ -138,5 +146,8 @@ def _strategy(server: ServerConfig, phase: Phase) -> FedAvg:
         if phase.name == "head"
         else (server.optimizer, server.learning_rate)
     )
-    decay = phase.rounds if server.decay == "linear" else 0
-    return FedAvg(ServerOptimizer(name, rate, server.momentum, server.beta2), decay)
+    schedule = RateSchedule(
+        warmup=0 if phase.name == "head" else round(server.warmup * phase.rounds),
+        decay=phase.rounds if server.decay == "linear" else 0,
+    )
+    return FedAvg(ServerOptimizer(name, rate, server.momentum, server.beta2), schedule)

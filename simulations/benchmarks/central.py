@@ -56,6 +56,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16 (autocast)")
     parser.add_argument("--json", type=Path, help="write what was found to this file")
     return parser
 
@@ -78,7 +79,9 @@ def _epochs(wanted: Any, classes: int, train: Records, test: Records) -> Iterato
         model.train()
         for rows in _shuffled(len(train), wanted.batch):
             inputs, labels = _batch(tokenizer, train, rows, wanted.max_length)
-            loss = functional.cross_entropy(model(**inputs).logits, labels)
+            with torch.autocast("cpu", torch.bfloat16, enabled=wanted.bf16):
+                logits = model(**inputs).logits
+            loss = functional.cross_entropy(logits.float(), labels)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()

@@ -204,7 +204,7 @@ def _cohort(grid: Grid, run: SimulatedRun, clock: Clock) -> Cohort:
         from fedlora.simulations.engines.keeper import Keeper  # Flower has started Ray by now
 
         who.keeper = Keeper.start(run, shared)
-    return cohort_of(who)
+    return cohort_of(who, run.gather)
 
 
 def _wake(grid: Grid, clock: Clock) -> None:

@@ -1,14 +1,12 @@
 """The in-process engine: clients train one after the other; updates are added as they come.
 
 A `Cohort` like Flower's grid, so the round loop that runs here is the one that runs in production.
-Memory is one float64 sum, whatever the number of clients.
+Memory is one float64 sum, whatever the number of clients; a robust mean keeps all updates.
 """
 
 from __future__ import annotations
 
 import time
-
-import numpy as np
 
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.trainer import Trainer
@@ -22,6 +20,7 @@ from fedlora.common.privacy.randomness import OsRandom, Random, SeededRandom
 from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure, participants
 from fedlora.server.secagg.log import SumLog
 from fedlora.server.secagg.sums import SecureCohort
+from fedlora.server.strategies.gathered import Gather, Summed
 from fedlora.simulations.engines.masked import Institutions
 from fedlora.simulations.federation.population import Federation, client_name
 from fedlora.simulations.federation.run_folder import SimulatedRun
@@ -36,25 +35,27 @@ class SequentialCohort:
         manifest: RunManifest,
         ledger: Ledger | None,
         moments: MomentStore,
+        gather: Gather = Summed,
     ) -> None:
         self._federation = federation
         self._manifest = manifest
         self._ledger = ledger
         self._moments = moments
+        self._gather = gather
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
-        """The sum of one attempt's updates, and who failed."""
+        """The sum of one attempt's updates, or what a robust mean makes of them; and who failed."""
         started = time.monotonic()
-        total, replies, failures = np.zeros(state.spec.size, dtype=np.float64), 0, []
+        gathered, failures = self._gather(state.spec.size), []
         asked = choose_clients(self._manifest, self._federation, plan)
         for client in asked:
             answer = self._answer(client, plan, state)
             if isinstance(answer, Failure):
                 failures.append(answer)
             else:
-                total += answer.delta
-                replies += 1
-        return CohortSum(total, replies, len(asked), tuple(failures), time.monotonic() - started)
+                gathered.add(answer.delta)
+        seconds = time.monotonic() - started
+        return CohortSum(gathered.total(), gathered.count, len(asked), tuple(failures), seconds)
 
     def _answer(self, client: int, plan: RoundPlan, state: AdapterState) -> Update | Failure:
         try:
@@ -108,4 +109,4 @@ def sequential(run: SimulatedRun) -> Cohort:
     """The in-process engine; with secure aggregation its coordinator's part learns sums only."""
     if run.manifest.secure is not None:
         return masked(run)
-    return SequentialCohort(run.federation, run.manifest, run.ledger, run.moments)
+    return SequentialCohort(run.federation, run.manifest, run.ledger, run.moments, run.gather)

@@ -22,6 +22,8 @@ from fedlora.common.config.toml import UNDECIDED
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
 
+STRATEGIES = "fedavg, median, trimmed-mean, multi-krum, norm-filter"
+
 SECTIONS = [field.name for field in fields(Config) if field.name != "seed"]
 
 
@@ -166,13 +168,13 @@ BAD = {
     ),
     "cfg-strategy-later": (
         '[aggregation]\nstrategy = "svd"',
-        ['run.toml [aggregation] strategy = "svd": expected one of fedavg'],
+        [f'run.toml [aggregation] strategy = "svd": expected one of {STRATEGIES}'],
     ),
     "cfg-strategy-unknown": (
         '[aggregation]\nstrategy = "fedavgg"',
         [
-            'run.toml [aggregation] strategy = "fedavgg": expected one of fedavg; did you mean'
-            ' "fedavg"?'
+            f'run.toml [aggregation] strategy = "fedavgg": expected one of {STRATEGIES}; did you'
+            ' mean "fedavg"?'
         ],
     ),
     "cfg-column-missing": (

@@ -48,7 +48,8 @@ from fedlora.server.rounds.cohort import CohortSum, Failure
 from fedlora.server.rounds.loop import Around, Rules, run_rounds
 from fedlora.server.secagg.attempt import SecureSum
 from fedlora.server.secagg.sums import SecureCohort
-from fedlora.server.strategies.averaging import FedAvg, ServerOptimizer
+from fedlora.server.strategies.fedavg import FedAvg
+from fedlora.server.strategies.optimizers import ServerOptimizer
 from tests.server.fakes import SPEC, START, manifest_of
 
 NAMES = ("east", "north", "south")

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from fedlora.common.errors import BadInput
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
-from fedlora.server.strategies.averaging import RULES, FedAvg, ServerOptimizer, add_to_average
+from fedlora.server.strategies.fedavg import FedAvg, RateSchedule
+from fedlora.server.strategies.optimizers import RULES, ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
+from fedlora.server.strategies.tail_average import add_to_average
 from tests.oracles import server_states
 
 values = st.floats(-100, 100, width=32)
@@ -24,6 +26,13 @@ def state_of(vector: list[float]) -> AdapterState:
     return AdapterState(spec, np.array(vector, dtype=np.float32))
 
 
+def share_of(done: int, warmup: int, decay: int) -> float:
+    """Up to 1 in `warmup` steps, then down to 0 at `decay`."""
+    if done < warmup:
+        return (done + 1) / (warmup + 1)
+    return max(0, decay - done) / (decay - warmup) if decay > warmup else float(decay == 0)
+
+
 @pytest.mark.parametrize("name", RULES)
 @settings(deadline=None)
 @given(
@@ -31,16 +40,23 @@ def state_of(vector: list[float]) -> AdapterState:
     rate=st.floats(1e-3, 2),
     beta1=st.floats(0, 0.99),
     decay=st.integers(0, 9),
+    warmup=st.integers(0, 3),
     # below, Yogi's second moment is a difference of almost equal squares
     beta2=st.floats(0.5, 0.999),
 )
 def test_every_optimizer_is_the_paper_s(
-    name: str, history: list[list[float]], rate: float, beta1: float, beta2: float, decay: int
+    name: str,
+    history: list[list[float]],
+    rate: float,
+    beta1: float,
+    beta2: float,
+    decay: int,
+    warmup: int,
 ) -> None:
     start, means = history[0], history[1:]
-    strategy = FedAvg(ServerOptimizer(name, rate, beta1, beta2), decay)
+    strategy = FedAvg(ServerOptimizer(name, rate, beta1, beta2), RateSchedule(warmup, decay))
     state, memory = state_of(start), ServerState()
-    rates = [rate * (max(0, decay - done) / decay if decay else 1) for done in range(len(means))]
+    rates = [rate * share_of(done, warmup, decay) for done in range(len(means))]
     reference = server_states(name, rates, beta1, beta2, start, means)
     tolerance = 1e-6 * float(np.abs([start, *reference]).max()) + 1e-9
     for mean, expected in zip(means, reference, strict=True):
@@ -62,12 +78,20 @@ def test_plain_fedavg_at_rate_one_adds_the_mean(start: list[float], mean: list[f
 
 
 def test_a_falling_rate_falls_linearly_and_takes_its_last_step_above_zero() -> None:
-    strategy = FedAvg(ServerOptimizer("none", 1.0, 0.9, 0.99), decay_rounds=4)
+    strategy = FedAvg(ServerOptimizer("none", 1.0, 0.9, 0.99), RateSchedule(decay=4))
     state, memory, moved = state_of([0.0]), ServerState(), [0.0]
     for _ in range(6):
         state, memory = strategy.apply(state, memory, np.array([1.0]))
         moved.append(float(state.vector[0]))
     np.testing.assert_allclose(np.diff(moved), [1, 0.75, 0.5, 0.25, 0, 0])
+
+
+def test_a_rate_rises_before_it_falls() -> None:
+    schedule = RateSchedule(warmup=2, decay=6)
+    found = [schedule.share(done) for done in range(8)]
+    np.testing.assert_allclose(found, [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0, 0])
+    assert [RateSchedule(warmup=1).share(done) for done in range(3)] == [0.5, 1.0, 1.0]
+    assert all(0 <= RateSchedule(9, 4).share(done) <= 1 for done in range(12))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""FedAvg with a server optimiser (Reddi et al. 2021), and the average of a phase's last states.
+"""The server's optimiser: a step along the mean update, which is a pseudo-gradient.
 
-The mean update is a pseudo-gradient: x ← x + step(mean). All of it is post-processing of what the
-nodes released, so none of it costs privacy.
+All of it is post-processing of what the nodes released, so none of it costs privacy. Source: Reddi
+et al. 2021, "Adaptive federated optimization".
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.common.errors import BadInput
-from fedlora.common.model.state import AdapterState
 from fedlora.server.strategies.strategy import ServerState
 
 Floats = npt.NDArray[np.float64]
@@ -52,27 +51,9 @@ class ServerOptimizer:
         if faults:
             raise BadInput(faults)
 
-
-@dataclass(frozen=True)
-class FedAvg:
-    """Equal weights: the mean update, through the server optimiser.
-
-    With `decay_rounds` not 0 the learning rate falls linearly, to reach 0 after that many rounds.
-    """
-
-    optimizer: ServerOptimizer
-    decay_rounds: int = 0
-
-    def apply(
-        self, state: AdapterState, memory: ServerState, mean: Floats
-    ) -> tuple[AdapterState, ServerState]:
-        """The state after a step of the server's optimiser along `mean` (size,), and memory."""
-        step, memory = RULES[self.optimizer.name](self.optimizer, memory, mean)
-        done = memory.counts.get("steps", 0)
-        left = max(0.0, 1 - done / self.decay_rounds) if self.decay_rounds else 1.0
-        vector = state.vector.astype(np.float64) + self.optimizer.learning_rate * left * step
-        counted = ServerState(memory.vectors, {**memory.counts, "steps": done + 1})
-        return AdapterState(state.spec, vector.astype(np.float32)), counted
+    def step(self, memory: ServerState, mean: Floats) -> tuple[Floats, ServerState]:
+        """How far to move at rate 1 along `mean`, float64 (size,), and the memory after it."""
+        return RULES[self.name](self, memory, mean)
 
 
 Rule = Callable[[ServerOptimizer, ServerState, Floats], tuple[Floats, ServerState]]
@@ -87,8 +68,8 @@ def _plain(
 def _momentum(
     optimizer: ServerOptimizer, memory: ServerState, mean: Floats
 ) -> tuple[Floats, ServerState]:
-    velocity = optimizer.momentum * _vector(memory, "velocity", mean) + mean
-    return velocity, _kept(memory, velocity=velocity)
+    velocity = optimizer.momentum * remembered(memory, "velocity", mean) + mean
+    return velocity, kept(memory, velocity=velocity)
 
 
 def _adam(
@@ -117,31 +98,23 @@ def _adaptive(
     mean: Floats,
     second_moment: Callable[[Floats, Floats], Floats],
 ) -> tuple[Floats, ServerState]:
-    first = optimizer.momentum * _vector(memory, "first", mean) + (1 - optimizer.momentum) * mean
-    second = second_moment(_vector(memory, "second", mean, start=ADAPTIVITY**2), mean**2)
-    return first / (np.sqrt(second) + ADAPTIVITY), _kept(memory, first=first, second=second)
+    first = optimizer.momentum * remembered(memory, "first", mean) + (1 - optimizer.momentum) * mean
+    second = second_moment(remembered(memory, "second", mean, start=ADAPTIVITY**2), mean**2)
+    return first / (np.sqrt(second) + ADAPTIVITY), kept(memory, first=first, second=second)
 
 
 RULES: dict[str, Rule] = {"none": _plain, "momentum": _momentum, "adam": _adam, "yogi": _yogi}
 
 
-def add_to_average(state: AdapterState, memory: ServerState) -> tuple[AdapterState, ServerState]:
-    """The mean of this state and all added since the phase's averaging began; and the memory."""
-    count = memory.counts.get("averaged", 0)
-    before = _vector(memory, "average", state.vector)
-    average = before + (state.vector - before) / (count + 1)
-    kept = _kept(memory, average=average)
-    counted = ServerState(kept.vectors, {**memory.counts, "averaged": count + 1})
-    return AdapterState(state.spec, average.astype(np.float32)), counted
-
-
-def _vector(
+def remembered(
     memory: ServerState, name: str, like: npt.NDArray[np.floating], start: float = 0.0
 ) -> Floats:
+    """The vector `name` of the memory, float64; `start` everywhere where there is none yet."""
     stored = memory.vectors.get(name)
     return np.full(like.shape, start) if stored is None else stored.astype(np.float64)
 
 
-def _kept(memory: ServerState, **vectors: Floats) -> ServerState:
+def kept(memory: ServerState, **vectors: Floats) -> ServerState:
+    """The memory with these vectors, as float32."""
     changed = {name: value.astype(np.float32) for name, value in vectors.items()}
     return ServerState({**memory.vectors, **changed}, memory.counts)
