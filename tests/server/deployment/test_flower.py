@@ -20,7 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.config.schema import AggregationConfig, LoraConfig, ModelConfig
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
@@ -43,6 +43,7 @@ from fedlora.server.deployment.cohorts import ClearCohort
 from fedlora.server.deployment.flower import REQUEST, Clock, GridCarrier
 from fedlora.server.deployment.institutions import Institutions
 from fedlora.server.rounds.cohort import Failure
+from fedlora.server.strategies.gathered import Gather, Summed, gathering
 
 SPEC = AdapterSpec((TensorSpec("head.weight", (3,)),))
 STATE = AdapterState.zeros(SPEC)
@@ -224,7 +225,10 @@ class Everybody(Institutions):
 
 
 def cohort_of(
-    grid: FakeGrid, nodes: dict[str, int] | None = None, clock: Clock | None = None
+    grid: FakeGrid,
+    nodes: dict[str, int] | None = None,
+    clock: Clock | None = None,
+    gather: Gather = Summed,
 ) -> ClearCohort:
     nodes = {f"client-{node}": node for node in grid.nodes} if nodes is None else nodes
     members = {name: key_of(name).public for name in nodes}
@@ -232,7 +236,7 @@ def cohort_of(
     carrier = GridCarrier(grid, lambda: nodes, clock or grid.clock())
     who = Everybody(MANIFEST, coordinator, carrier, Path(FOLDER.name), DEADLINE, 1.0)
     who.names = list(nodes)
-    return ClearCohort(who)
+    return ClearCohort(who, gather)
 
 
 def test_the_sum_of_good_updates() -> None:
@@ -242,6 +246,13 @@ def test_the_sum_of_good_updates() -> None:
     np.testing.assert_array_equal(found.total, [7.0, 7.0, 7.0])
     assert (found.replies, found.asked, found.failures) == (3, 3, ())
     assert 3.0 <= grid.time < 4.0
+
+
+def test_a_robust_mean_stands_in_for_the_sum_where_it_is_asked_for() -> None:
+    grid = FakeGrid({10: good(1.0), 11: good(2.0), 12: good(1e6)})
+    gather = gathering(AggregationConfig(strategy="median"))
+    found = cohort_of(grid, gather=gather).total(PLAN, STATE)
+    np.testing.assert_array_equal(found.total / found.replies, [2.0, 2.0, 2.0])
 
 
 @settings(deadline=None)  # each plan is synced to a disk

@@ -170,6 +170,18 @@ def test_a_run_without_privacy_repeats_itself_and_learns(
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+def test_a_robust_strategy_is_what_the_engine_takes(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    ends = {}
+    for name in ("fedavg", "median"):
+        asked = config(tiny_bert, data, "none", f'aggregation.strategy = "{name}"')
+        run, _ = run_whole(asked, tmp_path / name)
+        assert run.manifest.strategy == name
+        ends[name] = run.checkpoint.load().release.digest
+    assert ends["fedavg"] != ends["median"]
+
+
 def test_a_private_run_never_repeats_itself(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     import torch
 
