@@ -144,10 +144,10 @@ def check_data(node: Folder = HERE) -> None:
         if faults and len(faults) == len(tried):
             raise faults[0]
     for name, data in policy.data.items():
-        records, units = data_sets.check_data(folder, policy, name)
+        records, units, lines = data_sets.check_data(folder, policy, name)
         _say(f"{name}: {len(records)} records, {units} units, charges {data.budget}")
-        if records.spellings:
-            _say(f"  {records.spellings}")
+        for line in lines:
+            _say(f"  {line}")
 
 
 @app.command("base")

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from fedlora.common.config.schema import Config
     from fedlora.common.data.records import Records, UnitIndex
     from fedlora.common.model.state import AdapterState
+    from fedlora.common.tasks.batch import Batch
+    from fedlora.common.tasks.classification import SequenceClassification
+    from fedlora.common.tasks.task import Task
     from fedlora.server.release.verify import verify_export as verify
     from fedlora.server.rounds.cohort import Cohort
     from fedlora.server.strategies.strategy import ServerState, Strategy
@@ -50,7 +53,10 @@ FACE = {
     "load_adapter": "common.adapter.peft",
     "LoadedAdapter": "common.adapter.peft",
     "verify": "server.release.verify:verify_export",
-    # for a strategy, a partition or a cohort of one's own
+    # for a strategy, a partition, a cohort or a task of one's own
+    "Task": "common.tasks.task",
+    "Batch": "common.tasks.batch",
+    "SequenceClassification": "common.tasks.classification",
     "Strategy": "server.strategies.strategy",
     "ServerState": "server.strategies.strategy",
     "AdapterState": "common.model.state",
@@ -62,6 +68,7 @@ FACE = {
 }
 __all__ = [
     "AdapterState",
+    "Batch",
     "Cohort",
     "Config",
     "LoadedAdapter",
@@ -69,10 +76,12 @@ __all__ = [
     "Plan",
     "Records",
     "Result",
+    "SequenceClassification",
     "ServerState",
     "SimulatedRun",
     "Strategy",
     "Sweep",
+    "Task",
     "UnitIndex",
     "load_adapter",
     "load_config",

@@ -33,7 +33,7 @@ def decided_for(config: Config, sources: Sources) -> Config:
     How many units there are is taken as public here, to two digits.
     """
     units, task = len(unit_groups(sources.train.units, len(sources.train))), sources.public.task
-    return decided(config, PublicFacts(rounded(units), len(task.labels)))
+    return decided(config, PublicFacts(rounded(units), task.outputs))
 
 
 def decided_run(

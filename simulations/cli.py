@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.figures import shown_epsilon
-from fedlora.common.terminal import run_to_end
+from fedlora.common.terminal import printable, run_to_end
 from fedlora.simulations.federation.packaged import packaged_config
 
 if TYPE_CHECKING:  # torch is loaded by the commands that need it
@@ -52,11 +52,14 @@ def run(
     test: Annotated[
         Path | None, typer.Option(help="Public records; without it a tenth of --train.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="The column with the text.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="The column with the text; twice for a pair.")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="The column with the label.")] = None,
     epsilon: Annotated[str | None, typer.Option(help='A number, or "none".')] = None,
     base: Annotated[str | None, typer.Option(help="A folder, a package, or a hub id.")] = None,
     clients: Annotated[int | None, typer.Option(help="Institutions.")] = None,
+    task: Annotated[str | None, typer.Option(help="What is trained: regression, say.")] = None,
     set_: Overrides = None,
     engine: Annotated[str, typer.Option(help="sequential or ray.")] = "sequential",
     out: Out = None,
@@ -71,8 +74,9 @@ def run(
 
     if config is None and train is None:
         raise BadInput("fedlora-sim run: found neither a configuration nor --train, expected one")
-    named = {"data_text": text, "data_label": label, "model_base": base}
-    given = described(train, test, epsilon, **named, federation_clients=clients)
+    columns = {"data_text": tuple(text) if text else None, "data_label": label}
+    model = {"model_base": base, "model_task": task}
+    given = described(train, test, epsilon, **columns, **model, federation_clients=clients)
     folder = out or Path("runs") / (packaged_config(config) if config else train or Path()).stem
     options = Options(engine=engine, device=device, threads=threads, resume=resume, ledger=ledger)
     result = _watched(load_config(config, [*given, *(set_ or [])]), folder, options)
@@ -98,6 +102,15 @@ def plan(config: ConfigFile, set_: Overrides = None, threads: Threads = 0) -> No
     from fedlora.simulations import plan as planned
 
     console.print(planned(_load(config, set_), Options(threads=threads)))
+
+
+@app.command()
+def check(config: ConfigFile, set_: Overrides = None) -> None:
+    """What was understood of the data: rows, units, labels, lengths, samples; nothing is spent."""
+    from fedlora.simulations.experiments.data_check import check_data
+
+    for line in check_data(_load(config, set_)):
+        console.print(printable(line), markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -145,13 +158,9 @@ def predict(
     from fedlora.common.adapter.peft import load_adapter
 
     adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
-    texts = _lines(file)
+    inputs = [_input(line) for line in _lines(file)]
     loaded = load_adapter(adapter, base)
-    if loaded.description.labels:
-        answers = loaded.predict(texts)
-    else:
-        answers = [loaded.complete(text) for text in texts]
-    for text, answer in zip(texts, answers, strict=True):
+    for text, answer in zip(inputs, loaded.predict(inputs), strict=True):
         sys.stdout.write(json.dumps({"text": text, "answer": answer}, ensure_ascii=False) + "\n")
 
 
@@ -208,20 +217,38 @@ def _over(over: str) -> tuple[str, list[str]]:
 
 
 def _lines(file: Path) -> list[str]:
+    """What stands before each line feed, and behind the last one: whatever else it holds."""
     try:
-        texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = file.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{file}: can't be read as UTF-8 text ({error})") from error
-    if not texts:
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    if not lines[-1]:
+        lines.pop()
+    if not lines:
         raise BadInput(f"{file}: found no text, expected one to a line")
-    return texts
+    return lines
+
+
+def _input(line: str) -> Any:
+    """A text; a line that is a JSON list is a pair of texts, a list of words or a conversation."""
+    try:
+        found = json.loads(line) if line.startswith("[") else line
+    except (ValueError, RecursionError):
+        return line
+    listed = isinstance(found, list) and found and all(isinstance(x, str | dict) for x in found)
+    return found if listed else line
 
 
 def _print_summary(summary: Mapping[str, Any], folder: Path) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name in (
         "accuracy",
+        "entity_f1",
+        "micro_f1",
         "macro_f1",
+        "spearman",
+        "pearson",
         "perplexity",
         "loss",
         "epsilon",

@@ -83,6 +83,36 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random T5 of width 32, two layers each to read and to write."""
+    folder = tmp_path_factory.mktemp("tiny-t5")
+    vocabulary = ["<unk>", "<s>", "</s>", *WORDS]
+    _tokenizer(vocabulary, bert=False).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=len(vocabulary),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,  # type: ignore[call-arg]  # every configuration takes it
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The decoder, with a chat template."""
+    from tests.tasks import chatting
+
+    return chatting(tiny_llama, tmp_path_factory.mktemp("tiny-chat"))
+
+
 def _tokenizer(vocabulary: list[str], bert: bool) -> transformers.PreTrainedTokenizerFast:
     unknown = "[UNK]" if bert else "<unk>"
     model = models.WordLevel(

@@ -12,8 +12,8 @@ import torch
 
 from fedlora.client.training.step import ClipGroups
 from fedlora.common.data.records import UnitIndex
-from fedlora.common.data.tasks import Encoded
 from fedlora.common.model.network import AdapterModel
+from fedlora.common.tasks.batch import Encoded
 
 # --- clipping: one record at a time, one unit at a time, plain autograd, float64 sums -------------
 

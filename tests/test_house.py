@@ -31,8 +31,8 @@ MAY_IMPORT = {
 # one.
 ROOMS = {
     "common": (
-        *("errors", "disk", "terminal", "codec", "trust", "secagg", "config", "data", "model"),
-        *("manifest", "protocol", "privacy", "ledger", "adapter"),
+        *("errors", "disk", "terminal", "codec", "trust", "secagg", "config", "data", "tasks"),
+        *("model", "manifest", "protocol", "privacy", "ledger", "adapter"),
     ),
     "client": ("network", "training", "node", "consent", "secagg", "service", "report", "cli"),
     "server": (

@@ -70,11 +70,11 @@ def judge(
 
 def _data_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
     tasks = {each.task for each in policy.data.values()}
-    sets = {each.labels for each in policy.data.values() if each.task == manifest.task}
+    sets = {each.label_set for each in policy.data.values() if each.task == manifest.task}
     units = {
         each.unit
         for each in policy.data.values()
-        if (each.task, each.labels) == (manifest.task, manifest.labels)
+        if (each.task, each.label_set) == (manifest.task, manifest.labels)
     }
     whole = "" if manifest.labels in sets else "no data set has exactly these"
     other = "expected the unit of a [data] table of node.toml with these labels"

@@ -82,10 +82,14 @@ def bind(path: Path, ledger: str, marks: Path | None) -> None:
 
 
 def _places(path: Path, marks: Path | None) -> list[Path]:
-    """Where a mark may lie; the last is where this node writes one."""
+    """Where a mark may lie, also of a folder round the data and of what is in them; the last is
+    where this node writes one.
+    """
     real = path.resolve()
     beside = real.with_name(real.name + MARK)
-    return [beside] if marks is None else [beside, marks / beside.name]
+    around = [each.with_name(each.name + MARK) for each in real.parents if each.name]
+    inside = sorted(real.rglob("*" + MARK)) if real.is_dir() else []
+    return [*around, *inside, beside, *([] if marks is None else [marks / beside.name])]
 
 
 def _owner(mark: Path) -> str:
@@ -123,7 +127,11 @@ def _create(mark: Path, data: bytes) -> None:
 
 
 def _same_file(one: Path, other: Path) -> bool:
+    """Whether both are one file, or one is a folder that holds the other."""
+    mine, theirs = one.resolve(), other.resolve()
+    if mine == theirs or mine in theirs.parents or theirs in mine.parents:
+        return True
     try:
-        return one.resolve() == other.resolve() or one.samefile(other)
+        return one.samefile(other)
     except OSError:  # one of them is not there yet
         return False

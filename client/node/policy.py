@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedlora.common.config.schema import DIGEST, LAYER, NAME, OPTIONAL
+from fedlora.common.config.task_names import BUILT_IN, LABELLED, LANGUAGES, TaskName
 from fedlora.common.config.toml import (
     Bounds,
     Choice,
@@ -58,17 +59,29 @@ class DataPolicy:
 
     path: str = _ruled("", NAME)
     budget: str = _ruled("", NAME)
-    task: str = _ruled("sequence-classification", Choice(("sequence-classification", "causal-lm")))
+    task: str = _ruled(BUILT_IN[0], TaskName())
     labels: tuple[str, ...] = _ruled((), Each(NAME))  # the public label set, in the run's order
     unit: str = _ruled("", OPTIONAL)  # the column that names the privacy unit; empty: the record
-    text: str = _ruled("text", NAME)
+    # one text, or the two of a pair
+    text: tuple[str, ...] = field(default=("text",), metadata={"rule": Each(NAME, 1), "one": True})
     label: str = _ruled("label", NAME)
+    # a regression's public ends of what a number may be; they travel as its label set
+    scale: tuple[float, ...] = _ruled((), Each(Bounds(-1e9, 1e9)))
+    tokens: str = _ruled("", OPTIONAL)
+    tags: str = _ruled("", OPTIONAL)
+    messages: str = _ruled("", OPTIONAL)
+    prompt: str = _ruled("", OPTIONAL)  # or text
     response: str = _ruled("", OPTIONAL)
 
     @property
     def serves(self) -> tuple[str, tuple[str, ...], str]:
         """Task, labels and unit: a manifest that has the same may use these data."""
-        return self.task, self.labels, self.unit
+        return self.task, self.label_set, self.unit
+
+    @property
+    def label_set(self) -> tuple[str, ...]:
+        """As a manifest has it."""
+        return self.labels or tuple(map(repr, self.scale))
 
 
 @dataclass(frozen=True)
@@ -245,12 +258,16 @@ def _data_faults(
             faults.append(
                 f"{where} [data.{name}] budget = {shown(each.budget)}: expected one of {known}"
             )
-        if each.task == "sequence-classification" and len(each.labels) < 2:
+        if each.task == "regression" and len(each.scale) != 2:
+            faults.append(f"{where} [data.{name}] scale: expected its public ends, two numbers")
+        if each.task in LABELLED and len(each.labels) < 2:
             faults.append(
                 f"{where} [data.{name}] labels: expected the public label set, at least two"
             )
-        if each.task == "causal-lm" and (each.labels or not each.response):
-            faults.append(f"{where} [data.{name}]: expected a response column and no labels")
+        if len(each.text) > 2:
+            faults.append(f"{where} [data.{name}] text: expected one column, or the two of a pair")
+        if each.task in LANGUAGES and each.labels:
+            faults.append(f"{where} [data.{name}] labels: expected none for a language model")
         if each.serves in seen:
             faults.append(
                 f"{where} [data.{name}]: serves the same runs as [data.{seen[each.serves]}]"

@@ -11,7 +11,6 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fedlora.client.node.folder import NodeFolder
@@ -23,8 +22,7 @@ from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.trainer import Trainer, check_model
 from fedlora.common.config.schema import ALL_LINEAR, LoraConfig, ModelConfig, check_delta
 from fedlora.common.data.data_file import file_digest
-from fedlora.common.data.records import Records, unit_groups
-from fedlora.common.data.tasks import task_named
+from fedlora.common.data.records import unit_groups
 from fedlora.common.errors import BadInput
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
@@ -36,6 +34,8 @@ from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterSpec, AdapterState
 from fedlora.common.protocol.messages import vector_from_bytes, vector_to_bytes
+from fedlora.common.tasks.known import task_kind, task_named
+from fedlora.common.tasks.task import LANGUAGE, TRANSLATION
 
 log = logging.getLogger(__name__)
 PROBE = (
@@ -170,8 +170,9 @@ class LoadedRun:
                     f"manifest projection_digest: found {built.projection.digest}, expected "
                     f"{manifest.projection_digest}"
                 )
-        probe = Records([PROBE] * 12, [PROBE] * 12, np.zeros(12, dtype=np.int64), None, {}, "probe")
-        encoded = built.task.encode(probe, built.tokenizer, manifest.max_length)
+        encoded = built.task.encode(
+            built.task.asked([PROBE] * 12), built.tokenizer, manifest.max_length
+        )
         compute_of_run(built, encoded, "auto", "auto", projection.parent)
         return built
 
@@ -211,11 +212,12 @@ def try_base(folder: NodeFolder, policy: Policy, digest: str) -> dict[str, float
     for data in policy.data.values():
         if data.task in found:
             continue
-        pooling = "default" if data.task == "causal-lm" else "mean"
+        language = task_kind(data.task).reads in (LANGUAGE, TRANSLATION)
+        pooling = "default" if language else "mean"
         settings = ModelConfig(base, digest, data.task, longest, pooling)
         lora = LoraConfig(rank=1, targets=(ALL_LINEAR,))
         try:
-            task = task_named(data.task, data.labels)
+            task = task_named(data.task, data.label_set)
             found[data.task] = build_model(settings, lora, task, 0).probe_seconds
         except BadInput as error:
             found[data.task] = error

@@ -17,12 +17,12 @@ from fedlora.client.training.head import head_clipped_sum
 from fedlora.client.training.sampling import draw_units, micro_batches, unit_records
 from fedlora.client.training.step import ClipGroups, GradientSum, PerSampleGradients, private_mean
 from fedlora.common.data.records import UnitIndex
-from fedlora.common.data.tasks import Batch, Encoded
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase
 from fedlora.common.model.features import FeatureCache
 from fedlora.common.model.state import AdapterState, Vector
 from fedlora.common.privacy.randomness import Random
+from fedlora.common.tasks.batch import Batch, Encoded
 
 Moments = Mapping[str, Vector]  # an optimiser's state, by name
 

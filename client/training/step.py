@@ -24,13 +24,13 @@ import torch
 from fedlora.client.training.hooks import RecordHooks
 from fedlora.client.training.sampling import MicroBatch, micro_batches, private_batches
 from fedlora.common.data.records import UnitIndex
-from fedlora.common.data.tasks import Encoded
 from fedlora.common.errors import BadInput
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.shapes import Shape, alike, padded, probes
 from fedlora.common.model.state import AdapterSpec
 from fedlora.common.privacy.accountant import SMALLEST_CLIP, group_scales
 from fedlora.common.privacy.randomness import Random, gaussian
+from fedlora.common.tasks.batch import Encoded
 
 # Of one length that are computed together, as far as a micro-batch's tokens go.
 RECORDS = {"cpu": 4, "cuda": 512}
@@ -169,7 +169,7 @@ class PerSampleGradients:
     def _hooks_are_right(self) -> bool:
         """Whether hooks give each record of a batch what it has alone."""
         model, shape = self.model, Shape(3, min(8, self.model.longest), False)
-        _, texts = probes(shape, model.vocabulary)
+        _, texts = probes(shape, model.vocabulary, model.task)
         every = np.arange(shape.records, dtype=np.int64)
         batch = MicroBatch(every, every, False, (shape.records, shape.tokens))
         inputs = texts.batch(every, model.pad, model.device, batch.shape)
@@ -197,7 +197,8 @@ class PerSampleGradients:
             batch = MicroBatch(every, every, False, (shape.records, shape.tokens))
             with model.probed():
                 same, beside = (
-                    self._samples(each, batch) for each in probes(shape, model.vocabulary)
+                    self._samples(each, batch)
+                    for each in probes(shape, model.vocabulary, model.task)
                 )
             return alike(same, beside)
 

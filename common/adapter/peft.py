@@ -13,7 +13,7 @@ Only safetensors and JSON are read; a folder that asks for code or pickled weigh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,21 @@ from fedlora.common.adapter.released import (
     write_description,
 )
 from fedlora.common.config.schema import LoraConfig, ModelConfig, check_rules
-from fedlora.common.data.encoding import opening, word_tokens
-from fedlora.common.data.records import Records
-from fedlora.common.data.tasks import TASKS, CausalLanguageModel, SequenceClassification, Task
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import AdapterLayout, taken_from
 from fedlora.common.model.assembly import PEFT_ADAPTER
-from fedlora.common.model.features import length_batches
+from fedlora.common.model.features import Rows, length_batches
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import PooledClassifier
 from fedlora.common.model.projection import PROJECTION
 from fedlora.common.model.state import HEAD_PREFIX, AdapterState
+from fedlora.common.tasks.batch import Batch
+from fedlora.common.tasks.causal_lm import prompt_tokens
+from fedlora.common.tasks.known import task_named
+from fedlora.common.tasks.seq2seq import source_tokens
+from fedlora.common.tasks.task import LANGUAGE, TRANSLATION, Answer
+
+BATCH_TOKENS = 8192  # of a pass that answers
 
 
 def export_adapter(
@@ -98,42 +102,39 @@ class LoadedAdapter:
     model: AdapterModel
     description: Description
 
-    def logits(self, texts: Sequence[str]) -> torch.Tensor:
-        """(n, classes) float32, in the order of `texts`."""
-        labels = np.zeros(len(texts), dtype=np.int64)
-        records = Records(
-            texts=list(texts), labels=labels, responses=None, units=None, columns={}, where="texts"
-        )
-        data = self.model.task.encode(records, self.model.tokenizer, self.description.max_length)
-        result = torch.empty(len(texts), len(self.description.labels))
-        with torch.no_grad():
-            for rows in length_batches(data.lengths, 8192):
-                logits = self.model.logits(data.batch(rows, self.model.pad, self.model.device))
-                result[torch.from_numpy(rows)] = logits.float().cpu()
+    def logits(self, inputs: Sequence[Any]) -> torch.Tensor:
+        """(n, outputs) float32 of a head that answers records, in the order of `inputs`."""
+        result = torch.empty(len(inputs), self.model.task.outputs)
+        for rows, _, outputs in self._passed(inputs):
+            result[torch.from_numpy(rows)] = outputs.float().cpu()
         return result
 
-    def predict(self, texts: Sequence[str]) -> list[str]:
-        """The label of each text."""
-        if not self.description.labels:
-            raise BadInput(f"adapter task: found {self.description.task}, expected one with labels")
-        return [self.description.labels[int(best)] for best in self.logits(texts).argmax(dim=1)]
+    def predict(self, inputs: Sequence[Any]) -> list[Answer]:
+        """The answer to each input: a text, or what else the task reads; see its `asked`."""
+        if self.model.task.reads in (LANGUAGE, TRANSLATION):
+            return [self.complete(each) for each in inputs]
+        found: dict[int, Answer] = {}
+        for rows, batch, outputs in self._passed(inputs):
+            answers = self.model.task.answers(outputs, batch)
+            found.update(zip(rows.tolist(), answers, strict=True))
+        return [found[row] for row in range(len(inputs))]
 
-    def complete(self, prompt: str, tokens: int = 64) -> str:
-        """A causal language model's greedy answer to `prompt`."""
-        tokenizer = self.model.tokenizer
-        network: Any = self.model.network.backbone
-        begin, (ids,) = opening(tokenizer), word_tokens(tokenizer, [prompt])
-        room = self.description.max_length - len(begin)
-        given = torch.tensor([begin + ids[-room:]])
-        with torch.no_grad():
-            answer = network.generate(
-                input_ids=given,
-                attention_mask=torch.ones_like(given),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=self.model.pad,
-            )
-        return str(tokenizer.decode(answer[0, given.shape[1] :], skip_special_tokens=True))
+    def _passed(self, inputs: Sequence[Any]) -> Iterator[tuple[Rows, Batch, torch.Tensor]]:
+        """Places of `inputs`, each once, and what the network gives for their batch."""
+        task = self.model.task
+        data = task.encode(task.asked(inputs), self.model.tokenizer, self.description.max_length)
+        for rows in length_batches(data.lengths, BATCH_TOKENS):
+            batch = data.batch(rows, self.model.pad, self.model.device)
+            with torch.no_grad():
+                yield rows, batch, self.model.logits(batch)
+
+    def complete(self, prompt: Any, tokens: int = 64) -> str:
+        """A language model's greedy answer to a text, or to a conversation's messages."""
+        tokenizer, room = self.model.tokenizer, self.description.max_length
+        reads = source_tokens if self.model.task.reads == TRANSLATION else prompt_tokens
+        given = reads(tokenizer, prompt, room)
+        answer = self.model.continued(given or [self.model.pad], tokens)
+        return str(tokenizer.decode(answer, skip_special_tokens=True))
 
 
 def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
@@ -155,17 +156,12 @@ def load_adapter(folder: str | Path, base: str = "") -> LoadedAdapter:
     settings = replace(settings, projection=width, digest=description.base_digest)
     if faults := check_rules(settings, where):
         raise BadInput(faults)
-    task = _task(description)
+    try:
+        task = task_named(description.task, description.labels)
+    except BadInput as error:
+        raise BadInput([f"{where} {fault}" for fault in error.faults]) from error
     model = build_model(settings, lora, task, description.seed)
     if projection is not None:
         model.projection = projection
     model.load(read_state(folder, model.spec, description))
     return LoadedAdapter(model, description)
-
-
-def _task(description: Description) -> Task:
-    if description.task == "sequence-classification":
-        return SequenceClassification(description.labels)
-    if description.task == "causal-lm":
-        return CausalLanguageModel()
-    raise BadInput(f"{DESCRIPTION} task: found {description.task!r}, expected {' or '.join(TASKS)}")

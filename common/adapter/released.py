@@ -24,6 +24,7 @@ import numpy.typing as npt
 from safetensors.numpy import load
 
 from fedlora.common.codec.strict import build, json_table
+from fedlora.common.config.task_names import LANGUAGES
 from fedlora.common.config.toml import Bounds
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import AdapterLayout
@@ -42,6 +43,7 @@ DESCRIPTION, SPEC = "fedlora.json", "spec.json"
 FILES = (CONFIG, WEIGHTS, HEAD, PROJECTION, DESCRIPTION, SPEC)
 PEFT_MODEL = "base_model.model."  # what PEFT puts before a name of the base's
 PEFT_HEADS = ["classifier", "score"]  # how the modules end that PEFT takes for a model's own head
+PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}  # of a base's own scores
 # What PEFT writes that's neither null, false nor empty, and the same in all our networks.
 PEFT_DEFAULTS = {
     "bias": "none",
@@ -175,7 +177,7 @@ def _own_heads(spec: AdapterSpec, description: Description) -> list[str]:
 
     Empty where the head is ours, or a language model's.
     """
-    if description.task == "causal-lm" or description.pooling != "default":
+    if description.task in LANGUAGES or description.pooling != "default":
         return []
     heads = [each.name for each in spec.tensors if each.name.startswith(HEAD_PREFIX)]
     named = {name.split(".")[1] for name in heads}
@@ -184,7 +186,7 @@ def _own_heads(spec: AdapterSpec, description: Description) -> list[str]:
 
 def _described_config(description: Description, heads: list[str]) -> dict[str, Any]:
     """What a description decides of PEFT's configuration, lists in order."""
-    ours = "CAUSAL_LM" if description.task == "causal-lm" else "FEATURE_EXTRACTION"
+    ours = PEFT_TASKS.get(description.task, "FEATURE_EXTRACTION")
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if heads else ours,

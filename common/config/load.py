@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import cast
 
 from fedlora.common.config.schema import ROBUST, Config, FaultsConfig
-from fedlora.common.config.toml import UNDECIDED, read_fields, read_table, shown
+from fedlora.common.config.task_names import BUILT_IN, BY_WORD, LANGUAGES
+from fedlora.common.config.toml import AUTO, UNDECIDED, read_fields, read_table, shown
 from fedlora.common.disk.files import read_bytes, text_of
 from fedlora.common.errors import BadInput
 from fedlora.common.secagg.cohort import most_colluders
@@ -76,12 +77,16 @@ def _together(config: Config) -> Iterator[Fault]:
         paths = ("model.pooled_layers", "model.pooling")
         found = f'[model] pooled_layers: expected [] with pooling = "{config.model.pooling}"'
         yield paths, f'{found}, or "layers"'
+    if len(config.data.text) > 2:
+        found = f"[data] text = {shown([*config.data.text])}"
+        yield ("data.text",), f"{found}: expected one column, or the two of a pair"
     if len(config.data.labels) == 1:
         yield (
             ("data.labels",),
             f"[data] labels = {shown([*config.data.labels])}: expected [] or at least two",
         )
-    if config.model.task == "causal-lm":
+    yield from _pooled(config)
+    if config.model.task in LANGUAGES:
         yield from _causal(config)
 
 
@@ -176,11 +181,27 @@ def _client_level(config: Config) -> Iterator[Fault]:
         )
 
 
+def _pooled(config: Config) -> Iterator[Fault]:
+    """A task that answers words has a head that reads words, and no other task has."""
+    model, by_word = config.model, config.model.task in BY_WORD
+    since = f'since task = "{model.task}"'
+    if by_word and config.training.head_rounds > 0:
+        found = f"[training] head_rounds = {config.training.head_rounds}"
+        yield ("model.task", "training.head_rounds"), f"{found}: expected 0, {since}"
+    if by_word and model.pooling not in (AUTO, "words"):
+        found = f'[model] pooling = "{model.pooling}"'
+        yield ("model.task", "model.pooling"), f'{found}: expected "words", {since}'
+    elif model.pooling == "words" and model.task in BUILT_IN and not by_word:
+        found = '[model] pooling = "words": expected default, mean or layers'
+        yield ("model.task", "model.pooling"), f"{found}, {since}"
+    if model.pooling == "words" and model.projection > 0:
+        found = f"[model] projection = {model.projection}"
+        yield ("model.projection", "model.pooling"), f'{found}: expected 0 with pooling = "words"'
+
+
 def _causal(config: Config) -> Iterator[Fault]:
     """A language model has no pooling, no labels and no head of its own."""
-    since = 'since task = "causal-lm"'
-    if not config.data.response:
-        yield ("model.task", "data.response"), f'[data] response = "": expected a column, {since}'
+    since = f'since task = "{config.model.task}"'
     if config.model.pooling in ("mean", "layers"):
         found = f'[model] pooling = "{config.model.pooling}"'
         yield ("model.task", "model.pooling"), f'{found}: expected "default", {since}'

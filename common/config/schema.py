@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fedlora.common.codec.strict import NOUNS
+from fedlora.common.config.task_names import BUILT_IN, TaskName
 from fedlora.common.config.toml import (
     AUTO,
     UNDECIDED,
@@ -82,10 +83,11 @@ class ModelConfig:
     # a directory, the name of an installed model package, or a hub id
     base: str = _text("minilm", NAME)
     digest: str = _text("", DIGEST)  # "sha256:…": what the base must be
-    task: str = _choice("sequence-classification", "sequence-classification", "causal-lm")
+    task: str = field(default=BUILT_IN[0], metadata={"rule": TaskName()})
     max_length: int = _number(64, 4, 32_768)
-    pooling: str = _chosen_name("default", "mean", "layers")
-    # for "layers": 0 is the embeddings; empty: all
+    # what a head reads: the base's own, a mean over a text's tokens, or each token by itself
+    pooling: str = _chosen_name("default", "mean", "layers", "words")
+    # for "layers": 0 is the embeddings; empty: all; for "words" the last one
     pooled_layers: tuple[int, ...] = _items((), LAYER)
     # principal directions of public features to whiten; 0: none
     projection: int = _number(0, 0, 16_384)
@@ -120,12 +122,18 @@ class DataConfig:
     test: float | str = _number("", 0, 1, open_low=True, open_high=True)
     # A public file, or the share of train that belongs to no client.
     validation: float | str = _number(0.03, 0, 1, open_low=True, open_high=True)
-    text: str = _text("text", NAME)
+    text: tuple[str, ...] = _items(("text",), NAME, shortest=1, one=True)  # or the two of a pair
+    # causal-lm: the answer to a prompt; without a response, the text itself
     prompt: str = _text("")
     response: str = _text("")
     label: str = _text("label", NAME)
     # public label set; empty: taken from test, never from train
     labels: tuple[str, ...] = _items((), NAME)
+    # public ends of what a number may be, for a regression
+    scale: tuple[float, ...] = _items((), Bounds(-1e9, 1e9))
+    tokens: str = _text("")  # a column of lists of words; their tags, or spans of text, in tags
+    tags: str = _text("")
+    messages: str = _text("")  # causal-lm: a column of conversations
     unit: str = _text("")  # the column that names the privacy unit; empty: the record
 
 

@@ -1,162 +1,107 @@
-"""Data files: JSON lines, CSV and Parquet as columns, within bounds, and the digest of their bytes.
+"""Data as it lies: which files are meant, their columns, within bounds, and the digest of bytes.
 
-Every fault is one line that names file, and row or line.
+A file, a folder of them, shards by a glob, or what `datasets` saves to disk; with or without .gz,
+endings in any case. Rows of several files are counted on, in the order of their names. Every fault
+is one line that names file, and row or line.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from fedlora.common.config.toml import shown
+from fedlora.common.data.formats import READERS, Values, check_size, kind_of
 from fedlora.common.errors import BadInput
 
-Values = list[Any]
-Reader = Callable[[Path, Sequence[str], str], dict[str, Values]]
-
-MAX_LINE_BYTES = 10 << 20
-MAX_FILE_BYTES = 8 << 30  # of Parquet, once unpacked, too
+STATE, SPLITS = "state.json", "dataset_dict.json"  # of a folder that `datasets` saved
+# What lies beside parts and is none: a writer's own marks, and what is hidden.
+_ASIDE, _MARKS = ("_", "."), (".crc", ".fedlora-ledger")
+_GLOB = frozenset("*?[")
 
 
 def columns_of(path: Path, wanted: Sequence[str], root: Path | None) -> dict[str, Values]:
-    """The wanted columns as they stand in the file: name to one value a record, in its order.
+    """The wanted columns as they stand in the files: name to one value a record, in their order.
 
-    BadInput where the file can't be read, lacks a column, or, `root` given, lies outside of it.
+    BadInput where one can't be read, lacks a column, or, `root` given, lies outside of it.
     """
-    where = path.name
-    if path.suffix not in READERS:
-        raise BadInput(
-            f"{where}: found {path.suffix or 'no ending'}, expected one of {', '.join(READERS)}"
-        )
-    if root is not None and not path.resolve().is_relative_to(root.resolve()):
-        raise BadInput(f"{where}: leads to a place outside {root.name}, expected a file inside it")
-    if not path.is_file():
-        raise BadInput(f"{path}: found no such file, expected one of {', '.join(READERS)}")
-    _check_size(path.stat().st_size, where)
-    try:
-        return READERS[path.suffix](path, wanted, where)
-    except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        raise BadInput(f"{path}: can't be read ({reason}), expected a data file") from error
-
-
-def _check_size(size: int, where: str) -> None:
-    if size > MAX_FILE_BYTES:
-        raise BadInput(f"{where}: found {size} bytes, expected at most {MAX_FILE_BYTES}")
-
-
-def _read_parquet(path: Path, wanted: Sequence[str], where: str) -> dict[str, Values]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _need(wanted, file.schema_arrow.names, where)
-            groups = (
-                file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)
-            )
-            _check_size(sum(group.total_byte_size for group in groups), where)
-            table = file.read(columns=list(wanted))
-            return {name: table[name].to_pylist() for name in wanted}
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: found text that is not UTF-8, expected UTF-8") from error
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0][:200]
-        raise BadInput(f"{where}: can't be read ({reason}), expected Parquet") from error
-
-
-def _read_jsonl(path: Path, wanted: Sequence[str], where: str) -> dict[str, Values]:
-    table: dict[str, Values] = {name: [] for name in wanted}
-    row = 0
-    for number, line in enumerate(_lines(path, where), start=1):
-        if not line.strip():
-            continue
-        row += 1
+    found: dict[str, Values] = {name: [] for name in wanted}
+    parts = parts_of(path, root)
+    check_size(sum(part.stat().st_size for part in parts), path.name)
+    for part in parts:
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            raise BadInput(
-                f"{where} line {number}: found no JSON ({reason}), expected an object"
-            ) from error
-        if not isinstance(record, dict):
-            raise BadInput(
-                f"{where} line {number}: found {type(record).__name__}, expected an object"
-            )
-        _need(wanted, list(record), f"{where} row {row}")
+            columns = READERS[kind_of(part)](part, wanted, part.name)
+        except OSError as error:
+            reason = error.strerror or str(error).splitlines()[0]
+            raise BadInput(f"{part}: can't be read ({reason}), expected a data file") from error
         for name in wanted:
-            table[name].append(record[name])
-    return table
+            found[name] += columns[name]
+    return found
 
 
-def _read_csv(path: Path, wanted: Sequence[str], where: str) -> dict[str, Values]:
-    """RFC 4180 with a header; fields up to 128 KiB: no unclosed quote swallows the file."""
-    table: dict[str, Values] = {name: [] for name in wanted}
-    reader = csv.reader(_lines(path, where), strict=True)
-    try:
-        header = next(reader, [])
-        _need(wanted, header, where)
-        places = [(table[name], header.index(name)) for name in wanted]
-        for fields in reader:
-            if len(fields) not in (0, len(header)):
-                found = f"found {len(fields)} fields, expected {len(header)} as in the header"
-                raise BadInput(f"{where} line {reader.line_num}: {found}")
-            for column, place in places if fields else ():
-                column.append(_number_or_text(fields[place]))
-    except csv.Error as error:
-        raise BadInput(
-            f"{where} line {reader.line_num}: found no CSV ({error}), expected fields"
-        ) from error
-    return table
-
-
-READERS: dict[str, Reader] = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-
-
-def _lines(path: Path, where: str) -> Iterator[str]:
-    with path.open("rb") as stream:
-        number = 0
-        while line := stream.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise BadInput(
-                    f"{where} line {number}: found more than {MAX_LINE_BYTES} bytes, expected fewer"
-                )
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                found = f"found a byte that is not UTF-8 at {error.start}, expected UTF-8"
-                raise BadInput(f"{where} line {number}: {found}") from error
-
-
-def _number_or_text(value: str) -> int | str:
-    """CSV has no types: an integer is what reads as one and nothing more."""
-    if len(value) <= 18 and value.isdecimal() and str(int(value)) == value:
-        return int(value)
-    return value
-
-
-def _need(wanted: Sequence[str], found: Sequence[str], where: str) -> None:
-    faults = []
-    for name in wanted:
-        if name not in found:
-            faults.append(
-                f"{where}: found columns {shown(sorted(found))}, expected {shown(name)} among them"
+def parts_of(path: Path, root: Path | None = None) -> tuple[Path, ...]:
+    """The files that a path means, sorted; BadInput where there is none, or one can't serve."""
+    if path.is_dir():
+        parts = _of_folder(path)
+    elif _GLOB & set(path.name) and not path.exists():
+        parts = [each for each in path.parent.glob(path.name) if each.is_file()]
+    else:
+        parts = [path]
+    known = ", ".join(READERS)
+    if not parts:
+        raise BadInput(f"{path}: found no data files, expected at least one of {known}")
+    for part in parts:
+        if kind_of(part) not in READERS:
+            raise BadInput(
+                f"{part.name}: found {kind_of(part) or 'no ending'}, expected one of {known}, or"
+                " with .gz"
             )
-        elif list(found).count(name) > 1:
-            faults.append(f"{where}: found column {shown(name)} twice, expected it once")
-    if faults:
-        raise BadInput(faults)
+        if root is not None and not part.resolve().is_relative_to(root.resolve()):
+            raise BadInput(
+                f"{part.name}: leads to a place outside {root.name}, expected a file inside it"
+            )
+        if not part.is_file():
+            raise BadInput(f"{part}: found no such file, expected one of {known}")
+    return tuple(sorted(parts))
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    """All data files below it; of what `datasets` saved, those that its state names."""
+    if (folder / SPLITS).is_file():
+        splits = [each.name for each in sorted(folder.iterdir()) if (each / STATE).is_file()]
+        raise BadInput(
+            f"{folder}: found a folder of the splits {', '.join(splits)}, expected one of them"
+        )
+    if (folder / STATE).is_file():
+        try:
+            files = json.loads((folder / STATE).read_text(encoding="utf-8"))["_data_files"]
+            return [folder / Path(str(each["filename"])).name for each in files]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{folder / STATE}: found no list of data files") from error
+    inside = (each for each in folder.rglob("*") if each.is_file())
+    return [
+        each
+        for each in inside
+        if not any(name.startswith(_ASIDE) for name in each.relative_to(folder).parts)
+        and each.suffix not in _MARKS
+    ]
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
+    """sha256 of a file's bytes; of several files, of their names and digests, in order."""
     try:
-        with path.open("rb") as stream:
-            return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+        if path.is_file():
+            return "sha256:" + _digest(path)
+        hasher = hashlib.sha256()
+        for part in parts_of(path):
+            name = part.relative_to(path if path.is_dir() else path.parent).as_posix()
+            hasher.update(f"{name}\0{_digest(part)}\n".encode())
+        return "sha256:" + hasher.hexdigest()
     except OSError as error:
         raise BadInput(f"{path}: can't be read ({error.strerror}), expected a data file") from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,18 +1,14 @@
 """Records, and which of them form one unit of privacy.
 
-A unit has one spelling: names that differ in white space, case or Unicode's forms are one unit, of
-which each would else have had the whole ε. Every fault names file, row and column. Row numbers
-count a file's records from 1, also in the part of a file that `take` picked. No training file
-decides what labels exist: the label set is public and fixed.
+Every fault names file, row and column. Row numbers count a file's records from 1, also in the part
+of a file that `take` picked. No training file decides what labels exist: the label set is public
+and fixed.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +16,23 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.common.config.toml import shown
-from fedlora.common.data.data_file import Values, columns_of
+from fedlora.common.data.conversations import conversations
+from fedlora.common.data.data_file import columns_of
+from fedlora.common.data.formats import Values
+from fedlora.common.data.tagged import WORDS, tagged_words
+from fedlora.common.data.values import (
+    label_lists,
+    labels_of,
+    lists_of,
+    names_of,
+    numbers,
+    one_spelling,
+    strings,
+    units_of,
+)
 from fedlora.common.errors import BadInput
 
 Ints = npt.NDArray[np.int64]
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
-_INVISIBLE = re.compile(  # what Unicode lets a program ignore when it shows a text
-    "[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
-)
 
 MAX_LABELS = 100_000
 
@@ -37,15 +42,22 @@ class Columns:
     """Which columns of a file hold what; "" where there is no such column."""
 
     text: str
+    second: str = ""  # the other text of a pair
     response: str = ""
-    label: str = ""
+    label: str = ""  # one of the public label set
+    labels: str = ""  # a list of it
+    score: str = ""  # a number
+    tokens: str = ""  # a list of words; "": the words of the text
+    tags: str = ""  # a list of their tags, or of spans of the text
+    messages: str = ""  # a list of messages
     unit: str = ""
     more: tuple[str, ...] = ()  # read as they are
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """The names that are not empty, each once: the columns that are read."""
-        names = (self.text, self.response, self.label, self.unit, *self.more)
+        names = [self.text, self.second, self.response, self.label, self.labels, self.score]
+        names += [self.tokens, self.tags, self.messages, self.unit, *self.more]
         return tuple(dict.fromkeys(name for name in names if name))
 
 
@@ -61,6 +73,9 @@ class Records:
     where: str
     rows: Ints | None = None  # where each record stood in its file, from 0; None: in this order
     respelled: int = 0  # units of the file that were spelled in more than one way
+    unanswered: bool = False  # nobody's: there is nothing to learn from them
+    # what only some tasks read: a list by name, as long as `texts`
+    parts: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -84,6 +99,8 @@ class Records:
             where=where or self.where,
             rows=np.asarray(rows, dtype=np.int64) if self.rows is None else self.rows[rows],
             respelled=self.respelled,
+            unanswered=self.unanswered,
+            parts={name: pick(values) for name, values in self.parts.items()},
         )
 
     @property
@@ -117,52 +134,61 @@ def read_records(
     """
     where = path.name
     table = columns_of(path, columns.wanted, root)
-    texts = _strings(table[columns.text], where, columns.text)
+    parts = _parts(table, columns, labels, where)
+    texts = _texts(table, columns, parts, where)
     if not texts:
         raise BadInput(f"{where}: found no records, expected at least one")
     units, respelled = None, 0
     if columns.unit:
-        units, respelled = _units(table[columns.unit], where, columns.unit)
+        units, respelled = units_of(table[columns.unit], where, columns.unit)
     return Records(
         texts=texts,
-        responses=_strings(table[columns.response], where, columns.response)
+        responses=strings(table[columns.response], where, columns.response)
         if columns.response
         else None,
-        labels=_labels(table[columns.label], labels, where, columns.label)
+        labels=labels_of(table[columns.label], labels, where, columns.label)
         if columns.label
         else None,
         units=units,
-        columns={name: _names(table[name], where, name) for name in columns.more},
+        columns={name: names_of(table[name], where, name) for name in columns.more},
         where=where,
         respelled=respelled,
+        parts=parts,
     )
 
 
-def unit_name(name: str) -> str:
-    """The one spelling of a unit: NFKC, case folded, white space single, nothing invisible."""
-    folded, before = name, ""
-    while folded != before:  # one step may make room for another: what is canonical stays so
-        before = folded
-        folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", folded)).casefold()
-    return " ".join(folded.split())
-
-
 def read_label_set(path: Path, column: str) -> tuple[str, ...]:
-    """The labels that occur in a *public* file: 0..k-1 for integers, else the sorted strings."""
+    """The labels that occur in a *public* file: numbers by size, else strings sorted.
+
+    BadInput where two are one but for white space, case or Unicode's forms.
+    """
     where = path.name
     values = columns_of(path, (column,), None)[column]
-    strings = _names(values, where, column)
-    if not strings:
+    found = set(names_of(values, where, column))
+    if not found:
         raise BadInput(f"{where}: found no records, expected at least one")
-    labels = sorted(set(strings))
-    if all(isinstance(value, int) for value in values):
-        for row, value in enumerate(values, start=1):
-            if not 0 <= value < MAX_LABELS:
-                expected = f"expected an integer >= 0 and < {MAX_LABELS}"
-                raise BadInput(f"{where} row {row} {column}: found {shown(value)}, {expected}")
-        labels = [str(number) for number in range(max(values) + 1)]
+    numbered = all(isinstance(value, int) for value in values)
+    return _label_set(sorted(found, key=int if numbered else None), where, column)
+
+
+def read_label_lists(path: Path, column: str) -> tuple[str, ...]:
+    """The labels that occur in the lists of a *public* file, sorted."""
+    where = path.name
+    found = lists_of(columns_of(path, (column,), None)[column], where, column)
+    return _label_set(sorted({name for names in found for name in names}), where, column)
+
+
+def _label_set(labels: Sequence[str], where: str, column: str) -> tuple[str, ...]:
     if not 2 <= len(labels) <= MAX_LABELS:
         raise BadInput(f"{where} {column}: found {len(labels)} labels, expected 2 to {MAX_LABELS}")
+    spelt: dict[str, str] = {}
+    for label in labels:
+        known = spelt.setdefault(one_spelling(label), label)
+        if known != label:
+            raise BadInput(
+                f"{where} {column}: found {shown(known)} and {shown(label)}, which differ in white"
+                " space, case or Unicode form only, expected one spelling, or both in [data] labels"
+            )
     return tuple(labels)
 
 
@@ -193,57 +219,32 @@ def _records_of(units: UnitIndex, chosen: Ints) -> Ints:
     return np.sort(units.records[np.repeat(picked, np.diff(units.offsets))])
 
 
-def _no_nulls(values: Values, where: str, column: str) -> None:
-    for row, value in enumerate(values, start=1):
-        # NaN is how pandas writes a missing value
-        if value is None or value == "" or value != value:
-            raise BadInput(f"{where} row {row} {column}: found nothing, expected a value")
+def _texts(
+    table: Mapping[str, Values], columns: Columns, parts: Mapping[str, Sequence[Any]], where: str
+) -> list[str]:
+    """A text of each record: its own, what was said, or its words."""
+    if columns.text:
+        return strings(table[columns.text], where, columns.text)
+    if columns.messages:
+        return ["\n".join(each["content"] for each in own) for own in parts["messages"]]
+    return [" ".join(words) for words in parts[WORDS]]
 
 
-def _strings(values: Values, where: str, column: str) -> list[str]:
-    """Text, where an integer stands for its digits. What no file could hold as UTF-8 is refused."""
-    for row, value in enumerate(values, start=1):
-        if not isinstance(value, str | int) or isinstance(value, bool):
-            found = "nothing" if value is None else type(value).__name__
-            raise BadInput(
-                f"{where} row {row} {column}: found {found}, expected text or an integer"
-            )
-        if isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
-            raise BadInput(
-                f"{where} row {row} {column}: found half a surrogate pair, expected text"
-            )
-    return [str(value) for value in values]
-
-
-def _names(values: Values, where: str, column: str) -> list[str]:
-    """Units or institutions: strings or integers, none missing."""
-    _no_nulls(values, where, column)
-    return _strings(values, where, column)
-
-
-def _units(values: Values, where: str, column: str) -> tuple[list[str], int]:
-    """Units in their one spelling, and how many of them had several."""
-    names = _names(values, where, column)
-    spelled = {name: unit_name(name) for name in dict.fromkeys(names)}
-    if "" in spelled.values():
-        row = next(row for row, name in enumerate(names, start=1) if not spelled[name])
-        raise BadInput(f"{where} row {row} {column}: found nothing visible, expected a value")
-    several = sum(count > 1 for count in Counter(spelled.values()).values())
-    return [spelled[name] for name in names], several
-
-
-def _labels(values: Values, labels: Sequence[str], where: str, column: str) -> Ints:
-    if not labels:
-        raise BadInput(
-            f"{where} {column}: found no public label set, expected one to read labels against"
-        )
-    _no_nulls(values, where, column)
-    place = {label: index for index, label in enumerate(labels)}
-    for row, value in enumerate(values, start=1):
-        if str(value) not in place:
-            known = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
-            raise BadInput(
-                f"{where} row {row} {column}: found {shown(value)}, "
-                f"expected one of the {len(labels)} public labels {known}"
-            )
-    return np.array([place[str(value)] for value in values], dtype=np.int64)
+def _parts(
+    table: Mapping[str, Values], columns: Columns, labels: Sequence[str], where: str
+) -> dict[str, Sequence[Any]]:
+    """What only some tasks read, by name."""
+    found: dict[str, Sequence[Any]] = {}
+    if columns.second:
+        found["second"] = strings(table[columns.second], where, columns.second)
+    if columns.score:
+        found["score"] = numbers(table[columns.score], where, columns.score)
+    if columns.labels:
+        found["labels"] = label_lists(table[columns.labels], labels, where, columns.labels)
+    if columns.messages:
+        found["messages"] = conversations(table[columns.messages], where, columns.messages)
+    if columns.tags:
+        words = columns.tokens or columns.text
+        given = table[words] if columns.tokens else strings(table[words], where, words)
+        found |= tagged_words(given, table[columns.tags], labels, where, (words, columns.tags))
+    return found

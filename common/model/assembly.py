@@ -20,15 +20,20 @@ from transformers import PreTrainedModel
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.config.toml import AUTO
-from fedlora.common.data.tasks import Task
 from fedlora.common.errors import BadInput
 from fedlora.common.model.behaviour import called, texts
-from fedlora.common.model.loading import load_backbone, load_classifier, load_language_model
-from fedlora.common.model.pooling import OwnHead, PooledClassifier, Pooling, build_head
+from fedlora.common.model.loading import (
+    load_backbone,
+    load_classifier,
+    load_language_model,
+    load_translator,
+)
+from fedlora.common.model.pooling import OwnHead, PooledClassifier, Pooling, Translator, build_head
 from fedlora.common.model.state import HEAD_PREFIX
 from fedlora.common.model.stored import Place, widen_trained
 from fedlora.common.model.targets import explicit
 from fedlora.common.model.weights import PEFT_HEADS
+from fedlora.common.tasks.task import LANGUAGE, TRANSLATION, WORD, Task
 
 # PEFT 0.21 asks transformers 5 for a property under its old name.
 warnings.filterwarnings(
@@ -45,29 +50,45 @@ def assembled(
 
     BadInput where the base can't serve the task.
     """
-    if task.name == "causal-lm":
+    if task.reads == LANGUAGE:
         adapted, lora = _with_lora(
             load_language_model(folder, place), model, lora, peft.TaskType.CAUSAL_LM
         )
         return OwnHead(adapted), lora
-    if task.name != "sequence-classification":
-        raise BadInput(f"[model] task = {task.name!r}: found no network for it")
+    if task.reads == TRANSLATION:
+        adapted, lora = _with_lora(
+            load_translator(folder, place), model, lora, peft.TaskType.SEQ_2_SEQ_LM
+        )
+        start: Any = adapted.config.decoder_start_token_id
+        return Translator(adapted, 0 if start is None else int(start)), lora
+    by_word = model.pooling == "words"
+    if by_word != (task.reads == WORD) and model.pooling != AUTO:
+        expected = '"words"' if task.reads == WORD else "default, mean or layers"
+        raise BadInput(
+            f'[model] pooling = "{model.pooling}": expected {expected}, since task = "{task.name}"'
+        )
     if model.pooling == AUTO:
         raise BadInput('[model] pooling = "auto": expected default, mean or layers by now')
     if model.pooling == "default":
-        base, new = load_classifier(folder, len(task.labels), place)
+        base, new = load_classifier(folder, task.outputs, place)
         config = base.config.get_text_config()
         if config.pad_token_id is None:  # without one, transformers refuses a batch
             config.pad_token_id = tokenizer.pad_token_id or 0
         adapted, lora = _with_lora(base, model, lora, peft.TaskType.SEQ_CLS, new)
-        return OwnHead(adapted, _own_classifier(adapted)), lora
+        return OwnHead(adapted, _own_classifier(adapted), _typed(base, tokenizer)), lora
     base = load_backbone(folder, place)
     config = base.config.get_text_config()
     pooling = Pooling(_pooled_layers(model, config.num_hidden_layers), model.head_scale)
     backbone, lora = _with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
     width = model.kernel_directions or model.projection or config.hidden_size * len(pooling.layers)
-    head = build_head(width, model.head_hidden, len(task.labels))
-    return PooledClassifier(backbone, pooling, head), lora
+    head = build_head(width, model.head_hidden, task.outputs)
+    return PooledClassifier(backbone, pooling, head, _typed(base, tokenizer), by_word), lora
+
+
+def _typed(base: PreTrainedModel, tokenizer: Any) -> bool:
+    """Whether the base tells the texts of a pair apart, and its tokenizer says so too."""
+    kinds = getattr(base.config.get_text_config(), "type_vocab_size", 0)
+    return kinds > 1 and "token_type_ids" in tokenizer.model_input_names
 
 
 def _own_classifier(adapted: peft.PeftModel) -> nn.Module:
@@ -83,7 +104,7 @@ def _own_classifier(adapted: peft.PeftModel) -> nn.Module:
 
 
 def _pooled_layers(model: ModelConfig, depth: int) -> tuple[int, ...]:
-    if model.pooling == "mean":
+    if model.pooling == "mean" or (model.pooling == "words" and not model.pooled_layers):
         return (depth,)
     layers = tuple(model.pooled_layers) or tuple(range(depth + 1))
     if not all(0 <= layer <= depth for layer in layers):

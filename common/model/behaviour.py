@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from fedlora.common.errors import BadInput
 
@@ -80,7 +80,7 @@ def is_routed(
     return traces[0] != traces[1] or any("grouped_mm" in name for name, *_ in traces[0])
 
 
-def called(base: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> frozenset[str]:
+def called(base: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> frozenset[str]:
     """Names of the modules that a forward pass goes through."""
     names: set[str] = set()
 
@@ -90,7 +90,8 @@ def called(base: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> frozenset[
     hooks = [each.register_forward_pre_hook(watch(name)) for name, each in base.named_modules()]
     try:
         with torch.no_grad():
-            base(input_ids=ids, attention_mask=mask)
+            more = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
+            base(input_ids=ids, attention_mask=mask, **more)
     finally:
         for hook in hooks:
             hook.remove()

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from fedlora.common.config.schema import ModelConfig
-from fedlora.common.data.tasks import Encoded
 from fedlora.common.disk.files import write_text
 from fedlora.common.errors import BadInput
 from fedlora.common.model.loading import ATTENTIONS
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.stored import Place
+from fedlora.common.tasks.batch import Encoded
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROBE_ROWS = 12

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlora.common.data.tasks import Encoded
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.shapes import Shape, alike, padded, probes, shaped
 from fedlora.common.model.state import AdapterState
+from fedlora.common.tasks.batch import Encoded
 
 FEATURE_TOKENS = {"cpu": 1024, "cuda": 16384}  # padded tokens of a forward pass without gradients
 FEATURE_ROWS = 64  # that are projected together
@@ -46,9 +46,7 @@ class PooledTexts:
         if model != self._model:
             self._kept.clear()
             self._model = model
-        digests = [
-            hashlib.blake2b(data.tokens_of(row).tobytes(), digest_size=16).digest() for row in rows
-        ]
+        digests = [_digest(data, int(row)) for row in rows]
         fresh = np.array(
             [place for place, digest in enumerate(digests) if digest not in self._kept],
             dtype=np.int64,
@@ -153,7 +151,8 @@ def _records(model: AdapterModel, tokens: int, full: bool) -> int:
         every = np.arange(shape.records, dtype=np.int64)
         with model.probed():
             same, beside = (
-                _forward(model, probe, every, shape) for probe in probes(shape, model.vocabulary)
+                _forward(model, probe, every, shape)
+                for probe in probes(shape, model.vocabulary, model.task)
             )
         return alike([same], [beside])
 
@@ -197,6 +196,12 @@ def length_batches(lengths: Rows, tokens: int) -> list[Rows]:
             batches.append(order[start:stop])
             start = stop
     return batches
+
+
+def _digest(data: Encoded, row: int) -> bytes:
+    """Of a record's tokens, and of where its second text begins."""
+    second = b"" if data.second is None else data.second[row].tobytes()
+    return hashlib.blake2b(data.tokens_of(row).tobytes() + second, digest_size=16).digest()
 
 
 def _below_head(state: AdapterState) -> str:

@@ -73,6 +73,21 @@ def load_language_model(folder: Path, place: Place = ON_CPU) -> PreTrainedModel:
     return cast(PreTrainedModel, base)
 
 
+def load_translator(folder: Path, place: Place = ON_CPU) -> PreTrainedModel:
+    """An encoder and a decoder, with their own scores of words."""
+    config = _read_config(folder)
+    kind = transformers.AutoModelForSeq2SeqLM
+    if not config.is_encoder_decoder or _is_half(config) or type(config) not in kind._model_mapping:
+        raise BadInput(
+            f'[model] task = "seq2seq": found {config.model_type}, expected an encoder with a'
+            " decoder, as T5 or BART"
+        )
+    config.use_cache = False  # no step generates
+    base, report = _load(folder, without_dropout(config), kind, place)
+    check_loaded(base, report, _where(folder))
+    return cast(PreTrainedModel, base)
+
+
 def offered_attentions(base: PreTrainedModel) -> tuple[str, ...]:
     """Which of `ATTENTIONS` the base can be switched to; the one it was loaded with, where it can't
     be.
@@ -90,17 +105,22 @@ def offered_attentions(base: PreTrainedModel) -> tuple[str, ...]:
     return tuple(offered)
 
 
-def _config(folder: Path) -> PreTrainedConfig:
+def _read_config(folder: Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=False
         )
     except Exception as error:  # the library raises a dozen unrelated types
         raise BadInput(f"{folder / 'config.json'}: {_first_line(error)}") from error
+    return config
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    config = _read_config(folder)
     if config.is_encoder_decoder and not _is_half(config):
         raise BadInput(
             f"{_where(folder)}: found an encoder-decoder ({config.model_type}), expected an"
-            " encoder or a decoder"
+            ' encoder or a decoder, or task = "seq2seq"'
         )
     config.use_cache = False  # no step generates
     return without_dropout(config)

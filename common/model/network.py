@@ -7,7 +7,7 @@ construction: all three come from `AdapterModel.parameters`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.data.tasks import Batch, CausalLanguageModel, Task, Totals
 from fedlora.common.errors import BadInput
 from fedlora.common.model.assembly import PEFT_ADAPTER, assembled, initialise, trainable
 from fedlora.common.model.base import base_stamp, check_base, check_digest, resolve_base
@@ -33,6 +32,9 @@ from fedlora.common.model.shapes import Shapes
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.model.stored import Place, stored_as
 from fedlora.common.model.tokenizer import check_fit, load_tokenizer
+from fedlora.common.tasks.batch import Batch, Totals
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.task import LANGUAGE, TRANSLATION, Task
 
 
 class AdapterModel:
@@ -134,6 +136,23 @@ class AdapterModel:
         with self.autocast():
             return task.measure_of(words.losses(batch, task.counted(batch)), batch)
 
+    @torch.no_grad()
+    def continued(self, ids: Sequence[int], tokens: int) -> list[int]:
+        """The likeliest words of a language model after `ids`, one after the other."""
+        backbone: Any = self.network.backbone
+        given = torch.tensor([list(ids)], device=self.device)
+        with self.autocast():
+            found = backbone.generate(
+                input_ids=given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=self.pad,
+            )
+        # a translator writes its own text, from the word that each begins with
+        begin = 1 if self.task.reads == TRANSLATION else given.shape[1]
+        return [int(each) for each in found[0, begin:]]
+
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 matrix products where chosen; whatever leaves a loss is float32."""
         if self.precision == torch.float32:
@@ -169,13 +188,13 @@ class AdapterModel:
     @property
     def head(self) -> nn.Module:
         """The head that a head phase trains; BadInput where cached features can't train it."""
-        if isinstance(self.network, PooledClassifier):
-            return self.network.head
         if self.network.by_word:
             raise BadInput(
                 "[training] head_rounds: found a head that scores every word, expected pooling ="
                 " mean or layers"
             )
+        if isinstance(self.network, PooledClassifier):
+            return self.network.head
         size, saved = int(self.spec.head_mask().sum()), f".modules_to_save.{PEFT_ADAPTER}"
         for name, module in self.network.named_modules():
             whole = sum(each.numel() for each in module.parameters()) == size
@@ -257,9 +276,13 @@ def _try(model: AdapterModel) -> None:
     one, other = (texts(model.vocabulary, model.device, model.longest, seed) for seed in (0, 1))
     with model.probed():
         check_still(forward, *one)
-        if model.task.name == "causal-lm":
+        if model.task.reads == LANGUAGE:
             check_causal(forward, *one)
             model.next_words = _next_words(model, *one)
+        if model.task.reads == TRANSLATION:
+            ids, mask = one
+            second = torch.arange(ids.shape[1], device=ids.device) > ids.shape[1] // 3
+            check_causal(forward, ids, mask + (mask * second))
         model.shapes.routed = is_routed(forward, one, other)
         model.probe_seconds = probe(model, forward)
 

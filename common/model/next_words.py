@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedlora.common.data.tasks import Batch
+from fedlora.common.tasks.batch import Batch
 
 # Bytes of a chunk's scores in float32.
 CHUNK = {"cpu": 1 << 26, "cuda": 1 << 29}
@@ -46,7 +46,7 @@ class NextWords:
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(n, length, width) of `ids` and `mask` (n, length)."""
-        states: torch.Tensor = self.backbone(input_ids=ids, attention_mask=mask)[0]
+        states: torch.Tensor = self.backbone(input_ids=ids, attention_mask=(mask > 0).long())[0]
         return states
 
     @torch.no_grad()

@@ -31,6 +31,11 @@ class Pooling:
         means = [(hidden[layer].float() * weights).sum(dim=1) / total for layer in self.layers]
         return torch.cat([functional.normalize(mean, dim=1) for mean in means], dim=1)
 
+    def words(self, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(n, length, layers · width) float32: each token's own, not a mean over any."""
+        states = [functional.normalize(hidden[layer].float(), dim=2) for layer in self.layers]
+        return torch.cat(states, dim=2)
+
     def features(self, means: torch.Tensor) -> torch.Tensor:
         """What the head receives for `means`."""
         rows = means if self.projection is None else _projected(means, self.projection)
@@ -54,22 +59,49 @@ def _affine(rows: torch.Tensor, affine: Affine) -> torch.Tensor:
     return rows @ matrix - shift
 
 
+def read(ids: torch.Tensor, mask: torch.Tensor, typed: bool) -> dict[str, torch.Tensor]:
+    """What a transformer is called with for a batch (`common.tasks.batch.Batch`).
+
+    `typed`: it was trained with a kind of its own for the tokens of a pair's second text.
+    """
+    found = {"input_ids": ids, "attention_mask": (mask > 0).long()}
+    return found | {"token_type_ids": (mask == 2).long()} if typed else found
+
+
 class PooledClassifier(nn.Module):
     """A backbone, pooled hidden states, and a head: a linear layer, or two with a GELU between."""
 
-    def __init__(self, backbone: nn.Module, pooling: Pooling, head: nn.Module) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        pooling: Pooling,
+        head: nn.Module,
+        typed: bool = False,
+        by_word: bool = False,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.typed = typed
+        self.by_word = by_word
         self.pooling = pooling
         self.head = head
 
     def pooled(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(n, features) float32 before any projection; `ids` and `mask` are (n, length)."""
-        output = self.backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        return self.pooling.means(output.hidden_states, mask)
+        """(n, features) float32 before any projection; `ids` and `mask` are (n, length).
+
+        Where each token is read by itself, (n, length, features).
+        """
+        inputs = read(ids, mask, self.typed)
+        output = self.backbone(**inputs, output_hidden_states=True)
+        if self.by_word:
+            return self.pooling.words(output.hidden_states)
+        return self.pooling.means(output.hidden_states, inputs["attention_mask"])
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(n, labels) logits of `ids` and `mask` (n, length); the head outside autocast."""
+        """(n, labels) or (n, length, labels) logits of `ids` and `mask` (n, length).
+
+        The head computes outside autocast.
+        """
         features = self.pooling.features(self.pooled(ids, mask))
         with torch.autocast(features.device.type, enabled=False):
             logits: torch.Tensor = self.head(features)
@@ -83,9 +115,12 @@ class OwnHead(nn.Module):
     transformers goes by the padding's id, which may be a word's.
     """
 
-    def __init__(self, model: nn.Module, classifier: nn.Module | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, classifier: nn.Module | None = None, typed: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = model
+        self.typed = typed
         self.by_word = False  # as the last pass was
         self._scores: list[torch.Tensor] = []
         if classifier is not None:
@@ -94,12 +129,41 @@ class OwnHead(nn.Module):
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Logits of (n, tokens) ids: (n, classes), or a language model's (n, tokens, words)."""
         self._scores.clear()
-        logits: torch.Tensor = self.backbone(input_ids=ids, attention_mask=mask).logits
+        logits: torch.Tensor = self.backbone(**read(ids, mask, self.typed)).logits
         scores = self._scores.pop() if self._scores else logits
         self.by_word = scores is not logits and scores.ndim == 3
         if not self.by_word:
             return logits
-        return scores[torch.arange(len(ids), device=ids.device), mask.sum(dim=1) - 1]
+        return scores[torch.arange(len(ids), device=ids.device), (mask > 0).sum(dim=1) - 1]
+
+
+class Translator(OwnHead):
+    """A base that reads a text and writes another, with its own scores of words.
+
+    Both texts of a record are in one row, and so are the scores: those at a place are of the next
+    word, from the last one of the first text on.
+    """
+
+    def __init__(self, model: nn.Module, start: int) -> None:
+        super().__init__(model)
+        self._start = start  # the word that an answer begins with
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(n, tokens, words) of `ids` and `mask` (n, tokens), in which 2 is the second text."""
+        places = torch.arange(ids.shape[1], device=ids.device)[None, :]
+        source, lengths = (mask == 1).long(), (mask == 1).sum(dim=1, keepdim=True)
+        given = (places + lengths - 1).clamp(max=ids.shape[1] - 1)  # the word before each answer's
+        words = ids.gather(1, given.clamp(min=0))
+        words = torch.where(places == 0, self._start, words)
+        answered = (mask == 2).sum(dim=1, keepdim=True)
+        scores: torch.Tensor = self.backbone(
+            input_ids=ids,
+            attention_mask=source,
+            decoder_input_ids=words,
+            decoder_attention_mask=(places < answered.clamp(min=1)).long(),
+        ).logits
+        rows = (places - lengths + 1).clamp(min=0)
+        return scores.gather(1, rows[:, :, None].expand(-1, -1, scores.shape[2]))
 
 
 def build_head(width: int, hidden: int, classes: int) -> nn.Sequential:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedlora.common.data.records import Records
-from fedlora.common.data.tasks import Batch, Encoded, Task
 from fedlora.common.errors import BadInput
+from fedlora.common.tasks.batch import Batch, Encoded
+from fedlora.common.tasks.task import Task
 
 SENTENCES = (
     "The bank sent me a new card, but the old one was charged twice on Monday.",
@@ -157,7 +157,12 @@ def _embeddings_hold(network: nn.Module) -> Iterator[None]:
         if inputs and inputs[0].numel() and int(inputs[0].max()) >= rows:
             raise IndexError(f"row {int(inputs[0].max())} of an embedding of {rows}")
 
-    tables = [module for module in network.modules() if isinstance(module, nn.Embedding)]
+    # BART's positions are a table that is called with words, and counts them
+    tables = [
+        module
+        for module in network.modules()
+        if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+    ]
     hooks = [table.register_forward_pre_hook(check) for table in tables]
     try:
         yield
@@ -167,9 +172,8 @@ def _embeddings_hold(network: nn.Module) -> Iterator[None]:
 
 
 def _encoded(model: Probed, texts: list[str]) -> Encoded:
-    """As the task reads them: each text with the first label, or as its own answer."""
-    records = Records(texts, texts, np.zeros(len(texts), dtype=np.int64), None, {}, "public text")
-    return model.task.encode(records, model.tokenizer, min(model.longest, LONGEST))
+    """As the task reads texts of nobody's."""
+    return model.task.encode(model.task.asked(texts), model.tokenizer, min(model.longest, LONGEST))
 
 
 def _first_line(error: Exception) -> str:

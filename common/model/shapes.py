@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedlora.common.data.tasks import Encoded
+from fedlora.common.tasks.batch import Encoded
+from fedlora.common.tasks.task import Task
 
 # Tokens. On a GPU a batch costs its launches, hardly what it holds: few are best.
 BUCKETS = {"cpu": 8, "cuda": 32}
@@ -82,7 +83,7 @@ def shaped(lengths: Ints, padded: Ints, records: Records) -> Iterator[tuple[Ints
             yield places[start : start + shape.records], shape
 
 
-def probes(shape: Shape, vocabulary: int) -> tuple[Encoded, Encoded]:
+def probes(shape: Shape, vocabulary: int, task: Task) -> tuple[Encoded, Encoded]:
     """One text of nobody's in every row.
 
     And once more in the first, beside others, of other lengths where it is padded.
@@ -93,13 +94,12 @@ def probes(shape: Shape, vocabulary: int) -> tuple[Encoded, Encoded]:
     )
     lengths[0] = most
     texts = [rng.integers(0, vocabulary, length) for length in lengths]
-    return _encoded([texts[0]] * shape.records), _encoded(texts)
+    return _encoded([texts[0]] * shape.records, task), _encoded(texts, task)
 
 
-def _encoded(texts: Sequence[Ints]) -> Encoded:
+def _encoded(texts: Sequence[Ints], task: Task) -> Encoded:
     offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])]).astype(np.int64)
-    targets = np.zeros(len(texts), dtype=np.int64)
-    return Encoded(np.concatenate(texts).astype(np.int32), offsets, targets, {})
+    return task.unlabelled(np.concatenate(texts).astype(np.int32), offsets)
 
 
 def alike(same: Iterable[torch.Tensor], beside: Iterable[torch.Tensor]) -> bool:

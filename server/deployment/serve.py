@@ -82,7 +82,7 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
         forget_beginning(folder)
     records = read_public(config.data, config.model.task)
     if not begun:
-        config = decided(config, PublicFacts(0, len(records.task.labels)))
+        config = decided(config, PublicFacts(0, records.task.outputs))
         write_atomically(folder / "config.toml", config_to_toml(config).encode())
     training = config.training
     machine = Machine(

@@ -14,7 +14,9 @@ from fedlora.common.protocol.messages import Consent
 from fedlora.server.release.layout import VERSION
 from fedlora.server.secagg.log import DROP_OUTS
 
-FIGURES = ("accuracy", "macro_f1", "perplexity", "loss")
+FIGURES = (
+    *("accuracy", "macro_f1", "micro_f1", "entity_f1", "spearman", "pearson", "perplexity", "loss"),
+)
 PAIRS, COUNTS = ("cohort", "threshold"), ("sums", "colluders", "smallest_sum")
 
 

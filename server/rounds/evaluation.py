@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fedlora.common.data.tasks import Batch, Encoded, Totals, add_totals
 from fedlora.common.model.features import FeatureCache, length_batches
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.state import AdapterState
+from fedlora.common.tasks.batch import Batch, Encoded, Totals, add_totals
 
 EVALUATION_TOKENS = 8192
 

@@ -19,7 +19,8 @@ from fedlora.server.rounds.loop import RoundRecord
 
 METRICS, LOST = "metrics.jsonl", "lost.jsonl"
 ENDED = "the process that began it ended before it was committed, or kept no reason"
-WATCHED = ("accuracy", "loss", "epsilon", "examples_per_second")
+SCORES = ("accuracy", "entity_f1", "micro_f1", "spearman", "loss")
+WATCHED = (*SCORES, "epsilon", "examples_per_second")
 # a round's number, and what a person watches: those, and the number of all rounds
 Observe = Callable[[int, Mapping[str, float | None]], None]
 

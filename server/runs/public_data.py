@@ -13,8 +13,7 @@ import torch
 
 from fedlora.common.config.parts import NetworkRecipe
 from fedlora.common.config.schema import DataConfig, ModelConfig
-from fedlora.common.data.records import Columns, Records, read_label_set, read_records
-from fedlora.common.data.tasks import Encoded, Task, task_named
+from fedlora.common.data.records import Columns, Records, read_records
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
 from fedlora.common.model.compute import COMPUTE, Compute, compute_of_run, stored_for_run
@@ -22,6 +21,9 @@ from fedlora.common.model.features import FeatureCache, PooledTexts, Progress, p
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import PROJECTION, Projection
 from fedlora.common.model.state import AdapterState
+from fedlora.common.tasks.batch import Encoded
+from fedlora.common.tasks.known import task_kind, task_named
+from fedlora.common.tasks.task import Task
 from fedlora.server.rounds.evaluation import Evaluator
 from fedlora.server.runs.schedule import NetworkFacts
 
@@ -58,20 +60,13 @@ def read_labels(data: DataConfig, task: str) -> tuple[str, ...]:
 
     Of the training file only where the test part is a share of it, which a statement says.
     """
-    if task != "sequence-classification":
-        return ()
     public = data.test if isinstance(data.test, str) else data.train
-    return tuple(data.labels or read_label_set(Path(public), data.label))
+    return task_kind(task).label_set(Path(public), data)
 
 
 def columns_of(data: DataConfig, task: str) -> Columns:
     """The columns of a public file: it names neither units nor institutions."""
-    causal = task == "causal-lm"
-    return Columns(
-        text=(data.prompt or data.text) if causal else data.text,
-        response=data.response if causal else "",
-        label="" if causal else data.label,
-    )
+    return task_kind(task).columns(data)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from typing import Any
 
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import Config, config_to_toml, open_fields
+from fedlora.common.config.task_names import BY_WORD
 from fedlora.common.config.toml import AUTO
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.modes import guarantee_named
@@ -57,7 +58,7 @@ class PublicFacts:
     """What is known before a network is built. `units` of all institutions together, about."""
 
     units: int
-    classes: int  # 0: a language model
+    classes: int  # numbers that a head gives; 0: a language model
 
 
 def decided(config: Config, facts: PublicFacts) -> Config:
@@ -102,16 +103,19 @@ def _network(config: Config, facts: PublicFacts) -> Chosen:
     """A mean over the words reads what a base knows; a head of its own may be drawn anew."""
     model = config.model
     pooling = "layers" if model.pooled_layers else "mean"
+    if model.task in BY_WORD:
+        return {"model": {"pooling": "words"}}
     return {"model": {"pooling": pooling if facts.classes else "default"}}
 
 
 def _rounds(config: Config, facts: PublicFacts) -> Chosen:
     """A phase each for head and LoRA; of a given number, most for the head, which pays first.
 
-    A head of the base's own can't be counted on to be one that trains by itself.
+    A head of the base's own can't be counted on to be one that trains by itself, and one that
+    scores every word has no features to keep.
     """
     dealing, head = config.federation, config.training.head_rounds
-    if head < 0 and config.model.pooling == "default":
+    if head < 0 and config.model.pooling in ("default", "words"):
         head = 0
     elif head < 0:
         head = HEAD_ROUNDS if dealing.rounds < 0 else dealing.rounds * 3 // 5

@@ -31,12 +31,15 @@ from fedlora.client.training.step import ClipGroups, PerSampleGradients
 from fedlora.common.adapter.peft import export_adapter
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
-from fedlora.common.data.tasks import CausalLanguageModel, Encoded, SequenceClassification, Task
 from fedlora.common.errors import BadInput
 from fedlora.common.model import loading
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import PooledClassifier
 from fedlora.common.model.state import AdapterState
+from fedlora.common.tasks.batch import Encoded
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
+from fedlora.common.tasks.task import Task
 from fedlora.simulations.benchmarks.families import FAMILIES
 from fedlora.simulations.benchmarks.random_base import WORDS, Family
 

@@ -42,10 +42,11 @@ from fedlora.client.training.sampling import micro_batches
 from fedlora.client.training.step import ClipGroups, PerSampleGradients, private_mean
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Columns, read_records, unit_groups
-from fedlora.common.data.tasks import Encoded, SequenceClassification
 from fedlora.common.model.compute import PRECISIONS, choose_compute
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.privacy.randomness import OsRandom
+from fedlora.common.tasks.batch import Encoded
+from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.server.runs.summary import peak_rss_bytes
 from fedlora.simulations.benchmarks.fresh_process import in_a_fresh_process
 

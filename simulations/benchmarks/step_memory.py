@@ -32,9 +32,10 @@ from fedlora.client.training.memory import Memory, memory_of_step
 from fedlora.client.training.step import ClipGroups, PerSampleGradients, private_mean
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import unit_groups
-from fedlora.common.data.tasks import CausalLanguageModel, Encoded
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.privacy.randomness import OsRandom
+from fedlora.common.tasks.batch import IGNORED, Encoded
+from fedlora.common.tasks.causal_lm import LEARNT, CausalLanguageModel
 from fedlora.server.runs.summary import peak_rss_bytes
 from fedlora.simulations.benchmarks.fresh_process import in_a_fresh_process
 
@@ -124,7 +125,9 @@ def step(model: AdapterModel, shape: Shape) -> None:
     """One private step over `RECORDS` records of full length, half of each a response."""
     tokens = np.random.default_rng(0).integers(3, 200, RECORDS * shape.tokens).astype(np.int32)
     offsets = np.arange(RECORDS + 1, dtype=np.int64) * shape.tokens
-    data = Encoded(tokens, offsets, np.full(RECORDS, shape.tokens // 2, dtype=np.int64), {})
+    half = np.arange(shape.tokens) >= shape.tokens // 2
+    targets = np.tile(np.where(half, LEARNT, IGNORED), RECORDS)
+    data = Encoded(tokens, offsets, targets, {}, by_token=True)
     gradients, groups = PerSampleGradients(model), ClipGroups.flat(model.spec, 1.0)
     every = np.arange(RECORDS, dtype=np.int64)
     units = unit_groups(None, RECORDS)

@@ -36,7 +36,10 @@ def load_config(
 
 
 def described(
-    train: Path | None, test: Path | None, epsilon: str | None, **fields: str | int | None
+    train: Path | None,
+    test: Path | None,
+    epsilon: str | None,
+    **fields: str | int | tuple[str, ...] | None,
 ) -> list[str]:
     """What a command line says without a configuration file, as overrides.
 

@@ -18,7 +18,6 @@ from fedlora.client.training.sampling import micro_batches
 from fedlora.client.training.step import ClipGroups
 from fedlora.common.config.schema import Config
 from fedlora.common.data.records import UnitIndex, unit_groups
-from fedlora.common.data.tasks import Encoded
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.model.compute import threads
 from fedlora.common.model.features import pooled_features
@@ -26,6 +25,7 @@ from fedlora.common.model.machine import shown
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_named, guarantee_of
+from fedlora.common.tasks.batch import Encoded
 from fedlora.simulations.begin import (
     DEFAULTS,
     Options,

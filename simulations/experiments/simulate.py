@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from fedlora.common.adapter.peft import LoadedAdapter, load_adapter
 from fedlora.common.config.schema import Config
 from fedlora.common.model.compute import threads
+from fedlora.common.tasks.known import use_task
+from fedlora.common.tasks.task import TaskKind
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.rounds.cohort import Cohort
 from fedlora.server.runs.metrics import Observe, nobody
@@ -57,16 +59,21 @@ def simulate(
     strategy: Strategy | None = None,
     partition: Owners | None = None,
     cohort: Callable[[SimulatedRun], Cohort] | None = None,
+    task: TaskKind | None = None,
 ) -> Result:
     """Train a federation, score its adapter, and leave everything in `folder`.
 
     `on_round` is told each committed round's number and figures, `on_features` how far a head
     phase's features are. A strategy, a partition or a cohort of one's own takes the place of the
-    configured one, and is named in the summary.
+    configured one, and is named in the summary. A `task` of one's own is known by its name from
+    then on, in this process; a package offers one under the entry point `fedlora.tasks`.
 
     BadInput lists what is wrong; Refused, Spent and QuorumLost end a run early, whose last adapter
     lies in the folder all the same.
     """
+    if task is not None:
+        use_task(task)
+        config = replace(config, model=replace(config.model, task=task.name))
     own = Own(strategy, partition, cohort)
     with threads(options.threads):
         run = begin(config, Path(folder), options, own, on_features)

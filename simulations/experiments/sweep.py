@@ -26,6 +26,9 @@ from fedlora.simulations.report.pages import write_sweep_report
 
 KEPT = (
     "accuracy",
+    "entity_f1",
+    "micro_f1",
+    "spearman",
     "macro_f1",
     "perplexity",
     "loss",

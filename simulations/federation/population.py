@@ -20,12 +20,12 @@ from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.trainer import Trainer, charge
 from fedlora.common.config.schema import TrainingConfig
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
-from fedlora.common.data.tasks import Encoded
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.tasks.batch import Encoded
 from fedlora.server.runs.public_data import PublicSide, encode
 from fedlora.simulations.federation.partition import Partition
 from fedlora.simulations.federation.sources import Sources
@@ -39,6 +39,7 @@ class Federation:
 
     public: PublicSide
     train: Encoded
+    classes: Ints | None  # of each training record; None where the task has no classes
     units: UnitIndex  # of the training part, dealt out by `partition`
     partition: Partition
     data_digest: str  # of the training file; it stays here
@@ -60,6 +61,7 @@ class Federation:
         return cls(
             public=public,
             train=encode(public.model, sources.train),
+            classes=sources.train.labels,
             units=units,
             partition=deal(sources.train, units),
             data_digest=sources.digest,
@@ -125,23 +127,26 @@ class Federation:
         """A budget that one run of this federation fits into."""
         return Budget(name, guarantee_of(manifest).cap(self.budget.epsilon), self.budget.delta)
 
-    def label_counts(self) -> Ints:
-        """(clients, labels) records of each label at each client; a researcher's own data."""
+    def label_counts(self) -> Ints | None:
+        """(clients, labels) records of each class at each client; a researcher's own data."""
+        if self.classes is None:
+            return None
         labels = len(self.model.task.labels)
         counts = np.zeros((len(self.clients), labels), dtype=np.int64)
         for client in self.clients:
             rows = self._units_of(client).records
-            counts[client] = np.bincount(self.train.targets[rows], minlength=labels)
+            counts[client] = np.bincount(self.classes[rows], minlength=labels)
         return counts
 
     def partition_table(self) -> dict[str, object]:
         """What the report draws: label counts by client, or sizes where there are no labels."""
         names = list(self.partition.names) or [client_name(client) for client in self.clients]
-        if self.model.task.labels:
+        counts = self.label_counts()
+        if counts is not None:
             return {
                 "clients": names,
                 "labels": list(self.model.task.labels),
-                "counts": self.label_counts().tolist(),
+                "counts": counts.tolist(),
             }
         return {
             "clients": names,

@@ -15,8 +15,10 @@ import numpy as np
 from fedlora.client.training.moments import MomentStore
 from fedlora.common.config.schema import FaultsConfig
 from fedlora.common.ledger.ledger import Ledger
+from fedlora.common.tasks.task import LANGUAGE, TRANSLATION
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.runs.run import Run, conclude
+from fedlora.server.runs.samples import samples
 from fedlora.simulations.federation.population import Federation, client_name
 
 
@@ -74,7 +76,7 @@ def finish(
     def more() -> dict[str, Any]:
         return {
             "truncated": {name: int(count) for name, count in federation.train.truncated.items()},
-            **_by_class(run),
+            **_details(run),
             "partition": federation.partition_table(),
             "synthetic": synthetic,
             "own": dict(run.own),
@@ -95,23 +97,20 @@ def _reserved_by_client(run: SimulatedRun) -> dict[str, float]:
     return result
 
 
-def _by_class(run: SimulatedRun) -> dict[str, Any]:
-    """Confusion, recall, and clients' accuracy: each class's recall, weighted by label mix."""
-    confusion = run.federation.public.test.totals.get("confusion")
-    if confusion is None:
-        return {"labels": []}
-    total = confusion.sum(axis=1)
-    recall = np.divide(np.diag(confusion), total, out=np.zeros(len(total)), where=total > 0)
-    labels = list(run.manifest.labels)
-    mixes = run.federation.label_counts()
-    return {
-        "labels": labels,
-        "confusion": confusion.astype(int).tolist(),
-        "recall_by_class": {
-            label: float(value) for label, value in zip(labels, recall, strict=True)
-        },
-        "accuracy_by_client": {
-            client_name(client): float(mix @ recall / max(mix.sum(), 1))
-            for client, mix in enumerate(mixes)
-        },
-    }
+def _details(run: SimulatedRun) -> dict[str, Any]:
+    """What the task keeps of the test file, and, of classes, clients' accuracy: each class's
+    recall, weighted by label mix.
+    """
+    public, labels = run.federation.public, list(run.manifest.labels)
+    found = public.model.task.details(public.test.totals)
+    counts = run.federation.label_counts()
+    recall = found.get("recall_by_class")
+    if recall is not None and counts is not None:
+        shares = np.array([recall[label] for label in labels])
+        found["accuracy_by_client"] = {
+            client_name(client): float(mix @ shares / max(mix.sum(), 1))
+            for client, mix in enumerate(counts)
+        }
+    if public.model.task.reads in (LANGUAGE, TRANSLATION):
+        found["samples"] = list(samples(public.model, public.test.data))
+    return {"labels": labels} | found

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 
 from fedlora.common.config.schema import DataConfig
 from fedlora.common.data.data_file import file_digest
 from fedlora.common.data.records import Records, read_records, split_validation, unit_groups
-from fedlora.common.data.tasks import task_named
 from fedlora.common.errors import BadInput
+from fedlora.common.tasks.known import task_named
+from fedlora.common.tasks.overview import label_counts, listed
 from fedlora.server.runs.public_data import PublicRecords, columns_of, read_labels
 
 log = logging.getLogger(__name__)
@@ -49,5 +52,18 @@ def read_sources(data: DataConfig, task: str, seed: int, more: tuple[str, ...] =
 
     test, train = part("test", data.test, train)
     validation, train = part("validation", data.validation, train)
+    for line in one_sided(train, test, labels):
+        log.warning("%s", line)
     records = PublicRecords(task_named(task, labels), validation, test)
     return Sources(train, records, file_digest(Path(data.train)))
+
+
+def one_sided(train: Records, test: Records, labels: Sequence[str]) -> list[str]:
+    """A line for each of the two whose records never have a label that the other one's have."""
+    counts = {records.where: label_counts(records, labels) for records in (train, test)}
+    found = []
+    for (here, mine), (there, theirs) in permutations(counts.items(), 2):
+        missing = [each for each in labels if theirs.get(each) and not mine.get(each)]
+        if missing and mine:
+            found.append(f"{here}: never has {listed(missing)}, which {there} has")
+    return found

@@ -18,13 +18,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fedlora.common.disk.files import lines_of, write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.figures import shown_epsilon
-from fedlora.simulations.report import numbers, plots, sections
+from fedlora.simulations.report import answers, numbers, plots, sections
 from fedlora.simulations.report.sections import Lines, Summary
 
 TEMPLATES = Path(__file__).parent / "templates"
 TECHNICAL = (
     ("loss", "Loss on the test file", numbers.number),
     ("macro_f1", "Macro F1 on the test file", numbers.percent),
+    ("exact_match", "Records with exactly the right labels", numbers.percent),
+    ("entity_precision", "Entities that were given and are right", numbers.percent),
+    ("entity_recall", "Entities that were found", numbers.percent),
+    ("word_accuracy", "Words with the right tag", numbers.percent),
+    ("pearson", "Pearson on the test file", numbers.number),
+    ("rmse", "Root of the mean squared error on the test file", numbers.number),
     ("trainable_parameters", "Trainable parameters", numbers.number),
     ("strategy", "Strategy", str),
     ("engine", "Engine", str),
@@ -53,6 +59,11 @@ def write_report(folder: Path) -> Path:
         "tested": int(np.sum(summary["confusion"])) if summary.get("confusion") else None,
         "baseline": sections.baseline(summary),
         "comparison": sections.comparison(summary),
+        "title": answers.title(summary),
+        "first": answers.first_figure(summary),
+        "by_label": answers.by_label(summary),
+        "samples": answers.samples(summary),
+        "scatter": answers.scatter(summary),
         "rounds": sections.rounds(summary, lines),
         "phases": sections.phase_ends(summary),
         "clients": sections.clients(summary),
@@ -76,12 +87,12 @@ def write_sweep_report(folder: Path) -> Path:
             f"{folder / 'sweep.json'}: found no trials, expected a list with one object for each"
             " value"
         )
-    metric = "perplexity" if trials[0].get("perplexity") is not None else "accuracy"
+    metric = answers.headline(trials[0])
     values = {
         "trials": trials,
         "metric": metric,
         "key": trials[0]["key"],
-        "show": numbers.percent if metric == "accuracy" else numbers.number,
+        "show": answers.shown_as(metric),
         "picture": sections.curve(trials, metric),
     }
     return _write(folder / "sweep.html", "sweep.html", values)

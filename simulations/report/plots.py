@@ -167,6 +167,18 @@ def curve(
         return _svg(figure, f"curve-{title}")
 
 
+def scatter(points: Sequence[tuple[float, float]], ends: tuple[float, float]) -> Markup:
+    """True numbers and the answers to them, on one scale; the diagonal is right."""
+    with _figure(4.4, 4.0) as (figure, axes):
+        axes.plot(*_columns(points), linestyle="", marker="o", markersize=2.5, color=ACCENT)
+        axes.plot(ends, ends, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.grid(visible=True)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("true")
+        axes.set_ylabel("answered")
+        return _svg(figure, "scatter")
+
+
 def short(name: str, limit: int = 22) -> str:
     """A name that fits beside a picture; letters that can't be printed are replaced."""
     clean = "".join(letter if letter.isprintable() else "�" for letter in name)

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.figures import shown_epsilon
-from fedlora.simulations.report import numbers, plots, tables
+from fedlora.simulations.report import answers, numbers, plots, tables
 
 FEW = 40  # clients that get a row of their own; more are drawn as histograms
 NARROW = 12  # labels that fit into a table; more are drawn as a heat map
@@ -63,20 +63,18 @@ def comparison(summary: Summary) -> dict[str, Any] | None:
 
 def rounds(summary: Summary, lines: Lines) -> dict[str, Any]:
     """The curves over the rounds, each with a sentence that says the same."""
-    known = ("accuracy", "perplexity") if "accuracy" in summary else ("perplexity",)
-    metric = next(
-        (name for name in known if any(_finite(line.get(name)) for line in lines)), "loss"
-    )
+    metric = answers.headline(summary)
+    if not any(_finite(line.get(metric)) for line in lines):
+        metric = "loss"
+    name, share = answers.HEADLINES[metric]
     scored = [(line["round"], line[metric]) for line in lines if _finite(line.get(metric))]
     spent = [(line["round"], line["epsilon"]) for line in lines if _finite(line.get("epsilon"))]
     phases = _phases(lines)
-    show = numbers.percent if metric == "accuracy" else numbers.number
-    pictures = []
+    show, pictures = answers.shown_as(metric), []
     if scored:
-        svg = plots.by_round(scored, f"{metric} (validation)", metric == "accuracy", phases)
+        svg = plots.by_round(scored, f"{name} (validation)", share, phases)
         text = (
-            f"{metric.capitalize()} on the public validation part: {show(scored[0][1])} after round"
-            f" {scored[0][0]}"
+            f"{name} on the public validation part: {show(scored[0][1])} after round {scored[0][0]}"
         )
         pictures.append((svg, f"{text}, {show(scored[-1][1])} after round {scored[-1][0]}."))
     if spent:
@@ -91,8 +89,8 @@ def rounds(summary: Summary, lines: Lines) -> dict[str, Any]:
 def phase_ends(summary: Summary) -> dict[str, Any]:
     """What each phase came to, and in words what LoRA added to the head."""
     found = summary.get("phases") or []
-    metric = "perplexity" if "perplexity" in summary else "accuracy"
-    show = numbers.percent if metric == "accuracy" else numbers.number
+    metric = answers.headline(summary)
+    show, name = answers.shown_as(metric), answers.HEADLINES[metric][0]
     rows = [
         {
             "title": PHASES.get(row["phase"], row["phase"]),
@@ -104,14 +102,14 @@ def phase_ends(summary: Summary) -> dict[str, Any]:
         for row in found
     ]
     if len(rows) < 2 or metric != "accuracy":
-        return {"rows": rows, "metric": metric, "sentence": ""}
+        return {"rows": rows, "metric": name, "sentence": ""}
     gain = 100 * (found[-1]["test"]["accuracy"] - found[0]["test"]["accuracy"])
     added = f"LoRA {'added' if gain >= 0 else 'cost'} {abs(gain):.1f} points of accuracy"
     seen = "did not do as well, so the head alone is released"
     if found[-1]["released"]:  # of equals, too
         seen = "did at least as well, and is released"
     sentence = f"{added} on the test file. On the validation part it {seen}."
-    return {"rows": rows, "metric": metric, "sentence": sentence}
+    return {"rows": rows, "metric": name, "sentence": sentence}
 
 
 def _phases(lines: Lines) -> list[tuple[str, int]]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fedlora.common.config import task_names
+from fedlora.common.config.load import parse_config
+from fedlora.common.errors import BadInput
+from fedlora.common.tasks import known
 from fedlora.simulations import ServerState
-from fedlora.simulations.examples import own_partition, own_strategy, private_federation
+from fedlora.simulations.examples import own_partition, own_strategy, own_task, private_federation
 from fedlora.simulations.federation import corpus
 
-EXAMPLES = (private_federation, own_strategy, own_partition)
+EXAMPLES = (private_federation, own_strategy, own_partition, own_task)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +63,38 @@ def test_a_partition_of_ones_own(tiny_bert: Path, tmp_path: Path) -> None:
     assert result.summary["own"] == {"partition": "by_length"}
     counts = np.array(result.summary["partition"]["counts"]).sum(axis=1)
     assert len(counts) == 5 and counts.max() - counts.min() <= 1
+
+
+def test_a_task_of_ones_own(tiny_bert: Path, tmp_path: Path) -> None:
+    result = own_task.main(tmp_path, str(tiny_bert), rounds=2)
+    assert result.summary["task"] == "smoothed-classification" and result.summary["accuracy"] > 0
+    assert result.epsilon is not None and result.epsilon <= 3.0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["task"] == "smoothed-classification"
+    (answer,) = result.adapter.predict(["my laptop makes a burning smell"])
+    assert answer in corpus.CLASSES
+
+
+def test_a_task_that_a_package_offers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the entry point `fedlora.tasks`: a configuration may name it, and it is loaded then."""
+
+    def offered(group: str) -> list[EntryPoint]:
+        module = "fedlora.simulations.examples.own_task"
+        return [EntryPoint("smoothed-classification", f"{module}:SmoothedClassification", group)]
+
+    monkeypatch.setattr(task_names, "entry_points", offered)
+    monkeypatch.setattr(task_names, "_added", set())
+    monkeypatch.delitem(known.TASKS, "smoothed-classification", raising=False)
+    task_names.installed_tasks.cache_clear()
+    text = '[model]\ntask = "smoothed-classification"'
+    assert parse_config(text).model.task == "smoothed-classification"
+    task = known.task_named("smoothed-classification", ("a", "b"))
+    assert isinstance(task, own_task.SmoothedClassification)
+    monkeypatch.setattr(task_names, "entry_points", lambda group: [])
+    monkeypatch.setattr(task_names, "_added", set())
+    task_names.installed_tasks.cache_clear()
+    with pytest.raises(BadInput, match="expected one of sequence-classification"):
+        parse_config(text)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda each: each.__name__.rpartition(".")[2])

@@ -20,7 +20,6 @@ from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.step import ClipGroups, PerSampleGradients
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records, unit_groups
-from fedlora.common.data.tasks import Batch, Encoded, SequenceClassification
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model import features, pooling
@@ -28,6 +27,8 @@ from fedlora.common.model.features import FeatureCache, pooled_features
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterState
+from fedlora.common.tasks.batch import Batch, Encoded
+from fedlora.common.tasks.classification import SequenceClassification
 from tests.client.institution import PHASE, Institution, manifest_of
 
 SHORT, LONG = "w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6"

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.client.node.binding import MARK, bind, check_mark
-from fedlora.common.errors import Refused
+from fedlora.client.node.binding import MARK, bind, check_budgets, check_mark
+from fedlora.client.node.policy import DataPolicy
+from fedlora.common.data.data_file import parts_of
+from fedlora.common.errors import BadInput, Refused
 from fedlora.common.protocol.messages import Decline
 from tests.client.institution import Institution, manifest_of, offer_of
 
@@ -133,3 +135,23 @@ def test_the_ledgers_key_and_head_lie_where_it_lies(tmp_path: Path) -> None:
     found = {str(path.relative_to(shared)) for path in shared.rglob("*") if path.is_file()}
     assert {"people.sqlite", "people.key", "head/head.json"} <= found
     assert (north.root / "marks" / ("notes.jsonl" + MARK)).is_file()
+
+
+@pytest.mark.parametrize("first", ["data", "data/notes.csv"])
+def test_a_folder_and_a_file_in_it_are_the_same_data(data: Path, first: str) -> None:
+    root = data.parent.parent
+    (second,) = {"data", "data/notes.csv"} - {first}
+    bind(root / first, ONE, None)
+    with pytest.raises(Refused, match=f"mark of ledger {ONE}"):
+        bind(root / second, OTHER, None)
+    bind(root / second, ONE, None)
+    assert [part.name for part in parts_of(data.parent)] == ["notes.csv"]
+
+
+def test_a_folder_and_a_file_in_it_charge_one_budget(data: Path) -> None:
+    sets = {
+        "whole": DataPolicy(path="data", budget="a"),
+        "part": DataPolicy(path="data/notes.csv", budget="b"),
+    }
+    with pytest.raises(BadInput, match="expected one budget for one file"):
+        check_budgets(sets, data.parent.parent, "node.toml")

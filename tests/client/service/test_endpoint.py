@@ -27,12 +27,12 @@ from fedlora.client.network.channel import METHOD, SERVICE, Door, TrainerAway
 from fedlora.client.node.enrolment import only_trainer
 from fedlora.client.node.folder import NodeFolder
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.data.tasks import SequenceClassification
 from fedlora.common.errors import Refused
 from fedlora.common.manifest.manifest import Network, RunManifest
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.state import AdapterState
 from fedlora.common.protocol.messages import Answer, Decline, Reply, Started, reply_from_bytes
+from fedlora.common.tasks.classification import SequenceClassification
 from tests.beside import beside
 from tests.client.institution import (
     OTHERS,

@@ -14,9 +14,10 @@ from fedlora.client.training.hooks import Layout, RecordHooks
 from fedlora.client.training.step import ClipGroups, PerSampleGradients
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import unit_groups
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification
 from fedlora.common.errors import BadInput
 from fedlora.common.model.network import AdapterModel, build_model
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.simulations.benchmarks.families import FAMILIES
 from fedlora.simulations.benchmarks.models import awake, records
 from tests.oracles import clipped_sum_by_ones

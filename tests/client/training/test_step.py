@@ -16,19 +16,16 @@ from fedlora.client.training.sampling import micro_batches
 from fedlora.client.training.step import ClipGroups, GradientSum, PerSampleGradients, private_mean
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
-from fedlora.common.data.tasks import (
-    Batch,
-    CausalLanguageModel,
-    Encoded,
-    SequenceClassification,
-    Task,
-)
 from fedlora.common.errors import BadInput
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import build_head
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.accountant import group_scales
 from fedlora.common.privacy.randomness import OsRandom
+from fedlora.common.tasks.batch import Batch, Encoded
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
+from fedlora.common.tasks.task import Task
 from tests.oracles import clipped_sum_by_ones, head_clipped_sum_by_ones
 
 

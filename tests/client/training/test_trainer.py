@@ -15,7 +15,6 @@ from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.trainer import Trainer
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
-from fedlora.common.data.tasks import SequenceClassification
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
@@ -25,6 +24,7 @@ from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import build_head
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.randomness import OsRandom
+from fedlora.common.tasks.classification import SequenceClassification
 from tests.oracles import head_clipped_sum_by_ones
 
 NETWORK = Network.of(ModelConfig(pooling="default"), LoraConfig(targets=("query", "value")))

@@ -12,10 +12,12 @@ import transformers
 from fedlora.common.adapter.merged import write_merged
 from fedlora.common.adapter.peft import LoadedAdapter, export_adapter, load_adapter
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification, Task
 from fedlora.common.errors import BadInput
 from fedlora.common.model.network import build_model
 from fedlora.common.model.state import AdapterState
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
+from fedlora.common.tasks.task import Task
 
 IDS = torch.tensor([[2, 5, 9, 11], [2, 6, 7, 30]])
 CASES: dict[str, tuple[str, str, Task]] = {

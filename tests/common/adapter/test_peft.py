@@ -22,11 +22,12 @@ import fedlora.common.adapter
 from fedlora.common.adapter.peft import export_adapter, load_adapter
 from fedlora.common.adapter.released import FILES, published, read_released, write_description
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification
 from fedlora.common.errors import BadInput
 from fedlora.common.model.base import base_digest, check_base
 from fedlora.common.model.network import build_model
 from fedlora.common.model.projection import PROJECTION
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
 
 LORA = LoraConfig(rank=2, targets=("query", "value"))
 

@@ -87,7 +87,8 @@ BAD = {
             " 2]\nvalidation = []"
         ),
         [
-            "run.toml [model] task = 7: expected one of sequence-classification, causal-lm",
+            "run.toml [model] task = 7: expected one of sequence-classification, multi-label,"
+            " token-classification, regression, causal-lm, seq2seq",
             "run.toml lora = 3: expected a section [lora]",
             "run.toml [data] validation = []: expected a finite number > 0 and < 1 or a string",
             "run.toml [data] labels = [1, 2]: expected a list, each a string",
@@ -185,6 +186,24 @@ BAD = {
         "[federation]\nrounds = 20\n[training]\nhead_rounds = 21",
         ["run.toml [training] head_rounds = 21: expected at most [federation] rounds = 20"],
     ),
+    "cfg-words": (
+        '[model]\ntask = "token-classification"\npooling = "mean"\n[training]\nhead_rounds = 2\n'
+        '[data]\ntext = ["a", "b", "c"]',
+        [
+            'run.toml [data] text = ["a", "b", "c"]: expected one column, or the two of a pair',
+            'run.toml [training] head_rounds = 2: expected 0, since task = "token-classification"',
+            'run.toml [model] pooling = "mean": expected "words", since task ='
+            ' "token-classification"',
+        ],
+    ),
+    "cfg-words-of-a-text": (
+        '[model]\npooling = "words"\nprojection = 4',
+        [
+            'run.toml [model] pooling = "words": expected default, mean or layers, since task ='
+            ' "sequence-classification"',
+            'run.toml [model] projection = 4: expected 0 with pooling = "words"',
+        ],
+    ),
     "cfg-pooling": (
         '[model]\npooling = "default"\nhead_hidden = 8\npooled_layers = [1]',
         [
@@ -205,7 +224,6 @@ BAD = {
             "[training]\nhead_rounds = 2\n[privacy]\nhead_clip = 0.5"
         ),
         [
-            'run.toml [data] response = "": expected a column, since task = "causal-lm"',
             'run.toml [model] pooling = "mean": expected "default", since task = "causal-lm"',
             'run.toml [training] head_rounds = 2: expected 0, since task = "causal-lm"',
             'run.toml [privacy] head_clip = 0.5: expected 0, since task = "causal-lm"',
@@ -309,7 +327,8 @@ def test_the_contract_of_design() -> None:
     ]
     assert (config.seed, config.model.base, config.model.max_length) == (7, "minilm", 64)
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16.0, ("auto",))
-    assert (config.data.validation, config.data.text, config.data.label) == (0.03, "text", "label")
+    assert (config.data.validation, config.data.label) == (0.03, "label")
+    assert config.data.text == ("text",)
     assert (config.federation.clients, config.federation.partition, config.federation.alpha) == (
         10,
         "dirichlet",

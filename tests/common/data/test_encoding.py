@@ -12,9 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from fedlora.common.data.encoding import opening, word_tokens
 from fedlora.common.data.records import Records
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification
 from fedlora.common.model.probe import SENTENCES
 from fedlora.common.model.tokenizer import load_tokenizer
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
 
 CONTROL = ["<s>", "</s>", "[SEP]", "<|im_end|>", "<pad>"]
 FRAMES = {"": [], "<s> $A": [0], "$A </s>": [], "<s> $A </s>": [0], "<s> <pad> $A": [0, 4]}

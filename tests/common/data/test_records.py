@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.common.data import data_file
+from fedlora.common.data import formats
 from fedlora.common.data.records import (
     Columns,
     Records,
@@ -26,8 +26,8 @@ from fedlora.common.data.records import (
     read_records,
     split_validation,
     unit_groups,
-    unit_name,
 )
+from fedlora.common.data.values import one_spelling
 from fedlora.common.errors import BadInput
 
 ROWS = [
@@ -240,7 +240,8 @@ BAD: dict[str, Bad] = {
     "data-ending": (
         "a.txt",
         _text("a"),
-        "a.txt: found .txt, expected one of .jsonl, .csv, .parquet",
+        "a.txt: found .txt, expected one of .jsonl, .json, .csv, .tsv, .parquet, .arrow, or with"
+        " .gz",
     ),
 }
 
@@ -262,7 +263,7 @@ def test_long_line(ending: str, tmp_path: Path) -> None:
     line = fault(path)
     assert (
         line
-        == f"{path.name} line 2: found more than {data_file.MAX_LINE_BYTES} bytes, expected fewer"
+        == f"{path.name} line 2: found more than {formats.MAX_LINE_BYTES} bytes, expected fewer"
     )
 
 
@@ -295,7 +296,7 @@ def test_outside_root(direct: bool, tmp_path: Path) -> None:
 
 def test_too_large_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "a.parquet", [ROWS[0] | {"text": "a" * 100_000}] * 50)
-    monkeypatch.setattr(data_file, "MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(formats, "MAX_FILE_BYTES", 20_000)
     assert path.stat().st_size < 20_000, "small on disk, large once unpacked"
     unpacked = fault(path)
     assert "bytes, expected at most 20000" in unpacked and unpacked.startswith("a.parquet: found ")
@@ -311,8 +312,8 @@ def test_truncated_parquet(kept: int, tmp_path: Path) -> None:
 
 def test_no_such_file(tmp_path: Path) -> None:
     assert (
-        fault(tmp_path / "a.csv")
-        == f"{tmp_path}/a.csv: found no such file, expected one of .jsonl, .csv, .parquet"
+        fault(tmp_path / "a.csv") == f"{tmp_path}/a.csv: found no such file, expected one of"
+        " .jsonl, .json, .csv, .tsv, .parquet, .arrow"
     )
     with pytest.raises(BadInput, match="found no such file"):
         read_label_set(tmp_path / "a.csv", "label")
@@ -330,10 +331,15 @@ def test_labels_need_a_public_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [
-        ([0, 1, -1], "test.jsonl row 3 label: found -1, expected an integer >= 0 and < 100000"),
         (
-            [0, 10**12],
-            "test.jsonl row 2 label: found 1000000000000, expected an integer >= 0 and < 100000",
+            ["spam", "ham", "spam "],
+            'test.jsonl label: found "spam" and "spam ", which differ in white space, case or'
+            " Unicode form only, expected one spelling, or both in [data] labels",
+        ),
+        (
+            ["É", "e", "e\u0301"],
+            'test.jsonl label: found "e\u0301" and "É", which differ in white space, case or'
+            " Unicode form only, expected one spelling, or both in [data] labels",
         ),
         ([0, 0], "test.jsonl label: found 1 labels, expected 2 to 100000"),
         (["a", None], "test.jsonl row 2 label: found nothing, expected a value"),
@@ -348,9 +354,28 @@ def test_bad_label_set(labels: list[Any], expected: str, tmp_path: Path) -> None
     assert caught.value.faults == (expected,)
 
 
-def test_integer_labels_fill_their_range(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "test.jsonl", [{"label": label} for label in (3, 0)])
-    assert read_label_set(path, "label") == ("0", "1", "2", "3")
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([1, 0, 1], ("0", "1")),
+        ([99213, 43239, 5], ("5", "43239", "99213")),  # codes are names: the values that occur
+        ([-1, 1], ("-1", "1")),
+        (["10", "9"], ("10", "9")),
+    ],
+)
+def test_a_label_set_is_what_occurs(
+    labels: list[Any], expected: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = write_jsonl(tmp_path / "test.jsonl", [{"label": label} for label in labels])
+    assert read_label_set(path, "label") == expected
+
+
+def test_a_label_that_is_spelt_otherwise_is_named_with_the_public_one(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "t", "label": "Spam "}])
+    assert fault(path, Columns("text", label="label"), ("ham", "spam")) == (
+        'a.jsonl row 1 label: found "Spam ", expected one of the 2 public labels ham, spam; did'
+        ' you mean "spam"?'
+    )
 
 
 # Units
@@ -390,14 +415,14 @@ def test_a_unit_of_which_nothing_is_seen_is_none(tmp_path: Path) -> None:
 
 @given(st.text(), st.sampled_from(["NFC", "NFD", "NFKC", "NFKD"]))
 def test_a_units_one_spelling_stays_and_knows_no_form(name: str, form: Any) -> None:
-    assert unit_name(unit_name(name)) == unit_name(name)
-    assert unit_name(unicodedata.normalize(form, name)) == unit_name(name)
-    assert unit_name(f"\t {name}\u00a0 ") == unit_name(name)
+    assert one_spelling(one_spelling(name)) == one_spelling(name)
+    assert one_spelling(unicodedata.normalize(form, name)) == one_spelling(name)
+    assert one_spelling(f"\t {name}\u00a0 ") == one_spelling(name)
 
 
 @given(st.text(string.ascii_letters + string.digits + "-_", min_size=1))
 def test_other_names_are_other_units(name: str) -> None:
-    assert unit_name(name) == name.lower() != unit_name(name + "0")
+    assert one_spelling(name) == name.lower() != one_spelling(name + "0")
 
 
 @given(st.integers(0, 50))

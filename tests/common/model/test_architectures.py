@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification
 from fedlora.common.errors import BadInput
 from fedlora.common.model.behaviour import check_still, texts
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import PooledClassifier
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.simulations.benchmarks.families import FAMILIES
 from fedlora.simulations.benchmarks.models import (
     CLASSIFIER,

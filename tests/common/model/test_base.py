@@ -13,10 +13,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.data.tasks import SequenceClassification
 from fedlora.common.errors import BadInput
 from fedlora.common.model import network
 from fedlora.common.model.base import base_digest, check_base
+from fedlora.common.tasks.classification import SequenceClassification
 
 
 @pytest.fixture

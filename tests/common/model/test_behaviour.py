@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn import functional
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification
 from fedlora.common.errors import BadInput
 from fedlora.common.model.behaviour import called, check_causal, check_still, is_routed, texts
 from fedlora.common.model.network import build_model
 from fedlora.common.model.shapes import Shapes
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
 
 CPU = torch.device("cpu")
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

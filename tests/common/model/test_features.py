@@ -11,11 +11,12 @@ import torch
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records
-from fedlora.common.data.tasks import Encoded, SequenceClassification
 from fedlora.common.model.features import FeatureCache, PooledTexts, length_batches, pooled_features
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterState
+from fedlora.common.tasks.batch import Encoded
+from fedlora.common.tasks.classification import SequenceClassification
 
 TEXTS = ("w1 w2 w3", "w4", "w5 w6", "w1 w2 w3", "w7 w8 w9 w10 w11")
 ALL = np.arange(len(TEXTS))

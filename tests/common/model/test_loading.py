@@ -13,11 +13,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification
 from fedlora.common.errors import BadInput
 from fedlora.common.model.dropout import switch_dropout_off, without_dropout
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import OwnHead
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.simulations.benchmarks.families import FAMILIES
 from fedlora.simulations.benchmarks.models import awake
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from fedlora.common.adapter.peft import export_adapter, load_adapter
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification, Task
 from fedlora.common.errors import BadInput
 from fedlora.common.model.base import base_digest, check_base, resolve_base
 from fedlora.common.model.network import AdapterModel, build_model
@@ -26,6 +25,9 @@ from fedlora.common.model.pooling import PooledClassifier
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterState
 from fedlora.common.model.tokenizer import load_tokenizer
+from fedlora.common.tasks.causal_lm import LEARNT, CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
+from fedlora.common.tasks.task import Task
 
 LORA = LoraConfig(rank=2, targets=("query", "value"))
 
@@ -219,7 +221,7 @@ def test_prompts_lose_their_left_and_responses_their_right(
     data = CausalLanguageModel().encode(
         records([" ".join(map(str, question))], [" ".join(map(str, answer))]), Words(), length
     )
-    tokens, start = data.tokens.tolist(), int(data.targets[0])
+    tokens, start = data.tokens.tolist(), data.targets.tolist().index(LEARNT)
     kept_question, kept_answer = tokens[1:start], tokens[start:]
     assert len(tokens) <= length and tokens[0] == 1
     assert kept_question == question[len(question) - len(kept_question) :]

@@ -12,9 +12,10 @@ import torch
 
 from fedlora.client.training.step import ClipGroups, PerSampleGradients
 from fedlora.common.data.records import unit_groups
-from fedlora.common.data.tasks import Batch, CausalLanguageModel
 from fedlora.common.model import next_words
 from fedlora.common.model.network import AdapterModel
+from fedlora.common.tasks.batch import IGNORED, Batch
+from fedlora.common.tasks.causal_lm import LEARNT, CausalLanguageModel
 from fedlora.simulations.benchmarks.models import LANGUAGE
 from tests.common.model.test_stored import built, encoded, published
 from tests.oracles import clipped_sum_by_ones
@@ -92,7 +93,9 @@ def test_no_product_has_a_shape_that_follows_from_the_targets(
     batch = batch_of(model, fixed=True)
 
     def sizes(targets: int, fixed: bool = True) -> list[int]:
-        other = replace(batch, targets=torch.full_like(batch.targets, targets), fixed=fixed)
+        places = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
+        learnt = torch.where(places >= targets, LEARNT, IGNORED)
+        other = replace(batch, targets=learnt, fixed=fixed)
         return [len(each) for each in found._chunks(other, TASK.counted(other))]
 
     assert sizes(1) == sizes(2) == sizes(3) == [30] * 7 + [20]

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification, Task
 from fedlora.common.errors import BadInput
 from fedlora.common.model import network
 from fedlora.common.model.network import build_model
 from fedlora.common.model.probe import LONGEST, SENTENCES, Forward, probe
 from fedlora.common.model.tokenizer import load_tokenizer
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
+from fedlora.common.tasks.task import Task
 
 Answer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 CPU = torch.device("cpu")

@@ -13,9 +13,10 @@ import torch
 from fedlora.client.training.step import ClipGroups, PerSampleGradients
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import UnitIndex, unit_groups
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification
 from fedlora.common.errors import BadInput
 from fedlora.common.model.network import AdapterModel, build_model
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.simulations.benchmarks.models import LANGUAGE, Use, awake
 from tests.common.model.test_stored import built, encoded, published
 from tests.oracles import clipped_sum_by_ones

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from fedlora.client.training.step import ClipGroups, PerSampleGradients
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import unit_groups
-from fedlora.common.data.tasks import CausalLanguageModel, Encoded, SequenceClassification
 from fedlora.common.errors import BadInput
 from fedlora.common.model.compute import COMPUTE, compute_of_run, stored_for_run
 from fedlora.common.model.loading import load_language_model
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.stored import Place
+from fedlora.common.tasks.batch import Encoded
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.simulations.benchmarks.families import FAMILIES
 from fedlora.simulations.benchmarks.models import LANGUAGE, OWN, Use, awake, examine, records
 from tests.oracles import clipped_sum_by_ones

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import LoraConfig, ModelConfig, is_expression
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
 from fedlora.common.model.network import build_model
 from fedlora.common.model.targets import explicit
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
 
 LLAMA = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.data.tasks import SequenceClassification
 from fedlora.common.errors import BadInput
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.tokenizer import check_fit, load_tokenizer
+from fedlora.common.tasks.classification import SequenceClassification
 
 
 @pytest.fixture

@@ -17,10 +17,11 @@ from fedlora.common.adapter.peft import export_adapter, load_adapter
 from fedlora.common.adapter.released import read_released
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records
-from fedlora.common.data.tasks import CausalLanguageModel, SequenceClassification
 from fedlora.common.errors import BadInput
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.state import AdapterState
+from fedlora.common.tasks.causal_lm import CausalLanguageModel
+from fedlora.common.tasks.classification import SequenceClassification
 
 LABELS = ("a", "b")
 QUERY = "encoder.layer.0.attention.self.query.weight"

@@ -398,7 +398,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "words": [trial("aggregation.strategy", v, accuracy=0.8, validation=None) for v in HOSTILE[:3]],
     "perplexity": [trial("lora.rank", v, accuracy=None, perplexity=9.5) for v in ("1", "64")],
     "without": [trial("privacy.mode", "none", accuracy=0.9) | {"epsilon": None, "delta": None}],
-    "unscored": [trial("seed", "-1", accuracy=None)],
+    "unscored": [trial("seed", "-1", accuracy=None, loss=None)],
     "negative": [trial("seed", value, accuracy=0.5) for value in ("-1", "0", "nan")],
 }
 

@@ -1,0 +1,44 @@
+"""What a task may be called: this package's, and what others add to them; nothing is imported.
+
+`common.tasks.known` knows what is behind a name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from fedlora.common.config.toml import Choice, Rule
+
+LABELLED = ("sequence-classification", "multi-label", "token-classification")
+BY_WORD = ("token-classification",)  # answered word by word
+LANGUAGES = ("causal-lm", "seq2seq")  # answered by the base's own scores of words
+BUILT_IN = (*LABELLED, "regression", *LANGUAGES)
+GROUP = "fedlora.tasks"
+_added: set[str] = set()
+
+
+@cache
+def installed_tasks() -> dict[str, EntryPoint]:
+    """What installed packages offer, by name."""
+    return {each.name: each for each in entry_points(group=GROUP)}
+
+
+def name_task(name: str) -> None:
+    """Let configurations of this process name a task of its own."""
+    _added.add(name)
+
+
+@dataclass(frozen=True)
+class TaskName(Rule):
+    """A name of a task."""
+
+    def expected(self, noun: str) -> str:
+        return self._known().expected(noun)
+
+    def fault(self, value: object, noun: str) -> str:
+        return self._known().fault(value, noun)
+
+    def _known(self) -> Choice:
+        return Choice((*BUILT_IN, *sorted({*_added, *installed_tasks()} - {*BUILT_IN})))

@@ -1,0 +1,141 @@
+"""What the values of a column may be: text, names of units, numbers, labels of a public set.
+
+Every fault names file, row and column. A unit has one spelling: names that differ in white space,
+case or Unicode's forms are one unit, of which each would else have had the whole ε.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlora.common.config.toml import shown
+from fedlora.common.data.formats import Values
+from fedlora.common.errors import BadInput
+
+Ints = npt.NDArray[np.int64]
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_INVISIBLE = re.compile(  # what Unicode lets a program ignore when it shows a text
+    "[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
+)
+
+
+def _no_nulls(values: Values, where: str, column: str) -> None:
+    for row, value in enumerate(values, start=1):
+        # NaN is how pandas writes a missing value
+        if value is None or value == "" or value != value:
+            raise BadInput(f"{where} row {row} {column}: found nothing, expected a value")
+
+
+def strings(values: Values, where: str, column: str) -> list[str]:
+    """Text, where an integer stands for its digits. What no file could hold as UTF-8 is refused."""
+    for row, value in enumerate(values, start=1):
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            found = "nothing" if value is None else type(value).__name__
+            raise BadInput(
+                f"{where} row {row} {column}: found {found}, expected text or an integer"
+            )
+        if isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
+            raise BadInput(
+                f"{where} row {row} {column}: found half a surrogate pair, expected text"
+            )
+    return [str(value) for value in values]
+
+
+def names_of(values: Values, where: str, column: str) -> list[str]:
+    """Units or institutions: strings or integers, none missing."""
+    _no_nulls(values, where, column)
+    return strings(values, where, column)
+
+
+def one_spelling(name: str) -> str:
+    """Of a unit or a label: NFKC, case folded, white space single, nothing invisible."""
+    folded, before = name, ""
+    while folded != before:  # one step may make room for another: what is canonical stays so
+        before = folded
+        folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", folded)).casefold()
+    return " ".join(folded.split())
+
+
+def units_of(values: Values, where: str, column: str) -> tuple[list[str], int]:
+    """Units in their one spelling, and how many of them had several."""
+    names = names_of(values, where, column)
+    spelled = {name: one_spelling(name) for name in dict.fromkeys(names)}
+    if "" in spelled.values():
+        row = next(row for row, name in enumerate(names, start=1) if not spelled[name])
+        raise BadInput(f"{where} row {row} {column}: found nothing visible, expected a value")
+    several = sum(count > 1 for count in Counter(spelled.values()).values())
+    return [spelled[name] for name in names], several
+
+
+def numbers(values: Values, where: str, column: str) -> list[float]:
+    """Finite numbers."""
+    for row, value in enumerate(values, start=1):
+        number = isinstance(value, int | float | str) and not isinstance(value, bool)
+        if not number or not _is_finite(value):
+            found = "nothing" if value is None else shown(value)
+            raise BadInput(f"{where} row {row} {column}: found {found}, expected a number")
+    return [float(value) for value in values]
+
+
+def _is_finite(value: str | float) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (ValueError, OverflowError):
+        return False
+
+
+def lists_of(values: Values, where: str, column: str) -> list[list[str]]:
+    """Lists of names, some of them empty, none with a name twice."""
+    found = []
+    for row, value in enumerate(values, start=1):
+        if not isinstance(value, list):
+            kind = "nothing" if value is None else type(value).__name__
+            raise BadInput(f"{where} row {row} {column}: found {kind}, expected a list of labels")
+        found.append(list(dict.fromkeys(names_of(value, f"{where} row {row}", column))))
+    return found
+
+
+def label_lists(
+    values: Values, labels: Sequence[str], where: str, column: str
+) -> list[tuple[int, ...]]:
+    """Places in the public label set."""
+    place = {label: index for index, label in enumerate(labels)}
+    found = []
+    for row, names in enumerate(lists_of(values, where, column), start=1):
+        for name in names:
+            if name not in place:
+                raise _unknown_label(name, labels, f"{where} row {row} {column}")
+        found.append(tuple(place[name] for name in names))
+    return found
+
+
+def _unknown_label(value: Any, labels: Sequence[str], where: str) -> BadInput:
+    known = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
+    near = [each for each in labels if one_spelling(each) == one_spelling(str(value))]
+    hint = f"; did you mean {shown(near[0])}?" if near else ""
+    return BadInput(
+        f"{where}: found {shown(value)}, expected one of the {len(labels)} public labels {known}"
+        + hint
+    )
+
+
+def labels_of(values: Values, labels: Sequence[str], where: str, column: str) -> Ints:
+    """(n,) the place of each label in the public set."""
+    if not labels:
+        raise BadInput(
+            f"{where} {column}: found no public label set, expected one to read labels against"
+        )
+    _no_nulls(values, where, column)
+    place = {label: index for index, label in enumerate(labels)}
+    for row, value in enumerate(values, start=1):
+        if str(value) not in place:
+            raise _unknown_label(value, labels, f"{where} row {row} {column}")
+    return np.array([place[str(value)] for value in values], dtype=np.int64)

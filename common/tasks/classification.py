@@ -1,0 +1,78 @@
+"""One label of a public set to each text, or to each pair of texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from fedlora.common.data.records import Records
+from fedlora.common.errors import BadInput
+from fedlora.common.tasks.batch import Batch, Targets, Totals
+from fedlora.common.tasks.texts import TextTask
+
+
+@dataclass(frozen=True)
+class SequenceClassification(TextTask):
+    """Cross entropy of a record's label."""
+
+    name: ClassVar[str] = "sequence-classification"
+
+    def targets_of(self, records: Records) -> Targets:
+        """(n,) the place of each label in the label set."""
+        if records.labels is None:
+            raise BadInput(f"{records.where}: found no labels, expected a label column")
+        return records.labels
+
+    def losses(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """(n,) cross entropy of `outputs` (n, labels), float32, or float64 where they are."""
+        return functional.cross_entropy(precise(outputs), batch.targets, reduction="none")
+
+    def measure(self, outputs: torch.Tensor, batch: Batch) -> Totals:
+        """Of `outputs` (n, labels): confusion by true row (labels, labels), loss, examples."""
+        size = len(self.labels)
+        guesses = outputs.float().argmax(dim=1)
+        pairs = torch.bincount(batch.targets * size + guesses, minlength=size * size)
+        loss = self.losses(outputs, batch).double().sum()
+        return {
+            "confusion": pairs.reshape(size, size).double().cpu().numpy(),
+            "loss": np.array(loss.item()),
+            "examples": np.array(float(len(guesses))),
+        }
+
+    def metrics(self, totals: Totals) -> dict[str, float]:
+        """Mean loss, accuracy, and macro F1 over the classes that occur or were guessed, 0..1."""
+        confusion = totals["confusion"]
+        right, true, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+        present = (true + guessed) > 0  # a class that neither occurs nor is guessed has no F1
+        f1 = 2 * right[present] / (true + guessed)[present]
+        examples = float(totals["examples"])
+        return {
+            "loss": float(totals["loss"]) / examples,
+            "accuracy": float(right.sum()) / examples,
+            "macro_f1": float(f1.mean()),
+        }
+
+    def details(self, totals: Totals) -> dict[str, Any]:
+        """The confusion matrix, and the recall of each class."""
+        confusion = totals["confusion"]
+        total = confusion.sum(axis=1)
+        recall = np.divide(np.diag(confusion), total, out=np.zeros(len(total)), where=total > 0)
+        return {
+            "confusion": confusion.astype(int).tolist(),
+            "recall_by_class": {
+                label: float(value) for label, value in zip(self.labels, recall, strict=True)
+            },
+        }
+
+    def answers(self, outputs: torch.Tensor, batch: Batch) -> list[str]:
+        """The likeliest label of each record."""
+        return [self.labels[int(best)] for best in outputs.argmax(dim=1)]
+
+
+def precise(outputs: torch.Tensor) -> torch.Tensor:
+    """float32, or float64 where the outputs are."""
+    return outputs if outputs.dtype == torch.float64 else outputs.float()

@@ -1,0 +1,132 @@
+"""Tasks that answer a record's text, or its two texts, with the numbers of one head.
+
+A pair is framed as the tokenizer frames one, and cut where it is longest. A task of one's own
+extends `TextTask` with `targets_of`, `losses`, `measure`, `metrics` and `answers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fedlora.common.data.encoding import pair_frame, text_frame, word_tokens
+from fedlora.common.data.records import Columns, Records, read_label_set
+from fedlora.common.errors import BadInput
+from fedlora.common.tasks.batch import Encoded, Ints, Targets, Totals, rows_of
+from fedlora.common.tasks.task import RECORD, Named, as_inputs, refuse_empty
+
+PAIR = "second"  # of `Records.parts`: the other text of each record
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """What all of them have in common."""
+
+    labels: tuple[str, ...]
+    reads: ClassVar[str] = RECORD
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a head gives for each record: one for each label."""
+        return len(self.labels)
+
+    @classmethod
+    def columns(cls, named: Named) -> Columns:
+        """The texts, and the column of labels."""
+        first, second = text_columns(named)
+        return Columns(first, second=second, label=named.label)
+
+    @classmethod
+    def label_set(cls, path: Path, named: Named) -> tuple[str, ...]:
+        """As configured, or the labels that occur in a public file."""
+        return tuple(named.labels) or read_label_set(path, named.label)
+
+    def targets_of(self, records: Records) -> Targets:
+        """(n, …) what each record should be answered with; BadInput where that is missing."""
+        raise NotImplementedError
+
+    def no_targets(self, count: int) -> Targets:
+        """(n, …) of texts of nobody's."""
+        return np.zeros(count, dtype=np.int64)
+
+    def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
+        """Each record framed as the tokenizer frames it, cut to `max_length`, the longer text
+        first.
+
+        BadInput where there are no targets, or a text has no token.
+        """
+        asked = records.unanswered
+        targets = self.no_targets(len(records)) if asked else self.targets_of(records)
+        if PAIR in records.parts:
+            return _pairs(records, targets, tokenizer, max_length)
+        frame = text_frame(tokenizer)
+        room, texts = max(0, max_length - len(frame)), word_tokens(tokenizer, records.texts)
+        refuse_empty([len(ids[:room]) for ids in texts], records)
+        shortened = sum(len(ids) > room for ids in texts)
+        rows = [_never_empty(frame.around(ids[:room]), tokenizer) for ids in texts]
+        return rows_of(rows, targets, {"text": shortened})
+
+    def unlabelled(self, tokens: Any, offsets: Ints) -> Encoded:
+        """Texts of nobody's, with targets of nobody's."""
+        return Encoded(tokens, offsets, self.no_targets(len(offsets) - 1), {})
+
+    def asked(self, inputs: Sequence[Any]) -> Records:
+        """Texts, or pairs of texts; BadInput for a mixture, or anything else."""
+        pairs = [each for each in inputs if not isinstance(each, str)]
+        if not pairs:
+            return as_inputs(inputs)
+        texts = [each for each in pairs if isinstance(each, list | tuple) and len(each) == 2]
+        if len(texts) != len(inputs) or not all(isinstance(t, str) for pair in texts for t in pair):
+            raise BadInput("texts: found some that are no pair, expected two texts in each of them")
+        return as_inputs([first for first, _ in texts], {PAIR: [second for _, second in texts]})
+
+    def details(self, totals: Totals) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
+
+
+def text_columns(named: Named) -> tuple[str, str]:
+    """The columns of the first and of the second text, which is "" where there is but one."""
+    first, *more = named.text
+    if len(more) > 1:
+        raise BadInput(f"[data] text: found {1 + len(more)} columns, expected one or two")
+    return first, more[0] if more else ""
+
+
+def _pairs(records: Records, targets: Targets, tokenizer: Any, max_length: int) -> Encoded:
+    frame = pair_frame(tokenizer)
+    room = max(0, max_length - len(frame))
+    firsts, seconds = (
+        word_tokens(tokenizer, texts) for texts in (records.texts, records.parts[PAIR])
+    )
+    rows, begins, cut = [], [], {"first text": 0, "second text": 0}
+    kept = [_longest_first(len(a), len(b), room) for a, b in zip(firsts, seconds, strict=True)]
+    refuse_empty([min(pair) for pair in kept], records)
+    for a, b, (left, right) in zip(firsts, seconds, kept, strict=True):
+        cut["first text"] += left < len(a)
+        cut["second text"] += right < len(b)
+        row = frame.around(a[:left], b[:right])
+        begins.append(len(row) - len(frame.after) - right)
+        rows.append(_never_empty(row, tokenizer))
+    return rows_of(rows, targets, cut, second=begins)
+
+
+def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """Tokens that two texts keep where the longer one loses until both fit."""
+    if first + second <= room:
+        return first, second
+    half = room // 2
+    if first <= half:
+        return first, room - first
+    if second <= half:
+        return room - second, second
+    return room - half, half
+
+
+def _never_empty(row: list[int], tokenizer: Any) -> list[int]:
+    """A network reads one token at least: nothing, framed by nothing, is a padding token."""
+    return row or [int(tokenizer.pad_token_id or 0)]

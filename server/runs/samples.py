@@ -1,0 +1,34 @@
+"""What a language model answers to the first public prompts, beside what stands there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fedlora.common.model.network import AdapterModel
+from fedlora.common.tasks.batch import Encoded
+from fedlora.common.tasks.causal_lm import LEARNT
+
+COUNT, LONGEST = 5, 48  # records, and tokens of an answer
+
+
+def samples(model: AdapterModel, data: Encoded) -> Iterator[dict[str, str]]:
+    """Prompt, expected and answer of `COUNT` records, under the state that `model` holds.
+
+    The first answer of each record; of a text that is learnt as a whole, its second half.
+    """
+    for row in range(min(COUNT, len(data))):
+        ids = data.tokens_of(row).tolist()
+        learnt = data.targets[data.offsets[row] : data.offsets[row + 1]] == LEARNT
+        begin = int(np.argmax(learnt))
+        if begin <= 1:
+            begin = len(ids) // 2
+        end = begin + int(np.argmin([*learnt[begin:], False]))
+        prompt, expected = ids[:begin], ids[begin:end][:LONGEST]
+        answer = model.continued(prompt or [model.pad], LONGEST)
+        parts = {"prompt": prompt, "expected": expected, "answer": answer}
+        yield {
+            name: str(model.tokenizer.decode(part, skip_special_tokens=True))
+            for name, part in parts.items()
+        }

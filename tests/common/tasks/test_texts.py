@@ -1,0 +1,108 @@
+"""One text or two, framed as the tokenizer frames them and cut where they are longest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import processors
+
+from fedlora.common.config.schema import DataConfig, LoraConfig, ModelConfig
+from fedlora.common.data.records import Records
+from fedlora.common.errors import BadInput
+from fedlora.common.model.network import build_model
+from fedlora.common.model.tokenizer import load_tokenizer
+from fedlora.common.tasks.classification import SequenceClassification
+
+TASK = SequenceClassification(("no", "yes"))
+
+
+def pair(first: str, second: str) -> Records:
+    labels = np.zeros(1, dtype=np.int64)
+    return Records([first], None, labels, None, {}, "test", parts={"second": [second]})
+
+
+@pytest.fixture
+def paired(tiny_bert: Path, tmp_path: Path) -> Path:
+    """The tiny encoder, whose tokenizer frames two texts as BERT's does."""
+    tokenizer = load_tokenizer(tiny_bert)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    transformers.AutoModel.from_pretrained(tiny_bert).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    named = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | named))
+    return tmp_path
+
+
+def test_a_pair_is_framed_as_the_tokenizer_frames_it(paired: Path) -> None:
+    tokenizer = load_tokenizer(paired)
+    data = TASK.encode(pair("it was good", "the bank"), tokenizer, 24)
+    framed = tokenizer("it was good", "the bank")
+    assert data.tokens.tolist() == framed["input_ids"]
+    batch = data.batch(np.array([0]), 0, torch.device("cpu"), (2, 12))
+    assert batch.mask[0].tolist() == [1 + kind for kind in framed["token_type_ids"]] + [0] * 4
+    assert batch.mask[1].tolist() == [1] * 12  # nobody's
+
+
+def test_a_base_that_tells_texts_apart_is_told(paired: Path) -> None:
+    model = build_model(ModelConfig(str(paired), pooling="mean"), LoraConfig(), TASK, 1)
+    data = TASK.encode(pair("it was good", "it was good"), model.tokenizer, 24)
+    batch = data.batch(np.array([0]), model.pad, model.device)
+    plain = transformers.AutoModel.from_pretrained(paired).eval()
+    inputs = model.tokenizer("it was good", "it was good", return_tensors="pt")
+    expected = plain(**inputs).last_hidden_state.mean(dim=1)
+    found = model.pooled(batch)
+    assert torch.allclose(found, torch.nn.functional.normalize(expected), atol=1e-5)
+    alike = model.pooled(dataclasses.replace(batch, mask=(batch.mask > 0).long()))
+    assert not torch.allclose(found, alike, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [(3, 4, (3, 4)), (20, 3, (6, 3)), (3, 20, (3, 6)), (20, 20, (5, 4)), (1, 20, (1, 8))],
+)
+def test_the_longer_text_is_cut_first(
+    paired: Path, first: int, second: int, kept: tuple[int, int]
+) -> None:
+    tokenizer = load_tokenizer(paired)
+    data = TASK.encode(pair("good " * first, "bad " * second), tokenizer, 12)
+    good, bad = tokenizer.convert_tokens_to_ids(["good", "bad"])
+    counts = tuple(int((data.tokens == token).sum()) for token in (good, bad))
+    assert counts == kept and len(data.tokens) <= 12
+    cut = {"first text": int(kept[0] < first), "second text": int(kept[1] < second)}
+    assert dict(data.truncated) == cut
+
+
+def test_a_control_word_in_a_pair_stays_a_word(paired: Path) -> None:
+    data = TASK.encode(pair("it [SEP] was", "[CLS]"), load_tokenizer(paired), 24)
+    assert data.tokens.tolist().count(3) == 2 and data.tokens.tolist().count(2) == 1
+
+
+def test_a_decoder_reads_one_text_after_the_other(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    data = TASK.encode(pair("it was", "the bank"), tokenizer, 24)
+    assert data.tokens.tolist() == tokenizer.convert_tokens_to_ids(["it", "was", "the", "bank"])
+    assert data.second is not None and data.second.tolist() == [2]
+
+
+def test_what_is_asked_is_one_text_or_two() -> None:
+    assert TASK.asked(["a", "b"]).texts == ["a", "b"]
+    assert TASK.asked([["a", "b"]]).parts == {"second": ["b"]}
+    for wrong in (["a", ["b", "c"]], [["a"]], [["a", 1]]):
+        with pytest.raises(BadInput, match="expected two texts"):
+            TASK.asked(wrong)
+
+
+def test_three_columns_are_no_pair() -> None:
+    with pytest.raises(BadInput, match="found 3 columns, expected one or two"):
+        TASK.columns(DataConfig(text=("a", "b", "c")))

@@ -1,0 +1,56 @@
+"""A small federation of each task, from its file to an answer; ε is what classification's is."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlora.simulations import cli
+from tests.tasks import IDS, MADE, Made
+
+ROUNDS = """
+[server]
+average_last = 0.0
+"""
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedlora-sim", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+
+
+@pytest.mark.parametrize("made", MADE, ids=IDS)
+def test_a_federation_of_each_task(
+    made: Made,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, count, seed in (("train", 60, 1), ("validation", 20, 2), ("test", 20, 3)):
+        made.write(tmp_path / f"{name}.jsonl", count, seed)
+    base = request.getfixturevalue(made.base)
+    config = tmp_path / "run.toml"
+    config.write_text(made.config(base, tmp_path, ROUNDS), encoding="utf-8")
+    (tmp_path / "lines.txt").write_text(made.line + "\n", encoding="utf-8")
+    folder = str(tmp_path / "run")
+    short = ("--set", "federation.rounds=3", "--threads", "1", "--device", "cpu")
+    run(monkeypatch, "run", str(config), "--out", folder, *short)
+    summary: dict[str, Any] = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["task"] == made.task and math.isfinite(summary[made.metric])
+    assert 7.9 < summary["epsilon"] <= 8.0  # calibrated to it, whatever the loss
+    assert made.metric.replace("_", " ") in (tmp_path / "run" / "report.html").read_text().lower()
+    if made.metric == "perplexity":
+        assert len(summary["samples"]) == 5 and all(each["expected"] for each in summary["samples"])
+        assert "Answers to public prompts" in (tmp_path / "run" / "report.html").read_text()
+    capsys.readouterr()
+    run(monkeypatch, "predict", folder, str(tmp_path / "lines.txt"))
+    (answer,) = capsys.readouterr().out.splitlines()
+    assert json.loads(answer)["answer"] is not None
