@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from fedlora.client.training.timing import Steps
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.parts import NetworkRecipe, Terms
 from fedlora.common.config.schema import Config, FaultsConfig, config_to_toml
@@ -120,8 +121,8 @@ def begin(
     _check_options(config, options, own)
     _ready_folder(config, paths, options.resume)
     federation, config, chosen = _prepared(config, paths, options, own, on_features)
-    if config.federation.rounds > config.training.head_rounds:  # a head's steps take next to none
-        federation.memory(config.training, guarantee_named(config.privacy.mode).noise_in_step)
+    if federation.steps.drawn:  # a head's steps take next to none
+        federation.memory()
     checkpoint, ledger = (_resumed if options.resume else _new)(config, paths, federation, own)
     manifest = checkpoint.manifest
     checkpoint.check_against_ledger(ledger.attempts_used(manifest.digest))
@@ -199,7 +200,8 @@ def federation_of(
             return partition_by(own.partition, dealing.clients, records, units)
         return partition_units(dealing, records, units, config.seed)
 
-    return Federation.build(public, sources, deal, budget, config.training.micro_batch_tokens)
+    tokens = config.training.micro_batch_tokens
+    return Federation.build(public, sources, deal, budget, Steps.of(config), tokens, folder)
 
 
 def manifest_of(config: Config, federation: Federation) -> RunManifest:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from fedlora.common.config.schema import DIGEST, LAYER, NAME, OPTIONAL
 from fedlora.common.config.task_names import BUILT_IN, LABELLED, LANGUAGES, TaskName
 from fedlora.common.config.toml import (
+    UNDECIDED,
     Bounds,
     Choice,
     Each,
@@ -133,7 +134,10 @@ class TrainerPolicy:
     outbox: str = _ruled("outbox", NAME)
     threads: int = _ruled(0, Bounds(0, 1024))
     device: str = _ruled("auto", Choice(("auto", "cpu", "cuda")))
-    micro_batch_tokens: int = _ruled(4096, Bounds(1, 1 << 24))
+    # padded tokens that go through the model together; auto: as a short measurement finds best
+    micro_batch_tokens: int = field(
+        default=UNDECIDED, metadata={"rule": Bounds(1, 1 << 24), "auto": True}
+    )
     answer_every: float = _ruled(5.0, Bounds(0.1, 3600))  # seconds: the first tick of an answer
     checkpointing: bool = False  # layers are computed again on the way back: slower, far smaller
     max_message_bytes: int = _ruled(64 << 20, Bounds(1 << 16, 256 << 20))

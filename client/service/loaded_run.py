@@ -17,13 +17,15 @@ from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import DataPolicy, Policy
 from fedlora.client.service.data_sets import read_data
 from fedlora.client.training.local import ClientData, LocalTraining
+from fedlora.client.training.memory import check_fits
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.step import PerSampleGradients
+from fedlora.client.training.timing import Steps, nobodys_texts, tokens_of_run
 from fedlora.client.training.trainer import Trainer, check_model
 from fedlora.common.config.schema import ALL_LINEAR, LoraConfig, ModelConfig, check_delta
 from fedlora.common.data.data_file import file_digest
 from fedlora.common.data.records import unit_groups
-from fedlora.common.errors import BadInput
+from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
 from fedlora.common.manifest.manifest import RunManifest
@@ -71,6 +73,7 @@ class LoadedRun:
         self._run = ""
         self._gradients: PerSampleGradients | None = None
         self._prepared: Prepared | None = None
+        self._tokens = 0  # of a micro-batch
 
     def adopt(self, policy: Policy) -> None:
         """Go by this policy from now on: base and data are loaded anew."""
@@ -133,8 +136,9 @@ class LoadedRun:
         path = self._folder.under(data.path)
         if self._run != manifest.digest or self._gradients is None:
             self._run, self._prepared = "", None
-            self._gradients = PerSampleGradients(self._model(manifest, projection))
-            self._run = manifest.digest
+            gradients = PerSampleGradients(self._model(manifest, projection))
+            self._tokens = self._fitting_tokens(gradients, manifest, projection.parent)
+            self._run, self._gradients = manifest.digest, gradients
         digest = file_digest(path)
         if self._prepared is None or self._prepared.data_digest != digest:
             self._prepared = self._read(manifest, data, path, digest, self._gradients)
@@ -176,6 +180,28 @@ class LoadedRun:
         compute_of_run(built, encoded, "auto", "auto", projection.parent)
         return built
 
+    def _fitting_tokens(
+        self, gradients: PerSampleGradients, manifest: RunManifest, folder: Path
+    ) -> int:
+        """Tokens of a micro-batch; Refused where a step of them is more than this machine has free.
+
+        Before data are read: what is free must say nothing of them. The log has the figures.
+        """
+        steps, model, asked = Steps.promised(manifest), gradients.model, self._policy.trainer
+        texts = nobodys_texts(model)
+        tokens = tokens_of_run(asked.micro_batch_tokens, gradients, texts, steps, folder)
+        if not steps.drawn:
+            return tokens
+        try:
+            check_fits(model, tokens, model.longest, steps.packed, steps.private, "[trainer]")
+        except BadInput as fault:
+            log.warning("%s %s", self._folder.policy.name, fault)
+            raise Refused(
+                "memory: a step of this run needs more than is free here; the node's own log says"
+                " what to change"
+            ) from fault
+        return tokens
+
     def _read(
         self,
         manifest: RunManifest,
@@ -194,9 +220,7 @@ class LoadedRun:
         check_delta(self._policy.limits.delta, len(units), f"{path.name}, by [limits] delta:")
         model = gradients.model
         encoded = model.task.encode(records, model.tokenizer, manifest.max_length)
-        training = LocalTraining(
-            gradients, FeatureCache(model), self._policy.trainer.micro_batch_tokens
-        )
+        training = LocalTraining(gradients, FeatureCache(model), self._tokens)
         client = ClientData(self._policy.institution, encoded, units, str(path.resolve()), digest)
         return Prepared(client, training)
 

@@ -60,7 +60,7 @@ class LocalTraining:
         self.gradients = gradients
         self._model = gradients.model
         self._features = features
-        self._tokens = micro_batch_tokens
+        self.tokens = micro_batch_tokens
 
     def update(
         self,
@@ -106,9 +106,9 @@ class LocalTraining:
             total = self._head_sum(data, drawn, at, groups if private else None)
         elif private:
             encoded, units = data.encoded, data.units
-            total = self.gradients.clipped_sum(encoded, units, drawn, groups, self._tokens, packed)
+            total = self.gradients.clipped_sum(encoded, units, drawn, groups, self.tokens, packed)
         else:
-            batches = micro_batches(data.units, drawn, data.encoded.lengths, self._tokens)
+            batches = micro_batches(data.units, drawn, data.encoded.lengths, self.tokens)
             total = self.gradients.plain_sum(data.encoded, batches)
         if private:
             noise, expected = phase.noise_multiplier, phase.expected_units

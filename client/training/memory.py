@@ -86,10 +86,18 @@ class Activations:
 
 
 def memory_of_step(
-    model: AdapterModel, tokens: int, longest: int, packed: bool, private: bool = True
+    model: AdapterModel,
+    tokens: int,
+    longest: int,
+    packed: bool,
+    private: bool = True,
+    kept: Activations | None = None,
 ) -> Memory:
-    """The most that a micro-batch of up to `tokens` takes, of records of up to `longest`."""
-    kept, device = Activations.of(model), model.device.type
+    """The most that a micro-batch of up to `tokens` takes, of records of up to `longest`.
+
+    `kept` is the model's, counted before; None: counted here.
+    """
+    kept, device = kept or Activations.of(model), model.device.type
     longest = min(model.longest, longest // BUCKETS[device] * BUCKETS[device] + BUCKETS[device])
 
     def records(length: int) -> int:
@@ -115,23 +123,32 @@ def memory_of_step(
 
 
 def check_fits(
-    model: AdapterModel, tokens: int, longest: int, packed: bool, private: bool = True
+    model: AdapterModel,
+    tokens: int,
+    longest: int,
+    packed: bool,
+    private: bool = True,
+    section: str = "[training]",
 ) -> Memory:
-    """The memory of a step; BadInput where the machine has not that much, with what to change."""
-    needed = memory_of_step(model, tokens, longest, packed, private)
+    """The memory of a step; BadInput where the machine has not that much, with what to change.
+
+    `section`: where a configuration or a policy says how many tokens a micro-batch has.
+    """
+    kept = Activations.of(model)
+    needed = memory_of_step(model, tokens, longest, packed, private, kept)
     free = available(model.device)
     if free is None or needed.step <= free:
         return needed
     smaller = tokens
     while smaller > 1:
         smaller //= 2
-        if memory_of_step(model, smaller, longest, packed, private).step <= free:
+        if memory_of_step(model, smaller, longest, packed, private, kept).step <= free:
             advice = f"micro_batch_tokens = {smaller} fits"
             break
     else:
         advice = "checkpointing = true or a shorter [model] max_length may fit"
     raise BadInput(
-        f"[training] micro_batch_tokens = {tokens}: a step needs about {shown(needed.step)} beside"
+        f"{section} micro_batch_tokens = {tokens}: a step needs about {shown(needed.step)} beside"
         f" the {shown(needed.held)} that are held, found {shown(free)} free; {advice}"
     )
 

@@ -62,6 +62,12 @@ def _chosen(low: float, high: float, *, open_low: bool = False) -> Any:
     return field(default=UNDECIDED, metadata={"rule": rule, "auto": True})
 
 
+def _measured(low: float, high: float) -> Any:
+    """A number that changes speed and memory, and is found by measuring where none is given."""
+    rule = Bounds(low, high)
+    return field(default=UNDECIDED, metadata={"rule": rule, "auto": True, "tuning": True})
+
+
 def _chosen_name(*known: str) -> Any:
     return field(default=AUTO, metadata={"rule": Choice(known), "auto": True})
 
@@ -179,7 +185,8 @@ class TrainingConfig:
     # fixed: what a record gives depends on no other, to the last bit; packed: by length, as many as
     # fit; auto: packed where one researcher computes all institutions, else fixed
     batches: str = _choice("auto", "auto", "fixed", "packed")
-    micro_batch_tokens: int = _number(4096, 1, 1 << 24, tuning=True)
+    # padded tokens that go through the model together; auto: as a short measurement finds best
+    micro_batch_tokens: int = _measured(1, 1 << 24)
     # compute layers again on the way back instead of keeping what is in them: slower, far smaller
     checkpointing: bool = field(default=False, metadata={"tuning": True})
     precision: str = _choice("auto", "auto", "bf16", "fp32", tuning=True)
@@ -284,7 +291,7 @@ def open_fields(config: Config) -> tuple[str, ...]:
         for name, section in sections.items()
         if name != "seed"
         for each in fields(section)
-        if undecided(each, getattr(section, each.name))
+        if undecided(each, getattr(section, each.name)) and not each.metadata.get("tuning")
     )
 
 

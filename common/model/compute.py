@@ -99,6 +99,25 @@ def compute_of_run(
     return chosen
 
 
+def measured_once(
+    folder: Path, device: torch.device, field: str, measure: Callable[[], int]
+) -> int:
+    """What `measure` found for the run in `folder` when it was first asked on such a device.
+
+    Kept beside what `compute_of_run` keeps. BadInput where that can't be read.
+    """
+    path = folder / COMPUTE
+    table = _kept(path)
+    kept = table.get(device.type, {})
+    if field not in kept:
+        kept = kept | {field: measure()}
+        write_text(path, json.dumps(table | {device.type: kept}, indent=1) + "\n")
+    found = kept[field]
+    if not isinstance(found, int) or found < 1:
+        raise BadInput(f"{path} {field}: found {found!r}, expected a whole number >= 1")
+    return found
+
+
 def _kept(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}

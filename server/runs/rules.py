@@ -20,7 +20,7 @@ from typing import Any
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import Config, config_to_toml, open_fields
 from fedlora.common.config.task_names import BY_WORD
-from fedlora.common.config.toml import AUTO
+from fedlora.common.config.toml import AUTO, UNDECIDED
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.modes import guarantee_named
 
@@ -77,6 +77,9 @@ def agree(config: Config, run: Config) -> bool:
         taken.setdefault(section, {})[field] = getattr(getattr(run, section), field)
     if config.lora.targets == (AUTO,):  # what a base has is read when it is loaded
         config = replace(config, lora=replace(config.lora, targets=run.lora.targets))
+    if config.training.micro_batch_tokens == UNDECIDED:  # measured, and kept with the run
+        tokens = run.training.micro_batch_tokens
+        config = replace(config, training=replace(config.training, micro_batch_tokens=tokens))
     return _filled(config, taken) == run
 
 

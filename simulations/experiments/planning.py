@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console, ConsoleOptions
 from rich.table import Table
 
 from fedlora.client.training.memory import Memory
-from fedlora.client.training.sampling import micro_batches
-from fedlora.client.training.step import ClipGroups
+from fedlora.client.training.timing import record_seconds
 from fedlora.common.config.schema import Config
-from fedlora.common.data.records import UnitIndex, unit_groups
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.model.compute import threads
 from fedlora.common.model.features import pooled_features
 from fedlora.common.model.machine import shown
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.privacy.guarantee import Guarantee
-from fedlora.common.privacy.modes import guarantee_named, guarantee_of
-from fedlora.common.tasks.batch import Encoded
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.simulations.begin import (
     DEFAULTS,
     Options,
@@ -38,12 +35,15 @@ from fedlora.simulations.begin import (
 from fedlora.simulations.chosen import decided_for
 from fedlora.simulations.federation.population import Federation
 
-PROBE_RECORDS = 48  # of the public validation part
+PROBE_RECORDS = 256  # of the public validation part, for a forward pass
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """What a phase would do; `minutes` on this machine, `examples` as its rounds expect them."""
+    """What a phase would do; `minutes` on this machine, `examples` as its rounds expect them.
+
+    Minutes are of training and scoring: not of what comes before the first round.
+    """
 
     phase: Phase  # its noise calibrated
     examples: float
@@ -64,10 +64,11 @@ class Plan:
     precision: str
     dtype: str
     memory: Memory  # of a step of an adapter phase, on this machine
+    micro_batch_tokens: int
 
     @property
     def minutes(self) -> float:
-        """Of training, on this machine."""
+        """Of training and scoring, on this machine."""
         return sum(each.minutes for each in self.phases)
 
     @property
@@ -81,7 +82,8 @@ class Plan:
             yield _epsilon_by_round(self)
         yield (
             f"{self.parameters:,} trainable parameters; {self.bytes_a_round:,} bytes to each client"
-            f" and back in a round; {self.attention} attention, {self.precision}"
+            f" and back in a round; {self.attention} attention, {self.precision},"
+            f" {self.micro_batch_tokens:,} tokens at once"
         )
         memory = self.memory
         yield (
@@ -100,10 +102,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds a record, measured on public records: one forward pass, and one training step."""
+    """Seconds a record, measured on public records."""
 
-    forward: float
+    features: float  # a forward pass in batches of fixed shapes, once before a head phase
     step: float
+    scored: float  # of a state that moved more than the head
 
 
 def plan(config: Config, options: Options = DEFAULTS) -> Plan:
@@ -118,12 +121,15 @@ def plan(config: Config, options: Options = DEFAULTS) -> Plan:
         machine = machine_of(config, options)
         federation = federation_of(config, sources, Path(folder), machine)
         manifest = manifest_of(config, federation)
-        in_step = guarantee_named(config.privacy.mode).noise_in_step
-        memory = federation.memory(config.training, in_step)
+        memory = federation.memory()
         speed = measure(federation, config)
     guarantee, compute = guarantee_of(manifest), federation.public.compute
+    every = config.federation.evaluate_every
     return Plan(
-        phases=tuple(_phase_plan(federation, manifest, phase, speed) for phase in manifest.phases),
+        phases=tuple(
+            _phase_plan(federation, manifest, phase, speed, ceil(phase.rounds / every))
+            for phase in manifest.phases
+        ),
         epsilon_by_round=_tenths(guarantee) if guarantee.private else {},
         epsilon=guarantee.stated_epsilon() if guarantee.private else None,
         delta=manifest.delta,
@@ -133,45 +139,39 @@ def plan(config: Config, options: Options = DEFAULTS) -> Plan:
         precision=compute.precision,
         dtype=compute.dtype,
         memory=memory,
+        micro_batch_tokens=federation.training.tokens,
     )
 
 
 def measure(federation: Federation, config: Config) -> Speed:
-    """Time a forward pass and a step, as the run would make it, on the public validation part."""
-    data = federation.public.validation.data
-    rows = np.arange(min(PROBE_RECORDS, len(data)), dtype=np.int64)
-    units = unit_groups(None, len(rows))
-    forward = step = 0.0
-    for _ in range(2):  # the second time is measured
-        if config.training.head_rounds:
-            forward = _seconds(lambda: pooled_features(federation.model, data, rows))
-        step = _seconds(lambda: _step(federation, config, data, units, rows))
-    return Speed(forward / len(rows), step / len(rows))
-
-
-def _step(
-    federation: Federation,
-    config: Config,
-    data: Encoded,
-    units: UnitIndex,
-    rows: npt.NDArray[np.int64],
-) -> None:
-    gradients = federation.training.gradients
-    tokens = config.training.micro_batch_tokens
-    if guarantee_named(config.privacy.mode).noise_in_step:
-        gradients.clipped_sum(data, units, rows, ClipGroups.flat(gradients.model.spec, 1.0), tokens)
-    else:
-        gradients.plain_sum(data, micro_batches(units, rows, data.lengths, tokens))
+    """Time a forward pass and a step, as the run would make them, on the public validation part."""
+    public, training = federation.public, federation.training
+    data, features, steps = public.validation.data, 0.0, federation.steps
+    rows = np.resize(np.arange(len(data), dtype=np.int64), PROBE_RECORDS)
+    if config.training.head_rounds:
+        features = _seconds(lambda: pooled_features(federation.model, data, rows)) / len(rows)
+    some = replace(public.validation, rows=rows)
+    scored = _seconds(lambda: some.evaluate(public.initial)) / len(rows)
+    if not steps.drawn:
+        return Speed(features, 0.0, scored)
+    drawn = config.training.sampling_rate * len(federation.units) / len(federation.clients)
+    step = record_seconds(training.gradients, data, replace(steps, drawn=drawn), training.tokens)
+    return Speed(features, step, scored)
 
 
 def _phase_plan(
-    federation: Federation, manifest: RunManifest, phase: Phase, speed: Speed
+    federation: Federation, manifest: RunManifest, phase: Phase, speed: Speed, looks: int
 ) -> PhasePlan:
-    drawn = phase.rounds * phase.steps * phase.sampling_rate * len(federation.units)
-    examples = drawn * manifest.participation
-    computed = federation.feature_records * speed.forward  # once; its steps cost next to nothing
-    seconds = computed if phase.name == "head" else examples * speed.step
-    return PhasePlan(phase, examples, seconds / 60)
+    """With `looks` at the validation part, and one at the test part when the run is over."""
+    public, units = federation.public, federation.units
+    drawn = phase.rounds * phase.steps * phase.sampling_rate * manifest.participation
+    seconds = len(public.test.rows) * speed.scored
+    if phase.name == "head":  # once; its steps and looks cost next to nothing
+        seconds += federation.feature_records * speed.features
+    else:
+        seconds += drawn * len(units.records) * speed.step
+        seconds += looks * len(public.validation.rows) * speed.scored
+    return PhasePlan(phase, drawn * len(units), seconds / 60)
 
 
 def _tenths(guarantee: Guarantee) -> dict[int, float]:
@@ -221,6 +221,8 @@ def _taken(manifest: RunManifest, rounds: int) -> list[int]:
 
 
 def _seconds(work: Callable[[], object]) -> float:
+    """Of the second time: shapes are tried in the first."""
+    work()
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,8 @@ from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.memory import Memory, check_fits
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.step import PerSampleGradients
+from fedlora.client.training.timing import Steps, tokens_of_run
 from fedlora.client.training.trainer import Trainer, charge
-from fedlora.common.config.schema import TrainingConfig
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
@@ -45,6 +46,7 @@ class Federation:
     data_digest: str  # of the training file; it stays here
     training: LocalTraining
     budget: Budget  # of the population that the training file is drawn from
+    steps: Steps  # of an adapter phase
 
     @classmethod
     def build(
@@ -53,11 +55,17 @@ class Federation:
         sources: Sources,
         deal: Callable[[Records, UnitIndex], Partition],
         budget: Budget,
-        micro_batch_tokens: int,
+        steps: Steps,
+        tokens: int,
+        folder: Path,
     ) -> Federation:
-        """Encode the training part, and deal its units out; BadInput where they can't be."""
+        """Encode the training part, and deal its units out; BadInput where they can't be.
+
+        `tokens` go into a micro-batch; where that is "auto", what was found lies in `folder`.
+        """
         units = unit_groups(sources.train.units, len(sources.train))
         gradients = PerSampleGradients(public.model)
+        found = tokens_of_run(tokens, gradients, public.validation.data, steps, folder)
         return cls(
             public=public,
             train=encode(public.model, sources.train),
@@ -65,8 +73,9 @@ class Federation:
             units=units,
             partition=deal(sources.train, units),
             data_digest=sources.digest,
-            training=LocalTraining(gradients, public.features, micro_batch_tokens),
+            training=LocalTraining(gradients, public.features, found),
             budget=budget,
+            steps=steps,
         )
 
     @property
@@ -74,14 +83,14 @@ class Federation:
         """The one network, which clients and evaluation take turns with."""
         return self.public.model
 
-    def memory(self, training: TrainingConfig, private: bool) -> Memory:
+    def memory(self) -> Memory:
         """Of a step over the longest records; BadInput where it does not fit here."""
         return check_fits(
             self.model,
-            training.micro_batch_tokens,
+            self.training.tokens,
             int(self.train.lengths.max(initial=1)),
-            packed=training.batches != "fixed",
-            private=private,
+            packed=self.steps.packed,
+            private=self.steps.private,
         )
 
     @property

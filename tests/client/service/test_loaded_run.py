@@ -11,11 +11,13 @@ import pytest
 
 from fedlora.client.service.answer import Resident
 from fedlora.client.service.loaded_run import LoadedRun
+from fedlora.client.training import memory
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.data_file import file_digest
-from fedlora.common.errors import BadInput
+from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import Network
 from fedlora.common.model.base import base_digest
+from fedlora.common.model.compute import COMPUTE
 from fedlora.common.model.projection import Affine, Projection
 from fedlora.common.model.state import AdapterState
 from fedlora.common.protocol.messages import Answer, vector_from_bytes, vector_to_bytes
@@ -82,3 +84,42 @@ def test_a_forged_projection_spoils_no_later_one(tmp_path: Path, tiny_bert: Path
             loaded.prepare(run, tmp_path / "forged")
     model = loaded.prepare(run, tmp_path / "right").training.gradients.model
     assert model.projection is not None and model.projection.digest == right.digest
+
+
+def test_a_step_that_does_not_fit_is_refused_before_data_are_read(
+    tmp_path: Path,
+    tiny_bert: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The log says what to change; a coordinator reads no figure of the machine's."""
+    north = node_with_data(tmp_path / "n", tiny_bert)
+    run = manifest_of(
+        base_digest=base_digest(tiny_bert), network=Network.of(ModelConfig(pooling="mean"), LORA)
+    )
+    loaded = LoadedRun(north.folder, north.folder.load_policy(), north.ledger)
+    budget = north.folder.load_policy().budgets["people"]
+    (north.root / "notes.jsonl").unlink()
+    monkeypatch.setattr(memory, "available", lambda device: 1)
+    with pytest.raises(Refused, match=r"^memory: a step of this run needs more than is free here"):
+        loaded.check(run, tmp_path / "none", budget)
+    assert "node.toml [trainer] micro_batch_tokens = 512: a step needs about" in caplog.text
+    assert "checkpointing = true" in caplog.text
+    head = replace(run, phases=tuple(replace(each, name="head") for each in run.phases))
+    with pytest.raises(BadInput, match="notes"):  # a head's steps take next to none
+        loaded.check(head, tmp_path / "none", budget)
+
+
+def test_a_node_keeps_the_size_that_it_found_for_a_run(tmp_path: Path, tiny_bert: Path) -> None:
+    north = node_with_data(tmp_path / "n", tiny_bert)
+    run = manifest_of(
+        base_digest=base_digest(tiny_bert), network=Network.of(ModelConfig(pooling="mean"), LORA)
+    )
+    loaded = LoadedRun(north.folder, north.folder.load_policy(), north.ledger)
+    assert loaded.prepare(run, tmp_path / "none").training.tokens == 512
+    kept = json.loads((tmp_path / COMPUTE).read_bytes())
+    assert kept["cpu"]["micro_batch_tokens"] == 512
+    kept["cpu"]["micro_batch_tokens"] = 1024  # of a time when the machine was quiet
+    (tmp_path / COMPUTE).write_text(json.dumps(kept))
+    again = LoadedRun(north.folder, north.folder.load_policy(), north.ledger)
+    assert again.prepare(run, tmp_path / "none").training.tokens == 1024
