@@ -63,6 +63,7 @@ def judge(
         least("minimum_cohort", manifest.minimum_cohort, policy.limits.minimum_cohort),
         _secure_verdict(manifest, policy),
         _batches_verdict(manifest, policy),
+        _wire_verdict(manifest),
         shared_noise_verdict(guarantee),
         *_free_verdicts(manifest),
     ]
@@ -189,3 +190,9 @@ def _batches_verdict(manifest: RunManifest, policy: Policy) -> Verdict:
     denied = manifest.batches == "packed" and not policy.limits.allow_packed
     reason = "expected fixed; allow_packed is false" if denied else ""
     return Verdict("batches", manifest.batches, reason)
+
+
+def _wire_verdict(manifest: RunManifest) -> Verdict:
+    """Rounding comes after the noise; under masks there is nothing that it could be of."""
+    masked = manifest.secure is not None and manifest.wire != "float32"
+    return Verdict("wire", manifest.wire, "expected float32 under masks" if masked else "")

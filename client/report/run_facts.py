@@ -108,6 +108,8 @@ def _kept_run(folder: NodeFolder, digest: str, mine: list[Body], sizes: list[Rel
         "base_digest": manifest.base_digest,
         "spec_digest": manifest.spec_digest,
         "aggregation": "updates left under masks" if masked else "updates left in clear",
+        "wire": manifest.wire,
+        "batches": manifest.batches,
         "sums": _sums(folder.sums_log(digest)),
     }
 

@@ -19,8 +19,9 @@ from fedlora.common.disk.files import append_line
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.protocol.messages import STAGE_TAG, SignedStage, Staged, vector_from_bytes
+from fedlora.common.protocol.messages import STAGE_TAG, SignedStage, Staged
 from fedlora.common.protocol.stages import Request, Stage
+from fedlora.common.protocol.vectors import vector_from_bytes
 from fedlora.common.terminal import one_line
 
 log = logging.getLogger(__name__)

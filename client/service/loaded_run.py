@@ -35,7 +35,7 @@ from fedlora.common.model.features import FeatureCache
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterSpec, AdapterState
-from fedlora.common.protocol.messages import vector_from_bytes, vector_to_bytes
+from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
 from fedlora.common.tasks.known import task_kind, task_named
 from fedlora.common.tasks.task import LANGUAGE, TRANSLATION
 
@@ -114,16 +114,16 @@ class LoadedRun:
         plan: RoundPlan,
         vector: bytes,
     ) -> tuple[bytes, str]:
-        """The update of one attempt, float32 bytes of (size,), and the digest of its data.
+        """The update of one attempt, (size,) in the manifest's wire, and the digest of its data.
 
-        `vector` is the adapter that the plan starts from, in the same bytes.
+        `vector` is the adapter that the plan starts from, in float32.
         """
         with threads(self._policy.trainer.threads):
             prepared = self.prepare(manifest, projection)
             trainer = self._trainer(prepared, manifest, budget)
             given = vector_from_bytes(vector, prepared.spec.size, "task")
             update = trainer.train(plan, AdapterState(prepared.spec, given))
-            return vector_to_bytes(update.delta), prepared.data_digest
+            return vector_to_bytes(update.delta, manifest.wire), prepared.data_digest
 
     def prepare(self, manifest: RunManifest, projection: Path) -> Prepared:
         """Load what is not loaded yet; a data file that changed is read anew.

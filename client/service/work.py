@@ -35,4 +35,4 @@ class Work(Protocol):
         plan: RoundPlan,
         vector: bytes,
     ) -> tuple[bytes, str]:
-        """Reserve, train and commit one attempt: update (little-endian float32) and data digest."""
+        """Reserve, train and commit one attempt: update (in its wire) and data digest."""

@@ -4,7 +4,7 @@
                 or refuse
     2. train:   is the plan bound to that manifest and to this very state? reserve the attempt,
                 durably
-    3.          draw, clip, noise, step                                      (client.training.local)
+    3.          draw, clip, noise, step (client.training.local), round to what the manifest sends
     4.          commit the digest of what leaves; hand it out
 
 What of this a run needs, its guarantee says: where noise follows with the mask, the whole update is
@@ -31,6 +31,7 @@ from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.guarantee import SLACK, Guarantee
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.randomness import OsRandom, Random, SeededRandom
+from fedlora.common.protocol.vectors import rounded
 
 # of a broadcast adapter: attention's scores stay far below what a mask subtracts from padding
 LARGEST_VALUE = 1e3
@@ -117,7 +118,7 @@ class Trainer:
         by_step, packed = guarantee.noise_in_step, manifest.batches == "packed"
         result = self._training.update(self._data, phase, state, moments, source, by_step, packed)
         self._moments.write(owner, plan.phase, plan.round, result.moments)
-        delta = guarantee.clipped(result.delta, phase)
+        delta = rounded(guarantee.clipped(result.delta, phase), manifest.wire)
         return Update(owner, plan.manifest, plan.round, plan.attempt, delta)
 
     def _required_ledger(self) -> Ledger:

@@ -110,6 +110,10 @@ def _phases(config: Config) -> Iterator[Fault]:
 def _secure(config: Config) -> Iterator[Fault]:
     """What secure aggregation can't be combined with, and why."""
     federation, asked = config.federation, config.aggregation
+    if federation.wire != "float32":
+        found = f'[federation] wire = "{federation.wire}"'
+        reason = 'expected "float32" under masks, which have words of their own'
+        yield ("aggregation.secure", "federation.wire"), f"{found}: {reason}"
     members = federation.participation * federation.clients
     paths = ("aggregation.secure", "federation.clients", "federation.participation")
     if members < asked.minimum_cohort:

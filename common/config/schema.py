@@ -161,6 +161,8 @@ class FederationConfig:
     deadline: float = _number(600.0, 0, 1e6, open_low=True)  # seconds
     patience: int = _number(0, 0, 100_000)  # early stopping on validation, in evaluations; 0: off
     evaluate_every: int = _number(1, 1, 100_000)  # rounds between looks at validation
+    # what an update is rounded to, after its noise: bfloat16 is half as many bytes
+    wire: str = _choice("float32", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from fedlora.common.errors import BadInput
 
 VERSION = 1
 BATCHES = Choice(("fixed", "packed"))
+WIRE = Choice(("float32", "bfloat16"))
 POSITIVE = {"rule": Each(Bounds(0, math.inf, open_low=True), distinct=False)}
 
 
@@ -160,6 +161,8 @@ class RunManifest:
     skellam: SkellamTerms | None = None  # in mode "client", and there alone
     # what a step's records are computed in (`common.model.shapes`); fixed before it could be chosen
     batches: str = field(default="fixed", metadata={"unwritten": "fixed", "rule": BATCHES})
+    # what an update is rounded to, after its noise, as it leaves (`common.protocol.vectors`)
+    wire: str = field(default="float32", metadata={"unwritten": "float32", "rule": WIRE})
     version: int = VERSION
 
     def to_bytes(self) -> bytes:

@@ -144,11 +144,11 @@ class Guarantee(ABC):
         """What is guaranteed where a ledger reserved `epsilon`, and what it rests on, in sentences
         that a data protection officer can read. ValueError where there is no such statement.
         """
-        return [*self._promise(epsilon), *self._masks()]
+        return [*self._promise(epsilon), *self._masks(), *self._rounding()]
 
     @abstractmethod
     def _promise(self, epsilon: float | None) -> list[str]:
-        """The statement but for what masks add."""
+        """The statement but for what masks and rounding add."""
 
     def _masks(self) -> list[str]:
         """What secure aggregation adds, and under which conditions; nothing without it."""
@@ -163,6 +163,13 @@ class Guarantee(ABC):
             "Secure aggregation is no differential privacy: a sum can say much about its parts."
             " ε is what bounds that.",
         ]
+
+    def _rounding(self) -> list[str]:
+        """How updates are rounded as they leave; nothing where they are not."""
+        if self.manifest.wire == "float32":
+            return []
+        after = ", after its noise was added: that costs no privacy" if self.private else ""
+        return [f"An update leaves its institution rounded to {self.manifest.wire}{after}."]
 
     def schedule(self) -> list[dict[str, Any]]:
         """What was composed of each phase, as a run's summary shows it."""

@@ -24,8 +24,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
 
-import numpy as np
-
 from fedlora.common.codec.framing import (
     Framed,
     Signature,
@@ -38,7 +36,6 @@ from fedlora.common.codec.framing import (
 )
 from fedlora.common.codec.strict import from_canonical, to_canonical
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.model.state import Vector
 from fedlora.common.protocol.terms import Begun, Reason, Terms
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
@@ -150,7 +147,7 @@ class Started(Consent):
 
 @dataclass(frozen=True)
 class Answer:
-    """The update of one attempt; `vector` is little-endian float32."""
+    """The update of one attempt; `vector` is in the manifest's wire (`common.protocol.vectors`)."""
 
     institution: str
     manifest: str
@@ -229,23 +226,6 @@ def reply_from_bytes(
         raise Refused(f"{kind}: found the institution {sent.institution!r}, which is not a member")
     member.verify(sent.signature, REPLY_TAG, *sent.signed(federation, kind))
     return _received(kind, sent)
-
-
-def vector_to_bytes(vector: Vector) -> bytes:
-    """Little-endian float32, without a header."""
-    return vector.astype("<f4", copy=False).tobytes()
-
-
-def vector_from_bytes(data: bytes, size: int, where: str) -> Vector:
-    """The (size,) float32 vector, read-only; BadInput where length or a value is wrong."""
-    if len(data) != 4 * size:
-        raise BadInput(
-            f"{where} vector: found {len(data)} bytes, expected {4 * size} for {size} coordinates"
-        )
-    vector = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
-    if not np.isfinite(vector).all():
-        raise BadInput(f"{where} vector: found a value that is not finite")
-    return vector
 
 
 @dataclass(frozen=True)

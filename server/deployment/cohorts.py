@@ -11,14 +11,8 @@ from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterSpec, AdapterState
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.norm_bound import check_norm
-from fedlora.common.protocol.messages import (
-    PLAN_TAG,
-    Answer,
-    Task,
-    request_to_bytes,
-    vector_from_bytes,
-    vector_to_bytes,
-)
+from fedlora.common.protocol.messages import PLAN_TAG, Answer, Task, request_to_bytes
+from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.deployment.institutions import Institutions
@@ -91,7 +85,8 @@ class ClearCohort:
                 raise BadInput(
                     f"{name}: found a {type(reply).__name__.lower()}, expected an update"
                 )
-            vector = vector_from_bytes(reply.vector, state.spec.size, f"update of {name}")
+            wire, where = self._who.manifest.wire, f"update of {name}"
+            vector = vector_from_bytes(reply.vector, state.spec.size, where, wire)
             update = Update(name, reply.manifest, reply.round, reply.attempt, vector)
             update.check(plan, state.spec.size)
             _check_moved(update, self._who.manifest.phases[plan.phase].name, state.spec)

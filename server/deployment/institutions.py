@@ -26,9 +26,9 @@ from fedlora.common.protocol.messages import (
     Staged,
     reply_from_bytes,
     request_to_bytes,
-    vector_to_bytes,
 )
 from fedlora.common.protocol.stages import Request, Stage
+from fedlora.common.protocol.vectors import vector_to_bytes
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator

@@ -69,6 +69,7 @@ def make_manifest(
         secure=secure,
         skellam=schedule.skellam,
         batches=terms.training.batches if guarantee.noise_in_step else "fixed",
+        wire=terms.federation.wire,
     )
 
 

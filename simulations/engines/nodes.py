@@ -35,9 +35,8 @@ from fedlora.common.protocol.messages import (
     Task,
     reply_to_bytes,
     request_from_bytes,
-    vector_from_bytes,
-    vector_to_bytes,
 )
+from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity
 from fedlora.server.coordinator.coordinator import Coordinator
@@ -103,7 +102,7 @@ class Resident:
         coordinator = PublicIdentity.from_text(self.shared.coordinator, NODES_FILE)
         if isinstance(request, Task):
             plan = RoundPlan.from_bytes(request.plan.opened(PLAN_TAG, coordinator))
-            update = vector_to_bytes(self._trained(name, plan, request.vector))
+            update = vector_to_bytes(self._trained(name, plan, request.vector), self.manifest.wire)
             return Answer(name, plan.manifest, plan.round, plan.attempt, update)
         if isinstance(request, SignedStage):
             body = request.request.opened(STAGE_TAG, coordinator)

@@ -23,6 +23,7 @@ from fedlora.common.model.machine import shown
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.protocol.vectors import BYTES
 from fedlora.simulations.begin import (
     DEFAULTS,
     Options,
@@ -65,6 +66,7 @@ class Plan:
     dtype: str
     memory: Memory  # of a step of an adapter phase, on this machine
     micro_batch_tokens: int
+    wire: str  # what an update is rounded to
 
     @property
     def minutes(self) -> float:
@@ -73,8 +75,13 @@ class Plan:
 
     @property
     def bytes_a_round(self) -> int:
-        """To each client, and back."""
-        return 4 * self.parameters
+        """To each client."""
+        return BYTES["float32"] * self.parameters
+
+    @property
+    def bytes_back(self) -> int:
+        """From each client in a round."""
+        return BYTES[self.wire] * self.parameters
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | str]:
         yield _schedule(self)
@@ -82,8 +89,8 @@ class Plan:
             yield _epsilon_by_round(self)
         yield (
             f"{self.parameters:,} trainable parameters; {self.bytes_a_round:,} bytes to each client"
-            f" and back in a round; {self.attention} attention, {self.precision},"
-            f" {self.micro_batch_tokens:,} tokens at once"
+            f" and {self.bytes_back:,} back in a round; {self.attention} attention,"
+            f" {self.precision}, {self.micro_batch_tokens:,} tokens at once"
         )
         memory = self.memory
         yield (
@@ -140,6 +147,7 @@ def plan(config: Config, options: Options = DEFAULTS) -> Plan:
         dtype=compute.dtype,
         memory=memory,
         micro_batch_tokens=federation.training.tokens,
+        wire=manifest.wire,
     )
 
 

@@ -29,7 +29,8 @@ from fedlora.common.manifest.manifest import Network
 from fedlora.common.model.base import base_digest, resolve_base
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.modes import guarantee_of
-from fedlora.common.protocol.messages import Answer, vector_to_bytes
+from fedlora.common.protocol.messages import Answer
+from fedlora.common.protocol.vectors import vector_to_bytes
 from tests.client.institution import PHASE, POLICY, Institution, manifest_of, task_of
 
 LIMITS = "attempts = 20\ndelta = 1e-4\n"

@@ -44,6 +44,7 @@ def test_a_report_tells_all(north: Institution, tmp_path: Path) -> None:
     body = write(north, tmp_path / "out")
     (told,) = body["runs"]
     assert told["epsilon"] < told["epsilon_second_accountant"] < 2 * told["epsilon"]
+    assert (told["batches"], told["wire"]) == ("fixed", "float32")
     assert told["phases"][0]["noise_multiplier"] == 3.0
     assert [each["kind"] for each in told["sent"]] == ["consent", "start", "update"]
     assert all(each["bytes"] > 0 for each in told["sent"])
@@ -53,6 +54,20 @@ def test_a_report_tells_all(north: Institution, tmp_path: Path) -> None:
     assert told["neighbours"] == "data sets that differ by adding or removing one unit"
     sealed = read_report(tmp_path / "out" / "report.json", north.identity.public)
     assert sealed.table == json.loads(json.dumps(body))
+
+
+def test_a_report_says_how_a_step_is_computed_and_what_updates_are_rounded_to(
+    north: Institution,
+) -> None:
+    text = north.folder.policy.read_text().replace("[limits]", "[limits]\nallow_packed = true")
+    north.set_policy(text)
+    north.restart()
+    north.begin(replace(RUN, batches="packed", wire="bfloat16"))
+    body = body_of(north)
+    shown = page(body | {"page_sha256": ""})
+    assert "<tr><th>Batches of a step</th><td>packed</td></tr>" in shown
+    assert "<tr><th>Updates rounded to</th><td>bfloat16</td></tr>" in shown
+    assert "computed in packed batches" in shown and "after its noise was added" in shown
 
 
 def test_a_report_without_a_run_says_how_privacy_is_made(north: Institution) -> None:

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 from fedlora.client.node import outbox
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget
-from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.projection import Affine, Projection
 from fedlora.common.protocol.messages import (
@@ -28,6 +28,7 @@ from fedlora.common.protocol.messages import (
     Task,
     request_to_bytes,
 )
+from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.trust.identity import Identity, Signed
 from tests.client.institution import (
     BASE,
@@ -107,6 +108,7 @@ def test_who_allows_packed_batches_is_asked_for_them(north: Institution) -> None
 
 
 STRANGER = Identity.generate()
+MASKED = SecureTerms(THRESHOLD_RULE, 1, 4, 32, 1000, (1.0,))
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,9 @@ STRANGER = Identity.generate()
             offer_of(replace(RUN, mode="client")), "client_level is false", id="client-mode"
         ),
         pytest.param(offer_of(replace(RUN, batches="packed")), "allow_packed", id="packed"),
+        pytest.param(
+            offer_of(replace(RUN, wire="bfloat16", secure=MASKED)), "float32 under masks", id="wire"
+        ),
         pytest.param(
             offer_of(replace(RUN, base_digest="sha256:0")), "base_digest", id="unpinned-base"
         ),

@@ -20,7 +20,8 @@ from fedlora.common.model.base import base_digest
 from fedlora.common.model.compute import COMPUTE
 from fedlora.common.model.projection import Affine, Projection
 from fedlora.common.model.state import AdapterState
-from fedlora.common.protocol.messages import Answer, vector_from_bytes, vector_to_bytes
+from fedlora.common.protocol.messages import Answer
+from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
 from tests.client.institution import POLICY, Institution, manifest_of, task_of
 
 LORA = LoraConfig(rank=2, targets=("query", "value"))
@@ -35,13 +36,16 @@ def node_with_data(root: Path, base: Path) -> Institution:
     return north
 
 
-def test_consent_training_and_answer_with_a_real_model(tmp_path: Path, tiny_bert: Path) -> None:
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+def test_consent_training_and_answer_with_a_real_model(
+    tmp_path: Path, tiny_bert: Path, wire: str
+) -> None:
     north = node_with_data(tmp_path / "n", tiny_bert)
     loaded = LoadedRun(north.folder, north.folder.load_policy(), north.ledger)
     network = Network.of(ModelConfig(pooling="mean"), LORA)
     run = manifest_of(base_digest=base_digest(tiny_bert), network=network)
     spec = loaded.spec(run, tmp_path / "none")
-    run = replace(run, spec_digest=spec.digest)
+    run = replace(run, spec_digest=spec.digest, wire=wire)
     north.resident = Resident(
         north.folder, north.folder.load_policy(), north.identity, north.ledger, loaded
     )
@@ -51,7 +55,8 @@ def test_consent_training_and_answer_with_a_real_model(tmp_path: Path, tiny_bert
     first = north.resident.ask(task)
     answer = north.read(first)
     assert isinstance(answer, Answer) and north.resident.ask(task) == first
-    update = vector_from_bytes(answer.vector, spec.size, "answer")
+    assert len(answer.vector) == {"float32": 4, "bfloat16": 2}[wire] * spec.size
+    update = vector_from_bytes(answer.vector, spec.size, "answer", wire)
     assert np.isfinite(update).all() and update.any()
     kinds = [entry.body["kind"] for entry in north.ledger.entries()]
     assert kinds == ["open", "consent", "reserve", "commit"]

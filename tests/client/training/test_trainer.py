@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fedlora.client.training.local import ClientData, LocalTraining
+from fedlora.client.training.local import ClientData, LocalResult, LocalTraining
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.trainer import Trainer
@@ -22,8 +24,9 @@ from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.features import FeatureCache, pooled_features
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import build_head
-from fedlora.common.model.state import AdapterState
+from fedlora.common.model.state import AdapterState, Vector
 from fedlora.common.privacy.randomness import OsRandom
+from fedlora.common.protocol.vectors import rounded
 from fedlora.common.tasks.classification import SequenceClassification
 from tests.oracles import head_clipped_sum_by_ones
 
@@ -87,6 +90,27 @@ def test_an_update_is_reserved_then_committed(
     update.check(plan(run, state), model.spec.size)
     kinds = [entry.body["kind"] for entry in ledger.entries()]
     assert kinds == ["open", "consent", "reserve", "commit"]
+
+
+def test_an_update_is_rounded_after_its_noise_and_committed_as_it_leaves(
+    trainer: Trainer, ledger: Ledger, model: AdapterModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noised: list[Vector] = []
+    true_update = LocalTraining.update
+
+    def noted(*given: Any) -> LocalResult:
+        result = true_update(*given)
+        noised.append(result.delta)
+        return result
+
+    monkeypatch.setattr(LocalTraining, "update", noted)
+    run, state = manifest(model, wire="bfloat16"), AdapterState.zeros(model.spec)
+    trainer.consent(run)
+    update = trainer.train(plan(run, state), state)
+    (before,) = noised
+    assert update.delta.tobytes() == rounded(before, "bfloat16").tobytes() != before.tobytes()
+    digest = hashlib.sha256(update.delta.tobytes()).hexdigest()
+    assert ledger.entries()[-1].body["update"] == f"sha256:{digest}"
 
 
 def test_the_head_phase_clips_each_unit_once(

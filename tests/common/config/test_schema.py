@@ -111,6 +111,13 @@ BAD = {
             ),
         ],
     ),
+    "cfg-wire-under-masks": (
+        '[federation]\nwire = "bfloat16"\n[aggregation]\nsecure = true',
+        [
+            'run.toml [federation] wire = "bfloat16": expected "float32" under masks, which have'
+            " words of their own"
+        ],
+    ),
     "cfg-items": (
         (
             '[lora]\nlayers = [0, -1]\ntargets = []\n[data]\nlabels = ["a", "a"]\n[model]\ndigest ='

@@ -72,6 +72,23 @@ def test_a_statement_says_where_batches_were_packed() -> None:
     assert said == [True, False]
 
 
+def test_a_manifest_and_its_statement_say_what_updates_are_rounded_to() -> None:
+    """A manifest without the word is one of before: it keeps its digest, its card every byte."""
+    assert b"wire" not in MANIFEST.to_bytes()
+    half = replace(MANIFEST, wire="bfloat16")
+    assert RunManifest.from_bytes(half.to_bytes()) == half and half.digest != MANIFEST.digest
+    with pytest.raises(BadInput, match="manifest"):
+        RunManifest.from_bytes(half.to_bytes().replace(b"bfloat16", b"int8"))
+    plain, said = (guarantee_of(each).statement(2.0) for each in (MANIFEST, half))
+    assert said == [
+        *plain,
+        "An update leaves its institution rounded to bfloat16, after its noise was added: that"
+        " costs no privacy.",
+    ]
+    open_run = guarantee_of(replace(half, mode="none")).statement(None)
+    assert open_run[-1] == "An update leaves its institution rounded to bfloat16."
+
+
 def test_a_statement_names_unit_neighbours_schedule_noise_and_assumptions() -> None:
     text = " ".join(guarantee_of(MANIFEST).statement(2.0041))
     for part in (

@@ -34,10 +34,9 @@ from fedlora.common.protocol.messages import (
     reply_to_bytes,
     request_from_bytes,
     request_to_bytes,
-    vector_from_bytes,
-    vector_to_bytes,
 )
 from fedlora.common.protocol.start import Party, Start
+from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
 from fedlora.common.trust.identity import Identity, Signed
 
 COORDINATOR, NORTH, SOUTH = Identity.generate(), Identity.generate(), Identity.generate()

@@ -34,9 +34,8 @@ from fedlora.common.protocol.messages import (
     Task,
     reply_to_bytes,
     request_from_bytes,
-    vector_from_bytes,
-    vector_to_bytes,
 )
+from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
 from fedlora.common.trust.identity import Identity, PublicIdentity
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.cohorts import ClearCohort

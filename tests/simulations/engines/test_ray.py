@@ -37,8 +37,8 @@ from fedlora.common.protocol.messages import (
     Task,
     reply_from_bytes,
     request_to_bytes,
-    vector_to_bytes,
 )
+from fedlora.common.protocol.vectors import vector_to_bytes
 from fedlora.common.trust.identity import Identity, Signed
 from fedlora.server.deployment.flower import GridCarrier
 from fedlora.server.runs.run import conduct
