@@ -102,8 +102,9 @@ class ModelConfig:
     kernel_gamma: float = _number(6.0, 0, 1e4, open_low=True)
     head_hidden: int = _number(0, 0, 16_384)  # hidden width of our own head; 0: linear
     head_scale: float = _number(10.0, 0, 1e6, open_low=True)  # pooled features are multiplied by it
-    # what frozen matrices are stored as; auto: bfloat16 where a GPU multiplies it, else float32
-    dtype: str = _choice("auto", "auto", "float32", "bfloat16", tuning=True)
+    # what frozen matrices are stored as; auto: bfloat16 where a GPU multiplies it, else float32;
+    # int8 and nf4 round them so far that it is the same for all institutions
+    dtype: str = _choice("auto", "auto", "float32", "bfloat16", "int8", "nf4")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from fedlora.common.errors import BadInput
 
 VERSION = 1
 BATCHES = Choice(("fixed", "packed"))
+QUANTISED = Choice(("", "int8", "nf4"))
 WIRE = Choice(("float32", "bfloat16"))
 POSITIVE = {"rule": Each(Bounds(0, math.inf, open_low=True), distinct=False)}
 
@@ -163,6 +164,8 @@ class RunManifest:
     batches: str = field(default="fixed", metadata={"unwritten": "fixed", "rule": BATCHES})
     # what an update is rounded to, after its noise, as it leaves (`common.protocol.vectors`)
     wire: str = field(default="float32", metadata={"unwritten": "float32", "rule": WIRE})
+    # "int8" or "nf4": how coarsely each institution keeps the base's frozen matrices
+    quantised: str = field(default="", metadata={"unwritten": "", "rule": QUANTISED})
     version: int = VERSION
 
     def to_bytes(self) -> bytes:

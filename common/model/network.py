@@ -27,6 +27,7 @@ from fedlora.common.model.next_words import NextWords
 from fedlora.common.model.pooling import OwnHead, PooledClassifier
 from fedlora.common.model.probe import probe
 from fedlora.common.model.projection import Projection
+from fedlora.common.model.quantised import quantise, quantised_as
 from fedlora.common.model.recompute import recompute
 from fedlora.common.model.shapes import Shapes
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
@@ -56,7 +57,8 @@ class AdapterModel:
         self.tokenizer = tokenizer
         self.base_digest = digest
         self.device = place.device
-        self.stored = stored_as(network)  # what the frozen matrices are stored as
+        # what the frozen matrices are stored as
+        self.stored = quantised_as(network) or stored_as(network)
         self.longest = longest  # tokens that a record is cut to
         self.lora = lora  # with names for targets
         self.precision = torch.float32
@@ -256,6 +258,8 @@ def build_model(
     place = Place.of(model.dtype, device)
     check_room(folder, place)
     network, lora = assembled(model, folder, task, tokenizer, lora, place)
+    if place.quantised:
+        quantise(network.backbone, place.quantised)
     if base_stamp(folder) != before:  # what was loaded may not be what the digest is of
         raise BadInput(f"[model] base = {folder}: found files that changed while they were read")
     _check_positions(network, model.max_length)

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.common.errors import BadInput
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+QUANTISED = ("int8", "nf4")  # read as bfloat16, then `common.model.quantised`
 _NATIVE = (8, 0)  # of a GPU that multiplies bfloat16
 
 
@@ -34,6 +35,7 @@ class Place:
 
     device: torch.device
     dtype: torch.dtype
+    quantised: str = ""  # what matrices of linear layers are kept as once they are read
 
     @classmethod
     def of(cls, dtype: str, device: torch.device | None) -> Place:
@@ -42,16 +44,18 @@ class Place:
         if dtype == "auto":
             native = where.type == "cuda" and torch.cuda.get_device_capability(where) >= _NATIVE
             dtype = "bfloat16" if native else "float32"
+        if dtype in QUANTISED:
+            return cls(where, torch.bfloat16, dtype)
         if dtype not in DTYPES:
-            raise BadInput(
-                f"[model] dtype = {dtype!r}: expected auto or one of {', '.join(DTYPES)}"
-            )
+            known = ", ".join((*DTYPES, *QUANTISED))
+            raise BadInput(f"[model] dtype = {dtype!r}: expected auto or one of {known}")
         return cls(where, DTYPES[dtype])
 
     @property
     def dtype_name(self) -> str:
         """As configured."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        named = (name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        return self.quantised or next(named)
 
 
 ON_CPU = Place(torch.device("cpu"), torch.float32)

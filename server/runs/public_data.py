@@ -21,6 +21,7 @@ from fedlora.common.model.features import FeatureCache, PooledTexts, Progress, p
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import PROJECTION, Projection
 from fedlora.common.model.state import AdapterState
+from fedlora.common.model.stored import QUANTISED
 from fedlora.common.tasks.batch import Encoded
 from fedlora.common.tasks.known import task_kind, task_named
 from fedlora.common.tasks.task import Task
@@ -145,6 +146,7 @@ class PublicSide:
             spec_digest=model.spec.digest,
             projection_digest="" if model.projection is None else model.projection.digest,
             moved=model.spec.moved,
+            quantised=settings.dtype if settings.dtype in QUANTISED else "",
         )
 
 

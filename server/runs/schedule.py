@@ -32,6 +32,7 @@ class NetworkFacts:
     projection_digest: str  # "" where there is no projection
     # coordinates that each phase moves, by its name: shared noise is of these
     moved: Mapping[str, int]
+    quantised: str = ""  # what the base's frozen matrices are kept as, where that is learnt with
 
 
 def make_manifest(
@@ -70,6 +71,7 @@ def make_manifest(
         skellam=schedule.skellam,
         batches=terms.training.batches if guarantee.noise_in_step else "fixed",
         wire=terms.federation.wire,
+        quantised=facts.quantised,
     )
 
 

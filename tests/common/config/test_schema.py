@@ -384,7 +384,6 @@ def test_performance_knobs_are_told_apart() -> None:
         if field.metadata.get("tuning")
     }
     assert knobs == {
-        "model.dtype",
         "training.micro_batch_tokens",
         "training.checkpointing",
         "training.precision",
