@@ -154,7 +154,9 @@ def _mechanism(name: str, phase: Phase, guarantee: Guarantee, policy: Policy) ->
 
 def _free_verdicts(manifest: RunManifest) -> list[Verdict]:
     """What a policy need not bound: it changes neither what leaves nor what it costs."""
-    names = ("spec_digest", "projection_digest", "strategy", "participation", "version")
+    names = (
+        *("spec_digest", "projection_digest", "quantised", "strategy", "participation", "version"),
+    )
     seed = Verdict("seed", str(manifest.seed), "" if manifest.seed >= 0 else "expected at least 0")
     return [seed, *(Verdict(name, str(getattr(manifest, name))[:80]) for name in names)]
 

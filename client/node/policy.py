@@ -20,7 +20,6 @@ from fedlora.common.config.task_names import BUILT_IN, LABELLED, LANGUAGES, Task
 from fedlora.common.config.toml import (
     UNDECIDED,
     Bounds,
-    Choice,
     Each,
     Pattern,
     Rule,
@@ -37,6 +36,7 @@ from fedlora.common.secagg.cohort import DEFAULT_COHORT, SMALLEST_COHORT
 from fedlora.common.trust.enrolment import NAME as INSTITUTION
 
 MAX_POLICY_BYTES = 1 << 20
+DEVICE = Pattern(r"auto|cpu|cuda(:[0-9]{1,3})?", '"auto", "cpu", "cuda" or "cuda:NUMBER"')
 
 
 def _ruled(default: Any, rule: Rule) -> Any:
@@ -133,7 +133,10 @@ class TrainerPolicy:
     head: str = _ruled("head/head.json", NAME)  # starts where the ledger lies
     outbox: str = _ruled("outbox", NAME)
     threads: int = _ruled(0, Bounds(0, 1024))
-    device: str = _ruled("auto", Choice(("auto", "cpu", "cuda")))
+    # auto: each GPU of a kind, or the CPU; or devices by name, among which a step is divided
+    device: tuple[str, ...] = field(
+        default=("auto",), metadata={"rule": Each(DEVICE, shortest=1, distinct=False), "one": True}
+    )
     # padded tokens that go through the model together; auto: as a short measurement finds best
     micro_batch_tokens: int = field(
         default=UNDECIDED, metadata={"rule": Bounds(1, 1 << 24), "auto": True}

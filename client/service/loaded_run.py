@@ -19,6 +19,7 @@ from fedlora.client.service.data_sets import read_data
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.memory import check_fits
 from fedlora.client.training.moments import MomentStore
+from fedlora.client.training.ranks import RankLost, Ranks, Recipe, of_one_kind
 from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.timing import Steps, nobodys_texts, tokens_of_run
 from fedlora.client.training.trainer import Trainer, check_model
@@ -32,7 +33,7 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.compute import compute_of_run, stored_for_run, threads
 from fedlora.common.model.features import FeatureCache
-from fedlora.common.model.network import AdapterModel, build_model
+from fedlora.common.model.network import build_model
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterSpec, AdapterState
 from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
@@ -78,7 +79,7 @@ class LoadedRun:
     def adopt(self, policy: Policy) -> None:
         """Go by this policy from now on: base and data are loaded anew."""
         self._policy = policy
-        self._run, self._gradients, self._prepared = "", None, None
+        self._let_go()
 
     def check(self, manifest: RunManifest, projection: Path, budget: Budget) -> None:
         """Read the data, build the network; BadInput where they are not the manifest's.
@@ -122,7 +123,11 @@ class LoadedRun:
             prepared = self.prepare(manifest, projection)
             trainer = self._trainer(prepared, manifest, budget)
             given = vector_from_bytes(vector, prepared.spec.size, "task")
-            update = trainer.train(plan, AdapterState(prepared.spec, given))
+            try:
+                update = trainer.train(plan, AdapterState(prepared.spec, given))
+            except RankLost:
+                self._let_go()  # the next attempt starts anew
+                raise
             return vector_to_bytes(update.delta, manifest.wire), prepared.data_digest
 
     def prepare(self, manifest: RunManifest, projection: Path) -> Prepared:
@@ -135,14 +140,20 @@ class LoadedRun:
         ]
         path = self._folder.under(data.path)
         if self._run != manifest.digest or self._gradients is None:
-            self._run, self._prepared = "", None
-            gradients = PerSampleGradients(self._model(manifest, projection))
+            self._let_go()
+            gradients = self._built(manifest, projection)
             self._tokens = self._fitting_tokens(gradients, manifest, projection.parent)
             self._run, self._gradients = manifest.digest, gradients
         digest = file_digest(path)
         if self._prepared is None or self._prepared.data_digest != digest:
             self._prepared = self._read(manifest, data, path, digest, self._gradients)
         return self._prepared
+
+    def _let_go(self) -> None:
+        """Keep neither network nor data; ranks end with what held them."""
+        if isinstance(self._gradients, Ranks):
+            self._gradients.close()
+        self._run, self._gradients, self._prepared = "", None, None
 
     def _trainer(self, prepared: Prepared, manifest: RunManifest, budget: Budget) -> Trainer:
         """A trainer that has consented; the same consent again reserves nothing more."""
@@ -154,31 +165,31 @@ class LoadedRun:
         trainer.consent(manifest)
         return trainer
 
-    def _model(self, manifest: RunManifest, projection: Path) -> AdapterModel:
+    def _built(self, manifest: RunManifest, projection: Path) -> PerSampleGradients:
+        """The manifest's network on the policy's devices; BadInput where it can't be."""
+        folder, devices = projection.parent, _devices(self._policy)
         base = self._folder.base(self._policy.bases[manifest.base_digest])
         model, lora = manifest.network.configs(str(base))
         settings = replace(
             model, digest=manifest.base_digest, task=manifest.task, max_length=manifest.max_length
         )
-        task = task_named(manifest.task, manifest.labels)
-        device = _device(self._policy)
-        settings = stored_for_run(settings, device, projection.parent)
-        built = build_model(settings, lora, task, manifest.seed, device)
-        if self._policy.trainer.checkpointing:
-            built.recompute()
-        if manifest.projection_digest:
-            built.projection = Projection.read(projection)
-            # before it is kept for the run
-            if built.projection.digest != manifest.projection_digest:
-                raise BadInput(
-                    f"manifest projection_digest: found {built.projection.digest}, expected "
-                    f"{manifest.projection_digest}"
-                )
+        if manifest.quantised:
+            settings = replace(settings, dtype=manifest.quantised)
+        recipe = Recipe(
+            model=stored_for_run(settings, devices[0], folder),
+            lora=lora,
+            task=task_named(manifest.task, manifest.labels),
+            seed=manifest.seed,
+            checkpointing=self._policy.trainer.checkpointing,
+            projection=_projection(manifest, projection),
+        )
+        built = recipe.build(devices[0])
         encoded = built.task.encode(
             built.task.asked([PROBE] * 12), built.tokenizer, manifest.max_length
         )
-        compute_of_run(built, encoded, "auto", "auto", projection.parent)
-        return built
+        compute_of_run(built, encoded, "auto", "auto", folder)
+        alone = len(devices) == 1
+        return PerSampleGradients(built) if alone else Ranks(built, recipe, devices[1:])
 
     def _fitting_tokens(
         self, gradients: PerSampleGradients, manifest: RunManifest, folder: Path
@@ -248,8 +259,31 @@ def try_base(folder: NodeFolder, policy: Policy, digest: str) -> dict[str, float
     return found
 
 
-def _device(policy: Policy) -> torch.device:
-    name = policy.trainer.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+def _projection(manifest: RunManifest, path: Path) -> Projection | None:
+    """The one that the manifest names; BadInput where another lies there."""
+    if not manifest.projection_digest:
+        return None
+    found = Projection.read(path)
+    if found.digest != manifest.projection_digest:  # before it is kept for the run
+        raise BadInput(
+            f"manifest projection_digest: found {found.digest}, expected"
+            f" {manifest.projection_digest}"
+        )
+    return found
+
+
+def _devices(policy: Policy) -> list[torch.device]:
+    """As the policy names them; "auto": each GPU of the first one's kind, or the CPU. BadInput
+    unless all are there and of one kind.
+    """
+    names, count = list(policy.trainer.device), torch.cuda.device_count()
+    if names == ["auto"]:
+        kinds = [torch.cuda.get_device_name(number) for number in range(count)]
+        names = [f"cuda:{n}" for n, kind in enumerate(kinds) if kind == kinds[0]] or ["cpu"]
+    devices = [torch.device(name) for name in names if name != "auto"]
+    lost = [str(each) for each in devices if each.type == "cuda" and (each.index or 0) >= count]
+    if lost or len(devices) < len(names):
+        found = ", ".join(lost) or "auto among others"
+        raise BadInput(f"[trainer] device: found {found}, expected what there is: {count} GPUs")
+    of_one_kind(devices)
+    return devices

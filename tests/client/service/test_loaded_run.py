@@ -12,6 +12,7 @@ import pytest
 from fedlora.client.service.answer import Resident
 from fedlora.client.service.loaded_run import LoadedRun
 from fedlora.client.training import memory
+from fedlora.client.training.ranks import Ranks
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.data_file import file_digest
 from fedlora.common.errors import BadInput, Refused
@@ -128,3 +129,42 @@ def test_a_node_keeps_the_size_that_it_found_for_a_run(tmp_path: Path, tiny_bert
     (tmp_path / COMPUTE).write_text(json.dumps(kept))
     again = LoadedRun(north.folder, north.folder.load_policy(), north.ledger)
     assert again.prepare(run, tmp_path / "none").training.tokens == 1024
+
+
+def test_a_step_is_divided_among_the_devices_that_the_policy_names(
+    tmp_path: Path, tiny_bert: Path
+) -> None:
+    """Their processes end with the policy."""
+    north = node_with_data(tmp_path / "n", tiny_bert)
+    run = manifest_of(
+        base_digest=base_digest(tiny_bert), network=Network.of(ModelConfig(pooling="mean"), LORA)
+    )
+    text = north.folder.policy.read_text() + "[trainer]\ndevice = {}\n"
+    north.set_policy(text.format('["cpu", "cpu"]'))
+    loaded = LoadedRun(north.folder, north.folder.load_policy(), north.ledger)
+    gradients = loaded.prepare(run, tmp_path / "none").training.gradients
+    assert isinstance(gradients, Ranks)
+    ((_, process),) = gradients.started
+    assert process.is_alive()
+    north.set_policy(text.format('"cpu"'))
+    loaded.adopt(north.folder.load_policy())
+    assert not process.is_alive()
+    assert not isinstance(loaded.prepare(run, tmp_path / "none").training.gradients, Ranks)
+    for wrong in ('["auto", "cpu"]', '"cuda:99"'):
+        north.set_policy(text.format(wrong))
+        loaded.adopt(north.folder.load_policy())
+        with pytest.raises(BadInput, match=r"\[trainer\] device: found .* expected what there is"):
+            loaded.prepare(run, tmp_path / "none")
+
+
+def test_a_base_is_kept_as_its_manifest_says(tmp_path: Path, tiny_bert: Path) -> None:
+    north = node_with_data(tmp_path / "n", tiny_bert)
+    run = manifest_of(
+        base_digest=base_digest(tiny_bert), network=Network.of(ModelConfig(pooling="mean"), LORA)
+    )
+    loaded = LoadedRun(north.folder, north.folder.load_policy(), north.ledger)
+    for kind, stored in (("nf4", "nf4"), ("", "float32")):
+        kept = replace(run, quantised=kind)
+        folder = tmp_path / (kind or "plain") / "none"
+        folder.parent.mkdir()
+        assert loaded.prepare(kept, folder).training.gradients.model.stored == stored
