@@ -234,6 +234,27 @@ def status(
     show(Directory.open(dir_), console, follow)
 
 
+@app.command()
+def watch(
+    dir_: Folder = HERE,
+    run_: Annotated[
+        int | None, typer.Option("--run", help="A run's number; the last one, if left out.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="On loopback; 0: any that is free.")] = 0,
+) -> None:
+    """A live page of a run for this machine's browser: progress, ε, institutions, failures."""
+    from fedlora.server.coordinator.folder import Directory
+    from fedlora.server.deployment.status import watched
+    from fedlora.server.release.from_run import find_run
+    from fedlora.server.watch.live import Watching
+
+    directory = Directory.open(dir_)
+    folder = find_run(directory, run_)
+    with Watching(folder, port, lambda: watched(directory, folder)) as page:
+        _say(f"page         {page.url}")
+        page.serve_forever()
+
+
 def main() -> None:
     """Entry point: errors are one line to a fault, and the exit code says what kind they are."""
     run_to_end(app, "fedlora-server", lambda: STOPPED)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from fedlora.server.strategies.strategy import ServerState, Strategy
     from fedlora.simulations.begin import Options
     from fedlora.simulations.engines.sequential import sequential
+    from fedlora.simulations.experiments.checking import Check, check
+    from fedlora.simulations.experiments.compare import Comparison, compare
     from fedlora.simulations.experiments.configuration import load_config
     from fedlora.simulations.experiments.planning import Plan, plan
     from fedlora.simulations.experiments.simulate import Result, simulate
@@ -43,11 +45,15 @@ if TYPE_CHECKING:
 FACE = {
     "load_config": "simulations.experiments.configuration",
     "Config": "common.config.schema",
+    "check": "simulations.experiments.checking",
+    "Check": "simulations.experiments.checking",
     "plan": "simulations.experiments.planning",
     "Plan": "simulations.experiments.planning",
     "simulate": "simulations.experiments.simulate",
     "Options": "simulations.begin",
     "Result": "simulations.experiments.simulate",
+    "compare": "simulations.experiments.compare",
+    "Comparison": "simulations.experiments.compare",
     "sweep": "simulations.experiments.sweep",
     "Sweep": "simulations.experiments.sweep",
     "load_adapter": "common.adapter.peft",
@@ -69,7 +75,9 @@ FACE = {
 __all__ = [
     "AdapterState",
     "Batch",
+    "Check",
     "Cohort",
+    "Comparison",
     "Config",
     "LoadedAdapter",
     "Options",
@@ -83,6 +91,8 @@ __all__ = [
     "Sweep",
     "Task",
     "UnitIndex",
+    "check",
+    "compare",
     "load_adapter",
     "load_config",
     "plan",

@@ -190,18 +190,23 @@ def federation_of(
     BadInput names what is wrong. What is computed once for a run and must not change in it lies in
     the run's `folder`.
     """
-    dealing, privacy = config.federation, config.privacy
-    _check_delta(config, sources.train)
+    privacy = config.privacy
+    check_delta(config, sources.train)
     public = PublicSide.build(NetworkRecipe.of(config), sources.public, folder, machine)
     budget = Budget(f"population {privacy.population}", privacy.epsilon, privacy.delta)
 
     def deal(records: Records, units: UnitIndex) -> Partition:
-        if own.partition is not None:
-            return partition_by(own.partition, dealing.clients, records, units)
-        return partition_units(dealing, records, units, config.seed)
+        return dealt(config, records, units, own)
 
     tokens = config.training.micro_batch_tokens
     return Federation.build(public, sources, deal, budget, Steps.of(config), tokens, folder)
+
+
+def dealt(config: Config, records: Records, units: UnitIndex, own: Own = NOTHING_OWN) -> Partition:
+    """Which institution has which unit; BadInput where the units can't be dealt out so."""
+    if own.partition is not None:
+        return partition_by(own.partition, config.federation.clients, records, units)
+    return partition_units(config.federation, records, units, config.seed)
 
 
 def manifest_of(config: Config, federation: Federation) -> RunManifest:
@@ -328,7 +333,7 @@ def _ready_folder(config: Config, paths: Paths, resume: bool) -> None:
         )
 
 
-def _check_delta(config: Config, train: Records) -> None:
+def check_delta(config: Config, train: Records) -> None:
     """BadInput unless δ is below one over the number of whoever is protected."""
     units, institutions = len(unit_groups(train.units, len(train))), config.federation.clients
     guarantee = guarantee_named(config.privacy.mode)

@@ -96,6 +96,14 @@ def quickstart(
 
 
 @app.command()
+def check(config: ConfigFile, set_: Overrides = None) -> None:
+    """Read configuration and records, choose what is open, deal out; nothing is trained."""
+    from fedlora.simulations import check as checked
+
+    console.print(checked(_load(config, set_)))
+
+
+@app.command()
 def plan(config: ConfigFile, set_: Overrides = None, threads: Threads = 0) -> None:
     """σ, ε by round, examples, minutes and bytes: before anything is spent."""
     from fedlora.simulations import Options
@@ -141,11 +149,57 @@ def sweep(
 
 
 @app.command()
+def compare(
+    config: ConfigFile,
+    methods: Annotated[
+        str, typer.Option(help="Of head, lora, head+lora, ffa: several, between commas.")
+    ] = "head,lora,head+lora",
+    epsilon: Annotated[str, typer.Option(help='Numbers, or "none".')] = "1,3,8,none",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from the file's seed on.")] = 3,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    set_: Overrides = None,
+    out: Out = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Several methods, ε and seeds: a table of means and spreads, and a picture."""
+    from fedlora.simulations import Options
+    from fedlora.simulations import compare as compared
+
+    folder = out or Path("runs") / f"{packaged_config(config).stem}-compare"
+    found = compared(
+        _load(config, set_),
+        folder,
+        Options(device=device, threads=threads),
+        methods=_listed(methods),
+        epsilons=[_epsilon(each) for each in _listed(epsilon)],
+        seeds=seeds,
+        workers=workers,
+        on_trial=lambda name, _: console.print(f"done    {name}"),
+    )
+    console.print(found)
+    console.print(f"table   {found.page}")
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
     """Write report.html again, from the run's files."""
     from fedlora.simulations.report.pages import write_report
 
     console.print(f"report  {write_report(folder)}")
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="A run's folder.")],
+    port: Annotated[int, typer.Option(help="On loopback; 0: any that is free.")] = 0,
+) -> None:
+    """A live page of a run for this machine's browser: progress, ε, institutions, failures."""
+    from fedlora.server.watch.live import Watching
+
+    with Watching(folder, port) as page:
+        console.print(f"page    {page.url}")
+        page.serve_forever()
 
 
 @app.command()
@@ -210,10 +264,21 @@ def _watched(settings: Config, folder: Path, options: Options) -> Result:
 
 def _over(over: str) -> tuple[str, list[str]]:
     key, equals, listed = over.partition("=")
-    values = [value.strip() for value in listed.split(",") if value.strip()]
+    values = _listed(listed)
     if not equals or not values or "." not in key:
         raise BadInput(f"--over {over}: expected section.key=VALUE,VALUE,…")
     return key.strip(), values
+
+
+def _listed(words: str) -> list[str]:
+    return [word.strip() for word in words.split(",") if word.strip()]
+
+
+def _epsilon(word: str) -> float | None:
+    try:
+        return None if word == "none" else float(word)
+    except ValueError as error:
+        raise BadInput(f'--epsilon {word}: expected numbers, or "none"') from error
 
 
 def _lines(file: Path) -> list[str]:

@@ -31,12 +31,22 @@ MAY_IMPORT = {
 # one.
 ROOMS = {
     "common": (
-        *("errors", "disk", "terminal", "codec", "trust", "secagg", "config", "data", "tasks"),
-        *("model", "manifest", "protocol", "privacy", "ledger", "adapter"),
+        *("errors", "libraries", "disk", "terminal", "codec", "trust", "secagg", "config", "data"),
+        *("tasks", "model", "manifest", "protocol", "privacy", "ledger", "adapter"),
     ),
     "client": ("network", "training", "node", "consent", "secagg", "service", "report", "cli"),
     "server": (
-        *("strategies", "rounds", "secagg", "runs", "coordinator", "release", "deployment", "cli"),
+        *(
+            "strategies",
+            "rounds",
+            "secagg",
+            "runs",
+            "coordinator",
+            "release",
+            "deployment",
+            "watch",
+            "cli",
+        ),
     ),
     "simulations": (
         *(

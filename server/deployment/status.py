@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,33 +73,71 @@ def _state(directory: Directory, folder: Path) -> str:
     return f"ended with {outcome.code}: {outcome.message}" if outcome.code else "done"
 
 
+@dataclass(frozen=True)
+class MemberState:
+    """Where a member stands in a run. `last` is its last failure, or why it declines."""
+
+    name: str
+    state: str  # "member", or how its membership ended
+    stated: str  # the ε that it signed, as shown; "" where it signed none
+    answered: int | None  # the last round that it answered in
+    failed: int
+    last: str
+
+
+def member_states(directory: Directory, folder: Path) -> list[MemberState]:
+    """Each member's, by name; what is read of it is on one line."""
+    lines = _lines(folder)
+    return [
+        _member_state(directory, folder, name, entries, lines)
+        for name, entries in _by_name(directory).items()
+    ]
+
+
+def _member_state(
+    directory: Directory,
+    folder: Path,
+    name: str,
+    entries: Sequence[Member],
+    lines: Sequence[Mapping[str, Any]],
+) -> MemberState:
+    failed = [
+        f"{line['round']}: {reason}"
+        for line in lines
+        for who, reason in line["failures"]
+        if who == name
+    ]
+    stated = _stated(directory, folder, name, entries)
+    answered = [
+        line["round"]
+        for line in lines
+        if stated and all(who != name for who, _ in line["failures"])
+    ]
+    declined, last = folder / "consents" / f"{name}.declined", failed[-1] if failed else ""
+    if declined.is_file():
+        last = f"declines: {declined.read_text(errors='replace', encoding='utf-8')}"
+    state = printable(entries[-1].reason or "member")
+    latest = answered[-1] if answered else None
+    return MemberState(printable(name), state, stated, latest, len(failed), printable(last))
+
+
 def _members(directory: Directory, folder: Path) -> Table:
     table = Table("member", "state", "ε stated", "last round", "last failure", box=None)
-    lines = _lines(folder)
-    for name, entries in _by_name(directory).items():
-        failed = [
-            (line["round"], reason)
-            for line in lines
-            for who, reason in line["failures"]
-            if who == name
-        ]
-        epsilon = _stated(directory, folder, name, entries)
-        answered = [
-            line["round"]
-            for line in lines
-            if epsilon and all(who != name for who, _ in line["failures"])
-        ]
-        declined = folder / "consents" / f"{name}.declined"
-        last = f"{failed[-1][0]}: {failed[-1][1]}" if failed else ""
-        last = (
-            f"declines: {declined.read_text(errors='replace', encoding='utf-8')}"
-            if declined.is_file()
-            else last
-        )
-        state = entries[-1].reason or "member"
-        cells = (name, state, epsilon, str(answered[-1]) if answered else "", last)
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+    for each in member_states(directory, folder):
+        answered = "" if each.answered is None else str(each.answered)
+        cells = (each.name, each.state, each.stated, answered, each.last)
+        table.add_row(*(Text(cell) for cell in cells))
     return table
+
+
+def watched(directory: Directory, folder: Path) -> dict[str, Any]:
+    """What a live page says of a run beyond what its folder holds."""
+    institutions = [asdict(each) for each in member_states(directory, folder)]
+    return {
+        "name": f"{directory.settings.federation}, run {folder.name}",
+        "state": printable(_state(directory, folder)),
+        "institutions": institutions,
+    }
 
 
 def _by_name(directory: Directory) -> dict[str, list[Member]]:

@@ -16,6 +16,7 @@ from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Lost
 from fedlora.server.rounds.loop import RoundRecord
+from fedlora.server.runs.summary import peak_rss_bytes
 
 METRICS, LOST = "metrics.jsonl", "lost.jsonl"
 ENDED = "the process that began it ended before it was committed, or kept no reason"
@@ -89,6 +90,8 @@ class MetricsLog:
             "failures": [[failure.client, failure.reason] for failure in record.failures],
             "lost": self._lost_before(record.attempt),
             **({} if record.secure is None else {"secure": asdict(record.secure)}),
+            "peak_rss_bytes": peak_rss_bytes(),  # of this process, as are its seconds
+            "cpu_seconds": time.process_time(),
             "examples_per_second": examples / max(record.seconds, 1e-9),
             **record.metrics,
         }

@@ -1,1 +1,1 @@
-"""What a researcher starts: a plan, a run, a sweep, the quickstart."""
+"""What a researcher starts: a check, a plan, a run, a sweep, a comparison, the quickstart."""

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from rich.console import Console, ConsoleOptions
-from rich.table import Table
+from rich.table import Table as Printed
 
 from fedlora.client.training.memory import Memory
 from fedlora.client.training.timing import record_seconds
@@ -34,6 +34,7 @@ from fedlora.simulations.begin import (
     sources_of,
 )
 from fedlora.simulations.chosen import decided_for
+from fedlora.simulations.experiments.given import Table, with_records
 from fedlora.simulations.federation.population import Federation
 
 PROBE_RECORDS = 256  # of the public validation part, for a forward pass
@@ -83,7 +84,9 @@ class Plan:
         """From each client in a round."""
         return BYTES[self.wire] * self.parameters
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | str]:
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[Printed | str]:
         yield _schedule(self)
         if self.epsilon is not None:
             yield _epsilon_by_round(self)
@@ -116,13 +119,21 @@ class Speed:
     scored: float  # of a state that moved more than the head
 
 
-def plan(config: Config, options: Options = DEFAULTS) -> Plan:
+def plan(
+    config: Config,
+    options: Options = DEFAULTS,
+    *,
+    train: Table | None = None,
+    test: Table | None = None,
+) -> Plan:
     """The schedule with its noise, ε by round, and the time that it would take on this machine.
 
-    The data are read and the model is built; nothing is trained, and no budget is charged.
+    The data are read and the model is built; nothing is trained, and no budget is charged. `train`
+    and `test` are records given instead of files.
     """
     config = checked(config)
     with threads(options.threads), TemporaryDirectory() as folder:
+        config = with_records(config, Path(folder), train, test)
         sources = sources_of(config)
         config = decided_for(config, sources)
         machine = machine_of(config, options)
@@ -189,8 +200,8 @@ def _tenths(guarantee: Guarantee) -> dict[int, float]:
     return {number: guarantee.epsilon_of(_taken(manifest, number)) for number in shown}
 
 
-def _schedule(plan: Plan) -> Table:
-    table = Table(
+def _schedule(plan: Plan) -> Printed:
+    table = Printed(
         "phase", "rounds", "attempts", "steps", "rate", "σ", "clip", "examples", "minutes", box=None
     )
     for each in plan.phases:
@@ -209,9 +220,9 @@ def _schedule(plan: Plan) -> Table:
     return table
 
 
-def _epsilon_by_round(plan: Plan) -> Table:
+def _epsilon_by_round(plan: Plan) -> Printed:
     """ε after each tenth of the rounds, and of the whole schedule with its spare attempts."""
-    table = Table("round", "ε", box=None)
+    table = Printed("round", "ε", box=None)
     for number, epsilon in plan.epsilon_by_round.items():
         table.add_row(str(number), shown_epsilon(epsilon))
     whole, delta = shown_epsilon(plan.epsilon), shown_delta(plan.delta)

@@ -6,14 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from fedlora.common.privacy.figures import shown_epsilon
 
@@ -44,20 +38,20 @@ class RunProgress:
 @contextmanager
 def run_progress(console: Console) -> Iterator[RunProgress]:
     """Live bars on a terminal; nothing but the last state where output is not a terminal."""
+    whole = Column(no_wrap=True, min_width=7)  # in a narrow terminal the figures are cut instead
     columns = (
-        TextColumn("{task.description:>8}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.description:>8}", table_column=Column(min_width=8)),
+        BarColumn(bar_width=10),
+        MofNCompleteColumn(table_column=whole),
+        TimeRemainingColumn(table_column=whole.copy()),
+        TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=console, transient=False) as progress:
         yield RunProgress(progress)
 
 
 def _figure(name: str, value: float) -> str:
-    names = {"epsilon": "ε", "examples_per_second": "examples/s"}
+    names = {"epsilon": "ε", "examples_per_second": "records/s"}
     shown = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
     if name == "epsilon":
         shown = shown_epsilon(value)

@@ -10,16 +10,19 @@ from typing import Any
 
 from fedlora.common.adapter.peft import LoadedAdapter, load_adapter
 from fedlora.common.config.schema import Config
+from fedlora.common.disk.files import lines_of
+from fedlora.common.libraries import library
 from fedlora.common.model.compute import threads
 from fedlora.common.tasks.known import use_task
 from fedlora.common.tasks.task import TaskKind
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.rounds.cohort import Cohort
-from fedlora.server.runs.metrics import Observe, nobody
+from fedlora.server.runs.metrics import METRICS, Observe, nobody
 from fedlora.server.runs.run import conduct, to_its_end
 from fedlora.server.strategies.strategy import Strategy
-from fedlora.simulations.begin import DEFAULTS, Features, Options, Own, begin
+from fedlora.simulations.begin import DEFAULTS, Features, Options, Own, begin, checked
 from fedlora.simulations.engines.sequential import sequential
+from fedlora.simulations.experiments.given import Table, with_records
 from fedlora.simulations.federation.partition import Owners
 from fedlora.simulations.federation.run_folder import SimulatedRun, finish
 from fedlora.simulations.report.pages import write_report
@@ -44,6 +47,16 @@ class Result:
         return tuple(self.summary["privacy_statement"])
 
     @cached_property
+    def rounds(self) -> tuple[Mapping[str, Any], ...]:
+        """The committed rounds, each what metrics.jsonl says of it."""
+        return tuple(line.value for line in lines_of(self.folder / METRICS))
+
+    def frame(self) -> Any:
+        """`rounds` as a frame of pandas, indexed by round; BadInput where pandas is missing."""
+        pandas = library("pandas", "frames")
+        return pandas.DataFrame(list(self.rounds)).set_index("round")
+
+    @cached_property
     def adapter(self) -> LoadedAdapter:
         """The released adapter on its base, loaded when it is first asked for."""
         return load_adapter(self.folder / "adapter")
@@ -56,6 +69,8 @@ def simulate(
     *,
     on_round: Observe = nobody,
     on_features: Features = lambda done, records: None,
+    train: Table | None = None,
+    test: Table | None = None,
     strategy: Strategy | None = None,
     partition: Owners | None = None,
     cohort: Callable[[SimulatedRun], Cohort] | None = None,
@@ -64,8 +79,10 @@ def simulate(
     """Train a federation, score its adapter, and leave everything in `folder`.
 
     `on_round` is told each committed round's number and figures, `on_features` how far a head
-    phase's features are. A strategy, a partition or a cohort of one's own takes the place of the
-    configured one, and is named in the summary. A `task` of one's own is known by its name from
+    phase's features are. `train` and `test` are records given instead of files: lists of rows,
+    columns by name, frames, datasets; they are kept in the folder. A strategy, a partition or a
+    cohort of one's own takes the place of the configured one, and is named in the summary.
+    A `task` of one's own is known by its name from
     then on, in this process; a package offers one under the entry point `fedlora.tasks`.
 
     BadInput lists what is wrong; Refused, Spent and QuorumLost end a run early, whose last adapter
@@ -75,10 +92,11 @@ def simulate(
         use_task(task)
         config = replace(config, model=replace(config.model, task=task.name))
     own = Own(strategy, partition, cohort)
+    config = with_records(checked(config), Path(folder), train, test)
     with threads(options.threads):
         run = begin(config, Path(folder), options, own, on_features)
 
-        def train() -> Progress:
+        def trained() -> Progress:
             if run.engine == "ray":
                 from fedlora.simulations.engines.ray import train_on_ray
 
@@ -90,4 +108,4 @@ def simulate(
             write_report(run.folder)
             return summary
 
-        return Result(run.folder, to_its_end(run.checkpoint, train, finished))
+        return Result(run.folder, to_its_end(run.checkpoint, trained, finished))

@@ -98,6 +98,25 @@ def write_sweep_report(folder: Path) -> Path:
     return _write(folder / "sweep.html", "sweep.html", values)
 
 
+def write_comparison(folder: Path) -> Path:
+    """Write `folder`/compare.html from compare.json."""
+    path = folder / "compare.json"
+    table = _parsed(path)
+    if not isinstance(table, dict) or not table.get("cells"):
+        raise BadInput(f"{path}: found no cells, expected one for each method and ε")
+    cells = {(cell["method"], cell["epsilon"]): cell for cell in table["cells"]}
+    values = {
+        "measure": table["measure"],
+        "trials": table["trials"],
+        "cells": cells,
+        "methods": list(dict.fromkeys(method for method, _ in cells)),
+        "epsilons": list(dict.fromkeys(epsilon for _, epsilon in cells)),
+        "show": numbers.percent if table["measure"] == "accuracy" else numbers.number,
+        "picture": plots.methods(table["cells"], table["measure"]),
+    }
+    return _write(folder / "compare.html", "compare.html", values)
+
+
 def _write(path: Path, template: str, values: Mapping[str, Any]) -> Path:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined

@@ -7,6 +7,7 @@ reader's.
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 INK, MUTED, LINE, ACCENT, SECOND = "#1b2430", "#55616d", "#dfe5e8", "#0f5c73", "#a3441c"
+COLORS = (ACCENT, SECOND, "#6b4c9a", "#2f7d4f", "#8a6d1c", "#55616d")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 SHADES = LinearSegmentedColormap.from_list("shades", ["#ffffff", "#9cc3cf", ACCENT, "#07303d"])
 NAMED = 45  # more rows or columns than this are drawn without their names
 SETTINGS: dict[Any, Any] = {
@@ -177,6 +180,41 @@ def scatter(points: Sequence[tuple[float, float]], ends: tuple[float, float]) ->
         axes.set_xlabel("true")
         axes.set_ylabel("answered")
         return _svg(figure, "scatter")
+
+
+def methods(cells: Sequence[Mapping[str, Any]], measure: str) -> Markup:
+    """A line for each method over the ε of its cells, no privacy last; bars are spreads."""
+    places = sorted({math.inf if cell["epsilon"] is None else cell["epsilon"] for cell in cells})
+    names = list(dict.fromkeys(cell["method"] for cell in cells))
+    with _figure(6.2, 3.6) as (figure, axes):
+        for number, name in enumerate(names):
+            mine = [cell for cell in cells if cell["method"] == name]
+            where = [
+                places.index(math.inf if cell["epsilon"] is None else cell["epsilon"])
+                for cell in mine
+            ]
+            axes.errorbar(
+                # beside one another, so that no bar hides another
+                [place + 0.06 * (number - (len(names) - 1) / 2) for place in where],
+                [cell["mean"] for cell in mine],
+                yerr=[cell["spread"] or 0.0 for cell in mine],
+                color=COLORS[number % len(COLORS)],
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=5,
+                linewidth=1.6,
+                capsize=3,
+                label=short(name),
+            )
+        shown = ["no privacy" if place == math.inf else f"{place:g}" for place in places]
+        axes.set_xticks(range(len(places)), labels=shown)
+        axes.grid(visible=True)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("ε")
+        axes.set_ylabel(measure)
+        percent = measure == "accuracy"
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent if percent else _plain))
+        axes.legend(frameon=False, loc="best")
+        return _svg(figure, f"methods-{measure}")
 
 
 def short(name: str, limit: int = 22) -> str:

@@ -1,0 +1,86 @@
+"""What a configuration and its records amount to, before a model is read or anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console, ConsoleOptions
+from rich.table import Table as Printed
+
+from fedlora.common.config.schema import Config, open_fields
+from fedlora.common.data.records import unit_groups
+from fedlora.common.model.base import check_base, resolve_base
+from fedlora.simulations.begin import check_delta, checked, dealt, sources_of
+from fedlora.simulations.chosen import decided_for, taken_as_public
+from fedlora.simulations.experiments.given import Table, with_records
+
+
+@dataclass(frozen=True)
+class Check:
+    """A configuration that a run can begin with. Printed, it is a few lines."""
+
+    config: Config  # with a value in every place
+    chosen: tuple[str, ...]  # fields that rules chose
+    records: int  # of the training part
+    units: int  # of privacy
+    validation: int  # public records
+    test: int
+    labels: tuple[str, ...]
+    institutions: tuple[int, ...]  # units of each
+    notes: tuple[str, ...]  # what its owner should know of the records; what counts as public
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Printed]:
+        sizes, printed = sorted(self.institutions), Printed(show_header=False, box=None)
+        printed.add_row("training", f"{self.records:,} records, {self.units:,} units of privacy")
+        spread = f"{sizes[0]:,} to {sizes[-1]:,} units" if sizes else "none"
+        printed.add_row("institutions", f"{len(sizes):,}, {spread} each")
+        printed.add_row("public", f"{self.validation:,} validation, {self.test:,} test records")
+        if self.labels:
+            shown = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
+            printed.add_row("labels", f"{len(self.labels):,}: {shown}")
+        for path in self.chosen:
+            section, field = path.split(".")
+            printed.add_row("chosen", f"{path} = {getattr(getattr(self.config, section), field)}")
+        for note in self.notes:
+            printed.add_row("note", note)
+        yield printed
+
+    def __str__(self) -> str:
+        console = Console(width=100, highlight=False, color_system=None)
+        with console.capture() as printed:
+            console.print(self)
+        return printed.get().rstrip()
+
+
+def check(config: Config, *, train: Table | None = None, test: Table | None = None) -> Check:
+    """Read the records, choose what is open, deal out: nothing is trained, loaded or charged.
+
+    `train` and `test` are records given instead of files. BadInput lists what is wrong with the
+    configuration, or names file, row and column of a record.
+    """
+    asked = checked(config)
+    with TemporaryDirectory() as folder:
+        given = with_records(asked, Path(folder), train, test)
+        sources = sources_of(given)
+    chosen, config = open_fields(asked), decided_for(given, sources)
+    check_base(resolve_base(config.model.base))
+    check_delta(config, sources.train)
+    units = unit_groups(sources.train.units, len(sources.train))
+    partition = dealt(config, sources.train, units)
+    notes = taken_as_public(config, chosen)
+    settings = replace(config.data, train=asked.data.train, test=asked.data.test)
+    spellings = (sources.train.spellings,) if sources.train.spellings else ()
+    return Check(
+        config=replace(config, data=settings),
+        chosen=chosen,
+        records=len(sources.train),
+        units=len(units),
+        validation=len(sources.public.validation),
+        test=len(sources.public.test),
+        labels=sources.public.task.labels,
+        institutions=tuple(partition.sizes.tolist()),
+        notes=spellings + notes,
+    )

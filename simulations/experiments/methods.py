@@ -1,0 +1,65 @@
+"""Ways to train that a researcher compares, each as what it changes in a configuration.
+
+head        a head alone, on features of the frozen base; no noise is spent on LoRA
+lora        LoRA and the head together, from the first round on
+head+lora   the head first, then LoRA below it
+ffa         the same with LoRA's A frozen (FFA-LoRA, Sun et al. 2024)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from fedlora.common.config.schema import Config
+from fedlora.common.config.toml import UNDECIDED, suggestion
+from fedlora.common.errors import BadInput
+from fedlora.server.runs.rules import HEAD_ROUNDS
+
+Method = Callable[[Config], Config]
+
+
+def method_named(name: str) -> Method:
+    """The method; BadInput where there is none of that name."""
+    if name not in METHODS:
+        raise BadInput(
+            f"method {name!r}: expected one of {', '.join(METHODS)}{suggestion(name, METHODS)}"
+        )
+    return METHODS[name]
+
+
+def _head(config: Config) -> Config:
+    rounds = config.federation.rounds
+    given = HEAD_ROUNDS if rounds == UNDECIDED else rounds
+    federation = replace(config.federation, rounds=given)
+    return _training(replace(config, federation=federation), head_rounds=given)
+
+
+def _lora(config: Config) -> Config:
+    return _training(config, head_rounds=0, moves="both")
+
+
+def _head_and_lora(config: Config) -> Config:
+    """As given where both have rounds, else as the rules divide them; prompts have no head."""
+    if config.model.task == "causal-lm" or config.model.pooling == "default":
+        return _lora(config)
+    both = 0 < config.training.head_rounds < config.federation.rounds
+    return config if both else _training(config, head_rounds=UNDECIDED)
+
+
+def _ffa(config: Config) -> Config:
+    config = _head_and_lora(config)
+    return replace(config, lora=replace(config.lora, variant="ffa"))
+
+
+def _training(config: Config, **fields: Any) -> Config:
+    return replace(config, training=replace(config.training, **fields))
+
+
+METHODS: dict[str, Method] = {
+    "head": _head,
+    "lora": _lora,
+    "head+lora": _head_and_lora,
+    "ffa": _ffa,
+}
