@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fedlora.simulations.experiments.checking import Check, check
     from fedlora.simulations.experiments.compare import Comparison, compare
     from fedlora.simulations.experiments.configuration import load_config
+    from fedlora.simulations.experiments.federated_trainer import FederatedTrainer
     from fedlora.simulations.experiments.planning import Plan, plan
     from fedlora.simulations.experiments.simulate import Result, simulate
     from fedlora.simulations.experiments.sweep import Sweep, sweep
@@ -54,6 +55,7 @@ FACE = {
     "Result": "simulations.experiments.simulate",
     "compare": "simulations.experiments.compare",
     "Comparison": "simulations.experiments.compare",
+    "FederatedTrainer": "simulations.experiments.federated_trainer",
     "sweep": "simulations.experiments.sweep",
     "Sweep": "simulations.experiments.sweep",
     "load_adapter": "common.adapter.peft",
@@ -79,6 +81,7 @@ __all__ = [
     "Cohort",
     "Comparison",
     "Config",
+    "FederatedTrainer",
     "LoadedAdapter",
     "Options",
     "Plan",

@@ -46,6 +46,7 @@ from fedlora.simulations.federation.partition import (
     partition_units,
 )
 from fedlora.simulations.federation.population import Federation
+from fedlora.simulations.federation.record_loss import RecordLoss, with_loss
 from fedlora.simulations.federation.run_folder import Paths, SimulatedRun
 from fedlora.simulations.federation.sources import Sources, read_sources
 
@@ -57,6 +58,10 @@ Features = Callable[[int, int], None]
 COHORT = (
     "The cohort is the researcher's own ({name}): ε covers what the trainers of the federation"
     " released, and nothing that came from elsewhere."
+)
+LOSS = (
+    "The loss is the researcher's own ({name}). On made-up scores no record had a part in the loss"
+    " of another."
 )
 
 
@@ -77,12 +82,14 @@ class Own:
     """Parts of the researcher's own, each instead of the configured one.
 
     A strategy sees nothing but means, so that it costs no privacy. A partition names the client of
-    each unit. A cohort asks whom it likes; ε covers what it gets from the federation's trainers.
+    each unit. A cohort asks whom it likes; ε covers what it gets from the federation's trainers. A
+    loss is of each record by itself, or refused.
     """
 
     strategy: Strategy | None = None
     partition: Owners | None = None
     cohort: Callable[[SimulatedRun], Cohort] | None = None
+    loss: RecordLoss | None = None
 
     @property
     def names(self) -> dict[str, str]:
@@ -94,7 +101,9 @@ class Own:
     @property
     def caveats(self) -> tuple[str, ...]:
         """Sentences that a privacy statement must end with."""
-        return (COHORT.format(name=self.names["cohort"]),) if self.cohort is not None else ()
+        said = {"cohort": COHORT, "loss": LOSS}
+        names = self.names
+        return tuple(text.format(name=names[part]) for part, text in said.items() if part in names)
 
     def strategies(self, manifest: RunManifest) -> tuple[Strategy, ...]:
         """One for each phase, or none."""
@@ -192,6 +201,8 @@ def federation_of(
     """
     privacy = config.privacy
     check_delta(config, sources.train)
+    task = sources.public.task if own.loss is None else with_loss(sources.public.task, own.loss)
+    sources = replace(sources, public=replace(sources.public, task=task))
     public = PublicSide.build(NetworkRecipe.of(config), sources.public, folder, machine)
     budget = Budget(f"population {privacy.population}", privacy.epsilon, privacy.delta)
 
@@ -275,8 +286,8 @@ def _resumed(
     before = kept.read_text(encoding="utf-8") if kept.exists() else _kept(NOTHING_OWN, federation)
     if before != _kept(own, federation):
         raise BadInput(
-            f"{kept}: found another strategy, partition or cohort of one's own than the run began"
-            " with, expected the same"
+            f"{kept}: found another strategy, partition, cohort or loss of one's own than the run"
+            " began with, expected the same"
         )
     return Checkpoint.open(paths.checkpoint, federation.model.spec), _same_ledger(paths)
 
@@ -306,10 +317,10 @@ def _check_options(config: Config, options: Options, own: Own) -> None:
         raise BadInput(
             "--engine ray: [faults] are made up by the sequential engine only, expected none"
         )
-    if options.engine == "ray" and (own.partition or own.cohort) is not None:
+    if options.engine == "ray" and (own.partition or own.cohort or own.loss) is not None:
         raise BadInput(
             "--engine ray: its actors know the configuration alone, expected the sequential engine"
-            " for a partition or a cohort of one's own"
+            " for a partition, a cohort or a loss of one's own"
         )
 
 

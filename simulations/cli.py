@@ -16,6 +16,7 @@ from rich.table import Table
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.terminal import printable, run_to_end
+from fedlora.simulations.cli_finished import app as finished
 from fedlora.simulations.federation.packaged import packaged_config
 
 if TYPE_CHECKING:  # torch is loaded by the commands that need it
@@ -27,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(finished)
 console = Console(highlight=False)
 ConfigFile = Annotated[
     Path, typer.Argument(help="A TOML file, or the name of a packaged configuration (ag_news).")
@@ -190,19 +192,6 @@ def report(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) -> N
 
 
 @app.command()
-def watch(
-    folder: Annotated[Path, typer.Argument(help="A run's folder.")],
-    port: Annotated[int, typer.Option(help="On loopback; 0: any that is free.")] = 0,
-) -> None:
-    """A live page of a run for this machine's browser: progress, ε, institutions, failures."""
-    from fedlora.server.watch.live import Watching
-
-    with Watching(folder, port) as page:
-        console.print(f"page    {page.url}")
-        page.serve_forever()
-
-
-@app.command()
 def predict(
     folder: Annotated[Path, typer.Argument(help="A run's folder, or its adapter folder.")],
     file: Annotated[Path, typer.Argument(help="One text to a line.")],
@@ -216,22 +205,6 @@ def predict(
     loaded = load_adapter(adapter, base)
     for text, answer in zip(inputs, loaded.predict(inputs), strict=True):
         sys.stdout.write(json.dumps({"text": text, "answer": answer}, ensure_ascii=False) + "\n")
-
-
-@app.command()
-def merge(
-    folder: Annotated[Path, typer.Argument(help="A run's folder, or its adapter folder.")],
-    out: Annotated[Path, typer.Option("--out", help="A new folder.")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    base: Annotated[str, typer.Option(help="Where the base model lies, if elsewhere.")] = "",
-) -> None:
-    """The released adapter added to its base: a whole model that loads without PEFT."""
-    from fedlora.common.adapter.merged import write_merged
-    from fedlora.common.adapter.peft import load_adapter
-
-    adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
-    write_merged(load_adapter(adapter, base), adapter, out, dtype)
-    console.print(f"model   {out}")
 
 
 def main() -> None:

@@ -57,6 +57,8 @@ ROOMS = {
             "engines",
             "experiments",
             "examples",
+            "serving",
+            "cli_finished",
             "cli",
             "local",
         ),

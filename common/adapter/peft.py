@@ -128,12 +128,15 @@ class LoadedAdapter:
             with torch.no_grad():
                 yield rows, batch, self.model.logits(batch)
 
-    def complete(self, prompt: Any, tokens: int = 64) -> str:
-        """A language model's greedy answer to a text, or to a conversation's messages."""
+    def complete(self, prompt: Any, tokens: int = 64, temperature: float = 0.0) -> str:
+        """A language model's answer to a text, or to a conversation's messages.
+
+        `temperature` 0: the likeliest words, else drawn ones.
+        """
         tokenizer, room = self.model.tokenizer, self.description.max_length
         reads = source_tokens if self.model.task.reads == TRANSLATION else prompt_tokens
         given = reads(tokenizer, prompt, room)
-        answer = self.model.continued(given or [self.model.pad], tokens)
+        answer = self.model.continued(given or [self.model.pad], tokens, temperature)
         return str(tokenizer.decode(answer, skip_special_tokens=True))
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -96,6 +97,20 @@ def read_released(folder: Path) -> tuple[Description, AdapterState]:
     check_peft_config(folder, description)
     read_projection(folder, description)
     return description, read_state(folder, read_spec(folder), description)
+
+
+def copy_released(folder: Path, target: Path) -> None:
+    """Copy an adapter's files, once each was held against its description, into a new folder.
+
+    BadInput where one is not as described, or `target` holds files.
+    """
+    read_released(folder)
+    if target.exists() and any(target.iterdir()):
+        raise BadInput(f"{target}: found files, expected a new folder")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
 
 
 def read_state(folder: Path, spec: AdapterSpec, description: Description) -> AdapterState:

@@ -139,8 +139,8 @@ class AdapterModel:
             return task.measure_of(words.losses(batch, task.counted(batch)), batch)
 
     @torch.no_grad()
-    def continued(self, ids: Sequence[int], tokens: int) -> list[int]:
-        """The likeliest words of a language model after `ids`, one after the other."""
+    def continued(self, ids: Sequence[int], tokens: int, temperature: float = 0.0) -> list[int]:
+        """Words of a language model after `ids`: the likeliest, or drawn at a temperature."""
         backbone: Any = self.network.backbone
         given = torch.tensor([list(ids)], device=self.device)
         with self.autocast():
@@ -148,7 +148,8 @@ class AdapterModel:
                 input_ids=given,
                 attention_mask=torch.ones_like(given),
                 max_new_tokens=tokens,
-                do_sample=False,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
                 pad_token_id=self.pad,
             )
         # a translator writes its own text, from the word that each begins with

@@ -24,6 +24,7 @@ from fedlora.simulations.begin import DEFAULTS, Features, Options, Own, begin, c
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.experiments.given import Table, with_records
 from fedlora.simulations.federation.partition import Owners
+from fedlora.simulations.federation.record_loss import RecordLoss
 from fedlora.simulations.federation.run_folder import SimulatedRun, finish
 from fedlora.simulations.report.pages import write_report
 
@@ -75,15 +76,19 @@ def simulate(
     partition: Owners | None = None,
     cohort: Callable[[SimulatedRun], Cohort] | None = None,
     task: TaskKind | None = None,
+    loss: RecordLoss | None = None,
 ) -> Result:
     """Train a federation, score its adapter, and leave everything in `folder`.
 
     `on_round` is told each committed round's number and figures, `on_features` how far a head
     phase's features are. `train` and `test` are records given instead of files: lists of rows,
     columns by name, frames, datasets; they are kept in the folder. A strategy, a partition or a
-    cohort of one's own takes the place of the configured one, and is named in the summary.
-    A `task` of one's own is known by its name from
-    then on, in this process; a package offers one under the entry point `fedlora.tasks`.
+    cohort of one's own takes the place of the configured one, and is named in the summary; a `loss`
+    gives each record its own, (n, classes) scores to (n,), and is refused where records have a part
+    in one another's.
+
+    A `task` of one's own is known by its name from then on, in this process; a package offers one
+    under the entry point `fedlora.tasks`.
 
     BadInput lists what is wrong; Refused, Spent and QuorumLost end a run early, whose last adapter
     lies in the folder all the same.
@@ -91,7 +96,7 @@ def simulate(
     if task is not None:
         use_task(task)
         config = replace(config, model=replace(config.model, task=task.name))
-    own = Own(strategy, partition, cohort)
+    own = Own(strategy, partition, cohort, loss)
     config = with_records(checked(config), Path(folder), train, test)
     with threads(options.threads):
         run = begin(config, Path(folder), options, own, on_features)

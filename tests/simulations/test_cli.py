@@ -98,7 +98,7 @@ def test_ctrl_c_prints_the_command_that_resumes(
 def test_help_is_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(monkeypatch, capsys, "--help")
     assert code == 0
-    for command in ("quickstart", "plan", "run", "sweep", "report", "predict"):
+    for command in ("quickstart", "plan", "run", "sweep", "report", "predict", "serve"):
         assert command in out
 
 
@@ -139,3 +139,15 @@ def test_a_file_of_ones_own_needs_no_configuration(
     assert code == 0, error
     code, _, error = call(monkeypatch, capsys, "merge", str(out), "--out", str(tmp_path / "model"))
     assert code == 0 and (tmp_path / "model" / "model.safetensors").is_file(), error
+    for more, name in (((), "adapter_model.safetensors"), (("--merge",), "model.safetensors")):
+        target = tmp_path / name
+        words = ["export", str(out), "--out", str(target), *more]
+        code, _, error = call(monkeypatch, capsys, *words)
+        assert code == 0 and (target / name).is_file(), error
+        assert call(monkeypatch, capsys, *words)[0] == 2  # nothing is overwritten
+    weights = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    (out / "adapter" / "adapter_model.safetensors").write_bytes(weights[:-1] + b"\x01")
+    code, _, error = call(
+        monkeypatch, capsys, "export", str(out), "--out", str(tmp_path / "damaged")
+    )
+    assert code == 2 and not (tmp_path / "damaged").exists(), error

@@ -128,7 +128,7 @@ def test_a_strategy_of_ones_own_is_named_and_kept(
     assert own.summary["own"] == {"strategy": "Halved"}
     assert own.summary["adapter_digest"] != plain.summary["adapter_digest"]
     for folder, strategy in ((own.folder, None), (plain.folder, Halved())):
-        with pytest.raises(BadInput, match="another strategy, partition or cohort"):
+        with pytest.raises(BadInput, match="another strategy, partition, cohort or loss"):
             simulate(settings, folder, cpu(resume=True), strategy=strategy)
     again = simulate(settings, own.folder, cpu(resume=True), strategy=Halved())
     assert again.summary["adapter_digest"] == own.summary["adapter_digest"]
@@ -155,7 +155,7 @@ def test_a_partition_of_ones_own_splits_no_unit_and_stays(
 
     shifted.__name__ = "thirds"
     for other in (shifted, None):
-        with pytest.raises(BadInput, match="another strategy, partition or cohort"):
+        with pytest.raises(BadInput, match="another strategy, partition, cohort or loss"):
             simulate(settings, tmp_path / "run", cpu(resume=True), partition=other)
 
 

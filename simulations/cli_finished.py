@@ -1,0 +1,91 @@
+"""`fedlora-sim`'s commands for a run that goes on or has ended: watch, merge, export, serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer()
+console = Console(highlight=False)
+Folder = Annotated[Path, typer.Argument(help="A run's folder, or its adapter folder.")]
+Base = Annotated[str, typer.Option(help="Where the base model lies, if elsewhere.")]
+Out = Annotated[Path, typer.Option("--out", help="A new folder.")]
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="A run's folder.")],
+    port: Annotated[int, typer.Option(help="On loopback; 0: any that is free.")] = 0,
+) -> None:
+    """A live page of a run for this machine's browser: progress, ε, institutions, failures."""
+    from fedlora.server.watch.live import Watching
+
+    with Watching(folder, port) as page:
+        console.print(f"page    {page.url}")
+        page.serve_forever()
+
+
+@app.command()
+def merge(
+    folder: Folder,
+    out: Out,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    base: Base = "",
+) -> None:
+    """The released adapter added to its base: a whole model that loads without PEFT."""
+    from fedlora.common.adapter.merged import write_merged
+    from fedlora.common.adapter.peft import load_adapter
+
+    adapter = _adapter(folder)
+    write_merged(load_adapter(adapter, base), adapter, out, dtype)
+    console.print(f"model   {out}")
+
+
+@app.command()
+def export(
+    folder: Folder,
+    out: Out,
+    merged: Annotated[
+        bool, typer.Option("--merge", help="Base and adapter as one model, as `merge` does.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of --merge: float32, bfloat16, …")] = "bfloat16",
+    base: Base = "",
+) -> None:
+    """The released adapter for PEFT, checked and copied; with --merge a whole model."""
+    from fedlora.common.adapter.released import copy_released
+
+    if merged:
+        merge(folder, out, dtype, base)
+    else:
+        copy_released(_adapter(folder), out)
+        console.print(f"adapter {out}")
+
+
+@app.command()
+def serve(
+    folder: Folder,
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
+    host: Annotated[str, typer.Option(help="An address of this machine.")] = "127.0.0.1",
+    anywhere: Annotated[
+        bool, typer.Option("--anywhere", help="Also where --host can be reached from outside.")
+    ] = False,
+    base: Base = "",
+) -> None:
+    """A local HTTP endpoint for trying a model: OpenAI's paths for prompts, /predict for the rest.
+
+    It knows no users and no TLS.
+    """
+    from fedlora.common.adapter.peft import load_adapter
+    from fedlora.simulations.serving.model_server import Serving
+
+    adapter = _adapter(folder)
+    with Serving(load_adapter(adapter, base), folder.resolve().name, port, host, anywhere) as at:
+        console.print(f"answers {at.url}")
+        at.serve_forever()
+
+
+def _adapter(folder: Path) -> Path:
+    return folder / "adapter" if (folder / "adapter").is_dir() else folder

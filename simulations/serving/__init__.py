@@ -1,0 +1,1 @@
+"""A released adapter behind a local HTTP endpoint, for trying it."""

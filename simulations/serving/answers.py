@@ -1,0 +1,125 @@
+"""What is asked of a model, as tables of the kind that OpenAI's clients send, and its answers.
+
+Prompts are put to the model as it was trained on them, without a chat template: the texts of a
+conversation, a blank line between two. Fields that change how a language model draws its words and
+are not known here are left aside, as such clients send many; what would change the form of the
+answer is refused.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedlora.common.adapter.peft import LoadedAdapter
+from fedlora.common.codec.strict import json_table
+from fedlora.common.data.encoding import word_tokens
+from fedlora.common.errors import BadInput
+
+MOST_TOKENS, DEFAULT_TOKENS = 1024, 128
+MOST_INPUTS = 256
+MOST_STOPS = 4
+Table = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and how its answer is to be drawn. `temperature` 0: the likeliest words."""
+
+    prompt: str
+    tokens: int
+    temperature: float
+    stop: tuple[str, ...]
+
+
+def chat(loaded: LoadedAdapter, model: str, body: bytes) -> dict[str, Any]:
+    """The answer to `messages`, as `/v1/chat/completions` gives it; BadInput: what is wrong."""
+    table = json_table(body, "body")
+    messages = table.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadInput("messages: expected a list of at least one message")
+    prompt = "\n\n".join(_content(message, n) for n, message in enumerate(messages))
+    text, frame = _completed(loaded, model, _asked(table, prompt))
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    return {**frame, "object": "chat.completion", "choices": [choice]}
+
+
+def completion(loaded: LoadedAdapter, model: str, body: bytes) -> dict[str, Any]:
+    """The answer to `prompt`, as `/v1/completions` gives it; BadInput says what is wrong."""
+    table = json_table(body, "body")
+    prompt = table.get("prompt")
+    if not isinstance(prompt, str) or not prompt:
+        raise BadInput("prompt: expected a text")
+    text, frame = _completed(loaded, model, _asked(table, prompt))
+    choice = {"index": 0, "text": text, "finish_reason": "stop"}
+    return {**frame, "object": "text_completion", "choices": [choice]}
+
+
+def predictions(loaded: LoadedAdapter, model: str, body: bytes) -> dict[str, Any]:
+    """An answer to each of `inputs`, which are what the model's task reads; BadInput as above."""
+    inputs = json_table(body, "body").get("inputs")
+    inputs = [inputs] if isinstance(inputs, str) else inputs
+    if not isinstance(inputs, list) or not 0 < len(inputs) <= MOST_INPUTS:
+        raise BadInput(f"inputs: expected a text, or a list of 1 to {MOST_INPUTS}")
+    if not all(isinstance(each, str) and each for each in inputs):
+        raise BadInput("inputs: expected a text in each place")
+    return {"model": model, "predictions": loaded.predict(inputs)}
+
+
+def _content(message: object, number: int) -> str:
+    """The text of a message: its content, or the texts of its parts."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(content):
+            return "\n".join(texts)
+    if not isinstance(content, str):
+        raise BadInput(f"messages {number}: expected a content that is text")
+    return content
+
+
+def _asked(table: Table, prompt: str) -> Asked:
+    if table.get("stream"):
+        raise BadInput("stream: found true, expected false: an answer comes whole")
+    if table.get("n", 1) != 1:
+        raise BadInput("n: expected 1")
+    tokens = table.get("max_completion_tokens", table.get("max_tokens", DEFAULT_TOKENS))
+    stop = table.get("stop") or ()
+    stop = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stop, Sequence) or len(stop) > MOST_STOPS or not all(map(_is_text, stop)):
+        raise BadInput(f"stop: expected a text, or at most {MOST_STOPS}")
+    return Asked(
+        prompt,
+        int(_number(tokens, "max_tokens", 1, MOST_TOKENS)),
+        _number(table.get("temperature", 0.0), "temperature", 0.0, 2.0),
+        tuple(stop),
+    )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _number(value: object, name: str, low: float, high: float) -> float:
+    right = isinstance(value, int | float) and not isinstance(value, bool)
+    if not right or not low <= value <= high:  # type: ignore[operator]
+        raise BadInput(f"{name}: expected a number from {low:g} to {high:g}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _completed(loaded: LoadedAdapter, model: str, asked: Asked) -> tuple[str, dict[str, Any]]:
+    """The model's words up to the first `stop`, and what every answer says beside them."""
+    if loaded.description.labels:
+        raise BadInput(f"task: found {loaded.description.task}, whose answers /predict gives")
+    text = loaded.complete(asked.prompt, asked.tokens, asked.temperature)
+    for stop in asked.stop:
+        text = text.partition(stop)[0]
+    given, said = (len(ids) for ids in word_tokens(loaded.model.tokenizer, [asked.prompt, text]))
+    used = {"prompt_tokens": given, "completion_tokens": said, "total_tokens": given + said}
+    named = {"id": f"fedlora-{secrets.token_hex(8)}", "created": int(time.time())}
+    return text, {**named, "model": model, "usage": used}
