@@ -10,7 +10,7 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo federation test lint types chaos models mutants installs bench wheel clean help
+.PHONY: demo federation test lint types chaos models mutants installs bench notebooks wheel clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -45,6 +45,11 @@ bench: $(VENV)/dev  ## the benchmarks whose figures docs/ quotes
 	$(BIN)/python simulations/benchmarks/secure_aggregation.py --json runs/bench/secure_aggregation.json
 	$(BIN)/python simulations/benchmarks/federation.py --json runs/bench/federation.json
 
+notebooks: $(VENV)/notebooks  ## execute the notebooks; runs/notebooks has them with what they print
+	mkdir -p runs/notebooks
+	for each in researcher institution_and_coordinator; do \
+	  $(BIN)/jupyter-execute --output=../../runs/notebooks/$$each.ipynb simulations/examples/$$each.ipynb || exit 1; done
+
 wheel: $(VENV)/dev  ## build the wheel, install it into an empty environment, import and run it
 	$(BIN)/python -m pytest tests/test_wheel.py
 
@@ -62,4 +67,8 @@ $(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/dev: $(VENV)/demo
 	$(BIN)/pip install -q -c constraints.txt -e ".[sim,demo,dev]"
+	touch $@
+
+$(VENV)/notebooks: $(VENV)/demo
+	$(BIN)/pip install -q -c constraints.txt -e ".[sim,demo,notebooks]"
 	touch $@

@@ -261,6 +261,15 @@ class ServerConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """[tracking]: which trackers are told each round's public figures, beside metrics.jsonl."""
+
+    tensorboard: bool = field(default=False, metadata={"tuning": True})  # in the run's folder
+    mlflow: str = field(default="", metadata={"rule": OPTIONAL, "tuning": True})  # folder or server
+    wandb: bool = field(default=False, metadata={"tuning": True})  # offline, in the run's folder
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole of a run's configuration; sections as in the TOML file."""
 
@@ -274,6 +283,7 @@ class Config:
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 def is_expression(target: str) -> bool:

@@ -30,10 +30,12 @@ from fedlora.server.deployment.cohorts import cohort_of
 from fedlora.server.deployment.institutions import Carrier
 from fedlora.server.deployment.participants import Participants
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
+from fedlora.server.runs.metrics import nobody
 from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning, read_public
 from fedlora.server.runs.rules import PublicFacts, decided
 from fedlora.server.runs.run import Run, conclude, conduct, rules_of, strategies_of, to_its_end
 from fedlora.server.runs.schedule import make_manifest
+from fedlora.server.runs.tracking import check_trackers, tracked
 from fedlora.server.strategies.gathered import gathering
 
 
@@ -45,6 +47,7 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
     """
     config = load_config(folder / "config.toml")
     _check_folder(folder, config)
+    check_trackers(config.tracking)
     run = _begun(folder, config, coordinator)
     signed = Signed.by(coordinator.identity, MANIFEST_TAG, run.manifest.to_bytes())
     write_atomically(folder / "manifest.signed", signed.to_bytes())
@@ -58,8 +61,11 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
         more = {"institutions": sorted(reserved), "ended": ended}
         return conclude(run, progress, reserved, lambda: more)
 
-    cohort = cohort_of(who, run.gather)
-    return to_its_end(run.checkpoint, lambda: conduct(run, cohort, ready=who.ready), finish)
+    def trained() -> Progress:
+        with tracked(config.tracking, folder, nobody) as told:
+            return conduct(run, cohort_of(who, run.gather), told, who.ready)
+
+    return to_its_end(run.checkpoint, trained, finish)
 
 
 def _check_folder(folder: Path, config: Config) -> None:

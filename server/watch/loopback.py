@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -74,7 +74,7 @@ class LoopbackHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The library's own, of a request that was read."""
-        self._answer(lambda path: self.get(path))
+        self._answer(self.get)
 
     def do_POST(self) -> None:
         """The library's own, of a request whose body was not read yet."""
@@ -97,7 +97,7 @@ class LoopbackHandler(BaseHTTPRequestHandler):
         """A table as JSON."""
         self.send("application/json", json.dumps(table).encode(), status)
 
-    def _answer(self, work: Any) -> None:
+    def _answer(self, work: Callable[[str], None]) -> None:
         try:
             self._check_origin()
             work(urlsplit(self.path).path)

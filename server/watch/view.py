@@ -23,6 +23,8 @@ SERIES = ("accuracy", "perplexity", "loss", "epsilon", "seconds")
 POINTS = 1000  # of a curve; more are thinned out
 LISTED = 200  # institutions, lost attempts
 QUIET = 3.0  # times as long as a round took at most: then a run that says nothing has stopped
+# of a line, to be shown at all
+NEEDED = {"round", "asked", "replies", "seconds", "elapsed_seconds", "examples_per_second"}
 Table = Mapping[str, Any]
 
 
@@ -67,9 +69,6 @@ def rounds_of(folder: Path) -> list[dict[str, Any]]:
     """The committed rounds so far; a last line without an end is half written."""
     found = (line.table for line in lines_of(folder / METRICS) if line.ended)
     return [line for line in found if line is not None and line.keys() >= NEEDED]
-
-
-NEEDED = {"round", "asked", "replies", "seconds", "elapsed_seconds", "examples_per_second"}
 
 
 def _state(folder: Path, found: Standing, lines: Sequence[Table]) -> str:

@@ -19,6 +19,7 @@ from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.rounds.cohort import Cohort
 from fedlora.server.runs.metrics import METRICS, Observe, nobody
 from fedlora.server.runs.run import conduct, to_its_end
+from fedlora.server.runs.tracking import check_trackers, tracked
 from fedlora.server.strategies.strategy import Strategy
 from fedlora.simulations.begin import DEFAULTS, Features, Options, Own, begin, checked
 from fedlora.simulations.engines.sequential import sequential
@@ -98,15 +99,17 @@ def simulate(
         config = replace(config, model=replace(config.model, task=task.name))
     own = Own(strategy, partition, cohort, loss)
     config = with_records(checked(config), Path(folder), train, test)
+    check_trackers(config.tracking)
     with threads(options.threads):
         run = begin(config, Path(folder), options, own, on_features)
 
         def trained() -> Progress:
-            if run.engine == "ray":
-                from fedlora.simulations.engines.ray import train_on_ray
+            with tracked(config.tracking, run.folder, on_round) as told:
+                if run.engine == "ray":
+                    from fedlora.simulations.engines.ray import train_on_ray
 
-                return train_on_ray(run, on_round)
-            return conduct(run, (cohort or sequential)(run), on_round)
+                    return train_on_ray(run, told)
+                return conduct(run, (cohort or sequential)(run), told)
 
         def finished(reached: Progress, ended: str) -> dict[str, Any]:
             summary = finish(run, reached, ended)

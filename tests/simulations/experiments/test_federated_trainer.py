@@ -44,6 +44,7 @@ def rows(count: int) -> list[dict[str, str]]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory'")  # what Trainer asks of a machine without a GPU
 def test_the_script_states_what_the_command_line_states(
     tiny_bert: Path,
     tmp_path: Path,
