@@ -61,10 +61,19 @@ def _tensorboard(folder: Path, settings: TrackingConfig) -> Iterator[Tell]:
 @contextmanager
 def _mlflow(folder: Path, settings: TrackingConfig) -> Iterator[Tell]:
     mlflow = library("mlflow", EXTRA)
-    mlflow.set_tracking_uri(settings.mlflow)
+    mlflow.set_tracking_uri(_store(settings.mlflow))
     mlflow.set_experiment("fedlora")
     with mlflow.start_run(run_name=folder.resolve().name):
         yield lambda number, figures: mlflow.log_metrics(figures, step=number)
+
+
+def _store(place: str) -> str:
+    """A server as it is named; of a folder the database in it, which MLflow wants for one."""
+    if ":" in place:
+        return place
+    folder = Path(place).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'mlflow.db'}"
 
 
 @contextmanager

@@ -331,6 +331,7 @@ def test_the_contract_of_design() -> None:
         "aggregation",
         "server",
         "faults",
+        "tracking",
     ]
     assert (config.seed, config.model.base, config.model.max_length) == (7, "minilm", 64)
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16.0, ("auto",))
@@ -388,6 +389,9 @@ def test_performance_knobs_are_told_apart() -> None:
         "training.checkpointing",
         "training.precision",
         "training.attention",
+        "tracking.tensorboard",
+        "tracking.mlflow",
+        "tracking.wandb",
     }
 
 

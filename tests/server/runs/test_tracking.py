@@ -15,7 +15,7 @@ from fedlora.common.errors import BadInput
 from fedlora.server.runs.metrics import WATCHED
 from fedlora.server.runs.tracking import check_trackers, tracked
 
-ALL = TrackingConfig(tensorboard=True, mlflow="file:runs/mlflow", wandb=True)
+ALL = TrackingConfig(tensorboard=True, mlflow="http://127.0.0.1:5000", wandb=True)
 FIGURES = {"accuracy": 0.5, "epsilon": None, "rounds": 3}
 
 
@@ -78,8 +78,15 @@ def test_each_tracker_is_told_the_figures_of_a_round(heard: list[Any], tmp_path:
     assert seen == [2] and {*known} <= {*WATCHED, "rounds"}
     assert ("accuracy", 0.5, 2) in heard
     assert ("mlflow", 2, known) in heard and ("wandb", 2, known) in heard
-    assert "file:runs/mlflow" in heard and "offline" in heard
+    assert "http://127.0.0.1:5000" in heard and "offline" in heard
     assert {"closed", "mlflow ends", "finished"} <= {each for each in heard if type(each) is str}
+
+
+def test_a_folder_of_mlflow_is_a_database_in_it(heard: list[Any], tmp_path: Path) -> None:
+    place = tmp_path / "ml"
+    with tracked(TrackingConfig(mlflow=str(place)), tmp_path, lambda number, figures: None):
+        pass
+    assert heard[0] == f"sqlite:///{place / 'mlflow.db'}" and place.is_dir()
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow", "wandb"])
