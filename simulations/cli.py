@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.figures import shown_epsilon
-from fedlora.common.terminal import printable, run_to_end
+from fedlora.common.terminal import run_to_end
 from fedlora.simulations.cli_finished import app as finished
 from fedlora.simulations.federation.packaged import packaged_config
 
@@ -99,7 +99,7 @@ def quickstart(
 
 @app.command()
 def check(config: ConfigFile, set_: Overrides = None) -> None:
-    """Read configuration and records, choose what is open, deal out; nothing is trained."""
+    """What was understood of configuration and data, and what rules chose; nothing is spent."""
     from fedlora.simulations import check as checked
 
     console.print(checked(_load(config, set_)))
@@ -112,15 +112,6 @@ def plan(config: ConfigFile, set_: Overrides = None, threads: Threads = 0) -> No
     from fedlora.simulations import plan as planned
 
     console.print(planned(_load(config, set_), Options(threads=threads)))
-
-
-@app.command()
-def check(config: ConfigFile, set_: Overrides = None) -> None:
-    """What was understood of the data: rows, units, labels, lengths, samples; nothing is spent."""
-    from fedlora.simulations.experiments.data_check import check_data
-
-    for line in check_data(_load(config, set_)):
-        console.print(printable(line), markup=False, soft_wrap=True)
 
 
 @app.command()

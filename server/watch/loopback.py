@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import logging
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,8 @@ from urllib.parse import urlsplit
 
 from fedlora.common.errors import BadInput
 from fedlora.common.terminal import one_line
+
+log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 MOST_BODY = 1 << 20  # bytes
@@ -107,6 +110,10 @@ class LoopbackHandler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.BAD_REQUEST, error.faults[0])
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
             self.close_connection = True  # whoever asked has gone
+        except Exception as error:
+            log.exception("a request ended unexpectedly")
+            said = f"found a fault of this program ({type(error).__name__})"
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, said)
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
         self.close_connection = True  # a body may not have been read

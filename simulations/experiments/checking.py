@@ -1,4 +1,4 @@
-"""What a configuration and its records amount to, before a model is read or anything is spent."""
+"""What was understood of a configuration and its records, before anything is loaded or spent."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console, ConsoleOptions
 from rich.table import Table as Printed
+from rich.text import Text
 
 from fedlora.common.config.schema import Config, open_fields
 from fedlora.common.data.records import unit_groups
 from fedlora.common.model.base import check_base, resolve_base
+from fedlora.common.model.tokenizer import load_tokenizer
+from fedlora.common.tasks.overview import overview
+from fedlora.common.terminal import printable
 from fedlora.simulations.begin import check_delta, checked, dealt, sources_of
 from fedlora.simulations.chosen import decided_for, taken_as_public
 from fedlora.simulations.experiments.given import Table, with_records
+from fedlora.simulations.federation.sources import Sources, one_sided
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,11 @@ class Check:
     labels: tuple[str, ...]
     institutions: tuple[int, ...]  # units of each
     notes: tuple[str, ...]  # what its owner should know of the records; what counts as public
+    overview: tuple[str, ...]  # of each part as a run would read it, samples too: for its owner
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Printed]:
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[Printed | Text]:
         sizes, printed = sorted(self.institutions), Printed(show_header=False, box=None)
         printed.add_row("training", f"{self.records:,} records, {self.units:,} units of privacy")
         spread = f"{sizes[0]:,} to {sizes[-1]:,} units" if sizes else "none"
@@ -40,13 +48,15 @@ class Check:
         printed.add_row("public", f"{self.validation:,} validation, {self.test:,} test records")
         if self.labels:
             shown = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
-            printed.add_row("labels", f"{len(self.labels):,}: {shown}")
+            printed.add_row("labels", Text(printable(f"{len(self.labels):,}: {shown}")))
         for path in self.chosen:
             section, field = path.split(".")
             printed.add_row("chosen", f"{path} = {getattr(getattr(self.config, section), field)}")
         for note in self.notes:
-            printed.add_row("note", note)
+            printed.add_row("note", Text(printable(note)))
         yield printed
+        for line in self.overview:
+            yield Text(printable(line))
 
     def __str__(self) -> str:
         console = Console(width=100, highlight=False, color_system=None)
@@ -56,7 +66,7 @@ class Check:
 
 
 def check(config: Config, *, train: Table | None = None, test: Table | None = None) -> Check:
-    """Read the records, choose what is open, deal out: nothing is trained, loaded or charged.
+    """Read the records, choose what is open, deal out: no weight is loaded, nothing charged.
 
     `train` and `test` are records given instead of files. BadInput lists what is wrong with the
     configuration, or names file, row and column of a record.
@@ -66,7 +76,8 @@ def check(config: Config, *, train: Table | None = None, test: Table | None = No
         given = with_records(asked, Path(folder), train, test)
         sources = sources_of(given)
     chosen, config = open_fields(asked), decided_for(given, sources)
-    check_base(resolve_base(config.model.base))
+    base = resolve_base(config.model.base)
+    check_base(base)
     check_delta(config, sources.train)
     units = unit_groups(sources.train.units, len(sources.train))
     partition = dealt(config, sources.train, units)
@@ -82,5 +93,21 @@ def check(config: Config, *, train: Table | None = None, test: Table | None = No
         test=len(sources.public.test),
         labels=sources.public.task.labels,
         institutions=tuple(partition.sizes.tolist()),
-        notes=spellings + notes,
+        notes=(*spellings, *_one_sided(sources), *notes),
+        overview=tuple(_overview(sources, base, config.model.max_length)),
     )
+
+
+def _overview(sources: Sources, base: Path, longest: int) -> Iterator[str]:
+    """Lines on the training, validation and test records, tokenised for the base."""
+    tokenizer, task = load_tokenizer(base), sources.public.task
+    parts = (sources.train, sources.public.validation, sources.public.test)
+    for name, records in zip(("train", "validation", "test"), parts, strict=True):
+        encoded = task.encode(records, tokenizer, longest)
+        yield f"{name}: {records.where}, {len(records)} records"
+        for line in overview(records, encoded, task.labels, longest):
+            yield f"  {line}"
+
+
+def _one_sided(sources: Sources) -> list[str]:
+    return one_sided(sources.train, sources.public.test, sources.public.task.labels)

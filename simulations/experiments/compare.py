@@ -26,10 +26,9 @@ from fedlora.simulations.experiments.given import Table, with_records
 from fedlora.simulations.experiments.methods import method_named
 from fedlora.simulations.experiments.simulate import simulate
 from fedlora.simulations.experiments.trials import Run, Summary, run_trials
+from fedlora.simulations.report.answers import headline
 from fedlora.simulations.report.pages import write_comparison
 
-# the first that a task has is compared
-MEASURES = ("accuracy", "entity_f1", "micro_f1", "spearman", "perplexity", "loss")
 TABLE = "compare.json"
 
 
@@ -115,7 +114,7 @@ def compare(
         on_trial(name, summary)
         trials = [_line(place, found) for place in places if place.folder in found]
         write_text(folder / TABLE, json.dumps(_table(trials), indent=2) + "\n")
-    measure, cells = _measure(trials), _cells(trials)
+    measure, cells = headline(trials[0]), _cells(trials)
     return Comparison(measure, cells, tuple(trials), write_comparison(folder))
 
 
@@ -141,19 +140,15 @@ def _line(place: _Place, found: Mapping[str, Summary]) -> dict[str, Any]:
 
 def _table(trials: Sequence[Summary]) -> dict[str, Any]:
     return {
-        "measure": _measure(trials),
+        "measure": headline(trials[0]),
         "cells": [asdict(cell) for cell in _cells(trials)],
         "trials": list(trials),
     }
 
 
-def _measure(trials: Sequence[Summary]) -> str:
-    return next((name for name in MEASURES if trials[0].get(name) is not None), MEASURES[-1])
-
-
 def _cells(trials: Sequence[Summary]) -> tuple[Cell, ...]:
     """A cell for each method and ε that has a trial, in their order."""
-    name = _measure(trials)
+    name = headline(trials[0])
     groups: dict[tuple[str, float | None], list[Summary]] = {}
     for trial in trials:
         groups.setdefault((trial["method"], trial["asked"]), []).append(trial)

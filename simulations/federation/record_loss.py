@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from fedlora.common.errors import BadInput
 from fedlora.common.tasks.batch import Batch
 from fedlora.common.tasks.task import Task
-from fedlora.common.errors import BadInput
 
 # (n, classes) scores and a batch's tensors by the names that transformers has for them, `labels`,
 # `input_ids` and `attention_mask`, to (n,) losses. A head phase, whose features are cached, has
@@ -51,7 +51,7 @@ def with_loss(task: Task, loss: RecordLoss) -> Task:
     if task.name != "sequence-classification":
         raise BadInput(f"loss: found task {task.name}, expected sequence-classification")
     check_loss(loss, len(task.labels))
-    return WithLoss(task, loss)
+    return WithLoss(task, loss)  # type: ignore[return-value]  # what it has not, its task has
 
 
 def check_loss(loss: RecordLoss, classes: int) -> None:
@@ -150,4 +150,8 @@ def _changed(
 def _inputs(batch: Batch) -> dict[str, torch.Tensor]:
     if batch.ids.ndim == 1:  # a head on cached features: no words are there
         return {"labels": batch.targets}
-    return {"input_ids": batch.ids, "attention_mask": batch.mask, "labels": batch.targets}
+    return {
+        "input_ids": batch.ids,
+        "attention_mask": batch.mask.clamp(max=1),
+        "labels": batch.targets,
+    }

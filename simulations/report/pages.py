@@ -107,12 +107,13 @@ def write_comparison(folder: Path) -> Path:
     cells = {(cell["method"], cell["epsilon"]): cell for cell in table["cells"]}
     values = {
         "measure": table["measure"],
+        "title": answers.HEADLINES[table["measure"]][0],
         "trials": table["trials"],
         "cells": cells,
         "methods": list(dict.fromkeys(method for method, _ in cells)),
         "epsilons": list(dict.fromkeys(epsilon for _, epsilon in cells)),
-        "show": numbers.percent if table["measure"] == "accuracy" else numbers.number,
-        "picture": plots.methods(table["cells"], table["measure"]),
+        "show": answers.shown_as(table["measure"]),
+        "picture": plots.methods(table["cells"], *answers.HEADLINES[table["measure"]]),
     }
     return _write(folder / "compare.html", "compare.html", values)
 

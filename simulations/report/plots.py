@@ -182,7 +182,7 @@ def scatter(points: Sequence[tuple[float, float]], ends: tuple[float, float]) ->
         return _svg(figure, "scatter")
 
 
-def methods(cells: Sequence[Mapping[str, Any]], measure: str) -> Markup:
+def methods(cells: Sequence[Mapping[str, Any]], measure: str, percent: bool) -> Markup:
     """A line for each method over the ε of its cells, no privacy last; bars are spreads."""
     places = sorted({math.inf if cell["epsilon"] is None else cell["epsilon"] for cell in cells})
     names = list(dict.fromkeys(cell["method"] for cell in cells))
@@ -211,7 +211,6 @@ def methods(cells: Sequence[Mapping[str, Any]], measure: str) -> Markup:
         axes.set_axisbelow(True)
         axes.set_xlabel("ε")
         axes.set_ylabel(measure)
-        percent = measure == "accuracy"
         axes.yaxis.set_major_formatter(FuncFormatter(_percent if percent else _plain))
         axes.legend(frameon=False, loc="best")
         return _svg(figure, f"methods-{measure}")

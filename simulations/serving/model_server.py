@@ -12,7 +12,7 @@ from typing import Any
 
 from fedlora.common.adapter.peft import LoadedAdapter
 from fedlora.server.watch.loopback import LOOPBACK, LoopbackHandler, LoopbackServer
-from fedlora.simulations.serving.answers import chat, completion, predictions
+from fedlora.simulations.serving.questions import chat, completion, predictions
 
 ANSWERS: dict[str, Callable[[LoadedAdapter, str, bytes], dict[str, Any]]] = {
     "/v1/chat/completions": chat,

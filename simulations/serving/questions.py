@@ -1,9 +1,9 @@
 """What is asked of a model, as tables of the kind that OpenAI's clients send, and its answers.
 
-Prompts are put to the model as it was trained on them, without a chat template: the texts of a
-conversation, a blank line between two. Fields that change how a language model draws its words and
-are not known here are left aside, as such clients send many; what would change the form of the
-answer is refused.
+A conversation is put to a base with a chat template in that template's form, to others as its
+texts, a blank line between two; a prompt as it is. Fields that change how a language model draws
+its words and are not known here are left aside, as such clients send many; what would change the
+form of the answer is refused.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fedlora.common.adapter.peft import LoadedAdapter
 from fedlora.common.codec.strict import json_table
 from fedlora.common.data.encoding import word_tokens
 from fedlora.common.errors import BadInput
+from fedlora.common.tasks.task import LANGUAGE, TRANSLATION
 
 MOST_TOKENS, DEFAULT_TOKENS = 1024, 128
 MOST_INPUTS = 256
@@ -29,7 +30,7 @@ Table = Mapping[str, Any]
 class Asked:
     """A prompt, and how its answer is to be drawn. `temperature` 0: the likeliest words."""
 
-    prompt: str
+    prompt: str | list[dict[str, str]]  # or a conversation's messages
     tokens: int
     temperature: float
     stop: tuple[str, ...]
@@ -41,7 +42,13 @@ def chat(loaded: LoadedAdapter, model: str, body: bytes) -> dict[str, Any]:
     messages = table.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadInput("messages: expected a list of at least one message")
-    prompt = "\n\n".join(_content(message, n) for n, message in enumerate(messages))
+    texts = [_content(message, n) for n, message in enumerate(messages)]
+    if loaded.model.tokenizer.chat_template:
+        roles = [str(message.get("role", "user")) for message in messages]
+        pairs = zip(roles, texts, strict=True)
+        prompt: Any = [{"role": role, "content": text} for role, text in pairs]
+    else:
+        prompt = "\n\n".join(texts)
     text, frame = _completed(loaded, model, _asked(table, prompt))
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
@@ -65,8 +72,8 @@ def predictions(loaded: LoadedAdapter, model: str, body: bytes) -> dict[str, Any
     inputs = [inputs] if isinstance(inputs, str) else inputs
     if not isinstance(inputs, list) or not 0 < len(inputs) <= MOST_INPUTS:
         raise BadInput(f"inputs: expected a text, or a list of 1 to {MOST_INPUTS}")
-    if not all(isinstance(each, str) and each for each in inputs):
-        raise BadInput("inputs: expected a text in each place")
+    if not all(map(_is_input, inputs)):
+        raise BadInput("inputs: expected a text in each place, or a list of texts")
     return {"model": model, "predictions": loaded.predict(inputs)}
 
 
@@ -83,7 +90,7 @@ def _content(message: object, number: int) -> str:
     return content
 
 
-def _asked(table: Table, prompt: str) -> Asked:
+def _asked(table: Table, prompt: Any) -> Asked:
     if table.get("stream"):
         raise BadInput("stream: found true, expected false: an answer comes whole")
     if table.get("n", 1) != 1:
@@ -105,6 +112,13 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and value != ""
 
 
+def _is_input(value: object) -> bool:
+    """A text, or the two of a pair, or words."""
+    return _is_text(value) or (
+        isinstance(value, list) and bool(value) and all(map(_is_text, value))
+    )
+
+
 def _number(value: object, name: str, low: float, high: float) -> float:
     right = isinstance(value, int | float) and not isinstance(value, bool)
     if not right or not low <= value <= high:  # type: ignore[operator]
@@ -114,12 +128,14 @@ def _number(value: object, name: str, low: float, high: float) -> float:
 
 def _completed(loaded: LoadedAdapter, model: str, asked: Asked) -> tuple[str, dict[str, Any]]:
     """The model's words up to the first `stop`, and what every answer says beside them."""
-    if loaded.description.labels:
+    if loaded.model.task.reads not in (LANGUAGE, TRANSLATION):
         raise BadInput(f"task: found {loaded.description.task}, whose answers /predict gives")
     text = loaded.complete(asked.prompt, asked.tokens, asked.temperature)
     for stop in asked.stop:
         text = text.partition(stop)[0]
-    given, said = (len(ids) for ids in word_tokens(loaded.model.tokenizer, [asked.prompt, text]))
+    prompt = asked.prompt
+    read = prompt if isinstance(prompt, str) else "\n\n".join(each["content"] for each in prompt)
+    given, said = (len(ids) for ids in word_tokens(loaded.model.tokenizer, [read, text]))
     used = {"prompt_tokens": given, "completion_tokens": said, "total_tokens": given + said}
     named = {"id": f"fedlora-{secrets.token_hex(8)}", "created": int(time.time())}
     return text, {**named, "model": model, "usage": used}
