@@ -46,7 +46,7 @@ from fedlora.simulations.federation.partition import (
     partition_units,
 )
 from fedlora.simulations.federation.population import Federation
-from fedlora.simulations.federation.record_loss import RecordLoss, with_loss
+from fedlora.simulations.federation.record_loss import OWN_LOSS, RecordLoss, with_loss
 from fedlora.simulations.federation.run_folder import Paths, SimulatedRun
 from fedlora.simulations.federation.sources import Sources, read_sources
 
@@ -58,10 +58,6 @@ Features = Callable[[int, int], None]
 COHORT = (
     "The cohort is the researcher's own ({name}): ε covers what the trainers of the federation"
     " released, and nothing that came from elsewhere."
-)
-LOSS = (
-    "The loss is the researcher's own ({name}). On made-up scores no record had a part in the loss"
-    " of another."
 )
 
 
@@ -101,7 +97,7 @@ class Own:
     @property
     def caveats(self) -> tuple[str, ...]:
         """Sentences that a privacy statement must end with."""
-        said = {"cohort": COHORT, "loss": LOSS}
+        said = {"cohort": COHORT, "loss": OWN_LOSS}
         names = self.names
         return tuple(text.format(name=names[part]) for part, text in said.items() if part in names)
 

@@ -24,6 +24,10 @@ from fedlora.common.tasks.task import Task
 # `labels` alone.
 RecordLoss = Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
 
+OWN_LOSS = (
+    "The loss is the researcher's own ({name}). On made-up scores no record had a part in the loss"
+    " of another."
+)
 RECORDS, WORDS = 8, 6  # of a made-up batch
 SIZES = (0.1, 1.0, 10.0)  # of made-up scores: what chooses records by their loss shows at some size
 TRIALS = 4  # batches of each size
