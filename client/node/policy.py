@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedlora.common.config.schema import DIGEST, LAYER, NAME, OPTIONAL
-from fedlora.common.config.task_names import BUILT_IN, LABELLED, LANGUAGES, TaskName
+from fedlora.common.config.task_names import BUILT_IN, LABELLED, LANGUAGES, TaskName, scale_labels
 from fedlora.common.config.toml import (
     UNDECIDED,
     Bounds,
@@ -82,7 +82,7 @@ class DataPolicy:
     @property
     def label_set(self) -> tuple[str, ...]:
         """As a manifest has it."""
-        return self.labels or tuple(map(repr, self.scale))
+        return self.labels or scale_labels(self.scale)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -17,6 +18,11 @@ LANGUAGES = ("causal-lm", "seq2seq")  # answered by the base's own scores of wor
 BUILT_IN = (*LABELLED, "regression", *LANGUAGES)
 GROUP = "fedlora.tasks"
 _added: set[str] = set()
+
+
+def scale_labels(scale: Sequence[float]) -> tuple[str, ...]:
+    """The two ends of a scale as a label set, in one spelling: 0 and 0.0 are the same."""
+    return tuple(repr(float(end)) for end in scale)
 
 
 @cache

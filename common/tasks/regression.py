@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from fedlora.common.config.task_names import scale_labels
 from fedlora.common.data.records import Columns, Records
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.batch import Batch, Targets, Totals
@@ -54,8 +55,9 @@ class Regression(TextTask):
                 "[data] scale = []: expected the least and the greatest number, since task ="
                 ' "regression"'
             )
-        scale_of(tuple(map(repr, named.scale)))
-        return tuple(map(repr, named.scale))
+        ends = scale_labels(named.scale)
+        scale_of(ends)
+        return ends
 
     def targets_of(self, records: Records) -> Targets:
         """(n,) float32: each number, moved to -1..1; BadInput for one beyond the scale."""

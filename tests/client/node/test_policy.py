@@ -362,3 +362,35 @@ def test_verdicts_alone_never_let_a_forbidden_manifest_in(run: RunManifest) -> N
             guarantee_of(run).charge().epsilon <= min(2.0, run.epsilon * (1 + 1e-6))
             and 0 < run.delta <= 1e-4
         )
+
+
+PAIRS = """
+[data.pairs]
+path = "pairs.csv"
+budget = "people"
+task = "regression"
+text = ["a", "b"]
+label = "score"
+scale = [0, 5]
+"""
+
+
+def test_a_scale_is_a_regressions_label_set() -> None:
+    policy = parse_policy(TEXT + PAIRS)
+    assert policy.data["pairs"].text == ("a", "b")
+    assert policy.data_for("regression", ("0.0", "5.0"), "") == "pairs"
+    assert policy.data_for("regression", ("0.0", "4.0"), "") == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ("scale = [0, 5]", "", r"\[data.pairs\] scale: expected its public ends"),
+        ('"regression"', '"multi-label"', r"\[data.pairs\] labels: expected the public label set"),
+        ('["a", "b"]', '["a", "b", "c"]', "text: expected one column, or the two of a pair"),
+        ('"regression"', '"regresion"', 'did you mean "regression"'),
+    ],
+)
+def test_a_task_asks_for_what_it_needs(old: str, new: str, match: str) -> None:
+    with pytest.raises(BadInput, match=match):
+        parse_policy(TEXT + PAIRS.replace(old, new))
