@@ -26,7 +26,7 @@ from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.experiments.given import Table, with_records
 from fedlora.simulations.federation.partition import Owners
 from fedlora.simulations.federation.record_loss import RecordLoss
-from fedlora.simulations.federation.run_folder import SimulatedRun, finish
+from fedlora.simulations.federation.run_folder import SimulatedRun, alone_in, finish
 from fedlora.simulations.report.pages import write_report
 
 
@@ -100,7 +100,7 @@ def simulate(
     own = Own(strategy, partition, cohort, loss)
     config = with_records(checked(config), Path(folder), train, test)
     check_trackers(config.tracking)
-    with threads(options.threads):
+    with threads(options.threads), alone_in(Path(folder)):
         run = begin(config, Path(folder), options, own, on_features)
 
         def trained() -> Progress:

@@ -6,6 +6,7 @@ Everything that a later reader needs lies in the run's folder; the report reads 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ import numpy as np
 
 from fedlora.client.training.moments import MomentStore
 from fedlora.common.config.schema import FaultsConfig
+from fedlora.common.disk.locks import exclusive
+from fedlora.common.errors import BadInput
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.tasks.task import LANGUAGE, TRANSLATION
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.runs.run import Run, conclude
 from fedlora.server.runs.samples import samples
 from fedlora.simulations.federation.population import Federation, client_name
+
+RUNNING = "running.lock"  # in a run's folder
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,13 @@ class SimulatedRun(Run):
     def moments(self) -> MomentStore:
         """The clients' optimisers between rounds."""
         return MomentStore(self.folder / "clients")
+
+
+def alone_in(folder: Path) -> AbstractContextManager[None]:
+    """The folder for one run at a time; BadInput where another process writes into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = f"{folder}: found a run that is being written there, expected one at a time"
+    return exclusive(folder / RUNNING, BadInput(found), 0)
 
 
 def finish(

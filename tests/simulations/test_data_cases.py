@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.simulations import cli
+from fedlora.simulations.federation.run_folder import alone_in
 
 WORDS = ("it was good", "it was bad")
 CONFIG = """
@@ -114,6 +115,15 @@ def test_check_shows_what_was_understood(case: Case) -> None:
         assert line in out.splitlines()
     code, out, _ = case.says("check", str(case.config), "--set", "model.max_length=5")
     assert code == 0 and "cut to fit: the text of 32" in out
+
+
+def test_two_runs_do_not_write_into_one_folder(case: Case) -> None:
+    for name in ("train.csv", "test.csv"):
+        case.write(name, "yes", "no")
+    with alone_in(case.folder / "run"):
+        code, _, told = case.says("run", str(case.config), "--out", str(case.folder / "run"))
+    assert code == 2 and "found a run that is being written there, expected one at a time" in told
+    assert [path.name for path in (case.folder / "run").iterdir()] == ["running.lock"]
 
 
 def test_one_answer_to_each_line(case: Case) -> None:

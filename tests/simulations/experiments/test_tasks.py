@@ -19,6 +19,13 @@ average_last = 0.0
 """
 
 
+SECTIONS = {
+    "sequence-classification": "errors",
+    "multi-label": "labels",
+    "token-classification": "labels",
+}
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["fedlora-sim", *words])
     with pytest.raises(SystemExit) as ended:
@@ -46,10 +53,12 @@ def test_a_federation_of_each_task(
     summary: dict[str, Any] = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["task"] == made.task and math.isfinite(summary[made.metric])
     assert 7.9 < summary["epsilon"] <= 8.0  # calibrated to it, whatever the loss
-    assert made.metric.replace("_", " ") in (tmp_path / "run" / "report.html").read_text().lower()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert made.metric.replace("_", " ") in page.lower()
+    assert f'id="{SECTIONS.get(made.task, "answers")}"' in page
     if made.metric == "perplexity":
         assert len(summary["samples"]) == 5 and all(each["expected"] for each in summary["samples"])
-        assert "Answers to public prompts" in (tmp_path / "run" / "report.html").read_text()
+        assert "Answers to public prompts" in page
     capsys.readouterr()
     run(monkeypatch, "predict", folder, str(tmp_path / "lines.txt"))
     (answer,) = capsys.readouterr().out.splitlines()
