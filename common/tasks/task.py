@@ -128,7 +128,5 @@ def refuse_empty(lengths: Sequence[int], records: Records) -> None:
 
 def as_inputs(inputs: Sequence[Any], parts: Mapping[str, Any] | None = None) -> Records:
     """Texts to be answered, as records."""
-    return Records(
-        [str(each) for each in inputs], None, None, None, {}, "texts", unanswered=True,
-        parts=parts or {},
-    )  # fmt: skip
+    texts = [str(each) for each in inputs]
+    return Records(texts, None, None, None, {}, "texts", unanswered=True, parts=parts or {})

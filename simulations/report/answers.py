@@ -32,12 +32,9 @@ TITLES: dict[str, Callable[[int], str]] = {
 def title(summary: Summary) -> str:
     """What was trained."""
     labels = len(summary.get("labels") or ())
-    of_task = TITLES.get(str(summary.get("task")))
-    if of_task is not None and (labels or summary.get("task") == "regression"):
-        return of_task(labels)
-    return f"A classifier for {numbers.counted(labels, 'class', 'classes')}" if labels else (
-        "A language model"
-    )  # fmt: skip
+    if not labels:
+        return "A language model"
+    return TITLES.get(str(summary.get("task")), TITLES["sequence-classification"])(labels)
 
 
 def headline(found: Summary) -> str:
