@@ -14,8 +14,9 @@ from fedlora.common.trust.identity import Identity
 from fedlora.common.trust.rotation import rotation_to_text
 from fedlora.server.coordinator.folder import Directory
 from fedlora.server.deployment.process import OUTCOME, _only_process
-from fedlora.server.deployment.status import show
+from fedlora.server.deployment.status import show, watched
 from fedlora.server.rounds.checkpoint import Checkpoint
+from fedlora.server.watch.live import Watching
 from tests.server.enrolments import request
 from tests.server.releases import SPEC, finished_run
 
@@ -120,3 +121,18 @@ def test_a_reason_that_is_no_text_is_shown_as_far_as_it_is(
 def test_a_run_that_has_not_begun_is_shown_too(directory: Directory, said: Said) -> None:
     directory.new_run()
     assert said()[0] == "bank-intents, run 2: not begun"
+
+
+def test_a_live_page_says_of_members_what_status_says(directory: Directory) -> None:
+    folder = directory.runs()[0]
+    with Watching(folder, more=lambda: watched(directory, folder)) as page:
+        found = json.loads(page.state())
+    assert found["name"] == "bank-intents, run 1" and found["state"].startswith("stopped; ")
+    of = {each["name"]: each for each in found["institutions"]}
+    assert (of["north"]["failed"], of["south"]["failed"], of["south"]["last"]) == (
+        0,
+        1,
+        "1: no answer",
+    )
+    assert of["west"]["last"] == "declines: budget [people]: would be passed"
+    assert float(of["north"]["stated"]) > 0 and of["west"]["stated"] == ""
