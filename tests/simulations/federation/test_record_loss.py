@@ -75,6 +75,11 @@ def by_words(scores: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     return entropy(scores, inputs) * (1 + first.mean() / 1000)
 
 
+def by_outlier(scores: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """A record far out doubles the losses of all: only another record's change shows it."""
+    return entropy(scores, inputs) * (1 + (scores.detach().amax() > 45))
+
+
 @pytest.mark.parametrize("loss", [entropy, smoothed, focal, by_length], ids=lambda f: f.__name__)
 def test_a_loss_of_each_record_is_taken(loss: Loss) -> None:
     check_loss(loss, 3)
@@ -82,7 +87,16 @@ def test_a_loss_of_each_record_is_taken(loss: Loss) -> None:
 
 @pytest.mark.parametrize(
     "loss",
-    [mean_subtracted, class_weighted, hardest_half, contrast, by_batch, by_gradient, by_words],
+    [
+        mean_subtracted,
+        class_weighted,
+        hardest_half,
+        contrast,
+        by_batch,
+        by_gradient,
+        by_words,
+        by_outlier,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_a_loss_that_couples_records_is_refused(loss: Loss) -> None:
