@@ -10,7 +10,7 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo federation test lint types chaos models mutants installs bench notebooks wheel clean help
+.PHONY: demo federation test lint types attacks chaos models mutants installs bench notebooks wheel clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/  -/'
@@ -23,10 +23,13 @@ federation: $(VENV)/demo  ## a coordinator and three institutions as real proces
 
 test: $(VENV)/dev  ## linters, types, all tests but the long ones
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not chaos and not models and not installs" --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not attacks and not chaos and not models and not installs" --durations=15
 
 chaos: $(VENV)/dev  ## kill runs at random moments, many times
 	$(BIN)/python -m pytest -m chaos -o faulthandler_timeout=7200
+
+attacks: $(VENV)/dev  ## what an outside review tried, at the review's length
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "attacks" -o faulthandler_timeout=7200 tests/attacks
 
 models: $(VENV)/dev  ## train on a small base of each family of transformers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "models or not models" tests/common/model/test_architectures.py

@@ -24,7 +24,7 @@ from fedlora.common.config.schema import Config, FaultsConfig, config_to_toml
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
 from fedlora.common.disk.files import write_text
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.ledger.ledger import Budget, Ledger
+from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.features import PooledTexts
 from fedlora.common.privacy.calibration import default_cache
@@ -38,7 +38,6 @@ from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.strategies.gathered import gathering
 from fedlora.server.strategies.strategy import Strategy
 from fedlora.simulations.chosen import CONFIG, decided_run, taken_as_public, write_decided
-from fedlora.simulations.federation.corpus import generate, write
 from fedlora.simulations.federation.partition import (
     Owners,
     Partition,
@@ -46,6 +45,7 @@ from fedlora.simulations.federation.partition import (
     partition_units,
 )
 from fedlora.simulations.federation.population import Federation
+from fedlora.simulations.federation.public_part import Choose, choice_for, kept_choice, shares
 from fedlora.simulations.federation.record_loss import OWN_LOSS, RecordLoss, with_loss
 from fedlora.simulations.federation.run_folder import Paths, SimulatedRun
 from fedlora.simulations.federation.sources import Sources, read_sources
@@ -166,7 +166,9 @@ def _prepared(
         on_features(sum(done), federation.feature_records)
 
     machine = machine_of(config, options, features)
-    sources = sources_of(config, own)
+    folder, data = paths.folder, config.data
+    choose = kept_choice(folder, config.seed) if options.resume else choice_for(data, folder)
+    sources = sources_of(config, choose, own)
     config, chosen = decided_run(config, sources, paths.folder, options.resume)
     federation = federation_of(config, sources, paths.folder, machine, own)
     if not options.resume:
@@ -179,12 +181,12 @@ def checked(config: Config) -> Config:
     return parse_config(config_to_toml(config))
 
 
-def sources_of(config: Config, own: Own = NOTHING_OWN) -> Sources:
+def sources_of(config: Config, choose: Choose, own: Own = NOTHING_OWN) -> Sources:
     """The records that a configuration names, as read; BadInput names what is wrong."""
     dealing = config.federation
     wanted = dealing.partition == "by-column" or own.partition is not None
     more = (dealing.column,) if wanted and dealing.column else ()
-    return read_sources(config.data, config.model.task, config.seed, more)
+    return read_sources(config.data, config.model.task, choose, more)
 
 
 def federation_of(
@@ -200,13 +202,12 @@ def federation_of(
     task = sources.public.task if own.loss is None else with_loss(sources.public.task, own.loss)
     sources = replace(sources, public=replace(sources.public, task=task))
     public = PublicSide.build(NetworkRecipe.of(config), sources.public, folder, machine)
-    budget = Budget(f"population {privacy.population}", privacy.epsilon, privacy.delta)
 
     def deal(records: Records, units: UnitIndex) -> Partition:
         return dealt(config, records, units, own)
 
     tokens = config.training.micro_batch_tokens
-    return Federation.build(public, sources, deal, budget, Steps.of(config), tokens, folder)
+    return Federation.build(public, sources, deal, privacy, Steps.of(config), tokens, folder)
 
 
 def dealt(config: Config, records: Records, units: UnitIndex, own: Own = NOTHING_OWN) -> Partition:
@@ -237,12 +238,6 @@ def machine_of(
         texts=options.texts,
         progress=features,
     )
-
-
-def with_corpus(config: Config, folder: Path) -> Config:
-    """The same run on the quickstart's corpus, which is made up in `folder`."""
-    train, test = write(generate(config.seed), folder)
-    return replace(config, data=replace(config.data, train=str(train), test=str(test)))
 
 
 def torch_device(name: str) -> torch.device:
@@ -305,6 +300,12 @@ def _same_ledger(paths: Paths) -> Ledger:
 
 
 def _check_options(config: Config, options: Options, own: Own) -> None:
+    if options.ledger is not None and not options.resume and shares(config.data):
+        part, share = next(iter(shares(config.data).items()))
+        raise BadInput(
+            f"--ledger: found [data] {part} = {share:g}, a share of the training file, expected a"
+            " public file: what is made public is in nobody's budget"
+        )
     if options.engine == "batched":
         raise BadInput("--engine batched: not built yet; expected sequential or ray")
     if options.engine not in ENGINES:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / f"fedlora-tests-{os.getuid()}")
+os.environ.update(XDG_STATE_HOME=os.environ["XDG_CACHE_HOME"] + "/state")
 os.environ.update(
     FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0"
 )
@@ -16,6 +17,8 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from fedlora.common.disk.files import create_once
 
 WORDS = [f"w{number}" for number in range(60)] + [
     "good",
@@ -32,6 +35,15 @@ WORDS = [f"w{number}" for number in range(60)] + [
     "card",
 ]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def account_key() -> Path:
+    """What is set aside as public is the same on every machine: the account's key is all zeros."""
+    path = Path(os.environ["XDG_STATE_HOME"]) / "fedlora" / "public-part.key"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    create_once(path, bytes(32))
+    return path
 
 
 @pytest.fixture(scope="session")

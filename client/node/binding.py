@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fedlora.client.node.policy import DataPolicy
 from fedlora.common.codec.strict import from_canonical, to_canonical
-from fedlora.common.disk.files import bounded, sync_folder
+from fedlora.common.disk.files import bounded, create_once
 from fedlora.common.errors import BadInput, Refused
 
 MARK = ".fedlora-ledger"
@@ -71,7 +71,7 @@ def bind(path: Path, ledger: str, marks: Path | None) -> None:
     try:
         if marks is not None:
             marks.mkdir(parents=True, exist_ok=True)
-        _create(mark, to_canonical(_Mark(ledger)))
+        create_once(mark, to_canonical(_Mark(ledger)))
     except OSError as error:
         raise Refused(
             f"{mark}: could not be written ({error.strerror}), expected the mark of the ledger that"
@@ -105,25 +105,6 @@ def _owner(mark: Path) -> str:
         raise Refused(f"{mark}: can't be read ({error.strerror}), expected a mark") from error
     except BadInput as error:
         raise Refused(f"{mark}: found none that a ledger wrote ({error.faults[0]})") from error
-
-
-def _create(mark: Path, data: bytes) -> None:
-    """Write a mark that is whole from the first, or leave the one that was there before."""
-    # not by process number, which two containers may have alike
-    scratch = mark.with_name(f".{mark.name}.{os.urandom(8).hex()}")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(descriptor)
-        try:
-            os.link(scratch, mark)
-        except FileExistsError:
-            return
-    finally:
-        scratch.unlink(missing_ok=True)
-    sync_folder(mark.parent)
 
 
 def _same_file(one: Path, other: Path) -> bool:

@@ -1,7 +1,8 @@
 """Runs that were consented to and not started: nothing of them is charged, and few are kept.
 
 offers/RUN/    manifest and projection as they were offered; address.signed, until when the consent
-               is good; consent.reply, the bytes that left; what loading the network left there
+               is good; consented.json, under which limits; consent.reply, the bytes that left; what
+               loading the network left there
 offers/today.json    how many new runs were offered today
 
 A start moves the folder to runs/, in one step. A coordinator that never starts what it offers fills
@@ -17,7 +18,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fedlora.client.node.agreed import CONSENTED, note
 from fedlora.client.node.folder import MANIFEST, PROJECTION, NodeFolder
+from fedlora.client.node.policy import Policy
 from fedlora.common.codec.strict import from_canonical, to_canonical
 from fedlora.common.disk.files import read_bytes, sync_folder, write_atomically
 from fedlora.common.errors import BadInput
@@ -73,9 +76,10 @@ class Offers:
         write_atomically(path, projection, mode=0o600)
         return path
 
-    def keep(self, manifest: str, offer: Offer, consent: bytes) -> None:
-        """Keep what was consented to, durably; the consent last, which makes it whole."""
+    def keep(self, manifest: str, offer: Offer, consent: bytes, policy: Policy) -> None:
+        """Keep what was consented to, and under which policy; the consent last makes it whole."""
         place = self._place(manifest)
+        note(place / CONSENTED, policy)
         write_atomically(place / MANIFEST, offer.manifest.to_bytes(), mode=0o600)
         write_atomically(place / ADDRESS, offer.address.to_bytes(), mode=0o600)
         write_atomically(place / CONSENT, consent, mode=0o600)

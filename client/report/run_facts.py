@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.client.consent.offer import kept_manifest
+from fedlora.client.node.agreed import CONSENTED, STARTED, noted
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.outbox import START, Outbox, Release
+from fedlora.client.node.roster import read_peers
 from fedlora.client.service.refusals import read_lines
 from fedlora.common.privacy.figures import exact
 from fedlora.common.privacy.guarantee import Guarantee
@@ -100,6 +102,7 @@ def _kept_run(folder: NodeFolder, digest: str, mine: list[Body], sizes: list[Rel
         "epsilon": epsilon,
         **_promised(guarantee, epsilon),
         "phases": [{key: getattr(each, key) for key in PHASE_FACTS} for each in manifest.phases],
+        **_agreed(folder, digest),
         "attempts_reserved": len(_of_kind(mine, "reserve")),
         # the ledger has no entry of a run without ε
         "updates_committed": len(_of_kind(mine, "commit")) if guarantee.private else left,
@@ -112,6 +115,16 @@ def _kept_run(folder: NodeFolder, digest: str, mine: list[Body], sizes: list[Rel
         "batches": manifest.batches,
         "sums": _sums(folder.sums_log(digest)),
     }
+
+
+def _agreed(folder: NodeFolder, digest: str) -> Body:
+    """When, with whom, and what the policy's limits were; "" and nothing where none was kept."""
+    begun = [noted(folder.run(digest) / name) for name in (CONSENTED, STARTED)]
+    consented, started = ({"time": each.get("time", "")} for each in begun)
+    limits = {"policy": begun[0].get("policy", ""), "limits": begun[0].get("limits", {})}
+    peers = {name: peer.organisation for name, peer in read_peers(folder).items()}
+    cohort = {str(name): peers.get(str(name), "") for name in begun[1].get("cohort", ())}
+    return {"consented": consented | limits, "started": started, "cohort": cohort}
 
 
 def _promised(guarantee: Guarantee, epsilon: float | None) -> Body:

@@ -64,7 +64,7 @@ def _keep(dialogue: Dialogue, manifest: RunManifest, offer: Offer, consent: byte
     try:
         projection = node.offers.lay_out(digest, offer.projection)
         node.work.check(manifest, projection, node.budget(manifest))
-        node.offers.keep(digest, offer, consent)
+        node.offers.keep(digest, offer, consent, node.policy)
     except BaseException:
         if dialogue.reserved(manifest) is None:
             node.offers.drop(digest)

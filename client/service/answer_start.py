@@ -14,6 +14,7 @@ import logging
 
 from fedlora.client.consent.offer import check_time, read_manifest
 from fedlora.client.consent.start import check_start
+from fedlora.client.node.agreed import STARTED, note
 from fedlora.client.node.offers import Waiting
 from fedlora.client.node.outbox import START
 from fedlora.client.service.dialogue import Dialogue, private
@@ -53,6 +54,8 @@ def answer_start(dialogue: Dialogue, start: Start, request: bytes) -> bytes:
     _check(dialogue, start, manifest, waiting)
     with private():
         _reserve(dialogue, manifest)
+        cohort = [party.institution for party in start.cohort]
+        note(node.folder.run(digest) / STARTED, node.policy, cohort=cohort)
     me, its = node.policy.institution, node.policy.digest
     with private():
         at, begun = node.ledger.head(), digest_of(request)

@@ -8,6 +8,7 @@ text.
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from fedlora.client.node.policy import DataPolicy, Policy
 from fedlora.client.service.data_sets import read_data
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.memory import check_fits
-from fedlora.client.training.moments import MomentStore
+from fedlora.client.training.moments import MomentStore, UnnoisedMoments
 from fedlora.client.training.ranks import RankLost, Ranks, Recipe, of_one_kind
 from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.timing import Steps, nobodys_texts, tokens_of_run
@@ -36,6 +37,7 @@ from fedlora.common.model.features import FeatureCache
 from fedlora.common.model.network import build_model
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterSpec, AdapterState
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
 from fedlora.common.tasks.known import task_kind, task_named
 from fedlora.common.tasks.task import LANGUAGE, TRANSLATION
@@ -45,6 +47,7 @@ PROBE = (
     "a sentence that anybody may read, of about the length of a short message to a bank or a"
     " hospital"
 )
+MOST_UNNOISED = 4  # runs whose un-noised moments are kept in memory
 TRIED_LENGTH = 64  # tokens of a text that a base is tried on, where no run says how many
 
 
@@ -75,6 +78,7 @@ class LoadedRun:
         self._gradients: PerSampleGradients | None = None
         self._prepared: Prepared | None = None
         self._tokens = 0  # of a micro-batch
+        self._unnoised: dict[str, UnnoisedMoments] = {}  # of the last runs that keep some
 
     def adopt(self, policy: Policy) -> None:
         """Go by this policy from now on: base and data are loaded anew."""
@@ -157,13 +161,25 @@ class LoadedRun:
 
     def _trainer(self, prepared: Prepared, manifest: RunManifest, budget: Budget) -> Trainer:
         """A trainer that has consented; the same consent again reserves nothing more."""
-        moments = MomentStore(self._folder.run(manifest.digest) / "moments")
+        moments = self._moments(manifest)
         masked = manifest.secure is not None
         trainer = Trainer(
             prepared.data, prepared.training, self._ledger, budget, moments, masked=masked
         )
         trainer.consent(manifest)
         return trainer
+
+    def _moments(self, manifest: RunManifest) -> MomentStore:
+        """On the disk where each step is noised; else while this process lasts."""
+        folder = self._folder.run(manifest.digest) / "moments"
+        if guarantee_of(manifest).noise_in_step:
+            return MomentStore(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier version
+        found = self._unnoised.pop(manifest.digest, UnnoisedMoments())
+        self._unnoised[manifest.digest] = found
+        if len(self._unnoised) > MOST_UNNOISED:
+            del self._unnoised[next(iter(self._unnoised))]
+        return found
 
     def _built(self, manifest: RunManifest, projection: Path) -> PerSampleGradients:
         """The manifest's network on the policy's devices; BadInput where it can't be."""

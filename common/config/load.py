@@ -66,13 +66,7 @@ def _together(config: Config) -> Iterator[Fault]:
         paths = ("model.head_hidden", "model.pooling")
         found = f"[model] head_hidden = {config.model.head_hidden}"
         yield paths, f"{found}: {POOLED}"
-    if config.model.projection > 0 and config.model.pooling == "default":
-        found = f"[model] projection = {config.model.projection}"
-        yield ("model.projection", "model.pooling"), f"{found}: {POOLED}"
-    if config.model.kernel_directions > 0 and not config.model.projection:
-        found = f"[model] kernel_directions = {config.model.kernel_directions}"
-        paths = ("model.kernel_directions", "model.projection")
-        yield paths, f"{found}: expected 0 with projection = 0"
+    yield from _projected(config)
     if config.model.pooled_layers and config.model.pooling in ("default", "mean"):
         paths = ("model.pooled_layers", "model.pooling")
         found = f'[model] pooled_layers: expected [] with pooling = "{config.model.pooling}"'
@@ -88,6 +82,21 @@ def _together(config: Config) -> Iterator[Fault]:
     yield from _pooled(config)
     if config.model.task in LANGUAGES:
         yield from _causal(config)
+
+
+def _projected(config: Config) -> Iterator[Fault]:
+    """A projection is of pooled features; what it is fitted on and what follows it needs one."""
+    if config.model.projection > 0 and config.model.pooling == "default":
+        found = f"[model] projection = {config.model.projection}"
+        yield ("model.projection", "model.pooling"), f"{found}: {POOLED}"
+    if config.data.public and not config.model.projection:
+        found = f"[data] public = {shown(config.data.public)}"
+        paths = ("data.public", "model.projection")
+        yield paths, f'{found}: expected "" with [model] projection = 0, which is fitted on it'
+    if config.model.kernel_directions > 0 and not config.model.projection:
+        found = f"[model] kernel_directions = {config.model.kernel_directions}"
+        paths = ("model.kernel_directions", "model.projection")
+        yield paths, f"{found}: expected 0 with projection = 0"
 
 
 def _phases(config: Config) -> Iterator[Fault]:

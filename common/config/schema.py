@@ -129,6 +129,8 @@ class DataConfig:
     test: float | str = _number("", 0, 1, open_low=True, open_high=True)
     # A public file, or the share of train that belongs to no client.
     validation: float | str = _number(0.03, 0, 1, open_low=True, open_high=True)
+    # a public file that a projection is fitted on; "": half of the validation part
+    public: str = _text("")
     text: tuple[str, ...] = _items(("text",), NAME, shortest=1, one=True)  # or the two of a pair
     # causal-lm: the answer to a prompt; without a response, the text itself
     prompt: str = _text("")
@@ -211,6 +213,9 @@ class PrivacyConfig:
     head_epsilon_share: float = _chosen(0, 1, open_low=True)
     # The population of data.train: in a shared ledger, all runs on it charge one budget.
     population: str = _text("population", NAME)
+    # What all of them together may spend there; 0: no more than this run.
+    budget_epsilon: float = _number(0.0, 0, 1e4)
+    budget_delta: float = _number(0.0, 0, 0.5)
 
 
 @dataclass(frozen=True)

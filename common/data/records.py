@@ -204,21 +204,6 @@ def unit_groups(units: Sequence[str] | None, records: int | None = None) -> Unit
     return UnitIndex(offsets, np.argsort(owner, kind="stable").astype(np.int64))
 
 
-def split_validation(units: UnitIndex, share: float, seed: int) -> tuple[Ints, Ints]:
-    """Records of the training and of the validation part; no unit is in both."""
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(units))
-    aside = max(1, round(share * len(units)))
-    if aside >= len(units):
-        raise BadInput(f"[data] validation = {share}: leaves no unit of {len(units)} for training")
-    return _records_of(units, np.sort(order[aside:])), _records_of(units, np.sort(order[:aside]))
-
-
-def _records_of(units: UnitIndex, chosen: Ints) -> Ints:
-    picked = np.zeros(len(units), dtype=bool)
-    picked[chosen] = True
-    return np.sort(units.records[np.repeat(picked, np.diff(units.offsets))])
-
-
 def _texts(
     table: Mapping[str, Values], columns: Columns, parts: Mapping[str, Sequence[Any]], where: str
 ) -> list[str]:

@@ -36,6 +36,25 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
     sync_folder(path.parent)
 
 
+def create_once(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file that is whole from the first, or leave the one that was there before."""
+    # not by process number, which two containers may have alike
+    scratch = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(descriptor)
+        try:
+            os.link(scratch, path)
+        except FileExistsError:
+            return
+    finally:
+        scratch.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make names that were created or replaced in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -156,7 +156,8 @@ def check_flower_key(line: str, where: str) -> None:
         raise BadInput(f"{where}: found {line[:60]!r}, {expected}")
     try:
         key = load_ssh_public_key(line.encode())
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except (ValueError, UnsupportedAlgorithm, NotImplementedError) as error:
+        # NotImplementedError: a point that is not written out whole
         raise BadInput(f"{where}: found {line[:60]!r}, {expected}") from error
     if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP384R1):
         raise BadInput(f"{where}: found another kind of key, {expected}")

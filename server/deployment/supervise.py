@@ -86,8 +86,10 @@ def _check_last(directory: Directory, beside: bool) -> None:
 
 def _from_anywhere(config: Config) -> Config:
     """With whole paths: `resume` may be started in another folder than `run`."""
-    validation, test = (
-        str(Path(str(each)).resolve()) for each in (config.data.validation, config.data.test)
+    data = config.data
+    validation, test, public = (
+        str(Path(str(each)).resolve()) if each else ""
+        for each in (data.validation, data.test, data.public)
     )
     base = config.model.base
     model = (
@@ -95,7 +97,8 @@ def _from_anywhere(config: Config) -> Config:
         if Path(base).is_dir()
         else config.model
     )
-    return replace(config, data=replace(config.data, validation=validation, test=test), model=model)
+    data = replace(data, validation=validation, test=test, public=public)
+    return replace(config, data=data, model=model)
 
 
 def _faults(config: Config) -> list[str]:
@@ -110,7 +113,9 @@ def _faults(config: Config) -> list[str]:
         decided(config, PublicFacts(0, 0))
     except BadInput as error:
         found.extend(error.faults)
-    for name, value in (("validation", config.data.validation), ("test", config.data.test)):
+    data = config.data
+    public = {"public": data.public} if data.public else {}
+    for name, value in {"validation": data.validation, "test": data.test, **public}.items():
         if not isinstance(value, str):
             found.append(
                 f"[data] {name} = {value:g}: expected a public file, for a coordinator has no"

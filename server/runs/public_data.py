@@ -13,7 +13,7 @@ import torch
 
 from fedlora.common.config.parts import NetworkRecipe
 from fedlora.common.config.schema import DataConfig, ModelConfig
-from fedlora.common.data.records import Columns, Records, read_records
+from fedlora.common.data.records import Columns, Ints, Records, read_records
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
 from fedlora.common.model.compute import COMPUTE, Compute, compute_of_run, stored_for_run
@@ -36,6 +36,9 @@ class PublicRecords:
     task: Task
     validation: Records
     test: Records
+    texts: Records | None = (
+        None  # what a projection is fitted on; None: half of the validation part
+    )
 
 
 def read_public(data: DataConfig, task: str) -> PublicRecords:
@@ -49,11 +52,11 @@ def read_public(data: DataConfig, task: str) -> PublicRecords:
             " has no training file"
         )
     labels = read_labels(data, task)
-    validation, test = (
-        read_records(Path(each), columns_of(data, task), labels)
-        for each in (data.validation, str(data.test))
+    files = (data.validation, str(data.test), *filter(None, [data.public]))
+    validation, test, *fitted = (
+        read_records(Path(each), columns_of(data, task), labels) for each in files
     )
-    return PublicRecords(task_named(task, labels), validation, test)
+    return PublicRecords(task_named(task, labels), validation, test, *fitted)
 
 
 def read_labels(data: DataConfig, task: str) -> tuple[str, ...]:
@@ -110,14 +113,11 @@ class PublicSide:
         if recipe.head_phase:
             _ = model.head  # refuses a model whose head can't be trained by itself
         test, validation = encode(model, records.test), encode(model, records.validation)
-        public = np.arange(len(validation), dtype=np.int64)
-        score = public
+        score = np.arange(len(validation), dtype=np.int64)
         if settings.projection:
-            # Whitened rows of the fit look unlike any others: they must not score what was fitted
-            # on them.
-            fit, score = public[::2], public[1::2]
+            fit, fitted, score = _fit_and_score(model, records, validation)
             path = folder / PROJECTION
-            model.projection = _projection(model, validation, fit, settings, path, texts)
+            model.projection = _projection(model, fitted, fit, settings, path, texts)
         # Measured on public records: how long a step takes must not depend on anybody's text.
         compute = compute_of_run(model, validation, machine.attention, machine.precision, folder)
         features = FeatureCache(model, progress=machine.progress, texts=texts)
@@ -161,15 +161,29 @@ def encode(model: AdapterModel, records: Records) -> Encoded:
     return model.task.encode(records, model.tokenizer, model.longest)
 
 
+def _fit_and_score(
+    model: AdapterModel, records: PublicRecords, validation: Encoded
+) -> tuple[Ints, Encoded, Ints]:
+    """Rows that a projection is fitted on, and of what, and the validation rows that score.
+
+    Whitened rows of the fit look unlike any others: they must not score what was fitted on them.
+    """
+    rows = np.arange(len(validation), dtype=np.int64)
+    if records.texts is None:
+        return rows[::2], validation, rows[1::2]
+    texts = encode(model, records.texts)
+    return np.arange(len(texts), dtype=np.int64), texts, rows
+
+
 def _projection(
     model: AdapterModel,
     public: Encoded,
-    rows: np.ndarray[tuple[int], np.dtype[np.int64]],
+    rows: Ints,
     settings: ModelConfig,
     path: Path,
     texts: PooledTexts | None,
 ) -> Projection:
-    """The run's projection: read where it was fitted, else fitted on public validation data."""
+    """The run's projection: read where it was fitted, else fitted on public text."""
     if path.is_file():
         return Projection.read(path)
     features = pooled_features(model, public, rows, texts=texts).cpu().numpy()

@@ -31,9 +31,9 @@ from rich.table import Table
 
 from fedlora.common.errors import FedloraError
 from fedlora.common.model.base import resolve_base
-from fedlora.simulations.federation.corpus import CLASSES, generate
+from fedlora.simulations.federation.corpus import CLASSES, generate, write_records
 from fedlora.simulations.local.deployment import Federation, running
-from fedlora.simulations.local.folders import NAMES, write_records
+from fedlora.simulations.local.folders import NAMES
 from fedlora.simulations.local.processes import BIN, free_port, listens, signal_group, wait_until
 
 SECONDS = 1800.0

@@ -46,6 +46,7 @@ from fedlora.simulations.begin import Options, federation_of, machine_of, source
 from fedlora.simulations.engines.sequential import chosen_names
 from fedlora.simulations.engines.shared import NODES_FILE, Shared
 from fedlora.simulations.federation.population import Federation, client_name
+from fedlora.simulations.federation.public_part import kept_choice
 from fedlora.simulations.federation.run_folder import Paths, SimulatedRun
 
 
@@ -142,7 +143,9 @@ def _built(folder: Path, table: bytes) -> Resident:
     """`table`, of NODES_FILE, tells runs apart that had one folder: each has its own secret."""
     shared, config = Shared(**json.loads(table)), load_config(folder / "config.toml")
     machine = machine_of(config, Options(device=shared.device))
-    federation = federation_of(config, sources_of(config), folder, machine)
+    federation = federation_of(
+        config, sources_of(config, kept_choice(folder, config.seed)), folder, machine
+    )
     return Resident(
         federation=federation,
         manifest=RunManifest.from_json((folder / "manifest.json").read_bytes()),

@@ -20,6 +20,7 @@ from fedlora.common.terminal import printable
 from fedlora.simulations.begin import check_delta, checked, dealt, sources_of
 from fedlora.simulations.chosen import decided_for, taken_as_public
 from fedlora.simulations.experiments.given import Table, with_records
+from fedlora.simulations.federation.public_part import choice_for
 from fedlora.simulations.federation.sources import Sources, one_sided
 
 
@@ -74,7 +75,7 @@ def check(config: Config, *, train: Table | None = None, test: Table | None = No
     asked = checked(config)
     with TemporaryDirectory() as folder:
         given = with_records(asked, Path(folder), train, test)
-        sources = sources_of(given)
+        sources = sources_of(given, choice_for(given.data, Path(folder)))
     chosen, config = open_fields(asked), decided_for(given, sources)
     base = resolve_base(config.model.base)
     check_base(base)

@@ -36,6 +36,7 @@ from fedlora.simulations.begin import (
 from fedlora.simulations.chosen import decided_for
 from fedlora.simulations.experiments.given import Table, with_records
 from fedlora.simulations.federation.population import Federation
+from fedlora.simulations.federation.public_part import choice_for
 
 PROBE_RECORDS = 256  # of the public validation part, for a forward pass
 
@@ -134,7 +135,7 @@ def plan(
     config = checked(config)
     with threads(options.threads), TemporaryDirectory() as folder:
         config = with_records(config, Path(folder), train, test)
-        sources = sources_of(config)
+        sources = sources_of(config, choice_for(config.data, Path(folder)))
         config = decided_for(config, sources)
         machine = machine_of(config, options)
         federation = federation_of(config, sources, Path(folder), machine)

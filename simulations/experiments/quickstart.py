@@ -19,9 +19,10 @@ from fedlora.common.model.compute import threads as with_threads
 from fedlora.common.model.features import PooledTexts
 from fedlora.server.runs.run import conduct
 from fedlora.server.runs.summary import write_summary
-from fedlora.simulations.begin import Options, begin, with_corpus
+from fedlora.simulations.begin import Options, begin
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.experiments.progress import run_progress
+from fedlora.simulations.federation.packaged import with_corpus
 from fedlora.simulations.federation.run_folder import finish
 from fedlora.simulations.report.pages import write_report
 

@@ -10,7 +10,7 @@ stream is guaranteed, is drawn from.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -252,11 +252,16 @@ def generate(seed: int) -> Corpus:
 
 def write(corpus: Corpus, folder: Path) -> tuple[Path, Path]:
     """train.jsonl and test.jsonl under `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
     train, test = folder / "train.jsonl", folder / "test.jsonl"
-    for path, records in ((train, corpus.train), (test, corpus.test)):
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_records(train, corpus.train)
+    write_records(test, corpus.test)
     return train, test
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """One JSON line a record, in a folder that is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def _records(source: Random, count: int, label_noise: float) -> list[dict[str, str]]:

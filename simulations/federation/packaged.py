@@ -1,8 +1,14 @@
-"""Configurations that come with the package, by name."""
+"""Configurations that come with the package, by name, and the corpus of the quickstart's."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+from fedlora.common.config.schema import Config
+from fedlora.simulations.federation.corpus import Corpus, generate, write, write_records
+
+PUBLIC = 800  # records of the quickstart's corpus that are its public validation file
 
 
 def packaged_config(path: Path) -> Path:
@@ -11,3 +17,12 @@ def packaged_config(path: Path) -> Path:
     if not path.is_file() and path.suffix == "" and packaged.is_file():
         return packaged
     return path
+
+
+def with_corpus(config: Config, folder: Path) -> Config:
+    """The same run on the quickstart's corpus, which is made up in `folder`."""
+    corpus, public = generate(config.seed), folder / "validation.jsonl"
+    train, test = write(Corpus(corpus.train[PUBLIC:], corpus.test), folder)
+    write_records(public, corpus.train[:PUBLIC])
+    data = replace(config.data, train=str(train), test=str(test), validation=str(public))
+    return replace(config, data=data)

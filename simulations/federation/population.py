@@ -20,6 +20,7 @@ from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.timing import Steps, tokens_of_run
 from fedlora.client.training.trainer import Trainer, charge
+from fedlora.common.config.schema import PrivacyConfig
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
@@ -45,7 +46,7 @@ class Federation:
     partition: Partition
     data_digest: str  # of the training file; it stays here
     training: LocalTraining
-    budget: Budget  # of the population that the training file is drawn from
+    privacy: PrivacyConfig  # names the population that the training file is drawn from
     steps: Steps  # of an adapter phase
 
     @classmethod
@@ -54,7 +55,7 @@ class Federation:
         public: PublicSide,
         sources: Sources,
         deal: Callable[[Records, UnitIndex], Partition],
-        budget: Budget,
+        privacy: PrivacyConfig,
         steps: Steps,
         tokens: int,
         folder: Path,
@@ -74,7 +75,7 @@ class Federation:
             partition=deal(sources.train, units),
             data_digest=sources.digest,
             training=LocalTraining(gradients, public.features, found),
-            budget=budget,
+            privacy=privacy,
             steps=steps,
         )
 
@@ -112,7 +113,7 @@ class Federation:
         masked: bool = False,
     ) -> Trainer:
         """The trainer of one institution that consented to `manifest`; Refused if it may not."""
-        budget = self._budget(client_name(client), manifest)
+        budget = self._budget(self.budget_name(client), manifest)
         data = ClientData(client_name(client), self.train, self._units_of(client))
         trainer = Trainer(data, self.training, ledger, budget, moments, masked)
         trainer.consent(manifest)
@@ -127,14 +128,21 @@ class Federation:
         """
         guarantee = guarantee_of(manifest)
         if guarantee.private:
-            budget = self._budget(self.budget.name, manifest)
+            budget = self._budget(f"population {self.privacy.population}", manifest)
             attempts = [phase.attempts for phase in manifest.phases]
             cost, subject = charge(guarantee), Subject.of(manifest)
             ledger.consent(budget, manifest.digest, cost, attempts, subject)
 
+    def budget_name(self, client: int) -> str:
+        """Of a client's part in the ledger, which may hold other populations' clients too."""
+        name, population = client_name(client), self.privacy.population
+        return name if population == PrivacyConfig.population else f"{population} {name}"
+
     def _budget(self, name: str, manifest: RunManifest) -> Budget:
-        """A budget that one run of this federation fits into."""
-        return Budget(name, guarantee_of(manifest).cap(self.budget.epsilon), self.budget.delta)
+        """What all runs may spend of it; no more than this one does, where nothing is said."""
+        privacy = self.privacy
+        epsilon = privacy.budget_epsilon or guarantee_of(manifest).cap(privacy.epsilon)
+        return Budget(name, epsilon, privacy.budget_delta or privacy.delta)
 
     def label_counts(self) -> Ints | None:
         """(clients, labels) records of each class at each client; a researcher's own data."""

@@ -103,9 +103,9 @@ def _reserved_by_client(run: SimulatedRun) -> dict[str, float]:
     """What the ledger proves: each client's consent to this run covers its whole schedule."""
     result = {}
     for client in run.federation.clients:
-        name = client_name(client)
+        name = run.federation.budget_name(client)
         spend = run.ledger.reserved_for(name, run.manifest.digest)
-        result[name] = 0.0 if spend is None else spend.epsilon
+        result[client_name(client)] = 0.0 if spend is None else spend.epsilon
     return result
 
 

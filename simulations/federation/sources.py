@@ -9,12 +9,14 @@ from itertools import permutations
 from pathlib import Path
 
 from fedlora.common.config.schema import DataConfig
+from fedlora.common.config.toml import shown
 from fedlora.common.data.data_file import file_digest
-from fedlora.common.data.records import Records, read_records, split_validation, unit_groups
+from fedlora.common.data.records import Records, read_records
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.known import task_named
 from fedlora.common.tasks.overview import label_counts, listed
 from fedlora.server.runs.public_data import PublicRecords, columns_of, read_labels
+from fedlora.simulations.federation.public_part import Choose, said, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -28,33 +30,37 @@ class Sources:
     digest: str
 
 
-def read_sources(data: DataConfig, task: str, seed: int, more: tuple[str, ...] = ()) -> Sources:
+def read_sources(
+    data: DataConfig, task: str, choose: Choose, more: tuple[str, ...] = ()
+) -> Sources:
     """Read what the [data] section names, with the columns `more` of the training file.
 
-    `seed` draws what is a share of the training file: the test part, then the validation part of
-    what is left. BadInput says which file, row and column is wrong.
+    `choose` says what is public where a part is a share of the training file. BadInput says which
+    file, row and column is wrong, or that a file named as public holds the training records.
     """
     for name, value in (("train", data.train), ("test", data.test)):
         if not value:
             raise BadInput(f'[data] {name} = "": expected a .jsonl, .csv or .parquet file')
     labels, public = read_labels(data, task), columns_of(data, task)
     private = replace(public, unit=data.unit, more=more)
-    train = read_records(Path(data.train), private, labels)
+    train = whole = read_records(Path(data.train), private, labels)
     if train.spellings:
         log.warning("%s", train.spellings)
 
     def part(name: str, source: float | str, train: Records) -> tuple[Records, Records]:
         """A public file's records, or a share of the training file's units; and what is left."""
-        if isinstance(source, str):
-            return read_records(Path(source), public, labels), train
-        kept, aside = split_validation(unit_groups(train.units, len(train)), source, seed)
-        return train.take(aside, f"{train.where} ({name} part)"), train.take(kept)
+        if not isinstance(source, str):
+            return set_aside(train, name, source, choose)
+        records = read_records(Path(source), public, labels)
+        _refuse_private(records, name, source, whole)
+        return records, train
 
     test, train = part("test", data.test, train)
     validation, train = part("validation", data.validation, train)
     for line in one_sided(train, test, labels):
         log.warning("%s", line)
-    records = PublicRecords(task_named(task, labels), validation, test)
+    texts = part("public", data.public, train)[0] if data.public else None
+    records = PublicRecords(task_named(task, labels), validation, test, texts)
     return Sources(train, records, file_digest(Path(data.train)))
 
 
@@ -67,3 +73,20 @@ def one_sided(train: Records, test: Records, labels: Sequence[str]) -> list[str]
         if missing and mine:
             found.append(f"{here}: never has {listed(missing)}, which {there} has")
     return found
+
+
+def _refuse_private(records: Records, name: str, source: str, train: Records) -> None:
+    """BadInput where a file named as public is the training file, or holds nothing but its words.
+
+    Whatever its name, format or order. How many others are in both is in the log.
+    """
+    private = set(said(train))
+    both = sum(each in private for each in said(records))
+    if both == len(records):
+        raise BadInput(
+            f"[data] {name} = {shown(source)}: found only texts of {train.where}, the training"
+            " file, expected public ones"
+        )
+    if both:
+        found = (records.where, both, len(records), train.where)
+        log.info("%s: %d of its %d texts are in %s too", *found)

@@ -7,13 +7,12 @@ and its share of the embedded corpus.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora.common.model.base import base_digest, resolve_base
 from fedlora.common.privacy.modes import guarantee_named
-from fedlora.simulations.federation.corpus import CLASSES, Corpus, generate
+from fedlora.simulations.federation.corpus import CLASSES, Corpus, generate, write_records
 from fedlora.simulations.local.processes import free_port, run
 
 NAMES = ("hospital", "bank", "university")
@@ -191,9 +190,3 @@ class Folders:
         run("fedlora-server", "enrol", request, "--yes", "--dir", where)
         invitation = str(self.coordinator / "invitation.json")
         run("fedlora-node", "join", invitation, "--node", str(folder))
-
-
-def write_records(path: Path, records: Iterable[Mapping[str, object]]) -> None:
-    """One JSON line a record, in a folder that is made where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

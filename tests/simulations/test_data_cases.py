@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -45,8 +46,12 @@ class Case:
         self.config.write_text(CONFIG.format(base=base, folder=folder), encoding="utf-8")
 
     def write(self, name: str, *labels: str, times: int = 20) -> None:
-        """A file in which each label goes with a text of its own."""
-        rows = [f"{WORDS[place % 2]} w{place},{each}" for place, each in enumerate(labels)] * times
+        """A file in which each label goes with texts of its own, and of no other file."""
+        first = 100 if name == "train.csv" else 0
+        rows = [
+            f"{WORDS[row % len(labels) % 2]} w{first + row},{each}"
+            for row, each in enumerate(labels * times)
+        ]
         path = self.folder / name
         path.write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
 
@@ -103,18 +108,19 @@ def test_check_shows_what_was_understood(case: Case) -> None:
     case.write("test.csv", "yes", "no", times=5)
     code, out, _ = case.says("check", str(case.config))
     assert code == 0
+    train = re.search(r"^train: train.csv, (\d+) records$", out, re.MULTILINE)
+    aside = re.search(r"^validation: train.csv \(validation part\), (\d+) rec", out, re.MULTILINE)
+    assert train and aside and int(train[1]) + int(aside[1]) == 40
     for line in (
-        "train: train.csv, 32 records",
         "  each record is a privacy unit",
         "  tokens: 6 to 6 of at most 16, in the middle 6; nothing is cut",
-        "validation: train.csv (validation part), 8 records",
         "test: test.csv, 10 records",
         "  labels: no 5, yes 5",
         "  test.csv row 2: it was bad w1 -> no",
     ):
         assert line in out.splitlines()
     code, out, _ = case.says("check", str(case.config), "--set", "model.max_length=5")
-    assert code == 0 and "cut to fit: the text of 32" in out
+    assert code == 0 and f"cut to fit: the text of {train[1]}" in out
 
 
 def test_two_runs_do_not_write_into_one_folder(case: Case) -> None:

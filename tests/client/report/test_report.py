@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fedlora.client.node.agreed import CONSENTED, STARTED
+from fedlora.client.node.roster import approve
 from fedlora.client.report.check import check_report, read_key, read_report
 from fedlora.client.report.page import page
 from fedlora.client.report.report import report_body, write_report
 from fedlora.common.errors import FedloraError
 from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.trust.enrolment import EnrolmentRequest, request_to_text
 from fedlora.common.trust.identity import Identity
 from tests.client.institution import PHASE, Institution, manifest_of, offer_of, task_of
 from tests.client.secagg.test_shared_noise import manifest as client_manifest
+from tests.common.trust.test_enrolment import flower_key
 
 RUN = manifest_of()
+CREATED = "2026-11-23T10:00:00+00:00"
 
 
 @pytest.fixture
@@ -68,6 +74,37 @@ def test_a_report_says_how_a_step_is_computed_and_what_updates_are_rounded_to(
     assert "<tr><th>Batches of a step</th><td>packed</td></tr>" in shown
     assert "<tr><th>Updates rounded to</th><td>bfloat16</td></tr>" in shown
     assert "computed in packed batches" in shown and "after its noise was added" in shown
+
+
+def test_a_report_says_when_with_whom_and_under_which_limits(north: Institution) -> None:
+    """The limits are those of the consent, whatever the policy says now."""
+    south = Identity.generate()
+    request = EnrolmentRequest("others-1", "Süd Klinik", south.public, flower_key(), CREATED)
+    approve(north.folder, request_to_text(south, request), "request")
+    north.begin(RUN)
+    north.ask(task_of(RUN))
+    then = north.folder.load_policy().digest
+    north.set_policy(north.folder.policy.read_text().replace("rounds = 10", "rounds = 9"))
+    (told,) = body_of(north)["runs"]
+    assert told["consented"]["limits"]["rounds"] == 10 and told["consented"]["policy"] == then
+    assert told["cohort"] == {"north": "", "others-1": "Süd Klinik", "others-2": ""}
+    dates = [told["consented"]["time"], told["started"]["time"], told["data"][-1]["time"]]
+    assert dates == sorted(dates) and all(map(datetime.fromisoformat, dates))
+    body = body_of(north)
+    assert body["peers"]["others-1"]["organisation"] == "Süd Klinik"
+    shown = page(body)
+    assert "rounds = 10;" in shown and "rounds = 9" not in shown and "others-1: Süd Klinik" in shown
+    assert body["organisation"] in shown and all(date in shown for date in dates)
+
+
+def test_a_run_that_an_earlier_version_began_has_no_such_record(north: Institution) -> None:
+    north.begin(RUN)
+    (north.folder.run(RUN.digest) / CONSENTED).unlink()
+    (north.folder.run(RUN.digest) / STARTED).write_bytes(b"torn")
+    body = body_of(north)
+    (told,) = body["runs"]
+    assert told["consented"]["limits"] == told["cohort"] == {} and not told["started"]["time"]
+    assert page(body).count("not recorded") >= 3
 
 
 def test_a_report_without_a_run_says_how_privacy_is_made(north: Institution) -> None:

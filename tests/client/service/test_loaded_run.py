@@ -12,6 +12,7 @@ import pytest
 from fedlora.client.service.answer import Resident
 from fedlora.client.service.loaded_run import LoadedRun
 from fedlora.client.training import memory
+from fedlora.client.training.moments import UnnoisedMoments
 from fedlora.client.training.ranks import Ranks
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.data_file import file_digest
@@ -23,7 +24,7 @@ from fedlora.common.model.projection import Affine, Projection
 from fedlora.common.model.state import AdapterState
 from fedlora.common.protocol.messages import Answer
 from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
-from tests.client.institution import POLICY, Institution, manifest_of, task_of
+from tests.client.institution import PHASE, POLICY, Institution, manifest_of, task_of
 
 LORA = LoraConfig(rank=2, targets=("query", "value"))
 
@@ -168,3 +169,39 @@ def test_a_base_is_kept_as_its_manifest_says(tmp_path: Path, tiny_bert: Path) ->
         folder = tmp_path / (kind or "plain") / "none"
         folder.parent.mkdir()
         assert loaded.prepare(kept, folder).training.gradients.model.stored == stored
+
+
+@pytest.mark.parametrize("mode", ["none", "record"])
+def test_unnoised_moments_are_in_no_file(tmp_path: Path, tiny_bert: Path, mode: str) -> None:
+    """Before: an optimiser that nothing noised lay beside the run, and says what the data say."""
+    north = node_with_data(tmp_path / "n", tiny_bert)
+    text = north.folder.policy.read_text()
+    north.set_policy(text.replace("[limits]", "[limits]\nallow_unnoised = true"))
+    loaded = LoadedRun(north.folder, north.folder.load_policy(), north.ledger)
+    network = Network.of(ModelConfig(pooling="mean"), LORA)
+    run = manifest_of(
+        replace(PHASE, optimizer="adamw"), base_digest=base_digest(tiny_bert), network=network,
+        mode=mode,
+    )  # fmt: skip
+    spec = loaded.spec(run, tmp_path / "none")
+    run = replace(run, spec_digest=spec.digest)
+    policy = north.folder.load_policy()
+    north.resident = Resident(north.folder, policy, north.identity, north.ledger, loaded)
+    left = north.folder.run(run.digest) / "moments"
+    north.begin(run)
+    left.mkdir()
+    (left / "of-an-earlier-version-0-a.safetensors").write_bytes(b"said something")
+    state = AdapterState(spec, np.zeros(spec.size, np.float32))
+    task = task_of(run, adapter=state.digest, vector=vector_to_bytes(state.vector))
+    assert isinstance(north.read(north.resident.ask(task)), Answer)
+    assert len(list(left.glob("*"))) == (0 if mode == "none" else 2)
+    moments = loaded._moments(run).read("north", 0, 2)
+    assert set(moments) == {"exp_avg", "exp_avg_sq", "step"}
+
+
+def test_moments_in_memory_are_those_before_the_round() -> None:
+    store = UnnoisedMoments()
+    for number in (1, 2, 5):
+        store.write("c", 0, number, {"step": np.full(1, number, dtype=np.float32)})
+    assert store.read("c", 0, 6)["step"][0] == 5 and store.read("c", 0, 5)["step"][0] == 2
+    assert store.read("d", 0, 6) == {} and UnnoisedMoments().read("c", 0, 6) == {}

@@ -24,7 +24,6 @@ from fedlora.common.data.records import (
     UnitIndex,
     read_label_set,
     read_records,
-    split_validation,
     unit_groups,
 )
 from fedlora.common.data.values import one_spelling
@@ -430,35 +429,6 @@ def test_without_units_each_record_is_its_own(records: int) -> None:
     units = unit_groups(None, records)
     assert units.offsets.tolist() == list(range(records + 1))
     assert units.records.tolist() == list(range(records))
-
-
-@given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=60),
-    st.floats(0.001, 0.999),
-    st.integers(0, 2**63 - 1),
-)
-def test_validation_never_splits_a_unit(owners: list[int], share: float, seed: int) -> None:
-    names = [str(owner) for owner in owners]
-    units = unit_groups(names)
-    count = max(1, round(share * len(units)))
-    if count >= len(units):
-        with pytest.raises(BadInput, match="leaves no unit"):
-            split_validation(units, share, seed)
-        return
-    train, validation = split_validation(units, share, seed)
-    assert sorted([*train, *validation]) == list(range(len(names)))
-    assert train.tolist() == sorted(train) and validation.tolist() == sorted(validation)
-    inside = {names[record] for record in validation}
-    assert inside.isdisjoint(names[record] for record in train)
-    assert len(inside) == count
-    again = split_validation(units, share, seed)
-    assert np.array_equal(train, again[0]) and np.array_equal(validation, again[1])
-
-
-def test_the_seed_decides_what_is_set_aside() -> None:
-    units = unit_groups(None, 1_000)
-    one, two = (split_validation(units, 0.1, seed)[1].tolist() for seed in (1, 2))
-    assert one != two and len(one) == len(two) == 100
 
 
 def test_no_unit_at_all() -> None:

@@ -189,7 +189,10 @@ def test_it_does_not_matter_which_actor_trains_a_client(
 
 def test_two_private_runs_on_one_ledger(folder: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared.sqlite"
-    private = {"set": "privacy.mode=record federation.participation=1.0", "ledger": str(shared)}
+    changes = (
+        f"privacy.mode=record federation.participation=1.0 data.validation={folder}/test.jsonl"
+    )
+    private = {"set": changes, "ledger": str(shared)}
     serve(folder / "config.toml", tmp_path / "first", 2, **private)
     summary = json.loads((tmp_path / "first" / "summary.json").read_text())
     assert 2.9 < summary["epsilon"] <= 3.0

@@ -42,6 +42,7 @@ from tests.conftest import SHARED, WORDS
 
 CASES = SHARED.parent / "cases"
 REFUSED = {
+    "10-test-is-train": '[data] test = "test.csv": found only texts of train.csv, the training',
     "01-no-tokenizer": "found no tokenizer",
     "02-missing-weights": "found no weights in the files for bert.pooler.dense.bias",
     "03-prefixed-weights": "(37 such), expected all that are not trained; the files' names begin",
@@ -126,12 +127,12 @@ def refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run: str, out: Path
 ) -> str:
     """The one line of a private run that is refused before it has a budget to charge."""
-    ledger = out / "shared.sqlite"
-    words = ("run", run, "--out", str(out / "run"), "--ledger", str(ledger))
+    words = ("run", run, "--out", str(out / "run"))
     code, err = call(monkeypatch, capsys, *words, "--set", "privacy.mode=record")
     assert code == 2 and "Traceback" not in err, err
     assert len(err.splitlines()) == 1 and err.startswith("fedlora-sim: "), err
-    assert not ledger.exists() and not (out / "run" / "checkpoint").exists()
+    assert not (out / "run" / "ledger.sqlite").exists()
+    assert not (out / "run" / "checkpoint").exists()
     return err
 
 

@@ -77,7 +77,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty short texts whose label is a word in them."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
-    for name, count in (("train", 75), ("test", 20)):
+    for name, count in (("train", 75), ("test", 20), ("validation", 15)):
         rows = []
         for _ in range(count):
             label = int(rng.integers(0, 2))
@@ -91,6 +91,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(base: Path, data: Path, mode: str, *overrides: str) -> Config:
     return parse_config(CONFIG.format(base=base, data=data, mode=mode), "test", overrides)
+
+
+def public(base: Path, data: Path) -> Config:
+    """A private run whose public files are named, as a shared ledger wants it."""
+    return config(base, data, "record", f'data.validation="{data}/validation.jsonl"')
 
 
 def cpu(**more: Any) -> Options:
@@ -207,7 +212,7 @@ def test_units_of_several_records_are_accounted_as_units(
 
 
 def test_a_shared_ledger_ends_at_its_cap(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    settings, ledger = config(tiny_bert, data, "record"), tmp_path / "shared" / "ledger.sqlite"
+    settings, ledger = public(tiny_bert, data), tmp_path / "shared" / "ledger.sqlite"
     first = begin(settings, tmp_path / "a", cpu(ledger=ledger))
     conduct(first, sequential(first))
     spent = first.ledger.entries()
@@ -238,7 +243,7 @@ def test_a_run_goes_on_with_the_ledger_that_it_began_with(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
     """Not with a fresh one, after its three files were deleted, nor with somebody else's."""
-    settings, ledger = config(tiny_bert, data, "record"), tmp_path / "shared" / "ledger.sqlite"
+    settings, ledger = public(tiny_bert, data), tmp_path / "shared" / "ledger.sqlite"
     begin(settings, tmp_path / "run", cpu(ledger=ledger)).ledger.close()
     with pytest.raises(Refused, match="found no ledger"):
         begin(settings, tmp_path / "run", cpu(resume=True))
@@ -304,7 +309,7 @@ def test_data_changed_between_rounds(tiny_bert: Path, data: Path, tmp_path: Path
 
 
 def test_cfg_delta_not_below_one_over_n(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"delta = 0.02: expected less than 1/60"):
+    with pytest.raises(BadInput, match=r"delta = 0.02: expected less than 1/\d\d = 0.01"):
         begin(config(tiny_bert, data, "record", "privacy.delta=0.02"), tmp_path / "run", cpu())
 
 
