@@ -28,7 +28,7 @@ from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.features import PooledTexts
 from fedlora.common.privacy.calibration import default_cache
-from fedlora.common.privacy.modes import guarantee_named
+from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.server.rounds.checkpoint import Checkpoint
 from fedlora.server.rounds.cohort import Cohort
 from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning
@@ -344,5 +344,5 @@ def _ready_folder(config: Config, paths: Paths, resume: bool) -> None:
 def check_delta(config: Config, train: Records) -> None:
     """BadInput unless δ is below one over the number of whoever is protected."""
     units, institutions = len(unit_groups(train.units, len(train))), config.federation.clients
-    guarantee = guarantee_named(config.privacy.mode)
+    guarantee = guarantee_asked(config.privacy)
     guarantee.check_delta(config.privacy.delta, units, train.where, institutions)

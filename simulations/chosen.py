@@ -14,7 +14,7 @@ from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import Config, DataConfig, config_to_toml, open_fields
 from fedlora.common.data.records import unit_groups
 from fedlora.common.disk.files import write_text
-from fedlora.common.privacy.modes import guarantee_named
+from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.server.runs.rules import BY_UNITS, PublicFacts, decided, rounded
 from fedlora.simulations.federation.sources import Sources
 
@@ -58,7 +58,7 @@ def write_decided(config: Config, chosen: Sequence[str], folder: Path) -> None:
 
 def taken_as_public(config: Config, chosen: Sequence[str]) -> tuple[str, ...]:
     """Sentences for the statement; none where nothing is promised."""
-    if not guarantee_named(config.privacy.mode).private:
+    if not guarantee_asked(config.privacy).private:
         return ()
     by_units = "federation.units" in chosen and bool(BY_UNITS.intersection(chosen))
     units = UNITS.format(units=config.federation.units)

@@ -26,7 +26,9 @@ TESTS = (
     "tests/server/secagg/test_epoch.py",
     "tests/client/secagg/test_machine.py",
     "tests/client/secagg/test_shared_noise.py",
+    "tests/client/secagg/test_shared_records.py",
     "tests/common/privacy/test_skellam.py",
+    "tests/common/privacy/test_unit_release.py",
 )
 COPIED = ("client", "common", "server", "tests", ".typing", "pyproject.toml")
 
@@ -47,6 +49,8 @@ EPOCH, ATTEMPT = "server/secagg/epoch.py", "server/secagg/attempt.py"
 LOG = "server/secagg/log.py"
 RUN, CALIBRATION = "client/secagg/masked_run.py", "common/privacy/calibration.py"
 SKELLAM, PRIVACY = "common/privacy/skellam.py", "common/privacy/institution_level.py"
+SHARED, RECORDS = "common/privacy/shared_noise.py", "common/privacy/shared_record_level.py"
+UNITS, PROMISE = "common/privacy/unit_release.py", "client/consent/promise.py"
 RUNS, WIRE = "client/secagg/runs.py", "common/secagg/wire.py"
 MUTANTS = (
     Mutant("a stranger counts", COHORT, "if name not in self.peers:", "if False:"),
@@ -289,26 +293,26 @@ MUTANTS = (
     Mutant("unmask with fewer shares", ATTEMPT, "if len(shares) < t:", "if len(shares) < t - 1:"),
     Mutant(
         "noise as if all who stay were honest",
-        PRIVACY,
+        SHARED,
         "carriers = cohort.threshold(members) - secure.max_colluders",
         "carriers = cohort.threshold(members)",
     ),
     Mutant(
         "more colluders than the others share for",
-        PRIVACY,
+        SHARED,
         "if secure.max_colluders < colluders:",
         "if False:",
     ),
     Mutant(
-        "fewer carriers than promised", PRIVACY, "if carriers < terms.carriers:", "if carriers < 2:"
+        "fewer carriers than promised", SHARED, "if carriers < terms.carriers:", "if carriers < 2:"
     ),
     Mutant(
         "a cohort whose lists may be two",
-        PRIVACY,
+        SHARED,
         "        cohort.check_colluders(members, secure.max_colluders)\n",
         "",
     ),
-    Mutant("other coordinates", PRIVACY, "if terms.coordinates[phase] != moved:", "if False:"),
+    Mutant("other coordinates", SHARED, "if terms.coordinates[phase] != moved:", "if False:"),
     Mutant("no opt-in", PRIVACY, "if permits.client_level:", "if True:"),
     Mutant(
         "rounding is free",
@@ -318,7 +322,7 @@ MUTANTS = (
     ),
     Mutant("releases are one", SKELLAM, "each.times * each.renyi", "each.renyi"),
     Mutant("Skellam is Gaussian", SKELLAM, "/ (2 * mu) + rest", "/ (2 * mu)"),
-    Mutant("the clip is not checked", SKELLAM, "if not norm <= release.sensitivity:", "if False:"),
+    Mutant("the clip is not checked", SKELLAM, "if not norm <= release.longest:", "if False:"),
     Mutant("a phase moves anything", SKELLAM, "if levels[~moved].any():", "if False:"),
     Mutant("an update that is no number", SKELLAM, "if not math.isfinite(norm):", "if False:"),
     Mutant("zero twice", SKELLAM, "self.middle - 1 - place", "self.middle - place"),
@@ -336,7 +340,38 @@ MUTANTS = (
         "self.manifest.delta, 1)",
     ),
     Mutant("any bound", PRIVACY, "phase.clip != bound or phase.head_clip", "phase.head_clip"),
-    Mutant("any carriers", PRIVACY, "if terms.carriers != carriers or", "if"),
+    Mutant("any carriers", SHARED, "if terms.carriers != carriers or", "if"),
+    Mutant("no opt-in for records", RECORDS, "if permits.shared_noise:", "if True:"),
+    Mutant("several steps before the noise", RECORDS, "if phase.steps != 1:", "if False:"),
+    Mutant("any optimizer", RECORDS, 'if phase.optimizer != "sgd":', "if False:"),
+    Mutant("two clips at once", RECORDS, "if phase.head_clip:", "if False:"),
+    Mutant(
+        "any levels of a clip",
+        RECORDS,
+        "if secure.update_bounds[place] != self.coordinate_bound(phase):",
+        "if False:",
+    ),
+    Mutant("any grid", RECORDS, "if each.coarse\n", "if False\n"),
+    Mutant("alone with others", RECORDS, "/ math.sqrt(carriers))", "/ 1)"),
+    Mutant(
+        "no largest cohort", RECORDS, "manifest.largest_cohort < manifest.minimum_cohort", "False"
+    ),
+    Mutant("larger cohorts", SHARED, "if 0 < self.manifest.largest_cohort < members:", "if False:"),
+    Mutant("few honest peers", PROMISE, "few = peers is not None and peers < least", "few = False"),
+    Mutant(
+        "rounding of a sum is free",
+        UNITS,
+        "self.levels * (1 + ROOM) + math.sqrt(self.coordinates)",
+        "float(self.levels)",
+    ),
+    Mutant("a draw hides all", UNITS, "terms + grown[: order - 1]", "terms"),
+    Mutant("every draw is rare", UNITS, "+ some * math.log(rate)", "+ 2 * some * math.log(rate)"),
+    Mutant(
+        "fewer levels of a clip",
+        UNITS,
+        "math.ceil(levels / (CAPACITY * phase.expected_units))",
+        "math.ceil(levels / (2 * CAPACITY * phase.expected_units))",
+    ),
     Mutant(
         "noise that can't be drawn",
         SKELLAM,

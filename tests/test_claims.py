@@ -9,7 +9,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = ROOT / "docs" / "claims.md"
-LIMITS = {"What can't be noticed.", "Assumed.", "Not covered."}  # and no promises
+LIMITS = {
+    "What can't be noticed.",
+    "Assumed.",
+    "Not covered.",
+    "What it does not say.",
+}  # and no promises
 
 
 @cache

@@ -81,8 +81,9 @@ def check_ledgers(federation: Federation) -> None:
 
 
 @pytest.mark.flower
+@pytest.mark.parametrize("noise", ["own", "shared"])
 def test_killed_in_the_middle_it_goes_on_and_its_export_verifies(
-    tiny_bert: Path, tmp_path: Path
+    tiny_bert: Path, tmp_path: Path, noise: str
 ) -> None:
     """A process of each institution and the coordinator with its SuperLink are killed at once.
 
@@ -97,6 +98,7 @@ def test_killed_in_the_middle_it_goes_on_and_its_export_verifies(
         layers="[]",
         deadline=90.0,
         secure=True,
+        noise=noise,
     )
     federation.prepare()
     with running(federation):

@@ -20,7 +20,7 @@ from fedlora.client.service.answer import Resident
 from fedlora.common.errors import Refused
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.manifest.plan import Delta, RoundPlan
 from fedlora.common.trust.identity import Identity, seal
 from fedlora.common.trust.rotation import ROTATION_TAG, rotation_from_text, rotation_to_text
 from fedlora.server import cli as server_cli
@@ -47,9 +47,9 @@ class Halves(FakeWork):
         budget: Budget,
         plan: RoundPlan,
         vector: bytes,
-    ) -> tuple[bytes, str]:
+    ) -> tuple[Delta, str]:
         _, digest = super().train(manifest, projection, budget, plan, vector)
-        return np.full(SPEC.size, 0.5, dtype="<f4").tobytes(), digest
+        return np.full(SPEC.size, 0.5, dtype=np.float32), digest
 
 
 class Federation:

@@ -64,7 +64,7 @@ def judge(
         _secure_verdict(manifest, policy),
         _batches_verdict(manifest, policy),
         _wire_verdict(manifest),
-        shared_noise_verdict(guarantee),
+        shared_noise_verdict(guarantee, policy),
         *_free_verdicts(manifest),
     ]
 
@@ -154,9 +154,8 @@ def _mechanism(name: str, phase: Phase, guarantee: Guarantee, policy: Policy) ->
 
 def _free_verdicts(manifest: RunManifest) -> list[Verdict]:
     """What a policy need not bound: it changes neither what leaves nor what it costs."""
-    names = (
-        *("spec_digest", "projection_digest", "quantised", "strategy", "participation", "version"),
-    )
+    digests = ("spec_digest", "projection_digest")
+    names = (*digests, "quantised", "strategy", "participation", "largest_cohort", "version")
     seed = Verdict("seed", str(manifest.seed), "" if manifest.seed >= 0 else "expected at least 0")
     return [seed, *(Verdict(name, str(getattr(manifest, name))[:80]) for name in names)]
 

@@ -80,7 +80,7 @@ def spend_verdicts(
     delta = at_most("delta", manifest.delta, policy.limits.delta)
     if manifest.delta <= 0:
         delta = replace(delta, reason="expected > 0")
-    sound = sound and shared_noise_verdict(guarantee).allowed
+    sound = sound and shared_noise_verdict(guarantee, policy).allowed
     budget = _budget(manifest, policy)
     if budget is None or not sound or not delta.allowed:
         reason = "can't be projected before the other fields are allowed"
@@ -139,15 +139,19 @@ def _cost_note(budget: Budget, used: float, charged: float, reserved: Spend | No
     )
 
 
-def shared_noise_verdict(guarantee: Guarantee) -> Verdict:
-    """Whether the terms of shared noise are whole.
+def shared_noise_verdict(guarantee: Guarantee, policy: Policy) -> Verdict:
+    """Whether the terms of shared noise are whole, and rely on no fewer peers than the policy says.
 
-    `client.secagg.masked_trainer` holds the cohort and the adapter to them.
+    `client.secagg.masked_run` holds the cohort and the adapter to them.
     """
     try:
-        return Verdict("skellam", guarantee.shared_noise())
+        found = guarantee.shared_noise()
     except BadInput as error:
         return Verdict("skellam", "terms of shared noise", error.faults[0])
+    peers, least = guarantee.honest_peers, policy.limits.honest_peers
+    few = peers is not None and peers < least
+    reason = f"expected at least {least} honest peers in any sum; found {peers}" if few else ""
+    return Verdict("skellam", found, reason)
 
 
 def _budget(manifest: RunManifest, policy: Policy) -> Budget | None:

@@ -89,8 +89,7 @@ class DataPolicy:
 class Limits:
     """Bounds on every run."""
 
-    # the floor is checked by name
-    minimum_cohort: int = _ruled(DEFAULT_COHORT, Bounds(0, 1_000_000))
+    minimum_cohort: int = _ruled(DEFAULT_COHORT, Bounds(0, 1_000_000))  # floor: checked by name
     rounds: int = _ruled(100, Bounds(1, 100_000))
     attempts: int = _ruled(200, Bounds(1, 200_000))  # of all phases together
     steps: int = _ruled(20, Bounds(1, 10_000))  # local steps of a round
@@ -109,6 +108,8 @@ class Limits:
     require_secure: bool = False  # updates leave this node under masks only
     max_colluders: int = _ruled(1, Bounds(0, 1000))  # peers that may side with the coordinator
     client_level: bool = False  # runs whose noise is shared between institutions, under masks
+    shared_noise: bool = False  # likewise, for records
+    honest_peers: int = _ruled(1, Bounds(1, 1000))  # then, in every sum, at least
     metrics: tuple[str, ...] = _ruled((), Each(NAME))
 
 

@@ -139,6 +139,7 @@ def _promised(guarantee: Guarantee, epsilon: float | None) -> Body:
         "delta": guarantee.manifest.delta,
         "accountant": guarantee.accountant,
         "epsilon_second_accountant": guarantee.second_epsilon(),
+        "epsilon_alone": guarantee.epsilon_alone(),
         "second_accountant": guarantee.second_accountant,
         "statement": guarantee.statement(epsilon) if charged else [],
     }

@@ -4,7 +4,7 @@
     input           accept U2; may this attempt be masked at all? Only then policy, ledger and
                     training                                               (client.training.trainer)
                     encode, mask, keep, answer; between encoding and mask a share of the noise,
-                    where the run's guarantee shares it        (common.privacy.institution_level)
+                    where the run's guarantee shares it        (common.privacy.shared_noise)
     confirm, open   U3, and one share of each
 
 An input that was made before is answered by the same bytes, whatever else happened since.
@@ -18,8 +18,8 @@ from fedlora.client.node.outbox import MaskedOutbox
 from fedlora.client.secagg.node import SecureNode
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
-from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.model.state import AdapterSpec, Vector
+from fedlora.common.manifest.plan import Delta, RoundPlan
+from fedlora.common.model.state import AdapterSpec
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol import stages
 from fedlora.common.protocol.stages import Stage
@@ -29,7 +29,7 @@ from fedlora.common.secagg.ring import Encoding
 from fedlora.common.secagg.wire import Epoch
 from fedlora.common.trust.identity import Identity
 
-Train = Callable[[], Vector]  # reserves and trains one attempt, and gives its update
+Train = Callable[[], Delta]  # reserves and trains one attempt, and gives its update
 
 
 class MaskedRun:
@@ -79,7 +79,7 @@ class MaskedRun:
         )
         self._guarantee.check_cohort(plan.phase, spec, self.node.members)
 
-    def mask(self, plan: RoundPlan, spec: AdapterSpec, update: Vector) -> bytes:
+    def mask(self, plan: RoundPlan, spec: AdapterSpec, update: Delta) -> bytes:
         """The masked input of an attempt, durable before it is returned."""
         encoding = self._encoding(plan.phase, spec.size)
         levels = self._guarantee.noised(

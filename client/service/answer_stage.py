@@ -21,7 +21,6 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.protocol.messages import STAGE_TAG, SignedStage, Staged
 from fedlora.common.protocol.stages import Request, Stage
-from fedlora.common.protocol.vectors import vector_from_bytes
 from fedlora.common.terminal import one_line
 
 log = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ def _input(dialogue: Dialogue, run: MaskedRun, manifest: RunManifest, request: R
     update = dialogue.trained(manifest, plan, request.vector)
     with private():  # what is wrong with an update that has no mask yet is nobody's business
         _note_sum(node, plan, run.node.possible(plan.round, plan.attempt))
-        return run.mask(plan, spec, vector_from_bytes(update, spec.size, "own update"))
+        return run.mask(plan, spec, update)
 
 
 def _note_sum(node: Node, plan: RoundPlan, possible: Possible) -> None:

@@ -15,6 +15,7 @@ from fedlora.client.service.dialogue import Dialogue
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.protocol.messages import PLAN_TAG, Answer, Task
+from fedlora.common.protocol.vectors import vector_to_bytes
 from fedlora.common.terminal import one_line
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def answer_task(dialogue: Dialogue, plan: RoundPlan, vector: bytes, request: byt
     kept = node.outbox.read(plan.manifest, plan.round, plan.attempt, request)
     if kept is not None:
         return kept
-    update = dialogue.trained(manifest, plan, vector)
+    update = vector_to_bytes(dialogue.trained(manifest, plan, vector), manifest.wire)
     me = node.policy.institution
     answer = Answer(me, plan.manifest, plan.round, plan.attempt, update)
     released = dialogue.released(answer, request)

@@ -30,7 +30,7 @@ from fedlora.common.disk.files import append_line
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.manifest.plan import Delta, RoundPlan
 from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import MAX_NUMBER, Reply, reply_from_bytes, reply_to_bytes
@@ -174,7 +174,7 @@ class Dialogue:
             budget = policy.data[name].budget if name else ""
             return self.node.ledger.reserved_for(budget, manifest.digest)
 
-    def trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> bytes:
+    def trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> Delta:
         """An attempt's update, which goes on from all before: reserved, trained, committed."""
         node = self.node
         plans = Plans(node.folder.run(plan.manifest) / "plans")

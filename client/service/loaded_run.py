@@ -31,14 +31,14 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.manifest.plan import Delta, RoundPlan
 from fedlora.common.model.compute import compute_of_run, stored_for_run, threads
 from fedlora.common.model.features import FeatureCache
 from fedlora.common.model.network import build_model
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterSpec, AdapterState
 from fedlora.common.privacy.modes import guarantee_of
-from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
+from fedlora.common.protocol.vectors import vector_from_bytes
 from fedlora.common.tasks.known import task_kind, task_named
 from fedlora.common.tasks.task import LANGUAGE, TRANSLATION
 
@@ -118,10 +118,10 @@ class LoadedRun:
         budget: Budget,
         plan: RoundPlan,
         vector: bytes,
-    ) -> tuple[bytes, str]:
-        """The update of one attempt, (size,) in the manifest's wire, and the digest of its data.
+    ) -> tuple[Delta, str]:
+        """The update of one attempt, (size,), and the digest of its data.
 
-        `vector` is the adapter that the plan starts from, in float32.
+        `vector` is the adapter that the plan starts from, as little-endian float32.
         """
         with threads(self._policy.trainer.threads):
             prepared = self.prepare(manifest, projection)
@@ -132,7 +132,7 @@ class LoadedRun:
             except RankLost:
                 self._let_go()  # the next attempt starts anew
                 raise
-            return vector_to_bytes(update.delta, manifest.wire), prepared.data_digest
+            return update.delta, prepared.data_digest
 
     def prepare(self, manifest: RunManifest, projection: Path) -> Prepared:
         """Load what is not loaded yet; a data file that changed is read anew.

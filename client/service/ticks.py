@@ -18,7 +18,7 @@ from fedlora.client.node.policy import Policy
 from fedlora.client.service.work import Work
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.manifest.plan import Delta, RoundPlan
 from fedlora.common.model.state import AdapterSpec
 
 MOST_RUNS = 64  # whose ticks are remembered
@@ -59,7 +59,7 @@ class Watched(Work):
         budget: Budget,
         plan: RoundPlan,
         vector: bytes,
-    ) -> tuple[bytes, str]:
+    ) -> tuple[Delta, str]:
         self._touched = (manifest.digest, "train")
         return self._work.train(manifest, projection, budget, plan, vector)
 

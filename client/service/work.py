@@ -8,7 +8,7 @@ from typing import Protocol
 from fedlora.client.node.policy import Policy
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.manifest.plan import Delta, RoundPlan
 from fedlora.common.model.state import AdapterSpec
 
 
@@ -34,5 +34,5 @@ class Work(Protocol):
         budget: Budget,
         plan: RoundPlan,
         vector: bytes,
-    ) -> tuple[bytes, str]:
-        """Reserve, train and commit one attempt: update (in its wire) and data digest."""
+    ) -> tuple[Delta, str]:
+        """Reserve, train and commit one attempt: its update, and the digest of its data."""

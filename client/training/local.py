@@ -89,6 +89,27 @@ class LocalTraining:
         delta = weights.detach().numpy() - state.vector
         return LocalResult(delta, _moments(optimizer, phase))
 
+    def clipped_step(
+        self,
+        data: ClientData,
+        phase: Phase,
+        state: AdapterState,
+        source: Random,
+        packed: bool = False,
+    ) -> npt.NDArray[np.float64]:
+        """(size,) float64: one SGD step of the sum of clipped units, which has no noise yet.
+
+        Nothing is rounded to float32, and no optimiser or state comes between: what one unit moves
+        it by is its clipped gradient. BadInput for a phase of another kind of round.
+        """
+        if phase.steps != 1 or phase.optimizer != "sgd":
+            raise BadInput(
+                f"manifest phase: found {phase.steps} steps of {phase.optimizer[:40]}, expected 1"
+                " of sgd, since noise is added after it"
+            )
+        total = self._sum(data, phase, state, source, True, packed)
+        return total.vector * (-phase.learning_rate / phase.expected_units)
+
     def _gradient(
         self,
         data: ClientData,
@@ -99,21 +120,32 @@ class LocalTraining:
         packed: bool,
     ) -> npt.NDArray[np.float64]:
         """(size,) float64 mean gradient of one step, noised where the run is private."""
+        total = self._sum(data, phase, at, source, private, packed)
+        if private:
+            noise, expected = phase.noise_multiplier, phase.expected_units
+            return private_mean(total, self._groups(phase), noise, expected, source)
+        return total.vector / phase.expected_units
+
+    def _sum(
+        self,
+        data: ClientData,
+        phase: Phase,
+        at: AdapterState,
+        source: Random,
+        clipped: bool,
+        packed: bool,
+    ) -> GradientSum:
+        """Of the units of a new draw, each clipped where that is asked for."""
         self._model.load(at)
         drawn = draw_units(len(data.units.offsets) - 1, phase.sampling_rate, source)
         groups = self._groups(phase)
         if phase.name == "head":
-            total = self._head_sum(data, drawn, at, groups if private else None)
-        elif private:
+            return self._head_sum(data, drawn, at, groups if clipped else None)
+        if clipped:
             encoded, units = data.encoded, data.units
-            total = self.gradients.clipped_sum(encoded, units, drawn, groups, self.tokens, packed)
-        else:
-            batches = micro_batches(data.units, drawn, data.encoded.lengths, self.tokens)
-            total = self.gradients.plain_sum(data.encoded, batches)
-        if private:
-            noise, expected = phase.noise_multiplier, phase.expected_units
-            return private_mean(total, groups, noise, expected, source)
-        return total.vector / phase.expected_units
+            return self.gradients.clipped_sum(encoded, units, drawn, groups, self.tokens, packed)
+        batches = micro_batches(data.units, drawn, data.encoded.lengths, self.tokens)
+        return self.gradients.plain_sum(data.encoded, batches)
 
     def _head_sum(
         self,

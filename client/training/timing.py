@@ -24,7 +24,7 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.compute import measured_once
 from fedlora.common.model.machine import available
 from fedlora.common.model.network import AdapterModel
-from fedlora.common.privacy.modes import guarantee_named, guarantee_of
+from fedlora.common.privacy.modes import guarantee_asked, guarantee_of
 from fedlora.common.tasks.batch import Encoded
 
 SMALLEST, LARGEST = 512, 1 << 17  # tokens of a micro-batch that is chosen here
@@ -54,7 +54,7 @@ class Steps:
         return cls(
             drawn=training.expected_units if adapted else 0.0,
             packed=training.batches != "fixed",
-            private=guarantee_named(config.privacy.mode).noise_in_step,
+            private=guarantee_asked(config.privacy).clip_in_step,
             grouped=bool(config.data.unit),
         )
 
@@ -65,7 +65,7 @@ class Steps:
         return cls(
             drawn=max(drawn, default=0.0),
             packed=manifest.batches == "packed",
-            private=guarantee_of(manifest).noise_in_step,
+            private=guarantee_of(manifest).clip_in_step,
             grouped=bool(manifest.unit),
         )
 

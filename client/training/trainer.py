@@ -64,6 +64,9 @@ class Trainer:
         """Reserve the whole schedule; Refused past the cap, BadInput for another model."""
         check_model(manifest, self._training.gradients.model)
         guarantee = guarantee_of(manifest)
+        units = len(self._data.units.offsets) - 1
+        if units > guarantee.most_units:
+            raise BadInput(f"data: found {units} units, expected at most {guarantee.most_units:g}")
         if guarantee.needs_masks and not self._masked:
             raise Refused(
                 f"manifest mode: found {guarantee.name}, whose updates leave under masks only,"
@@ -113,13 +116,17 @@ class Trainer:
             if guarantee.private
             else SeededRandom(manifest.seed, "train", owner, plan.round)
         )
-        phase = manifest.phases[plan.phase]
+        phase, packed = manifest.phases[plan.phase], manifest.batches == "packed"
+        answers = (owner, plan.manifest, plan.round, plan.attempt)
+        if guarantee.clip_in_step and not guarantee.noise_in_step:
+            step = self._training.clipped_step(self._data, phase, state, source, packed)
+            return Update(*answers, step)
         moments = self._moments.read(owner, plan.phase, plan.round)
-        by_step, packed = guarantee.noise_in_step, manifest.batches == "packed"
+        by_step = guarantee.noise_in_step
         result = self._training.update(self._data, phase, state, moments, source, by_step, packed)
         self._moments.write(owner, plan.phase, plan.round, result.moments)
         delta = rounded(guarantee.clipped(result.delta, phase), manifest.wire)
-        return Update(owner, plan.manifest, plan.round, plan.attempt, delta)
+        return Update(*answers, delta)
 
     def _required_ledger(self) -> Ledger:
         if self._ledger is None:

@@ -54,8 +54,7 @@ def _together(config: Config) -> Iterator[Fault]:
         yield from _secure(config)
     elif config.faults != FaultsConfig():
         yield ("aggregation.secure",), "[faults]: expected none without [aggregation] secure = true"
-    if config.privacy.mode == "client":
-        yield from _client_level(config)
+    yield from _shared_noise(config)
     if config.aggregation.strategy in ROBUST:
         yield from _robust(config)
     if federation.partition == "by-column" and not federation.column:
@@ -175,23 +174,45 @@ def _robust(config: Config) -> Iterator[Fault]:
         )
 
 
-def _client_level(config: Config) -> Iterator[Fault]:
+def _under_masks(config: Config, asked: str, path: str) -> Iterator[Fault]:
     """What noise that is shared between institutions can't be combined with, and why."""
     if not config.aggregation.secure:
-        found = '[privacy] mode = "client"'
         yield (
-            ("privacy.mode", "aggregation.secure"),
+            (path, "aggregation.secure"),
             (
-                f"{found}: expected [aggregation] secure = true: a single update has but a share of"
-                " the noise"
+                f"[privacy] {asked}: expected [aggregation] secure = true: a single update has but"
+                " a share of the noise"
             ),
         )
     if config.privacy.head_clip > 0:
         found = f"[privacy] head_clip = {config.privacy.head_clip:g}"
-        yield (
-            ("privacy.mode", "privacy.head_clip"),
-            f'{found}: expected 0 with mode = "client": one clip for all',
-        )
+        yield (path, "privacy.head_clip"), f"{found}: expected 0 with {asked}: one clip for all"
+
+
+def _shared_noise(config: Config) -> Iterator[Fault]:
+    """What shared noise needs: masks; and for records, rounds of one step of SGD."""
+    if config.privacy.mode == "client":
+        yield from _under_masks(config, 'mode = "client"', "privacy.mode")
+    if config.privacy.noise == "own":
+        return
+    asked, path = 'noise = "shared"', "privacy.noise"
+    if config.privacy.mode != "record":
+        found = f'[privacy] mode = "{config.privacy.mode}"'
+        yield (path, "privacy.mode"), f'{found}: expected "record" with {asked}'
+        return
+    yield from _under_masks(config, asked, path)
+    training = config.training
+    phases = ("", "head_") if training.head_rounds else ("",)
+    for prefix in phases:
+        steps, optimizer = (getattr(training, prefix + name) for name in ("steps", "optimizer"))
+        if steps > 1:
+            found = f"[training] {prefix}steps = {steps}: expected 1 with {asked}"
+            reason = "a second step would depend on units before any noise covers them"
+            yield (path, f"training.{prefix}steps"), f"{found}: {reason}"
+        if optimizer not in ("sgd", AUTO):
+            found = f'[training] {prefix}optimizer = "{optimizer}": expected "sgd" with {asked}'
+            reason = "at the node it would divide by what has no noise; [server] may"
+            yield (path, f"training.{prefix}optimizer"), f"{found}: {reason}"
 
 
 def _pooled(config: Config) -> Iterator[Fault]:

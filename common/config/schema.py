@@ -203,6 +203,8 @@ class PrivacyConfig:
     """[privacy]: what is guaranteed, and to whom."""
 
     mode: str = _choice("record", "record", "client", "none")
+    # of mode "record": "own" is whole at each institution; "shared" is of all together, under masks
+    noise: str = _choice("own", "own", "shared")
     epsilon: float = _number(3.0, 0, 1e4, open_low=True)
     delta: float = _number(1e-5, 0, 0.5, open_low=True)
     clip: float = _chosen(1e-6, 1e6)

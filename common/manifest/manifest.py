@@ -77,11 +77,11 @@ class SecureTerms:
 
 @dataclass(frozen=True)
 class SkellamTerms:
-    """What `mode = "client"` rests on, beside the secure terms and each phase's clip and noise.
+    """What shared noise rests on, beside the secure terms and each phase's clip and noise.
 
-    The clip is of a whole update and equals its phase's update bound. The noise multiplier is that
-    of a sum: each institution adds its variance over (t - max_colluders), with the t of the cohort
-    that it finds.
+    The noise multiplier is that of a sum: each institution adds its variance over (t -
+    max_colluders), with the t of the cohort that it finds. In mode "client" the clip is of a whole
+    update and equals its phase's update bound.
     """
 
     # that a phase moves, and noises: one number for each phase
@@ -148,7 +148,7 @@ class RunManifest:
     spec_digest: str
     projection_digest: str  # of the frozen map below the head; "" where there is none
     max_length: int
-    mode: str  # "record", "client" or "none"
+    mode: str  # "record", "shared-record", "client" or "none"
     unit: str  # the column that names the privacy unit; "" is the record
     epsilon: float  # of the whole schedule; 0 where the run is not private
     delta: float
@@ -159,13 +159,16 @@ class RunManifest:
     network: Network
     phases: tuple[Phase, ...]
     secure: SecureTerms | None = None  # None: updates are sent in clear
-    skellam: SkellamTerms | None = None  # in mode "client", and there alone
+    skellam: SkellamTerms | None = None  # where noise is shared, and there alone
     # what a step's records are computed in (`common.model.shapes`); fixed before it could be chosen
     batches: str = field(default="fixed", metadata={"unwritten": "fixed", "rule": BATCHES})
     # what an update is rounded to, after its noise, as it leaves (`common.protocol.vectors`)
     wire: str = field(default="float32", metadata={"unwritten": "float32", "rule": WIRE})
     # "int8" or "nf4": how coarsely each institution keeps the base's frozen matrices
     quantised: str = field(default="", metadata={"unwritten": "", "rule": QUANTISED})
+    # institutions of a round, at most: what an own part of shared noise is worth follows from it; 0
+    # where that is not said
+    largest_cohort: int = field(default=0, metadata={"unwritten": 0, "rule": Bounds(0, 1000)})
     version: int = VERSION
 
     def to_bytes(self) -> bytes:

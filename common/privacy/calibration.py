@@ -10,11 +10,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedlora.common.config.schema import AggregationConfig, PrivacyConfig
 from fedlora.common.disk.files import write_atomically
@@ -22,13 +22,16 @@ from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase, SkellamTerms
 from fedlora.common.privacy.accountant import ACCOUNTANT, Mechanism, epsilon_of
 from fedlora.common.privacy.skellam import Release, epsilon_of_releases, releases
+from fedlora.common.privacy.unit_release import CAPACITY, unit_releases
 from fedlora.common.secagg.cohort import threshold
+from fedlora.common.secagg.ring import MOST_LEVELS, Encoding
 
 CALIBRATION = 1e-3  # relative tolerance of a calibrated noise multiplier
 # of a coordinate: as fine as float32 for a value at the bound; 511 institutions in 32 bits
 LEVELS = 1 << 22
 # of the clip: what rounding may add to the sensitivity where large noise leaves fewer levels
 ROUNDING = 0.1
+R = TypeVar("R", bound=Release)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,22 @@ class Asked:
     aggregation: AggregationConfig
     moved: Mapping[str, int]  # by a phase's name, how many coordinates it moves
     cache: Path | None = None
+    institutions: int = 1  # of a round, at most
+
+    def coordinates(self, phases: Sequence[Phase]) -> tuple[int, ...]:
+        """What each phase moves; BadInput where that is not known, or sums are not masked."""
+        if not self.moved or not self.aggregation.secure:
+            raise BadInput(
+                f'[privacy] mode = "{self.privacy.mode}": expected [aggregation] secure = true, and'
+                " what each phase moves, where noise is shared"
+            )
+        return tuple(self.moved[phase.name] for phase in phases)
+
+    @property
+    def carriers(self) -> int:
+        """Honest institutions in any sum, at least."""
+        asked = self.aggregation
+        return threshold(asked.minimum_cohort) - asked.max_colluders
 
 
 @dataclass(frozen=True)
@@ -48,13 +67,9 @@ class Schedule:
     phases: tuple[Phase, ...]
     levels: int = LEVELS  # of an update bound, under masks
     skellam: SkellamTerms | None = None
-
-    def member_noise(self) -> float:
-        """The largest standard deviation that a member adds to an encoded update, in levels."""
-        if self.skellam is None:
-            return 0.0
-        made = releases(self.phases, self.skellam.coordinates, self.levels)
-        return max(math.sqrt(each.share(self.skellam.carriers)) for each in made)
+    # the largest standard deviation that a member adds to an encoded update, in levels
+    member_noise: float = 0.0
+    largest_cohort: int = 0  # where a part of the noise follows from it
 
 
 def without_noise(phases: tuple[Phase, ...], asked: Asked) -> Schedule:
@@ -82,40 +97,72 @@ def with_skellam_noise(phases: tuple[Phase, ...], asked: Asked) -> Schedule:
     drawn exactly up to a bound. So they are the largest power of two with which every phase's share
     can be drawn; BadInput where there is none.
     """
-    moved, aggregation = asked.moved, asked.aggregation
-    if not moved or not aggregation.secure:
-        raise BadInput(
-            '[privacy] mode = "client": expected [aggregation] secure = true, and what each phase'
-            " moves"
-        )
-    coordinates, levels = tuple(moved[phase.name] for phase in phases), LEVELS
-    carriers = threshold(aggregation.minimum_cohort) - aggregation.max_colluders
+    coordinates, levels = asked.coordinates(phases), LEVELS
     while math.sqrt(max(coordinates)) / 2 <= ROUNDING * levels:
-        done = _noised(phases, asked, coordinates, levels)
-        if not any(each.beyond(carriers) for each in releases(done, coordinates, levels)):
-            return Schedule(done, levels, SkellamTerms(coordinates, carriers))
+        done, made = _noised(phases, asked, releases(phases, coordinates, levels))
+        if not any(each.beyond(asked.carriers) for each in made):
+            skellam = SkellamTerms(coordinates, asked.carriers)
+            return Schedule(done, levels, skellam, _largest_share(made, asked))
         levels //= 2
-    raise BadInput(
-        f"[privacy] epsilon = {asked.privacy.epsilon:g}: needs noise that with {max(coordinates)}"
-        " coordinates can't be drawn as whole numbers; expected a larger epsilon, or fewer rounds"
-    )
+    raise _never_drawn(asked, coordinates)
+
+
+def with_shared_unit_noise(phases: tuple[Phase, ...], asked: Asked) -> Schedule:
+    """Noise of a sum of drawn units in each phase, how it is shared, and the levels.
+
+    The finest grid whose sums of all institutions, noise included, fit words of 32 bits; where
+    that is too coarse for a phase, of 64. BadInput where no grid is fine enough whose noise can be
+    drawn.
+    """
+    coordinates = asked.coordinates(phases)
+    for bits, levels in _grids(phases, asked.institutions):
+        plain = unit_releases(phases, coordinates, levels)
+        if any(each.coarse for each in plain):
+            continue
+        done, made = _noised(phases, asked, plain)
+        noise = _largest_share(made, asked)
+        fits = Encoding(1, bits, 1.0, levels, noise).fits(asked.institutions)
+        if fits and not any(each.beyond(asked.carriers) for each in made):
+            skellam = SkellamTerms(coordinates, asked.carriers)
+            return Schedule(done, levels, skellam, noise, asked.institutions)
+    raise _never_drawn(asked, coordinates)
+
+
+def _grids(phases: Sequence[Phase], institutions: int) -> Iterator[tuple[int, int]]:
+    """Bits of a word and levels of a sum, best first: as fine as fits 32, then 64 and coarser."""
+    narrow = 31 - math.ceil(math.log2(institutions + 1))
+    clips = CAPACITY * max(phase.expected_units for phase in phases)  # to where a sum saturates
+    wide = math.floor(math.log2(min(MOST_LEVELS, max(1.0, LEVELS * clips))))
+    for bits, finest in ((32, narrow), (64, wide)):
+        yield from ((bits, 1 << power) for power in range(finest, 0, -1))
 
 
 def _noised(
-    phases: tuple[Phase, ...], asked: Asked, coordinates: tuple[int, ...], levels: int
-) -> tuple[Phase, ...]:
-    done = list[Phase]()
-    for phase, count in zip(phases, coordinates, strict=True):
-        spent = releases(done, coordinates[: len(done)], levels)
-        one = Release(1.0, levels, count, phase.attempts)
+    phases: tuple[Phase, ...], asked: Asked, plain: Sequence[R]
+) -> tuple[tuple[Phase, ...], list[R]]:
+    """The phases, and their releases, with the least noise of each; `plain` is without."""
+    done, made = list[Phase](), list[R]()
+    for phase, one in zip(phases, plain, strict=True):
         sigma = smallest_noise(
-            lambda noise, spent=spent, one=one: epsilon_of_releases(  # type: ignore[misc]
-                [*spent, replace(one, noise_multiplier=noise)], asked.privacy.delta
+            lambda noise, one=one: epsilon_of_releases(  # type: ignore[misc]
+                [*made, replace(one, noise_multiplier=noise)], asked.privacy.delta
             ),
             _budget(phase, phases, asked),
         )
+        made.append(replace(one, noise_multiplier=sigma))
         done.append(replace(phase, noise_multiplier=sigma))
-    return tuple(done)
+    return tuple(done), made
+
+
+def _largest_share(made: Sequence[Release], asked: Asked) -> float:
+    return max(math.sqrt(each.share(asked.carriers)) for each in made)
+
+
+def _never_drawn(asked: Asked, coordinates: Sequence[int]) -> BadInput:
+    return BadInput(
+        f"[privacy] epsilon = {asked.privacy.epsilon:g}: needs noise that with {max(coordinates)}"
+        " coordinates can't be drawn as whole numbers; expected a larger epsilon, or fewer rounds"
+    )
 
 
 def _budget(phase: Phase, phases: tuple[Phase, ...], asked: Asked) -> float:

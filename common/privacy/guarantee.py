@@ -9,11 +9,13 @@ manifest.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from fedlora.common.config.schema import AggregationConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
@@ -40,7 +42,11 @@ class Permits(Protocol):
 
     @property
     def client_level(self) -> bool:
-        """Whether updates may leave under a share of the noise alone."""
+        """Whether updates of whole institutions may leave under a share of the noise alone."""
+
+    @property
+    def shared_noise(self) -> bool:
+        """Whether sums of records may leave under a share of the noise alone."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ class Guarantee(ABC):
     # whether anything is promised: then there is an ε, a ledger that pays it before data are
     # touched, and no randomness that anybody can repeat
     private: ClassVar[bool]
-    # whether every local step clips each unit's gradient and adds the whole noise
+    # whether every local step clips each unit's gradient
+    clip_in_step: ClassVar[bool]
+    # whether it also adds the whole noise, so that more steps may follow
     noise_in_step: ClassVar[bool]
     # whether updates may leave under masks only
     needs_masks: ClassVar[bool]
@@ -62,6 +70,8 @@ class Guarantee(ABC):
     neighbours: ClassVar[str]
     noise: ClassVar[str]
     second_accountant: ClassVar[str]
+    # of one institution, for which what is promised is known to hold
+    most_units: ClassVar[float] = math.inf
     cost_name: ClassVar[str] = "ε"  # of what a consent states and a budget is charged
 
     # --- before there is a manifest
@@ -82,6 +92,11 @@ class Guarantee(ABC):
     @abstractmethod
     def coordinate_bound(phase: Phase) -> float:
         """Where a coordinate of an update saturates under secure aggregation. Public."""
+
+    @staticmethod
+    def noise_part(members: float, aggregation: AggregationConfig) -> float:
+        """What each of about so many adds, as a part of the variance of the whole noise."""
+        return 1.0
 
     @staticmethod
     @abstractmethod
@@ -203,9 +218,20 @@ class Guarantee(ABC):
         """How noise is shared, for who judges the manifest; BadInput where its terms are not whole
         or have no place in it.
         """
-        if self.manifest.skellam is not None:
-            raise BadInput('expected none but in mode "client"')
+        if self.manifest.skellam is not None or self.manifest.largest_cohort:
+            raise BadInput("expected none where each institution's noise is its own")
         return "no shared noise"
+
+    @property
+    def honest_peers(self) -> int | None:
+        """How many others an institution's promise relies on in a sum, at least; None: on none."""
+        return None
+
+    def epsilon_alone(self) -> float | None:
+        """ε for a unit whose institution alone is honest, where that is another figure; None where
+        it is the stated one, or there is no finite one.
+        """
+        return None
 
     def check_node(self, colluders: int) -> None:  # noqa: B027  (most need nothing of a node)
         """Refused where a node that expects so many colluders can't take part under masks."""

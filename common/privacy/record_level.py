@@ -37,6 +37,7 @@ class RecordLevel(Guarantee):
 
     name = "record"
     private = True
+    clip_in_step = True
     noise_in_step = True
     needs_masks = False
     whom = "record or person (by the node)"

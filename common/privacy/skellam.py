@@ -77,6 +77,11 @@ class Release:
         return self.levels + math.sqrt(self.coordinates) / 2
 
     @property
+    def longest(self) -> float:
+        """The L2 norm, in levels, that an encoded update may have: here it is clipped whole."""
+        return self.sensitivity
+
+    @property
     def variance(self) -> float:
         """μ, in levels: of the noise in a sum."""
         return (self.noise_multiplier * self.sensitivity) ** 2
@@ -157,10 +162,8 @@ def noised(
     whoever clipped it, what leaves is checked as the whole numbers that it is.
     """
     norm = float(np.linalg.norm(levels.astype(np.float64)))
-    if not norm <= release.sensitivity:
-        raise BadInput(
-            f"update: found {norm:.10g} levels, expected at most {release.sensitivity:.10g}"
-        )
+    if not norm <= release.longest:
+        raise BadInput(f"update: found {norm:.10g} levels, expected at most {release.longest:.10g}")
     if levels[~moved].any():
         raise BadInput("update: found a change where the phase moves nothing")
     if int(np.count_nonzero(moved)) != release.coordinates:

@@ -21,6 +21,7 @@ class Unprotected(Guarantee):
 
     name = "none"
     private = False
+    clip_in_step = False
     noise_in_step = False
     needs_masks = False
     whom = "none"

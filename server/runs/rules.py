@@ -22,7 +22,7 @@ from fedlora.common.config.schema import Config, config_to_toml, open_fields
 from fedlora.common.config.task_names import BY_WORD
 from fedlora.common.config.toml import AUTO, UNDECIDED
 from fedlora.common.errors import BadInput
-from fedlora.common.privacy.modes import guarantee_named
+from fedlora.common.privacy.modes import guarantee_asked
 
 HEAD_ROUNDS, LORA_ROUNDS = 30, 60
 SPARE = 2  # attempts of a phase that may be lost: to a crash, to Ctrl-C
@@ -122,7 +122,7 @@ def _rounds(config: Config, facts: PublicFacts) -> Chosen:
         head = 0
     elif head < 0:
         head = HEAD_ROUNDS if dealing.rounds < 0 else dealing.rounds * 3 // 5
-    noisy = guarantee_named(config.privacy.mode).noise_in_step
+    noisy = guarantee_asked(config.privacy).clip_in_step
     more = LORA_ROUNDS if noisy else OPEN_ROUNDS
     return {
         "training": {"head_rounds": head},
@@ -170,7 +170,7 @@ def _lora(config: Config, facts: PublicFacts) -> Chosen:
     """With noise in each step, few and large ones; else small ones that make up epochs."""
     training, units = config.training, _units_of_one(config)
     moves = "both" if config.privacy.head_clip or not training.head_rounds else "lora"
-    if guarantee_named(config.privacy.mode).noise_in_step:
+    if guarantee_asked(config.privacy).clip_in_step:
         drawn = LORA_UNITS / (LORA_ROUNDS * config.federation.units)
         steps, rate = 1, min(1.0, max(SMALLEST_DRAW, drawn))
         optimizer = "sgd"
@@ -226,11 +226,11 @@ def _server(config: Config, facts: PublicFacts) -> Chosen:
 def _head_rate(config: Config, facts: PublicFacts) -> float:
     """What suits gradients alone, and what noise allows."""
     privacy, rounds = config.privacy, max(1, config.training.head_rounds)
-    if not guarantee_named(privacy.mode).noise_in_step:
+    if not guarantee_asked(privacy).clip_in_step:
         return OPEN_HEAD_RATE
     clip, rate = privacy.head_phase_clip, config.training.head_sampling_rate
     noise = _sigma(_head_mu(config), rate, rounds * config.training.head_steps)
-    noise *= clip / config.training.head_expected_units / math.sqrt(_asked(config))
+    noise *= clip / config.training.head_expected_units * _of_mean(config)
     # features have length head_scale; with a linear decay a third of the squared rates counts
     moved = config.model.head_scale * noise * math.sqrt(rounds / 3)
     return min(CLIPPED_HEAD_RATE * math.sqrt(max(1, facts.classes)) / clip, SHAKEN / moved)
@@ -239,7 +239,7 @@ def _head_rate(config: Config, facts: PublicFacts) -> float:
 def _lora_rate(config: Config) -> float:
     """Likewise."""
     privacy, training = config.privacy, config.training
-    if not guarantee_named(privacy.mode).noise_in_step:
+    if not guarantee_asked(privacy).clip_in_step:
         return OPEN_LORA_RATE
     suits = LORA_RATE * LORA_CLIP / privacy.clip
     rounds = config.federation.rounds - training.head_rounds
@@ -248,7 +248,7 @@ def _lora_rate(config: Config) -> float:
     whole, head = gaussian_mu(privacy.epsilon, privacy.delta), _head_mu(config)
     left = math.sqrt(whole**2 - head**2) if training.head_rounds else whole
     noise = _sigma(left, training.sampling_rate, rounds * training.steps)
-    noise *= privacy.clip / training.expected_units / math.sqrt(_asked(config))
+    noise *= privacy.clip / training.expected_units * _of_mean(config)
     return min(suits, LORA_SHAKEN / noise)
 
 
@@ -267,9 +267,11 @@ def _sigma(mu: float, sampling_rate: float, steps: int) -> float:
     return 1 / math.sqrt(math.log1p((mu / sampling_rate) ** 2 / steps))
 
 
-def _asked(config: Config) -> float:
-    """Institutions of a round, about."""
-    return max(1.0, config.federation.participation * config.federation.clients)
+def _of_mean(config: Config) -> float:
+    """What is left of a whole noise in the mean over a round's institutions, about."""
+    asked = max(1.0, config.federation.participation * config.federation.clients)
+    part = guarantee_asked(config.privacy).noise_part(asked, config.aggregation)
+    return math.sqrt(part / asked)
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:

@@ -14,7 +14,7 @@ from fedlora.common.config.parts import Terms
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest, SecureTerms
 from fedlora.common.privacy.calibration import Asked, Schedule
 from fedlora.common.privacy.guarantee import Guarantee
-from fedlora.common.privacy.modes import guarantee_named
+from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.secagg.ring import Encoding
 
@@ -44,8 +44,8 @@ def make_manifest(
 ) -> RunManifest:
     """A new run on `terms`. Calibration takes seconds and is cached in `cache`."""
     privacy, asked = terms.privacy, terms.aggregation
-    guarantee = guarantee_named(privacy.mode)
-    wanted = Asked(privacy, asked, facts.moved, cache)
+    guarantee = guarantee_asked(privacy)
+    wanted = Asked(privacy, asked, facts.moved, cache, terms.federation.clients)
     schedule = guarantee.calibrated(public_phases(terms), wanted)
     secure = _secure_terms(terms, guarantee, schedule) if asked.secure else None
     return RunManifest(
@@ -57,7 +57,7 @@ def make_manifest(
         spec_digest=facts.spec_digest,
         projection_digest=facts.projection_digest,
         max_length=facts.max_length,
-        mode=privacy.mode,
+        mode=guarantee.name,
         unit=terms.unit,
         epsilon=privacy.epsilon if guarantee.private else 0.0,
         delta=privacy.delta if guarantee.private else 0.0,
@@ -69,16 +69,17 @@ def make_manifest(
         phases=schedule.phases,
         secure=secure,
         skellam=schedule.skellam,
-        batches=terms.training.batches if guarantee.noise_in_step else "fixed",
+        batches=terms.training.batches if guarantee.clip_in_step else "fixed",
         wire=terms.federation.wire,
         quantised=facts.quantised,
+        largest_cohort=schedule.largest_cohort,
     )
 
 
 def _secure_terms(terms: Terms, guarantee: type[Guarantee], schedule: Schedule) -> SecureTerms:
     """The ring that holds a sum of all institutions, and its noise; BadInput where none does."""
     bounds = tuple(guarantee.coordinate_bound(phase) for phase in schedule.phases)
-    members, noise = terms.federation.clients, schedule.member_noise()
+    members, noise = terms.federation.clients, schedule.member_noise
     ring = Encoding.fitting(1, max(bounds), schedule.levels, members, noise)
     return SecureTerms(
         threshold=THRESHOLD_RULE,

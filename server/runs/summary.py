@@ -101,6 +101,7 @@ def _guaranteed(manifest: RunManifest, reserved: Mapping[str, float]) -> dict[st
         "epsilon_by_client": by_client if private else {},
         "delta": manifest.delta if private else None,
         "epsilon_charged": max(reserved.values(), default=0.0) if private else None,
+        "epsilon_alone": guarantee.epsilon_alone(),
         "unit": guarantee.unit,
         "mode": manifest.mode,
         "schedule": guarantee.schedule(),

@@ -138,7 +138,8 @@ class SecureCohort:
         smallest = max(manifest.minimum_cohort, attempt.needed)
         colluders = self._terms.max_colluders
         server = ServerEpoch(epoch, attempt.members, smallest, self._kept, colluders)
-        offers = dict.fromkeys(self._heard(attempt, smallest), epoch.to_bytes())
+        heard = self._within(attempt, self._heard(attempt, smallest))
+        offers = dict.fromkeys(heard, epoch.to_bytes())
         here = self._collect(Stage.OFFER, offers, attempt, server.add_offer)
         cohort_list = server.close_offers()
         for name in sorted(set(here) - set(server.members)):
@@ -166,6 +167,14 @@ class SecureCohort:
             reason = "left out: several say that its shares do not open, which is no proof"
             attempt.failures.add(Failure(name, reason))
         return others
+
+    def _within(self, attempt: _Attempt, names: list[str]) -> list[str]:
+        """As many as the manifest allows a cohort, where parts of a noise follow from that."""
+        most = self._manifest.largest_cohort or len(names)
+        for name in names[most:]:
+            reason = f"left out: the manifest has cohorts of {most} at most"
+            attempt.failures.add(Failure(name, reason))
+        return names[:most]
 
     def _sum(self, epoch: _EpochInUse, attempt: _Attempt) -> tuple[SecureSum, SecureRecord]:
         """Stages 3 to 6, over all of U2: who drops out of one attempt may be back in the next."""

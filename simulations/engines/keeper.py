@@ -16,7 +16,8 @@ import ray
 from fedlora.client.secagg.masked_run import MaskedRun, Train
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.model.state import AdapterSpec, Vector
+from fedlora.common.manifest.plan import Delta
+from fedlora.common.model.state import AdapterSpec
 from fedlora.common.protocol.stages import Request, Stage
 from fedlora.simulations.engines.masked import Roster
 from fedlora.simulations.engines.shared import Shared
@@ -47,7 +48,7 @@ class _Keeper:
 
         return _said(step)
 
-    def mask(self, request: bytes, spec: AdapterSpec, update: Vector) -> _Said:
+    def mask(self, request: bytes, spec: AdapterSpec, update: Delta) -> _Said:
         asked = Request.from_bytes(request)
         return _said(lambda: self._run(asked.institution).mask(asked.plan, spec, update))
 

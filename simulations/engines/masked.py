@@ -16,8 +16,8 @@ from fedlora.client.secagg.masked_run import MaskedRun
 from fedlora.common.config.schema import FaultsConfig
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.manifest.plan import RoundPlan, Update
-from fedlora.common.model.state import AdapterState, Vector
+from fedlora.common.manifest.plan import Delta, RoundPlan, Update
+from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.randomness import OsRandom, Random, bernoulli
 from fedlora.common.protocol.stages import Stage
 from fedlora.common.secagg import shamir, wire
@@ -111,9 +111,9 @@ class Institutions:
     def _answer(
         self, name: str, stage: str, message: bytes, plan: RoundPlan, state: AdapterState
     ) -> bytes | Failure:
-        def train() -> Vector:
+        def train() -> Delta:
             update = self._trainer_of(name).train(plan, state)
-            update.check(plan, state.spec.size)
+            update.check(plan, state.spec.size, masked=True)
             return update.delta
 
         try:

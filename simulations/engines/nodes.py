@@ -20,8 +20,8 @@ from fedlora.common.config.load import load_config
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.model.state import AdapterState, Vector
+from fedlora.common.manifest.plan import Delta, RoundPlan
+from fedlora.common.model.state import AdapterState
 from fedlora.common.protocol import stages
 from fedlora.common.protocol.messages import (
     PLAN_TAG,
@@ -121,7 +121,7 @@ class Resident:
             body, spec, lambda: self._trained(name, asked.plan, asked.vector)
         )
 
-    def _trained(self, name: str, plan: RoundPlan, vector: bytes) -> Vector:
+    def _trained(self, name: str, plan: RoundPlan, vector: bytes) -> Delta:
         if name not in self.numbers:
             raise BadInput(f"plan client: found {name}, which is not in this federation")
         spec = self.federation.model.spec

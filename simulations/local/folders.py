@@ -51,6 +51,7 @@ learning_rate = 1.0
 micro_batch_tokens = 2048
 [privacy]
 mode = "{mode}"
+noise = "{noise}"
 epsilon = 3.0
 delta = 1e-5
 clip = 1.0
@@ -85,6 +86,7 @@ attempts = 200
 noise_multiplier = 0.3
 delta = 1e-5
 client_level = {client_level}
+shared_noise = {shared_noise}
 
 [trainer]
 threads = 1
@@ -105,6 +107,7 @@ class Folders:
     layers: str = "[5]"
     secure: bool = False  # updates leave under masks
     mode: str = "record"  # "client": privacy of whole institutions
+    noise: str = "own"  # "shared": of records, under masks
     names: tuple[str, ...] = NAMES  # "bank-2" has the records of "bank"
     port: int = field(default_factory=lambda: free_port())
 
@@ -167,6 +170,7 @@ class Folders:
             quorum=self.quorum,
             deadline=self.deadline,
             mode=self.mode,
+            noise=self.noise,
             secure=str(self.secure).lower(),
         )
         (self.root / "training.toml").write_text(filled, encoding="utf-8")
@@ -182,6 +186,7 @@ class Folders:
             labels=LABELS,
             cap=30.0 if shared else 8.0,
             client_level=str(shared).lower(),
+            shared_noise=str(self.noise == "shared").lower(),
         )
         policy.write_text(filled, encoding="utf-8")
         policy.chmod(0o600)

@@ -4,7 +4,8 @@ Everything goes through the installed commands: a coordinator's folder, enrolmen
 authentication, three trainers, three relays with their SuperNodes, SuperLink; five rounds with
 privacy on; the export, verified.
 
-    python simulations/local/whole_run.py [--out runs/federation] [--rounds 5] [--secure]
+    python simulations/local/whole_run.py [--out runs/federation] [--rounds 5]
+        [--secure] [--shared-noise]
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ def main() -> None:
     parser.add_argument(
         "--secure", action="store_true", help="updates leave under the masks of secure aggregation"
     )
+    parser.add_argument(
+        "--shared-noise", action="store_true", help="institutions share their noise under masks"
+    )
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     if out.exists() and not (out / "coordinator").is_dir():
         sys.exit(f"{out}: found another folder, expected none or an earlier federation")
     shutil.rmtree(out, ignore_errors=True)
-    federation = Federation(out, rounds=arguments.rounds, secure=arguments.secure)
+    noise = "shared" if arguments.shared_noise else "own"
+    secure = arguments.secure or arguments.shared_noise
+    federation = Federation(out, rounds=arguments.rounds, secure=secure, noise=noise)
     print("enrolling three institutions", flush=True)
     federation.prepare()
     print("starting trainers, SuperLink and relays", flush=True)

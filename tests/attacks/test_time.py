@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from fedlora.client.service.answer import Resident
 from fedlora.client.service.ticks import MOST_RUNS, Ticks
 from fedlora.common.errors import BadInput
+from fedlora.common.manifest.plan import Delta
 from fedlora.common.protocol.messages import Answer, Consent, Decline, Started
 from tests.attacks import answer_time
 from tests.client.institution import (
@@ -63,7 +64,7 @@ class Slow(FakeWork):
         self._took()
         return super().consent(*arguments)  # type: ignore[arg-type]
 
-    def train(self, *arguments: object) -> tuple[bytes, str]:
+    def train(self, *arguments: object) -> tuple[Delta, str]:
         self._took()
         return super().train(*arguments)  # type: ignore[arg-type]
 

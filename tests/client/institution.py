@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -25,7 +26,7 @@ from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
-from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.manifest.plan import Delta, RoundPlan
 from fedlora.common.model.state import AdapterSpec, TensorSpec
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import (
@@ -146,6 +147,7 @@ class FakeWork:
     during: Callable[[], None] = nothing
     adapter: AdapterSpec = ADAPTER_SPEC
     update: bytes = b""  # what it answers; empty: a number that counts its trainings
+    step: Delta | None = None  # in its place: a sum of units, in float64
     turn: threading.Lock = field(default_factory=threading.Lock)
 
     def adopt(self, policy: Policy) -> None:
@@ -172,7 +174,7 @@ class FakeWork:
         budget: Budget,
         plan: RoundPlan,
         vector: bytes,
-    ) -> tuple[bytes, str]:
+    ) -> tuple[Delta, str]:
         place = (budget.name, plan.manifest)
         if manifest.mode != "none":
             self.ledger.reserve(*place, plan.phase, plan.round, plan.attempt)
@@ -180,7 +182,9 @@ class FakeWork:
         self.during()
         if manifest.mode != "none":
             self.ledger.commit(*place, plan.round, plan.attempt, "sha256:u")
-        return self.update or len(self.trained).to_bytes(8, "little"), "sha256:data"
+        update = self.update or len(self.trained).to_bytes(8, "little")
+        delta = np.frombuffer(update, dtype="<f4") if self.step is None else self.step
+        return delta, "sha256:data"
 
 
 @dataclass

@@ -18,11 +18,15 @@ from fedlora.client.report.check import check_report, read_key, read_report
 from fedlora.client.report.page import page
 from fedlora.client.report.report import report_body, write_report
 from fedlora.common.errors import FedloraError
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.protocol.messages import MANIFEST_TAG
 from fedlora.common.trust.enrolment import EnrolmentRequest, request_to_text
-from fedlora.common.trust.identity import Identity
-from tests.client.institution import PHASE, Institution, manifest_of, offer_of, task_of
+from fedlora.common.trust.identity import Identity, Signed
+from tests.client.institution import COORDINATOR, PHASE, Institution, manifest_of, offer_of, task_of
 from tests.client.secagg.test_shared_noise import manifest as client_manifest
+from tests.client.secagg.test_shared_records import manifest as record_manifest
 from tests.common.trust.test_enrolment import flower_key
 
 RUN = manifest_of()
@@ -116,15 +120,7 @@ def test_a_report_without_a_run_says_how_privacy_is_made(north: Institution) -> 
 
 def test_a_run_of_shared_noise_is_told_as_what_it_is(north: Institution) -> None:
     run = client_manifest()
-    folder = north.folder.run(run.digest)
-    folder.mkdir(parents=True)
-    from fedlora.common.protocol.messages import MANIFEST_TAG
-    from fedlora.common.trust.identity import Signed
-    from tests.client.institution import COORDINATOR
-
-    signed = Signed.by(COORDINATOR, MANIFEST_TAG, run.to_bytes())
-    (folder / "manifest.signed").write_bytes(signed.to_bytes())
-    (told,) = body_of(north)["runs"]
+    told = told_of(north, run)
     assert (
         "Skellam" in told["noise"]
         and "institution" in told["neighbours"]
@@ -138,6 +134,30 @@ def test_a_run_of_shared_noise_is_told_as_what_it_is(north: Institution) -> None
         guarantee_of(run).charged_epsilon() > 0
         and "floating" not in page(body_of(north)).split("<h2>What is assumed")[0]
     )
+
+
+def test_a_run_of_records_with_shared_noise_says_what_a_part_alone_is_worth(
+    north: Institution,
+) -> None:
+    run = record_manifest()
+    told = told_of(north, run)
+    alone = guarantee_of(run).epsilon_alone()
+    assert told["epsilon_alone"] == alone and told["unit"] == "record"
+    assert alone is not None and "Zhu and Wang" in told["accountant"]
+    shown = page(body_of(north))
+    row = "ε by this institution&#39;s part of the noise alone</th><td>"
+    assert f"{row}{shown_epsilon(alone)}<" in shown
+    assert told_of(north, RUN)["epsilon_alone"] is None
+
+
+def told_of(north: Institution, run: RunManifest) -> dict[str, Any]:
+    """What a report says of a run whose manifest lies there."""
+    folder = north.folder.run(run.digest)
+    folder.mkdir(parents=True)
+    signed = Signed.by(COORDINATOR, MANIFEST_TAG, run.to_bytes())
+    (folder / "manifest.signed").write_bytes(signed.to_bytes())
+    found: list[dict[str, Any]] = body_of(north)["runs"]
+    return next(each for each in found if each["manifest"] == run.digest)
 
 
 def test_the_page_begins_with_what_is_spent_rounded_against_the_node(north: Institution) -> None:

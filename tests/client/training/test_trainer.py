@@ -13,7 +13,7 @@ import torch
 
 from fedlora.client.training.local import ClientData, LocalResult, LocalTraining
 from fedlora.client.training.moments import MomentStore
-from fedlora.client.training.step import PerSampleGradients
+from fedlora.client.training.step import ClipGroups, PerSampleGradients
 from fedlora.client.training.trainer import Trainer
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
@@ -26,6 +26,7 @@ from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import build_head
 from fedlora.common.model.state import AdapterState, Vector
 from fedlora.common.privacy.randomness import OsRandom
+from fedlora.common.privacy.shared_record_level import SharedRecordLevel
 from fedlora.common.protocol.vectors import rounded
 from fedlora.common.tasks.classification import SequenceClassification
 from tests.oracles import head_clipped_sum_by_ones
@@ -144,6 +145,42 @@ def test_the_head_phase_clips_each_unit_once(
     assert np.linalg.norm(moved - expected) <= 1e-5 * np.linalg.norm(expected)
     assert not result.delta[~model.spec.head_mask()].any()
     assert 0 < np.linalg.norm(expected) <= 3 * 0.05 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["head", "adapter"])
+def test_a_step_whose_noise_is_shared_is_the_clipped_sum_in_float64(
+    model: AdapterModel, training: LocalTraining, data: ClientData, name: str
+) -> None:
+    """Rate 1: the sum that own noise would be added to, scaled by the public step alone."""
+    units = UnitIndex(np.array([0, 3, 6, 8]), np.arange(8))
+    grouped = ClientData("grouped", data.encoded, units)
+    shape = {"steps": 1, "optimizer": "sgd", "sampling_rate": 1.0, "clip": 0.05}
+    phase = replace(PHASE, name=name, learning_rate=0.3, **shape)  # type: ignore[arg-type]
+    state = model.state()
+    step = training.clipped_step(grouped, phase, state, OsRandom())
+    drawn = np.arange(3)
+    if name == "adapter":
+        groups = ClipGroups.flat(model.spec, 0.05)
+        expected = training.gradients.clipped_sum(data.encoded, units, drawn, groups, 200).vector
+    else:
+        expected = training._head_sum(
+            grouped, drawn, state, ClipGroups.flat(model.spec, 0.05, "head")
+        ).vector
+    assert step.dtype == np.float64 and expected.any()
+    scale = -0.3 / phase.expected_units
+    assert np.linalg.norm(step - scale * expected) <= 1e-9 * np.linalg.norm(step)
+    for change in ({"steps": 2}, {"optimizer": "adamw"}):
+        with pytest.raises(BadInput, match="expected 1 of sgd"):
+            training.clipped_step(grouped, replace(phase, **change), state, OsRandom())
+
+
+def test_more_units_than_rounding_was_bounded_for_are_no_run_of_shared_noise(
+    trainer: Trainer, model: AdapterModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer._masked = True
+    monkeypatch.setattr(SharedRecordLevel, "most_units", 7)
+    with pytest.raises(BadInput, match="found 8 units, expected at most 7"):
+        trainer.consent(manifest(model, mode="shared-record"))
 
 
 def test_data_is_not_touched_before_the_reservation(

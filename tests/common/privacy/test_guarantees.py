@@ -17,7 +17,7 @@ from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.privacy.guarantee import Guarantee, Permits
-from fedlora.common.privacy.modes import GUARANTEES, guarantee_named, guarantee_of
+from fedlora.common.privacy.modes import GUARANTEES, guarantee_asked, guarantee_named, guarantee_of
 from fedlora.common.privacy.record_level import RecordLevel
 from fedlora.server.release.card import model_card
 
@@ -115,15 +115,21 @@ def test_a_run_without_privacy_says_so_and_others_are_not_guessed() -> None:
     assert (
         "nothing is guaranteed" in guarantee_of(replace(MANIFEST, mode="none")).statement(None)[0]
     )
-    with pytest.raises(ValueError, match="client"):
-        guarantee_of(replace(MANIFEST, mode="client")).statement(1.0)
+    for mode in ("client", "shared-record"):
+        with pytest.raises(ValueError, match=mode):
+            guarantee_of(replace(MANIFEST, mode=mode)).statement(1.0)
     with pytest.raises(ValueError, match="record"):
         guarantee_of(MANIFEST).statement(None)
 
 
 def test_every_mode_of_a_configuration_is_a_guarantee_and_no_other() -> None:
-    (mode,) = [each for each in fields(PrivacyConfig) if each.name == "mode"]
-    assert set(mode.metadata["rule"].known) == {*GUARANTEES}
+    rules = {each.name: each.metadata["rule"] for each in fields(PrivacyConfig)}
+    asked = [
+        guarantee_asked(PrivacyConfig(mode=mode, noise=noise)).name
+        for mode in rules["mode"].known
+        for noise in rules["noise"].known
+    ]
+    assert set(asked) == {*GUARANTEES} and asked[:2] == ["record", "shared-record"]
     facts = [name for name in Guarantee.__annotations__ if name not in ("manifest",)]
     for name, each in GUARANTEES.items():
         assert each.name == name and all(hasattr(each, fact) for fact in facts)
@@ -132,19 +138,22 @@ def test_every_mode_of_a_configuration_is_a_guarantee_and_no_other() -> None:
 
 @pytest.mark.parametrize("mode", ["other", "", "Record", "record "])
 def test_a_mode_that_is_none_is_refused_and_never_taken_for_another(mode: str) -> None:
-    with pytest.raises(BadInput, match="expected record, client or none"):
+    with pytest.raises(BadInput, match="expected record, shared-record, client or none"):
         guarantee_named(mode)
-    with pytest.raises(BadInput, match="expected record, client or none"):
+    with pytest.raises(BadInput, match="expected record, shared-record, client or none"):
         guarantee_of(replace(MANIFEST, mode=mode))
     (verdict,) = [
         each
         for each in judge(replace(MANIFEST, mode=mode), POLICY, "f", {})
         if each.field == "mode"
     ]
-    assert verdict.reason == "expected record, client or none"
+    assert verdict.reason == "expected record, shared-record, client or none"
 
 
-@pytest.mark.parametrize(("mode", "alike"), [("record", False), ("client", True), ("none", True)])
+@pytest.mark.parametrize(
+    ("mode", "alike"),
+    [("record", False), ("shared-record", True), ("client", True), ("none", True)],
+)
 def test_what_a_ledger_keeps_of_an_update_that_has_no_noise_says_nothing_of_it(
     mode: str, alike: bool
 ) -> None:

@@ -24,6 +24,7 @@ from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.privacy.shared_record_level import SharedRecordLevel
 from fedlora.common.protocol.messages import (
     STAGE_TAG,
     Answer,
@@ -64,6 +65,22 @@ SHARED = replace(
     epsilon=60.0,
     phases=(replace(RUN.phases[0], clip=2.0, noise_multiplier=3.0),),
     skellam=SkellamTerms((SPEC.size,), 2),
+)
+
+# privacy of records: likewise
+RECORDS = replace(
+    SHARED,
+    mode="shared-record",
+    phases=(replace(SHARED.phases[0], steps=1, optimizer="sgd", noise_multiplier=3.0),),
+    largest_cohort=4,
+)
+RECORDS = replace(
+    RECORDS,
+    secure=replace(
+        TERMS,
+        levels=1 << 26,
+        update_bounds=(SharedRecordLevel.coordinate_bound(RECORDS.phases[0]),),
+    ),
 )
 
 
@@ -480,12 +497,12 @@ def test_a_restored_ledger_is_noticed_by_what_left_masked(world: World, tmp_path
         north.restart()
 
 
-def opted_in(root: Path, run: RunManifest) -> World:
+def opted_in(root: Path, run: RunManifest, to: str = "client_level = true") -> World:
     """A world whose policies take shared noise, and pay for it."""
     world = World(root, run)
     for node in world.nodes.values():
         text = node.folder.policy.read_text().replace("epsilon = 2.0", "epsilon = 90.0")
-        node.set_policy(text.replace("[limits]", "[limits]\nclient_level = true"))
+        node.set_policy(text.replace("[limits]", f"[limits]\n{to}"))
         node.ledger.close()
         node.restart()
     for name in NAMES:
@@ -523,6 +540,45 @@ def test_privacy_of_whole_institutions(tmp_path: Path) -> None:
         and "ε of a record" in card
     )
     assert f"| east | Org | {shown_epsilon(cost)} |" in card
+
+
+def test_records_with_noise_that_institutions_share(tmp_path: Path) -> None:
+    """What a trainer hands over in float64 is added exactly; noise and charge are as claimed."""
+    world = opted_in(tmp_path, RECORDS, "shared_noise = true\nhonest_peers = 1")
+    plain = np.zeros(SPEC.size)
+    for place, node in enumerate(world.nodes.values()):
+        step = np.random.default_rng(place).normal(0, 1e-4, SPEC.size)
+        assert (step.astype(np.float32) != step).any()
+        plain += step
+        node.work.step = step
+    found = world.total(1)
+    assert found.replies == 4 and not found.failures
+    phase = RECORDS.phases[0]
+    whole = phase.noise_multiplier * phase.clip * phase.learning_rate / phase.expected_units
+    assert 0.87 < (found.total - plain).std() / (whole * np.sqrt(4 / 2)) < 1.13
+    cost = guarantee_of(RECORDS).stated_epsilon()
+    reserved = {name: each.epsilon for name, each in world.who.reserved.items()}
+    assert reserved == dict.fromkeys(NAMES, cost)
+    card = model_card(RECORDS, dict.fromkeys(NAMES, "Org"), dict(world.who.reserved), {})
+    assert f"({shown_epsilon(cost)}, 1e-05)" in card and "If all other institutions" in card
+
+
+@pytest.mark.parametrize(
+    ("to", "said"),
+    [
+        ("client_level = true", "shared_noise is false"),
+        ("shared_noise = true\nhonest_peers = 2", "expected at least 2 honest peers in any sum"),
+        ("shared_noise = true\nmax_colluders = 2", "expected at least this node's 2"),
+    ],
+)
+def test_a_policy_that_asks_for_more_consents_to_no_records_with_shared_noise(
+    tmp_path: Path, to: str, said: str
+) -> None:
+    world = opted_in(tmp_path, RECORDS, to)
+    found = world.total(1)
+    assert found.replies == 0 and all(failure.refused for failure in found.failures)
+    assert said in found.failures[0].reason and not world.trained("east")
+    assert world.nodes["east"].ledger.spent("people").epsilon == 0
 
 
 def test_nobody_shares_noise_who_did_not_opt_in(tmp_path: Path) -> None:

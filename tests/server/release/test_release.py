@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from fedlora.common.errors import BadInput, FedloraError, Refused
+from fedlora.common.manifest.manifest import SecureTerms, SkellamTerms
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
+from fedlora.common.privacy.shared_record_level import SharedRecordLevel
 from fedlora.common.protocol.messages import MANIFEST_TAG, Consent, reply_from_bytes
 from fedlora.common.trust.identity import Identity, seal, unseal
 from fedlora.server.release.card import model_card
@@ -52,6 +54,38 @@ def of() -> Party:
 @pytest.fixture
 def folder(tmp_path: Path, of: Party) -> Path:
     return exported(tmp_path, of)
+
+
+def test_a_release_of_records_with_shared_noise_verifies_and_says_what_it_rests_on(
+    tmp_path: Path,
+) -> None:
+    """Three institutions: two carry the noise. None may state less than the schedule costs."""
+    of = Party(
+        Identity.generate(), {name: Identity.generate() for name in ("north", "south", "west")}
+    )
+    plain = manifest("shared-record")
+    bounds = tuple(SharedRecordLevel.coordinate_bound(phase) for phase in plain.phases)
+    run = replace(
+        plain,
+        minimum_cohort=3,
+        largest_cohort=3,
+        secure=SecureTerms("2n/3+1", 1, 4, 32, 1 << 24, bounds),
+        skellam=SkellamTerms((SPEC.size,), 2),
+    )
+    export(tmp_path / "export", of.coordinator, release(of, run), adapter(tmp_path / "adapter"))
+    lines = verify(tmp_path / "export", of.coordinator.public)
+    assert lines[-1] == "verified with the coordinator's key"
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "at least 2, carry all of the noise" in card and "If all other institutions" in card
+    less = replace(release(of, run), statements={})
+    low = {name: consent(who, name, run, cost(run) / 2) for name, who in of.members.items()}
+    with pytest.raises(FedloraError, match="what the schedule costs"):
+        export(
+            tmp_path / "low",
+            of.coordinator,
+            replace(less, statements=low),
+            adapter(tmp_path / "again"),
+        )
 
 
 @pytest.mark.parametrize("version", [0, 1, VERSION + 1, True, "2"])

@@ -322,5 +322,5 @@ def test_the_bound_of_a_coordinate_is_not_the_clip() -> None:
     assert bound == pytest.approx(phase.learning_rate * 2 * phase.clip + 10 * deviation)
     # there noise is added to the whole numbers
     assert guarantee_named("client").coordinate_bound(phase) == phase.clip
-    with pytest.raises(BadInput, match="expected record, client or none"):
+    with pytest.raises(BadInput, match="expected record, shared-record, client or none"):
         guarantee_named("other").coordinate_bound(phase)
