@@ -15,6 +15,7 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+COLOURED = ("FORCE_COLOR", "CLICOLOR_FORCE")  # a notebook's kernel sets them: no JSON would be left
 
 
 def installed(name: str) -> str:
@@ -27,6 +28,7 @@ def installed(name: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """This process's; what calls out is off, and each program finds the others beside this one."""
+    """This process's; what calls out or colours is off, and each program finds those beside it."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, **QUIET, "PATH": path}
+    kept = {name: value for name, value in os.environ.items() if name not in COLOURED}
+    return {**kept, **QUIET, "PATH": path}
