@@ -36,9 +36,8 @@ class PublicRecords:
     task: Task
     validation: Records
     test: Records
-    texts: Records | None = (
-        None  # what a projection is fitted on; None: half of the validation part
-    )
+    # what a projection is fitted on; None: half of the validation part
+    texts: Records | None = None
 
 
 def read_public(data: DataConfig, task: str) -> PublicRecords:

@@ -132,7 +132,7 @@ def test_a_part_that_leads_out_is_refused(tmp_path: Path) -> None:
     ("name", "data", "fault"),
     [
         ("a.jsonl.gz", b"no gzip", "can't be unpacked"),
-        ("a.csv.gz", gzip.compress(b"text\na\n" * 99)[:-9], "can't be unpacked"),
+        ("a.csv.gz", gzip.compress(b"text\na\n" * 99, mtime=0)[:-9], "can't be unpacked"),
         ("a.arrow", b"ARROW1", "expected Arrow"),
         ("a.json", b"[1]", "row 1: found int, expected an object"),
         ("a.json", b"[{", "expected a list of objects"),
@@ -150,7 +150,7 @@ def test_a_small_file_does_not_unpack_to_a_huge_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(formats, "MAX_FILE_BYTES", 10_000)
-    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"text\n" + b"a\n" * 20_000))
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"text\n" + b"a\n" * 20_000, mtime=0))
     with pytest.raises(BadInput, match="unpacked: found 10001 bytes, expected at most 10000"):
         columns_of(tmp_path / "a.csv.gz", ("text",), None)
 
