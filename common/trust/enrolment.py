@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -20,6 +21,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from cryptography.utils import CryptographyDeprecationWarning
 
 from fedlora.common.codec.strict import build
 from fedlora.common.errors import BadInput
@@ -142,10 +144,16 @@ def certificate_fingerprint(pem: str, where: str) -> str:
 
 
 def certificate_in(pem: bytes, where: str) -> x509.Certificate:
-    """BadInput where it is none, or one of a version that X.509 does not have."""
+    """BadInput where it is none, or has a version or a serial number that X.509 does not have."""
     try:
-        return x509.load_pem_x509_certificate(pem)
-    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as error:
+        with warnings.catch_warnings(action="error", category=CryptographyDeprecationWarning):
+            return x509.load_pem_x509_certificate(pem)
+    except (
+        ValueError,
+        x509.InvalidVersion,
+        UnsupportedAlgorithm,
+        CryptographyDeprecationWarning,
+    ) as error:
         raise BadInput(f"{where}: found no certificate in PEM") from error
 
 
