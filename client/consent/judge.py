@@ -65,6 +65,7 @@ def judge(
         _batches_verdict(manifest, policy),
         _wire_verdict(manifest),
         shared_noise_verdict(guarantee, policy),
+        Verdict("largest_cohort", str(manifest.largest_cohort)),  # what skellam's figures are of
         *_free_verdicts(manifest),
     ]
 
@@ -155,7 +156,7 @@ def _mechanism(name: str, phase: Phase, guarantee: Guarantee, policy: Policy) ->
 def _free_verdicts(manifest: RunManifest) -> list[Verdict]:
     """What a policy need not bound: it changes neither what leaves nor what it costs."""
     digests = ("spec_digest", "projection_digest")
-    names = (*digests, "quantised", "strategy", "participation", "largest_cohort", "version")
+    names = (*digests, "quantised", "strategy", "participation", "version")
     seed = Verdict("seed", str(manifest.seed), "" if manifest.seed >= 0 else "expected at least 0")
     return [seed, *(Verdict(name, str(getattr(manifest, name))[:80]) for name in names)]
 

@@ -54,6 +54,7 @@ class MaskedRuns:
         asked = self._asked(manifest)
         known = self._known.get(manifest.digest)
         if known is not None:
+            checked_terms(manifest, asked)  # the policy may have changed since it was begun
             known.node.adopt(asked)
             return known
         outbox = self._outbox.masked(manifest.digest)

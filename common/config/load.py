@@ -201,6 +201,10 @@ def _shared_noise(config: Config) -> Iterator[Fault]:
         yield (path, "privacy.mode"), f'{found}: expected "record" with {asked}'
         return
     yield from _under_masks(config, asked, path)
+    if config.model.head_hidden > 0:
+        found = f"[model] head_hidden = {config.model.head_hidden}: expected 0 with {asked}"
+        reason = "what its products round follows from which units are drawn"
+        yield (path, "model.head_hidden"), f"{found}: {reason}"
     training = config.training
     phases = ("", "head_") if training.head_rounds else ("",)
     for prefix in phases:

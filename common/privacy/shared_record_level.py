@@ -28,6 +28,7 @@ from fedlora.common.privacy.skellam import Release
 from fedlora.common.privacy.unit_release import CAPACITY, MOST_UNITS, unit_releases
 from fedlora.common.secagg import cohort
 
+LEAST_UNITS = 1e-3  # expected of a draw: levels of a clip are divided by it
 ONE_STEP = "a second one would depend on units that no noise covers yet"
 
 
@@ -74,6 +75,15 @@ class SharedRecordLevel(SharedNoise):
     def noise_part(members: float, aggregation: AggregationConfig) -> float:
         carriers = cohort.threshold(int(members)) - aggregation.max_colluders
         return 1 / max(1, carriers)
+
+    def shared_noise(self) -> str:
+        told = super().shared_noise()
+        alone = self.epsilon_alone()
+        shown = "no finite ε" if alone is None else f"ε = {shown_epsilon(alone)}"
+        return (
+            f"{told}; {shown} by this node's part alone, in a cohort of"
+            f" {self.manifest.largest_cohort} at most"
+        )
 
     def epsilon_alone(self) -> float | None:
         """By this institution's own part of the noise, in the largest cohort there may be."""
@@ -148,12 +158,22 @@ class SharedRecordLevel(SharedNoise):
 
     def _own_faults(self, secure: SecureTerms, terms: SkellamTerms) -> list[str]:
         manifest, faults = self.manifest, list[str]()
+        if manifest.network.head_hidden:  # how its products are rounded follows from who is drawn
+            found = f"network head_hidden: found {manifest.network.head_hidden}, expected 0"
+            faults.append(
+                f"{found}: a unit would turn others' gradients by more than is allowed for"
+            )
         for place, phase in enumerate(manifest.phases):
             where = f"phases[{place}]"
             if phase.steps != 1:
                 faults.append(f"{where} steps: found {phase.steps}, expected 1: {ONE_STEP}")
             if phase.optimizer != "sgd":
                 faults.append(f"{where} optimizer: found {phase.optimizer!r}, expected sgd")
+            if not LEAST_UNITS <= phase.expected_units < math.inf:
+                faults.append(
+                    f"{where} expected_units: found {phase.expected_units}, expected at least"
+                    f" {LEAST_UNITS}"
+                )
             if phase.head_clip:
                 faults.append(f"{where} head_clip: found {phase.head_clip:g}, expected 0")
             if secure.update_bounds[place] != self.coordinate_bound(phase):

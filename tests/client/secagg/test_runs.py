@@ -17,6 +17,7 @@ from fedlora.common.secagg.ring import Encoding
 from fedlora.common.secagg.wire import Epoch, Slot
 from fedlora.server.secagg.epoch import ServerEpoch
 from tests.client.institution import Institution, manifest_of
+from tests.client.secagg import test_shared_records
 
 NAMES = ("east", "north", "south")
 
@@ -100,3 +101,13 @@ def test_a_run_starts_with_peers_that_are_approved_here(world: World) -> None:
     north.check(run_of(), set(NAMES))
     with pytest.raises(Refused, match="approved 1 peers of those it starts with, expected at le"):
         north.check(run_of(), {"east", "north", "stranger", "nobody"})
+
+
+def test_a_policy_that_expects_more_colluders_holds_for_a_run_that_was_begun(world: World) -> None:
+    """Its peers' parts of the noise follow from how many the manifest assumed."""
+    north, manifest = world.runs("north"), test_shared_records.manifest()
+    assert north.of(manifest) is north.of(manifest)
+    policy = world.nodes["north"].folder.load_policy()
+    north.adopt(replace(policy, limits=replace(policy.limits, max_colluders=2)))
+    with pytest.raises(Refused, match="max_colluders: found 1, expected at least this node's 2"):
+        north.of(manifest)

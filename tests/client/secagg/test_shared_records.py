@@ -244,6 +244,12 @@ FAULTS: dict[str, tuple[Callable[[RunManifest], RunManifest], str]] = {
     "finer-levels-of-a-clip": (changed_secure(update_bounds=(BOUND, BOUND / 2)), "update_bounds"),
     "coarser-levels-of-a-clip": (changed_phase(learning_rate=2 * STEP), "update_bounds"),
     "coarse": (changed_secure(levels=64), "rounding"),
+    "hidden-head": (
+        lambda run: replace(run, network=replace(run.network, head_hidden=8)),
+        "head_hidden: found 8, expected 0",
+    ),
+    "no-units": (changed_phase(expected_units=0.0), "expected_units"),
+    "hardly-a-unit": (changed_phase(expected_units=1e-320), "expected_units"),
     "loud": (changed_phase(noise_multiplier=1e300), "noise_multiplier"),
 }
 
