@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Protocol
 
 import numpy as np
@@ -157,18 +158,21 @@ def _embeddings_hold(network: nn.Module) -> Iterator[None]:
         if inputs and inputs[0].numel() and int(inputs[0].max()) >= rows:
             raise IndexError(f"row {int(inputs[0].max())} of an embedding of {rows}")
 
-    # BART's positions are a table that is called with words, and counts them
-    tables = [
-        module
-        for module in network.modules()
-        if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
-    ]
+    tables = [module for module in network.modules() if _takes_rows(module)]
     hooks = [table.register_forward_pre_hook(check) for table in tables]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _takes_rows(module: nn.Module) -> bool:
+    """Whether it is a table that is called with numbers of its rows, as `nn.Embedding` is.
+
+    BART's positions are one that is called with words, and counts them.
+    """
+    return isinstance(module, nn.Embedding) and "input" in signature(module.forward).parameters
 
 
 def _encoded(model: Probed, texts: list[str]) -> Encoded:

@@ -131,7 +131,7 @@ def begun(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> D
     text = TRAINING.format(
         base=tiny_bert, digest=base_digest(tiny_bert), layers="[]", labels='["a", "b"]', clients=3,
         test=tmp_path / "public.jsonl", validation=tmp_path / "public.jsonl", rounds=2, spare=3,
-        quorum=1.0, deadline=5.0, secure="false", mode="record",
+        quorum=1.0, deadline=5.0, secure="false", mode="record", noise="own",
     )  # fmt: skip
     (tmp_path / "training.toml").write_text(text)
     Here.hands = Hands(directory, identities)
