@@ -11,6 +11,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +43,16 @@ def _read_parquet(path: Path, wanted: Sequence[str], where: str) -> dict[str, Va
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        with (
-            _opened(path) as stream,
-            pyarrow.parquet.ParquetFile(pyarrow.PythonFile(stream, mode="r")) as file,
-        ):
-            _need(wanted, file.schema_arrow.names, where)
-            groups = (
-                file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)
-            )
-            check_size(sum(group.total_byte_size for group in groups), where)
-            table = file.read(columns=list(wanted))
-            return {name: table[name].to_pylist() for name in wanted}
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: found text that is not UTF-8, expected UTF-8") from error
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0][:200]
-        raise BadInput(f"{where}: can't be read ({reason}), expected Parquet") from error
+    with (
+        _arrow(where, "Parquet"),
+        _opened(path) as stream,
+        pyarrow.parquet.ParquetFile(pyarrow.PythonFile(stream, mode="r")) as file,
+    ):
+        _need(wanted, file.schema_arrow.names, where)
+        groups = (file.metadata.row_group(group) for group in range(file.metadata.num_row_groups))
+        check_size(sum(group.total_byte_size for group in groups), where)
+        table = file.read(columns=list(wanted))
+        return {name: table[name].to_pylist() for name in wanted}
 
 
 def _read_arrow(path: Path, wanted: Sequence[str], where: str) -> dict[str, Values]:
@@ -66,20 +60,32 @@ def _read_arrow(path: Path, wanted: Sequence[str], where: str) -> dict[str, Valu
     import pyarrow
     import pyarrow.ipc
 
+    with (
+        _arrow(where, "Arrow"),
+        _opened(path) as stream,
+        pyarrow.PythonFile(stream, mode="r") as whole,
+    ):
+        try:
+            table = pyarrow.ipc.open_file(whole).read_all()
+        except pyarrow.ArrowInvalid:
+            whole.seek(0)
+            table = pyarrow.ipc.open_stream(whole).read_all()
+        _need(wanted, table.column_names, where)
+        return {name: table[name].to_pylist() for name in wanted}
+
+
+@contextmanager
+def _arrow(where: str, expected: str) -> Iterator[None]:
+    """What Arrow can't read is one line: BadInput."""
+    import pyarrow
+
     try:
-        with _opened(path) as stream, pyarrow.PythonFile(stream, mode="r") as whole:
-            try:
-                table = pyarrow.ipc.open_file(whole).read_all()
-            except pyarrow.ArrowInvalid:
-                whole.seek(0)
-                table = pyarrow.ipc.open_stream(whole).read_all()
-            _need(wanted, table.column_names, where)
-            return {name: table[name].to_pylist() for name in wanted}
+        yield
     except UnicodeDecodeError as error:
         raise BadInput(f"{where}: found text that is not UTF-8, expected UTF-8") from error
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0][:200]
-        raise BadInput(f"{where}: can't be read ({reason}), expected Arrow") from error
+        raise BadInput(f"{where}: can't be read ({reason}), expected {expected}") from error
 
 
 def _read_json(path: Path, wanted: Sequence[str], where: str) -> dict[str, Values]:

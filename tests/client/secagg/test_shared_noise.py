@@ -11,7 +11,7 @@ import pytest
 
 from fedlora.client.consent.judge import judge
 from fedlora.client.node.outbox import MemoryOutbox
-from fedlora.client.node.policy import Limits, Policy, TrainerPolicy
+from fedlora.client.node.policy import DataPolicy, Limits, Policy, TrainerPolicy
 from fedlora.client.secagg.masked_run import MaskedRun
 from fedlora.client.secagg.node import SecureNode
 from fedlora.common.config.load import parse_config
@@ -21,6 +21,7 @@ from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms, SkellamTerms
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec, Vector
+from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.calibration import LEVELS as MOST_LEVELS
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.privacy.institution_level import InstitutionLevel
@@ -413,11 +414,13 @@ def test_nodes_refuse_noise_that_cannot_be_drawn_before_they_consent(sigma: floa
 
 
 def policy(client_level: bool = True, least: float = 0.5) -> Policy:
-    from fedlora.client.node.policy import DataPolicy
+    return policy_with(Limits(client_level=client_level, noise_multiplier=least, minimum_cohort=3))
 
+
+def policy_with(limits: Limits) -> Policy:
     return Policy(
         institution="north",
-        limits=Limits(client_level=client_level, noise_multiplier=least, minimum_cohort=3),
+        limits=limits,
         trainer=TrainerPolicy(),
         budgets={"people": Budget("people", 100.0, 1e-3)},
         data={"notes": DataPolicy("notes.jsonl", "people", labels=("a", "b"))},
@@ -427,12 +430,8 @@ def policy(client_level: bool = True, least: float = 0.5) -> Policy:
 
 
 def reasons(run: RunManifest, asked: Policy, **spent: float) -> dict[str, str]:
-    from fedlora.common.privacy.accountant import Spend
-
-    found = judge(
-        run, asked, "test", {name: Spend(epsilon, 0.0) for name, epsilon in spent.items()}
-    )
-    return {verdict.field: verdict.reason for verdict in found if verdict.reason}
+    used = {name: Spend(epsilon, 0.0) for name, epsilon in spent.items()}
+    return {each.field: each.reason for each in judge(run, asked, "test", used) if each.reason}
 
 
 def test_a_policy_opts_in_and_projects_what_it_costs() -> None:

@@ -14,14 +14,11 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import beta
 
-from fedlora.client.consent.judge import judge
-from fedlora.client.node.policy import DataPolicy, Limits, Policy, TrainerPolicy
+from fedlora.client.node.policy import Limits, Policy
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms, SkellamTerms
 from fedlora.common.manifest.plan import Delta, RoundPlan
 from fedlora.common.model.state import AdapterSpec
-from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.randomness import OsRandom, bernoulli
@@ -30,7 +27,14 @@ from fedlora.common.privacy.skellam import Ints, skellam
 from fedlora.common.privacy.unit_release import ROOM, UnitRelease
 from fedlora.common.secagg.cohort import threshold
 from fedlora.common.secagg.ring import Encoding
-from tests.client.secagg.test_shared_noise import SMALL, SPEC, Federation, asked_for_input
+from tests.client.secagg.test_shared_noise import (
+    SMALL,
+    SPEC,
+    Federation,
+    asked_for_input,
+    policy_with,
+    reasons,
+)
 from tests.server.fakes import manifest_of
 
 CLIP, SIGMA, RATE, EXPECTED, STEP = 0.5, 3.0, 0.25, 16.0, 0.2
@@ -277,26 +281,14 @@ def test_a_manifest_says_what_it_said_and_an_old_one_has_no_largest_cohort() -> 
 
 
 def policy(shared_noise: bool = True, honest_peers: int = 1, least: float = 0.5) -> Policy:
-    limits = Limits(
-        shared_noise=shared_noise,
-        honest_peers=honest_peers,
-        noise_multiplier=least,
-        minimum_cohort=3,
+    return policy_with(
+        Limits(
+            shared_noise=shared_noise,
+            honest_peers=honest_peers,
+            noise_multiplier=least,
+            minimum_cohort=3,
+        )
     )
-    return Policy(
-        institution="north",
-        limits=limits,
-        trainer=TrainerPolicy(),
-        budgets={"people": Budget("people", 100.0, 1e-3)},
-        data={"notes": DataPolicy("notes.jsonl", "people", labels=("a", "b"))},
-        bases={"sha256:base": "x"},
-        digest="",
-    )
-
-
-def reasons(run: RunManifest, asked: Policy, **spent: float) -> dict[str, str]:
-    used = {name: Spend(epsilon, 0.0) for name, epsilon in spent.items()}
-    return {each.field: each.reason for each in judge(run, asked, "test", used) if each.reason}
 
 
 def test_a_policy_opts_in_with_its_own_number_of_honest_peers() -> None:

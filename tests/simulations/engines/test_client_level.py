@@ -30,7 +30,7 @@ from fedlora.simulations.experiments.planning import plan
 from fedlora.simulations.report.pages import write_report
 from tests.server.fakes import facts_of
 from tests.simulations.engines.test_masked import SECURE
-from tests.simulations.experiments.test_simulate import config, cpu, data, run_whole
+from tests.simulations.experiments.test_simulate import config, cpu, data, run_whole, stopped_after
 
 __all__ = ["data"]
 FACTS = PublicFacts(50, 2)
@@ -108,14 +108,7 @@ def test_every_attempt_is_reserved_and_no_hash_of_a_clear_update_is_kept(
 
 def test_a_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     settings = config(tiny_bert, data, "client", *CLIENT)
-
-    def stop(number: int, figures: object) -> None:
-        if number == 2:
-            raise KeyboardInterrupt
-
-    run = begin(settings, tmp_path / "run", cpu())
-    with pytest.raises(KeyboardInterrupt):
-        conduct(run, sequential(run), stop)
+    run = stopped_after(2, settings, tmp_path / "run")
     spent = run.ledger.spent("client-0")
     run.ledger.close()
     again, summary = run_whole(settings, tmp_path / "run", resume=True)

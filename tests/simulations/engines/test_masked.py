@@ -20,7 +20,6 @@ from fedlora.common.privacy.calibration import LEVELS
 from fedlora.common.privacy.modes import guarantee_named
 from fedlora.common.secagg.cohort import borne, threshold
 from fedlora.server.rounds.cohort import CohortSum
-from fedlora.server.runs.run import conduct
 from fedlora.server.secagg.log import SumLog
 from fedlora.server.secagg.sums import SecureCohort
 from fedlora.simulations.begin import begin
@@ -28,7 +27,7 @@ from fedlora.simulations.engines.masked import Institutions
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.report.pages import write_report
 from tests.server.fakes import SPEC, START, manifest_of
-from tests.simulations.experiments.test_simulate import config, cpu, data, run_whole
+from tests.simulations.experiments.test_simulate import config, cpu, data, run_whole, stopped_after
 
 __all__ = ["data"]
 SECURE = [
@@ -230,14 +229,7 @@ def test_without_noise_secure_and_plain_runs_agree(
 def test_a_secure_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """Every institution has restarted: no secrets, the next attempt begins a new epoch."""
     settings = config(tiny_bert, data, "record", *SECURE)
-
-    def stop(number: int, figures: object) -> None:
-        if number == 2:
-            raise KeyboardInterrupt
-
-    run = begin(settings, tmp_path / "run", cpu())
-    with pytest.raises(KeyboardInterrupt):
-        conduct(run, sequential(run), stop)
+    run = stopped_after(2, settings, tmp_path / "run")
     run.ledger.close()
     _, summary = run_whole(settings, tmp_path / "run", resume=True)
     assert summary["rounds"] == 4

@@ -17,14 +17,13 @@ from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.shared_record_level import SharedRecordLevel
 from fedlora.common.privacy.unit_release import COARSEST
 from fedlora.server.runs.rules import PublicFacts, decided
-from fedlora.server.runs.run import conduct
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.simulations.begin import begin
-from fedlora.simulations.engines.sequential import SequentialCohort, sequential
+from fedlora.simulations.engines.sequential import SequentialCohort
 from fedlora.simulations.report.pages import write_report
 from tests.server.fakes import facts_of
 from tests.simulations.engines.test_masked import SECURE
-from tests.simulations.experiments.test_simulate import config, cpu, data, run_whole
+from tests.simulations.experiments.test_simulate import config, cpu, data, run_whole, stopped_after
 from tests.simulations.test_cli import call
 
 __all__ = ["data"]
@@ -83,14 +82,7 @@ def test_the_command_runs_it_to_the_end(
 
 def test_a_run_that_was_stopped_goes_on(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     settings = config(tiny_bert, data, "record", *SHARED)
-
-    def stop(number: int, figures: object) -> None:
-        if number == 2:
-            raise KeyboardInterrupt
-
-    run = begin(settings, tmp_path / "run", cpu())
-    with pytest.raises(KeyboardInterrupt):
-        conduct(run, sequential(run), stop)
+    run = stopped_after(2, settings, tmp_path / "run")
     spent = run.ledger.spent("client-0")
     run.ledger.close()
     again, summary = run_whole(settings, tmp_path / "run", resume=True)

@@ -111,6 +111,19 @@ def run_whole(
     return run, summary
 
 
+def stopped_after(rounds: int, settings: Config, folder: Path) -> SimulatedRun:
+    """A run that Ctrl-C stopped as round `rounds` was told, before its commit."""
+
+    def stop(number: int, figures: object) -> None:
+        if number == rounds:
+            raise KeyboardInterrupt
+
+    run = begin(settings, folder, cpu())
+    with pytest.raises(KeyboardInterrupt):
+        conduct(run, sequential(run), stop)
+    return run
+
+
 def test_a_private_run_leaves_what_the_contract_says(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
