@@ -1,4 +1,4 @@
-"""How few updates make a round: what institutions were promised, and what the strategy can judge."""
+"""How few updates make a round: what institutions were promised, what a strategy can judge."""
 
 from __future__ import annotations
 
