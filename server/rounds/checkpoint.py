@@ -19,6 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,19 @@ WRITTEN = re.compile(rf"({NAMES})|\.({NAMES})\.\d+")  # the second: half written
 
 @dataclass(frozen=True, eq=False)
 class Ended:
-    """The released state at the end of a phase, and its validation score."""
+    """What a phase came to: its best state, that state's validation score and round."""
 
     state: AdapterState
     score: float | None
+    round: int
 
 
 @dataclass(frozen=True, eq=False)
 class Progress:
     """Where a run stands after `round` committed rounds.
 
-    `released` is what the current phase has to give, averaged where averaging has begun.
+    `released` is what the current phase has to give: the state of the round that public validation
+    liked best, averaged where averaging had begun; the newest one where nothing was scored.
     """
 
     round: int
@@ -59,19 +62,25 @@ class Progress:
     memory: ServerState = field(default_factory=ServerState)
     best: float | None = None  # the best validation score so far, higher is better
     stale: int = 0  # evaluations since then
-    score: float | None = None  # of `released`, when it was last evaluated in its phase
+    score: float | None = None  # of `released`
+    released_round: int = 0
     ended: tuple[Ended, ...] = ()  # the phases before this one
+
+    @property
+    def phases(self) -> tuple[Ended, ...]:
+        """What each phase that was begun came to, the current one last."""
+        return (*self.ended, Ended(self.released, self.score, self.released_round))
 
     @property
     def release(self) -> AdapterState:
         """What a run that ends here leaves: the state that public validation likes best.
 
-        A phase that made things worse leaves the end of the one before it; of equals the later one
-        is taken. All of them are noised already: choosing by public records costs no privacy.
+        A phase that made things worse leaves what the one before it came to; of equals the later
+        one is taken. All of them are noised already: choosing by public records costs no privacy.
         """
-        states = [*self.ended, Ended(self.released, self.score)]
         worst = -math.inf
-        return max(reversed(states), key=lambda e: worst if e.score is None else e.score).state
+        best = max(reversed(self.phases), key=lambda e: worst if e.score is None else e.score)
+        return best.state
 
 
 @dataclass(frozen=True)
@@ -182,7 +191,9 @@ class Checkpoint:
             "best": progress.best,
             "stale": progress.stale,
             "score": progress.score,
+            "released_round": progress.released_round,
             "ended": [each.score for each in progress.ended],
+            "ended_rounds": [each.round for each in progress.ended],
         }
         self._write("progress.json", _sealed(table))
         self._clear(name)
@@ -214,10 +225,18 @@ class Checkpoint:
             best=table["best"],
             stale=int(table["stale"]),
             score=table.get("score"),  # files of before phases were compared have neither
-            ended=tuple(
-                Ended(AdapterState(self._spec, vectors[f"{ENDED}{place}"]), score)
-                for place, score in enumerate(table.get("ended", []))
-            ),
+            released_round=int(table.get("released_round", table["round"])),
+            ended=self._ended(table, vectors),
+        )
+
+    def _ended(self, table: Mapping[str, Any], vectors: Mapping[str, Vector]) -> tuple[Ended, ...]:
+        """The phases before the current one; earlier files, where no round was kept, kept ends."""
+        scores = table.get("ended", [])
+        lasts = accumulate(phase.rounds for phase in self.manifest.phases)
+        rounds = table.get("ended_rounds", list(lasts))
+        return tuple(
+            Ended(AdapterState(self._spec, vectors[f"{ENDED}{place}"]), score, int(number))
+            for place, (score, number) in enumerate(zip(scores, rounds, strict=False))
         )
 
     def check_against_ledger(self, used: int) -> None:

@@ -7,7 +7,7 @@
        kept, and the next begins
     4. apply: the phase's strategy turns the mean update into the next state
     5. average the states of a phase's last rounds, where the configuration asks for it
-    6. evaluate on public validation data, where it is due
+    6. evaluate on public validation data, where it is due: a phase comes to its best round
     7. observe: a log line is written, and dropped by who resumes if the commit does not follow
     8. commit: from here on the round can't be lost
 
@@ -30,7 +30,7 @@ from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused, S
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState
-from fedlora.server.rounds.checkpoint import Checkpoint, Ended, Progress
+from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Attempted, Cohort, CohortSum, Failure, Lost, SecureRecord
 from fedlora.server.strategies.strategy import ServerState, Strategy
 from fedlora.server.strategies.tail_average import add_to_average
@@ -101,10 +101,11 @@ def run_rounds(
         phase = manifest.phase_of(number)
         plan, answer = _ask(checkpoint, cohort, progress, phase, rules, around)
         state, memory = _apply(strategies[phase], plan, progress, answer)
-        released, memory = _released(manifest, number, state, memory, rules)
+        averaged, memory = _averaged(manifest, number, state, memory, rules)
         due = number % rules.evaluate_every == 0 or _ends_phase(manifest, number)
-        metrics = validate(released, phase) if due else {}
-        progress = _next(manifest, number, state, released, memory, _scored(progress, metrics))
+        metrics = validate(averaged, phase) if due else {}
+        progress = replace(progress, round=number, state=state, memory=memory)
+        progress = _phase_ended(manifest, _scored(progress, averaged, metrics))
         attempted = _attempted(manifest, plan, answer, started)
         observe(RoundRecord(**vars(attempted), metrics=metrics, secure=answer.secure), progress)
         checkpoint.commit(progress)
@@ -224,7 +225,7 @@ def _apply(
     )
 
 
-def _released(
+def _averaged(
     manifest: RunManifest, number: int, state: AdapterState, memory: ServerState, rules: Rules
 ) -> tuple[AdapterState, ServerState]:
     """The state to evaluate and export: the running average once averaging has begun."""
@@ -235,35 +236,42 @@ def _released(
     return add_to_average(state, memory)
 
 
-def _scored(progress: Progress, metrics: Mapping[str, float]) -> Progress:
-    """Note the score, and whether it got better: accuracy where the task has one, else the loss."""
+def _scored(progress: Progress, candidate: AdapterState, metrics: Mapping[str, float]) -> Progress:
+    """What the phase has to give, now that its newest `candidate` was looked at.
+
+    The score is the accuracy where the task has one, else the loss. Nothing scored is replaced by
+    what is not; of equals the later one is taken.
+    """
+    score = _score(metrics)
+    if progress.score is None or (score is not None and score >= progress.score):
+        progress = replace(progress, released=candidate, score=score, released_round=progress.round)
     if not metrics:
         return progress
-    found = metrics["accuracy"] if "accuracy" in metrics else -metrics["loss"]
-    score = found if math.isfinite(found) else None
     if score is not None and (progress.best is None or score > progress.best):
-        return replace(progress, score=score, best=score, stale=0)
-    return replace(progress, score=score, stale=progress.stale + 1)
+        return replace(progress, best=score, stale=0)
+    return replace(progress, stale=progress.stale + 1)
 
 
-def _next(
-    manifest: RunManifest,
-    number: int,
-    state: AdapterState,
-    released: AdapterState,
-    memory: ServerState,
-    scored: Progress,
-) -> Progress:
-    """A phase ends with its released state, which is kept: a later one may turn out worse.
+def _score(metrics: Mapping[str, float]) -> float | None:
+    """Higher is better; None where nothing was evaluated, or what was found is no number."""
+    if not metrics:
+        return None
+    found = metrics["accuracy"] if "accuracy" in metrics else -metrics["loss"]
+    return found if math.isfinite(found) else None
+
+
+def _phase_ended(manifest: RunManifest, progress: Progress) -> Progress:
+    """A phase ends with its best state, which is kept: a later one may turn out worse.
 
     The next starts there, with nothing remembered but the scores.
     """
-    if not _ends_phase(manifest, number):
-        return replace(scored, round=number, state=state, released=released, memory=memory)
-    over = replace(scored, round=number, state=released, released=released, memory=ServerState())
-    if number == manifest.rounds:
+    if not _ends_phase(manifest, progress.round):
+        return progress
+    over = replace(progress, state=progress.released, memory=ServerState())
+    if progress.round == manifest.rounds:
         return over
-    return replace(over, stale=0, score=None, ended=(*over.ended, Ended(released, over.score)))
+    ended = progress.phases
+    return replace(over, stale=0, score=None, released_round=progress.round, ended=ended)
 
 
 def _last_round(manifest: RunManifest, phase: int) -> int:

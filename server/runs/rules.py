@@ -2,7 +2,7 @@
 
 A run has two phases. The head is trained alone, on the frozen base's features: few coordinates
 carry noise, and every unit is in every step. Then LoRA moves the base, from a head that passes
-gradients on. Validation keeps the end of the better phase (`server.rounds.loop`).
+gradients on. Validation keeps the better phase, and its best round (`server.rounds.loop`).
 
 A private rate is bounded twice: by what suits gradients alone, and by what noise would do, which
 is in proportion to clip / units. Where there are few units, rates are small, and never a ruin.

@@ -95,6 +95,7 @@ def phase_ends(summary: Summary) -> dict[str, Any]:
         {
             "title": PHASES.get(row["phase"], row["phase"]),
             "rounds": row["rounds"],
+            "best_round": row.get("best_round"),  # runs of 0.1 kept the last one
             "validation": show(row["validation"].get(metric)),
             "test": show(row["test"].get(metric)),
             "released": row["released"],

@@ -214,6 +214,9 @@ def _is_folder(descriptor: int) -> bool:
     return Path(f"/proc/self/fd/{descriptor}").is_dir()
 
 
+CENTRE = np.mean([target(client, SPEC.size) for client in range(3)], axis=0)  # of three clients
+
+
 @dataclass
 class Run:
     """A run in a folder, to be started, killed and started again; it keeps a log as a real one."""
@@ -225,7 +228,7 @@ class Run:
     clients: int = 3
     log: list[RoundRecord] = field(default_factory=list)
     scores: Callable[[AdapterState, int], Mapping[str, float]] = lambda state, phase: {
-        "loss": float(np.square(state.vector, dtype=np.float64).sum())
+        "loss": float(np.square(state.vector - CENTRE, dtype=np.float64).sum())
     }
     step: Callable[[], None] = _nothing
     around: Around = field(default_factory=Around)
@@ -268,9 +271,9 @@ class Run:
 def same(found: Progress, expected: Progress) -> None:
     """Assert that two runs stand at the same place, bit for bit."""
     assert (found.round, found.best, found.stale) == (expected.round, expected.best, expected.stale)
-    assert found.score == expected.score
-    assert [(each.state, each.score) for each in found.ended] == [
-        (each.state, each.score) for each in expected.ended
+    assert (found.score, found.released_round) == (expected.score, expected.released_round)
+    assert [(each.state, each.score, each.round) for each in found.ended] == [
+        (each.state, each.score, each.round) for each in expected.ended
     ]
     assert found.state == expected.state
     assert found.released == expected.released
