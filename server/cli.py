@@ -167,6 +167,10 @@ def export(
     reports: Annotated[
         Path | None, typer.Option(help="A folder of the institutions' own reports.")
     ] = None,
+    merge: Annotated[
+        Path | None, typer.Option(help="A new folder for base and adapter as one model, too.")
+    ] = None,
+    base: Annotated[str, typer.Option(help="Of --merge: where the base lies, if elsewhere.")] = "",
 ) -> None:
     """Write a run's adapter with model card and every institution's signed statement."""
     from fedlora.server.coordinator.folder import Directory
@@ -176,6 +180,9 @@ def export(
     for line in export_run(directory, find_run(directory, run_), target, reports):
         _say(line)
     _say(f"export       {target}")
+    if merge is not None:
+        _write_merged(target / "adapter", base, merge)
+        _say(f"model        {merge}")
 
 
 @app.command()
@@ -300,6 +307,13 @@ def _ends_alike_on(number: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.signal(number, before)
+
+
+def _write_merged(adapter: Path, base: str, folder: Path) -> None:
+    from fedlora.common.adapter.merged import write_merged
+    from fedlora.common.adapter.peft import load_adapter
+
+    write_merged(load_adapter(adapter, base), adapter, folder, "bfloat16")
 
 
 def _print_round(line: Mapping[str, Any]) -> None:

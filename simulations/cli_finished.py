@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fedlora.common.errors import BadInput
+
 app = typer.Typer()
 console = Console(highlight=False)
 Folder = Annotated[Path, typer.Argument(help="A run's folder, or its adapter folder.")]
@@ -51,14 +53,21 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merge", help="Base and adapter as one model, as `merge` does.")
     ] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Base, adapter and head as one ONNX graph.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Of --merge: float32, bfloat16, …")] = "bfloat16",
     base: Base = "",
 ) -> None:
-    """The released adapter for PEFT, checked and copied; with --merge a whole model."""
+    """The released adapter for PEFT, checked and copied; with --merge or --onnx a whole model."""
     from fedlora.common.adapter.released import copy_released
 
+    if merged and onnx:
+        raise BadInput("found --merge and --onnx, expected one of them")
     if merged:
         merge(folder, out, dtype, base)
+    elif onnx:
+        _write_onnx(_adapter(folder), out, base)
     else:
         copy_released(_adapter(folder), out)
         console.print(f"adapter {out}")
@@ -85,6 +94,14 @@ def serve(
     with Serving(load_adapter(adapter, base), folder.resolve().name, port, host, anywhere) as at:
         console.print(f"answers {at.url}")
         at.serve_forever()
+
+
+def _write_onnx(adapter: Path, out: Path, base: str) -> None:
+    from fedlora.common.adapter.onnx_graph import write_onnx
+    from fedlora.common.adapter.peft import load_adapter
+
+    write_onnx(load_adapter(adapter, base), adapter, out)
+    console.print(f"graph   {out}")
 
 
 def _adapter(folder: Path) -> Path:

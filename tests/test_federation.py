@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from transformers import AutoModel
 
 from fedlora.client.node.folder import NodeFolder
 from fedlora.common.adapter.peft import load_adapter
@@ -26,7 +27,7 @@ from fedlora.common.protocol.messages import Started, reply_from_bytes
 from fedlora.server.coordinator.folder import Directory
 from fedlora.simulations.local.deployment import Federation, running
 from fedlora.simulations.local.folders import NAMES
-from fedlora.simulations.local.processes import listens, wait_until
+from fedlora.simulations.local.processes import listens, run, wait_until
 from fedlora.simulations.local.whole_run import conclude
 from tests.isolation import ALONE, NOBODY, NOT_SHOWN, as_nobody, available, public_folder
 from tests.proxy import Line
@@ -123,6 +124,10 @@ def test_killed_in_the_middle_it_goes_on_and_its_export_verifies(
         ["my laptop is broken"]
     )
     assert len(labels) == 1
+    model = federation.root / "model"
+    words = ("--dir", str(federation.coordinator), "--merge", str(model), "--base", str(tiny_bert))
+    run("fedlora-server", "export", str(federation.root / "again"), *words)
+    assert AutoModel.from_pretrained(model).config.model_type == "bert"
 
 
 def traced() -> bool:

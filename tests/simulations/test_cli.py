@@ -139,7 +139,12 @@ def test_a_file_of_ones_own_needs_no_configuration(
     assert code == 0, error
     code, _, error = call(monkeypatch, capsys, "merge", str(out), "--out", str(tmp_path / "model"))
     assert code == 0 and (tmp_path / "model" / "model.safetensors").is_file(), error
-    for more, name in (((), "adapter_model.safetensors"), (("--merge",), "model.safetensors")):
+    assert call(monkeypatch, capsys, "export", str(out), "--out", "x", "--merge", "--onnx")[0] == 2
+    for more, name in (
+        ((), "adapter_model.safetensors"),
+        (("--merge",), "model.safetensors"),
+        (("--onnx",), "model.onnx"),
+    ):
         target = tmp_path / name
         words = ["export", str(out), "--out", str(target), *more]
         code, _, error = call(monkeypatch, capsys, *words)

@@ -1,0 +1,79 @@
+"""A released adapter as one ONNX graph: tokens to a head's numbers, for whoever runs no torch.
+
+Pooling, projection and head are in the graph, so that it is whole where the head is ours, too.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedlora.common.adapter.peft import LoadedAdapter
+from fedlora.common.adapter.released import DESCRIPTION
+from fedlora.common.errors import BadInput
+from fedlora.common.libraries import library
+from fedlora.common.tasks.task import RECORD, WORD
+
+EXTRA = "onnx"
+GRAPH = "model.onnx"
+
+
+def write_onnx(adapter: LoadedAdapter, released: Path, folder: Path) -> None:
+    """Write the graph, its tokenizer and `fedlora.json` into `folder`, which must be new.
+
+    `input_ids` and `attention_mask` are (n, length) int64, `logits` (n, outputs) float32, or
+    (n, length, outputs) where the task answers each word; labels and the longest length are in
+    `fedlora.json`. BadInput for a task whose base writes text, or a folder that is not empty.
+    """
+    model = adapter.model
+    if model.task.reads not in (RECORD, WORD):
+        raise BadInput(
+            f"--onnx: found the task {model.task.name}, expected one that is answered by a head"
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{folder}: found files, expected a new folder")
+    for name in ("onnx", "onnxscript"):
+        library(name, EXTRA)
+    network: nn.Module = copy.deepcopy(model.network).to("cpu", torch.float32).eval()
+    program = _program(network, model.pad, adapter.description.max_length)
+    folder.mkdir(parents=True, exist_ok=True)
+    program.save(folder / GRAPH)
+    model.tokenizer.save_pretrained(folder)
+    shutil.copyfile(released / DESCRIPTION, folder / DESCRIPTION)
+
+
+def _program(network: nn.Module, pad: int, longest: int) -> Any:
+    ids = torch.full((2, min(8, longest)), pad)
+    mask = torch.ones_like(ids)
+    mask[1, -1] = 0  # as a shorter text has it, so that no path is taken for full rows alone
+    rows, length = torch.export.Dim("rows"), torch.export.Dim("length", max=longest)
+    shape = {0: rows, 1: length}
+    with warnings.catch_warnings():  # the exporter's own, of names it chose and of its old calls
+        warnings.simplefilter("ignore")
+        return torch.onnx.export(
+            _ByKeyword(network),
+            (ids, mask),
+            dynamo=True,
+            verbose=False,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["logits"],
+            dynamic_shapes={"input_ids": shape, "attention_mask": shape},
+        )
+
+
+class _ByKeyword(nn.Module):
+    """Whose arguments have the names that transformers' tokenizers give."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        """What `network` gives."""
+        return self.network(input_ids, attention_mask)
