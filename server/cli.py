@@ -167,9 +167,7 @@ def export(
     reports: Annotated[
         Path | None, typer.Option(help="A folder of the institutions' own reports.")
     ] = None,
-    merge: Annotated[
-        Path | None, typer.Option(help="A new folder for base and adapter as one model, too.")
-    ] = None,
+    merge: Annotated[Path | None, typer.Option(help="Where the merged model goes.")] = None,
     base: Annotated[str, typer.Option(help="Of --merge: where the base lies, if elsewhere.")] = "",
 ) -> None:
     """Write a run's adapter with model card and every institution's signed statement."""
@@ -181,7 +179,9 @@ def export(
         _say(line)
     _say(f"export       {target}")
     if merge is not None:
-        _write_merged(target / "adapter", base, merge)
+        from fedlora.common.adapter.merged import merge_released
+
+        merge_released(target / "adapter", base, merge, "bfloat16")
         _say(f"model        {merge}")
 
 
@@ -307,13 +307,6 @@ def _ends_alike_on(number: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.signal(number, before)
-
-
-def _write_merged(adapter: Path, base: str, folder: Path) -> None:
-    from fedlora.common.adapter.merged import write_merged
-    from fedlora.common.adapter.peft import load_adapter
-
-    write_merged(load_adapter(adapter, base), adapter, folder, "bfloat16")
 
 
 def _print_round(line: Mapping[str, Any]) -> None:

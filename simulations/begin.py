@@ -256,7 +256,7 @@ def _new(
 ) -> tuple[Checkpoint, Ledger]:
     manifest, ledger = manifest_of(config, federation), paths.open_ledger()
     manifest = replace(manifest, strategy=own.names.get("strategy", manifest.strategy))
-    write_text(paths.folder / DATA, federation.data_digest + "\n")
+    write_text(paths.folder / DATA, federation.origin.digest + "\n")
     write_text(paths.folder / LEDGER, ledger.id + "\n")
     write_text(paths.folder / "manifest.json", manifest.to_bytes().decode() + "\n")
     if own.names:  # a run of the configuration alone has no such file
@@ -268,7 +268,7 @@ def _new(
 def _resumed(
     config: Config, paths: Paths, federation: Federation, own: Own
 ) -> tuple[Checkpoint, Ledger]:
-    if (paths.folder / DATA).read_text(encoding="utf-8").strip() != federation.data_digest:
+    if (paths.folder / DATA).read_text(encoding="utf-8").strip() != federation.origin.digest:
         raise BadInput(
             f"{config.data.train}: found other bytes than the run began with, expected the same"
             " file"

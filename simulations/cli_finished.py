@@ -38,11 +38,9 @@ def merge(
     base: Base = "",
 ) -> None:
     """The released adapter added to its base: a whole model that loads without PEFT."""
-    from fedlora.common.adapter.merged import write_merged
-    from fedlora.common.adapter.peft import load_adapter
+    from fedlora.common.adapter.merged import merge_released
 
-    adapter = _adapter(folder)
-    write_merged(load_adapter(adapter, base), adapter, out, dtype)
+    merge_released(_adapter(folder), base, out, dtype)
     console.print(f"model   {out}")
 
 

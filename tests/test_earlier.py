@@ -87,7 +87,7 @@ def test_a_ledger_is_opened_and_goes_on(earlier: Path) -> None:
     again.close()
     last = node_ledger(earlier / "node").entries()[-2:]
     assert [entry.body["kind"] for entry in last] == ["schema", "consent"]
-    assert last[0].body["schema"] == SCHEMA == 2 and last[1].body["federation"] == "demo"
+    assert last[0].body["schema"] == SCHEMA == 3 and last[1].body["federation"] == "demo"
 
 
 @pytest.mark.parametrize("name", ["ledger.sqlite", "head/head.json"])

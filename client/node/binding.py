@@ -2,9 +2,10 @@
 
 A budget belongs to a population. Two ledgers that charged one file would each let its whole budget
 be spent. So the first ledger that charges a file leaves a mark beside it, `NAME.fedlora-ledger`,
-which holds the ledger's id, and every other ledger that meets the mark refuses. Where the data are
-read-only, marks lie in the folder that `[ledger] marks` names. A mark is of a name: a copy of the
-data, or a mark that somebody removed, is not noticed.
+which holds the ledger's id, and every other ledger that meets the mark refuses. A folder has one
+mark for what lies in it; what a link in it leads to, and each file that a glob finds, has its own.
+Where the data are read-only, marks lie in the folder that `[ledger] marks` names. A mark is of a
+place: a copy of the data, a second hard link, or a mark that somebody removed, is not noticed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.client.node.policy import DataPolicy
 from fedlora.common.codec.strict import from_canonical, to_canonical
+from fedlora.common.data.data_file import parts_of
 from fedlora.common.disk.files import bounded, create_once
 from fedlora.common.errors import BadInput, Refused
 
@@ -51,45 +54,71 @@ def check_budgets(data: Mapping[str, DataPolicy], root: Path, where: str) -> Non
 
 
 def check_mark(path: Path, ledger: str, marks: Path | None) -> bool:
-    """Whether this ledger, by its id, has marked a data file; Refused where another one has."""
-    places = _places(path, marks)
-    for mark in places:
+    """Whether this ledger, by its id, has marked all of the data; Refused where another one has."""
+    for mark in _readable(path, marks):
         found = _owner(mark)
         if found not in ("", ledger):
             raise Refused(
                 f"{mark}: found the mark of ledger {found}, expected {ledger}, this node's: these"
                 " data charge the other one; name it under [ledger] path"
             )
-    return bool(_owner(places[-1]))
+    return all(_owner(mark) for mark in _writable(path, marks))
 
 
 def bind(path: Path, ledger: str, marks: Path | None) -> None:
-    """Mark a data file as this ledger's; Refused where it is another's, or no mark can be made."""
+    """Mark data as this ledger's; Refused where they are another's, or no mark can be made."""
     if check_mark(path, ledger, marks):
         return
-    mark = _places(path, marks)[-1]
-    try:
-        if marks is not None:
-            marks.mkdir(parents=True, exist_ok=True)
-        create_once(mark, to_canonical(_Mark(ledger)))
-    except OSError as error:
-        raise Refused(
-            f"{mark}: could not be written ({error.strerror}), expected the mark of the ledger that"
-            " these data charge; for read-only data name a folder under [ledger] marks, one for all"
-            " nodes that have these data"
-        ) from error
+    for mark in _writable(path, marks):
+        if _owner(mark):
+            continue
+        try:
+            if marks is not None:
+                marks.mkdir(parents=True, exist_ok=True)
+            create_once(mark, to_canonical(_Mark(ledger)))
+        except OSError as error:
+            raise Refused(
+                f"{mark}: could not be written ({error.strerror}), expected the mark of the ledger"
+                " that these data charge; for read-only data name a folder under [ledger] marks,"
+                " one for all nodes that have these data"
+            ) from error
     check_mark(path, ledger, marks)  # another ledger may have been first
 
 
-def _places(path: Path, marks: Path | None) -> list[Path]:
-    """Where a mark may lie, also of a folder round the data and of what is in them; the last is
-    where this node writes one.
+def _writable(path: Path, marks: Path | None) -> list[Path]:
+    """Where this node writes its marks of the data."""
+    beside = (each.with_name(each.name + MARK) for each in _marked(path))
+    return list(beside) if marks is None else [marks / each.name for each in beside]
+
+
+def _readable(path: Path, marks: Path | None) -> list[Path]:
+    """Where a mark may lie: of the data, of a folder round them, and of what is in them."""
+    around = {
+        each.with_name(each.name + MARK)
+        for real in _marked(path)
+        for each in (real, *real.parents)
+        if each.name
+    }
+    inside = sorted(path.rglob("*" + MARK)) if path.is_dir() else []
+    kept = [] if marks is None else _writable(path, marks)
+    return [*sorted(around), *inside, *kept]
+
+
+def _marked(path: Path) -> list[Path]:
+    """What has a mark of its own, without links: the path itself, unless it is a glob, and each of
+    its files that doesn't lie in it.
     """
-    real = path.resolve()
-    beside = real.with_name(real.name + MARK)
-    around = [each.with_name(each.name + MARK) for each in real.parents if each.name]
-    inside = sorted(real.rglob("*" + MARK)) if real.is_dir() else []
-    return [*around, *inside, beside, *([] if marks is None else [marks / beside.name])]
+    real, parts = path.resolve(), _files(path)
+    roots = [real] if real.exists() or not parts else []
+    return [*roots, *(each for each in parts if each != real and real not in each.parents)]
+
+
+def _files(path: Path) -> list[Path]:
+    """The files that a path means, without links; none where there are none yet."""
+    try:
+        return sorted({each.resolve() for each in parts_of(path)})
+    except BadInput:
+        return []
 
 
 def _owner(mark: Path) -> str:
@@ -108,11 +137,18 @@ def _owner(mark: Path) -> str:
 
 
 def _same_file(one: Path, other: Path) -> bool:
-    """Whether both are one file, or one is a folder that holds the other."""
+    """Whether both are one file, have one in common, or one is a folder that holds the other."""
     mine, theirs = one.resolve(), other.resolve()
     if mine == theirs or mine in theirs.parents or theirs in mine.parents:
         return True
-    try:
-        return one.samefile(other)
-    except OSError:  # one of them is not there yet
-        return False
+    return not _inodes(one).isdisjoint(_inodes(other))
+
+
+def _inodes(path: Path) -> set[tuple[int, int]]:
+    """Each file's, so that hard links are seen too; of what is there."""
+    found = set()
+    for each in _files(path):
+        with suppress(OSError):
+            stat = each.stat()
+            found.add((stat.st_dev, stat.st_ino))
+    return found

@@ -25,7 +25,8 @@ from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.timing import Steps, nobodys_texts, tokens_of_run
 from fedlora.client.training.trainer import Trainer, check_model
 from fedlora.common.config.schema import ALL_LINEAR, LoraConfig, ModelConfig, check_delta
-from fedlora.common.data.data_file import file_digest
+from fedlora.common.data.data_file import origin_of
+from fedlora.common.data.origin import Origin
 from fedlora.common.data.records import unit_groups
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget, Ledger
@@ -66,7 +67,7 @@ class Prepared:
     @property
     def data_digest(self) -> str:
         """The data file's; it stays here."""
-        return self.data.digest
+        return self.data.origin.digest
 
 
 class LoadedRun:
@@ -93,7 +94,7 @@ class LoadedRun:
         with threads(self._policy.trainer.threads):
             prepared = self.prepare(manifest, projection)
         check_model(manifest, prepared.training.gradients.model)
-        subject = Subject.of(manifest, prepared.data.path, prepared.data.digest)
+        subject = Subject.of(manifest, prepared.data.origin)
         self._ledger.check(budget.name, subject)
 
     def consent(self, manifest: RunManifest, projection: Path, budget: Budget) -> str:
@@ -148,9 +149,9 @@ class LoadedRun:
             gradients = self._built(manifest, projection)
             self._tokens = self._fitting_tokens(gradients, manifest, projection.parent)
             self._run, self._gradients = manifest.digest, gradients
-        digest = file_digest(path)
-        if self._prepared is None or self._prepared.data_digest != digest:
-            self._prepared = self._read(manifest, data, path, digest, self._gradients)
+        origin = origin_of(path)
+        if self._prepared is None or self._prepared.data.origin != origin:
+            self._prepared = self._read(manifest, data, path, origin, self._gradients)
         return self._prepared
 
     def _let_go(self) -> None:
@@ -234,11 +235,11 @@ class LoadedRun:
         manifest: RunManifest,
         data: DataPolicy,
         path: Path,
-        digest: str,
+        origin: Origin,
         gradients: PerSampleGradients,
     ) -> Prepared:
         records = read_data(data, path)
-        if file_digest(path) != digest:
+        if origin_of(path) != origin:
             raise BadInput(f"{path.name}: changed while it was read")
         if records.spellings:
             log.warning("%s", records.spellings)
@@ -248,7 +249,7 @@ class LoadedRun:
         model = gradients.model
         encoded = model.task.encode(records, model.tokenizer, manifest.max_length)
         training = LocalTraining(gradients, FeatureCache(model), self._tokens)
-        client = ClientData(self._policy.institution, encoded, units, str(path.resolve()), digest)
+        client = ClientData(self._policy.institution, encoded, units, origin)
         return Prepared(client, training)
 
 

@@ -16,6 +16,7 @@ import torch
 from fedlora.client.training.head import head_clipped_sum
 from fedlora.client.training.sampling import draw_units, micro_batches, unit_records
 from fedlora.client.training.step import ClipGroups, GradientSum, PerSampleGradients, private_mean
+from fedlora.common.data.origin import NOWHERE, Origin
 from fedlora.common.data.records import UnitIndex
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase
@@ -34,8 +35,7 @@ class ClientData:
     owner: str
     encoded: Encoded
     units: UnitIndex
-    path: str = ""  # of the file that they were read from, without links
-    digest: str = ""  # of its bytes then
+    origin: Origin = NOWHERE  # of the files that they were read from, as they were then
 
 
 @dataclass(frozen=True, eq=False)

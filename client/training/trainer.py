@@ -78,7 +78,7 @@ class Trainer:
                 manifest.digest,
                 charge(guarantee),
                 [phase.attempts for phase in manifest.phases],
-                Subject.of(manifest, self._data.path, self._data.digest),
+                Subject.of(manifest, self._data.origin),
             )
         self._guarantee = guarantee
 

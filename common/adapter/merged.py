@@ -13,12 +13,17 @@ from typing import Any
 
 import torch
 
-from fedlora.common.adapter.peft import LoadedAdapter
+from fedlora.common.adapter.peft import LoadedAdapter, load_adapter
 from fedlora.common.adapter.released import DESCRIPTION, HEAD
 from fedlora.common.errors import BadInput
 from fedlora.common.model.projection import PROJECTION
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def merge_released(released: Path, base: str, folder: Path, dtype: str) -> None:
+    """`write_merged` of the adapter in the folder `released`; `base` as `load_adapter` takes it."""
+    write_merged(load_adapter(released, base), released, folder, dtype)
 
 
 def write_merged(adapter: LoadedAdapter, released: Path, folder: Path, dtype: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.common.data.formats import READERS, Values, check_size, kind_of
+from fedlora.common.data.origin import Origin
 from fedlora.common.errors import BadInput
 
 STATE, SPLITS = "state.json", "dataset_dict.json"  # of a folder that `datasets` saved
@@ -88,18 +89,29 @@ def _of_folder(folder: Path) -> list[Path]:
     ]
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes; of several files, of their names and digests, in order."""
+def origin_of(path: Path) -> Origin:
+    """Which files a path means, and the digest of their bytes; BadInput where they can't be read.
+
+    The digest of one file is that of its bytes; of several, of their names and digests, in order.
+    """
     try:
-        if path.is_file():
-            return "sha256:" + _digest(path)
-        hasher = hashlib.sha256()
-        for part in parts_of(path):
-            name = part.relative_to(path if path.is_dir() else path.parent).as_posix()
-            hasher.update(f"{name}\0{_digest(part)}\n".encode())
-        return "sha256:" + hasher.hexdigest()
+        found = [(part, _digest(part)) for part in parts_of(path)]
     except OSError as error:
         raise BadInput(f"{path}: can't be read ({error.strerror}), expected a data file") from error
+    whole = found[0][1] if path.is_file() else _digest_of_several(path, found)
+    files = tuple((str(part.resolve()), f"sha256:{digest}") for part, digest in found)
+    return Origin(str(path.resolve()), f"sha256:{whole}", files)
+
+
+def file_digest(path: Path) -> str:
+    """`origin_of`'s digest alone."""
+    return origin_of(path).digest
+
+
+def _digest_of_several(path: Path, found: Sequence[tuple[Path, str]]) -> str:
+    root = path if path.is_dir() else path.parent
+    lines = (f"{part.relative_to(root).as_posix()}\0{digest}\n" for part, digest in found)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -16,15 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedlora.common.codec.invisible import is_invisible
 from fedlora.common.config.toml import shown
 from fedlora.common.data.formats import Values
 from fedlora.common.errors import BadInput
 
 Ints = npt.NDArray[np.int64]
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_INVISIBLE = re.compile(  # what Unicode lets a program ignore when it shows a text
-    "[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
-)
 
 
 def _no_nulls(values: Values, where: str, column: str) -> None:
@@ -60,8 +58,14 @@ def one_spelling(name: str) -> str:
     folded, before = name, ""
     while folded != before:  # one step may make room for another: what is canonical stays so
         before = folded
-        folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", folded)).casefold()
+        folded = unicodedata.normalize("NFKC", _visible(folded)).casefold()
     return " ".join(folded.split())
+
+
+def _visible(name: str) -> str:
+    if name.isascii() and name.isprintable():
+        return name
+    return "".join(char for char in name if not is_invisible(char))
 
 
 def units_of(values: Values, where: str, column: str) -> tuple[list[str], int]:

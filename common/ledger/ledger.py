@@ -26,8 +26,9 @@ from fedlora.common.ledger.signed_head import Head
 from fedlora.common.ledger.subject import UNKNOWN, Subject
 from fedlora.common.privacy.accountant import Spend
 
-SCHEMA = 2  # 2: a consent says whose records it is about
-EARLIER_SCHEMA = 1  # is read; the first consent after it is preceded by an entry that moves it on
+SCHEMA = 3  # 2: a consent says whose records it is about; 3: and names each of their files
+# These are read; the first consent after them is preceded by an entry that moves the ledger on.
+EARLIER_SCHEMAS = (1, 2)
 SAME_TERMS = 1e-4  # relative: another machine, or version, computes an ε to within that
 
 __all__ = ["SCHEMA", "Budget", "Entry", "Ledger", "exceeded"]
@@ -254,8 +255,9 @@ class Ledger:
 
     def _keyed(self, subject: Subject) -> Subject:
         """As it stands in an entry: the digest of data under the ledger's key."""
-        keyed = self._chain.keyed(subject.data) if subject.data else ""
-        return replace(subject, data=keyed)
+        keyed = self._chain.keyed
+        files = tuple((path, keyed(digest)) for path, digest in subject.files)
+        return replace(subject, data=keyed(subject.data) if subject.data else "", files=files)
 
     def _check_subject(self, budget: str, subject: Subject) -> None:
         """The ε of a record and of a person do not add up; nor is one file two populations."""
@@ -265,7 +267,7 @@ class Ledger:
                 f"budget {budget}: found the unit {subject.unit!r}, expected {unit!r}, which it has"
                 " counted from its first consent on"
             )
-        for each in filter(None, (subject.path, subject.data)):
+        for each in sorted(subject.traces | subject.around):
             payer = self._payers.get(each, budget)
             if payer != budget:
                 raise Refused(
@@ -277,7 +279,7 @@ class Ledger:
         kind = body["kind"]
         begins, moves_on = kind == "open" and not self.id, kind == "schema"
         if begins or (moves_on and self._schema < SCHEMA):
-            if body["schema"] not in (EARLIER_SCHEMA, SCHEMA):
+            if body["schema"] not in (*EARLIER_SCHEMAS, SCHEMA):
                 raise Refused(f"ledger: found schema {body['schema']}, expected {SCHEMA}")
             self._schema, self.id = body["schema"], str(body.get("id", self.id))
             return
@@ -303,6 +305,7 @@ class Ledger:
         """Of a consent of this schema; an earlier one says nothing."""
         if body.get("unit"):
             self._units.setdefault(budget, str(body["unit"]))
-        for name in ("path", "data"):
-            if body.get(name):
-                self._payers.setdefault(str(body[name]), budget)
+        files = tuple((str(path), str(data)) for path, data in body.get("files", ()))
+        path, data = str(body.get("path", "")), str(body.get("data", ""))
+        for each in Subject(path=path, data=data, files=files).traces:
+            self._payers.setdefault(each, budget)

@@ -1,9 +1,11 @@
-"""Whose records a consent is about: what a budget counts, for whom, and in which file it lay."""
+"""Whose records a consent is about: what a budget counts, for whom, and in which files it lay."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 
+from fedlora.common.data.origin import NOWHERE, Origin
 from fedlora.common.manifest.manifest import RunManifest
 
 RECORD = "record"  # the unit where no column names one
@@ -15,15 +17,29 @@ class Subject:
 
     unit: str = ""  # of privacy: RECORD, or the column that names it
     federation: str = ""
-    path: str = ""  # of the data file, without links
-    data: str = ""  # the digest of its bytes then, which an entry has under the ledger's key only
+    path: str = ""  # of the data, without links
+    data: str = ""  # the digest of their bytes then, which an entry has under the ledger's key only
+    files: tuple[tuple[str, str], ...] = ()  # each file's path and digest, likewise
 
     @classmethod
-    def of(cls, manifest: RunManifest, path: str = "", data: str = "") -> Subject:
+    def of(cls, manifest: RunManifest, origin: Origin = NOWHERE) -> Subject:
         """The manifest's unit, also where a whole institution is protected: what such a run costs a
         budget of units is no less than what it costs any of them.
         """
-        return cls(manifest.unit or RECORD, manifest.federation, path, data)
+        unit = manifest.unit or RECORD
+        return cls(unit, manifest.federation, origin.path, origin.digest, origin.files)
+
+    @property
+    def traces(self) -> frozenset[str]:
+        """What a later consent to the same data has in common with this one: paths and digests."""
+        each = {trace for file in self.files for trace in file}
+        return frozenset(filter(None, {self.path, self.data, *each}))
+
+    @property
+    def around(self) -> frozenset[str]:
+        """The folders that hold the data: one of them may have been charged as a whole."""
+        places = [path for path, _ in self.files] or [self.path]
+        return frozenset(str(each) for place in places for each in PurePath(place).parents)
 
 
 UNKNOWN = Subject()

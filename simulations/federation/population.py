@@ -21,6 +21,7 @@ from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.timing import Steps, tokens_of_run
 from fedlora.client.training.trainer import Trainer, charge
 from fedlora.common.config.schema import PrivacyConfig
+from fedlora.common.data.origin import Origin
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
@@ -44,7 +45,7 @@ class Federation:
     classes: Ints | None  # of each training record; None where the task has no classes
     units: UnitIndex  # of the training part, dealt out by `partition`
     partition: Partition
-    data_digest: str  # of the training file; it stays here
+    origin: Origin  # of the training file; it stays here
     training: LocalTraining
     privacy: PrivacyConfig  # names the population that the training file is drawn from
     steps: Steps  # of an adapter phase
@@ -73,7 +74,7 @@ class Federation:
             classes=sources.train.labels,
             units=units,
             partition=deal(sources.train, units),
-            data_digest=sources.digest,
+            origin=sources.origin,
             training=LocalTraining(gradients, public.features, found),
             privacy=privacy,
             steps=steps,
@@ -130,7 +131,7 @@ class Federation:
         if guarantee.private:
             budget = self._budget(f"population {self.privacy.population}", manifest)
             attempts = [phase.attempts for phase in manifest.phases]
-            cost, subject = charge(guarantee), Subject.of(manifest)
+            cost, subject = charge(guarantee), Subject.of(manifest, self.origin)
             ledger.consent(budget, manifest.digest, cost, attempts, subject)
 
     def budget_name(self, client: int) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from fedlora.common.config.schema import DataConfig
 from fedlora.common.config.toml import shown
-from fedlora.common.data.data_file import file_digest
+from fedlora.common.data.data_file import origin_of
+from fedlora.common.data.origin import Origin
 from fedlora.common.data.records import Records, read_records
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.known import task_named
@@ -23,11 +24,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """Records as read, before any model sees them. `digest` is the training file's."""
+    """Records as read, before any model sees them. `origin` is the training file's."""
 
     train: Records
     public: PublicRecords
-    digest: str
+    origin: Origin
 
 
 def read_sources(
@@ -61,7 +62,7 @@ def read_sources(
         log.warning("%s", line)
     texts = part("public", data.public, train)[0] if data.public else None
     records = PublicRecords(task_named(task, labels), validation, test, texts)
-    return Sources(train, records, file_digest(Path(data.train)))
+    return Sources(train, records, origin_of(Path(data.train)))
 
 
 def one_sided(train: Records, test: Records, labels: Sequence[str]) -> list[str]:

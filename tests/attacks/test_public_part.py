@@ -259,14 +259,35 @@ def test_clients_of_another_population_have_another_budget(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
     options = Options(device="cpu", ledger=tmp_path / "shared.sqlite")
-    for name in ("population", "others"):
-        settings = config(tiny_bert, data, f"privacy.population={name}")
+    others = data.with_name("others.jsonl")
+    others.write_text(
+        "".join(reversed((data / "train.jsonl").read_text().splitlines(keepends=True)))
+    )
+    for name, file in (("population", data / "train.jsonl"), ("others", others)):
+        settings = config(tiny_bert, data, f"privacy.population={name}", f'data.train="{file}"')
         run = begin(settings, tmp_path / name, options)
         summary = finish(run, conduct(run, sequential(run)))
         assert 1.9 < summary["epsilon"] <= 2.0
         run.ledger.close()
     with pytest.raises(Refused, match="budget population others"):
         begin(settings, tmp_path / "again", options)
+
+
+@pytest.mark.parametrize("way", ["file", "copy", "glob"])
+def test_a_file_opens_no_new_budget_by_naming_another_population(
+    tiny_bert: Path, data: Path, tmp_path: Path, way: str
+) -> None:
+    """Before: 1.999 of each population's 2.0, as often as somebody thought of a name."""
+    options = Options(device="cpu", ledger=tmp_path / "shared.sqlite")
+    run = begin(config(tiny_bert, data), tmp_path / "first", options)
+    finish(run, conduct(run, sequential(run)))
+    run.ledger.close()
+    train = data / ("trai[n].jsonl" if way == "glob" else "train.jsonl")
+    if way == "copy":
+        train = Path(shutil.copy(train, tmp_path / "copy.jsonl"))
+    renamed = config(tiny_bert, data, "privacy.population=others", f'data.train="{train}"')
+    with pytest.raises(Refused, match="budget population others: found data that charged budget"):
+        begin(renamed, tmp_path / "again", options)
 
 
 def test_a_projection_is_fitted_on_the_public_texts_that_are_named(

@@ -18,7 +18,11 @@ import pytest
 from fedlora.client.node import binding
 from fedlora.client.report.page import page
 from fedlora.client.report.report import report_body
+from fedlora.common.data.data_file import origin_of
 from fedlora.common.errors import BadInput, Refused
+from fedlora.common.ledger.ledger import Budget
+from fedlora.common.ledger.subject import Subject
+from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.figures import exact
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import Answer, Decline, Started
@@ -69,6 +73,49 @@ def test_a_file_has_one_ledger(tmp_path: Path, data: Path, monkeypatch: pytest.M
     # without the marks, each ledger pays for the file alone
     monkeypatch.setattr(binding, "_owner", lambda mark: "")
     assert spend_all(*(folder_of(tmp_path / "before", name, data) for name in ("f", "g"))) > 3.5
+
+
+def by_another_name(data: Path, way: str) -> Path:
+    """Another path of a policy that means the same file."""
+    if way == "glob":
+        return data.with_name("notes.json[l]")
+    if way == "all":
+        return data.with_name("*.jsonl")
+    folder = data.parent.parent / "again"
+    folder.mkdir()
+    (folder / "part.jsonl").symlink_to(data)
+    return folder
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["file-first", "file-last"])
+@pytest.mark.parametrize("way", ["glob", "all", "folder-of-links"])
+def test_a_file_has_one_ledger_however_it_is_named(
+    tmp_path: Path, data: Path, way: str, turned: bool
+) -> None:
+    names = [data, by_another_name(data, way)]
+    if turned:
+        names.reverse()
+    nodes = [folder_of(tmp_path, name, path) for name, path in zip("fg", names, strict=True)]
+    assert 1.5 < spend_all(*nodes) <= CAP  # before: 3.539
+    assert [each.body["kind"] for each in nodes[1].ledger.entries()] == ["open"]
+
+
+@pytest.mark.parametrize("way", ["glob", "all", "folder-of-links"])
+def test_a_file_has_one_budget_however_it_is_named(tmp_path: Path, data: Path, way: str) -> None:
+    north, other = folder_of(tmp_path, "f", data), by_another_name(data, way)
+    before = north.folder.policy.read_text()
+    north.set_policy(before + MORE.format(path=other))
+    with pytest.raises(BadInput, match=r"\[data.more\] path: found the file of \[data.notes\]"):
+        north.folder.load_policy()
+    north.set_policy(before)
+    # nor has it where two node folders, with a policy each, share a ledger
+    spend, first, second = Spend(1.0, 1e-5), Budget("a", 2.0, 1e-4), Budget("b", 2.0, 1e-4)
+    north.ledger.consent(first, "sha256:1", spend, [1], Subject.of(RUN, origin_of(data)))
+    with pytest.raises(Refused, match="data that charged budget a before"):
+        north.ledger.consent(second, "sha256:2", spend, [1], Subject.of(RUN, origin_of(other)))
+    north.restart()  # and an opened one knows
+    with pytest.raises(Refused, match="data that charged budget a before"):
+        north.ledger.consent(second, "sha256:2", spend, [1], Subject.of(RUN, origin_of(other)))
 
 
 def test_two_federations_share_a_ledger(tmp_path: Path, data: Path) -> None:

@@ -406,6 +406,15 @@ def test_a_unit_that_is_spelled_in_several_ways_is_one(tmp_path: Path) -> None:
     assert plain.respelled == 0 and plain.spellings == ""
 
 
+@pytest.mark.parametrize(
+    "mark", [*"\u00ad\u034f\u115f\u180b\u200d\u2800\u3164\ufe0f\uffa0\U000e0100\U000e0041"]
+)
+def test_a_unit_can_not_be_split_by_what_nobody_sees(mark: str) -> None:
+    """Before: six of seven were units of their own, each with the whole ε."""
+    for name in (f"Ann Lee{mark}", f"{mark}Ann Lee", f"An{mark}n Lee"):
+        assert one_spelling(name) == "ann lee"
+
+
 def test_a_unit_of_which_nothing_is_seen_is_none(tmp_path: Path) -> None:
     rows = [{"text": "t", "label": 0, "who": name} for name in ("a", " \u200b")]
     found = fault(write_jsonl(tmp_path / "a.jsonl", rows))
