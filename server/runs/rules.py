@@ -35,8 +35,9 @@ SHAKEN = 1.6
 CLIPPED_HEAD_RATE = 4.5  # times √classes, whose gradients point apart, where noise is no bound
 OPEN_HEAD_RATE = 10.0  # of gradients that nothing clips
 # Units that LoRA's rounds draw in all: what a machine without a GPU does in minutes. Few units are
-# drawn more often, at most all of them in each step; many at a rate that amplifies well.
-LORA_UNITS, SMALLEST_DRAW = 100_000, 0.05
+# drawn more often, and many at a rate that amplifies well. Beyond the largest draw a step's noise for
+# its ε falls by 5 % at most (at ε = 8; less below), for two and a half times the passes.
+LORA_UNITS, SMALLEST_DRAW, LARGEST_DRAW = 100_000, 0.05, 0.4
 LORA_RATE = 10.0  # of the mean of gradients of length 0.1, under momentum
 OPEN_LORA_RATE = 0.1  # of gradients that nothing clips, under momentum
 # How far noise moves a coordinate in a step, at most. Five times as much ended below the head.
@@ -172,7 +173,7 @@ def _lora(config: Config, facts: PublicFacts) -> Chosen:
     moves = "both" if config.privacy.head_clip or not training.head_rounds else "lora"
     if guarantee_asked(config.privacy).clip_in_step:
         drawn = LORA_UNITS / (LORA_ROUNDS * config.federation.units)
-        steps, rate = 1, min(1.0, max(SMALLEST_DRAW, drawn))
+        steps, rate = 1, min(LARGEST_DRAW, max(SMALLEST_DRAW, drawn))
         optimizer = "sgd"
     else:
         rounds = config.federation.rounds - training.head_rounds
