@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import venv
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.installations import CODE, ROOT, copied
+
+EARLIER = ROOT / "tests" / "fixtures" / "earlier"
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +37,22 @@ def test_the_wheel_holds_every_module_and_configuration(wheel: Path) -> None:
     assert not any(name.split("/")[0] in (*CODE, "tests") for name in inside)
 
 
-def test_an_empty_environment_imports_the_core_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+def test_the_core_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    """What a relay and a verifier install, and nothing else; the other roles: `make installs`."""
     venv.create(tmp_path / "env", with_pip=True)
-    python = tmp_path / "env" / "bin" / "python"
-    # what these modules import, not all that the core may need
-    needs = ["numpy", "safetensors", "cryptography"]
+    binaries = tmp_path / "env" / "bin"
+    words = ["-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel]
     subprocess.run(
-        [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *needs], check=True
+        [binaries / "python", *words], check=True, env={**os.environ, "PIP_NO_COMPILE": "1"}
     )
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", wheel], check=True)
-    modules = (
-        "errors",
-        "model.state",
-        "manifest.manifest",
-        "config.schema",
-        "data.records",
-        "disk.files",
-        "ledger.ledger",
-        "privacy.accountant",
-        "privacy.randomness",
-    )
-    code = (
-        "import sys;"
-        + "".join(f"import fedlora.common.{name};" for name in modules)
-        + "assert 'torch' not in sys.modules; print(fedlora.common.config.schema.Config().seed)"
-    )
-    done = subprocess.run(
-        [python, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.stdout.strip() == "7"
+
+    def run(command: str, *more: str) -> subprocess.CompletedProcess[str]:
+        line = [str(binaries / command), *more]
+        return subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+
+    torch = run("python", "-c", "import torch")
+    assert torch.returncode == 1 and "ModuleNotFoundError" in torch.stderr
+    verified = run("fedlora-server", "verify", str(EARLIER / "export"))
+    assert verified.returncode == 0 and "3, each signed by its institution" in verified.stdout
+    relay = run("fedlora-node", "link", "--relay", "none", "--trainer", f"unix:{tmp_path}/socket")
+    assert relay.returncode == 2 and "flower_key: found no readable file" in relay.stderr
