@@ -31,7 +31,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 # A distributed checkpoint's: beside such files the library unpickles an index.
 _DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-")
 
-Stamp = tuple[tuple[str, int, int, int], ...]
+Stamp = tuple[tuple[str, int, int, int, int], ...]
 
 
 def resolve_base(name: str) -> Path:
@@ -190,9 +190,14 @@ def base_digest(folder: Path) -> str:
 
 
 def base_stamp(folder: Path) -> Stamp:
-    """Name, size, time and number of each file that the digest covers: equal, if untouched."""
+    """Name, size, times and number of each file that the digest covers: equal, if untouched.
+
+    The second time is the system's own, of any change: the first can be put back.
+    """
     found = ((path.relative_to(folder).as_posix(), path.stat()) for path in _files(folder))
-    return tuple((name, at.st_size, at.st_mtime_ns, at.st_ino) for name, at in found)
+    return tuple(
+        (name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino) for name, at in found
+    )
 
 
 def check_digest(folder: Path, expected: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fedlora.common.errors import BadInput
@@ -150,11 +151,22 @@ def _load(
             )
     except Exception as error:  # the library raises a dozen unrelated types
         raise BadInput(f"{_where(folder)}: {_first_line(error)}") from error
+    held_in_memory(base)
     keep_stored(base)
     offered = offered_attentions(base)
     if offered[0] != base.config._attn_implementation:
         base.set_attn_implementation(offered[0])
     return base, report
+
+
+def held_in_memory(network: nn.Module) -> None:
+    """Make all weights copies, one after the other: transformers hands out a mapping of the files.
+
+    What somebody writes into a mapped file later would be computed with, under the old digest.
+    """
+    for each in (*network.parameters(), *network.buffers()):
+        if each.device.type == "cpu":  # on another device they are copies
+            each.data = each.data.clone()
 
 
 def _where(folder: Path) -> str:

@@ -252,8 +252,8 @@ def build_model(
 ) -> AdapterModel:
     """Load the base from safetensors, freeze it, add LoRA and a head; both start from `seed`."""
     folder = resolve_base(model.base)
-    check_base(folder)
     before = base_stamp(folder)
+    check_base(folder)
     digest = check_digest(folder, model.digest)
     tokenizer = load_tokenizer(folder)
     place = Place.of(model.dtype, device)
@@ -261,7 +261,7 @@ def build_model(
     network, lora = assembled(model, folder, task, tokenizer, lora, place)
     if place.quantised:
         quantise(network.backbone, place.quantised)
-    if base_stamp(folder) != before:  # what was loaded may not be what the digest is of
+    if base_stamp(folder) != before:  # what was copied may not be what the digest is of
         raise BadInput(f"[model] base = {folder}: found files that changed while they were read")
     _check_positions(network, model.max_length)
     switch_dropout_off(network)

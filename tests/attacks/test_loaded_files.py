@@ -7,17 +7,22 @@ what the digests cover, with decoys in every place that a library of models is k
 
 from __future__ import annotations
 
+import os
 import shutil
+import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from fedlora.common.adapter.peft import export_adapter, load_adapter
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
+from fedlora.common.model import loading
 from fedlora.common.model.base import base_digest
 from fedlora.common.model.loading import load_backbone
 from fedlora.common.model.network import build_model
@@ -86,6 +91,49 @@ def test_whatever_is_opened_of_a_base_is_in_its_digest(base: Path) -> None:
         load_backbone(base)
     assert {"config.json", "tokenizer_config.json"} <= names, "nothing was watched"
     assert names <= covered(base), names - covered(base)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_write_into_the_weights_after_a_model_is_built_changes_nothing(
+    base: Path, dtype: str
+) -> None:
+    """Before: what was loaded was a mapping of the file, and the digest that of what was there."""
+    file = base / "model.safetensors"
+    stored = torch.float32 if dtype == "float32" else torch.bfloat16
+    weights = {name: value.to(stored) for name, value in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    settings = ModelConfig(base=str(base), pooling="mean", dtype=dtype)
+    lora = LoraConfig(rank=2, targets=("query",))
+    network = build_model(settings, lora, SequenceClassification(("a", "b")), seed=1).network
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with file.open("r+b") as stream:
+        begin = 8 + struct.unpack("<Q", stream.read(8))[0]
+        stream.seek(begin)
+        stream.write(b"\0" * (file.stat().st_size - begin))
+    after = network.state_dict()
+    assert [name for name, value in before.items() if not torch.equal(after[name], value)] == []
+
+
+def test_files_that_change_while_they_are_copied_are_refused(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place, and with the time of change put back: no stamp but the system's own shows it."""
+    file, given = base / "model.safetensors", loading.held_in_memory
+
+    def rewriting(network: torch.nn.Module) -> None:
+        given(network)
+        at, data = file.stat(), file.read_bytes()
+        with file.open("r+b") as stream:
+            stream.write(data)
+        os.utime(file, ns=(at.st_atime_ns, at.st_mtime_ns))
+
+    monkeypatch.setattr(loading, "held_in_memory", rewriting)
+    settings, lora = (
+        ModelConfig(base=str(base), pooling="mean"),
+        LoraConfig(rank=2, targets=("query",)),
+    )
+    with pytest.raises(BadInput, match="changed while they were read"):
+        build_model(settings, lora, SequenceClassification(("a", "b")), seed=1)
 
 
 def test_whatever_is_opened_of_a_release_is_held_against_it(base: Path, tmp_path: Path) -> None:
