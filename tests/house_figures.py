@@ -226,18 +226,18 @@ def simulated_round(walk: Walk, scratch: Path) -> None:
     """One private round of three institutions in this process, from the loop's start to its end."""
     base, data = tiny_base(scratch), scratch / "data"
     data.mkdir()
-    for name, count in (("train", 75), ("test", 20)):
-        rows = [{"text": f"w{n} {('good', 'bad')[n % 2]}", "label": n % 2} for n in range(count)]
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one = ("federation.rounds=1", "training.head_rounds=0")
     if _is_there("simulations.begin"):
         from fedlora.server.runs.run import conduct
         from fedlora.simulations.begin import Options, begin
         from fedlora.simulations.engines.sequential import sequential
-        from tests.simulations.experiments.test_simulate import config
+        from tests.simulations.experiments.test_simulate import config, write_data
 
-        run = begin(config(base, data, "record", *one), scratch / "run", Options(device="cpu"))
+        run = begin(
+            config(base, write_data(data), "record", *one), scratch / "run", Options(device="cpu")
+        )
     else:
+        _write_former_data(data)
         former = import_module("fedlora.simulations.run")
         sequential, conduct = former.sequential, former.train
         config = import_module("tests.simulations.test_run").config
@@ -246,6 +246,12 @@ def simulated_round(walk: Walk, scratch: Path) -> None:
     cohort = sequential(run)
     with walk.followed():
         conduct(run, cohort)
+
+
+def _write_former_data(data: Path) -> None:
+    for name, count in (("train", 75), ("test", 20)):
+        rows = [{"text": f"w{n} {('good', 'bad')[n % 2]}", "label": n % 2} for n in range(count)]
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def deployed_round(walk: Walk, scratch: Path) -> None:

@@ -74,8 +74,11 @@ delta = 1e-4
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def write_data(folder: Path) -> Path:
     """Sixty short texts whose label is a word in them."""
-    folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for name, count in (("train", 75), ("test", 20), ("validation", 15)):
         rows = []
