@@ -41,9 +41,10 @@ def test_the_core_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     """What a relay and a verifier install, and nothing else; the other roles: `make installs`."""
     venv.create(tmp_path / "env", with_pip=True)
     binaries = tmp_path / "env" / "bin"
-    words = ["-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel]
+    constraints = str(ROOT / "constraints.txt")
+    words = ["-m", "pip", "install", "-q", "-c", constraints, str(wheel)]
     subprocess.run(
-        [binaries / "python", *words], check=True, env={**os.environ, "PIP_NO_COMPILE": "1"}
+        [str(binaries / "python"), *words], check=True, env={**os.environ, "PIP_NO_COMPILE": "1"}
     )
 
     def run(command: str, *more: str) -> subprocess.CompletedProcess[str]:
