@@ -3,7 +3,8 @@
 Written as its user would: torch, transformers and PEFT alone, all records on one machine, LoRA on
 queries and values beside a classifier of its own, AdamW, warm-up and a linear decay.
 
-    python simulations/benchmarks/central.py --train FILE --test FILE [--label COLUMN] [--json OUT]
+    python simulations/benchmarks/central.py --train FILE --test FILE [--text COLUMN [COLUMN]]
+        [--label COLUMN] [--json OUT]
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers import get_linear_schedule_with_warmup as warm_and_decay
 from fedlora.common.data.records import Columns, Records, read_label_set, read_records
 from fedlora.common.errors import BadInput
 from fedlora.common.model.base import resolve_base
+from fedlora.common.tasks.texts import PAIR
 
 
 def main() -> None:
@@ -32,7 +34,7 @@ def main() -> None:
     wanted = _arguments().parse_args()
     torch.manual_seed(wanted.seed)
     names = tuple(read_label_set(wanted.test, wanted.label))
-    columns = Columns(text=wanted.text, label=wanted.label)
+    columns = Columns(text=wanted.text[0], second="".join(wanted.text[1:]), label=wanted.label)
     train, test = (read_records(path, columns, names) for path in (wanted.train, wanted.test))
     began, rates = time.monotonic(), []
     for accuracy in _epochs(wanted, len(names), train, test):
@@ -47,7 +49,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--text", default="text")
+    parser.add_argument("--text", nargs="+", default=["text"], help="a text, or the two of a pair")
     parser.add_argument("--label", default="label")
     parser.add_argument("--base", default="minilm")
     parser.add_argument("--max-length", type=int, default=64)
@@ -100,8 +102,11 @@ def _batch(
 ) -> tuple[Any, torch.Tensor]:
     if records.labels is None:
         raise BadInput(f"{records.where}: found no labels, expected a column of them")
-    texts = [records.texts[row] for row in rows]
-    inputs = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    sides = (records.texts, records.parts.get(PAIR))
+    texts = [[side[row] for row in rows] for side in sides if side is not None]
+    inputs = tokenizer(
+        *texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
+    )
     return inputs, torch.from_numpy(records.labels[rows].astype(np.int64))
 
 
