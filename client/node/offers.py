@@ -3,7 +3,9 @@
 offers/RUN/    manifest and projection as they were offered; address.signed, until when the consent
                is good; consented.json, under which limits; consent.reply, the bytes that left; what
                loading the network left there
-offers/today.json    how many new runs were offered today
+               and checked.json, what policy and data were when they were last tried for it
+offers/today.json    for how many offers of today data may have been read: those of new runs, and of
+               runs whose data were changed since they were consented to
 
 A start moves the folder to runs/, in one step. A coordinator that never starts what it offers fills
 no disk: the last `MOST` are kept, and older ones make room. A run that was begun before there were
@@ -28,7 +30,8 @@ from fedlora.common.protocol.messages import Offer
 from fedlora.common.trust.identity import Signed
 
 MOST = 4
-ADDRESS, CONSENT, TODAY = "address.signed", "consent.reply", "today.json"
+ADDRESS, CONSENT = "address.signed", "consent.reply"
+CHECKED, TODAY = "checked.json", "today.json"
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,15 @@ class Waiting:
 
 
 @dataclass(frozen=True)
+class _Checked:
+    """The stamp of policy and data under which a run was tried, and then consented to."""
+
+    stamp: str
+
+
+@dataclass(frozen=True)
 class _Today:
-    """How many new runs were offered on a day of UTC."""
+    """For how many offers of a day of UTC data may have been read."""
 
     day: str
     offers: int
@@ -56,7 +66,7 @@ class Offers:
 
     def read(self, manifest: str) -> Waiting | None:
         """What waits, or did until it was started; None where nothing was consented to."""
-        place = self._place(manifest)
+        place = self.place(manifest)
         if not (place / CONSENT).is_file():
             return None
         manifest_, address = (
@@ -67,7 +77,7 @@ class Offers:
 
     def projection(self, manifest: str) -> Path:
         """Where the projection of what waits lies, or of the run that was begun."""
-        return self._place(manifest) / PROJECTION
+        return self.place(manifest) / PROJECTION
 
     def lay_out(self, manifest: str, projection: bytes) -> Path:
         """The file of the projection, from which the run's network is built to try it."""
@@ -76,9 +86,23 @@ class Offers:
         write_atomically(path, projection, mode=0o600)
         return path
 
-    def keep(self, manifest: str, offer: Offer, consent: bytes, policy: Policy) -> None:
-        """Keep what was consented to, and under which policy; the consent last makes it whole."""
-        place = self._place(manifest)
+    def checked(self, manifest: str) -> str | None:
+        """The stamp of what was tried before the last consent; None without one, and "" of one
+        that an earlier version gave.
+        """
+        place = self.place(manifest)
+        if not (place / CONSENT).is_file():
+            return None
+        path = place / CHECKED
+        return from_canonical(_Checked, read_bytes(path), str(path)).stamp if path.exists() else ""
+
+    def keep(self, manifest: str, offer: Offer, consent: bytes, policy: Policy, stamp: str) -> None:
+        """Keep what was consented to, and under which policy; the consent last makes it whole.
+
+        `stamp` says what was tried.
+        """
+        place = self.place(manifest)
+        write_atomically(place / CHECKED, to_canonical(_Checked(stamp)), mode=0o600)
         note(place / CONSENTED, policy)
         write_atomically(place / MANIFEST, offer.manifest.to_bytes(), mode=0o600)
         write_atomically(place / ADDRESS, offer.address.to_bytes(), mode=0o600)
@@ -96,7 +120,7 @@ class Offers:
 
     def drop(self, manifest: str) -> None:
         """Forget what waits; of a run that was begun nothing but its consent."""
-        (self._place(manifest) / CONSENT).unlink(missing_ok=True)
+        (self.place(manifest) / CONSENT).unlink(missing_ok=True)
         shutil.rmtree(self._waits(manifest), ignore_errors=True)
 
     def make_room(self, stays: Callable[[str], bool]) -> None:
@@ -108,7 +132,9 @@ class Offers:
                 self.drop(f"sha256:{path.name}")
 
     def count(self, most: int) -> None:
-        """Count one more new run of today, durably; BadInput beyond `most`."""
+        """Count one more offer of today that data may be read for, durably; BadInput beyond
+        `most`.
+        """
         path, today = self.folder.offers / TODAY, datetime.now(UTC).date().isoformat()
         known = _Today(today, 0)
         if path.exists():
@@ -122,11 +148,12 @@ class Offers:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(path, to_canonical(_Today(today, known.offers + 1)), mode=0o600)
 
+    def place(self, manifest: str) -> Path:
+        """The folder of what waits, or of the run that was begun; it may not be there."""
+        return self.folder.run(manifest) if self._begun(manifest) else self._waits(manifest)
+
     def _waits(self, manifest: str) -> Path:
         return self.folder.offers / manifest.removeprefix("sha256:")
 
     def _begun(self, manifest: str) -> bool:
         return self.folder.manifest(manifest).is_file()
-
-    def _place(self, manifest: str) -> Path:
-        return self.folder.run(manifest) if self._begun(manifest) else self._waits(manifest)

@@ -68,7 +68,8 @@ class Resident:
         self._node = Node(
             folder, policy, identity, ledger, self._watched, Offers(folder), outbox, masked
         )
-        self._ticks, self._turn = Ticks(policy.trainer.answer_every), threading.Lock()
+        self._ticks = Ticks(policy.trainer.answer_every, self._node.offers.place)
+        self._turn = threading.Lock()
         self._refusals = RefusalLog(folder.refusals)
         self._one = threading.Lock()
         _check_history(self._node)

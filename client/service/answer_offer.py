@@ -1,9 +1,11 @@
 """An offer, and the consent to it.
 
 open       is it the coordinator's, for this institution, and still good?
-count      a federation may offer so many new runs a day
+count      a federation may have data read for so many offers a day: of new runs, and of runs
+           whose data were changed since
 judge      the policy's verdicts; the peers, where updates are to leave under masks; the projection
-try        the network and the data are what the manifest names; nothing is charged before a start
+try        the network and the data are what the manifest names, unless they were tried before and
+           are as they were; nothing is charged before a start
 sign       the consent, once it is on disk; only a few that were never started are kept
 """
 
@@ -12,7 +14,9 @@ from __future__ import annotations
 import logging
 
 from fedlora.client.consent.offer import check_projection, offered
-from fedlora.client.service.dialogue import Dialogue, private
+from fedlora.client.service.dialogue import Dialogue, Node, private
+from fedlora.client.service.ticks import CHECK
+from fedlora.common.ledger.subject import Subject
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.protocol.messages import Consent, Offer
@@ -61,10 +65,10 @@ def answer_offer(dialogue: Dialogue, offer: Offer, manifest: RunManifest) -> byt
 def _keep(dialogue: Dialogue, manifest: RunManifest, offer: Offer, consent: bytes) -> None:
     """Try network and data, keep manifest and consent; a failure leaves nothing on disk."""
     node, digest = dialogue.node, manifest.digest
+    node.bind_data(manifest, CHECK)
     try:
-        projection = node.offers.lay_out(digest, offer.projection)
-        node.work.check(manifest, projection, node.budget(manifest))
-        node.offers.keep(digest, offer, consent, node.policy)
+        stamp = _tried(node, manifest, offer)
+        node.offers.keep(digest, offer, consent, node.policy, stamp)
     except BaseException:
         if dialogue.reserved(manifest) is None:
             node.offers.drop(digest)
@@ -76,3 +80,21 @@ def _keep(dialogue: Dialogue, manifest: RunManifest, offer: Offer, consent: byte
         return any(node.ledger.reserved_for(each, other) is not None for each in budgets)
 
     node.offers.make_room(charged)
+
+
+def _tried(node: Node, manifest: RunManifest, offer: Offer) -> str:
+    """The stamp of policy and data that serve the run; BadInput or Refused where they do not.
+
+    They are not read again while they are as they were at the last consent: each reading tells by
+    its time, which no noise covers, and nobody is charged for it.
+    """
+    budget, stamp = node.budget(manifest), node.stamp(manifest)
+    before = node.offers.checked(manifest.digest)
+    if stamp == before:
+        node.ledger.check(budget.name, Subject.of(manifest))
+        return stamp
+    if before is not None:  # a new run was counted
+        node.offers.count(node.policy.limits.offers)
+    projection = node.offers.lay_out(manifest.digest, offer.projection)
+    node.work.check(manifest, projection, budget)
+    return stamp

@@ -18,6 +18,7 @@ from fedlora.client.node.agreed import STARTED, note
 from fedlora.client.node.offers import Waiting
 from fedlora.client.node.outbox import START
 from fedlora.client.service.dialogue import Dialogue, private
+from fedlora.client.service.ticks import CONSENT
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.figures import exact, shown_epsilon, shown_left
@@ -88,6 +89,7 @@ def _check(dialogue: Dialogue, start: Start, manifest: RunManifest, waiting: Wai
 def _reserve(dialogue: Dialogue, manifest: RunManifest) -> None:
     """Charge the run, then move it to those that were begun: killed in between, this goes on."""
     node, budget = dialogue.node, dialogue.node.budget(manifest)
+    node.bind_data(manifest, CONSENT)
     data = node.work.consent(manifest, node.offers.projection(manifest.digest), budget)
     node.offers.begin(manifest.digest)
     node.note_data(manifest, data)

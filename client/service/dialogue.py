@@ -25,7 +25,8 @@ from fedlora.client.node.offers import Offers
 from fedlora.client.node.outbox import Outbox, Plans
 from fedlora.client.node.policy import Policy
 from fedlora.client.secagg.runs import MaskedRuns
-from fedlora.client.service.work import Work
+from fedlora.client.service.ticks import TRAIN, Watched
+from fedlora.common.data.data_file import files_stamp
 from fedlora.common.disk.files import append_line
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger.ledger import Budget, Ledger
@@ -50,6 +51,8 @@ def private() -> Iterator[None]:
     """Whatever goes wrong inside is for the log; the coordinator learns that it failed."""
     try:
         yield
+    except PrivateFault:
+        raise
     except Exception as error:
         raise PrivateFault(PRIVATE_REASON) from error
 
@@ -62,7 +65,7 @@ class Node:
     policy: Policy
     identity: Identity
     ledger: Ledger
-    work: Work
+    work: Watched
     offers: Offers
     outbox: Outbox
     masked: MaskedRuns
@@ -72,11 +75,20 @@ class Node:
         name = self.policy.data_for(manifest.task, manifest.labels, manifest.unit)
         return self.policy.budgets[self.policy.data[name].budget]
 
-    def bind_data(self, manifest: RunManifest) -> None:
-        """Mark the run's data as this ledger's, before anything is read or reserved."""
+    def bind_data(self, manifest: RunManifest, kind: str) -> None:
+        """Mark the run's data as this ledger's, before anything is read or reserved for this `kind`
+        of work. Looking for marks takes longer the more files there are: data are in sight.
+        """
+        self.work.in_sight(manifest, kind)
         name = self.policy.data_for(manifest.task, manifest.labels, manifest.unit)
         with private():
             self.folder.bind_data(self.policy, name, self.ledger.id)
+
+    def stamp(self, manifest: RunManifest) -> str:
+        """Another one where the policy, or a file of the run's data, was changed; reads none."""
+        name = self.policy.data_for(manifest.task, manifest.labels, manifest.unit)
+        files = files_stamp(self.folder.under(self.policy.data[name].path))
+        return f"{self.policy.digest} {files}"
 
     def present(self) -> Node:
         """This node under its policy as it lies on the disk now; Refused where it is no policy of
@@ -151,8 +163,7 @@ class Dialogue:
         return manifest
 
     def judged(self, manifest: RunManifest, started: bool = False) -> Spend:
-        """What the run costs, if the policy allows it; Refused otherwise. The data are this
-        ledger's from then on.
+        """What the run costs, if the policy allows it; Refused otherwise. No data are touched.
 
         `started`: and if it was reserved before.
         """
@@ -160,7 +171,6 @@ class Dialogue:
         with private():
             spent = {each: self.node.ledger.spent(each) for each in policy.budgets}
         allow(judge(manifest, policy, self.invitation.federation, spent, reserved))
-        self.node.bind_data(manifest)
         guarantee = guarantee_of(manifest)
         if started and guarantee.private and reserved is None:
             raise Refused(f"plan manifest: nothing was reserved for {manifest.digest[:20]}")
@@ -181,6 +191,7 @@ class Dialogue:
         with private():
             reserved = node.ledger.reservations(plan.manifest)
         plans.check(plan, reserved)
+        node.bind_data(manifest, TRAIN)
         with private():
             plans.write(plan)
             projection = node.folder.projection(plan.manifest)

@@ -114,6 +114,23 @@ def _digest_of_several(path: Path, found: Sequence[tuple[Path, str]]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def files_stamp(path: Path) -> str:
+    """sha256 of names, sizes, places and times of the files that a path means; reads none.
+
+    A path that means no data files has a stamp too. OSError where a file can't be looked at.
+    """
+    try:
+        parts = parts_of(path)
+    except BadInput:
+        parts = ()
+    hasher = hashlib.sha256()
+    for part in parts:
+        found = part.stat()
+        facts = (found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+        hasher.update(f"{part}\0{facts}\n".encode(errors="surrogateescape"))
+    return "sha256:" + hasher.hexdigest()
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field
+import tempfile
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.client.node import binding
 from fedlora.client.service.answer import Resident
-from fedlora.client.service.ticks import MOST_RUNS, Ticks
-from fedlora.common.errors import BadInput
+from fedlora.client.service.dialogue import PRIVATE_REASON
+from fedlora.client.service.ticks import TICKS, TRAIN, Ticks
+from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.plan import Delta
 from fedlora.common.protocol.messages import Answer, Consent, Decline, Started
 from tests.attacks import answer_time
@@ -55,8 +58,10 @@ class Slow(FakeWork):
     clock: Clock
     seconds: float = 1.0
     fails: bool = False
+    read: int = 0  # how often data were, for an offer
 
     def check(self, *arguments: object) -> None:
+        self.read += 1
         super().check(*arguments)  # type: ignore[arg-type]
         self._took()
 
@@ -89,16 +94,22 @@ class Node:
         return reply, self.clock.time - began
 
 
+def tick_by(north: Institution, work: Slow, clock: Clock) -> None:
+    """Let this work and this clock be the node's."""
+    north.work = work
+    north.resident = Resident(
+        north.folder, north.folder.load_policy(), north.identity, north.ledger, work
+    )
+    ticks = north.resident._ticks
+    north.resident._ticks = replace(ticks, now=clock.now, sleep=clock.sleep)
+
+
 @pytest.fixture
 def node(tmp_path: Path) -> Node:
     north, clock = Institution(tmp_path / "n"), Clock()
     work = Slow(north.ledger)
     work.clock = clock
-    north.work = work
-    north.resident = Resident(
-        north.folder, north.folder.load_policy(), north.identity, north.ledger, work
-    )
-    north.resident._ticks = Ticks(5.0, clock.now, clock.sleep)
+    tick_by(north, work, clock)
     return Node(north, work, clock)
 
 
@@ -164,7 +175,7 @@ def test_the_signed_answer_is_on_disk_before_it_is_waited_for(node: Node) -> Non
     def killed(seconds: float) -> None:
         raise Killed
 
-    node.north.resident._ticks.sleep = killed
+    node.north.resident._ticks = replace(node.north.resident._ticks, sleep=killed)
     with pytest.raises(Killed):
         node.north.resident.ask_in_time(task_of(RUN))
     node.north.ledger.close()
@@ -175,25 +186,132 @@ def test_the_signed_answer_is_on_disk_before_it_is_waited_for(node: Node) -> Non
 @given(st.floats(0.1, 3600), st.lists(st.floats(0, 1e5), min_size=1, max_size=20))
 def test_ticks_are_the_first_one_doubled(every: float, taken: list[float]) -> None:
     clock, before = Clock(), 0.0
-    ticks = Ticks(every, clock.now, clock.sleep)
-    for seconds in taken:
-        began = clock.time = 0.0
-        clock.time += seconds
-        ticks.wait(("run", "train"), began)
-        found = clock.time / every
-        doubled = max(0, round(math.log2(found)))
-        assert found == pytest.approx(2**doubled) and clock.time >= max(seconds, before) * (
-            1 - 1e-9
-        )
-        before = clock.time
+    with tempfile.TemporaryDirectory() as folder:
+        ticks = Ticks(every, lambda run: Path(folder), clock.now, clock.sleep)
+        for seconds in taken:
+            began = clock.time = 0.0
+            clock.time += seconds
+            ticks.wait(("run", TRAIN), began)
+            found = clock.time / every
+            doubled = max(0, round(math.log2(found)))
+            assert found == pytest.approx(2**doubled) and clock.time >= max(seconds, before) * (
+                1 - 1e-9
+            )
+            before = clock.time
 
 
-def test_the_ticks_of_few_runs_are_remembered() -> None:
+def test_no_restart_and_no_other_run_makes_a_tick_earlier(node: Node) -> None:
+    """Before, ticks were in memory: 10 s fell to 5 at a restart, and after 64 other runs."""
+    node.north.set_policy(node.north.folder.policy.read_text() + "offers = 1000\n")
+    node.north.begin(RUN)
+    node.work.seconds = 6.0
+    assert node.seconds(task_of(RUN, attempt=1))[1] == 10.0
+    node.work.seconds = 1.0
+    for number in range(70):
+        assert node.seconds(offer_of(replace(RUN, run=f"other {number}")))[1] == 5.0
+    assert node.seconds(task_of(RUN, attempt=2))[1] == 10.0
+    node.north.ledger.close()
+    node.north.restart()
+    node.work.ledger = node.north.ledger
+    tick_by(node.north, node.work, node.clock)
+    assert node.seconds(task_of(RUN, attempt=3))[1] == 10.0
+
+
+def test_a_tick_stays_where_the_length_of_the_first_is_changed(tmp_path: Path) -> None:
     clock = Clock()
-    ticks = Ticks(1.0, clock.now, clock.sleep)
-    for number in range(3 * MOST_RUNS):
-        ticks.wait((f"{number}", "train"), clock.time)
-    assert len(ticks._last) == MOST_RUNS
+    for every, seconds, tick in ((5.0, 6.0, 10.0), (3.0, 1.0, 12.0), (20.0, 1.0, 20.0)):
+        ticks = Ticks(every, lambda run: tmp_path, clock.now, clock.sleep)
+        began = clock.time
+        clock.time += seconds
+        ticks.wait(("run", TRAIN), began)
+        assert clock.time - began == tick
+
+
+def test_where_a_tick_cannot_be_read_nothing_leaves_and_no_time_is_told(node: Node) -> None:
+    node.north.begin(RUN)
+    path = node.north.folder.run(RUN.digest) / TICKS
+    for number, spoilt in enumerate((b"{}", b"[]", b'{"check":-1.0,"consent":0.0,"train":0.0}')):
+        path.write_bytes(spoilt)
+        node.work.seconds = 1.0 + number
+        began = node.clock.time
+        with pytest.raises(BadInput, match=r"ticks\.json"):
+            node.north.resident.ask_in_time(task_of(RUN, attempt=1 + number))
+        assert node.clock.time - began == 5.0
+
+
+# --- offers, which nobody is charged for ----------------------------------------------------------
+
+
+def write_data(north: Institution, text: str) -> None:
+    (north.folder.root / "notes.jsonl").write_text(text)
+
+
+def test_runs_that_are_offered_in_turn_have_their_data_read_once(node: Node) -> None:
+    """Before, 150 offers of two runs were 150 readings, of which 2 were counted."""
+    write_data(node.north, '{"text": "t", "label": "a"}\n')
+    runs = [replace(RUN, run=name) for name in ("one", "other")]
+    for number in range(30):
+        assert isinstance(node.north.ask(offer_of(runs[number % 2])), Consent)
+    assert node.work.read == 2
+    assert '"offers":2' in (node.north.folder.offers / "today.json").read_text()
+
+
+def test_every_reading_for_an_offer_is_counted(node: Node) -> None:
+    node.north.set_policy(node.north.folder.policy.read_text() + "offers = 3\n")
+    told = []
+    for number in range(6):
+        write_data(node.north, "x" * number)
+        told.append(node.north.ask(offer_of(RUN)))
+    assert [type(each) for each in told] == [Consent] * 3 + [Decline] * 3
+    assert node.work.read == 3
+    reasons = [getattr(each, "reason", "") for each in told[3:]]
+    assert reasons[0] == PRIVATE_REASON and "expected at most 3 a day" in reasons[1]
+
+
+def test_to_look_at_data_is_to_touch_them(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is read: an offer that was consented to, or the mark of another ledger."""
+    for _ in range(2):
+        reply, took = node.seconds(offer_of(RUN))
+        assert isinstance(reply, Consent) and took == 5.0
+    assert node.work.read == 1
+
+    def another(path: Path, *others: object) -> None:
+        node.clock.time += 3.0
+        raise Refused("found the mark of ledger")
+
+    monkeypatch.setattr(binding, "bind", another)
+    reply, took = node.seconds(offer_of(replace(RUN, run="2")))
+    assert isinstance(reply, Decline) and reply.reason == PRIVATE_REASON and took == 5.0
+
+
+def test_a_policy_that_was_changed_has_the_data_read_again(node: Node) -> None:
+    for line in ("", "rank = 63\n"):
+        node.north.set_policy(node.north.folder.policy.read_text() + line)
+        assert isinstance(node.north.ask(offer_of(RUN)), Consent)
+    assert node.work.read == 2
+
+
+def test_marks_are_looked_for_only_where_the_answer_waits(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, it took as long as there are files, in requests whose answers left at once."""
+    consent = node.north.resident.ask(offer_of(RUN))
+    start = start_of(RUN, {"north": consent, **OTHERS})
+    looked: list[Path] = []
+
+    def slow(path: Path, *others: object) -> None:
+        looked.append(path)
+        node.clock.time += 7.0
+
+    monkeypatch.setattr(binding, "bind", slow)
+    for again in (start_of(RUN, {"north": b"another", **OTHERS}), task_of(RUN)):
+        assert node.seconds(again)[1] == 0.0 and not looked
+    assert node.seconds(start)[1] == 10.0
+    assert node.seconds(task_of(RUN))[1] == 10.0
+    assert node.seconds(offer_of(replace(RUN, run="2")))[1] == 10.0
+    looked.clear()
+    for kept in (start, task_of(RUN), offer_of(RUN)):
+        assert node.seconds(kept)[1] == 0.0 and not looked
 
 
 def test_what_docs_say_how_to_measure_can_be_measured(

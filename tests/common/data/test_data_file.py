@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from fedlora.common.data import formats
-from fedlora.common.data.data_file import columns_of, file_digest, parts_of
+from fedlora.common.data.data_file import columns_of, file_digest, files_stamp, parts_of
 from fedlora.common.errors import BadInput
 
 ROWS = [{"text": "größe\tund\nlänge", "n": 1}, {"text": 'a "b", c', "n": 22}]
@@ -153,6 +154,27 @@ def test_a_small_file_does_not_unpack_to_a_huge_one(
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"text\n" + b"a\n" * 20_000, mtime=0))
     with pytest.raises(BadInput, match="unpacked: found 10001 bytes, expected at most 10000"):
         columns_of(tmp_path / "a.csv.gz", ("text",), None)
+
+
+def test_a_stamp_moves_with_every_part(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    stamps = [files_stamp(folder)]  # of nothing
+    folder.mkdir()
+    assert files_stamp(folder) == stamps[0]
+    changes: list[Callable[[], object]] = [
+        lambda: _lines(folder / "a.jsonl"),
+        lambda: _lines(folder / "b.jsonl"),
+        lambda: (folder / "b.jsonl").rename(folder / "c.jsonl"),
+        lambda: os.utime(folder / "c.jsonl", ns=(1, 1)),
+        lambda: (folder / "c.jsonl").write_text("x"),
+    ]
+    for change in changes:
+        change()
+        stamps.append(files_stamp(folder))
+        assert files_stamp(folder) == stamps[-1], "nothing was changed"
+    assert len(set(stamps)) == len(stamps)
+    (folder / "c.jsonl").unlink()
+    assert files_stamp(folder) == stamps[1]
 
 
 def test_a_digest_is_of_every_part(tmp_path: Path) -> None:
