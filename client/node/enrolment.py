@@ -26,7 +26,6 @@ from fedlora.common.trust.enrolment import (
     Invitation,
     certificate_fingerprint,
     invitation_from_text,
-    request_from_text,
     request_to_text,
 )
 from fedlora.common.trust.identity import Identity
@@ -59,7 +58,7 @@ def rotate(folder: NodeFolder, name: str, organisation: str) -> EnrolmentRequest
     The old identity is kept beside them, for what it signed, and so is an earlier rotation, for a
     coordinator that has not taken it yet. BadInput where this node is another one than `name`.
     """
-    known = request_from_text(read_text(folder.request), folder.request.name)
+    known = folder.own_request()
     for field, found, expected in (
         ("name", name, known.name),
         ("organisation", organisation, known.organisation),

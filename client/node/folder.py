@@ -25,7 +25,7 @@ from fedlora.common.disk.files import read_text
 from fedlora.common.errors import BadInput
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.model.base import PACKAGED, resolve_base
-from fedlora.common.trust.enrolment import request_from_text
+from fedlora.common.trust.enrolment import EnrolmentRequest, request_from_text
 
 # in a run's folder
 MANIFEST, PROJECTION = "manifest.signed", "projection.safetensors"
@@ -132,13 +132,17 @@ class NodeFolder:
         policy = load_policy(self.policy)
         binding.check_budgets(policy.data, self.root, self.policy.name)
         if self.request.exists():
-            enrolled = request_from_text(read_text(self.request), self.request.name).name
+            enrolled = self.own_request().name
             if enrolled != policy.institution:
                 raise BadInput(
                     f"{self.policy.name} institution: found {policy.institution}, expected"
                     f" {enrolled} as in {self.request.name}"
                 )
         return policy
+
+    def own_request(self) -> EnrolmentRequest:
+        """What this node enrols as; BadInput or Refused where the file does not hold it."""
+        return request_from_text(read_text(self.request), self.request.name, own=True)
 
     def open_ledger(self, policy: Policy) -> Ledger:
         """The ledger of all budgets, held against its signed head; what `Ledger.open` raises.

@@ -8,8 +8,9 @@ from fedlora.client.node.folder import NodeFolder
 from fedlora.common.config.toml import literal
 from fedlora.common.disk.files import read_text, write_atomically
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.trust.enrolment import Peer, folded, request_from_text
+from fedlora.common.trust.enrolment import Peer, request_from_text
 from fedlora.common.trust.identity import Identity, PublicIdentity
+from fedlora.common.trust.organisations import folded
 from fedlora.common.trust.rotation import is_rotation, rotation_from_text
 
 
@@ -34,7 +35,7 @@ def approve(folder: NodeFolder, text: str, where: str) -> Peer:
     else:
         request = request_from_text(text, where)
     peer = Peer(request.name, request.organisation, request.identity)
-    own = request_from_text(read_text(folder.request), folder.request.name)
+    own = folder.own_request()
     for each in (
         *roster.values(),
         Peer("", own.organisation, Identity.load(folder.identity).public),

@@ -24,11 +24,10 @@ from fedlora.client.report.check import PAGE, REPORT, REPORT_TAG
 from fedlora.client.report.page import page
 from fedlora.client.report.run_facts import Body, consented_runs, federations, run_facts
 from fedlora.client.service.refusals import read_lines, read_refusals
-from fedlora.common.disk.files import read_text, write_atomically
+from fedlora.common.disk.files import write_atomically
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.privacy.accountant import ACCOUNTANT
 from fedlora.common.privacy.modes import GUARANTEES
-from fedlora.common.trust.enrolment import request_from_text
 from fedlora.common.trust.identity import Identity, seal
 
 ASSUMPTIONS = (
@@ -133,7 +132,7 @@ def _organisation(folder: NodeFolder) -> str:
     """Whose node this is, as its own request says."""
     if not folder.request.exists():
         return ""
-    return request_from_text(read_text(folder.request), folder.request.name).organisation
+    return folder.own_request().organisation
 
 
 def _budgets(policy: Policy, ledger: Ledger, bodies: list[Body]) -> list[Body]:

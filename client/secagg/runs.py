@@ -13,11 +13,10 @@ from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import Policy
 from fedlora.client.node.roster import read_peers
 from fedlora.client.secagg.masked_run import MaskedRun, checked_terms
-from fedlora.common.disk.files import read_text
 from fedlora.common.errors import Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.secagg.cohort import CohortPolicy
-from fedlora.common.trust.enrolment import Peer, request_from_text
+from fedlora.common.trust.enrolment import Peer
 from fedlora.common.trust.identity import Identity
 
 
@@ -64,7 +63,7 @@ class MaskedRuns:
     def _asked(self, manifest: RunManifest) -> CohortPolicy:
         """The stricter of what this node's policy and the manifest ask of a cohort."""
         me, limits = self._policy.institution, self._policy.limits
-        own = request_from_text(read_text(self._folder.request), self._folder.request.name)
+        own = self._folder.own_request()
         peers = read_peers(self._folder) | {me: Peer(me, own.organisation, self._identity.public)}
         colluders = 0 if manifest.secure is None else manifest.secure.max_colluders
         return CohortPolicy(

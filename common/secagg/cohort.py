@@ -19,8 +19,9 @@ from fedlora.common.codec.framing import digest, framed
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.secagg import keys, wire
 from fedlora.common.secagg.wire import Confirmation, Dealer, Epoch, KeyOffer
-from fedlora.common.trust.enrolment import Peer, folded
+from fedlora.common.trust.enrolment import Peer
 from fedlora.common.trust.identity import PublicIdentity
+from fedlora.common.trust.organisations import folded
 
 SMALLEST_COHORT = 3
 THRESHOLD_RULE = "2n/3+1"  # what a manifest has to say

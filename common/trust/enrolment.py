@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -26,6 +25,7 @@ from cryptography.utils import CryptographyDeprecationWarning
 from fedlora.common.codec.strict import build
 from fedlora.common.errors import BadInput
 from fedlora.common.trust.identity import Identity, PublicIdentity, seal, unseal
+from fedlora.common.trust.organisations import check_organisation
 
 VERSION = 1
 # safe as a file name, in a log and on a line
@@ -34,20 +34,6 @@ FEDERATION = re.compile(r"[a-z0-9][a-z0-9.-]{0,62}")
 MAX_TEXT = 1 << 16
 
 REQUEST, INVITATION, ROTATION = "an enrolment request", "an invitation", "a rotation"
-
-
-# Letters of other scripts that look like a Latin one, in the case in which they do.
-_CYRILLIC = dict(zip("авекмнорстухіјѕԁԛԝһ", "abekmhopctyxijsdqwh", strict=True))
-_GREEK = dict(zip("αβεζηικμνορτυχ", "abezhikmnoptyx", strict=True))
-LIKE_LATIN = str.maketrans(_CYRILLIC | _GREEK)
-
-
-def folded(organisation: str) -> str:
-    """The same for spellings of one organisation that differ in case, width or white space only, or
-    in letters of another script that look alike.
-    """
-    text = " ".join(unicodedata.normalize("NFKC", organisation).casefold().split())
-    return text.translate(LIKE_LATIN)
 
 
 @dataclass(frozen=True)
@@ -94,13 +80,17 @@ def request_to_text(identity: Identity, request: EnrolmentRequest) -> str:
     return text
 
 
-def request_from_text(text: str, where: str) -> EnrolmentRequest:
-    """BadInput where it is malformed, Refused where its own key did not sign it."""
+def request_from_text(text: str, where: str, own: bool = False) -> EnrolmentRequest:
+    """BadInput where it is malformed, Refused where its own key did not sign it.
+
+    A node's `own` may have an organisation that only earlier versions allowed.
+    """
     found: EnrolmentRequest = _opened(text, REQUEST, where)
     if not NAME.fullmatch(found.name):
         expected = "expected lower-case letters, digits, '.' and '-'"
         raise BadInput(f"{where} name: found {found.name[:80]!r}, {expected}")
-    _check_line(found.organisation, f"{where} organisation")
+    if not own:
+        check_organisation(found.organisation, f"{where} organisation")
     check_flower_key(found.flower_key, f"{where} flower_key")
     try:
         datetime.fromisoformat(found.created)
@@ -119,7 +109,7 @@ def invitation_to_text(identity: Identity, invitation: Invitation) -> str:
 def invitation_from_text(text: str, where: str) -> Invitation:
     """BadInput where it is malformed, Refused where its own key did not sign it."""
     found: Invitation = _opened(text, INVITATION, where)
-    _check_line(found.federation, f"{where} federation")
+    check_organisation(found.federation, f"{where} federation")
     host, _, port = found.address.rpartition(":")
     if (
         not re.fullmatch(r"[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:]{2,39}\]", host)
@@ -213,19 +203,3 @@ def _opened(text: str, kind: str, where: str) -> Any:
     if signer in body:
         raise BadInput(f"{where} {signer}: unknown field")
     return build(cls, {**body, signer: sealed.signer.text}, where)
-
-
-def _check_line(text: str, where: str) -> None:
-    if not 0 < len(text) <= 200 or not text.isprintable():
-        raise BadInput(f"{where}: expected 1 to 200 printable characters")
-    for word in text.split():
-        if len(scripts := sorted({_script(letter) for letter in word} - {""})) > 1:
-            raise BadInput(
-                f"{where}: found {' and '.join(scripts)} letters in one word, expected one script"
-            )
-
-
-def _script(letter: str) -> str:
-    """Of the scripts whose letters are taken for each other's; "" for all else."""
-    first = unicodedata.name(letter, "").partition(" ")[0]
-    return first.capitalize() if first in ("LATIN", "CYRILLIC", "GREEK") else ""

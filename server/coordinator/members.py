@@ -21,8 +21,9 @@ from fedlora.common.codec.strict import build
 from fedlora.common.disk import locks
 from fedlora.common.disk.files import read_text, write_atomically
 from fedlora.common.errors import BadInput, FedloraError, Refused
-from fedlora.common.trust.enrolment import EnrolmentRequest, folded, request_from_text
+from fedlora.common.trust.enrolment import EnrolmentRequest, request_from_text
 from fedlora.common.trust.identity import MAX_TEXT_BYTES, Identity, PublicIdentity, seal, unseal
+from fedlora.common.trust.organisations import folded
 from fedlora.common.trust.rotation import rotation_from_text
 
 MEMBERS_TAG = "fedlora-members-1"

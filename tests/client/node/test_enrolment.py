@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from fedlora.client.node import enrolment, roster
 from fedlora.client.node.enrolment import only_trainer
 from fedlora.client.node.folder import NodeFolder
-from fedlora.common.errors import Refused
-from fedlora.common.trust.identity import Identity
+from fedlora.common.errors import BadInput, Refused
+from fedlora.common.trust.identity import Identity, seal
 from tests.client.institution import COORDINATOR, Institution
 
 STRANGER = Identity.generate()
@@ -58,6 +59,36 @@ def test_peers_join_by_the_operators_hand_once_each(north: Institution, tmp_path
     assert set(roster.read_peers(north.folder)) == {"south", "west"}
     roster.remove_peer(north.folder, "south")
     assert set(roster.read_peers(north.folder)) == {"west"}
+
+
+@pytest.mark.parametrize(
+    "shown", ["Hospital East\u3164", "H\u0585spital East", "Hosp\u0131tal East"], ids=ascii
+)
+def test_one_organisation_holds_no_second_key_by_a_name_that_looks_the_same(
+    north: Institution, tmp_path: Path, shown: str
+) -> None:
+    """Before: three keys of one hospital, each approved, and masks over nobody else."""
+    texts = []
+    for name, organisation in (("east", "Hospital East"), ("other", "Elsewhere")):
+        folder = NodeFolder(tmp_path / name)
+        enrolment.init(folder, name, organisation)
+        texts.append(folder.request.read_text())
+    roster.approve(north.folder, texts[0], "east")
+    body = json.loads(texts[1])["body"] | {"organisation": shown}
+    key = Identity.load(NodeFolder(tmp_path / "other").identity)
+    with pytest.raises((Refused, BadInput), match=r"organisation|second key"):
+        roster.approve(north.folder, seal(key, "fedlora-enrolment-1", body), "other")
+
+
+def test_a_name_that_an_earlier_version_allowed_is_still_this_nodes_own(north: Institution) -> None:
+    body = json.loads(north.folder.request.read_text())["body"] | {
+        "organisation": "Nord \u2116 `1`"
+    }
+    north.folder.request.write_text(seal(north.identity, "fedlora-enrolment-1", body))
+    north.restart()
+    assert north.folder.own_request().organisation == body["organisation"]
+    with pytest.raises(BadInput, match="organisation"):
+        enrolment.rotate(north.folder, "north", body["organisation"])
 
 
 def test_new_keys_are_new_and_the_old_ones_are_kept(north: Institution) -> None:
