@@ -2,8 +2,8 @@
 
 offers/RUN/    manifest and projection as they were offered; address.signed, until when the consent
                is good; consented.json, under which limits; consent.reply, the bytes that left; what
-               loading the network left there
-               and checked.json, what policy and data were when they were last tried for it
+               loading the network left there; start.json, which start is acted on, from before it
+               is charged; checked.json, what policy and data were when they were last tried
 offers/today.json    for how many offers of today data may have been read: those of new runs, and of
                runs whose data were changed since they were consented to
 
@@ -31,7 +31,7 @@ from fedlora.common.trust.identity import Signed
 
 MOST = 4
 ADDRESS, CONSENT = "address.signed", "consent.reply"
-CHECKED, TODAY = "checked.json", "today.json"
+CHECKED, NAMED, TODAY = "checked.json", "start.json", "today.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,13 @@ class _Checked:
     """The stamp of policy and data under which a run was tried, and then consented to."""
 
     stamp: str
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The digest of the signed start that is acted on."""
+
+    start: str
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,20 @@ class Offers:
         write_atomically(place / MANIFEST, offer.manifest.to_bytes(), mode=0o600)
         write_atomically(place / ADDRESS, offer.address.to_bytes(), mode=0o600)
         write_atomically(place / CONSENT, consent, mode=0o600)
+
+    def name_start(self, manifest: str, start: str) -> None:
+        """Keep, durably, which start is acted on, by its digest, before anything is charged."""
+        path = self.place(manifest) / NAMED
+        write_atomically(path, to_canonical(_Named(start)), mode=0o600)
+
+    def named_start(self, manifest: str, charged: bool) -> str:
+        """The start that alone may go on: it was `charged`, or moved the run. "" where none did, or
+        an earlier version kept none.
+        """
+        path = self.place(manifest) / NAMED
+        if not (path.exists() and (charged or self._begun(manifest))):
+            return ""
+        return from_canonical(_Named, read_bytes(path), str(path)).start
 
     def begin(self, manifest: str) -> None:
         """Move what waits to the runs, durably; a second time changes nothing."""

@@ -43,7 +43,7 @@ def answer_offer(dialogue: Dialogue, offer: Offer, manifest: RunManifest) -> byt
         node.masked.check(manifest)
     check_projection(manifest, offer.projection)
     # its address is another one each time that a run is offered
-    kept = node.outbox.read(digest, 0, 0, asked) if started else None
+    kept = node.outbox.read(digest, 0, 0, asked) if started else _named(dialogue, manifest)
     if kept is not None and dialogue.is_ours(kept):
         return kept
     me, its = node.policy.institution, node.policy.digest
@@ -60,6 +60,12 @@ def answer_offer(dialogue: Dialogue, offer: Offer, manifest: RunManifest) -> byt
     name = node.budget(manifest).name
     log.info("consented to run %s: a start will charge ε %s to budget %s", run, cost, name)
     return consent
+
+
+def _named(dialogue: Dialogue, manifest: RunManifest) -> bytes | None:
+    """The consent that a start names which was charged and, through a kill, not acknowledged."""
+    waiting = dialogue.node.offers.read(manifest.digest)
+    return waiting.consent if waiting and dialogue.named_start(manifest) else None
 
 
 def _keep(dialogue: Dialogue, manifest: RunManifest, offer: Offer, consent: bytes) -> None:

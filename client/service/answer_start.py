@@ -3,7 +3,8 @@
 open       the coordinator's signature; the run that it names
 judge      the policy's verdicts, which may be stricter than at the consent; a start that was
            acknowledged before is answered by the same bytes
-check      is it this node's own consent, still good, and in a cohort as large as was promised?
+check      is it this node's own consent, still good, and in a cohort as large as was promised? and
+           no other start than one that was charged before a kill? which it is, is on disk from here
 reserve    the whole schedule is charged; from here on tasks and stages of the run are answered
 sign       the acknowledgement, once it is on disk
 """
@@ -19,7 +20,7 @@ from fedlora.client.node.offers import Waiting
 from fedlora.client.node.outbox import START
 from fedlora.client.service.dialogue import Dialogue, private
 from fedlora.client.service.ticks import CONSENT
-from fedlora.common.errors import BadInput
+from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.figures import exact, shown_epsilon, shown_left
 from fedlora.common.protocol.messages import OFFER_TAG, START_TAG, Address, SignedStart, Started
@@ -52,8 +53,9 @@ def answer_start(dialogue: Dialogue, start: Start, request: bytes) -> bytes:
     kept = node.outbox.read(digest, 0, 0, request, START)
     if kept is not None and dialogue.is_ours(kept):
         return kept
-    _check(dialogue, start, manifest, waiting)
+    _check(dialogue, start, manifest, waiting, digest_of(request))
     with private():
+        node.offers.name_start(digest, digest_of(request))
         _reserve(dialogue, manifest)
         cohort = [party.institution for party in start.cohort]
         note(node.folder.run(digest) / STARTED, node.policy, cohort=cohort)
@@ -76,13 +78,23 @@ def answer_start(dialogue: Dialogue, start: Start, request: bytes) -> bytes:
     return acknowledged
 
 
-def _check(dialogue: Dialogue, start: Start, manifest: RunManifest, waiting: Waiting) -> None:
-    """Whether this may begin; what was reserved before a kill is not asked how old it is."""
+def _check(
+    dialogue: Dialogue, start: Start, manifest: RunManifest, waiting: Waiting, digest: str
+) -> None:
+    """Whether this may begin; what was reserved before a kill is not asked how old it is, but is
+    that start alone, by its `digest`.
+    """
+    named = dialogue.named_start(manifest)
+    if named not in ("", digest):
+        raise Refused(
+            f"start: found {digest[:20]}, expected {named[:20]}, which the run was charged for: a"
+            " rewind"
+        )
     node, coordinator = dialogue.node, dialogue.invitation.coordinator
     check_start(start, manifest, node.policy, waiting.consent)
     if manifest.secure is not None:
         node.masked.check(manifest, {party.institution for party in start.cohort})
-    if dialogue.reserved(manifest) is None:
+    if not named and dialogue.reserved(manifest) is None:
         check_time(Address.from_bytes(waiting.address.opened(OFFER_TAG, coordinator)))
 
 

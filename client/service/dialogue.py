@@ -184,6 +184,12 @@ class Dialogue:
             budget = policy.data[name].budget if name else ""
             return self.node.ledger.reserved_for(budget, manifest.digest)
 
+    def named_start(self, manifest: RunManifest) -> str:
+        """The digest of the one start that may go on, though a kill left it unanswered; or ""."""
+        charged = self.reserved(manifest) is not None
+        with private():
+            return self.node.offers.named_start(manifest.digest, charged)
+
     def trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> Delta:
         """An attempt's update, which goes on from all before: reserved, trained, committed."""
         node = self.node

@@ -23,6 +23,7 @@ from fedlora.client.node import offers
 from fedlora.client.node.offers import MOST, Offers
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import parse_policy
+from fedlora.client.service import answer_start
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.accountant import Spend
@@ -254,6 +255,23 @@ class Killed(BaseException):
     """What no handler of errors catches."""
 
 
+def killed_at(north: Institution, owner: object, step: str, after: bool, data: bytes) -> None:
+    """A request whose node is killed before or after a step of its answer, and started again."""
+    original = getattr(owner, step)
+
+    def killed(*arguments: Any, **options: Any) -> Any:
+        if after:
+            original(*arguments, **options)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, step, killed)
+        with pytest.raises(Killed):
+            north.resident.ask(data)
+    north.ledger.close()
+    north.restart()
+
+
 MOMENTS: list[tuple[type, str]] = [
     (FakeWork, "consent"), (Offers, "begin"), (Outbox, "write"), (Offers, "read"),
 ]  # fmt: skip
@@ -267,20 +285,8 @@ def test_a_kill_reserves_nothing_twice_and_loses_nothing(
 ) -> None:
     """Killed around each step of a start; `flooded`: with newer offers before it comes again."""
     start = start_of(RUN, {"north": north.resident.ask(offer_of(RUN)), **OTHERS})
-    original = getattr(owner, step)
-
-    def killed(*arguments: Any, **options: Any) -> Any:
-        if after:
-            original(*arguments, **options)
-        raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, step, killed)
-        with pytest.raises(Killed):
-            north.resident.ask(start)
+    killed_at(north, owner, step, after, start)
     reserved = north.ledger.spent("people").epsilon > 0
-    north.ledger.close()
-    north.restart()
     for number in range(MOST + 1 if flooded else 0):
         assert isinstance(north.ask(offer_of(replace(RUN, run=f"later {number}"))), Consent)
     if flooded and not reserved:
@@ -290,6 +296,42 @@ def test_a_kill_reserves_nothing_twice_and_loses_nothing(
     assert isinstance(north.ask(task_of(RUN)), Answer)
     kinds = [entry.body["kind"] for entry in north.ledger.entries()]
     assert kinds == ["open", "consent", "reserve", "commit"]
+
+
+UNPROTECTED = manifest_of(replace(PHASE, noise_multiplier=0.0), mode="none", epsilon=0.0)
+CHARGED: list[tuple[object, str, bool]] = [  # what a kill is before or after
+    (FakeWork, "consent", True), (Offers, "begin", False), (Offers, "begin", True),
+    (answer_start, "note", False), (answer_start, "note", True), (Outbox, "write", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["record", "none"])
+@pytest.mark.parametrize(("owner", "step", "after"), CHARGED)
+def test_once_charged_no_other_cohort_is_started_though_a_kill_came_first(
+    north: Institution, owner: object, step: str, after: bool, mode: str
+) -> None:
+    """Before, a start that a kill left without an acknowledgement gave way to another one."""
+    north.set_policy(north.folder.policy.read_text() + "allow_unnoised = true\n")
+    run = RUN if mode == "record" else UNPROTECTED
+    consent = north.resident.ask(offer_of(run))
+    start = start_of(run, {"north": consent, **OTHERS})
+    killed_at(north, owner, step, after, start)
+    if mode == "none" and not north.folder.manifest(run.digest).exists():
+        return  # nothing was charged, nor moved: it has not begun
+    assert north.resident.ask(offer_of(run)) == consent, "what the start names"
+    other = start_of(run, {"north": consent, "others-3": b"3", "others-4": b"4"})
+    reply = declined(north, other)
+    assert reply.refused and "which the run was charged for: a rewind" in reply.reason
+    assert isinstance(north.ask(start), Started)
+    assert "answered for another request" in declined(north, other).reason
+    assert isinstance(north.ask(task_of(run)), Answer)
+
+
+def test_before_it_is_charged_a_start_binds_to_nothing(north: Institution) -> None:
+    consent = north.resident.ask(offer_of(RUN))
+    killed_at(north, FakeWork, "consent", False, start_of(RUN, {"north": consent, **OTHERS}))
+    assert north.ledger.spent("people").epsilon == 0
+    assert isinstance(north.ask(start_of(RUN, {"north": consent, "x": b"1", "y": b"2"})), Started)
 
 
 def test_consents_that_never_start_fill_no_disk(north: Institution) -> None:
@@ -358,7 +400,7 @@ def test_a_run_that_was_consented_to_before_there_were_starts_goes_on(north: Ins
     """Charged at its consent: its tasks are answered, and a start charges nothing more."""
     north.begin(RUN)
     run = north.folder.run(RUN.digest)
-    for name in (offers.ADDRESS, offers.CONSENT):
+    for name in (offers.ADDRESS, offers.CONSENT, offers.NAMED, offers.CHECKED):
         (run / name).unlink()
     (started,) = north.folder.under("outbox").rglob("*.started")
     started.unlink()
