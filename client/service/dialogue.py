@@ -156,7 +156,8 @@ class Dialogue:
         phase = manifest.phase_of(plan.round)
         if phase != plan.phase:
             raise BadInput(f"plan phase: found {plan.phase}, expected {phase}")
-        # Whatever the ledger says: it may be an older copy of itself.
+        # Whatever the ledger says: it may be an older copy of itself. Without privacy no noise was
+        # calibrated for their number.
         most = sum(each.attempts for each in manifest.phases[: phase + 1])
         if guarantee_of(manifest).private and plan.attempt > most:
             raise Refused(f"plan attempt: found {plan.attempt}, expected at most {most}")

@@ -155,3 +155,14 @@ def test_no_attempt_beyond_the_schedule_is_answered(tmp_path: Path) -> None:
         assert isinstance(reply, Decline)
         assert reply.reason == f"plan attempt: found {attempt}, expected at most {last}"
     assert not north.work.trained
+
+
+def test_a_run_without_privacy_has_as_many_attempts_as_it_takes(tmp_path: Path) -> None:
+    """It has no noise that was calibrated for their number, and nobody is charged."""
+    north = Institution(tmp_path / "north")
+    north.set_policy(north.folder.policy.read_text() + "allow_unnoised = true\n")
+    run = manifest_of(replace(PHASE, noise_multiplier=0.0), mode="none", epsilon=0.0)
+    north.begin(run)
+    for attempt in range(1, 2 * PHASE.attempts + 1):
+        assert isinstance(north.ask(task_of(run, attempt=attempt)), Answer)
+    assert north.ledger.spent("people").epsilon == 0
