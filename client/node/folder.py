@@ -21,7 +21,8 @@ from pathlib import Path
 
 from fedlora.client.node import binding
 from fedlora.client.node.policy import Policy, load_policy
-from fedlora.common.disk.files import read_text
+from fedlora.common.disk.files import MAX_FILE_BYTES, text_of
+from fedlora.common.disk.guarded import read_guarded
 from fedlora.common.errors import BadInput
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.model.base import PACKAGED, resolve_base
@@ -142,7 +143,8 @@ class NodeFolder:
 
     def own_request(self) -> EnrolmentRequest:
         """What this node enrols as; BadInput or Refused where the file does not hold it."""
-        return request_from_text(read_text(self.request), self.request.name, own=True)
+        data = read_guarded(self.request, "this node's request", MAX_FILE_BYTES)
+        return request_from_text(text_of(data, self.request.name), self.request.name, own=True)
 
     def open_ledger(self, policy: Policy) -> Ledger:
         """The ledger of all budgets, held against its signed head; what `Ledger.open` raises.

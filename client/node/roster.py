@@ -6,7 +6,8 @@ import tomllib
 
 from fedlora.client.node.folder import NodeFolder
 from fedlora.common.config.toml import literal
-from fedlora.common.disk.files import read_text, write_atomically
+from fedlora.common.disk.files import MAX_FILE_BYTES, text_of, write_atomically
+from fedlora.common.disk.guarded import read_guarded
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.trust.enrolment import Peer, request_from_text
 from fedlora.common.trust.identity import Identity, PublicIdentity
@@ -66,11 +67,12 @@ def remove_peer(folder: NodeFolder, name: str) -> Peer:
 
 
 def read_peers(folder: NodeFolder) -> dict[str, Peer]:
-    """The approved peers, by name."""
-    if not folder.peers.exists():
+    """The approved peers, by name; Refused where others could have written the file."""
+    if not (folder.peers.exists() or folder.peers.is_symlink()):
         return {}
+    data = read_guarded(folder.peers, "the roster of approved peers", MAX_FILE_BYTES)
     try:
-        tables = tomllib.loads(read_text(folder.peers)).get("peers", {})
+        tables = tomllib.loads(text_of(data, folder.peers.name)).get("peers", {})
         return {
             name: Peer(
                 name,

@@ -80,6 +80,27 @@ def test_one_organisation_holds_no_second_key_by_a_name_that_looks_the_same(
         roster.approve(north.folder, seal(key, "fedlora-enrolment-1", body), "other")
 
 
+@pytest.mark.parametrize("file", ["peers", "request"])
+@pytest.mark.parametrize("how", ["link", "mode", "folder", "dangling"])
+def test_a_roster_or_request_that_others_can_write_is_refused(
+    north: Institution, tmp_path: Path, file: str, how: str
+) -> None:
+    """Before: both were read through a link to a file of mode 0666 in a folder of mode 0777."""
+    other = NodeFolder(tmp_path / "east")
+    enrolment.init(other, "east", "Hospital East")
+    roster.approve(north.folder, other.request.read_text(), "east")
+    path: Path = getattr(north.folder, file)
+    if how in ("link", "dangling"):
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / ("elsewhere" if how == "link" else "nowhere"))
+    elif how == "mode":
+        path.chmod(0o666)
+    else:
+        tmp_path.chmod(0o777)
+    with pytest.raises(Refused, match=r"found a link|others can write"):
+        roster.read_peers(north.folder) if file == "peers" else north.folder.own_request()
+
+
 def test_a_name_that_an_earlier_version_allowed_is_still_this_nodes_own(north: Institution) -> None:
     body = json.loads(north.folder.request.read_text())["body"] | {
         "organisation": "Nord \u2116 `1`"
