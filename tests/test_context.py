@@ -15,6 +15,16 @@ SECRET = (
     *("coordinator/keys/coordinator.pem", "coordinator/ca/ca.key", "south/relay/flower_key"),
     *("export/README.md", "report/report.json", "identity.pem", "ca.key"),
 )
+# of a node, a bank's node and a coordinator in folders that nobody foresaw
+ELSEWHERE = (
+    *("north/identity.pem", "north/identity-20261129T101112.pem", "north/node.toml"),
+    *("north/enrolment.json", "north/rotation.json", "north/federation.json", "north/peers.toml"),
+    *("north/ledger.key", "north/ledger.sqlite", "north/ledger.sqlite-wal", "north/head/head.json"),
+    *("north/relay/flower_key", "a/b/bank/ledger.sqlite", "a/b/bank/outbox/1/000001.reply"),
+    *("coord/keys/coordinator.pem", "hospital/ca/ca.key", "tests/north/identity.pem"),
+    *("client/north/node.toml", "server/c/flower_key", "client/north/peers.toml"),
+    *("coord/superlink/superexec.secret", "server/coord/superexec.secret"),
+)
 OTHER = (".git/config", "runs/a/ledger.key", "tests/conftest.py", "notes.csv", "dist/a.whl")
 
 
@@ -32,7 +42,9 @@ def in_context(path: str) -> bool:
     return kept
 
 
-@pytest.mark.parametrize("path", [*SECRET, *OTHER, "client/identity.pem", "server/a/ca.key"])
+@pytest.mark.parametrize(
+    "path", [*SECRET, *ELSEWHERE, *OTHER, "client/identity.pem", "server/a/ca.key"]
+)
 def test_no_image_holds_it(path: str) -> None:
     assert not in_context(path)
 
@@ -46,11 +58,22 @@ def test_an_image_holds_what_a_wheel_is_made_of() -> None:
     assert len(needed) > 100 and [each for each in needed if not in_context(each)] == []
 
 
-def test_git_ignores_what_the_runbook_makes(tmp_path: Path) -> None:
+def test_git_ignores_what_a_node_or_a_coordinator_keeps_wherever_it_lies(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     shutil.copy(ROOT / ".gitignore", tmp_path)
-    for path in SECRET:
+    for path in (*SECRET, *ELSEWHERE):
         done = subprocess.run(["git", "check-ignore", "-q", path], cwd=tmp_path, check=False)
         assert done.returncode == 0, path
     done = subprocess.run(["git", "check-ignore", "-q", "client/node/folder.py"], cwd=tmp_path)
     assert done.returncode == 1
+
+
+def test_git_ignores_nothing_that_is_kept_in_it() -> None:
+    """Else a fixture or a template that is added anew would be left out without a word."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, check=True).stdout
+    assert listed.count(b"\n") > 400
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", "--stdin"],
+        cwd=ROOT, capture_output=True, check=False, input=listed,
+    )  # fmt: skip
+    assert done.stdout == b""
