@@ -178,7 +178,7 @@ def explain(manifest: Path, node: Folder = HERE) -> None:
     policy = folder.load_policy()
     asked = _manifest(manifest)
     ledger = folder.open_ledger(policy)
-    spent = {name: ledger.spent(name) for name in policy.budgets}
+    spent = {name: ledger.charges(name) for name in policy.budgets}
     federation = (
         pinned_invitation(folder).federation if folder.federation.exists() else asked.federation
     )

@@ -7,7 +7,7 @@ that nobody looked at: there is one for each. What the run promises, and what th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fedlora.client.consent.promise import (
@@ -44,10 +44,12 @@ def judge(
     manifest: RunManifest,
     policy: Policy,
     federation: str,
-    spent: Mapping[str, Spend],
+    spent: Mapping[str, Sequence[Spend]],
     reserved: Spend | None = None,
 ) -> list[Verdict]:
-    """A verdict for each field; `spent` by budget, `reserved`: what this run has of it already."""
+    """A verdict for each field; `spent` by budget, what each run was charged; `reserved`: what this
+    run was.
+    """
     guarantee, other = promised(manifest), "expected one that node.toml [bases] has"
     phases = _phase_verdicts(guarantee, policy)
     sound = all(each.allowed for each in phases)

@@ -7,13 +7,13 @@ held against what the budget has left. Of a mode that is none, nothing is comput
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fedlora.client.consent.verdict import Verdict, at_most
 from fedlora.client.node.policy import Policy
 from fedlora.common.errors import BadInput
-from fedlora.common.ledger.ledger import Budget, exceeded
+from fedlora.common.ledger.budget import Budget, Total, beyond, total_of
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.figures import exact, shown_epsilon, shown_left
@@ -67,12 +67,12 @@ def _noise_note(phase: Phase, guarantee: Guarantee, policy: Policy) -> str:
 def spend_verdicts(
     guarantee: Guarantee,
     policy: Policy,
-    spent: Mapping[str, Spend],
+    spent: Mapping[str, Sequence[Spend]],
     reserved: Spend | None,
     sound: bool,
 ) -> list[Verdict]:
-    """Of ε and δ. `sound`: whether the phases are mechanisms; `spent` is by budget, and `reserved`
-    what this very run has of it already.
+    """Of ε and δ. `sound`: whether the phases are mechanisms; `spent` is by budget, what each run
+    was charged, and `reserved` what this very run was.
     """
     manifest, claim = guarantee.manifest, f"{guarantee.manifest.epsilon:g}"
     if not guarantee.private:
@@ -85,23 +85,28 @@ def spend_verdicts(
     if budget is None or not sound or not delta.allowed:
         reason = "can't be projected before the other fields are allowed"
         return [Verdict("epsilon", claim, reason), delta]
-    used = spent.get(budget.name, Spend(0.0, 0.0))
-    return [_epsilon_verdict(guarantee, budget, used, reserved, policy), delta]
+    charges = spent.get(budget.name, ())
+    return [_epsilon_verdict(guarantee, budget, charges, reserved, policy), delta]
 
 
 def _epsilon_verdict(
-    guarantee: Guarantee, budget: Budget, used: Spend, reserved: Spend | None, policy: Policy
+    guarantee: Guarantee,
+    budget: Budget,
+    charges: Sequence[Spend],
+    reserved: Spend | None,
+    policy: Policy,
 ) -> Verdict:
     claimed, cost = guarantee.manifest.epsilon, guarantee.stated_epsilon()
     charged, found = guarantee.charged_epsilon(), f"{claimed:g}"
     if not math.isfinite(charged):
         return Verdict("epsilon", found, "its schedule has no bound on ε that is known to hold")
-    note = _cost_note(budget, used.epsilon, charged, reserved)
+    used = total_of(charges)
+    note = _cost_note(budget, used, charged, reserved)
     if cost > claimed * SLACK:
         return Verdict("epsilon", found, f"its schedule costs {shown_epsilon(cost)}", note)
     # what was let in before reserves nothing more
     steps = policy.limits.budget_steps
-    over = _beyond(budget, used, guarantee.charge(), steps) if reserved is None else ""
+    over = _beyond(budget, charges, guarantee.charge(), steps) if reserved is None else ""
     reason = (
         f"the budget does not suffice: it would be charged ε {shown_epsilon(charged)}"
         if over
@@ -110,28 +115,31 @@ def _epsilon_verdict(
     return Verdict("epsilon", found, reason, over or note)
 
 
-def _beyond(budget: Budget, used: Spend, more: Spend, steps: int) -> str:
-    """Why a run does not fit what is left, or "".
+def _beyond(budget: Budget, charges: Sequence[Spend], more: Spend, steps: int) -> str:
+    """Why a run does not fit beside the runs that were charged, or "".
 
-    What is left counts down to a whole number of steps of the budget: whoever offers run after run
-    to see which are refused learns no more of it.
+    Each takes whole steps of the budget, its cost rounded up, so the answer depends on the others
+    by how many steps they take in all: whoever offers and starts runs of any price learns that
+    number, and no more. They never take fewer than they cost, so no cap is passed.
     """
-    for name, cap, spent, asked in (
-        ("ε", budget.epsilon, used.epsilon, more.epsilon),
-        ("δ", budget.delta, used.delta, more.delta),
+    for name, cap, costs, asked in (
+        ("ε", budget.epsilon, [each.epsilon for each in charges], more.epsilon),
+        ("δ", budget.delta, [each.delta for each in charges], more.delta),
     ):
-        left, step = exact(cap) - exact(spent), exact(cap) / steps
-        if exact(asked) > left // step * step:
-            return exceeded(budget, used, more) or (
-                f"budget {budget.name}: {name} = {float(left):.6g} is left, which counts as"
-                f" {float(left // step * step):.6g}, in steps of 1/{steps} of {cap:.6g}"
+        step = exact(cap) / steps
+        taken = sum(math.ceil(exact(each) / step) for each in costs)
+        needed = math.ceil(exact(asked) / step)
+        if taken + needed > steps:
+            return beyond(budget, total_of(charges), more) or (
+                f"budget {budget.name}: {name} needs {needed} steps of 1/{steps} of {cap:.6g}, each"
+                f" run's rounded up, of which {max(0, steps - taken)} are left"
             )
     return ""
 
 
-def _cost_note(budget: Budget, used: float, charged: float, reserved: Spend | None) -> str:
+def _cost_note(budget: Budget, used: Total, charged: float, reserved: Spend | None) -> str:
     # what is reserved for this run is among what is used
-    others = exact(used) - exact(0.0 if reserved is None else reserved.epsilon)
+    others = used.epsilon - exact(0.0 if reserved is None else reserved.epsilon)
     return (
         f"costs {shown_epsilon(charged)}{' (reserved before)' * (reserved is not None)}; of"
         f" {budget.epsilon:g} in {budget.name}, {shown_epsilon(others)} went to other runs and"

@@ -100,8 +100,8 @@ class Limits:
     targets: tuple[str, ...] = _ruled((), Each(NAME))  # empty: any
     layers: tuple[int, ...] = _ruled((), Each(LAYER))  # empty: any
     offers: int = _ruled(50, Bounds(1, 100_000))  # of a day that a run's data may be read for
-    # what a budget has left is told in so many steps: 60 has many divisors, so that runs which cost
-    # a half to a sixth of it still fit as often as they should
+    # a run takes whole steps of its budget: 60 has many divisors, so that runs which cost a half to
+    # a sixth of it still fit as often as they should
     budget_steps: int = _ruled(60, Bounds(1, 1_000_000))
     allow_unnoised: bool = False
     allow_packed: bool = False  # batches in which a record's rounding depends on its company

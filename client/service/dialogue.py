@@ -170,7 +170,7 @@ class Dialogue:
         """
         policy, reserved = self.node.policy, self.reserved(manifest)
         with private():
-            spent = {each: self.node.ledger.spent(each) for each in policy.budgets}
+            spent = {each: self.node.ledger.charges(each) for each in policy.budgets}
         allow(judge(manifest, policy, self.invitation.federation, spent, reserved))
         guarantee = guarantee_of(manifest)
         if started and guarantee.private and reserved is None:

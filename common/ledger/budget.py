@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -38,9 +39,12 @@ class Total:
         return Total(self.epsilon + exact(spend.epsilon), self.delta + exact(spend.delta))
 
 
-def exceeded(budget: Budget, spent: Spend, more: Spend) -> str:
-    """Why `more` does not fit a budget of which `spent` is gone, or ""."""
-    return beyond(budget, Total() + spent, more)
+def total_of(charges: Iterable[Spend]) -> Total:
+    """The exact sum of what runs were charged."""
+    total = Total()
+    for each in charges:
+        total += each
+    return total
 
 
 def beyond(budget: Budget, before: Total, more: Spend) -> str:

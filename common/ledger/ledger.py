@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.ledger.budget import Budget, Total, beyond, exceeded
+from fedlora.common.ledger.budget import Budget, Total, beyond
 from fedlora.common.ledger.chain import Chain, Entry
 from fedlora.common.ledger.signed_head import Head
 from fedlora.common.ledger.subject import UNKNOWN, Subject
@@ -31,7 +31,7 @@ SCHEMA = 3  # 2: a consent says whose records it is about; 3: and names each of 
 EARLIER_SCHEMAS = (1, 2)
 SAME_TERMS = 1e-4  # relative: another machine, or version, computes an ε to within that
 
-__all__ = ["SCHEMA", "Budget", "Entry", "Ledger", "exceeded"]
+__all__ = ["SCHEMA", "Budget", "Entry", "Ledger"]
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,13 @@ class Ledger:
         with self._chain.locked():
             total = self._totals.get(budget, Total())
             return Spend(float(total.epsilon), float(total.delta))
+
+    def charges(self, budget: str) -> tuple[Spend, ...]:
+        """What each run reserved of a budget, in the order of their consents."""
+        with self._chain.locked():
+            return tuple(
+                consent.spend for (name, _), consent in self._consents.items() if name == budget
+            )
 
     def reserved_for(self, budget: str, manifest: str) -> Spend | None:
         """What one run reserved of a budget, or None without consent."""

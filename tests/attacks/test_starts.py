@@ -7,6 +7,7 @@ told all of what a budget had left.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,16 +18,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fedlora.client.consent import promise
 from fedlora.client.consent.judge import judge
 from fedlora.client.node import offers
 from fedlora.client.node.offers import MOST, Offers
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import parse_policy
 from fedlora.client.service import answer_start
+from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.accountant import Spend
+from fedlora.common.privacy.figures import exact
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import Answer, Consent, Started
 from fedlora.common.trust.identity import Identity
@@ -374,7 +380,7 @@ def bisected(steps: int, spent: float) -> tuple[float, float]:
         middle = sum(noise) / 2
         run = manifest_of(replace(PHASE, noise_multiplier=middle), epsilon=2.0)
         cost = guarantee_of(run).charge().epsilon
-        fits = all(each.allowed for each in judge(run, policy, "f", {"people": Spend(spent, 0)}))
+        fits = all(each.allowed for each in judge(run, policy, "f", {"people": [Spend(spent, 0)]}))
         noise[fits] = middle
         low, high = (max(low, cost), high) if fits else (low, min(high, cost))
     return low, high
@@ -386,6 +392,54 @@ def test_what_a_budget_has_left_is_not_bisected_finer_than_its_steps() -> None:
     assert one == other, "two rests of one step are told apart"
     low, high = bisected(1_000_000, 1.501)
     assert high - low < 0.001 and low < 2.0 - 1.501 < high + 1e-5, "the attack works without steps"
+
+
+def located(others: list[Spend], steps: int) -> tuple[float, float]:
+    """Between what a coordinator that starts cheap runs knows of what others left of 2.0.
+
+    It finds the step in which the rest lies, then moves the rest over the grid by a sixteenth of a
+    step at a time, each a started run, until a run that fitted does not.
+    """
+    budget, step, cheap = Budget("people", 2.0, 1.0), 2.0 / steps, Spend(2.0 / steps / 16, 1e-9)
+    charges = list(others)
+
+    def fits(count: int) -> bool:
+        cost = Spend(count * step * (1 - 1e-9), 1e-9)
+        return not promise._beyond(budget, charges, cost, steps)
+
+    most = max(count for count in range(steps) if fits(count))
+    while fits(most):
+        charges.append(cheap)
+    paid = (len(charges) - len(others)) * cheap.epsilon
+    return most * step + paid - cheap.epsilon, most * step + paid
+
+
+def test_cheap_runs_do_not_move_the_rest_over_the_steps() -> None:
+    """Before, 16 started runs and 22 offers told what is left to a sixteenth of a step."""
+    spends = (1.501, 1.506, 1.513, 1.520, 1.531)
+    assert len({located([Spend(spent, 1e-9)], 60) for spent in spends}) == 1
+
+
+@given(
+    st.lists(st.floats(1e-6, 0.5), max_size=8),
+    st.lists(st.floats(1e-6, 0.5), max_size=8),
+    st.floats(1e-6, 2.0),
+    st.integers(1, 200),
+)
+def test_others_decide_by_their_number_of_steps_and_no_cap_is_passed(
+    others: list[float], own: list[float], asked: float, steps: int
+) -> None:
+    budget, step = Budget("people", 2.0, 1.0), exact(2.0) / steps
+    taken = sum(math.ceil(exact(each) / step) for each in others)
+    same = [Spend(2.0 / steps * (1 - 1e-9), 0.0)] * taken  # as many steps, of another total
+    answers = {
+        promise._beyond(budget, [*each, *(Spend(e, 0.0) for e in own)], Spend(asked, 0.0), steps)
+        == ""
+        for each in ([Spend(e, 0.0) for e in others], same)
+    }
+    assert len(answers) == 1
+    if answers == {True}:
+        assert sum(map(exact, (*others, *own, asked))) <= 2
 
 
 def test_an_earlier_runs_folder_without_a_manifest_is_no_obstacle(north: Institution) -> None:

@@ -187,7 +187,7 @@ def test_the_cap_holds_to_the_last_decimal() -> None:
     policy = parse_policy(TEXT.replace("epsilon = 2.0", f"epsilon = {cost.epsilon!r}"))
     allow(judge(RUN, policy, "f", {}))
     with pytest.raises(Denied, match="budget does not suffice") as caught:
-        allow(judge(RUN, policy, "f", {"people": Spend(1e-12, 0.0)}))
+        allow(judge(RUN, policy, "f", {"people": [Spend(1e-12, 0.0)]}))
     assert f"past its cap of {cost.epsilon:.6g}" in caught.value.detail
 
 
@@ -196,14 +196,14 @@ def test_runs_that_cost_a_third_of_a_budget_fit_three_times() -> None:
     for count in (1, 2, 3, 4, 5, 6):
         cap = f"epsilon = {cost.epsilon * count * (1 + 1e-9)!r}"
         policy = parse_policy(TEXT.replace("epsilon = 2.0", cap))
-        allow(judge(RUN, policy, "f", {"people": Spend(cost.epsilon * (count - 1), 0.0)}))
+        allow(judge(RUN, policy, "f", {"people": [Spend(cost.epsilon, 0.0)] * (count - 1)}))
 
 
 def test_who_is_denied_learns_no_budget_and_nothing_of_other_runs() -> None:
     policy = parse_policy(TEXT.replace("epsilon = 2.0", "epsilon = 1.9753"))
     for run in (RUN, replace(RUN, epsilon=0.01), manifest_of(replace(PHASE, noise_multiplier=0.5))):
         with pytest.raises(Denied) as caught:
-            allow(judge(run, policy, "f", {"people": Spend(1.8642, 0.0)}))
+            allow(judge(run, policy, "f", {"people": [Spend(1.8642, 0.0)]}))
         for figure in ("people", "1.975", "1.864"):
             assert figure not in str(caught.value), caught.value
 

@@ -430,7 +430,7 @@ def policy_with(limits: Limits) -> Policy:
 
 
 def reasons(run: RunManifest, asked: Policy, **spent: float) -> dict[str, str]:
-    used = {name: Spend(epsilon, 0.0) for name, epsilon in spent.items()}
+    used = {name: [Spend(epsilon, 0.0)] for name, epsilon in spent.items()}
     return {each.field: each.reason for each in judge(run, asked, "test", used) if each.reason}
 
 

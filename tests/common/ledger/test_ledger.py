@@ -151,6 +151,7 @@ def test_sums_are_those_of_the_numbers_that_people_write(place: Place) -> None:
         # 0.1 + 0.1 + 0.1 > 0.3 in floats
         ledger.consent(budget, f"sha256:{number}", Spend(0.1, 1e-6), [1])
     assert ledger.spent("tenths") == Spend(0.3, 3e-6)
+    assert ledger.charges("tenths") == (Spend(0.1, 1e-6),) * 3 and not ledger.charges("other")
     with pytest.raises(Refused):
         ledger.consent(budget, "sha256:4", Spend(5e-324, 0), [1])
 
