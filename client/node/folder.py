@@ -127,11 +127,17 @@ class NodeFolder:
         return self.root / path
 
     def load_policy(self) -> Policy:
-        """BadInput where it is another institution's than the one that enrols from this folder, or
-        lets one file charge two budgets.
+        """As `read_policy`; BadInput too where it lets one file charge two budgets."""
+        policy = self.read_policy()
+        binding.check_budgets(policy.data, self.root, self.policy.name)
+        return policy
+
+    def read_policy(self) -> Policy:
+        """BadInput where it is another institution's than the one that enrols from this folder.
+
+        No data are looked for, which takes longer the more files there are.
         """
         policy = load_policy(self.policy)
-        binding.check_budgets(policy.data, self.root, self.policy.name)
         if self.request.exists():
             enrolled = self.own_request().name
             if enrolled != policy.institution:
@@ -179,5 +185,8 @@ class NodeFolder:
             binding.check_mark(self.under(data.path), ledger, self.marks(policy))
 
     def bind_data(self, policy: Policy, name: str, ledger: str) -> None:
-        """Mark a data set as this ledger's; Refused where it is another's, or can't be marked."""
+        """Mark a data set as this ledger's; Refused where it is another's, or can't be marked;
+        BadInput where one of its files may charge two budgets by now.
+        """
+        binding.check_budgets(policy.data, self.root, self.policy.name)
         binding.bind(self.under(policy.data[name].path), ledger, self.marks(policy))

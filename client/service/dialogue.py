@@ -94,7 +94,7 @@ class Node:
         """This node under its policy as it lies on the disk now; Refused where it is no policy of
         its own. What [trainer] says holds from start to end.
         """
-        found = self.folder.load_policy()
+        found = self.folder.read_policy()
         if found.digest == self.policy.digest:
             return self
         if found.institution != self.policy.institution:

@@ -297,13 +297,14 @@ def test_marks_are_looked_for_only_where_the_answer_waits(
     """Before, it took as long as there are files, in requests whose answers left at once."""
     consent = node.north.resident.ask(offer_of(RUN))
     start = start_of(RUN, {"north": consent, **OTHERS})
-    looked: list[Path] = []
+    looked: list[object] = []
 
-    def slow(path: Path, *others: object) -> None:
-        looked.append(path)
-        node.clock.time += 7.0
+    def slow(data: object, *others: object) -> None:
+        looked.append(data)
+        node.clock.time += 3.5
 
     monkeypatch.setattr(binding, "bind", slow)
+    monkeypatch.setattr(binding, "check_budgets", slow)
     for again in (start_of(RUN, {"north": b"another", **OTHERS}), task_of(RUN)):
         assert node.seconds(again)[1] == 0.0 and not looked
     assert node.seconds(start)[1] == 10.0
@@ -312,6 +313,21 @@ def test_marks_are_looked_for_only_where_the_answer_waits(
     looked.clear()
     for kept in (start, task_of(RUN), offer_of(RUN)):
         assert node.seconds(kept)[1] == 0.0 and not looked
+
+
+def test_one_file_in_two_budgets_is_noticed_once_data_are_in_sight(node: Node) -> None:
+    """It was declined with its reason, at once, however many files were compared for it."""
+    write_data(node.north, "x")
+    text = node.north.folder.policy.read_text()
+    more = '[budgets.more]\nepsilon = 2.0\ndelta = 1e-4\n[data.more]\npath = "{}"\n'
+    more += 'budget = "more"\nlabels = ["c", "d"]\n'
+    node.north.set_policy(text + more.format("./notes.jsonl"))
+    reply, took = node.seconds(offer_of(RUN))
+    assert isinstance(reply, Decline) and reply.reason == PRIVATE_REASON and took == 5.0
+    assert "expected one budget for one file" in node.north.folder.refusals.read_text()
+    assert not node.work.read
+    with pytest.raises(BadInput, match="expected one budget for one file"):
+        node.north.folder.load_policy()
 
 
 def test_what_docs_say_how_to_measure_can_be_measured(
