@@ -59,6 +59,7 @@ class RoundRecord(Attempted):
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     secure: SecureRecord | None = None
+    update_norm: float = 0.0  # L2, of the mean update
 
 
 Validate = Callable[[AdapterState, int], Mapping[str, float]]  # (released state, phase) -> metrics
@@ -107,7 +108,11 @@ def run_rounds(
         progress = replace(progress, round=number, state=state, memory=memory)
         progress = _phase_ended(manifest, _scored(progress, averaged, metrics))
         attempted = _attempted(manifest, plan, answer, started)
-        observe(RoundRecord(**vars(attempted), metrics=metrics, secure=answer.secure), progress)
+        norm = float(np.linalg.norm(answer.total)) / max(1, answer.replies)
+        observe(
+            RoundRecord(**vars(attempted), metrics=metrics, secure=answer.secure, update_norm=norm),
+            progress,
+        )
         checkpoint.commit(progress)
     return progress
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from fedlora.common.disk.files import append_line, lines_of, write_text
 from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.model.state import AdapterSpec
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Lost
 from fedlora.server.rounds.loop import RoundRecord
+from fedlora.server.runs.noise import noise_of_mean
 from fedlora.server.runs.summary import peak_rss_bytes
 
 METRICS, LOST = "metrics.jsonl", "lost.jsonl"
@@ -65,14 +67,14 @@ class MetricsLog:
 
     def write(self, record: RoundRecord, progress: Progress) -> None:
         """Append the line of a round that was committed, and tell who watches."""
-        line = self._line(record)
+        line = self._line(record, progress.state.spec)
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         self._counted.add(record.attempt)
         figures = {name: line.get(name) for name in WATCHED}
         self._observe(record.round, {**figures, "rounds": self._checkpoint.manifest.rounds})
 
-    def _line(self, record: RoundRecord) -> dict[str, Any]:
+    def _line(self, record: RoundRecord, spec: AdapterSpec) -> dict[str, Any]:
         checkpoint, manifest = self._checkpoint, self._checkpoint.manifest
         phase = next(phase for phase in manifest.phases if phase.name == record.phase)
         attempts = [checkpoint.attempts_begun(index) for index in range(len(manifest.phases))]
@@ -93,6 +95,8 @@ class MetricsLog:
             "peak_rss_bytes": peak_rss_bytes(),  # of this process, as are its seconds
             "cpu_seconds": time.process_time(),
             "examples_per_second": examples / max(record.seconds, 1e-9),
+            "update_norm": record.update_norm,
+            "noise_norm": noise_of_mean(manifest, phase, spec, record.replies),
             **record.metrics,
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,6 +24,7 @@ from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.vectors import BYTES
+from fedlora.server.runs.noise import signal_to_noise
 from fedlora.simulations.begin import (
     DEFAULTS,
     Options,
@@ -38,12 +39,14 @@ from fedlora.simulations.experiments.given import Table, with_records
 from fedlora.simulations.federation.population import Federation
 from fedlora.simulations.federation.public_part import choice_for
 
+FAINT = 2.0  # the most that a mean update can be, in lengths of its noise, where little is learnt
 PROBE_RECORDS = 256  # of the public validation part, for a forward pass
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """What a phase would do; `minutes` on this machine, `examples` as its rounds expect them.
+    """What a phase would do; `minutes` on this machine, `examples` as its rounds expect them, and
+    `signal` the most that a round's mean update can be as a multiple of its noise, if that is told.
 
     Minutes are of training and scoring: not of what comes before the first round.
     """
@@ -51,6 +54,7 @@ class PhasePlan:
     phase: Phase  # its noise calibrated
     examples: float
     minutes: float
+    signal: float | None
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,12 @@ class Plan:
             f" and {self.bytes_back:,} back in a round; {self.attention} attention,"
             f" {self.precision}, {self.micro_batch_tokens:,} tokens at once"
         )
+        drowned = [each.phase.name for each in self.phases if (each.signal or inf) < FAINT]
+        if drowned:
+            yield (
+                f"noise drowns what phase {' and '.join(drowned)} would learn: more units, a larger"
+                " ε, fewer rounds, or fewer coordinates ([lora] rank, layers) would help"
+            )
         memory = self.memory
         yield (
             f"memory at the peak of a step {shown(memory.peak)}: held {shown(memory.held)}, of it"
@@ -191,7 +201,9 @@ def _phase_plan(
     else:
         seconds += drawn * len(units.records) * speed.step
         seconds += looks * len(public.validation.rows) * speed.scored
-    return PhasePlan(phase, drawn * len(units), seconds / 60)
+    members = manifest.participation * len(federation.clients)
+    signal = signal_to_noise(manifest, phase, federation.model.spec, members)
+    return PhasePlan(phase, drawn * len(units), seconds / 60, signal)
 
 
 def _tenths(guarantee: Guarantee) -> dict[int, float]:
@@ -203,7 +215,9 @@ def _tenths(guarantee: Guarantee) -> dict[int, float]:
 
 def _schedule(plan: Plan) -> Printed:
     table = Printed(
-        "phase", "rounds", "attempts", "steps", "rate", "σ", "clip", "examples", "minutes", box=None
+        *("phase", "rounds", "attempts", "steps", "rate", "σ", "clip", "signal / noise"),
+        *("examples", "minutes"),
+        box=None,
     )
     for each in plan.phases:
         phase = each.phase
@@ -215,6 +229,7 @@ def _schedule(plan: Plan) -> Printed:
             f"{phase.sampling_rate:g}",
             f"{phase.noise_multiplier:.4g}",
             f"{phase.clip:g}" + (f" / {phase.head_clip:g}" if phase.head_clip else ""),
+            "–" if each.signal is None else f"≤ {each.signal:.3g}",
             f"{each.examples:,.0f}",
             f"{each.minutes:.1f}",
         )

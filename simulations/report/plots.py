@@ -54,8 +54,11 @@ def by_round(
     phases: Sequence[tuple[str, int]] = (),
     limit: float | None = None,
     color: str = ACCENT,
+    beside: Sequence[tuple[float, float]] = (),
 ) -> Markup:
-    """A figure over rounds; `phases`: names and first rounds, `limit`: a line not to pass."""
+    """A figure over rounds; `phases`: names and first rounds, `limit`: a line not to pass,
+    `beside`: other points of the same kind, dashed.
+    """
     with _figure(4.4, 2.7) as (figure, axes):
         axes.plot(
             *_columns(points),
@@ -64,6 +67,9 @@ def by_round(
             marker="o" if len(points) <= 40 else "",
             markersize=3,
         )
+        if beside:
+            axes.plot(*_columns(beside), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+            axes.set_ylim(bottom=0)
         axes.grid(visible=True)
         axes.set_axisbelow(True)
         axes.set_xlabel("round")

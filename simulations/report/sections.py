@@ -83,7 +83,27 @@ def rounds(summary: Summary, lines: Lines) -> dict[str, Any]:
         text = f"ε of the rounds so far: {shown_epsilon(spent[-1][1])} after round {spent[-1][0]}."
         text += f" The dashed line is what the whole schedule reserved, {shown_epsilon(whole)}."
         pictures.append((svg, text))
+    pictures += _noise(lines, phases)
     return {"pictures": pictures, "phases": phases, "metric": metric}
+
+
+def _noise(lines: Lines, phases: Sequence[tuple[str, int]]) -> list[tuple[Markup, str]]:
+    """The mean updates' lengths, with that of their noise; nothing where it can't be told."""
+    known = [line for line in lines if _finite(line.get("noise_norm"))]
+    if not known:
+        return []
+    updates, noise = (
+        [(line["round"], line[name]) for line in known] for name in ("update_norm", "noise_norm")
+    )
+    svg = plots.by_round(updates, "length of the mean update", False, phases, beside=noise)
+    last, noise_alone = known[-1], numbers.number(known[-1]["noise_norm"])
+    drowned = sum(line["update_norm"] < 1.2 * line["noise_norm"] for line in known)
+    text = (
+        f"Length of the mean update: {numbers.number(last['update_norm'])} in round"
+        f" {last['round']}, where its noise alone has about {noise_alone} (dashed). In {drowned} of"
+        f" {len(known)} rounds it is less than a fifth above that: nearly all noise."
+    )
+    return [(svg, text)]
 
 
 def phase_ends(summary: Summary) -> dict[str, Any]:

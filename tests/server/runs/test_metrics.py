@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from fedlora.server.rounds.checkpoint import Checkpoint
 from fedlora.server.rounds.cohort import Failure, Lost
@@ -19,6 +22,17 @@ def record(round_: int, attempt: int) -> RoundRecord:
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_has_the_updates_length_and_that_of_its_noise(tmp_path: Path) -> None:
+    manifest = manifest_of(5, mode="record", noise_multiplier=2.0)
+    checkpoint = Checkpoint.create(tmp_path / "checkpoint", manifest, START)
+    log = MetricsLog(tmp_path, checkpoint, 0.0, nobody)
+    log.write(replace(record(1, checkpoint.begin_attempt(0)), update_norm=0.25), checkpoint.load())
+    (line,) = lines(tmp_path)
+    phase, moved = manifest.phases[0], START.spec.size
+    alone = phase.learning_rate * 2.0 * phase.clip / phase.expected_units * (moved / 3) ** 0.5
+    assert line["update_norm"] == 0.25 and line["noise_norm"] == pytest.approx(alone)
 
 
 def test_each_lost_attempt_has_its_reason_once(tmp_path: Path) -> None:

@@ -219,6 +219,16 @@ def test_all_sections_are_there(tmp_path: Path) -> None:
         assert words in page.text, words
 
 
+def test_the_updates_length_stands_beside_that_of_its_noise(tmp_path: Path) -> None:
+    page = report(tmp_path, summary(), rounds(4, update_norm=0.5, noise_norm=0.45))
+    assert "Length of the mean update: 0.5 in round 4, where its noise alone has about 0.45" in (
+        page.text
+    )
+    assert "In 4 of 4 rounds it is less than a fifth above that" in page.text
+    page = report(tmp_path, summary(), rounds(4, update_norm=0.5, noise_norm=None))
+    assert "Length of the mean update" not in page.text
+
+
 def test_counts_of_the_files_are_the_counts_of_the_page(tmp_path: Path) -> None:
     values = summary(labels=("yes", "no"), confusion=[[31, 7], [5, 17]])
     values["partition"]["counts"] = [[101, 102], [103, 104], [105, 106]]
