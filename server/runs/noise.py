@@ -45,15 +45,17 @@ def noise_of_mean(
 def signal_to_noise(
     manifest: RunManifest, phase: Phase, spec: AdapterSpec, members: float
 ) -> float | None:
-    """The most that a round's mean update can be as a multiple of its noise.
+    """The most that a phase's updates can come to together, as a multiple of their noise.
 
-    If all gradients of the expected draw were as long as the clip and pointed one way: those of
-    texts that differ do not, and a tenth of it is usual. None as in `noise_of_mean`.
+    If all gradients of the expected draws were as long as the clip and pointed one way, in every
+    round: a signal adds up, and noise by the root of the rounds alone. Texts that differ pull in
+    many directions; a quarter of it is much. None as in `noise_of_mean`.
     """
     noise = noise_of_mean(manifest, phase, spec, members)
     if not noise:
         return None
-    return phase.learning_rate * phase.steps * math.hypot(*_clips(phase)) / noise
+    signal = phase.learning_rate * phase.steps * math.hypot(*_clips(phase))
+    return signal / noise * math.sqrt(phase.rounds)
 
 
 def _clips(phase: Phase) -> Sequence[float]:

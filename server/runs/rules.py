@@ -36,8 +36,8 @@ CLIPPED_HEAD_RATE = 4.5  # times √classes, whose gradients point apart, where 
 OPEN_HEAD_RATE = 10.0  # of gradients that nothing clips
 # Units that LoRA's rounds draw in all: what a machine without a GPU does in minutes. Few units are
 # drawn more often, and many at a rate that amplifies well. Beyond the largest draw a step's noise
-# for its ε falls by 5 % at most (at ε = 8; less below), for two and a half times the passes.
-LORA_UNITS, SMALLEST_DRAW, LARGEST_DRAW = 100_000, 0.05, 0.4
+# for its ε falls by 14 % at most (at ε = 8; 3 % at ε = 3), for five times the passes.
+LORA_UNITS, SMALLEST_DRAW, LARGEST_DRAW = 100_000, 0.05, 0.2
 LORA_RATE = 10.0  # of the mean of gradients of length 0.1, under momentum
 OPEN_LORA_RATE = 0.1  # of gradients that nothing clips, under momentum
 # How far noise moves a coordinate in a step, at most. Five times as much ended below the head.

@@ -39,14 +39,14 @@ from fedlora.simulations.experiments.given import Table, with_records
 from fedlora.simulations.federation.population import Federation
 from fedlora.simulations.federation.public_part import choice_for
 
-FAINT = 2.0  # the most that a mean update can be, in lengths of its noise, where little is learnt
+FAINT = 1.0  # the most that a phase can move, in lengths of its noise, where nothing is learnt
 PROBE_RECORDS = 256  # of the public validation part, for a forward pass
 
 
 @dataclass(frozen=True)
 class PhasePlan:
     """What a phase would do; `minutes` on this machine, `examples` as its rounds expect them, and
-    `signal` the most that a round's mean update can be as a multiple of its noise, if that is told.
+    `signal` the most that its updates can come to, as a multiple of their noise, if that is told.
 
     Minutes are of training and scoring: not of what comes before the first round.
     """

@@ -79,7 +79,7 @@ def test_a_run_from_python(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())  # a plan leaves nothing, and spends nothing
     signals = [each.signal or 0.0 for each in before.phases]
     assert all(f"≤ {each:.3g}" in str(before) for each in signals) and min(signals) > 0
-    assert ("noise drowns" in str(before)) is (min(signals) < 2)
+    assert ("noise drowns" in str(before)) is (min(signals) < 1)
     result = simulate(
         settings, str(tmp_path / "run"), cpu(), on_round=lambda number, figures: seen.append(number)
     )

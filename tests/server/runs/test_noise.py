@@ -42,7 +42,7 @@ def test_it_is_as_long_as_what_is_drawn(name: str, steps: int) -> None:
     expected = drawn(phase, ClipGroups.flat(SPEC, phase.clip, name))
     assert found == pytest.approx(expected, rel=0.1)
     assert signal_to_noise(manifest, phase, SPEC, MEMBERS) == pytest.approx(
-        phase.learning_rate * steps * phase.clip / expected, rel=0.1
+        phase.learning_rate * steps * phase.clip / expected * phase.rounds**0.5, rel=0.1
     )
 
 

@@ -33,7 +33,7 @@ def test_a_bare_configuration_is_a_head_phase_and_then_lora() -> None:
     assert all(phase.attempts == phase.rounds + 2 for phase in (head, lora))
 
 
-@pytest.mark.parametrize(("units", "rate"), [(500, 0.4), (4_000, 0.4), (200_000, 0.05)])
+@pytest.mark.parametrize(("units", "rate"), [(500, 0.2), (4_000, 0.2), (200_000, 0.05)])
 def test_draws_are_neither_whole_nor_too_small_to_amplify(units: int, rate: float) -> None:
     assert chosen("", PublicFacts(units, 2)).training.sampling_rate == rate
 

@@ -224,7 +224,6 @@ def test_the_updates_length_stands_beside_that_of_its_noise(tmp_path: Path) -> N
     assert "Length of the mean update: 0.5 in round 4, where its noise alone has about 0.45" in (
         page.text
     )
-    assert "In 4 of 4 rounds it is less than a fifth above that" in page.text
     page = report(tmp_path, summary(), rounds(4, update_norm=0.5, noise_norm=None))
     assert "Length of the mean update" not in page.text
 
