@@ -33,7 +33,7 @@ def read_key(path: Path) -> PublicIdentity:
     text = read_text(path)
     if text.lstrip().startswith("{"):
         return request_from_text(text, path.name).identity
-    return PublicIdentity.from_text(text, path.name)
+    return PublicIdentity.from_text(text.strip(), path.name)
 
 
 def read_report(path: Path, expected: PublicIdentity | None = None) -> Signed:

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import grpc
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fedlora.client.network.channel import SERVICE
@@ -31,6 +29,7 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.terminal import places
 from fedlora.common.trust.enrolment import certificate_in
 from fedlora.common.trust.identity import read_private
+from fedlora.common.trust.pem import private_key_in
 
 log = logging.getLogger(__name__)
 
@@ -209,8 +208,8 @@ def check_pair(certificate: bytes, key: bytes, where: str) -> None:
     """BadInput unless the key is the certificate's; Refused where that is not valid now."""
     found = certificate_in(certificate, where)
     try:
-        pair = (load_pem_private_key(key, None).public_key(), found.public_key())
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        pair = (private_key_in(key).public_key(), found.public_key())
+    except ValueError as error:
         raise BadInput(f"{where}: found no certificate and key in PEM") from error
     if pair[0] != pair[1]:
         raise BadInput(f"{where}: found a key that does not match its certificate")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -23,6 +23,7 @@ from fedlora.common.codec.framing import KEY_BYTES, SIGNATURE_BYTES, framed
 from fedlora.common.codec.strict import canonical, json_table
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, Refused
+from fedlora.common.trust.pem import private_key_in
 
 MAX_TEXT_BYTES = 64 << 20  # of a signed text
 # Of edwards25519: the field, and y of the points of order 1, 2, 4 and 8, whose signatures anybody
@@ -47,8 +48,10 @@ class PublicIdentity:
 
     @classmethod
     def from_text(cls, text: str, where: str) -> PublicIdentity:
-        """From `ed25519:` and base64, as `text` has it; quoted nowhere: it may be private."""
-        kind, _, rest = text.strip().partition(":")
+        """From `ed25519:` and base64, in the one spelling of `text`; quoted nowhere: it may be
+        private.
+        """
+        kind, _, rest = text.partition(":")
         expected = f"expected a public key: ed25519: and {KEY_BYTES} bytes in base64"
         if kind != "ed25519":
             raise BadInput(f"{where}: found {_kind_of(text)}, {expected}")
@@ -58,7 +61,10 @@ class PublicIdentity:
             raise BadInput(f"{where}: found no base64 after ed25519:, {expected}") from error
         if len(raw) != KEY_BYTES:
             raise BadInput(f"{where}: found {len(raw)} bytes, {expected}")
-        return cls(raw)
+        found = cls(raw)
+        if found.text != text:
+            raise BadInput(f"{where}: found another spelling of it, {expected}")
+        return found
 
     @property
     def text(self) -> str:
@@ -120,8 +126,8 @@ class Identity:
         """Refused where others can read the file; BadInput where it holds no Ed25519 key."""
         data = read_private(path)
         try:
-            key = serialization.load_pem_private_key(data, password=None)
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            key = private_key_in(data)
+        except ValueError as error:
             raise BadInput(
                 f"{path}: found no private key, expected an Ed25519 key in PEM"
             ) from error

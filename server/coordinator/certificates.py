@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import (
     SECP384R1,
     EllipticCurvePrivateKey,
@@ -24,18 +24,14 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
     generate_private_key,
 )
 from cryptography.hazmat.primitives.hashes import SHA384
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedlora.common.disk.files import read_bytes, write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.trust.enrolment import certificate_in
 from fedlora.common.trust.identity import read_private
+from fedlora.common.trust.pem import private_key_in
 
 CA_KEY, CA_CERTIFICATE = "ca.key", "ca.crt"
 SERVER_KEY, SERVER_CERTIFICATE = "server.key", "server.crt"
@@ -158,8 +154,8 @@ def read_key(path: Path) -> EllipticCurvePrivateKey:
     """Refused where others can read it; BadInput where it is no ECDSA key."""
     data = read_private(path)
     try:
-        key = load_pem_private_key(data, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        key = private_key_in(data)
+    except ValueError as error:
         raise BadInput(f"{path}: found no private key, expected an ECDSA key in PEM") from error
     if not isinstance(key, EllipticCurvePrivateKey):
         raise BadInput(f"{path}: found a {type(key).__name__}, expected an ECDSA key")

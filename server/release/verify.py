@@ -55,7 +55,7 @@ def verify_export(folder: Path | str, key: Path | str | None = None) -> list[str
     if key is None:
         return verify(Path(folder))
     text = read_text(Path(key), 1 << 12)
-    return verify(Path(folder), PublicIdentity.from_text(text, Path(key).name))
+    return verify(Path(folder), PublicIdentity.from_text(text.strip(), Path(key).name))
 
 
 def verify(folder: Path, key: PublicIdentity | None = None) -> list[str]:

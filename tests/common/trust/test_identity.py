@@ -112,6 +112,22 @@ def test_a_public_key_in_text(text: str) -> None:
         PublicIdentity.from_text(text, "peers.toml")
 
 
+def test_a_public_key_has_one_spelling() -> None:
+    text = Identity.generate().public.text
+    bits = text[:-2] + chr(ord(text[-2]) + 1) + "="  # of which base64 looks at the first four
+    for spelled in (f" {text}", f"{text}\n", bits):
+        with pytest.raises(BadInput, match=r"^key: found "):
+            PublicIdentity.from_text(spelled, "key")
+
+
+def test_a_key_that_openssl_gives_up_on_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "identity.pem"
+    Identity.generate().write(path)
+    path.write_text(path.read_text().replace("K2Vw", "K2Vv"))  # X448, which is longer
+    with pytest.raises(BadInput, match=r"identity\.pem: found no private key, expected an Ed25519"):
+        Identity.load(path)
+
+
 P = (1 << 255) - 19
 D = -121665 * pow(121666, -1, P) % P
 

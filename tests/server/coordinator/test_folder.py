@@ -33,7 +33,9 @@ def test_a_new_folder_is_whole_and_opens(made: Directory) -> None:
     assert opened.settings == made.settings
     assert opened.registry.active() == {}
     opened.check_certificate()
-    key = PublicIdentity.from_text((made.root / "coordinator.pub").read_text(), "coordinator.pub")
+    key = PublicIdentity.from_text(
+        (made.root / "coordinator.pub").read_text().strip(), "coordinator.pub"
+    )
     text = (made.root / "invitation.json").read_text()
     invitation = invitation_from_text(text, "invitation.json")
     assert opened.invitation() == text and invitation.coordinator == key == opened.identity.public
