@@ -272,6 +272,8 @@ def read_spec(folder: Path) -> AdapterSpec:
     for name, shape in rows:
         if not isinstance(name, str) or any(type(size) is not int or size < 0 for size in shape):
             raise BadInput(f"{path}: found an entry that is no name and shape")
+    if len({name for name, _ in rows}) < len(rows):
+        raise BadInput(f"{path}: found a name twice, expected each tensor once")
     return AdapterSpec(tuple(TensorSpec(name, shape) for name, shape in rows))
 
 

@@ -142,6 +142,14 @@ def test_a_changed_adapter_is_refused_without_the_network(
         read_released(target)
 
 
+def test_a_spec_names_each_tensor_once(exported: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(exported, tmp_path / "adapter")
+    rows = json.loads((target / "spec.json").read_text())
+    (target / "spec.json").write_text(json.dumps([*rows, [rows[-1][0], [22, 32]]]))
+    with pytest.raises(BadInput, match=r"spec\.json: found a name twice"):
+        read_released(target)
+
+
 def test_what_an_older_peft_does_not_know_may_be_missing(exported: Path, tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     shutil.copytree(exported, target)
