@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger import chain
+from fedlora.common.ledger import ledger as ledger_module
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
 from fedlora.common.privacy.accountant import Spend
@@ -391,6 +392,37 @@ def test_a_data_file_charges_one_budget(place: Place) -> None:
         ledger.consent(WARD, f"sha256:b{subject.data}", spend, [1], subject)
     last = ledger.entries()[-2].body
     assert (last["unit"], last["federation"], last["path"]) == ("record", "g", "/d/a.csv")
+
+
+def as_of_schema_2(subject: Subject) -> dict[str, object]:
+    table = asdict(subject)
+    del table["files"]
+    return table
+
+
+def test_a_ledger_of_the_schema_before_knows_its_data_and_moves_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schema 2 named the data as a whole: a folder is known by its place, a file by its bytes."""
+    spend, other = Spend(0.5, 1e-6), Budget("other", 3.0, 1e-5)
+    with monkeypatch.context() as before:
+        before.setattr(ledger_module, "SCHEMA", 2)
+        before.setattr(ledger_module, "asdict", as_of_schema_2)
+        earlier = place.open()
+        earlier.consent(
+            WARD, "sha256:a", spend, [1], Subject("record", "f", "/d/a.csv", "sha256:1")
+        )
+        earlier.consent(WARD, "sha256:b", spend, [1], Subject("record", "f", "/e", "sha256:2"))
+        place.close()
+    ledger = place.open()
+    files = (("/e/part.csv", "sha256:3"), ("/d/a.csv", "sha256:4"), ("/x/copy.csv", "sha256:1"))
+    for each in files:
+        subject = Subject("record", "g", "/somewhere/*.csv", "sha256:9", (each,))
+        with pytest.raises(Refused, match="found data that charged budget ward before"):
+            ledger.consent(other, "sha256:c", spend, [1], subject)
+    ledger.consent(WARD, "sha256:c", spend, [1], subject)
+    assert [entry.body["kind"] for entry in ledger.entries()[-2:]] == ["schema", "consent"]
+    assert ledger.spent("ward") == Spend(1.5, 3e-6)
 
 
 def test_no_entry_has_a_digest_of_data_that_can_be_guessed(tmp_path: Path) -> None:
