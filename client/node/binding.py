@@ -69,33 +69,51 @@ def bind(path: Path, ledger: str, marks: Path | None) -> None:
     """Mark data as this ledger's; Refused where they are another's, or no mark can be made."""
     if check_mark(path, ledger, marks):
         return
-    for mark in _writable(path, marks):
-        if _owner(mark):
-            continue
-        try:
-            if marks is not None:
-                marks.mkdir(parents=True, exist_ok=True)
-            create_once(mark, to_canonical(_Mark(ledger)))
-        except OSError as error:
-            raise Refused(
-                f"{mark}: could not be written ({error.strerror}), expected the mark of the ledger"
-                " that these data charge; for read-only data name a folder under [ledger] marks,"
-                " one for all nodes that have these data"
-            ) from error
-    check_mark(path, ledger, marks)  # another ledger may have been first
+    made = []
+    try:
+        for mark in _writable(path, marks):
+            if not _owner(mark):
+                _make(mark, ledger, marks)
+                made.append(mark)
+        check_mark(path, ledger, marks)  # another ledger may have been first
+    except Refused:
+        for mark in made:  # else two that began at once would keep each other out for good
+            if _owner(mark) == ledger:
+                mark.unlink(missing_ok=True)
+        raise
+
+
+def _make(mark: Path, ledger: str, marks: Path | None) -> None:
+    """Write the mark, unless another one is there by now."""
+    try:
+        if marks is not None:
+            marks.mkdir(parents=True, exist_ok=True)
+        create_once(mark, to_canonical(_Mark(ledger)))
+    except OSError as error:
+        raise Refused(
+            f"{mark}: could not be written ({error.strerror}), expected the mark of the ledger"
+            " that these data charge; for read-only data name a folder under [ledger] marks,"
+            " one for all nodes that have these data"
+        ) from error
 
 
 def _writable(path: Path, marks: Path | None) -> list[Path]:
-    """Where this node writes its marks of the data."""
-    beside = (each.with_name(each.name + MARK) for each in _marked(path))
-    return list(beside) if marks is None else [marks / each.name for each in beside]
+    """Where this node writes its marks of the data.
+
+    A folder of marks has them side by side, by name: there each file has its own, in a folder too.
+    """
+    if marks is None:
+        return [each.with_name(each.name + MARK) for each in _marked(path)]
+    names = {each.name for each in (*_marked(path), *_files(path))}
+    return [marks / (name + MARK) for name in sorted(names)]
 
 
 def _readable(path: Path, marks: Path | None) -> list[Path]:
     """Where a mark may lie: of the data, of a folder round them, and of what is in them."""
     around = {
         each.with_name(each.name + MARK)
-        for real in _marked(path)
+        # the path itself, too: of a glob, earlier versions marked the name
+        for real in (*_marked(path), path.resolve())
         for each in (real, *real.parents)
         if each.name
     }

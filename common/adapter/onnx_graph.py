@@ -27,8 +27,9 @@ GRAPH = "model.onnx"
 def write_onnx(adapter: LoadedAdapter, released: Path, folder: Path) -> None:
     """Write the graph, its tokenizer and `fedlora.json` into `folder`, which must be new.
 
-    `input_ids` and `attention_mask` are (n, length) int64, `logits` (n, outputs) float32, or
-    (n, length, outputs) where the task answers each word; labels and the longest length are in
+    `input_ids` and `attention_mask` are (n, length) int64, and so is `token_type_ids` where the
+    base tells the texts of a pair apart; `logits` (n, outputs) float32, or (n, length, outputs)
+    where the task answers each word. Labels and the longest length are in
     `fedlora.json`. BadInput for a task whose base writes text, or a folder that is not empty.
     """
     model = adapter.model
@@ -48,26 +49,28 @@ def write_onnx(adapter: LoadedAdapter, released: Path, folder: Path) -> None:
     shutil.copyfile(released / DESCRIPTION, folder / DESCRIPTION)
 
 
-def _program(network: nn.Module, pad: int, longest: int) -> Any:
+def _program(network: Any, pad: int, longest: int) -> Any:
     ids = torch.full((2, min(8, longest)), pad)
     mask = torch.ones_like(ids)
     mask[1, -1] = 0  # as a shorter text has it, so that no path is taken for full rows alone
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if network.typed:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
     rows, length = torch.export.Dim("rows"), torch.export.Dim("length", max=longest)
-    shape = {0: rows, 1: length}
     with warnings.catch_warnings():  # the exporter's own, of names it chose and of its old calls
         warnings.simplefilter("ignore")
         return torch.onnx.export(
-            _ByKeyword(network),
-            (ids, mask),
+            (_Typed if network.typed else _Plain)(network),
+            tuple(inputs.values()),
             dynamo=True,
             verbose=False,
-            input_names=["input_ids", "attention_mask"],
+            input_names=list(inputs),
             output_names=["logits"],
-            dynamic_shapes={"input_ids": shape, "attention_mask": shape},
+            dynamic_shapes={name: {0: rows, 1: length} for name in inputs},
         )
 
 
-class _ByKeyword(nn.Module):
+class _Plain(nn.Module):
     """Whose arguments have the names that transformers' tokenizers give."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -77,3 +80,13 @@ class _ByKeyword(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
         """What `network` gives."""
         return self.network(input_ids, attention_mask)
+
+
+class _Typed(_Plain):
+    """Likewise, of a base that tells the texts of a pair apart: our mask is 2 in the second one."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
+    ) -> Any:
+        """What `network` gives."""
+        return self.network(input_ids, attention_mask * (1 + token_type_ids))

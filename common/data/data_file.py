@@ -20,6 +20,7 @@ STATE, SPLITS = "state.json", "dataset_dict.json"  # of a folder that `datasets`
 # What lies beside parts and is none: a writer's own marks, and what is hidden.
 _ASIDE, _MARKS = ("_", "."), (".crc", ".fedlora-ledger")
 _GLOB = frozenset("*?[")
+TELLING = 4096  # bytes of one of several files from which its digest tells it from others
 
 
 def columns_of(path: Path, wanted: Sequence[str], root: Path | None) -> dict[str, Values]:
@@ -99,8 +100,15 @@ def origin_of(path: Path) -> Origin:
     except OSError as error:
         raise BadInput(f"{path}: can't be read ({error.strerror}), expected a data file") from error
     whole = found[0][1] if path.is_file() else _digest_of_several(path, found)
-    files = tuple((str(part.resolve()), f"sha256:{digest}") for part, digest in found)
+    files = tuple((str(part.resolve()), _telling(part, digest)) for part, digest in found)
     return Origin(str(path.resolve()), f"sha256:{whole}", files)
+
+
+def _telling(part: Path, digest: str) -> str:
+    """The digest, or "" of a file so small that others may be equal by chance, as empty shards are:
+    it is known by its place.
+    """
+    return f"sha256:{digest}" if part.stat().st_size >= TELLING else ""
 
 
 def file_digest(path: Path) -> str:

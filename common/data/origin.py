@@ -11,7 +11,8 @@ class Origin:
 
     path: str = ""  # as it was named, without links
     digest: str = ""  # of all bytes
-    # Each file's place, without links, and its digest. A folder and a glob mean their files.
+    # Each file's place, without links, and its digest, or "" of a small one. A folder and a glob
+    # mean their files.
     files: tuple[tuple[str, str], ...] = ()
 
 

@@ -263,7 +263,7 @@ class Ledger:
     def _keyed(self, subject: Subject) -> Subject:
         """As it stands in an entry: the digest of data under the ledger's key."""
         keyed = self._chain.keyed
-        files = tuple((path, keyed(digest)) for path, digest in subject.files)
+        files = tuple((path, keyed(digest) if digest else "") for path, digest in subject.files)
         return replace(subject, data=keyed(subject.data) if subject.data else "", files=files)
 
     def _check_subject(self, budget: str, subject: Subject) -> None:

@@ -32,7 +32,7 @@ class Subject:
     @property
     def traces(self) -> frozenset[str]:
         """What a later consent to the same data has in common with this one: paths and digests."""
-        each = {trace for file in self.files for trace in file}
+        each = {trace for file in self.files for trace in file if trace}
         return frozenset(filter(None, {self.path, self.data, *each}))
 
     @property

@@ -224,10 +224,18 @@ class Checkpoint:
             memory=ServerState(memory, table["counts"]),
             best=table["best"],
             stale=int(table["stale"]),
-            score=table.get("score"),  # files of before phases were compared have neither
+            score=self._score(table),
             released_round=int(table.get("released_round", table["round"])),
             ended=self._ended(table, vectors),
         )
+
+    def _score(self, table: Mapping[str, Any]) -> float | None:
+        """Of what is released. Earlier files had the last one that was found, of this round or of
+        one before: it is known to be of this one at the end of a phase alone.
+        """
+        lasts = accumulate(phase.rounds for phase in self.manifest.phases)
+        known = "released_round" in table or table["round"] in lasts
+        return table.get("score") if known else None
 
     def _ended(self, table: Mapping[str, Any], vectors: Mapping[str, Vector]) -> tuple[Ended, ...]:
         """The phases before the current one; earlier files, where no round was kept, kept ends."""

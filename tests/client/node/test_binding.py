@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.client.node import binding
 from fedlora.client.node.binding import MARK, bind, check_budgets, check_mark
 from fedlora.client.node.policy import DataPolicy
 from fedlora.common.data.data_file import parts_of
@@ -155,3 +156,39 @@ def test_a_folder_and_a_file_in_it_charge_one_budget(data: Path) -> None:
     }
     with pytest.raises(BadInput, match="expected one budget for one file"):
         check_budgets(sets, data.parent.parent, "node.toml")
+
+
+@pytest.mark.parametrize("first", ["data/*.csv", "data", "data/notes.csv"])
+@pytest.mark.parametrize("second", ["data/*.csv", "data", "data/notes.csv"])
+@pytest.mark.parametrize("aside", [False, True])
+def test_data_that_overlap_have_one_mark(data: Path, first: str, second: str, aside: bool) -> None:
+    root = data.parent.parent
+    marks = root / "marks" if aside else None
+    bind(root / first, ONE, marks)
+    with pytest.raises(Refused, match=f"mark of ledger {ONE}"):
+        bind(root / second, OTHER, marks)
+    bind(root / second, ONE, marks)
+    assert check_mark(root / first, ONE, marks)
+
+
+def test_a_glob_that_was_marked_by_name_stays_marked(data: Path) -> None:
+    (data.parent / f"*.csv{MARK}").write_text('{"ledger":"' + ONE + '"}')
+    with pytest.raises(Refused, match=f"mark of ledger {ONE}"):
+        bind(data.parent / "*.csv", OTHER, None)
+
+
+def test_two_that_bind_at_once_do_not_keep_each_other_out(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data.parent / "a.csv").write_bytes(data.read_bytes())
+    made = binding._make
+
+    def beaten(mark: Path, ledger: str, marks: Path | None) -> None:
+        if "notes" in mark.name and ledger == ONE:
+            made(mark, OTHER, marks)
+        made(mark, ledger, marks)
+
+    monkeypatch.setattr(binding, "_make", beaten)
+    with pytest.raises(Refused, match=f"mark of ledger {OTHER}"):
+        bind(data.parent / "*.csv", ONE, None)
+    bind(data.parent / "*.csv", OTHER, None)

@@ -22,6 +22,7 @@ from tests.common.adapter.test_merged import exported
 CASES: dict[str, tuple[str, Task]] = {
     "a classifier of the base's own": ("default", SequenceClassification(("a", "b"))),
     "a head of ours": ("mean", SequenceClassification(("a", "b", "c"))),
+    "texts of a pair": ("mean", SequenceClassification(("a", "b"))),
     "tags of words": ("words", TokenClassification(("O", "B-x", "I-x"))),
 }
 
@@ -30,16 +31,23 @@ CASES: dict[str, tuple[str, Task]] = {
 def test_the_graph_answers_as_the_adapter_does(case: str, tiny_bert: Path, tmp_path: Path) -> None:
     pooling, task = CASES[case]
     adapter = exported(tiny_bert, pooling, task, tmp_path / "adapter")
+    adapter.model.network.typed = case == "texts of a pair"
     write_onnx(adapter, tmp_path / "adapter", tmp_path / "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     for rows, length in ((1, 1), (3, 11)):
         ids = torch.randint(5, 30, (rows, length), generator=torch.Generator().manual_seed(length))
         mask = torch.ones_like(ids)
         mask[-1, length - length // 2 :] = 0
+        types = torch.zeros_like(ids)
+        types[:, length // 2 :] = 1
         given: dict[str, Any] = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        typed = adapter.model.network.typed
+        assert [each.name for each in session.get_inputs()][2:] == ["token_type_ids"] * typed
+        if typed:
+            given["token_type_ids"] = types.numpy()
         (found,) = session.run(None, given)
         with torch.no_grad():
-            expected = adapter.model.network(ids, mask).numpy()
+            expected = adapter.model.network(ids, mask * (1 + types) if typed else mask).numpy()
         assert found.shape == expected.shape
         seen = mask.numpy().astype(bool) if found.ndim == 3 else slice(None)
         np.testing.assert_allclose(found[seen], expected[seen], atol=1e-5)

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from fedlora.common.data import formats
-from fedlora.common.data.data_file import columns_of, file_digest, files_stamp, parts_of
+from fedlora.common.data.data_file import columns_of, file_digest, files_stamp, origin_of, parts_of
 from fedlora.common.errors import BadInput
 
 ROWS = [{"text": "größe\tund\nlänge", "n": 1}, {"text": 'a "b", c', "n": 22}]
@@ -189,3 +189,13 @@ def test_a_digest_is_of_every_part(tmp_path: Path) -> None:
     two = file_digest(folder)
     (folder / "b.jsonl").rename(folder / "c.jsonl")
     assert len({alone, whole, two} | digests(folder)) == 4
+
+
+def test_small_shards_that_are_equal_do_not_make_data_the_same(tmp_path: Path) -> None:
+    for name, rows in (("a", 1_000), ("b", 2_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part-0.csv").write_text("text\n")  # a writer's empty one
+        (tmp_path / name / "part-1.csv").write_text("text\n" + f"{name} row\n" * rows)
+    ours, theirs = (dict(origin_of(tmp_path / name).files) for name in "ab")
+    assert sorted(map(bool, ours.values())) == [False, True]
+    assert not set(filter(None, ours.values())) & set(theirs.values())

@@ -113,6 +113,22 @@ def test_a_checkpoint_of_before_phases_were_compared_is_read(run: Run) -> None:
     assert (found.score, found.ended) == (None, ()) and found.release == found.released
 
 
+@pytest.mark.parametrize(("round_", "score"), [(1, None), (2, 0.5), (3, None), (4, 0.5)])
+def test_a_score_of_before_rounds_were_compared_counts_at_a_phases_end_alone(
+    tmp_path: Path, round_: int, score: float | None
+) -> None:
+    """In between it may be of a round before: of what is released nobody looked."""
+    checkpoint = Checkpoint.create(tmp_path / "checkpoint", manifest_of(2, 2), START)
+    checkpoint.commit(Progress(round_, START, START, score=0.5))
+    path = checkpoint.folder / "progress.json"
+    table = json.loads(json.loads(path.read_text())["body"])
+    del table["released_round"], table["ended_rounds"]
+    body = json.dumps(table, sort_keys=True)
+    seal = hashlib.sha256(body.encode()).hexdigest()
+    path.write_text(json.dumps({"body": body, "sha256": seal}))
+    assert Checkpoint.open(checkpoint.folder, SPEC).load().score == score
+
+
 def test_a_state_without_coordinates_is_a_state() -> None:
     spec = AdapterSpec((TensorSpec("nothing", (0,)),))
     with tempfile.TemporaryDirectory() as name:
