@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fedlora.common.adapter.peft import LoadedAdapter, load_adapter
-from fedlora.common.adapter.released import DESCRIPTION, HEAD
+from fedlora.common.adapter.released import DESCRIPTION, HEAD, refuse_used
 from fedlora.common.errors import BadInput
 from fedlora.common.model.projection import PROJECTION
 
@@ -34,8 +34,7 @@ def write_merged(adapter: LoadedAdapter, released: Path, folder: Path, dtype: st
     """
     if dtype not in DTYPES:
         raise BadInput(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    if folder.exists() and any(folder.iterdir()):
-        raise BadInput(f"{folder}: found files, expected a new folder")
+    refuse_used(folder)
     # PEFT adds in place, and the adapter that was given is still in use
     network: Any = copy.deepcopy(adapter.model.network.backbone)
     merged = network.merge_and_unload(safe_merge=True).to(DTYPES[dtype])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fedlora.common.adapter.peft import LoadedAdapter
-from fedlora.common.adapter.released import DESCRIPTION
+from fedlora.common.adapter.released import DESCRIPTION, refuse_used
 from fedlora.common.errors import BadInput
 from fedlora.common.libraries import library
 from fedlora.common.tasks.task import RECORD, WORD
@@ -29,16 +29,15 @@ def write_onnx(adapter: LoadedAdapter, released: Path, folder: Path) -> None:
 
     `input_ids` and `attention_mask` are (n, length) int64, and so is `token_type_ids` where the
     base tells the texts of a pair apart; `logits` (n, outputs) float32, or (n, length, outputs)
-    where the task answers each word. Labels and the longest length are in
-    `fedlora.json`. BadInput for a task whose base writes text, or a folder that is not empty.
+    where the task answers each word. Labels and the longest length are in `fedlora.json`. BadInput
+    for a task whose base writes text, or a folder that is not empty.
     """
     model = adapter.model
     if model.task.reads not in (RECORD, WORD):
         raise BadInput(
             f"--onnx: found the task {model.task.name}, expected one that is answered by a head"
         )
-    if folder.exists() and any(folder.iterdir()):
-        raise BadInput(f"{folder}: found files, expected a new folder")
+    refuse_used(folder)
     for name in ("onnx", "onnxscript"):
         library(name, EXTRA)
     network: nn.Module = copy.deepcopy(model.network).to("cpu", torch.float32).eval()

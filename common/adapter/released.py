@@ -105,12 +105,17 @@ def copy_released(folder: Path, target: Path) -> None:
     BadInput where one is not as described, or `target` holds files.
     """
     read_released(folder)
-    if target.exists() and any(target.iterdir()):
-        raise BadInput(f"{target}: found files, expected a new folder")
+    refuse_used(target)
     target.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
+
+
+def refuse_used(folder: Path) -> None:
+    """BadInput for a folder that is to be written and holds files."""
+    if folder.exists() and any(folder.iterdir()):
+        raise BadInput(f"{folder}: found files, expected a new folder")
 
 
 def read_state(folder: Path, spec: AdapterSpec, description: Description) -> AdapterState:
