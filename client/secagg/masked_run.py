@@ -19,6 +19,7 @@ from fedlora.client.secagg.node import SecureNode
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import Delta, RoundPlan
+from fedlora.common.manifest.turns import taken
 from fedlora.common.model.state import AdapterSpec
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol import stages
@@ -74,17 +75,18 @@ class MaskedRun:
         """Accept U2, and see that the attempt may be masked: before data are touched."""
         if delivery and not self.node.accepted:
             self.node.accept(delivery)
+        size = int(self._manifest.leaving(spec, plan.round).sum())
         self.node.check(
-            stages.slot_of(plan, self._manifest.base_digest), self._encoding(plan.phase, spec.size)
+            stages.slot_of(plan, self._manifest.base_digest), self._encoding(plan.phase, size)
         )
         self._guarantee.check_cohort(plan.phase, spec, self.node.members)
 
     def mask(self, plan: RoundPlan, spec: AdapterSpec, update: Delta) -> bytes:
-        """The masked input of an attempt, durable before it is returned."""
-        encoding = self._encoding(plan.phase, spec.size)
-        levels = self._guarantee.noised(
-            encoding.encode(update), plan.phase, spec, self.node.members
-        )
+        """The masked input of an attempt, durable before it is returned: what leaves of it."""
+        whole = self._encoding(plan.phase, spec.size).encode(update)
+        noised = self._guarantee.noised(whole, plan, spec, self.node.members)
+        levels = taken(noised, self._manifest.leaving(spec, plan.round))
+        encoding = self._encoding(plan.phase, len(levels))
         return self.node.mask(stages.slot_of(plan, self._manifest.base_digest), encoding, levels)
 
     def _encoding(self, phase: int, size: int) -> Encoding:

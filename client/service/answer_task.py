@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 
-from fedlora.client.service.dialogue import Dialogue
+from fedlora.client.service.dialogue import Dialogue, private
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.manifest.turns import taken
 from fedlora.common.protocol.messages import PLAN_TAG, Answer, Task
 from fedlora.common.protocol.vectors import vector_to_bytes
 from fedlora.common.terminal import one_line
@@ -43,7 +44,11 @@ def answer_task(dialogue: Dialogue, plan: RoundPlan, vector: bytes, request: byt
     kept = node.outbox.read(plan.manifest, plan.round, plan.attempt, request)
     if kept is not None:
         return kept
-    update = vector_to_bytes(dialogue.trained(manifest, plan, vector), manifest.wire)
+    delta = dialogue.trained(manifest, plan, vector)
+    with private():
+        spec = node.work.spec(manifest, node.folder.projection(manifest.digest))
+        leaves = taken(delta, manifest.leaving(spec, plan.round))
+    update = vector_to_bytes(leaves, manifest.wire)
     me = node.policy.institution
     answer = Answer(me, plan.manifest, plan.round, plan.attempt, update)
     released = dialogue.released(answer, request)

@@ -74,6 +74,8 @@ class LocalTraining:
     ) -> LocalResult:
         """`phase.steps` steps from `state`. Every step counts, also one whose draw is empty.
 
+        `phase` is named by what the round moves of it (`RunManifest.recipe_of`).
+
         `packed`: a private step's batches are packed, not of fixed shapes.
         """
         weights = torch.nn.Parameter(torch.from_numpy(state.vector.astype(np.float32)))
@@ -170,9 +172,10 @@ class LocalTraining:
         return self._model.task.losses(logits, Batch(targets, targets, targets))
 
     def _groups(self, phase: Phase) -> ClipGroups:
-        if phase.name != "adapter" or phase.head_clip == 0:
-            return ClipGroups.flat(self._model.spec, phase.clip, phase.name)
-        return ClipGroups.split(self._model.spec, phase.clip, phase.head_clip)
+        spec, moves = self._model.spec, phase.name
+        if not moves.startswith("adapter") or phase.head_clip == 0:
+            return ClipGroups.flat(spec, phase.clip, moves)
+        return ClipGroups.split(spec, phase.clip, phase.head_clip, moves)
 
 
 def _optimizer(

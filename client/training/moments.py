@@ -23,21 +23,21 @@ class MomentStore:
     A node keeps there what is made of noised gradients, and a simulation, whose data are the
     researcher's own, whatever it has.
 
-    Two files for each client and phase, so that a round that is killed after its write and before
-    the server's commit finds the moments it started from. Each is whole and on disk before it
-    replaces what was there; one that can't be read is as good as none, for an optimiser begins anew
-    without harm and an attempt is dear.
+    Two files for each client and phase (or a phase's rounds of one half of LoRA), so that a round
+    that is killed after its write and before the server's commit finds the moments it started from.
+    Each is whole and on disk before it replaces what was there; one that can't be read is as good
+    as none, for an optimiser begins anew without harm and an attempt is dear.
     """
 
     folder: Path
 
-    def read(self, client: str, phase: int, before_round: int) -> Moments:
+    def read(self, client: str, phase: int | str, before_round: int) -> Moments:
         """The moments of the last round before `before_round`; nothing where there are none."""
         held = self._held(client, phase, before_round).values()
         found = max(held, key=_round_of, default={})
         return {name: value for name, value in found.items() if name != "round"}
 
-    def write(self, client: str, phase: int, round_number: int, moments: Moments) -> None:
+    def write(self, client: str, phase: int | str, round_number: int, moments: Moments) -> None:
         """Keep a client's moments after a round, beside those of the round before."""
         if not moments:
             return
@@ -46,14 +46,14 @@ class MomentStore:
         target = next(slot for slot in self._slots(client, phase) if slot != base)
         self._save(target, save({**moments, "round": np.array([round_number], dtype=np.int64)}))
 
-    def _held(self, client: str, phase: int, before_round: int) -> dict[Path, Moments]:
+    def _held(self, client: str, phase: int | str, before_round: int) -> dict[Path, Moments]:
         """What each slot holds that was written before `before_round`."""
         held = {slot: self._moments(slot) for slot in self._slots(client, phase)}
         return {
             slot: found for slot, found in held.items() if found and _round_of(found) < before_round
         }
 
-    def _slots(self, client: str, phase: int) -> tuple[Path, Path]:
+    def _slots(self, client: str, phase: int | str) -> tuple[Path, Path]:
         stem = f"{hashlib.sha256(client.encode()).hexdigest()[:16]}-{phase}"
         return self.folder / f"{stem}-a.safetensors", self.folder / f"{stem}-b.safetensors"
 

@@ -48,15 +48,18 @@ class ClipGroups:
     bounds: tuple[float, ...]
 
     @classmethod
-    def flat(cls, spec: AdapterSpec, clip: float, phase: str = "adapter") -> ClipGroups:
-        """One bound for all coordinates that a phase of that name moves."""
-        group = np.where(spec.moved_by(phase), 0, -1)
+    def flat(cls, spec: AdapterSpec, clip: float, moves: str = "adapter") -> ClipGroups:
+        """One bound for all coordinates that a phase or round of that name moves."""
+        group = np.where(spec.moved_by(moves), 0, -1)
         return cls(group.astype(np.int64), (checked_clip(clip),))
 
     @classmethod
-    def split(cls, spec: AdapterSpec, clip: float, head_clip: float) -> ClipGroups:
-        """LoRA coordinates clipped to `clip`, head coordinates to `head_clip`."""
-        return cls(spec.head_mask().astype(np.int64), (checked_clip(clip), checked_clip(head_clip)))
+    def split(
+        cls, spec: AdapterSpec, clip: float, head_clip: float, moves: str = "adapter"
+    ) -> ClipGroups:
+        """LoRA coordinates that move clipped to `clip`, head coordinates to `head_clip`."""
+        group = np.where(spec.moved_by(moves), spec.head_mask(), -1)
+        return cls(group.astype(np.int64), (checked_clip(clip), checked_clip(head_clip)))
 
     def noise_std(self, noise_multiplier: float) -> npt.NDArray[np.float64]:
         """(size,) standard deviation of the noise on each coordinate of the sum."""

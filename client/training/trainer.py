@@ -116,15 +116,17 @@ class Trainer:
             if guarantee.private
             else SeededRandom(manifest.seed, "train", owner, plan.round)
         )
-        phase, packed = manifest.phases[plan.phase], manifest.batches == "packed"
+        phase, packed = manifest.recipe_of(plan.round), manifest.batches == "packed"
         answers = (owner, plan.manifest, plan.round, plan.attempt)
         if guarantee.clip_in_step and not guarantee.noise_in_step:
             step = self._training.clipped_step(self._data, phase, state, source, packed)
             return Update(*answers, step)
-        moments = self._moments.read(owner, plan.phase, plan.round)
+        half = phase.name.partition(".")[2]  # has moments of its own, as if there were no other
+        kept = f"{plan.phase}.{half}" if half else plan.phase
+        moments = self._moments.read(owner, kept, plan.round)
         by_step = guarantee.noise_in_step
         result = self._training.update(self._data, phase, state, moments, source, by_step, packed)
-        self._moments.write(owner, plan.phase, plan.round, result.moments)
+        self._moments.write(owner, kept, plan.round, result.moments)
         delta = rounded(guarantee.clipped(result.delta, phase), manifest.wire)
         return Update(*answers, delta)
 

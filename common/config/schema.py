@@ -117,7 +117,7 @@ class LoraConfig:
     # names of layers
     targets: tuple[str, ...] = _items((AUTO,), NAME, shortest=1, one=True)
     layers: tuple[int, ...] = _items((), LAYER)  # empty: all
-    variant: str = _choice("lora", "lora", "ffa")
+    variant: str = _choice("lora", "lora", "ffa", "rolora")
 
 
 @dataclass(frozen=True)

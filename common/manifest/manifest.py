@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fedlora.common.codec.strict import build, from_canonical, json_table, to_canonical
@@ -23,6 +23,8 @@ from fedlora.common.config.schema import (
 )
 from fedlora.common.config.toml import AUTO, Bounds, Choice, Each, shown
 from fedlora.common.errors import BadInput
+from fedlora.common.manifest.turns import Mask, leaving, turns
+from fedlora.common.model.state import AdapterSpec
 
 VERSION = 1
 BATCHES = Choice(("fixed", "packed"))
@@ -203,6 +205,17 @@ class RunManifest:
             if 1 <= round_number <= last:
                 return index
         raise BadInput(f"round: found {round_number}, expected 1 to {last}")
+
+    def recipe_of(self, round_number: int) -> Phase:
+        """The phase of a round, named by what that round moves of it."""
+        index = self.phase_of(round_number)
+        phase, before = self.phases[index], sum(each.rounds for each in self.phases[:index])
+        moves = turns(phase.name, self.network.variant)
+        return replace(phase, name=moves[(round_number - before - 1) % len(moves)])
+
+    def leaving(self, spec: AdapterSpec, round_number: int) -> Mask:
+        """(size,) true where a coordinate of a round's updates leaves its institution."""
+        return leaving(spec, self.recipe_of(round_number).name, self.network.variant)
 
 
 def taken_from(cls: type, model: ModelConfig, lora: LoraConfig) -> dict[str, Any]:

@@ -26,6 +26,7 @@ Vector = npt.NDArray[np.float32]
 MAX_TENSORS = 10_000
 MAX_HEADER_BYTES = 4 << 20
 PHASES = ("head", "lora", "adapter")  # what a phase moves: the head, the rest, or both
+HALVES = ("B", "A")  # of LoRA, where a round moves one of them: "lora.B", "adapter.A"
 HEAD_PREFIX = "head."  # tensors of the task head; all others belong to the LoRA adapter
 
 
@@ -67,20 +68,24 @@ class AdapterSpec:
             mask[place] = tensor.name.startswith(HEAD_PREFIX)
         return mask
 
-    def moved_by(self, phase: str) -> npt.NDArray[np.bool_]:
-        """(size,) true where a phase of that name moves a coordinate; BadInput if unknown."""
-        if phase == "head":
-            return self.head_mask()
-        if phase == "lora":
-            return ~self.head_mask()
-        if phase == "adapter":
-            return np.ones(self.size, dtype=bool)
-        raise BadInput(f"manifest phase name: found {phase!r}, expected {', '.join(PHASES)}")
+    def half_mask(self, half: str) -> npt.NDArray[np.bool_]:
+        """(size,) true where a coordinate belongs to LoRA's A, or to its B: to all but A."""
+        mask = np.zeros(self.size, dtype=bool)
+        for tensor, place in self.slices():
+            mask[place] = (".lora_A." in tensor.name) == (half == "A")
+        return mask & ~self.head_mask()
 
-    @property
-    def moved(self) -> dict[str, int]:
-        """By a phase's name, how many coordinates it moves."""
-        return {name: int(self.moved_by(name).sum()) for name in PHASES}
+    def moved_by(self, moves: str) -> npt.NDArray[np.bool_]:
+        """(size,) true where a phase of that name, or a round that moves one half of LoRA ("lora.B"
+        or "adapter.A"), moves a coordinate; BadInput if unknown.
+        """
+        phase, dot, half = moves.partition(".")
+        known = half in HALVES and phase != "head" if dot else True
+        if phase not in PHASES or not known:
+            raise BadInput(f"manifest phase name: found {moves!r}, expected {', '.join(PHASES)}")
+        head = self.head_mask()
+        lora = self.half_mask(half) if half else ~head
+        return {"head": head, "lora": lora, "adapter": head | lora}[phase]
 
     @cached_property
     def digest(self) -> str:

@@ -19,6 +19,7 @@ from fedlora.common.config.schema import AggregationConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.manifest.turns import BY_TURNS
 from fedlora.common.model.state import AdapterSpec, Vector
 from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.calibration import Asked, Schedule
@@ -159,7 +160,7 @@ class Guarantee(ABC):
         """What is guaranteed where a ledger reserved `epsilon`, and what it rests on, in sentences
         that a data protection officer can read. ValueError where there is no such statement.
         """
-        return [*self._promise(epsilon), *self._masks(), *self._rounding()]
+        return [*self._promise(epsilon), *self._turns(), *self._masks(), *self._rounding()]
 
     @abstractmethod
     def _promise(self, epsilon: float | None) -> list[str]:
@@ -177,6 +178,17 @@ class Guarantee(ABC):
             " in a round, t = ⌊2n/3⌋ + 1 of them had to stay to the end.",
             "Secure aggregation is no differential privacy: a sum can say much about its parts."
             " ε is what bounds that.",
+        ]
+
+    def _turns(self) -> list[str]:
+        """What by turns means for an update; nothing where all of LoRA moves in each round."""
+        if self.manifest.network.variant != BY_TURNS:
+            return []
+        what = "clipped, noised and sent" if self.private else "sent"
+        cost = ", and a round costs what it would with both" if self.private else ""
+        return [
+            "The halves of LoRA move by turns, B in the first round of a phase that moves LoRA: in"
+            f" each round only the half that moves is {what}{cost}."
         ]
 
     def _rounding(self) -> list[str]:
@@ -239,7 +251,7 @@ class Guarantee(ABC):
     def check_cohort(self, phase: int, spec: AdapterSpec, members: int) -> None:  # noqa: B027
         """Refused, or BadInput, where a cohort of so many can't keep the promise of a phase."""
 
-    def noised(self, levels: Ints, phase: int, spec: AdapterSpec, members: int) -> Ints:
+    def noised(self, levels: Ints, plan: RoundPlan, spec: AdapterSpec, members: int) -> Ints:
         """An encoded update with what a member of a cohort adds to it before its mask."""
         return levels
 

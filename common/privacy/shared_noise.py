@@ -17,6 +17,7 @@ from functools import lru_cache
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import SecureTerms, SkellamTerms
 from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.manifest.turns import most_moved
 from fedlora.common.model.state import AdapterSpec
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.randomness import OsRandom
@@ -91,10 +92,10 @@ class SharedNoise(Guarantee):
         """
         self._carriers(phase, spec, members)
 
-    def noised(self, levels: Ints, phase: int, spec: AdapterSpec, members: int) -> Ints:
-        carriers = self._carriers(phase, spec, members)
-        moved = spec.moved_by(self.manifest.phases[phase].name)
-        return noised(OsRandom(), levels, moved, self.releases()[phase], carriers)
+    def noised(self, levels: Ints, plan: RoundPlan, spec: AdapterSpec, members: int) -> Ints:
+        carriers = self._carriers(plan.phase, spec, members)
+        moved = spec.moved_by(self.manifest.recipe_of(plan.round).name)
+        return noised(OsRandom(), levels, moved, self.releases()[plan.phase], carriers)
 
     def member_noise(self, phase: int) -> float:
         _, terms = self._terms()
@@ -115,7 +116,8 @@ class SharedNoise(Guarantee):
                 f"cohort: {members} members, of whose noise each adds less than of that of"
                 f" {self.manifest.largest_cohort}, expected at most as many"
             )
-        moved = int(spec.moved_by(self.manifest.phases[phase].name).sum())
+        name, variant = self.manifest.phases[phase].name, self.manifest.network.variant
+        moved = most_moved(spec, name, variant)
         if terms.coordinates[phase] != moved:
             raise BadInput(
                 f"manifest skellam coordinates: found {terms.coordinates[phase]} in phase {phase},"

@@ -166,13 +166,13 @@ def noised(
         raise BadInput(f"update: found {norm:.10g} levels, expected at most {release.longest:.10g}")
     if levels[~moved].any():
         raise BadInput("update: found a change where the phase moves nothing")
-    if int(np.count_nonzero(moved)) != release.coordinates:
+    count = int(np.count_nonzero(moved))
+    if count > release.coordinates:  # fewer cost less: the other half of LoRA may be the larger
         raise BadInput(
-            f"update: found {np.count_nonzero(moved)} coordinates that move, expected"
-            f" {release.coordinates}"
+            f"update: found {count} coordinates that move, expected at most {release.coordinates}"
         )
     result = levels.copy()
-    result[moved] += skellam(source, release.coordinates, release.share(carriers))
+    result[moved] += skellam(source, count, release.share(carriers))
     return result
 
 

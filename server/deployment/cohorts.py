@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.plan import RoundPlan, Update
+from fedlora.common.manifest.turns import placed
 from fedlora.common.model.state import AdapterSpec, AdapterState
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.norm_bound import check_norm
@@ -85,23 +86,25 @@ class ClearCohort:
                 raise BadInput(
                     f"{name}: found a {type(reply).__name__.lower()}, expected an update"
                 )
-            wire, where = self._who.manifest.wire, f"update of {name}"
-            vector = vector_from_bytes(reply.vector, state.spec.size, where, wire)
+            manifest, spec = self._who.manifest, state.spec
+            leaving = manifest.leaving(spec, plan.round)
+            count, where = int(leaving.sum()), f"update of {name}"
+            came = vector_from_bytes(reply.vector, count, where, manifest.wire)
+            vector = placed(came, leaving)
             update = Update(name, reply.manifest, reply.round, reply.attempt, vector)
-            update.check(plan, state.spec.size)
-            _check_moved(update, self._who.manifest.phases[plan.phase].name, state.spec)
-            guarantee = guarantee_of(self._who.manifest)
-            check_norm(update, guarantee.update_bound(plan.phase, state.spec.size))
+            update.check(plan, spec.size)
+            _check_moved(update, manifest.recipe_of(plan.round).name, spec)
+            check_norm(update, guarantee_of(manifest).update_bound(plan.phase, count))
         except BadInput as error:
             return Failure(name, one_line(str(error)))
         return update
 
 
-def _check_moved(update: Update, phase: str, spec: AdapterSpec) -> None:
+def _check_moved(update: Update, moves: str, spec: AdapterSpec) -> None:
     """BadInput where it moves what its phase leaves alone: neither clipped nor noised by anyone."""
-    if update.delta[~spec.moved_by(phase)].any():
+    if update.delta[~spec.moved_by(moves)].any():
         raise BadInput(
-            f"update of {update.client}: found a coordinate moved that phase {phase} leaves alone,"
+            f"update of {update.client}: found a coordinate moved that phase {moves} leaves alone,"
             " expected 0"
         )
 

@@ -29,6 +29,7 @@ import numpy as np
 from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused, Spent
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.manifest.turns import Mask
 from fedlora.common.model.state import AdapterState
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Attempted, Cohort, CohortSum, Failure, Lost, SecureRecord
@@ -101,7 +102,8 @@ def run_rounds(
         number = progress.round + 1
         phase = manifest.phase_of(number)
         plan, answer = _ask(checkpoint, cohort, progress, phase, rules, around)
-        state, memory = _apply(strategies[phase], plan, progress, answer)
+        moved = progress.state.spec.moved_by(manifest.recipe_of(number).name)
+        state, memory = _apply(strategies[phase], plan, progress, answer, moved)
         averaged, memory = _averaged(manifest, number, state, memory, rules)
         due = number % rules.evaluate_every == 0 or _ends_phase(manifest, number)
         metrics = validate(averaged, phase) if due else {}
@@ -214,13 +216,14 @@ def _attempted(
 
 
 def _apply(
-    strategy: Strategy, plan: RoundPlan, before: Progress, answer: CohortSum
+    strategy: Strategy, plan: RoundPlan, before: Progress, answer: CohortSum, moved: Mask
 ) -> tuple[AdapterState, ServerState]:
     """The next state; the same where nobody was asked; FedloraError where it is not finite."""
     if not answer.replies:
         return before.state, before.memory
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below, and named
         state, memory = strategy.apply(before.state, before.memory, answer.total / answer.replies)
+    state, memory = _standing(before, state, memory, moved)
     if all(np.isfinite(vector).all() for vector in (state.vector, *memory.vectors.values())):
         return state, memory
     raise FedloraError(
@@ -228,6 +231,23 @@ def _apply(
         f" adapter; the one of round {before.round} is kept. A smaller [server] learning_rate may"
         " help"
     )
+
+
+def _standing(
+    before: Progress, state: AdapterState, memory: ServerState, moved: Mask
+) -> tuple[AdapterState, ServerState]:
+    """What a round leaves alone stands still, and so does what a strategy remembers of it.
+
+    Else a momentum of one half of LoRA would move it in the other's round, and neither would be
+    the same at all institutions while it was trained.
+    """
+    held = before.memory.vectors
+    vectors = {
+        name: np.where(moved, new, held[name]) if name in held else new
+        for name, new in memory.vectors.items()
+    }
+    vector = np.where(moved, state.vector, before.state.vector)
+    return AdapterState(state.spec, vector), ServerState(vectors, memory.counts)
 
 
 def _averaged(

@@ -76,7 +76,7 @@ class MetricsLog:
 
     def _line(self, record: RoundRecord, spec: AdapterSpec) -> dict[str, Any]:
         checkpoint, manifest = self._checkpoint, self._checkpoint.manifest
-        phase = next(phase for phase in manifest.phases if phase.name == record.phase)
+        phase = manifest.recipe_of(record.round)
         attempts = [checkpoint.attempts_begun(index) for index in range(len(manifest.phases))]
         # by the public normaliser: how many units were really drawn does not leave a node
         examples = record.replies * phase.steps * phase.expected_units

@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from fedlora.common.config.schema import AggregationConfig
 from fedlora.common.manifest.manifest import Phase, RunManifest
+from fedlora.common.manifest.turns import most_moved
 from fedlora.common.model.state import AdapterSpec
 from fedlora.common.privacy.accountant import group_scales
 from fedlora.common.privacy.modes import guarantee_of
@@ -29,7 +28,7 @@ def noise_of_mean(
     noised = guarantee.clip_in_step and phase.noise_multiplier > 0
     if not noised or phase.optimizer != "sgd" or members < 1:
         return None
-    counts = _coordinates(phase, spec)
+    counts = _coordinates(phase, spec, manifest.network.variant)
     scales = group_scales(phase.noise_multiplier, _clips(phase))
     variance = sum(count * scale**2 for count, scale in zip(counts, scales, strict=True))
     secure = manifest.secure
@@ -62,9 +61,8 @@ def _clips(phase: Phase) -> Sequence[float]:
     return (phase.clip, phase.head_clip) if phase.head_clip else (phase.clip,)
 
 
-def _coordinates(phase: Phase, spec: AdapterSpec) -> Sequence[int]:
-    """How many each of `_clips` bounds: LoRA's and the head's, or all that the phase moves."""
-    if phase.head_clip:
-        head = int(spec.head_mask().sum())
-        return (spec.size - head, head)
-    return (int(np.count_nonzero(spec.moved_by(phase.name))),)
+def _coordinates(phase: Phase, spec: AdapterSpec, variant: str) -> Sequence[int]:
+    """How many each of `_clips` bounds: LoRA's and the head's, or all that a round moves."""
+    moved = most_moved(spec, phase.name, variant)
+    head = int(spec.head_mask().sum())
+    return (moved - head, head) if phase.head_clip else (moved,)

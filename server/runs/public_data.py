@@ -16,11 +16,12 @@ from fedlora.common.config.schema import DataConfig, ModelConfig
 from fedlora.common.data.records import Columns, Ints, Records, read_records
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
+from fedlora.common.manifest.turns import most_moved
 from fedlora.common.model.compute import COMPUTE, Compute, compute_of_run, stored_for_run
 from fedlora.common.model.features import FeatureCache, PooledTexts, Progress, pooled_features
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import PROJECTION, Projection
-from fedlora.common.model.state import AdapterState
+from fedlora.common.model.state import PHASES, AdapterState
 from fedlora.common.model.stored import QUANTISED
 from fedlora.common.tasks.batch import Encoded
 from fedlora.common.tasks.known import task_kind, task_named
@@ -144,7 +145,7 @@ class PublicSide:
             base_digest=model.base_digest,
             spec_digest=model.spec.digest,
             projection_digest="" if model.projection is None else model.projection.digest,
-            moved=model.spec.moved,
+            moved={name: most_moved(model.spec, name, model.lora.variant) for name in PHASES},
             quantised=settings.dtype if settings.dtype in QUANTISED else "",
         )
 

@@ -21,6 +21,7 @@ import numpy as np
 from fedlora.common.errors import BadInput, QuorumLost, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.manifest.turns import placed
 from fedlora.common.model.state import AdapterSpec, AdapterState
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol import stages
@@ -180,7 +181,7 @@ class SecureCohort:
         """Stages 3 to 6, over all of U2: who drops out of one attempt may be back in the next."""
         plan, listed = attempt.plan, epoch.listed
         slot = stages.slot_of(plan, self._manifest.base_digest)
-        encoding = self._encoding(plan, attempt.state.spec.size)
+        encoding = self._encoding(plan, attempt.state.spec)
         server = ServerAttempt(listed, slot, encoding, attempt.needed)
         messages = {
             name: epoch.deliver(name) if name in epoch.undelivered else b"" for name in listed.deals
@@ -257,7 +258,8 @@ class SecureCohort:
             counted.append(signer)
         return counted
 
-    def _encoding(self, plan: RoundPlan, size: int) -> Encoding:
+    def _encoding(self, plan: RoundPlan, spec: AdapterSpec) -> Encoding:
+        size = int(self._manifest.leaving(spec, plan.round).sum())
         noise = guarantee_of(self._manifest).member_noise(plan.phase)
         return stages.encoding_of(self._terms, plan.phase, size, noise)
 
@@ -269,14 +271,15 @@ class SecureCohort:
         Whose update moves what its phase leaves alone is hidden in the sum; what it moved there is
         left out.
         """
-        total = self._encoding(plan, spec.size).decode(result.levels)
-        bound = guarantee_of(self._manifest).update_bound(plan.phase, spec.size)
+        total = self._encoding(plan, spec).decode(result.levels)
+        bound = guarantee_of(self._manifest).update_bound(plan.phase, len(total))
         norm = float(np.linalg.norm(total)) / len(result.members)
         if not norm <= bound * (1 + 1e-6):
             raise BadInput(
                 f"sum: found a mean update of norm {norm:.4g}, expected at most {bound:.4g}"
             )
-        return np.where(spec.moved_by(self._manifest.phases[plan.phase].name), total, 0.0)
+        moved = spec.moved_by(self._manifest.recipe_of(plan.round).name)
+        return np.where(moved, placed(total, self._manifest.leaving(spec, plan.round)), 0.0)
 
 
 class _Failures:

@@ -21,6 +21,7 @@ from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import Delta, RoundPlan
+from fedlora.common.manifest.turns import taken
 from fedlora.common.model.state import AdapterState
 from fedlora.common.protocol import stages
 from fedlora.common.protocol.messages import (
@@ -103,7 +104,9 @@ class Resident:
         coordinator = PublicIdentity.from_text(self.shared.coordinator, NODES_FILE)
         if isinstance(request, Task):
             plan = RoundPlan.from_bytes(request.plan.opened(PLAN_TAG, coordinator))
-            update = vector_to_bytes(self._trained(name, plan, request.vector), self.manifest.wire)
+            leaving = self.manifest.leaving(self.federation.model.spec, plan.round)
+            leaves = taken(self._trained(name, plan, request.vector), leaving)
+            update = vector_to_bytes(leaves, self.manifest.wire)
             return Answer(name, plan.manifest, plan.round, plan.attempt, update)
         if isinstance(request, SignedStage):
             body = request.request.opened(STAGE_TAG, coordinator)

@@ -4,6 +4,7 @@ head        a head alone, on features of the frozen base; no noise is spent on L
 lora        LoRA and the head together, from the first round on
 head+lora   the head first, then LoRA below it
 ffa         the same with LoRA's A frozen (FFA-LoRA, Sun et al. 2024)
+rolora      the same with LoRA's B and A by turns (RoLoRA, Chen et al. 2024)
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ def _head_and_lora(config: Config) -> Config:
     return config if both else _training(config, head_rounds=UNDECIDED)
 
 
-def _ffa(config: Config) -> Config:
-    config = _head_and_lora(config)
-    return replace(config, lora=replace(config.lora, variant="ffa"))
+def _variant(name: str) -> Method:
+    def changed(config: Config) -> Config:
+        config = _head_and_lora(config)
+        return replace(config, lora=replace(config.lora, variant=name))
+
+    return changed
 
 
 def _training(config: Config, **fields: Any) -> Config:
@@ -61,5 +65,6 @@ METHODS: dict[str, Method] = {
     "head": _head,
     "lora": _lora,
     "head+lora": _head_and_lora,
-    "ffa": _ffa,
+    "ffa": _variant("ffa"),
+    "rolora": _variant("rolora"),
 }

@@ -17,9 +17,11 @@ from fedlora.client.training.memory import Memory
 from fedlora.client.training.timing import record_seconds
 from fedlora.common.config.schema import Config
 from fedlora.common.manifest.manifest import Phase, RunManifest
+from fedlora.common.manifest.turns import BY_TURNS, most_moved
 from fedlora.common.model.compute import threads
 from fedlora.common.model.features import pooled_features
 from fedlora.common.model.machine import shown
+from fedlora.common.model.state import AdapterSpec
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_of
@@ -66,7 +68,8 @@ class Plan:
     epsilon: float | None  # of all attempts, for one `unit`
     delta: float
     unit: str
-    parameters: int  # float32 numbers of an update
+    parameters: int  # float32 numbers of an adapter
+    leaving: int  # of them, how many come back in a round, at most
     attention: str
     precision: str
     dtype: str
@@ -87,7 +90,7 @@ class Plan:
     @property
     def bytes_back(self) -> int:
         """From each client in a round."""
-        return BYTES[self.wire] * self.parameters
+        return BYTES[self.wire] * self.leaving
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
@@ -164,6 +167,7 @@ def plan(
         delta=manifest.delta,
         unit=guarantee.unit,
         parameters=federation.model.spec.size,
+        leaving=_leaving(federation.model.spec, manifest),
         attention=compute.attention,
         precision=compute.precision,
         dtype=compute.dtype,
@@ -211,6 +215,14 @@ def _tenths(guarantee: Guarantee) -> dict[int, float]:
     manifest = guarantee.manifest
     shown = sorted({round(share * manifest.rounds) for share in np.linspace(0.1, 1.0, 10)} - {0})
     return {number: guarantee.epsilon_of(_taken(manifest, number)) for number in shown}
+
+
+def _leaving(spec: AdapterSpec, manifest: RunManifest) -> int:
+    """Coordinates of the largest update that a round of the run asks for."""
+    variant = manifest.network.variant
+    if variant != BY_TURNS:
+        return spec.size
+    return max(most_moved(spec, phase.name, variant) for phase in manifest.phases)
 
 
 def _schedule(plan: Plan) -> Printed:

@@ -91,6 +91,7 @@ def test_a_run_from_python(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
         each["noise_multiplier"] for each in result.summary["schedule"]
     ]
     assert before.bytes_a_round == 4 * result.summary["trainable_parameters"]
+    assert before.bytes_back == before.bytes_a_round
     assert list(before.epsilon_by_round.values()) == sorted(before.epsilon_by_round.values())
     assert "all attempts" in str(before) and "trainable parameters" in str(before)
     assert any("ε" in sentence for sentence in result.statement)

@@ -97,7 +97,7 @@ class Summing:
 class Silent(SharedRecordLevel):
     """The guarantee of an institution that keeps its part of the noise to itself."""
 
-    def noised(self, levels: Ints, phase: int, spec: AdapterSpec, members: int) -> Ints:
+    def noised(self, levels: Ints, plan: RoundPlan, spec: AdapterSpec, members: int) -> Ints:
         return levels
 
 

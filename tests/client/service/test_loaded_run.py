@@ -38,15 +38,18 @@ def node_with_data(root: Path, base: Path) -> Institution:
     return north
 
 
-@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("wire", "variant"), [("float32", "lora"), ("bfloat16", "lora"), ("float32", "rolora")]
+)
 def test_consent_training_and_answer_with_a_real_model(
-    tmp_path: Path, tiny_bert: Path, wire: str
+    tmp_path: Path, tiny_bert: Path, wire: str, variant: str
 ) -> None:
     north = node_with_data(tmp_path / "n", tiny_bert)
     loaded = LoadedRun(north.folder, north.folder.load_policy(), north.ledger)
-    network = Network.of(ModelConfig(pooling="mean"), LORA)
+    network = Network.of(ModelConfig(pooling="mean"), replace(LORA, variant=variant))
     run = manifest_of(base_digest=base_digest(tiny_bert), network=network)
     spec = loaded.spec(run, tmp_path / "none")
+    leaving = spec.size if variant == "lora" else int(spec.moved_by("adapter.B").sum())
     run = replace(run, spec_digest=spec.digest, wire=wire)
     north.resident = Resident(
         north.folder, north.folder.load_policy(), north.identity, north.ledger, loaded
@@ -57,9 +60,10 @@ def test_consent_training_and_answer_with_a_real_model(
     first = north.resident.ask(task)
     answer = north.read(first)
     assert isinstance(answer, Answer) and north.resident.ask(task) == first
-    assert len(answer.vector) == {"float32": 4, "bfloat16": 2}[wire] * spec.size
-    update = vector_from_bytes(answer.vector, spec.size, "answer", wire)
+    assert len(answer.vector) == {"float32": 4, "bfloat16": 2}[wire] * leaving
+    update = vector_from_bytes(answer.vector, leaving, "answer", wire)
     assert np.isfinite(update).all() and update.any()
+    assert update.all() or variant == "lora"  # noise on all that leaves
     kinds = [entry.body["kind"] for entry in north.ledger.entries()]
     assert kinds == ["open", "consent", "reserve", "commit"]
     consent = north.ledger.entries()[1].body

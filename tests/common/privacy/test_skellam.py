@@ -240,7 +240,7 @@ def test_what_leaves_is_checked_as_whole_numbers() -> None:
         with pytest.raises(BadInput, match=said):
             noised(SOURCE, np.array(levels), moved, release, 2)
     with pytest.raises(BadInput, match="coordinates that move"):
-        noised(SOURCE, np.array([1, 0, 0]), np.array([True, False, False]), release, 2)
+        noised(SOURCE, np.array([1, 0, 0]), np.array([True, True, True]), release, 2)
 
 
 # --- the noise ------------------------------------------------------------------------------------

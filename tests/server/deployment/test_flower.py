@@ -247,6 +247,29 @@ def test_the_sum_of_good_updates() -> None:
     assert 3.0 <= grid.time < 4.0
 
 
+def test_of_a_run_by_turns_the_half_that_moves_is_what_may_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of it, as in other runs, is no answer; the sum has the half where it belongs."""
+    tensors = (TensorSpec("q.lora_A.weight", (1, 3)), TensorSpec("q.lora_B.weight", (2, 1)))
+    spec = AdapterSpec(tensors)
+    run = replace(MANIFEST, network=replace(MANIFEST.network, variant="rolora"))
+    state = AdapterState.zeros(spec)
+    for number, expected in ((1, [0, 0, 0, 9, 9]), (2, [9, 9, 9, 0, 0])):
+        sizes = {10: 3 - number % 2, 11: 5, 12: 3 - number % 2}
+        monkeypatch.setattr(f"{__name__}.MANIFEST", run)
+        plan = RoundPlan(run.digest, 0, number, number, state.digest)
+
+        def sending(count: int, number: int = number) -> Behaviour:
+            told = (run.digest, number, number, vector_to_bytes(np.full(count, 4.5, np.float32)))
+            return answers(lambda message: signed(Answer(name_of(message), *told)))
+
+        grid = FakeGrid({node: sending(count) for node, count in sizes.items()})
+        found = cohort_of(grid).total(plan, state)
+        np.testing.assert_array_equal(found.total, expected)
+        assert found.replies == 2 and "found 20 bytes" in found.failures[0].reason
+
+
 def test_a_robust_mean_stands_in_for_the_sum_where_it_is_asked_for() -> None:
     grid = FakeGrid({10: good(1.0), 11: good(2.0), 12: good(1e6)})
     gather = gathering(AggregationConfig(strategy="median"))

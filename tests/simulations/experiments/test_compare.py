@@ -23,10 +23,12 @@ FEW = ("federation.rounds=2", "training.head_rounds=1", "federation.spare_rounds
 
 def test_each_method_is_what_it_says() -> None:
     given = load_config(federation={"rounds": 10}, training={"head_rounds": 4, "moves": "lora"})
-    head, lora, both, ffa = (METHODS[name](given) for name in ("head", "lora", "head+lora", "ffa"))
+    head, lora, both, ffa, turns = (
+        METHODS[name](given) for name in ("head", "lora", "head+lora", "ffa", "rolora")
+    )
     assert head.training.head_rounds == head.federation.rounds == 10
     assert (lora.training.head_rounds, lora.training.moves) == (0, "both")
-    assert both == given and ffa.lora.variant == "ffa"
+    assert both == given and (ffa.lora.variant, turns.lora.variant) == ("ffa", "rolora")
     # of a configuration that has one phase alone, the rules divide the rounds
     alone = replace(given, training=replace(given.training, head_rounds=10))
     assert METHODS["head+lora"](alone).training.head_rounds == -1

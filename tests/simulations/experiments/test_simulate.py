@@ -127,6 +127,32 @@ def stopped_after(rounds: int, settings: Config, folder: Path) -> SimulatedRun:
     return run
 
 
+@pytest.mark.parametrize("mode", ["record", "none"])
+def test_a_run_by_turns_that_was_stopped_moves_both_halves(
+    tiny_bert: Path, data: Path, tmp_path: Path, mode: str
+) -> None:
+    """Round 3 is B's, begun twice; round 4 A's. Without noise it ends as if nothing had been."""
+    settings = config(tiny_bert, data, mode, 'lora.variant="rolora"', 'training.optimizer="adamw"')
+    run = stopped_after(3, settings, tmp_path / "run")
+    start, before = run.public.initial.vector, run.checkpoint.load().state.vector
+    spec = run.checkpoint.load().state.spec
+    run.ledger.close()
+    again, summary = run_whole(settings, tmp_path / "run", resume=True)
+    found = again.checkpoint.load().phases[-1].state.vector
+    for half in "AB":
+        mask = spec.half_mask(half)
+        assert (before[mask] == start[mask]).all() and (found[mask] != start[mask]).any()
+    if mode == "record":
+        plain = begin(config(tiny_bert, data, mode), tmp_path / "plain", cpu())
+        told = [each["noise_multiplier"] for each in summary["schedule"]]  # type: ignore[attr-defined]
+        assert told == [phase.noise_multiplier for phase in plain.manifest.phases]
+        assert any("by turns" in line for line in summary["privacy_statement"])  # type: ignore[attr-defined]
+        plain.ledger.close()
+    else:
+        _, whole = run_whole(settings, tmp_path / "whole")
+        assert whole["adapter_digest"] == summary["adapter_digest"]
+
+
 def test_a_private_run_leaves_what_the_contract_says(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
