@@ -27,6 +27,7 @@ TESTS = (
     "tests/client/secagg/test_machine.py",
     "tests/client/secagg/test_shared_noise.py",
     "tests/client/secagg/test_shared_records.py",
+    "tests/client/secagg/test_turns.py",
     "tests/common/privacy/test_skellam.py",
     "tests/common/privacy/test_unit_release.py",
 )
@@ -51,6 +52,7 @@ RUN, CALIBRATION = "client/secagg/masked_run.py", "common/privacy/calibration.py
 SKELLAM, PRIVACY = "common/privacy/skellam.py", "common/privacy/institution_level.py"
 SHARED, RECORDS = "common/privacy/shared_noise.py", "common/privacy/shared_record_level.py"
 UNITS, PROMISE = "common/privacy/unit_release.py", "client/consent/promise.py"
+TURNS = "common/manifest/turns.py"
 RUNS, WIRE = "client/secagg/runs.py", "common/secagg/wire.py"
 MUTANTS = (
     Mutant("a stranger counts", COHORT, "if name not in self.peers:", "if False:"),
@@ -261,9 +263,11 @@ MUTANTS = (
         "training before the checks",
         RUN,
         "        self.node.check(\n            stages.slot_of(plan, self._manifest.base_digest),"
-        " self._encoding(plan.phase, spec.size)\n        )\n",
+        " self._encoding(plan.phase, size)\n        )\n",
         "",
     ),
+    Mutant("the other half leaves", TURNS, "    if values[~mask].any():\n", "    if False:\n"),
+    Mutant("noise on the whole phase", SHARED, "recipe_of(plan.round)", "phases[plan.phase]"),
     Mutant("any threshold rule", RUN, "if terms.threshold != cohort.THRESHOLD_RULE:", "if False:"),
     Mutant(
         "an attempt is trained again", RUN, "        if sent is not None:\n", "        if False:\n"
