@@ -123,6 +123,7 @@ class Institutions:
     def update(self, client: int, plan: RoundPlan, state: AdapterState) -> Update:
         noise = np.random.default_rng([client, plan.round]).normal(size=state.spec.size)
         delta = 0.5 * (target(client, state.spec.size) - state.vector) + self.wobble * noise
+        delta[~state.spec.moved_by(self.manifest.recipe_of(plan.round).name)] = 0.0
         honest = Update(
             f"client-{client}", plan.manifest, plan.round, plan.attempt, delta.astype(np.float32)
         )

@@ -173,6 +173,16 @@ def test_any_number_of_nodes(folder: Path, reference: Path, tmp_path: Path, node
     _assert_same_run(tmp_path / "run-7", reference)
 
 
+def test_halves_that_move_by_turns_come_back_where_they_belong(
+    folder: Path, tmp_path: Path
+) -> None:
+    settings = load_config(folder / "config.toml", ["lora.variant='rolora'"])
+    run = begin(settings, tmp_path / "plain", cpu())
+    finish(run, conduct(run, sequential(run)))
+    serve(folder / "config.toml", tmp_path / "run", 2, set="lora.variant='rolora'")
+    _assert_same_run(tmp_path / "run", tmp_path / "plain")
+
+
 def test_it_does_not_matter_which_actor_trains_a_client(
     folder: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
