@@ -51,7 +51,6 @@ def options(
     ] = False,
 ) -> None:
     """What stands before a command."""
-    pass
 
 
 @app.command()
@@ -148,6 +147,28 @@ def check_data(node: Folder = HERE) -> None:
         _say(f"{name}: {len(records)} records, {units} units, charges {data.budget}")
         for line in lines:
             _say(f"  {line}")
+
+
+@app.command()
+def personalise(
+    adapter: Annotated[Path, typer.Argument(help="A release's adapter folder.")],
+    out: Annotated[Path, typer.Option(help="A new folder, for this account alone.")],
+    data: Annotated[str, typer.Option(help="A data set of the policy, if several fit.")] = "",
+    node: Folder = HERE,
+) -> None:
+    """A head of this institution's own above a released adapter; it stays here, and costs no ε.
+
+    What is printed and written tells of private records: it is for the institution alone.
+    """
+    _offline()
+    from fedlora.client.service.personalise import personalise as fitted
+
+    folder = NodeFolder(node)
+    found = fitted(folder, folder.load_policy(), adapter, out, data)
+    for title, figures in (("released head", found.released), ("own head", found.own)):
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        _say(f"{title} on records that it was not fitted to: {shown or 'too few to tell'}")
+    _say(f"{out}: {'the released head is kept' if found.pull is None else f'pull {found.pull:g}'}")
 
 
 @app.command("base")

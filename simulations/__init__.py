@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedlora.simulations.experiments.compare import Comparison, compare
     from fedlora.simulations.experiments.configuration import load_config
     from fedlora.simulations.experiments.federated_trainer import FederatedTrainer
+    from fedlora.simulations.experiments.personalised import personalise
     from fedlora.simulations.experiments.planning import Plan, plan
     from fedlora.simulations.experiments.simulate import Result, simulate
     from fedlora.simulations.experiments.sweep import Sweep, sweep
@@ -56,6 +57,7 @@ FACE = {
     "compare": "simulations.experiments.compare",
     "Comparison": "simulations.experiments.compare",
     "FederatedTrainer": "simulations.experiments.federated_trainer",
+    "personalise": "simulations.experiments.personalised",
     "sweep": "simulations.experiments.sweep",
     "Sweep": "simulations.experiments.sweep",
     "load_adapter": "common.adapter.peft",
@@ -98,6 +100,7 @@ __all__ = [
     "compare",
     "load_adapter",
     "load_config",
+    "personalise",
     "plan",
     "sequential",
     "simulate",

@@ -76,7 +76,7 @@ def _head_part(
     bound: float | None,
 ) -> tuple[torch.Tensor, int]:
     inputs, outputs, value = [], [], features
-    for layer in _layers_of(head):
+    for layer in layers_of(head):
         if isinstance(layer, nn.Linear):
             inputs.append(value.detach())
             # not layer(value): Opacus would record it
@@ -155,7 +155,7 @@ def _factors(norms: torch.Tensor, bound: float | None) -> tuple[torch.Tensor, to
     return finite, weights
 
 
-def _layers_of(head: nn.Module) -> list[nn.Module]:
+def layers_of(head: nn.Module) -> list[nn.Module]:
     """The head's layers in order; BadInput where a trainable layer is not linear with a bias."""
     layers: list[nn.Module] = [head] if isinstance(head, nn.Linear) else list(head.children())
     for layer in layers:

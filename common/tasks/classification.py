@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -59,18 +60,21 @@ class SequenceClassification(TextTask):
     def details(self, totals: Totals) -> dict[str, Any]:
         """The confusion matrix, and the recall of each class."""
         confusion = totals["confusion"]
-        total = confusion.sum(axis=1)
-        recall = np.divide(np.diag(confusion), total, out=np.zeros(len(total)), where=total > 0)
+        recalls = zip(self.labels, recall_by_class(confusion), strict=True)
         return {
             "confusion": confusion.astype(int).tolist(),
-            "recall_by_class": {
-                label: float(value) for label, value in zip(self.labels, recall, strict=True)
-            },
+            "recall_by_class": {label: float(value) for label, value in recalls},
         }
 
     def answers(self, outputs: torch.Tensor, batch: Batch) -> list[str]:
         """The likeliest label of each record."""
         return [self.labels[int(best)] for best in outputs.argmax(dim=1)]
+
+
+def recall_by_class(confusion: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(labels,) of a confusion matrix by true row; 0 for a class that does not occur."""
+    total: npt.NDArray[np.float64] = confusion.sum(axis=1)
+    return np.diag(confusion) / np.maximum(total, 1.0)
 
 
 def precise(outputs: torch.Tensor) -> torch.Tensor:

@@ -115,10 +115,13 @@ class Federation:
     ) -> Trainer:
         """The trainer of one institution that consented to `manifest`; Refused if it may not."""
         budget = self._budget(self.budget_name(client), manifest)
-        data = ClientData(client_name(client), self.train, self._units_of(client))
-        trainer = Trainer(data, self.training, ledger, budget, moments, masked)
+        trainer = Trainer(self.data_of(client), self.training, ledger, budget, moments, masked)
         trainer.consent(manifest)
         return trainer
+
+    def data_of(self, client: int) -> ClientData:
+        """The records of one institution."""
+        return ClientData(client_name(client), self.train, self._units_of(client))
 
     def charge(self, manifest: RunManifest, ledger: Ledger) -> None:
         """Reserve the run's ε once for the whole population, before training; Refused past its cap.

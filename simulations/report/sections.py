@@ -20,6 +20,8 @@ from fedlora.simulations.report import answers, numbers, plots, tables
 FEW = 40  # clients that get a row of their own; more are drawn as histograms
 NARROW = 12  # labels that fit into a table; more are drawn as a heat map
 SHOWN = 15  # rows of lists that could be long
+OWN_HEAD = "with its own head"  # accuracy, where `fedlora-sim personalise` fitted heads
+SHARES = ("accuracy", OWN_HEAD)
 COMPARED = {
     "untrained": ("Before training", "the base model with an untrained head"),
     "non-private": (
@@ -151,6 +153,8 @@ def clients(summary: Summary) -> dict[str, Any]:
     columns = [("records", numbers.number, [int(count) for count in records])]
     columns += [("ε", shown_epsilon, epsilon)] if epsilon else []
     columns += [("accuracy", numbers.percent, accuracy)] if accuracy else []
+    own = [row["own"] for row in summary.get("personal", {}).get("by_client", {}).values()]
+    columns += [(OWN_HEAD, numbers.percent, own)] if own else []
     if len(names) <= FEW:
         return {
             "columns": columns,
@@ -160,9 +164,7 @@ def clients(summary: Summary) -> dict[str, Any]:
         }
     spreads = [(title, show, tables.spread(values)) for title, show, values in columns]
     drawn = [(title, values) for title, _, values in columns if min(values) < max(values)]
-    pictures = [
-        (plots.histogram(values, title, title == "accuracy"), title) for title, values in drawn
-    ]
+    pictures = [(plots.histogram(values, title, title in SHARES), title) for title, values in drawn]
     return {"columns": columns, "rows": [], "pictures": pictures, "spreads": spreads}
 
 
@@ -170,7 +172,7 @@ def _client_rows(
     names: Sequence[str], columns: Sequence[Any]
 ) -> list[tuple[str, list[tuple[str, float]]]]:
     """For each client its figures, as text and as the length of a bar in percent."""
-    tops = [1.0 if title == "accuracy" else max([*values, 1e-12]) for title, _, values in columns]
+    tops = [1.0 if title in SHARES else max([*values, 1e-12]) for title, _, values in columns]
     return [
         (
             name,
