@@ -1,4 +1,4 @@
-"""Formats of data files: lines of JSON, CSV, Parquet and Arrow as columns, within bounds.
+"""Formats of data files: lines of JSON, CSV, Parquet, Arrow and SQLite as columns, within bounds.
 
 Every fault is one line that names file, and row or line.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.common.config.toml import shown
+from fedlora.common.data.database import ENDINGS, read_database
 from fedlora.common.errors import BadInput
 
 Values = list[Any]
@@ -170,6 +171,7 @@ READERS: dict[str, Reader] = {
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
+    **dict.fromkeys(ENDINGS, read_database),
 }
 
 

@@ -239,8 +239,8 @@ BAD: dict[str, Bad] = {
     "data-ending": (
         "a.txt",
         _text("a"),
-        "a.txt: found .txt, expected one of .jsonl, .json, .csv, .tsv, .parquet, .arrow, or with"
-        " .gz",
+        "a.txt: found .txt, expected one of .jsonl, .json, .csv, .tsv, .parquet, .arrow, .sqlite,"
+        " .sqlite3, .db, or with .gz",
     ),
 }
 
@@ -312,7 +312,7 @@ def test_truncated_parquet(kept: int, tmp_path: Path) -> None:
 def test_no_such_file(tmp_path: Path) -> None:
     assert (
         fault(tmp_path / "a.csv") == f"{tmp_path}/a.csv: found no such file, expected one of"
-        " .jsonl, .json, .csv, .tsv, .parquet, .arrow"
+        " .jsonl, .json, .csv, .tsv, .parquet, .arrow, .sqlite, .sqlite3, .db"
     )
     with pytest.raises(BadInput, match="found no such file"):
         read_label_set(tmp_path / "a.csv", "label")
