@@ -46,6 +46,8 @@ WARMUP = 0.1  # of LoRA's rounds: its first gradients are of a B that is zero
 OPEN_RATE = 1e-3  # AdamW's, for LoRA without privacy
 MOST_EPSILON = 100.0  # beyond it, e^ε and the normal tails are rounding
 OPEN_BATCH, OPEN_ROUNDS, OPEN_EPOCHS = 32, 10, 3
+# Few units, as documents are, go through in smaller batches: ten steps in all teach nothing.
+OPEN_STEPS, SMALLEST_BATCH = 90, 4
 
 # chosen by what `federation.units` says
 BY_UNITS = frozenset(
@@ -177,7 +179,8 @@ def _lora(config: Config, facts: PublicFacts) -> Chosen:
         optimizer = "sgd"
     else:
         rounds = config.federation.rounds - training.head_rounds
-        rate = min(1.0, OPEN_BATCH / units)
+        batch = min(OPEN_BATCH, max(SMALLEST_BATCH, OPEN_EPOCHS * units / OPEN_STEPS))
+        rate = min(1.0, batch / units)
         steps = max(1, round(OPEN_EPOCHS / (rate * max(1, rounds))))
         optimizer = "adamw"
     if training.optimizer != AUTO:

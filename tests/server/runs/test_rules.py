@@ -105,6 +105,16 @@ def test_without_privacy_small_steps_make_up_epochs() -> None:
     assert rounds * training.steps * training.sampling_rate == pytest.approx(3, rel=0.05)
 
 
+@pytest.mark.parametrize(("units", "batch"), [(590, 4), (6_000, 20), (40_000, 32)])
+def test_few_units_go_through_in_small_batches(units: int, batch: int) -> None:
+    """Ten institutions: 59 documents in batches of 32 were ten steps, which taught nothing."""
+    config = chosen('[privacy]\nmode = "none"', PublicFacts(units, 5))
+    training, rounds = config.training, config.federation.rounds - config.training.head_rounds
+    assert training.expected_units == pytest.approx(batch)
+    epochs = rounds * training.steps * training.sampling_rate
+    assert epochs == pytest.approx(3, rel=0.2)
+
+
 @pytest.mark.parametrize("mode", ["record", "none"])
 @pytest.mark.parametrize(("optimizer", "local"), [("adamw", 1e-3), ("sgd", 1.0)])
 def test_a_rate_suits_the_optimizer_that_is_given(mode: str, optimizer: str, local: float) -> None:
