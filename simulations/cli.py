@@ -145,7 +145,10 @@ def sweep(
 def compare(
     config: ConfigFile,
     methods: Annotated[
-        str, typer.Option(help="Of head, lora, head+lora, ffa, rolora: several, between commas.")
+        str,
+        typer.Option(
+            help="Of head, lora, head+lora, ffa, rolora, flexlora: several, between commas."
+        ),
     ] = "head,lora,head+lora",
     epsilon: Annotated[str, typer.Option(help='Numbers, or "none".')] = "1,3,8,none",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, from the file's seed on.")] = 3,

@@ -15,6 +15,8 @@ from fedlora.common.data.records import UnitIndex
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.tasks.batch import Encoded
 
+Dense = npt.NDArray[np.float64]
+
 # --- clipping: one record at a time, one unit at a time, plain autograd, float64 sums -------------
 
 
@@ -105,6 +107,38 @@ def server_states(
         x, m, v = ([float(np.float32(value)) for value in vector] for vector in (x, m, v))
         states.append(list(x))
     return states
+
+
+# --- means of products B·A: every one written out, as (out, in) matrices in float64 ---------------
+
+
+def mean_of_dense_products(factors: list[tuple[Dense, Dense]]) -> Dense:
+    """mean(Bᵢ Aᵢ) of pairs (A, B): what an exact rule gives."""
+    total = sum((b @ a for a, b in factors), np.zeros((len(factors[0][1]), len(factors[0][0].T))))
+    return np.asarray(total / len(factors))
+
+
+def product_of_means(factors: list[tuple[Dense, Dense]]) -> Dense:
+    """mean(B) mean(A): FedAvg's."""
+    a, b = (np.mean([pair[k] for pair in factors], axis=0) for k in (0, 1))
+    return np.asarray(b @ a)
+
+
+def cut_to_rank(matrix: Dense, rank: int) -> Dense:
+    """The nearest of that rank (FlexLoRA's of the mean), by a whole SVD."""
+    u, values, v = np.linalg.svd(matrix, full_matrices=False)
+    return np.asarray((u[:, :rank] * values[:rank]) @ v[:rank])
+
+
+def with_residual(factors: list[tuple[Dense, Dense]]) -> tuple[Dense, Dense]:
+    """FedEx-LoRA (Singhal et al. 2024): the product of the means, and what a base has to take."""
+    product = product_of_means(factors)
+    return product, np.mean([b @ a for a, b in factors], axis=0) - product
+
+
+def stacked(factors: list[tuple[Dense, Dense]]) -> tuple[Dense, Dense]:
+    """FLoRA (Wang et al. 2024): A and B of rank n·r, whose product is the mean."""
+    return (np.vstack([a for a, _ in factors]), np.hstack([b / len(factors) for _, b in factors]))
 
 
 # --- secure aggregation: whole numbers and hashlib only; nothing of the implementation, nothing of

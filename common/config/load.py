@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
-from fedlora.common.config.schema import ROBUST, Config, FaultsConfig
+from fedlora.common.config.schema import FLEXLORA, ROBUST, Config, FaultsConfig
 from fedlora.common.config.task_names import BUILT_IN, BY_WORD, LANGUAGES
 from fedlora.common.config.toml import AUTO, UNDECIDED, read_fields, read_table, shown
 from fedlora.common.disk.files import read_bytes, text_of
@@ -57,6 +57,8 @@ def _together(config: Config) -> Iterator[Fault]:
     yield from _shared_noise(config)
     if config.aggregation.strategy in ROBUST:
         yield from _robust(config)
+    if config.aggregation.strategy == FLEXLORA:
+        yield from _flexlora(config)
     if federation.partition == "by-column" and not federation.column:
         paths = ("federation.partition", "federation.column")
         yield paths, '[federation] column = "": expected a column, since partition = "by-column"'
@@ -172,6 +174,34 @@ def _robust(config: Config) -> Iterator[Fault]:
             f"{found} with hostile = {asked.hostile}: expected at least {asked.fewest} institutions"
             f" in a round, found {members:g}",
         )
+
+
+def _flexlora(config: Config) -> Iterator[Fault]:
+    """What a mean of products can't be combined with: it needs each, and changes their basis."""
+    found, server = f'[aggregation] strategy = "{FLEXLORA}"', config.server
+    remembers = "A and B have another basis after each round"
+    expected: tuple[tuple[str, object, bool, str], ...] = (
+        ("aggregation.secure", False, config.aggregation.secure, "masks leave but a sum"),
+        ("lora.variant", "lora", config.lora.variant != "lora", "the mean of one half is exact"),
+        ("server.optimizer", "none", server.optimizer not in ("none", AUTO), remembers),
+        ("server.learning_rate", 1, server.learning_rate not in (1, UNDECIDED), remembers),
+        ("server.warmup", 0, server.warmup > 0, remembers),
+        ("server.decay", "none", server.decay == "linear", remembers),
+        ("server.average_last", 0, server.average_last > 0, remembers),
+        (
+            "training.carry_optimizer",
+            False,
+            config.training.carry_optimizer and config.training.optimizer == "adamw",
+            remembers,
+        ),
+    )
+    for path, value, wrong, reason in expected:
+        if wrong:
+            section, field = path.split(".")
+            yield (
+                ("aggregation.strategy", path),
+                f"{found}: expected [{section}] {field} = {shown(value)}: {reason}",
+            )
 
 
 def _under_masks(config: Config, asked: str, path: str) -> Iterator[Fault]:

@@ -35,6 +35,7 @@ LAYER = Bounds(0, 10_000)
 ALL_LINEAR = "all-linear"  # of [lora] targets, as is AUTO
 # strategies that compare updates: how many they need beyond twice the hostile ones
 ROBUST = {"median": 1, "trimmed-mean": 1, "multi-krum": 3, "norm-filter": 1}
+FLEXLORA = "flexlora"  # a strategy that needs each institution's product B·A
 ATTACKS = ("sybil", "small-u2", "two-lists", "corrupt-share")
 
 
@@ -224,7 +225,7 @@ class PrivacyConfig:
 class AggregationConfig:
     """[aggregation]: how updates are added."""
 
-    strategy: str = _choice("fedavg", "fedavg", *ROBUST)
+    strategy: str = _choice("fedavg", "fedavg", FLEXLORA, *ROBUST)
     hostile: int = _number(1, 1, 1000)  # institutions whose updates a robust strategy bears
     # the coordinator learns sums of at least minimum_cohort updates, and nothing else
     secure: bool = False

@@ -38,7 +38,7 @@ class ClearCohort:
         members = self._who.gather()
         asked, failures = self._who.asked(members, plan)
         declined = len(failures)
-        gathered = self._gather(state.spec.size)
+        gathered = self._gather(state)
         for name, answer in self._answers(plan, state, asked):
             found = (
                 answer

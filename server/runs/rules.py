@@ -18,7 +18,7 @@ from statistics import NormalDist
 from typing import Any
 
 from fedlora.common.config.load import parse_config
-from fedlora.common.config.schema import Config, config_to_toml, open_fields
+from fedlora.common.config.schema import FLEXLORA, Config, config_to_toml, open_fields
 from fedlora.common.config.task_names import BY_WORD
 from fedlora.common.config.toml import AUTO, UNDECIDED
 from fedlora.common.errors import BadInput
@@ -66,7 +66,7 @@ class PublicFacts:
 
 def decided(config: Config, facts: PublicFacts) -> Config:
     """`config` with a value in every place; BadInput where chosen and given don't fit together."""
-    for rule in (_network, _rounds, _head, _lora, _server):
+    for rule in (_network, _rounds, _head, _lora, _local, _server):
         config = _filled(config, rule(config, facts))
     return parse_config(config_to_toml(config), "config")
 
@@ -191,10 +191,17 @@ def _lora(config: Config, facts: PublicFacts) -> Chosen:
         "sampling_rate": rate,
         "expected_units": max(1.0, units * rate),
         "optimizer": optimizer,
-        "learning_rate": _local_rate(optimizer),
         "moves": moves,
     }
     return {"training": chosen, "privacy": {"clip": LORA_CLIP}}
+
+
+def _local(config: Config, facts: PublicFacts) -> Chosen:
+    """Where the server has to take what comes as it is, SGD's rate is the whole of it."""
+    training, rate = config.training, _local_rate(config.training.optimizer)
+    if config.aggregation.strategy == FLEXLORA and training.optimizer == "sgd":
+        rate = _lora_rate(config) / (1 - config.server.momentum) / training.steps
+    return {"training": {"learning_rate": rate}}
 
 
 def _local_rate(optimizer: str) -> float:
@@ -204,8 +211,8 @@ def _local_rate(optimizer: str) -> float:
 
 def _server(config: Config, facts: PublicFacts) -> Chosen:
     """A rate is a phase's as a whole: what the nodes' own rate is counts in it."""
-    training = config.training
-    if training.optimizer == "adamw":  # its steps have their size already
+    training, flexlora = config.training, config.aggregation.strategy == FLEXLORA
+    if training.optimizer == "adamw" or flexlora:  # its steps have their size already
         optimizer, rate = "none", 1.0
     else:
         local = training.learning_rate * training.steps
@@ -220,8 +227,8 @@ def _server(config: Config, facts: PublicFacts) -> Chosen:
             "learning_rate": rate,
             "head_optimizer": "none",
             "head_learning_rate": head,
-            "warmup": WARMUP,
-            "decay": "linear",
+            "warmup": 0.0 if flexlora else WARMUP,
+            "decay": "none" if flexlora else "linear",
             "average_last": 0.0,
         }
     }

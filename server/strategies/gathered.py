@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fedlora.common.config.schema import AggregationConfig
-from fedlora.common.model.state import Vector
-from fedlora.server.strategies.robust import ROBUST_MEANS, RobustMean
+from fedlora.common.config.schema import FLEXLORA, AggregationConfig
+from fedlora.common.model.state import AdapterState, Vector
+from fedlora.server.strategies.flexlora import mean_of_products
+from fedlora.server.strategies.robust import ROBUST_MEANS
 
 Floats = npt.NDArray[np.float64]
 
@@ -32,8 +34,8 @@ class Gathered(Protocol):
 class Summed:
     """Their sum: one float64 vector, whatever the number of updates."""
 
-    def __init__(self, size: int) -> None:
-        self._total = np.zeros(size, dtype=np.float64)
+    def __init__(self, state: AdapterState) -> None:
+        self._total = np.zeros(state.spec.size, dtype=np.float64)
         self.count = 0
 
     def add(self, update: Vector) -> None:
@@ -47,10 +49,13 @@ class Summed:
 
 
 class Kept:
-    """All of them, for a mean that compares them: 4 bytes a coordinate and update, and copies."""
+    """All of them, for what needs each: 4 bytes a coordinate and update, and copies.
 
-    def __init__(self, size: int, mean: RobustMean, hostile: int, fewest: int) -> None:
-        self._size, self._mean, self._hostile, self._fewest = size, mean, hostile, fewest
+    `mean` makes (size,) of (n, size), what stands for their mean.
+    """
+
+    def __init__(self, size: int, mean: Callable[[Floats], Floats], fewest: int = 1) -> None:
+        self._size, self._mean, self._fewest = size, mean, fewest
         self._updates: list[Vector] = []
 
     def add(self, update: Vector) -> None:
@@ -63,17 +68,25 @@ class Kept:
         return len(self._updates)
 
     def total(self) -> Floats:
-        """`count` times the robust mean, (size,); 0 of too few, which make no quorum either."""
+        """`count` times that mean, (size,); 0 of too few, which make no quorum either."""
         if self.count < self._fewest:
             return np.zeros(self._size, dtype=np.float64)
         stacked = np.stack(self._updates).astype(np.float64)
-        return self.count * self._mean(stacked, self._hostile)
+        return self.count * self._mean(stacked)
 
 
-Gather = Callable[[int], Gathered]  # by the size of an update
+Gather = Callable[[AdapterState], Gathered]  # by the state that the updates start from
 
 
 def gathering(asked: AggregationConfig) -> Gather:
     """How a run with that configuration takes the updates of an attempt."""
-    mean = ROBUST_MEANS.get(asked.strategy)
-    return Summed if mean is None else lambda size: Kept(size, mean, asked.hostile, asked.fewest)
+    if asked.strategy == FLEXLORA:
+        return lambda state: Kept(state.spec.size, partial(mean_of_products, state))
+    robust = ROBUST_MEANS.get(asked.strategy)
+    if robust is None:
+        return Summed
+
+    def mean(updates: Floats) -> Floats:
+        return robust(updates, asked.hostile)
+
+    return lambda state: Kept(state.spec.size, mean, asked.fewest)

@@ -46,7 +46,7 @@ class SequentialCohort:
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
         """The sum of one attempt's updates, or what a robust mean makes of them; and who failed."""
         started = time.monotonic()
-        gathered, failures = self._gather(state.spec.size), []
+        gathered, failures = self._gather(state), []
         asked = choose_clients(self._manifest, self._federation, plan)
         for client in asked:
             answer = self._answer(client, plan, state)

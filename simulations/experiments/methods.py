@@ -5,6 +5,7 @@ lora        LoRA and the head together, from the first round on
 head+lora   the head first, then LoRA below it
 ffa         the same with LoRA's A frozen (FFA-LoRA, Sun et al. 2024)
 rolora      the same with LoRA's B and A by turns (RoLoRA, Chen et al. 2024)
+flexlora    the same with the mean of the products B·A, cut to the rank (FlexLoRA, Bai et al. 2024)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fedlora.common.config.schema import Config
+from fedlora.common.config.schema import FLEXLORA, Config
 from fedlora.common.config.toml import UNDECIDED, suggestion
 from fedlora.common.errors import BadInput
 from fedlora.server.runs.rules import HEAD_ROUNDS
@@ -57,6 +58,11 @@ def _variant(name: str) -> Method:
     return changed
 
 
+def _flexlora(config: Config) -> Config:
+    config = _training(_head_and_lora(config), carry_optimizer=False)
+    return replace(config, aggregation=replace(config.aggregation, strategy=FLEXLORA))
+
+
 def _training(config: Config, **fields: Any) -> Config:
     return replace(config, training=replace(config.training, **fields))
 
@@ -67,4 +73,5 @@ METHODS: dict[str, Method] = {
     "head+lora": _head_and_lora,
     "ffa": _variant("ffa"),
     "rolora": _variant("rolora"),
+    "flexlora": _flexlora,
 }

@@ -22,7 +22,7 @@ from fedlora.common.config.toml import UNDECIDED
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
 
-STRATEGIES = "fedavg, median, trimmed-mean, multi-krum, norm-filter"
+STRATEGIES = "fedavg, flexlora, median, trimmed-mean, multi-krum, norm-filter"
 
 SECTIONS = [field.name for field in fields(Config) if field.name != "seed"]
 

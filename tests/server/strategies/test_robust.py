@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import ROBUST, AggregationConfig
 from fedlora.common.errors import BadInput
+from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.server.strategies.gathered import Summed, gathering
 from fedlora.server.strategies.robust import ROBUST_MEANS
 
@@ -76,7 +77,7 @@ def test_hostile_updates_do_not_carry_it_away(name: str, attack: float) -> None:
     asked = AggregationConfig(strategy=name, hostile=2)
     honest = 1.0 + 0.1 * drawn(5, 8, 50)
     both = np.concatenate([honest, np.full((2, 50), attack)]).astype(np.float32)
-    gathered = gathering(asked)(50)
+    gathered = gathering(asked)(zeros(50))
     for update in both:
         gathered.add(update)
     found = gathered.total() / gathered.count
@@ -86,8 +87,12 @@ def test_hostile_updates_do_not_carry_it_away(name: str, attack: float) -> None:
     assert np.linalg.norm(found - honest.mean(axis=0)) < reach * np.linalg.norm(honest.mean(axis=0))
 
 
+def zeros(size: int) -> AdapterState:
+    return AdapterState.zeros(AdapterSpec((TensorSpec("head.weight", (size,)),)))
+
+
 def test_fedavg_keeps_a_sum_alone() -> None:
-    gathered = gathering(AggregationConfig())(3)
+    gathered = gathering(AggregationConfig())(zeros(3))
     assert isinstance(gathered, Summed)
     for value in (1, 2):
         gathered.add(np.full(3, value, dtype=np.float32))
@@ -95,7 +100,7 @@ def test_fedavg_keeps_a_sum_alone() -> None:
 
 
 def test_too_few_updates_make_no_mean() -> None:
-    gathered = gathering(AggregationConfig(strategy="multi-krum", hostile=1))(2)
+    gathered = gathering(AggregationConfig(strategy="multi-krum", hostile=1))(zeros(2))
     for _ in range(4):
         gathered.add(np.ones(2, dtype=np.float32))
     assert (gathered.count, gathered.total().tolist()) == (4, [0.0, 0.0])

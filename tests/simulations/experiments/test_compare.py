@@ -28,6 +28,8 @@ def test_each_method_is_what_it_says() -> None:
     )
     assert head.training.head_rounds == head.federation.rounds == 10
     assert (lora.training.head_rounds, lora.training.moves) == (0, "both")
+    flexlora = METHODS["flexlora"](given)
+    assert flexlora.aggregation.strategy == "flexlora" and not flexlora.training.carry_optimizer
     assert both == given and (ffa.lora.variant, turns.lora.variant) == ("ffa", "rolora")
     # of a configuration that has one phase alone, the rules divide the rounds
     alone = replace(given, training=replace(given.training, head_rounds=10))

@@ -153,6 +153,20 @@ def test_a_run_by_turns_that_was_stopped_moves_both_halves(
         assert whole["adapter_digest"] == summary["adapter_digest"]
 
 
+def test_products_are_averaged_where_that_is_asked_for(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """FlexLoRA: after a round that moves LoRA, rows of A have length 1; before, and else, not."""
+    flexlora = ('aggregation.strategy="flexlora"', "training.carry_optimizer=false")
+    run, summary = run_whole(config(tiny_bert, data, "none", *flexlora), tmp_path / "run")
+    state = run.checkpoint.load().phases[-1].state
+    lengths = [
+        np.linalg.norm(value, axis=1) for name, value in state.named().items() if "lora_A" in name
+    ]
+    np.testing.assert_allclose(lengths, 1.0, rtol=1e-5)
+    assert summary["strategy"] == run.manifest.strategy == "flexlora"
+
+
 def test_a_private_run_leaves_what_the_contract_says(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
