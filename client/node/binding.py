@@ -1,11 +1,12 @@
 """What a data file is bound to: one budget of the policy, and one ledger.
 
 A budget belongs to a population. Two ledgers that charged one file would each let its whole budget
-be spent. So the first ledger that charges a file leaves a mark beside it, `NAME.fedlora-ledger`,
-which holds the ledger's id, and every other ledger that meets the mark refuses. A folder has one
-mark for what lies in it; what a link in it leads to, and each file that a glob finds, has its own.
-Where the data are read-only, marks lie in the folder that `[ledger] marks` names. A mark is of a
-place: a copy of the data, a second hard link, or a mark that somebody removed, is not noticed.
+be spent. So the first ledger whose node consents to a run leaves a mark beside the run's data,
+`NAME.fedlora-ledger`, which holds the ledger's id, and every other ledger that meets the mark
+refuses. A folder has one mark for what lies in it; what a link in it leads to, and each file that a
+glob finds, has its own. Where the data are read-only, marks lie in the folder that `[ledger] marks`
+names. A mark is of a place: a copy of the data, a second hard link, or a mark that somebody
+removed, is not noticed.
 """
 
 from __future__ import annotations

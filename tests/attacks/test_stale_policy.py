@@ -80,6 +80,24 @@ def test_another_institutions_policy_is_refused(north: Institution) -> None:
     assert not north.work.trained
 
 
+def test_what_trainer_and_ledger_say_holds_until_a_restart(
+    north: Institution, tmp_path: Path
+) -> None:
+    """Else a file that is edited while it runs would move the ledger, or the ticks."""
+    north.begin(RUN)
+    anchor, outbox = tmp_path / "anchor.json", tmp_path / "outbox"
+    more = f'[trainer]\noutbox = "{outbox}"\n[ledger]\nanchor = "{anchor}"\n'
+    north.set_policy(north.folder.policy.read_text() + more)
+    assert isinstance(north.ask(task_of(RUN)), Answer)
+    assert north.resident._node.policy.digest == north.folder.load_policy().digest
+    assert not anchor.exists() and not outbox.exists()
+    held = north.resident._node.policy
+    assert (held.trainer.outbox, held.ledger.anchor) == ("outbox", "")
+    north.ledger.close()
+    north.restart()
+    assert anchor.exists()
+
+
 def test_a_kept_answer_is_not_handed_out_again_once_the_policy_forbids_it(
     north: Institution,
 ) -> None:

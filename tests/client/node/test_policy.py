@@ -199,6 +199,14 @@ def test_runs_that_cost_a_third_of_a_budget_fit_three_times() -> None:
         allow(judge(RUN, policy, "f", {"people": [Spend(cost.epsilon, 0.0)] * (count - 1)}))
 
 
+@pytest.mark.parametrize("cheap", [Spend(1e-9, 0.0), Spend(0.0, 1e-12)], ids=["epsilon", "delta"])
+def test_a_budget_takes_as_many_runs_as_it_has_steps_however_cheap(cheap: Spend) -> None:
+    policy = parse_policy(TEXT)
+    allow(judge(RUN, policy, "f", {"people": [cheap] * (60 - 6)}))  # a tenth of either takes six
+    with pytest.raises(Denied, match="budget does not suffice"):
+        allow(judge(RUN, policy, "f", {"people": [cheap] * (60 - 5)}))
+
+
 def test_who_is_denied_learns_no_budget_and_nothing_of_other_runs() -> None:
     policy = parse_policy(TEXT.replace("epsilon = 2.0", "epsilon = 1.9753"))
     for run in (RUN, replace(RUN, epsilon=0.01), manifest_of(replace(PHASE, noise_multiplier=0.5))):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedlora.client.report.report import report_body
 from fedlora.client.service.answer import Resident
 from fedlora.client.service.loaded_run import LoadedRun
 from fedlora.client.training import memory
@@ -175,6 +176,28 @@ def test_a_base_is_kept_as_its_manifest_says(tmp_path: Path, tiny_bert: Path) ->
         assert loaded.prepare(kept, folder).training.gradients.model.stored == stored
 
 
+def test_how_many_units_were_respelled_is_told_to_the_log_alone(
+    tmp_path: Path, tiny_bert: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    north = node_with_data(tmp_path / "n", tiny_bert)
+    names = [f"person {k // 2}" for k in range(40)] + ["PERSON 3", "Person  4"]
+    rows = [{"text": "w1 good", "label": "ab"[k % 2], "who": who} for k, who in enumerate(names)]
+    (north.root / "notes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = north.folder.policy.read_text()
+    north.set_policy(text.replace("[bases]", 'unit = "who"\n[bases]'))
+    policy = north.folder.load_policy()
+    loaded = LoadedRun(north.folder, policy, north.ledger)
+    network = Network.of(ModelConfig(pooling="mean"), LORA)
+    run = manifest_of(base_digest=base_digest(tiny_bert), network=network, unit="who")
+    run = replace(run, spec_digest=loaded.spec(run, tmp_path / "none").digest)
+    north.resident = Resident(north.folder, policy, north.identity, north.ledger, loaded)
+    north.begin(run)
+    assert "notes.jsonl: 2 units were spelled in several ways" in caplog.text
+    told = report_body(north.folder, policy, north.identity, north.ledger)
+    left = [path.read_bytes() for path in north.folder.under("outbox").rglob("*") if path.is_file()]
+    assert left and not any(b"spelled" in each for each in [*left, json.dumps(told).encode()])
+
+
 @pytest.mark.parametrize("mode", ["none", "record"])
 def test_unnoised_moments_are_in_no_file(tmp_path: Path, tiny_bert: Path, mode: str) -> None:
     """Before: an optimiser that nothing noised lay beside the run, and says what the data say."""
@@ -199,6 +222,10 @@ def test_unnoised_moments_are_in_no_file(tmp_path: Path, tiny_bert: Path, mode: 
     task = task_of(run, adapter=state.digest, vector=vector_to_bytes(state.vector))
     assert isinstance(north.read(north.resident.ask(task)), Answer)
     assert len(list(left.glob("*"))) == (0 if mode == "none" else 2)
+    ours = [path for path in left.glob("*") if "earlier" not in path.name]
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in ours)
+    for other in ("client", "shared-record"):
+        assert isinstance(loaded._moments(replace(run, mode=other)), UnnoisedMoments)
     moments = loaded._moments(run).read("north", 0, 2)
     assert set(moments) == {"exp_avg", "exp_avg_sq", "step"}
 

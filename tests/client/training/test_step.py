@@ -242,6 +242,22 @@ def test_the_head_without_hooks_is_the_batch_of_one_loop(
     assert found.units == len(sizes)
 
 
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [2, 1, 3]], ids=str)
+def test_in_a_head_too_a_unit_that_is_not_finite_adds_zero(sizes: list[int]) -> None:
+    owners = np.repeat(np.arange(3), sizes)
+    features, targets = torch.randn(len(owners), 7), torch.arange(len(owners)) % 3
+    head, kept = build_head(7, 0, 3), owners != 2
+    features[-1, 0] = torch.inf
+
+    def losses(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits, truth, reduction="none")
+
+    found = head_clipped_sum(head, losses, features, targets, owners, 0.1)
+    alone = head_clipped_sum(head, losses, features[kept], targets[kept], owners[kept], 0.1)
+    assert (found.units, found.nonfinite) == (3, 1)
+    np.testing.assert_allclose(found.vector, alone.vector, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize(("scale", "bound"), [(10.0, 0.01), (10.0, 0.1), (100.0, 0.1)])
 def test_a_unit_whose_records_pull_against_each_other_is_clipped(
     scale: float, bound: float
@@ -279,6 +295,7 @@ def test_noise_has_the_claimed_scale_in_each_group_and_not_another(case: Case) -
     draws = np.stack(
         [private_mean(GradientSum(zero, 0, 0), groups, 1.3, 10.0, OsRandom()) for _ in range(300)]
     )
+    assert draws.dtype == np.float64 and (draws.astype(np.float32) != draws).mean() > 0.9
     for inside, scale in zip(
         (~model.spec.head_mask(), model.spec.head_mask()),
         group_scales(1.3, (0.2, 3.0)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,20 @@ def test_the_head_phase_clips_each_unit_once(
     assert np.linalg.norm(moved - expected) <= 1e-5 * np.linalg.norm(expected)
     assert not result.delta[~model.spec.head_mask()].any()
     assert 0 < np.linalg.norm(expected) <= 3 * 0.05 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["head", "adapter"])
+def test_an_empty_draw_is_a_step_of_noise(
+    model: AdapterModel, training: LocalTraining, data: ClientData, name: str
+) -> None:
+    phase = replace(
+        PHASE, name=name, sampling_rate=1e-12, steps=1, optimizer="sgd", learning_rate=1.0
+    )
+    state = model.state()
+    delta = training.update(data, phase, state, {}, OsRandom(), private=True).delta
+    moved = delta[model.spec.moved_by(name)] * phase.expected_units / phase.clip
+    deviation = phase.noise_multiplier
+    assert abs(float(moved.std()) / deviation - 1) < 6 / math.sqrt(2 * moved.size)
 
 
 @pytest.mark.parametrize("name", ["head", "adapter"])

@@ -22,7 +22,7 @@ from scipy.stats import norm
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
-from fedlora.common.privacy import calibration
+from fedlora.common.privacy import accountant, calibration
 from fedlora.common.privacy.accountant import (
     Mechanism,
     Spend,
@@ -33,6 +33,7 @@ from fedlora.common.privacy.accountant import (
 from fedlora.common.privacy.calibration import calibrate
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.record_level import RecordLevel
+from fedlora.common.privacy.renyi import Steps, renyi_bound
 
 
 def gaussian_delta(epsilon: float, shift: float) -> float:
@@ -241,6 +242,22 @@ def test_extreme_but_sound_schedules_are_bounded() -> None:
     assert 0 < epsilon_of([Mechanism(1.0, 1e300, 3)], 1e-5) < 0.01
     few, many = (epsilon_of([Mechanism(0.01, 1.0, steps)], 1e-5) for steps in (500, 1000))
     assert 0 < few < many < 2 * few
+
+
+@pytest.mark.parametrize(("steps", "by_points"), [(10, False), (3000, False), (10**6, True)])
+def test_discretising_adds_a_share_of_a_tail_bound_or_what_the_points_allow(
+    steps: int, by_points: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = []
+
+    def composed(history: list[Steps], delta: float, error: float) -> float:
+        added.append(error / renyi_bound(history, delta / 4000))
+        return 1.0
+
+    monkeypatch.setattr(accountant, "composed_epsilon", composed)
+    epsilon_of([Mechanism(1e-3, 1.0, steps)], 1e-5)
+    (share,) = added
+    assert share > 1.6e-3 if by_points else share == pytest.approx(1.5e-3)
 
 
 @pytest.mark.parametrize("noise", [10.0, 300.0, 1e4, 1e6])

@@ -98,6 +98,7 @@ def test_a_statement_names_unit_neighbours_schedule_noise_and_assumptions() -> N
         "8 steps at rate 0.25",
     ):
         assert part in text
+    assert "last bits of floating point numbers are not covered" in text
     assert RecordLevel.noise in text and "Poisson" in text and "one institution only" in text
     assert 'column "patient"' in " ".join(
         guarantee_of(replace(MANIFEST, unit="patient")).statement(2.0)

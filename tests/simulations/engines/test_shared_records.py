@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedlora.client.training.trainer import Trainer
+from fedlora.common.config.load import parse_config
 from fedlora.common.config.parts import Terms
 from fedlora.common.config.schema import config_to_toml
 from fedlora.common.errors import BadInput
@@ -134,6 +135,21 @@ def test_noise_and_grid_are_chosen_together(tiny_bert: Path, data: Path) -> None
             assert release.sensitivity <= (1 + COARSEST) * release.levels
 
 
+@pytest.mark.parametrize(("units", "left"), [(60_000, 289), (5_000, 37)])
+def test_what_docs_say_of_ten_institutions_and_the_default_schedule(units: int, left: int) -> None:
+    """docs/privacy.md: what is left to one that is alone, and what a Rényi bound costs."""
+    made = {}
+    for noise in ("own", "shared"):
+        text = f'[federation]\nclients = 10\n[privacy]\nepsilon = 8.0\nnoise = "{noise}"\n'
+        more = "[aggregation]\nsecure = true\nminimum_cohort = 7\nmax_colluders = 1\n"
+        settings = decided(parse_config(text + "delta = 1e-5\n" + more), PublicFacts(units, 4))
+        facts = facts_of(settings, {"head": 1_540, "lora": 80_000})
+        made[noise] = make_manifest(Terms.of(settings), facts)
+    assert round(guarantee_of(made["shared"]).epsilon_alone() or 0) == left
+    for own, shared in zip(made["own"].phases, made["shared"].phases, strict=True):
+        assert 1.06 < shared.noise_multiplier / own.noise_multiplier < 1.08
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -143,6 +159,7 @@ def test_noise_and_grid_are_chosen_together(tiny_bert: Path, data: Path) -> None
         (("training.optimizer=adamw",), r"optimizer = \"adamw\": expected \"sgd\""),
         (("training.head_optimizer=adamw",), r"head_optimizer = \"adamw\": expected \"sgd\""),
         (("privacy.head_clip=0.5",), "head_clip = 0.5: expected 0"),
+        (("model.head_hidden=8",), "head_hidden = 8: expected 0"),
         (("privacy.mode=none",), r"mode = \"none\": expected \"record\" with noise"),
         (("privacy.mode=client",), r"mode = \"client\": expected \"record\" with noise"),
     ],

@@ -12,6 +12,8 @@ import pytest
 from fedlora.common.config.load import load_config
 from fedlora.common.config.schema import config_to_toml
 from fedlora.common.errors import BadInput, QuorumLost, Refused
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.runs.metrics import _round_of
 from fedlora.server.runs.run import conduct
 from fedlora.simulations.begin import begin
@@ -116,7 +118,9 @@ def test_attempts_that_are_spent_before_the_first_round_leave_what_there_is(
     with pytest.raises(Refused, match=r"attempts .* are spent"):
         simulate.simulate(config(tiny_bert, data, "record"), tmp_path / "run", cpu())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["rounds"] == 0 and "on fire" in summary["ended"] and summary["epsilon"] > 0
+    assert summary["rounds"] == 0 and "on fire" in summary["ended"]
+    manifest = RunManifest.from_bytes((tmp_path / "run/checkpoint/manifest.json").read_bytes())
+    assert summary["epsilon"] == guarantee_of(manifest).stated_epsilon(), "of the whole schedule"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "run" / "metrics.jsonl").is_file() and (
         tmp_path / "run" / "report.html"

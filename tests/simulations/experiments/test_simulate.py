@@ -212,6 +212,8 @@ def test_a_private_run_leaves_what_the_contract_says(
     base = transformers.AutoModel.from_pretrained(tiny_bert)
     peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
     assert summary["epsilon"] == epsilon_of(RecordLevel(run.manifest).history(), 1e-4) <= 8.0
+    said = "packed batches" in " ".join(map(str, summary["privacy_statement"]))  # type: ignore[call-overload]
+    assert run.manifest.batches == "packed" and said, "a simulation packs, and says so"
     kinds = [entry.body["kind"] for entry in run.ledger.entries()]
     assert kinds.count("consent") == 1 + 3 and kinds.count("reserve") == kinds.count("commit") == 12
 
