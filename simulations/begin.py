@@ -206,8 +206,8 @@ def federation_of(
     def deal(records: Records, units: UnitIndex) -> Partition:
         return dealt(config, records, units, own)
 
-    tokens = config.training.micro_batch_tokens
-    return Federation.build(public, sources, deal, privacy, Steps.of(config), tokens, folder)
+    tokens, held = config.training.micro_batch_tokens, config.evaluation.hold_out > 0
+    return Federation.build(public, sources, deal, privacy, Steps.of(config), tokens, folder, held)
 
 
 def dealt(config: Config, records: Records, units: UnitIndex, own: Own = NOTHING_OWN) -> Partition:

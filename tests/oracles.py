@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedlora.client.training.local import ClientData
 from fedlora.client.training.step import ClipGroups
 from fedlora.common.data.records import UnitIndex
+from fedlora.common.manifest.counts import EDGES, Cells
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.tasks.batch import Encoded
 
@@ -398,3 +400,28 @@ def secure_round(case: dict[str, Any]) -> dict[str, Any]:
         "vectors": vectors,
         "sum": [sum(column) for column in zip(*values, strict=True)],
     }
+
+
+def counts_by_ones(model: AdapterModel, held: ClientData, cells: Cells) -> npt.NDArray[np.float64]:
+    """(cells,) of a hold-out: each record by itself, each unit's histogram averaged."""
+    total = np.zeros(cells.size)
+    for unit in range(len(held.units)):
+        start, stop = held.units.offsets[unit : unit + 2]
+        rows = held.units.records[start:stop]
+        for row in rows:
+            batch = held.encoded.batch(np.array([row]), model.pad, model.device)
+            with torch.no_grad():
+                scores = model.logits(batch)
+            true, guess = int(batch.targets[0]), int(scores.argmax())
+            loss = float(model.task.losses(scores, batch)[0])
+            place = 0
+            for kind, shape in cells.shapes.items():
+                inside = {
+                    "right": true == guess,
+                    "classes": 2 * true + (true == guess),
+                    "confusion": cells.classes * true + guess,
+                    "loss": sum(loss > edge for edge in EDGES),
+                }[kind]
+                total[place + inside] += 1 / len(rows) / np.sqrt(len(cells.counts))
+                place += int(np.prod(shape))
+    return total

@@ -21,6 +21,7 @@ from fedlora.client.consent.promise import (
 from fedlora.client.consent.verdict import Verdict, at_most, beyond, least, one_of, same
 from fedlora.client.node.policy import Policy
 from fedlora.common.errors import BadInput
+from fedlora.common.manifest.counts import Cells
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.model.state import PHASES
 from fedlora.common.privacy.accountant import SMALLEST_CLIP, Spend
@@ -52,7 +53,8 @@ def judge(
     """
     guarantee, other = promised(manifest), "expected one that node.toml [bases] has"
     phases = _phase_verdicts(guarantee, policy)
-    sound = all(each.allowed for each in phases)
+    counted = _evaluation_verdicts(guarantee, policy)
+    sound = all(each.allowed for each in (*phases, *counted))
     return [
         same("federation", manifest.federation, federation),
         Verdict("run", manifest.run),
@@ -61,6 +63,7 @@ def judge(
         *_network_verdicts(manifest, policy),
         _max_length(manifest, policy),
         *phases,
+        *counted,
         *spend_verdicts(guarantee, policy, spent, reserved, sound),
         least("minimum_cohort", manifest.minimum_cohort, policy.limits.minimum_cohort),
         _secure_verdict(manifest, policy),
@@ -118,7 +121,7 @@ def _network_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
 def _phase_verdicts(guarantee: Guarantee, policy: Policy) -> list[Verdict]:
     """Rounds, attempts, steps and noise: also what makes the schedule a mechanism at all."""
     manifest, limits, phases = guarantee.manifest, policy.limits, guarantee.manifest.phases
-    attempts = sum(phase.attempts for phase in phases)
+    attempts = sum(phase.attempts for phase in manifest.accounted)
     many = "" if 1 <= len(phases) <= MOST_PHASES else "expected 1 to 16"
     verdicts = [
         mode_verdict(manifest.mode, policy),
@@ -155,6 +158,25 @@ def _mechanism(name: str, phase: Phase, guarantee: Guarantee, policy: Policy) ->
     return [*verdicts, noise_verdict(field, phase, guarantee, policy)]
 
 
+def _evaluation_verdicts(guarantee: Guarantee, policy: Policy) -> list[Verdict]:
+    """Whether noisy counts of a hold-out may leave; a manifest's own rules bound their terms."""
+    manifest, terms = guarantee.manifest, guarantee.manifest.evaluation
+    if terms is None:
+        return [Verdict("evaluation", "none")]
+    found = f"counts ({', '.join(terms.counts)}) of {terms.hold_out:.2g} of the units"
+    more = [each for each in terms.counts if each not in policy.limits.metrics]
+    if more:
+        known = ", ".join(policy.limits.metrics) or "none"
+        return [Verdict("evaluation", found, f"expected counts that [limits] metrics has: {known}")]
+    try:
+        Cells.of(manifest)
+    except BadInput as error:
+        return [Verdict("evaluation", found, error.faults[0])]
+    phase = terms.phase
+    noise = noise_verdict("evaluation.noise_multiplier", phase, guarantee, policy)
+    return [Verdict("evaluation", found), noise]
+
+
 def _free_verdicts(manifest: RunManifest) -> list[Verdict]:
     """What a policy need not bound: it changes neither what leaves nor what it costs."""
     digests = ("spec_digest", "projection_digest")
@@ -182,9 +204,11 @@ def _secure_verdict(manifest: RunManifest, policy: Policy) -> Verdict:
     found = f"sums of {terms.bits}-bit words, t = {terms.threshold}"
     if terms.threshold != THRESHOLD_RULE:
         return Verdict("secure", found, f"expected t = {THRESHOLD_RULE}")
-    if len(terms.update_bounds) != len(manifest.phases):
+    if len(terms.update_bounds) != len(manifest.accounted):
         return Verdict(
-            "secure", found, f"expected an update bound for each of {len(manifest.phases)} phases"
+            "secure",
+            found,
+            f"expected an update bound for each of {len(manifest.accounted)} phases",
         )
     return Verdict("secure", found)
 

@@ -101,7 +101,7 @@ def _kept_run(folder: NodeFolder, digest: str, mine: list[Body], sizes: list[Rel
         "budget": [str(body["budget"]) for body in consents],
         "epsilon": epsilon,
         **_promised(guarantee, epsilon),
-        "phases": [{key: getattr(each, key) for key in PHASE_FACTS} for each in manifest.phases],
+        "phases": [{key: getattr(each, key) for key in PHASE_FACTS} for each in manifest.accounted],
         **_agreed(folder, digest),
         "attempts_reserved": len(_of_kind(mine, "reserve")),
         # the ledger has no entry of a run without ε

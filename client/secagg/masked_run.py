@@ -104,6 +104,6 @@ def checked_terms(manifest: RunManifest, policy: CohortPolicy) -> SecureTerms:
             f"expected {cohort.THRESHOLD_RULE!r}"
         )
     guarantee_of(manifest).check_node(policy.max_colluders)
-    for phase in range(len(manifest.phases)):
+    for phase in range(len(manifest.accounted)):
         stages.encoding_of(terms, phase, 1)
     return terms

@@ -18,6 +18,7 @@ from fedlora.client.service.dialogue import Dialogue, Node, private
 from fedlora.client.service.ticks import TRAIN
 from fedlora.common.disk.files import append_line
 from fedlora.common.errors import BadInput, Refused
+from fedlora.common.manifest.counts import answer_spec
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.protocol.messages import STAGE_TAG, SignedStage, Staged
@@ -72,7 +73,8 @@ def _input(dialogue: Dialogue, run: MaskedRun, manifest: RunManifest, request: R
     node, plan = dialogue.node, request.plan
     node.bind_data(manifest, TRAIN)
     with private():
-        spec = node.work.spec(manifest, node.folder.projection(manifest.digest))
+        adapter = node.work.spec(manifest, node.folder.projection(manifest.digest))
+        spec = answer_spec(manifest, plan.phase, adapter)
     run.check(request.message, plan, spec)
     update = dialogue.trained(manifest, plan, request.vector)
     with private():  # what is wrong with an update that has no mask yet is nobody's business

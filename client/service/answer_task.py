@@ -13,6 +13,7 @@ import logging
 
 from fedlora.client.service.dialogue import Dialogue, private
 from fedlora.common.errors import BadInput, Refused
+from fedlora.common.manifest.counts import answer_spec
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.manifest.turns import taken
 from fedlora.common.protocol.messages import PLAN_TAG, Answer, Task
@@ -46,7 +47,8 @@ def answer_task(dialogue: Dialogue, plan: RoundPlan, vector: bytes, request: byt
         return kept
     delta = dialogue.trained(manifest, plan, vector)
     with private():
-        spec = node.work.spec(manifest, node.folder.projection(manifest.digest))
+        adapter = node.work.spec(manifest, node.folder.projection(manifest.digest))
+        spec = answer_spec(manifest, plan.phase, adapter)
         leaves = taken(delta, manifest.leaving(spec, plan.round))
     update = vector_to_bytes(leaves, manifest.wire)
     me = node.policy.institution

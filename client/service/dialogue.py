@@ -158,7 +158,7 @@ class Dialogue:
             raise BadInput(f"plan phase: found {plan.phase}, expected {phase}")
         # Whatever the ledger says: it may be an older copy of itself. Without privacy no noise was
         # calibrated for their number.
-        most = sum(each.attempts for each in manifest.phases[: phase + 1])
+        most = sum(each.attempts for each in manifest.accounted[: phase + 1])
         if guarantee_of(manifest).private and plan.attempt > most:
             raise Refused(f"plan attempt: found {plan.attempt}, expected at most {most}")
         return manifest

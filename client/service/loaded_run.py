@@ -17,6 +17,7 @@ import torch
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import DataPolicy, Policy
 from fedlora.client.service.data_sets import read_data
+from fedlora.client.training.hold_out import unit_points
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.memory import check_fits
 from fedlora.client.training.moments import MomentStore, UnnoisedMoments
@@ -28,6 +29,7 @@ from fedlora.common.config.schema import ALL_LINEAR, LoraConfig, ModelConfig, ch
 from fedlora.common.data.data_file import origin_of
 from fedlora.common.data.origin import Origin
 from fedlora.common.data.records import unit_groups
+from fedlora.common.data.unit_names import unit_names
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
@@ -249,7 +251,10 @@ class LoadedRun:
         model = gradients.model
         encoded = model.task.encode(records, model.tokenizer, manifest.max_length)
         training = LocalTraining(gradients, FeatureCache(model), self._tokens)
-        client = ClientData(self._policy.institution, encoded, units, origin)
+        points = None
+        if manifest.evaluation is not None:
+            points = unit_points(manifest, unit_names(records), self._ledger)
+        client = ClientData(self._policy.institution, encoded, units, origin, points)
         return Prepared(client, training)
 
 

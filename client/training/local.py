@@ -36,6 +36,8 @@ class ClientData:
     encoded: Encoded
     units: UnitIndex
     origin: Origin = NOWHERE  # of the files that they were read from, as they were then
+    # (units,) in [0, 1): what decides whether a unit is held out; None where no run may ask
+    points: npt.NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,8 @@
                 or refuse
     2. train:   is the plan bound to that manifest and to this very state? reserve the attempt,
                 durably
-    3.          draw, clip, noise, step (client.training.local), round to what the manifest sends
+    3.          draw, clip, noise, step (client.training.local), round to what the manifest sends;
+                after the last round count, noise, round (client.training.hold_out)
     4.          commit the digest of what leaves; hand it out
 
 What of this a run needs, its guarantee says: where noise follows with the mask, the whole update is
@@ -18,6 +19,7 @@ import hashlib
 
 import numpy as np
 
+from fedlora.client.training.hold_out import noisy_counts, parted
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.moments import MomentStore
 from fedlora.common.errors import BadInput, Refused
@@ -59,6 +61,7 @@ class Trainer:
         self._budget = budget
         self._moments = moments
         self._guarantee: Guarantee | None = None  # of the run that was consented to
+        self._trained, self._held = data, data  # once it holds some out: two parts
 
     def consent(self, manifest: RunManifest) -> None:
         """Reserve the whole schedule; Refused past the cap, BadInput for another model."""
@@ -77,10 +80,11 @@ class Trainer:
                 self._budget,
                 manifest.digest,
                 charge(guarantee),
-                [phase.attempts for phase in manifest.phases],
+                [phase.attempts for phase in manifest.accounted],
                 Subject.of(manifest, self._data.origin),
             )
         self._guarantee = guarantee
+        self._trained, self._held = parted(self._data, manifest)
 
     def train(self, plan: RoundPlan, state: AdapterState) -> Update:
         """One attempt at one round. No data are read before the ledger holds the reservation."""
@@ -116,16 +120,23 @@ class Trainer:
             if guarantee.private
             else SeededRandom(manifest.seed, "train", owner, plan.round)
         )
-        phase, packed = manifest.recipe_of(plan.round), manifest.batches == "packed"
         answers = (owner, plan.manifest, plan.round, plan.attempt)
+        if manifest.evaluates(plan.phase):
+            model = self._training.gradients.model
+            model.load(state)
+            counts = noisy_counts(model, self._held, manifest, source)
+            return Update(*answers, rounded(counts, manifest.wire))
+        phase, packed = manifest.recipe_of(plan.round), manifest.batches == "packed"
         if guarantee.clip_in_step and not guarantee.noise_in_step:
-            step = self._training.clipped_step(self._data, phase, state, source, packed)
+            step = self._training.clipped_step(self._trained, phase, state, source, packed)
             return Update(*answers, step)
         half = phase.name.partition(".")[2]  # has moments of its own, as if there were no other
         kept = f"{plan.phase}.{half}" if half else plan.phase
         moments = self._moments.read(owner, kept, plan.round)
         by_step = guarantee.noise_in_step
-        result = self._training.update(self._data, phase, state, moments, source, by_step, packed)
+        result = self._training.update(
+            self._trained, phase, state, moments, source, by_step, packed
+        )
         self._moments.write(owner, kept, plan.round, result.moments)
         delta = rounded(guarantee.clipped(result.delta, phase), manifest.wire)
         return Update(*answers, delta)

@@ -55,6 +55,7 @@ def _together(config: Config) -> Iterator[Fault]:
     elif config.faults != FaultsConfig():
         yield ("aggregation.secure",), "[faults]: expected none without [aggregation] secure = true"
     yield from _shared_noise(config)
+    yield from _evaluation(config)
     if config.aggregation.strategy in ROBUST:
         yield from _robust(config)
     if config.aggregation.strategy == FLEXLORA:
@@ -247,6 +248,26 @@ def _shared_noise(config: Config) -> Iterator[Fault]:
             found = f'[training] {prefix}optimizer = "{optimizer}": expected "sgd" with {asked}'
             reason = "at the node it would divide by what has no noise; [server] may"
             yield (path, f"training.{prefix}optimizer"), f"{found}: {reason}"
+
+
+def _evaluation(config: Config) -> Iterator[Fault]:
+    """Counts are of whole noise at each institution; of classes, where a record has one."""
+    asked, model, privacy = config.evaluation, config.model, config.privacy
+    if not asked.hold_out:
+        return
+    found = f"[evaluation] hold_out = {asked.hold_out:g}"
+    if privacy.mode == "client" or privacy.noise == "shared":
+        reason = "counts have each institution's own noise"
+        paths = ("evaluation.hold_out", "privacy.mode", "privacy.noise")
+        yield paths, f'{found}: expected 0 with mode = "client" or noise = "shared": {reason}'
+    of_classes = [each for each in asked.counts if each != "loss"]
+    if of_classes and model.task != BUILT_IN[0]:
+        shown_counts = shown([*asked.counts])
+        yield (
+            ("evaluation.counts", "model.task"),
+            f'[evaluation] counts = {shown_counts}: expected ["loss"] with task = "{model.task}",'
+            " whose records have no one class",
+        )
 
 
 def _pooled(config: Config) -> Iterator[Fault]:

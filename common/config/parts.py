@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from fedlora.common.config.schema import (
     AggregationConfig,
     Config,
+    EvaluationConfig,
     FederationConfig,
     LoraConfig,
     ModelConfig,
@@ -31,6 +32,7 @@ class Terms:
     federation: FederationConfig
     training: TrainingConfig
     privacy: PrivacyConfig
+    evaluation: EvaluationConfig
     aggregation: AggregationConfig
 
     @classmethod
@@ -50,6 +52,7 @@ class Terms:
             config.federation,
             training,
             config.privacy,
+            config.evaluation,
             config.aggregation,
         )
 

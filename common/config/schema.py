@@ -36,6 +36,7 @@ ALL_LINEAR = "all-linear"  # of [lora] targets, as is AUTO
 # strategies that compare updates: how many they need beyond twice the hostile ones
 ROBUST = {"median": 1, "trimmed-mean": 1, "multi-krum": 3, "norm-filter": 1}
 FLEXLORA = "flexlora"  # a strategy that needs each institution's product B·A
+COUNTS = Pattern("right|classes|confusion|loss", "right, classes, confusion or loss")
 ATTACKS = ("sybil", "small-u2", "two-lists", "corrupt-share")
 
 
@@ -222,6 +223,18 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """[evaluation]: how the released adapter does on institutions' own records: noisy counts."""
+
+    # of each institution's units, which the run does not train on; 0: no evaluation
+    hold_out: float = _number(0.0, 0, 0.5)
+    epsilon_share: float = _number(0.2, 0, 1, open_low=True, open_high=True)  # by itself, of ε
+    attempts: int = _number(1, 1, 100)  # each is another release, and the noise is for all
+    # right, or wrong; by classes; confusion; loss, by its size; empty: right, else loss
+    counts: tuple[str, ...] = _items((), COUNTS)
+
+
+@dataclass(frozen=True)
 class AggregationConfig:
     """[aggregation]: how updates are added."""
 
@@ -288,6 +301,7 @@ class Config:
     federation: FederationConfig = field(default_factory=FederationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)

@@ -124,6 +124,13 @@ class UnitIndex:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def take(self, units: Ints) -> UnitIndex:
+        """Some of the units, in the order given, over the same records."""
+        sizes = self.offsets[units + 1] - self.offsets[units]
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        starts = np.repeat(self.offsets[units] - offsets[:-1], sizes)
+        return UnitIndex(offsets, self.records[starts + np.arange(offsets[-1])])
+
 
 def read_records(
     path: Path, columns: Columns, labels: Sequence[str] = (), root: Path | None = None

@@ -246,6 +246,10 @@ class Ledger:
         """All entries, oldest first, verified again."""
         return self._chain.entries()
 
+    def secret(self, purpose: str) -> bytes:
+        """(32,) bytes, the same as long as the ledger lives; nobody without its key knows them."""
+        return bytes.fromhex(self._chain.keyed(purpose).removeprefix("keyed:"))
+
     def close(self) -> None:
         """Let go of the file; whoever uses it afterwards is refused."""
         self._chain.close()

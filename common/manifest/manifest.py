@@ -16,6 +16,7 @@ from typing import Any
 from fedlora.common.codec.strict import build, from_canonical, json_table, to_canonical
 from fedlora.common.config.schema import (
     ALL_LINEAR,
+    COUNTS,
     LoraConfig,
     ModelConfig,
     check_rules,
@@ -24,7 +25,7 @@ from fedlora.common.config.schema import (
 from fedlora.common.config.toml import AUTO, Bounds, Choice, Each, shown
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.turns import Mask, leaving, turns
-from fedlora.common.model.state import AdapterSpec
+from fedlora.common.model.state import COUNTED, AdapterSpec
 
 VERSION = 1
 BATCHES = Choice(("fixed", "packed"))
@@ -58,6 +59,44 @@ class Phase:
     learning_rate: float
     carry_optimizer: bool
     proximal_mu: float
+
+
+@dataclass(frozen=True)
+class EvaluationTerms:
+    """What is counted of the released adapter on hold-outs, and how noisily. All fields are public.
+
+    An institution's answer is its counts over `expected_units`, with Gaussian noise of
+    `noise_multiplier`: a unit moves the counts by an L2 norm of at most 1 (`manifest.counts`).
+    """
+
+    hold_out: float = field(metadata={"rule": Bounds(0, 0.5, open_low=True)})  # share of units
+    attempts: int = field(metadata={"rule": Bounds(1, 100)})  # each is a release of its own
+    # of all hold-outs together, about: no institution's counts are more than that
+    expected_units: float = field(metadata={"rule": Bounds(1, 1e9)})
+    noise_multiplier: float = field(metadata={"rule": Bounds(0, 1e6)})  # 0 without privacy
+    counts: tuple[str, ...] = field(metadata={"rule": Each(COUNTS, shortest=1)})
+
+    @property
+    def phase(self) -> Phase:
+        """As the accountant, the ledger and the masks take it: one step over every unit, no draw.
+
+        Whether a unit is held out is not counted on: each is charged for training and for this.
+        """
+        return Phase(
+            name=COUNTED,
+            rounds=1,
+            attempts=self.attempts,
+            steps=1,
+            sampling_rate=1.0,
+            expected_units=self.expected_units,
+            noise_multiplier=self.noise_multiplier,
+            clip=1.0,
+            head_clip=0.0,
+            optimizer="sgd",
+            learning_rate=1.0,
+            carry_optimizer=False,
+            proximal_mu=0.0,
+        )
 
 
 @dataclass(frozen=True)
@@ -171,6 +210,8 @@ class RunManifest:
     # institutions of a round, at most: what an own part of shared noise is worth follows from it; 0
     # where that is not said
     largest_cohort: int = field(default=0, metadata={"unwritten": 0, "rule": Bounds(0, 1000)})
+    # after the last round; None: nothing is held out
+    evaluation: EvaluationTerms | None = field(default=None, metadata={"unwritten": None})
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
@@ -197,10 +238,19 @@ class RunManifest:
         """Of all phases."""
         return sum(phase.rounds for phase in self.phases)
 
+    @property
+    def accounted(self) -> tuple[Phase, ...]:
+        """All that touches data, in its order: the phases, then the evaluation if there is one."""
+        return self.phases if self.evaluation is None else (*self.phases, self.evaluation.phase)
+
+    def evaluates(self, phase: int) -> bool:
+        """Whether that index of `accounted` is the evaluation's."""
+        return self.evaluation is not None and phase == len(self.phases)
+
     def phase_of(self, round_number: int) -> int:
-        """Index of the phase that round `round_number` (from 1) belongs to."""
+        """Index in `accounted` of what round `round_number` (from 1) belongs to."""
         last = 0
-        for index, phase in enumerate(self.phases):
+        for index, phase in enumerate(self.accounted):
             last += phase.rounds
             if 1 <= round_number <= last:
                 return index
@@ -209,7 +259,7 @@ class RunManifest:
     def recipe_of(self, round_number: int) -> Phase:
         """The phase of a round, named by what that round moves of it."""
         index = self.phase_of(round_number)
-        phase, before = self.phases[index], sum(each.rounds for each in self.phases[:index])
+        phase, before = self.accounted[index], sum(each.rounds for each in self.phases[:index])
         moves = turns(phase.name, self.network.variant)
         return replace(phase, name=moves[(round_number - before - 1) % len(moves)])
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.common.errors import BadInput
-from fedlora.common.model.state import HALVES, AdapterSpec
+from fedlora.common.model.state import COUNTED, HALVES, AdapterSpec
 
 BY_TURNS = "rolora"
 Mask = npt.NDArray[np.bool_]
@@ -25,7 +25,7 @@ def turns(phase: str, variant: str) -> tuple[str, ...]:
     """What the rounds of a phase of that name move, in turn, as `AdapterSpec.moved_by` reads it;
     what names a half already is all of it.
     """
-    if variant != BY_TURNS or phase == "head" or "." in phase:
+    if variant != BY_TURNS or phase in ("head", COUNTED) or "." in phase:
         return (phase,)
     return tuple(f"{phase}.{half}" for half in HALVES)
 

@@ -27,6 +27,7 @@ MAX_TENSORS = 10_000
 MAX_HEADER_BYTES = 4 << 20
 PHASES = ("head", "lora", "adapter")  # what a phase moves: the head, the rest, or both
 HALVES = ("B", "A")  # of LoRA, where a round moves one of them: "lora.B", "adapter.A"
+COUNTED = "evaluation"  # it moves no adapter: of its answer, which is counts, all is noised
 HEAD_PREFIX = "head."  # tensors of the task head; all others belong to the LoRA adapter
 
 
@@ -79,6 +80,8 @@ class AdapterSpec:
         """(size,) true where a phase of that name, or a round that moves one half of LoRA ("lora.B"
         or "adapter.A"), moves a coordinate; BadInput if unknown.
         """
+        if moves == COUNTED:
+            return np.ones(self.size, dtype=bool)
         phase, dot, half = moves.partition(".")
         known = half in HALVES and phase != "head" if dot else True
         if phase not in PHASES or not known:

@@ -1,7 +1,7 @@
 """The smallest noise with which a schedule costs at most the ε asked for; found once, kept.
 
-A head phase may use `head_epsilon_share` of ε by itself; the last phase takes what the composition
-leaves.
+A head phase may use `head_epsilon_share` of ε by itself, an evaluation `epsilon_share`; the last
+phase takes what the composition leaves.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedlora.common.config.schema import AggregationConfig, PrivacyConfig
+from fedlora.common.config.schema import AggregationConfig, EvaluationConfig, PrivacyConfig
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase, SkellamTerms
@@ -43,6 +43,7 @@ class Asked:
     moved: Mapping[str, int]  # by a phase's name, how many coordinates it moves
     cache: Path | None = None
     institutions: int = 1  # of a round, at most
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def coordinates(self, phases: Sequence[Phase]) -> tuple[int, ...]:
         """What each phase moves; BadInput where that is not known, or sums are not masked."""
@@ -70,6 +71,7 @@ class Schedule:
     # the largest standard deviation that a member adds to an encoded update, in levels
     member_noise: float = 0.0
     largest_cohort: int = 0  # where a part of the noise follows from it
+    evaluation_noise: float = 0.0
 
 
 def without_noise(phases: tuple[Phase, ...], asked: Asked) -> Schedule:
@@ -78,15 +80,28 @@ def without_noise(phases: tuple[Phase, ...], asked: Asked) -> Schedule:
 
 
 def with_gaussian_noise(phases: tuple[Phase, ...], asked: Asked) -> Schedule:
-    """Noise of every step of each phase; BadInput where no noise keeps them within ε."""
-    done, spent = list[Phase](), list[Mechanism]()
+    """Noise of every step of each phase, and of the counts of an evaluation; BadInput where no
+    noise keeps them within ε.
+    """
+    done, spent, counted = list[Phase](), list[Mechanism](), _counted(asked)
     for phase in phases:
         rate, steps = phase.sampling_rate, phase.steps * phase.attempts
         epsilon = _budget(phase, phases, asked)
-        sigma = calibrate(spent, rate, steps, epsilon, asked.privacy.delta, asked.cache)
+        fixed = [*spent, *counted] if phase is phases[-1] else spent
+        sigma = calibrate(fixed, rate, steps, epsilon, asked.privacy.delta, asked.cache)
         spent.append(Mechanism(rate, sigma, steps))
         done.append(replace(phase, noise_multiplier=sigma))
-    return Schedule(tuple(done))
+    return Schedule(tuple(done), evaluation_noise=sum(each.noise_multiplier for each in counted))
+
+
+def _counted(asked: Asked) -> list[Mechanism]:
+    """The releases of an evaluation, with the least noise that keeps its own share of ε."""
+    terms, privacy = asked.evaluation, asked.privacy
+    if not terms.hold_out:
+        return []
+    epsilon = terms.epsilon_share * privacy.epsilon
+    sigma = calibrate([], 1.0, terms.attempts, epsilon, privacy.delta, asked.cache)
+    return [Mechanism(1.0, sigma, terms.attempts)]
 
 
 def with_skellam_noise(phases: tuple[Phase, ...], asked: Asked) -> Schedule:

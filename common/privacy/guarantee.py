@@ -106,15 +106,23 @@ class Guarantee(ABC):
 
     # --- what it costs
 
+    def evaluation_epsilon(self) -> float | None:
+        """What the evaluation would cost by itself, all its attempts; None where there is none."""
+        terms = self.manifest.evaluation
+        if terms is None or not self.private:
+            return None
+        return self.epsilon_of([*(0 for _ in self.manifest.phases), terms.attempts])
+
     @abstractmethod
     def epsilon_of(self, attempts: Sequence[int]) -> float:
-        """ε of so many attempts of each phase, for the unit that is protected; infinite where any
-        of their steps has no noise. BadInput where there is none, or a phase is no mechanism.
+        """ε of so many attempts of each of the manifest's `accounted`, for the unit that is
+        protected; infinite where any of their steps has no noise. BadInput where there is none, or
+        a phase is no mechanism.
         """
 
     def stated_epsilon(self) -> float:
         """ε of the whole schedule, for the unit that is protected."""
-        return self.epsilon_of([phase.attempts for phase in self.manifest.phases])
+        return self.epsilon_of([phase.attempts for phase in self.manifest.accounted])
 
     def charged_epsilon(self) -> float:
         """What the whole schedule costs a budget of records: never less than what is stated."""
@@ -160,11 +168,36 @@ class Guarantee(ABC):
         """What is guaranteed where a ledger reserved `epsilon`, and what it rests on, in sentences
         that a data protection officer can read. ValueError where there is no such statement.
         """
-        return [*self._promise(epsilon), *self._turns(), *self._masks(), *self._rounding()]
+        parts = (
+            self._promise(epsilon),
+            self._turns(),
+            self._counts(),
+            self._masks(),
+            self._rounding(),
+        )
+        return [sentence for part in parts for sentence in part]
 
     @abstractmethod
     def _promise(self, epsilon: float | None) -> list[str]:
         """The statement but for what masks and rounding add."""
+
+    def _counts(self) -> list[str]:
+        """What an evaluation at the institutions releases; nothing without one."""
+        terms = self.manifest.evaluation
+        if terms is None:
+            return []
+        noise = (
+            f"Gaussian noise with noise multiplier {terms.noise_multiplier:.4g}, which ε covers"
+            f" {'once' if terms.attempts == 1 else f'{terms.attempts} times'} and without a draw"
+            if self.private
+            else "no noise"
+        )
+        return [
+            f"After the last round each institution counts how the released adapter does"
+            f" ({', '.join(terms.counts)}) on about {terms.hold_out:.0%} of its units, which this"
+            " run did not train on and which a keyed hash of each by itself chose. A unit moves"
+            f" the counts by an L2 norm of at most 1, whatever its records are; they have {noise}."
+        ]
 
     def _masks(self) -> list[str]:
         """What secure aggregation adds, and under which conditions; nothing without it."""
@@ -207,7 +240,7 @@ class Guarantee(ABC):
                 "sampling_rate": phase.sampling_rate,
                 "noise_multiplier": phase.noise_multiplier,
             }
-            for phase in self.manifest.phases
+            for phase in self.manifest.accounted
         ]
 
     # --- what leaves

@@ -67,11 +67,12 @@ class RecordLevel(Guarantee):
         return stepped(phase, 2 * clip + NOISE_TAIL * deviation)
 
     def history(self, attempts: Sequence[int] | None = None) -> list[Mechanism]:
-        """Every step that so many attempts of each phase take, by default all of them.
+        """Every step that so many attempts of each phase, and of the evaluation, take; all of them
+        by default.
 
         BadInput where a phase is not a mechanism.
         """
-        phases = self.manifest.phases
+        phases = self.manifest.accounted
         counts = [phase.attempts for phase in phases] if attempts is None else attempts
         pairs = list(zip(phases, counts, strict=True))
         for phase, count in pairs:
@@ -135,7 +136,7 @@ class RecordLevel(Guarantee):
 
     def update_bound(self, phase: int, size: int) -> float:
         """G is MAX_DRAW_RATIO times the clip, plus the norm of the noise."""
-        recipe = self.manifest.phases[phase]
+        recipe = self.manifest.accounted[phase]
         groups, clip = _clips(recipe)
         noise = math.sqrt(groups) * recipe.noise_multiplier * clip * (math.sqrt(size) + NOISE_TAIL)
         return stepped(recipe, MAX_DRAW_RATIO * clip + noise / recipe.expected_units, size)

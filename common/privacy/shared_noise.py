@@ -137,6 +137,8 @@ class SharedNoise(Guarantee):
     def _faults(self, secure: SecureTerms, terms: SkellamTerms) -> list[str]:
         """What does not fit between the terms of shared noise and the rest of the manifest."""
         phases, faults = self.manifest.phases, []
+        if self.manifest.evaluation is not None:
+            faults.append("evaluation: expected none where institutions share noise")
         if not len(secure.update_bounds) == len(terms.coordinates) == len(phases):
             faults.append(
                 "skellam: expected a bound and a number of coordinates for each of"

@@ -66,7 +66,7 @@ class Unprotected(Guarantee):
         return plan.to_bytes()
 
     def update_bound(self, phase: int, size: int) -> float:
-        recipe = self.manifest.phases[phase]
+        recipe = self.manifest.accounted[phase]
         if recipe.optimizer == "sgd":  # its steps follow gradients that nothing bounds
             return PLAIN_RMS * math.sqrt(size)
         return stepped(recipe, PLAIN_RMS, size)

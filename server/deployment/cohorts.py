@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
+from fedlora.common.manifest.counts import answer_spec
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.manifest.turns import placed
 from fedlora.common.model.state import AdapterSpec, AdapterState
@@ -20,7 +21,7 @@ from fedlora.server.deployment.institutions import Institutions
 from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure
 from fedlora.server.secagg.log import SumLog
 from fedlora.server.secagg.sums import SecureCohort
-from fedlora.server.strategies.gathered import Gather, Summed
+from fedlora.server.strategies.gathered import Gather, Summed, gathering_of
 
 
 class ClearCohort:
@@ -38,7 +39,7 @@ class ClearCohort:
         members = self._who.gather()
         asked, failures = self._who.asked(members, plan)
         declined = len(failures)
-        gathered = self._gather(state)
+        gathered = gathering_of(self._gather, self._who.manifest, plan, state)
         for name, answer in self._answers(plan, state, asked):
             found = (
                 answer
@@ -48,10 +49,11 @@ class ClearCohort:
             if isinstance(found, Failure):
                 failures.append(found)
             else:
-                gathered.add(found.delta)
+                gathered.add(found.delta, name)
         count = len(asked) + declined if asked else 0
         seconds = time.monotonic() - started
-        return CohortSum(gathered.total(), gathered.count, count, tuple(failures), seconds)
+        found_in_all = (gathered.total(), gathered.count, count, tuple(failures), seconds)
+        return CohortSum(*found_in_all, each=gathered.each)
 
     def _answers(
         self, plan: RoundPlan, state: AdapterState, asked: list[str]
@@ -86,7 +88,8 @@ class ClearCohort:
                 raise BadInput(
                     f"{name}: found a {type(reply).__name__.lower()}, expected an update"
                 )
-            manifest, spec = self._who.manifest, state.spec
+            manifest = self._who.manifest
+            spec = answer_spec(manifest, plan.phase, state.spec)
             leaving = manifest.leaving(spec, plan.round)
             count, where = int(leaving.sum()), f"update of {name}"
             came = vector_from_bytes(reply.vector, count, where, manifest.wire)

@@ -57,7 +57,7 @@ def _progress(folder: Path) -> str:
     found = standing(folder / "checkpoint")
     if found is None:
         return "not begun"
-    attempts = sum(phase.attempts for phase in found.manifest.phases)
+    attempts = sum(phase.attempts for phase in found.manifest.accounted)
     return (
         f"round {found.round} of {found.manifest.rounds}, {sum(found.begun)} of {attempts} attempts"
         " used"

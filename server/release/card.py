@@ -17,6 +17,7 @@ from fedlora.server.secagg.log import DROP_OUTS
 FIGURES = (
     *("accuracy", "macro_f1", "micro_f1", "entity_f1", "spearman", "pearson", "perplexity", "loss"),
 )
+SHARE = ("units", "accuracy", "error")  # of an evaluation
 PAIRS, COUNTS = ("cohort", "threshold"), ("sums", "colluders", "smallest_sum")
 
 
@@ -44,6 +45,7 @@ def model_card(
             "## Measured on public data",
             "\n".join(["| figure | value |", "|---|---|", *measured]),
         ]
+    parts += _evaluated(figures.get("evaluation"))
     return "\n\n".join([*parts, USE.format(module=LOADERS[version])]) + "\n"
 
 
@@ -62,6 +64,8 @@ def shown_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
     }
     if type(figures.get("rounds")) is int:
         shown["rounds"] = figures["rounds"]
+    if isinstance(figures.get("evaluation"), Mapping):
+        shown["evaluation"] = _shown_evaluation(figures["evaluation"])
     secure = figures.get("secure")
     if isinstance(secure, Mapping):
         pairs = {
@@ -76,6 +80,34 @@ def shown_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
         if whole and all(type(each) is int for each in (*ends, *lost.values())):
             shown["secure"] = pairs | counts | {"dropouts": {stage: lost[stage] for stage in known}}
     return shown
+
+
+def _shown_evaluation(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the institutions' noisy counts: all of them, the lowest institution, and the spread."""
+    rows = {name: found.get(name) for name in ("together", "lowest")}
+    shown: dict[str, Any] = {
+        name: {key: row[key] for key in SHARE if isinstance(row.get(key), float)}
+        for name, row in rows.items()
+        if isinstance(row, Mapping)
+    }
+    spread = found.get("spread")
+    return shown | ({"spread": spread} if isinstance(spread, float) else {})
+
+
+def _evaluated(found: Any) -> list[str]:
+    """The card's part on hold-outs; nothing where nothing could be told."""
+    if not isinstance(found, Mapping):
+        return []
+    lines = [
+        f"| {title} | {row['accuracy']:.4g} ± {row['error']:.2g} |"
+        for name, title in (("together", "accuracy"), ("lowest", "accuracy, lowest institution"))
+        if set(row := found.get(name, {})) == set(SHARE)
+    ]
+    if "spread" in found:
+        lines.append(f"| spread between institutions | {found['spread']:.2g} |")
+    note = "Noisy counts of units that the run did not train on; ± is a standard error."
+    table = "\n".join(["| figure | value |", "|---|---|", *lines])
+    return ["## Measured at the institutions", note, table] if lines else []
 
 
 def _masked(figures: Mapping[str, Any]) -> list[str]:

@@ -97,12 +97,22 @@ def _verified(folder: Path, key: PublicIdentity | None) -> list[str]:
             f"statements   {len(statements)}, each signed by its institution; ε at most"
             f" {shown_epsilon(largest)}"
         ),
+        *_evaluated(manifest),
         *([f"reports      {len(reports)}, each signed by its institution"] if reports else []),
         f"signed by    {signer.fingerprint}",
     ]
     if key is None:
         return [*checked, "integrity only: compare this fingerprint with the coordinator's own"]
     return [*checked, "verified with the coordinator's key"]
+
+
+def _evaluated(manifest: RunManifest) -> list[str]:
+    """That hold-outs were counted too, within what was stated; nothing where none were."""
+    terms, cost = manifest.evaluation, guarantee_of(manifest).evaluation_epsilon()
+    if terms is None:
+        return []
+    price = "without noise" if cost is None else f"within that ε: {shown_epsilon(cost)} by itself"
+    return [f"evaluation   counts ({', '.join(terms.counts)}) of {terms.hold_out:.0%}, {price}"]
 
 
 def _index(body: Mapping[str, Any]) -> dict[str, str]:

@@ -99,7 +99,7 @@ def standing(folder: Path) -> Standing | None:
         return None
     manifest = RunManifest.from_bytes(path.read_bytes())
     checkpoint = Checkpoint(folder, manifest, AdapterSpec(()))
-    begun = tuple(checkpoint.attempts_begun(phase) for phase in range(len(manifest.phases)))
+    begun = tuple(checkpoint.attempts_begun(phase) for phase in range(len(manifest.accounted)))
     return Standing(manifest, checkpoint.round, begun)
 
 
@@ -120,7 +120,7 @@ class Checkpoint:
                 f"{folder}: found a checkpoint of another run, expected an empty folder or --resume"
             )
         checkpoint = cls(folder, manifest, initial.spec)
-        checkpoint._write_attempts(0, [0] * len(manifest.phases))
+        checkpoint._write_attempts(0, [0] * len(manifest.accounted))
         checkpoint.commit(Progress(0, initial, initial))
         checkpoint._write("manifest.json", manifest.to_bytes())  # last: it marks a run as begun
         return checkpoint
@@ -159,7 +159,7 @@ class Checkpoint:
 
     def spent(self, phase: int) -> str:
         """Why a phase has no attempt left; "" where it has, as always without privacy."""
-        recipe, begun = self.manifest.phases[phase], self.attempts_begun(phase)
+        recipe, begun = self.manifest.accounted[phase], self.attempts_begun(phase)
         if not guarantee_of(self.manifest).private or begun < recipe.attempts:
             return ""
         return (

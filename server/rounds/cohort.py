@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.model.state import AdapterState
+from fedlora.common.model.state import AdapterState, Vector
 from fedlora.common.privacy.randomness import Random, bernoulli
 from fedlora.common.terminal import one_line, without_places
 
@@ -66,6 +66,7 @@ class CohortSum:
     failures: tuple[Failure, ...]
     seconds: float
     secure: SecureRecord | None = None  # None: the coordinator saw every update
+    each: Mapping[str, Vector] = field(default_factory=dict)  # of an evaluation's answers in clear
 
     def counts(self, quorum: float, minimum: int) -> bool:
         """Whether its replies make a quorum; an attempt that drew nobody has one."""

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused, Spent
+from fedlora.common.manifest.counts import answer_spec
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.manifest.turns import Mask
@@ -101,7 +102,7 @@ def run_rounds(
         started = time.monotonic()
         number = progress.round + 1
         phase = manifest.phase_of(number)
-        plan, answer = _ask(checkpoint, cohort, progress, phase, rules, around)
+        plan, answer = ask(checkpoint, cohort, progress.state, number, rules, around)
         moved = progress.state.spec.moved_by(manifest.recipe_of(number).name)
         state, memory = _apply(strategies[phase], plan, progress, answer, moved)
         averaged, memory = _averaged(manifest, number, state, memory, rules)
@@ -119,23 +120,26 @@ def run_rounds(
     return progress
 
 
-def _ask(
+def ask(
     checkpoint: Checkpoint,
     cohort: Cohort,
-    progress: Progress,
-    phase: int,
+    state: AdapterState,
+    number: int,
     rules: Rules,
     around: Around,
 ) -> tuple[RoundPlan, CohortSum]:
-    """Attempt the next round until a quorum answers, a refusal makes it vain, or none is left."""
-    manifest, state = checkpoint.manifest, progress.state
+    """Attempt a round from `state` until a quorum answers, a refusal makes it vain, or none is
+    left. Raises Spent, Refused or QuorumLost.
+    """
+    manifest, phase = checkpoint.manifest, checkpoint.manifest.phase_of(number)
+    size = answer_spec(manifest, phase, state.spec).size
     while True:
-        left = manifest.phases[phase].attempts - checkpoint.attempts_begun(phase)
+        left = manifest.accounted[phase].attempts - checkpoint.attempts_begun(phase)
         if not checkpoint.spent(phase):
-            _await(around.ready, progress.round + 1, max(1, left))
+            _await(around.ready, number, max(1, left))
         attempt, started = checkpoint.begin_attempt(phase), time.monotonic()
-        plan = RoundPlan(manifest.digest, phase, progress.round + 1, attempt, state.digest)
-        answer = _checked(cohort.total(plan, state), plan, state.spec.size)
+        plan = RoundPlan(manifest.digest, phase, number, attempt, state.digest)
+        answer = _checked(cohort.total(plan, state), plan, size)
         if answer.counts(rules.quorum, rules.minimum):
             return plan, answer
         lost = _lost(plan, answer, rules)
@@ -145,7 +149,7 @@ def _ask(
             raise Spent(f"{reason} ({lost})") from lost
         if (
             isinstance(lost, Refused)
-            or checkpoint.attempts_begun(phase) >= manifest.phases[phase].attempts
+            or checkpoint.attempts_begun(phase) >= manifest.accounted[phase].attempts
         ):
             raise lost
         log.warning("%s; the next attempt begins", lost)
@@ -206,7 +210,7 @@ def _attempted(
 ) -> Attempted:
     return Attempted(
         round=plan.round,
-        phase=manifest.phases[plan.phase].name,
+        phase=manifest.accounted[plan.phase].name,
         attempt=plan.attempt,
         seconds=time.monotonic() - began,
         asked=answer.asked,

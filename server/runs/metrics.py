@@ -16,6 +16,7 @@ from fedlora.common.model.state import AdapterSpec
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Lost
+from fedlora.server.rounds.counted import kept_counts
 from fedlora.server.rounds.loop import RoundRecord
 from fedlora.server.runs.noise import noise_of_mean
 from fedlora.server.runs.summary import peak_rss_bytes
@@ -57,6 +58,7 @@ class MetricsLog:
         told = [json.loads(line) for line in kept]
         self._earlier = max((line["elapsed_seconds"] for line in told), default=0.0)
         self._counted = {int(line["attempt"]) for line in told}
+        self._counted |= {int(n) for n in (kept_counts(folder).get("attempt"),) if n is not None}
         for attempt in range(1, checkpoint.attempts_in_all + 1):
             if attempt not in self._counted and attempt not in dict(lost_attempts(folder)):
                 append_line(self._lost, {"attempt": attempt, "reason": ENDED})
@@ -77,7 +79,7 @@ class MetricsLog:
     def _line(self, record: RoundRecord, spec: AdapterSpec) -> dict[str, Any]:
         checkpoint, manifest = self._checkpoint, self._checkpoint.manifest
         phase = manifest.recipe_of(record.round)
-        attempts = [checkpoint.attempts_begun(index) for index in range(len(manifest.phases))]
+        attempts = [checkpoint.attempts_begun(index) for index in range(len(manifest.accounted))]
         # by the public normaliser: how many units were really drawn does not leave a node
         examples = record.replies * phase.steps * phase.expected_units
         return {

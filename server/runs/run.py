@@ -20,7 +20,9 @@ from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.model.state import AdapterState
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Cohort
+from fedlora.server.rounds.counted import count_hold_outs, kept_counts
 from fedlora.server.rounds.loop import ALONE, Around, Ready, Rules, run_rounds
+from fedlora.server.runs.at_institutions import at_institutions
 from fedlora.server.runs.metrics import METRICS, MetricsLog, Observe, nobody
 from fedlora.server.runs.phases import phase_table
 from fedlora.server.runs.public_data import PublicSide
@@ -57,7 +59,7 @@ def conduct(
     run: Run, cohort: Cohort, observe: Observe = nobody, ready: Ready = ALONE.ready
 ) -> Progress:
     """The round loop, with a line of metrics.jsonl for each committed round, and of lost.jsonl for
-    each attempt that brought none. Raises what the loop raises.
+    each attempt that brought none; then the evaluation. Raises what the loop raises.
     """
     manifest = run.manifest
 
@@ -67,9 +69,11 @@ def conduct(
 
     log = MetricsLog(run.folder, run.checkpoint, run.began, observe)
     around = Around(ready, log.lose)
-    return run_rounds(
+    progress = run_rounds(
         run.checkpoint, cohort, run.strategies, run.rules, validate, log.write, around
     )
+    count_hold_outs(run.folder, run.checkpoint, cohort, progress.release, run.rules, around)
+    return progress
 
 
 def to_its_end(
@@ -113,6 +117,7 @@ def conclude(
     summary = summary_of(run.manifest, run.public, run.folder, progress, phases, lines, reserved)
     summary["seconds"] += time.monotonic() - started
     summary["privacy_statement"] += run.caveats
+    summary["evaluation"] = at_institutions(run.manifest, kept_counts(run.folder))
     summary["warnings"] = doubts(run.public.test.totals.get("confusion"), progress.release)
     summary |= {"clients": run.clients, "engine": run.engine, "config": run.config, **more()}
     write_summary(run.folder, summary)

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.common.config.parts import Terms
-from fedlora.common.manifest.manifest import Network, Phase, RunManifest, SecureTerms
+from fedlora.common.config.task_names import BUILT_IN
+from fedlora.common.manifest.counts import LOSS, RIGHT
+from fedlora.common.manifest.manifest import (
+    EvaluationTerms,
+    Network,
+    Phase,
+    RunManifest,
+    SecureTerms,
+)
 from fedlora.common.privacy.calibration import Asked, Schedule
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_asked
@@ -43,11 +51,12 @@ def make_manifest(
     minimum_cohort: int = 1,
 ) -> RunManifest:
     """A new run on `terms`. Calibration takes seconds and is cached in `cache`."""
-    privacy, asked = terms.privacy, terms.aggregation
+    privacy, asked, many = terms.privacy, terms.aggregation, terms.federation.clients
     guarantee = guarantee_asked(privacy)
-    wanted = Asked(privacy, asked, facts.moved, cache, terms.federation.clients)
+    wanted = Asked(privacy, asked, facts.moved, cache, many, terms.evaluation)
     schedule = guarantee.calibrated(public_phases(terms), wanted)
-    secure = _secure_terms(terms, guarantee, schedule) if asked.secure else None
+    evaluation = _evaluation_terms(terms, facts.task, schedule)
+    secure = _secure_terms(terms, guarantee, schedule, evaluation) if asked.secure else None
     return RunManifest(
         federation=federation,
         run=secrets.token_hex(16),
@@ -73,12 +82,27 @@ def make_manifest(
         wire=terms.federation.wire,
         quantised=facts.quantised,
         largest_cohort=schedule.largest_cohort,
+        evaluation=evaluation,
     )
 
 
-def _secure_terms(terms: Terms, guarantee: type[Guarantee], schedule: Schedule) -> SecureTerms:
+def _evaluation_terms(terms: Terms, task: str, schedule: Schedule) -> EvaluationTerms | None:
+    """What is counted after the last round; None where nothing is held out."""
+    asked = terms.evaluation
+    if not asked.hold_out:
+        return None
+    counts = asked.counts or (RIGHT if task == BUILT_IN[0] else LOSS,)
+    expected = max(1.0, asked.hold_out * terms.federation.units)
+    noise = schedule.evaluation_noise
+    return EvaluationTerms(asked.hold_out, asked.attempts, expected, noise, counts)
+
+
+def _secure_terms(
+    terms: Terms, guarantee: type[Guarantee], schedule: Schedule, evaluation: EvaluationTerms | None
+) -> SecureTerms:
     """The ring that holds a sum of all institutions, and its noise; BadInput where none does."""
-    bounds = tuple(guarantee.coordinate_bound(phase) for phase in schedule.phases)
+    released = schedule.phases if evaluation is None else (*schedule.phases, evaluation.phase)
+    bounds = tuple(guarantee.coordinate_bound(phase) for phase in released)
     members, noise = terms.federation.clients, schedule.member_noise
     ring = Encoding.fitting(1, max(bounds), schedule.levels, members, noise)
     return SecureTerms(

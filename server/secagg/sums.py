@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from fedlora.common.errors import BadInput, QuorumLost, Refused
+from fedlora.common.manifest.counts import answer_spec
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.manifest.turns import placed
@@ -104,7 +105,8 @@ class SecureCohort:
         asked, declined = self._exchange.asked(members, plan)
         needed = self._exchange.needed(len(asked) + len(declined))
         attempt = _Attempt(plan, state, members, asked, needed, _Failures())
-        total, record, replies = np.zeros(state.spec.size, dtype=np.float64), None, 0
+        size = answer_spec(self._manifest, plan.phase, state.spec).size
+        total, record, replies = np.zeros(size, dtype=np.float64), None, 0
         if asked:
             try:
                 result, record = self._sum(self._epoch_for(attempt), attempt)
@@ -132,7 +134,7 @@ class SecureCohort:
     def _begun(self, attempt: _Attempt) -> _EpochInUse:
         """Stages 1 and 2: keys and shares of a new epoch."""
         manifest, number = self._manifest, attempt.plan.attempt
-        last = sum(phase.attempts for phase in manifest.phases)
+        last = sum(phase.attempts for phase in manifest.accounted)
         count = max(1, min(self._terms.epoch_attempts, last - number + 1))
         # Numbered by its first attempt: above all epochs that nodes remember, whatever restarted.
         epoch = Epoch(manifest.federation, manifest.digest, number, number, count)
@@ -259,7 +261,8 @@ class SecureCohort:
         return counted
 
     def _encoding(self, plan: RoundPlan, spec: AdapterSpec) -> Encoding:
-        size = int(self._manifest.leaving(spec, plan.round).sum())
+        answer = answer_spec(self._manifest, plan.phase, spec)
+        size = int(self._manifest.leaving(answer, plan.round).sum())
         noise = guarantee_of(self._manifest).member_noise(plan.phase)
         return stages.encoding_of(self._terms, plan.phase, size, noise)
 
@@ -272,6 +275,7 @@ class SecureCohort:
         left out.
         """
         total = self._encoding(plan, spec).decode(result.levels)
+        spec = answer_spec(self._manifest, plan.phase, spec)
         bound = guarantee_of(self._manifest).update_bound(plan.phase, len(total))
         norm = float(np.linalg.norm(total)) / len(result.members)
         if not norm <= bound * (1 + 1e-6):

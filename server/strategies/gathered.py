@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.common.config.schema import FLEXLORA, AggregationConfig
+from fedlora.common.manifest.counts import answer_spec
+from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState, Vector
 from fedlora.server.strategies.flexlora import mean_of_products
 from fedlora.server.strategies.robust import ROBUST_MEANS
@@ -20,12 +23,16 @@ Floats = npt.NDArray[np.float64]
 class Gathered(Protocol):
     """The updates of one attempt."""
 
-    def add(self, update: Vector) -> None:
-        """One more, (size,)."""
+    def add(self, update: Vector, name: str = "") -> None:
+        """One more, (size,), of an institution."""
 
     @property
     def count(self) -> int:
         """How many there are."""
+
+    @property
+    def each(self) -> Mapping[str, Vector]:
+        """By institution, where each is kept apart."""
 
     def total(self) -> Floats:
         """(size,): `count` times what stands for their mean."""
@@ -37,8 +44,9 @@ class Summed:
     def __init__(self, state: AdapterState) -> None:
         self._total = np.zeros(state.spec.size, dtype=np.float64)
         self.count = 0
+        self.each: dict[str, Vector] = {}
 
-    def add(self, update: Vector) -> None:
+    def add(self, update: Vector, name: str = "") -> None:
         """One more, (size,)."""
         self._total += update
         self.count += 1
@@ -46,6 +54,15 @@ class Summed:
     def total(self) -> Floats:
         """Their sum, (size,)."""
         return self._total
+
+
+class Apart(Summed):
+    """The same, and each by itself: counts are few."""
+
+    def add(self, update: Vector, name: str = "") -> None:
+        """One more, (size,), of an institution."""
+        super().add(update, name)
+        self.each[name] = update
 
 
 class Kept:
@@ -57,8 +74,9 @@ class Kept:
     def __init__(self, size: int, mean: Callable[[Floats], Floats], fewest: int = 1) -> None:
         self._size, self._mean, self._fewest = size, mean, fewest
         self._updates: list[Vector] = []
+        self.each: Mapping[str, Vector] = {}
 
-    def add(self, update: Vector) -> None:
+    def add(self, update: Vector, name: str = "") -> None:
         """One more, (size,)."""
         self._updates.append(update)
 
@@ -90,3 +108,12 @@ def gathering(asked: AggregationConfig) -> Gather:
         return robust(updates, asked.hostile)
 
     return lambda state: Kept(state.spec.size, mean, asked.fewest)
+
+
+def gathering_of(
+    gather: Gather, manifest: RunManifest, plan: RoundPlan, state: AdapterState
+) -> Gathered:
+    """What takes the answers to a plan: those of an evaluation are added up, each kept apart."""
+    if not manifest.evaluates(plan.phase):
+        return gather(state)
+    return Apart(AdapterState.zeros(answer_spec(manifest, plan.phase, state.spec)))

@@ -35,7 +35,7 @@ def view(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{folder}: found no run that was begun, expected a run's folder")
     lines = rounds_of(folder)
     manifest = found.manifest
-    attempts = sum(phase.attempts for phase in manifest.phases)
+    attempts = sum(phase.attempts for phase in manifest.accounted)
     return {
         "name": folder.resolve().name,
         "state": _state(folder, found, lines),

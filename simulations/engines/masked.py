@@ -15,6 +15,7 @@ from fedlora.client.node.outbox import MemoryOutbox
 from fedlora.client.secagg.masked_run import MaskedRun
 from fedlora.common.config.schema import FaultsConfig
 from fedlora.common.errors import BadInput, Refused
+from fedlora.common.manifest.counts import answer_spec
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import Delta, RoundPlan, Update
 from fedlora.common.model.state import AdapterState
@@ -111,15 +112,17 @@ class Institutions:
     def _answer(
         self, name: str, stage: str, message: bytes, plan: RoundPlan, state: AdapterState
     ) -> bytes | Failure:
+        spec = answer_spec(self._manifest, plan.phase, state.spec)
+
         def train() -> Delta:
             update = self._trainer_of(name).train(plan, state)
-            update.check(plan, state.spec.size, masked=True)
+            update.check(plan, spec.size, masked=True)
             return update.delta
 
         try:
             run = self._run(name)
             answer = (
-                run.input(message, plan, state.spec, train)
+                run.input(message, plan, spec, train)
                 if stage == Stage.INPUT
                 else run.answer(stage, message, plan)
             )

@@ -19,6 +19,7 @@ from fedlora.client.training.trainer import Trainer
 from fedlora.common.config.load import load_config
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger.ledger import Ledger
+from fedlora.common.manifest.counts import answer_spec
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import Delta, RoundPlan
 from fedlora.common.manifest.turns import taken
@@ -104,7 +105,8 @@ class Resident:
         coordinator = PublicIdentity.from_text(self.shared.coordinator, NODES_FILE)
         if isinstance(request, Task):
             plan = RoundPlan.from_bytes(request.plan.opened(PLAN_TAG, coordinator))
-            leaving = self.manifest.leaving(self.federation.model.spec, plan.round)
+            spec = answer_spec(self.manifest, plan.phase, self.federation.model.spec)
+            leaving = self.manifest.leaving(spec, plan.round)
             leaves = taken(self._trained(name, plan, request.vector), leaving)
             update = vector_to_bytes(leaves, self.manifest.wire)
             return Answer(name, plan.manifest, plan.round, plan.attempt, update)
@@ -119,7 +121,7 @@ class Resident:
         """The secrets are with the run's keeper, the training is here."""
         from fedlora.simulations.engines.keeper import Keeper
 
-        spec = self.federation.model.spec
+        spec = answer_spec(self.manifest, asked.plan.phase, self.federation.model.spec)
         return Keeper.find(self.manifest).answer(
             body, spec, lambda: self._trained(name, asked.plan, asked.vector)
         )

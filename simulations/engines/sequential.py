@@ -12,6 +12,7 @@ from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.trainer import Trainer
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Ledger
+from fedlora.common.manifest.counts import answer_spec
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterState
@@ -20,7 +21,7 @@ from fedlora.common.privacy.randomness import OsRandom, Random, SeededRandom
 from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure, participants
 from fedlora.server.secagg.log import SumLog
 from fedlora.server.secagg.sums import SecureCohort
-from fedlora.server.strategies.gathered import Gather, Summed
+from fedlora.server.strategies.gathered import Gather, Summed, gathering_of
 from fedlora.simulations.engines.masked import Institutions
 from fedlora.simulations.federation.population import Federation, client_name
 from fedlora.simulations.federation.run_folder import SimulatedRun
@@ -46,22 +47,29 @@ class SequentialCohort:
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
         """The sum of one attempt's updates, or what a robust mean makes of them; and who failed."""
         started = time.monotonic()
-        gathered, failures = self._gather(state), []
+        gathered, failures = gathering_of(self._gather, self._manifest, plan, state), []
         asked = choose_clients(self._manifest, self._federation, plan)
         for client in asked:
             answer = self._answer(client, plan, state)
             if isinstance(answer, Failure):
                 failures.append(answer)
             else:
-                gathered.add(answer.delta)
+                gathered.add(answer.delta, answer.client)
         seconds = time.monotonic() - started
-        return CohortSum(gathered.total(), gathered.count, len(asked), tuple(failures), seconds)
+        return CohortSum(
+            gathered.total(),
+            gathered.count,
+            len(asked),
+            tuple(failures),
+            seconds,
+            each=gathered.each,
+        )
 
     def _answer(self, client: int, plan: RoundPlan, state: AdapterState) -> Update | Failure:
         try:
             trainer = self._federation.trainer(client, self._manifest, self._ledger, self._moments)
             update = trainer.train(plan, state)
-            update.check(plan, state.spec.size)
+            update.check(plan, answer_spec(self._manifest, plan.phase, state.spec).size)
         except (BadInput, Refused) as error:
             return Failure(client_name(client), str(error), refused=isinstance(error, Refused))
         return update

@@ -16,6 +16,7 @@ from rich.table import Table as Printed
 from fedlora.client.training.memory import Memory
 from fedlora.client.training.timing import record_seconds
 from fedlora.common.config.schema import Config
+from fedlora.common.manifest.counts import Cells
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.manifest.turns import BY_TURNS, most_moved
 from fedlora.common.model.compute import threads
@@ -76,6 +77,7 @@ class Plan:
     memory: Memory  # of a step of an adapter phase, on this machine
     micro_batch_tokens: int
     wire: str  # what an update is rounded to
+    counts: str = ""  # what an evaluation's noise is beside its hold-outs
 
     @property
     def minutes(self) -> float:
@@ -103,6 +105,8 @@ class Plan:
             f" and {self.bytes_back:,} back in a round; {self.attention} attention,"
             f" {self.precision}, {self.micro_batch_tokens:,} tokens at once"
         )
+        if self.counts:
+            yield self.counts
         drowned = [each.phase.name for each in self.phases if (each.signal or inf) < FAINT]
         if drowned:
             yield (
@@ -174,6 +178,7 @@ def plan(
         memory=memory,
         micro_batch_tokens=federation.training.tokens,
         wire=manifest.wire,
+        counts=_counts(manifest, len(federation.clients)),
     )
 
 
@@ -208,6 +213,22 @@ def _phase_plan(
     members = manifest.participation * len(federation.clients)
     signal = signal_to_noise(manifest, phase, federation.model.spec, members)
     return PhasePlan(phase, drawn * len(units), seconds / 60, signal)
+
+
+def _counts(manifest: RunManifest, institutions: int) -> str:
+    """How far noise moves a count, beside the hold-out of an institution of middling size."""
+    terms, cost = manifest.evaluation, guarantee_of(manifest).evaluation_epsilon()
+    if terms is None:
+        return ""
+    noise, units = (
+        terms.noise_multiplier / Cells.of(manifest).weight,
+        terms.expected_units / institutions,
+    )
+    price = "" if cost is None else f"; ε {shown_epsilon(cost)} by itself"
+    return (
+        f"evaluation: a count is noised by {noise:.3g}, of about {units:,.0f} units held out at"
+        f" each institution{price}"
+    )
 
 
 def _tenths(guarantee: Guarantee) -> dict[int, float]:
@@ -259,9 +280,9 @@ def _epsilon_by_round(plan: Plan) -> Printed:
 
 
 def _taken(manifest: RunManifest, rounds: int) -> list[int]:
-    """Rounds of each phase among the first `rounds`."""
+    """Rounds of each phase, and of the evaluation, among the first `rounds`."""
     taken, left = [], rounds
-    for phase in manifest.phases:
+    for phase in manifest.accounted:
         taken.append(min(left, phase.rounds))
         left -= taken[-1]
     return taken

@@ -8,12 +8,13 @@ actor of a cluster.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from fedlora.client.training.hold_out import unit_points
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.memory import Memory, check_fits
 from fedlora.client.training.moments import MomentStore
@@ -23,6 +24,7 @@ from fedlora.client.training.trainer import Trainer, charge
 from fedlora.common.config.schema import PrivacyConfig
 from fedlora.common.data.origin import Origin
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
+from fedlora.common.data.unit_names import unit_names
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
 from fedlora.common.manifest.manifest import RunManifest
@@ -49,6 +51,9 @@ class Federation:
     training: LocalTraining
     privacy: PrivacyConfig  # names the population that the training file is drawn from
     steps: Steps  # of an adapter phase
+    names: list[bytes] = field(default_factory=list)  # of units, where a run may hold some out
+    # where they fall in the last run that held some out
+    _points: tuple[str, npt.NDArray[np.float64]] = ("", np.zeros(0))
 
     @classmethod
     def build(
@@ -60,10 +65,12 @@ class Federation:
         steps: Steps,
         tokens: int,
         folder: Path,
+        held: bool = False,
     ) -> Federation:
         """Encode the training part, and deal its units out; BadInput where they can't be.
 
         `tokens` go into a micro-batch; where that is "auto", what was found lies in `folder`.
+        `held`: units may be held out of a run.
         """
         units = unit_groups(sources.train.units, len(sources.train))
         gradients = PerSampleGradients(public.model)
@@ -78,6 +85,7 @@ class Federation:
             training=LocalTraining(gradients, public.features, found),
             privacy=privacy,
             steps=steps,
+            names=unit_names(sources.train) if held else [],
         )
 
     @property
@@ -115,13 +123,23 @@ class Federation:
     ) -> Trainer:
         """The trainer of one institution that consented to `manifest`; Refused if it may not."""
         budget = self._budget(self.budget_name(client), manifest)
-        trainer = Trainer(self.data_of(client), self.training, ledger, budget, moments, masked)
+        data = self.data_in(client, manifest, ledger)
+        trainer = Trainer(data, self.training, ledger, budget, moments, masked)
         trainer.consent(manifest)
         return trainer
 
     def data_of(self, client: int) -> ClientData:
         """The records of one institution."""
         return ClientData(client_name(client), self.train, self._units_of(client))
+
+    def data_in(self, client: int, manifest: RunManifest, ledger: Ledger | None) -> ClientData:
+        """The same in a run, with where its units fall if the run holds some out."""
+        data = self.data_of(client)
+        if manifest.evaluation is None:
+            return data
+        if self._points[0] != manifest.run:  # once for all its institutions and rounds
+            self._points = manifest.run, unit_points(manifest, self.names, ledger)
+        return replace(data, points=self._points[1][self.partition.units_of(client)])
 
     def charge(self, manifest: RunManifest, ledger: Ledger) -> None:
         """Reserve the run's ε once for the whole population, before training; Refused past its cap.
@@ -133,7 +151,7 @@ class Federation:
         guarantee = guarantee_of(manifest)
         if guarantee.private:
             budget = self._budget(f"population {self.privacy.population}", manifest)
-            attempts = [phase.attempts for phase in manifest.phases]
+            attempts = [phase.attempts for phase in manifest.accounted]
             cost, subject = charge(guarantee), Subject.of(manifest, self.origin)
             ledger.consent(budget, manifest.digest, cost, attempts, subject)
 
@@ -177,11 +195,7 @@ class Federation:
 
     def _units_of(self, client: int) -> UnitIndex:
         """The client's share of the units, over the same encoded records."""
-        mine = self.partition.units_of(client)
-        sizes = self.units.offsets[mine + 1] - self.units.offsets[mine]
-        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        starts = np.repeat(self.units.offsets[mine] - offsets[:-1], sizes)
-        return UnitIndex(offsets, self.units.records[starts + np.arange(offsets[-1])])
+        return self.units.take(self.partition.units_of(client))
 
 
 def client_name(client: int) -> str:

@@ -11,7 +11,6 @@ elsewhere too. Who has the key learns which units were set aside, and nothing el
 
 from __future__ import annotations
 
-import hmac
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -21,14 +20,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fedlora.common.codec.framing import KEY_BYTES, digest
+from fedlora.common.codec.framing import KEY_BYTES
 from fedlora.common.config.schema import DataConfig
 from fedlora.common.data.records import Records, unit_groups
+from fedlora.common.data.unit_names import keyed_points, unit_names
 from fedlora.common.disk.files import create_once, read_bytes, write_atomically
 from fedlora.common.errors import BadInput
 
 KEY = "public-part.key"  # in a run's folder, and in the account's
-UNIT_TAG, RECORD_TAG = "fedlora-public-unit-1", "fedlora-public-record-1"
 
 Bools = npt.NDArray[np.bool_]
 # Which of the named units make up a share; from the top or the bottom of their order, so that a
@@ -43,12 +42,8 @@ class ByKey:
     key: bytes
 
     def __call__(self, names: Sequence[bytes], share: float, top: bool) -> Bools:
-        points = np.array([self._point(name) for name in names])
+        points = keyed_points(list(names), self.key)
         return np.asarray(points >= 1 - share if top else points < share)
-
-    def _point(self, name: bytes) -> float:
-        """In [0, 1): 53 bits, as many as a float64 tells apart."""
-        return (int.from_bytes(hmac.digest(self.key, name, "sha256")[:8], "big") >> 11) / 2**53
 
 
 @dataclass(frozen=True)
@@ -104,28 +99,13 @@ def account_key() -> bytes:
 def set_aside(train: Records, part: str, share: float, choose: Choose) -> tuple[Records, Records]:
     """A part of whole units, public from now on, and what is left; BadInput where one is empty."""
     units = unit_groups(train.units, len(train))
-    chosen = choose(_names(train), share, part == "test")
+    chosen = choose(unit_names(train), share, part == "test")
     if chosen.all() or not chosen.any():
         found = "leaves no unit" if chosen.all() else "takes no unit"
         raise BadInput(f"[data] {part} = {share}: {found} of {len(units)}")
     picked = np.repeat(chosen, np.diff(units.offsets))
     aside, kept = (np.sort(units.records[each]) for each in (picked, ~picked))
     return train.take(aside, f"{train.where} ({part} part)"), train.take(kept)
-
-
-def said(records: Records) -> list[tuple[str, ...]]:
-    """The words of each record: its text, its answer, and the other text of a pair."""
-    more = [each for each in records.parts.values() if each and isinstance(each[0], str)]
-    answers = [] if records.responses is None else [records.responses]
-    return list(zip(records.texts, *answers, *more, strict=True))
-
-
-def _names(train: Records) -> list[bytes]:
-    """Of units in their order; where each record is one, its words, which alike records share."""
-    if train.units is not None:
-        return [digest(UNIT_TAG, unit.encode()) for unit in dict.fromkeys(train.units)]
-    words = ([word.encode() for word in each] for each in said(train))
-    return [digest(RECORD_TAG, *each) for each in words]
 
 
 def _key(path: Path) -> bytes:

@@ -13,11 +13,12 @@ from fedlora.common.config.toml import shown
 from fedlora.common.data.data_file import origin_of
 from fedlora.common.data.origin import Origin
 from fedlora.common.data.records import Records, read_records
+from fedlora.common.data.unit_names import said
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.known import task_named
 from fedlora.common.tasks.overview import label_counts, listed
 from fedlora.server.runs.public_data import PublicRecords, columns_of, read_labels
-from fedlora.simulations.federation.public_part import Choose, said, set_aside
+from fedlora.simulations.federation.public_part import Choose, set_aside
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from fedlora.common.disk.files import lines_of, write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.simulations.report import answers, numbers, plots, sections
+from fedlora.simulations.report.hold_outs import hold_outs
 from fedlora.simulations.report.sections import Lines, Summary
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -68,6 +69,7 @@ def write_report(folder: Path) -> Path:
         "phases": sections.phase_ends(summary),
         "clients": sections.clients(summary),
         "partition": sections.partition(summary),
+        "hold_outs": hold_outs(summary),
         "participation": sections.participation(lines, summary["partition"]["clients"]),
         "errors": sections.errors(summary),
         "technical": [

@@ -47,7 +47,10 @@ RUN = manifest_of()
             'budget = "people"', 'budget = "them"', "expected one of people", id="unknown-budget"
         ),
         pytest.param(
-            "[limits]", '[limits]\nmetrics = ["loss"]', "not built yet", id="metrics-do-not-leave"
+            "[limits]",
+            '[limits]\nmetrics = ["texts"]',
+            "right, classes, confusion or loss",
+            id="no-other-metrics-leave",
         ),
         pytest.param(
             BASE,

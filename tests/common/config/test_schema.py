@@ -328,6 +328,7 @@ def test_the_contract_of_design() -> None:
         "federation",
         "training",
         "privacy",
+        "evaluation",
         "aggregation",
         "server",
         "faults",

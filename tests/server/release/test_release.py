@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from fedlora.common.errors import BadInput, FedloraError, Refused
-from fedlora.common.manifest.manifest import SecureTerms, SkellamTerms
+from fedlora.common.manifest.manifest import EvaluationTerms, SecureTerms, SkellamTerms
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.privacy.shared_record_level import SharedRecordLevel
 from fedlora.common.protocol.messages import MANIFEST_TAG, Consent, reply_from_bytes
 from fedlora.common.trust.identity import Identity, seal, unseal
-from fedlora.server.release.card import model_card
+from fedlora.server.release.card import model_card, shown_figures
 from fedlora.server.release.export import export
 from fedlora.server.release.layout import (
     EXPORT_MEMBERS_TAG,
@@ -473,6 +473,22 @@ def test_a_run_without_privacy_says_so(tmp_path: Path, of: Party) -> None:
     )
     export(tmp_path / "export", of.coordinator, plain, adapter(tmp_path / "adapter"))
     assert "without privacy" in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_a_release_tells_of_hold_outs_what_is_signed_and_no_more(tmp_path: Path, of: Party) -> None:
+    run = replace(manifest(), evaluation=EvaluationTerms(0.2, 1, 99.0, 6.0, ("right",)))
+    row = {"units": 99.5, "accuracy": 0.75, "error": 0.03}
+    figures = {"together": row, "lowest": row, "spread": 0.01, "institutions": {"north": row}}
+    made = replace(release(of, run), figures={"rounds": 3, "evaluation": figures})
+    export(tmp_path / "export", of.coordinator, made, adapter(tmp_path / "adapter"))
+    lines = verify(tmp_path / "export", of.coordinator.public)
+    assert any("evaluation   counts (right) of 20%, within that ε" in line for line in lines)
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "| accuracy, lowest institution | 0.75 ± 0.03 |" in card
+    assert "did not train on" in card and "north" not in card.split("Measured at")[1]
+    masked = {"together": row, "lowest": None, "spread": None, "institutions": {}}
+    assert shown_figures({"evaluation": masked}) == {"evaluation": {"together": row}}
+    assert shown_figures({"evaluation": {"lost": "away"}}) == {"evaluation": {}}
 
 
 def test_an_export_is_no_offer(folder: Path, of: Party) -> None:
