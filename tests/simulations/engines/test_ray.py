@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,17 +269,21 @@ def test_nodes_answer_for_the_run_in_their_folder_only(folder: Path, tmp_path: P
 
 @pytest.mark.flower
 def test_ray_equals_the_sequential_engine_under_masks(folder: Path, tmp_path: Path) -> None:
-    """In clear, `flwr run` below shows it."""
+    """On a cluster of two machines, both of them this one; in clear, `flwr run` below shows it."""
     found, changes = tmp_path / "ray", ["aggregation.secure=true", "federation.participation=1.0"]
     run = begin(load_config(folder / "config.toml", changes), tmp_path / "sequential", cpu())
     finish(run, conduct(run, sequential(run)))
     options = [word for change in changes for word in ("--set", change)]
-    subprocess.run(
-        ["fedlora-sim", "run", folder / "config.toml", "--engine", "ray", "--out", found, *options],
-        check=True,
-        timeout=PATIENCE,
-        env=_environment(tmp_path),
-    )
+    command = ["fedlora-sim", "run", folder / "config.toml"]
+    with ray_cluster(tmp_path) as address:
+        subprocess.run(
+            [*command, "--engine", "ray", "--out", found, *options],
+            check=True,
+            timeout=PATIENCE,
+            env=_environment(tmp_path) | {"RAY_ADDRESS": address},
+        )
+        actors = "[a['Address']['NodeID'] for a in ray._private.state.actors().values()]"
+        assert len(set(_told_by_ray(address, actors))) == 2
     _assert_same_run(found, tmp_path / "sequential")
     summary = json.loads((found / "summary.json").read_text())
     assert summary["engine"] == "ray" and summary["secure"]["sums"] == 4
@@ -293,6 +299,37 @@ def test_flwr_run_equals_the_sequential_engine(
         status = _flwr_run(settings, environment)
         assert status["status"] == "finished:completed", status
     _assert_same_run(tmp_path / "run", reference)
+
+
+@contextmanager
+def ray_cluster(home: Path) -> Iterator[str]:
+    """The address of two Ray nodes with one processor each."""
+    port, started = _free_port(), []
+    address = f"127.0.0.1:{port}"
+    ours = ["--num-cpus", "1", "--disable-usage-stats", "--block", "--node-ip-address", "127.0.0.1"]
+    head = ["--head", "--port", str(port), "--include-dashboard", "false"]
+    # sockets lie below, and their paths may have 107 characters
+    with tempfile.TemporaryDirectory(prefix="ray") as folder, (home / "ray.log").open("wb") as log:
+        try:
+            for more in ([*head, "--temp-dir", folder], ["--address", address]):
+                command = ["ray", "start", *ours, *more]
+                started.append(
+                    subprocess.Popen(
+                        command,
+                        env=_environment(home),
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                    )
+                )
+                _wait_until(partial(_listens, port))
+            _wait_until(lambda: _told_by_ray(address, "len(ray.nodes())") == 2)
+            yield address
+        finally:
+            for process in reversed(started):
+                process.send_signal(signal.SIGTERM)  # it ends what it started
+            for process in started:
+                process.wait(timeout=60)
 
 
 @contextmanager
@@ -374,6 +411,29 @@ def _wait_for(port: int) -> None:
             if time.monotonic() > give_up:
                 raise
             time.sleep(0.2)
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 90
+    while not is_so():
+        assert time.monotonic() < give_up
+        time.sleep(0.2)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _told_by_ray(address: str, asked: str) -> Any:
+    """An expression's value, in a process of its own that knows the cluster."""
+    code = (
+        "import json, ray, ray._private.state;"
+        f"ray.init(address={address!r}, logging_level='ERROR', log_to_driver=False);"
+        f"print(json.dumps({asked}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
 def _assert_same_run(found: Path, expected: Path) -> None:
