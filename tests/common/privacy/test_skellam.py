@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from functools import cache
 
 import mpmath
@@ -29,6 +30,7 @@ from fedlora.common.privacy.skellam import (
     poisson,
     skellam,
 )
+from fedlora.common.privacy.unit_release import UnitRelease
 
 SOURCE = OsRandom()
 # --- the truth, slowly ----------------------------------------------------------------------------
@@ -241,6 +243,27 @@ def test_what_leaves_is_checked_as_whole_numbers() -> None:
             noised(SOURCE, np.array(levels), moved, release, 2)
     with pytest.raises(BadInput, match="coordinates that move"):
         noised(SOURCE, np.array([1, 0, 0]), np.array([True, True, True]), release, 2)
+
+
+@settings(deadline=None)
+@given(
+    most=st.integers(1, 10**6),
+    part=st.floats(0.0, 1.0),
+    sigma=st.floats(0.3, 30.0),
+    levels=st.integers(1, 1 << 22),
+    order=st.integers(2, 64),
+    sampled=st.booleans(),
+)
+def test_a_round_that_moves_fewer_coordinates_costs_no_more_under_the_same_noise(
+    most: int, part: float, sigma: float, levels: int, order: int, sampled: bool
+) -> None:
+    """The smaller half of LoRA: its sensitivity against the larger one's variance."""
+    larger: Release = (UnitRelease if sampled else Release)(sigma, levels, most, 1)
+    fewer = max(1, int(part * most))
+    alone = replace(larger, coordinates=fewer)
+    less = replace(alone, noise_multiplier=math.sqrt(larger.variance) / alone.sensitivity)
+    assert less.variance == pytest.approx(larger.variance, rel=1e-12)
+    assert less.renyi(order) <= larger.renyi(order) * (1 + 1e-12)
 
 
 # --- the noise ------------------------------------------------------------------------------------
