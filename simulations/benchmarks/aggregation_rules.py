@@ -7,7 +7,7 @@ LoRA's best round by validation, on test records, without privacy and at ε. Fed
 a run: its row says which rank an adapter would have to gain to carry its residual of one of
 FedAvg's rounds to 1e-5.
 
-    python simulations/benchmarks/rules.py --train FILE --test FILE [--epsilon 8] [--json OUT]
+    python simulations/benchmarks/aggregation_rules.py --train FILE --test FILE [--epsilon 8]
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fedlora.common.data.records import read_label_set
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.features import PooledTexts
 from fedlora.common.model.state import AdapterState
+from fedlora.common.privacy.modes import guarantee_of
 from fedlora.server.rounds.cohort import CohortSum, Failure
 from fedlora.server.strategies.strategy import ServerState
 from fedlora.simulations import Options, simulate
@@ -90,7 +91,8 @@ class Watched(SequentialCohort):
         self._updates.clear()
         found = super().total(plan, state)
         manifest = self.run.manifest
-        if manifest.phases[plan.phase].name != "head" and manifest.mode == "none":
+        private = guarantee_of(manifest).private
+        if manifest.phases[plan.phase].name != "head" and not private:
             after, _ = self.run.strategies[plan.phase].apply(
                 state, ServerState(), found.total / found.replies
             )
