@@ -185,7 +185,8 @@ def sources_of(config: Config, choose: Choose, own: Own = NOTHING_OWN) -> Source
     """The records that a configuration names, as read; BadInput names what is wrong."""
     dealing = config.federation
     wanted = dealing.partition == "by-column" or own.partition is not None
-    more = (dealing.column,) if wanted and dealing.column else ()
+    named = (dealing.column if wanted else "", config.evaluation.group)
+    more = tuple(dict.fromkeys(each for each in named if each))
     return read_sources(config.data, config.model.task, choose, more)
 
 
@@ -206,8 +207,8 @@ def federation_of(
     def deal(records: Records, units: UnitIndex) -> Partition:
         return dealt(config, records, units, own)
 
-    tokens, held = config.training.micro_batch_tokens, config.evaluation.hold_out > 0
-    return Federation.build(public, sources, deal, privacy, Steps.of(config), tokens, folder, held)
+    tokens, asked = config.training.micro_batch_tokens, config.evaluation
+    return Federation.build(public, sources, deal, privacy, Steps.of(config), tokens, folder, asked)
 
 
 def dealt(config: Config, records: Records, units: UnitIndex, own: Own = NOTHING_OWN) -> Partition:

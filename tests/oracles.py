@@ -421,6 +421,8 @@ def counts_by_ones(model: AdapterModel, held: ClientData, cells: Cells) -> npt.N
                     "classes": 2 * true + (true == guess),
                     "confusion": cells.classes * true + guess,
                     "loss": sum(loss > edge for edge in EDGES),
+                    "groups": 2 * (0 if held.groups is None else int(held.groups[row]))
+                    + (true == guess),
                 }[kind]
                 total[place + inside] += 1 / len(rows) / np.sqrt(len(cells.counts))
                 place += int(np.prod(shape))

@@ -161,20 +161,36 @@ def _mechanism(name: str, phase: Phase, guarantee: Guarantee, policy: Policy) ->
 def _evaluation_verdicts(guarantee: Guarantee, policy: Policy) -> list[Verdict]:
     """Whether noisy counts of a hold-out may leave; a manifest's own rules bound their terms."""
     manifest, terms = guarantee.manifest, guarantee.manifest.evaluation
+    by = _groups_verdict(manifest, policy)
     if terms is None:
-        return [Verdict("evaluation", "none")]
+        return [Verdict("evaluation", "none"), by]
     found = f"counts ({', '.join(terms.counts)}) of {terms.hold_out:.2g} of the units"
     more = [each for each in terms.counts if each not in policy.limits.metrics]
     if more:
         known = ", ".join(policy.limits.metrics) or "none"
-        return [Verdict("evaluation", found, f"expected counts that [limits] metrics has: {known}")]
+        few = f"expected counts that [limits] metrics has: {known}"
+        return [Verdict("evaluation", found, few), by]
     try:
         Cells.of(manifest)
     except BadInput as error:
-        return [Verdict("evaluation", found, error.faults[0])]
+        return [Verdict("evaluation", found, error.faults[0]), by]
     phase = terms.phase
     noise = noise_verdict("evaluation.noise_multiplier", phase, guarantee, policy)
-    return [Verdict("evaluation", found), noise]
+    return [Verdict("evaluation", found), by, noise]
+
+
+def _groups_verdict(manifest: RunManifest, policy: Policy) -> Verdict:
+    """Groups are of the column that the owner of the data named for it, and of no other."""
+    asked, name = manifest.groups, policy.data_for(manifest.task, manifest.labels, manifest.unit)
+    if asked is None:
+        return Verdict("groups", "none")
+    found = f"{len(asked.values)} of {asked.column[:80]}"
+    if manifest.evaluation is None:
+        return Verdict("groups", found, "expected none without an evaluation")
+    other = "expected the column that the [data] table of node.toml has as group"
+    return Verdict(
+        "groups", found, "" if name and policy.data[name].group == asked.column else other
+    )
 
 
 def _free_verdicts(manifest: RunManifest) -> list[Verdict]:

@@ -73,6 +73,7 @@ class DataPolicy:
     messages: str = _ruled("", OPTIONAL)
     prompt: str = _ruled("", OPTIONAL)  # or text
     response: str = _ruled("", OPTIONAL)
+    group: str = _ruled("", OPTIONAL)  # a column by whose values a run may compare groups
 
     @property
     def serves(self) -> tuple[str, tuple[str, ...], str]:

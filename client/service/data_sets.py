@@ -32,5 +32,6 @@ def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[Records, 
 
 def read_data(data: DataPolicy, path: Path) -> Records:
     """A data set as its policy describes it; a link out of the policy's folder is refused."""
-    columns = replace(task_kind(data.task).columns(data), unit=data.unit)
+    more = (data.group,) if data.group else ()
+    columns = replace(task_kind(data.task).columns(data), unit=data.unit, more=more)
     return read_records(path, columns, data.label_set, root=path.parent)

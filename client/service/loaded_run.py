@@ -17,7 +17,7 @@ import torch
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import DataPolicy, Policy
 from fedlora.client.service.data_sets import read_data
-from fedlora.client.training.hold_out import unit_points
+from fedlora.client.training.hold_out import group_places, unit_points
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.memory import check_fits
 from fedlora.client.training.moments import MomentStore, UnnoisedMoments
@@ -254,7 +254,8 @@ class LoadedRun:
         points = None
         if manifest.evaluation is not None:
             points = unit_points(manifest, unit_names(records), self._ledger)
-        client = ClientData(self._policy.institution, encoded, units, origin, points)
+        groups = group_places(records, manifest.groups)
+        client = ClientData(self._policy.institution, encoded, units, origin, points, groups)
         return Prepared(client, training)
 
 

@@ -21,17 +21,18 @@ import torch
 
 from fedlora.client.training.local import ClientData
 from fedlora.common.codec.framing import digest
+from fedlora.common.data.records import Records
 from fedlora.common.data.unit_names import keyed_points
-from fedlora.common.errors import Refused
+from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.counts import LOSS, Cells
-from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.manifest import Groups, RunManifest
 from fedlora.common.model.features import FEATURE_TOKENS
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.shapes import Shape, alike, padded, probes, shaped
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.randomness import Random, gaussian
-from fedlora.common.tasks.batch import Batch, Encoded
+from fedlora.common.tasks.batch import Batch
 
 PURPOSE = "fedlora-hold-out-1"
 Floats = npt.NDArray[np.float64]
@@ -48,6 +49,20 @@ def unit_points(manifest: RunManifest, names: list[bytes], ledger: Ledger | None
     if ledger is None:
         raise Refused("ledger: found none, expected one: nothing private is counted without it")
     return keyed_points(names, ledger.secret(PURPOSE))
+
+
+def group_places(records: Records, groups: Groups | None) -> Ints | None:
+    """(records,) place of each record's value among the groups', after them where it is none.
+
+    BadInput where the column was not read; None where a run compares no groups.
+    """
+    if groups is None:
+        return None
+    if groups.column not in records.columns:
+        raise BadInput(f"{records.where}: found no column {groups.column!r} of groups")
+    places = {value: place for place, value in enumerate(groups.values)}
+    values = records.columns[groups.column]
+    return np.array([places.get(each, len(places)) for each in values], dtype=np.int64)
 
 
 def parted(data: ClientData, manifest: RunManifest) -> tuple[ClientData, ClientData]:
@@ -83,17 +98,18 @@ def counted(model: AdapterModel, held: ClientData, cells: Cells) -> Floats:
     if not len(units.records):
         return total
     sizes = np.diff(units.offsets)
-    places = _places(model, held.encoded, units.records, cells)
+    places = _places(model, held, units.records, cells)
     weights = np.repeat(cells.weight / np.maximum(sizes, 1), sizes)
     np.add.at(total, places, weights[:, None])
     return total
 
 
 @torch.no_grad()
-def _places(model: AdapterModel, data: Encoded, rows: Ints, cells: Cells) -> Ints:
+def _places(model: AdapterModel, held: ClientData, rows: Ints, cells: Cells) -> Ints:
     """(len(rows), kinds) cells of the records, in batches of fixed shapes."""
-    scored, kinds = cells.counts != (LOSS,), len(cells.counts)
+    data, scored, kinds = held.encoded, cells.counts != (LOSS,), len(cells.counts)
     result = np.zeros((len(rows), kinds), dtype=np.int64)
+    groups = np.zeros(len(data), dtype=np.int64) if held.groups is None else held.groups
     lengths = padded(data.lengths[rows], model.longest, model.device.type)
     records = partial(_records, model, scored)
     for chosen, shape in shaped(data.lengths[rows], lengths, records):
@@ -103,7 +119,7 @@ def _places(model: AdapterModel, data: Encoded, rows: Ints, cells: Cells) -> Int
         none = np.zeros(len(chosen), dtype=np.int64)
         guesses = found[1].float().argmax(dim=1).cpu().numpy() if scored else none
         true = data.targets[rows[chosen]] if scored else none
-        result[chosen] = cells.places(true, guesses, losses)
+        result[chosen] = cells.places(true, guesses, losses, groups[rows[chosen]])
     return result
 
 

@@ -38,6 +38,8 @@ class ClientData:
     origin: Origin = NOWHERE  # of the files that they were read from, as they were then
     # (units,) in [0, 1): what decides whether a unit is held out; None where no run may ask
     points: npt.NDArray[np.float64] | None = None
+    # (records,) places of their groups among those that a run names; None where it names none
+    groups: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -260,6 +260,13 @@ def _evaluation(config: Config) -> Iterator[Fault]:
         reason = "counts have each institution's own noise"
         paths = ("evaluation.hold_out", "privacy.mode", "privacy.noise")
         yield paths, f'{found}: expected 0 with mode = "client" or noise = "shared": {reason}'
+    if bool(asked.group and asked.groups) != ("groups" in asked.counts):
+        paths = ("evaluation.counts", "evaluation.group", "evaluation.groups")
+        yield (
+            paths,
+            f"[evaluation] counts = {shown([*asked.counts])}: expected group, groups and"
+            ' "groups" all together or none of them',
+        )
     of_classes = [each for each in asked.counts if each != "loss"]
     if of_classes and model.task != BUILT_IN[0]:
         shown_counts = shown([*asked.counts])

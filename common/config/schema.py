@@ -20,6 +20,7 @@ from fedlora.common.config.toml import (
     Choice,
     Each,
     Pattern,
+    Rule,
     shown,
     to_toml,
     undecided,
@@ -36,7 +37,7 @@ ALL_LINEAR = "all-linear"  # of [lora] targets, as is AUTO
 # strategies that compare updates: how many they need beyond twice the hostile ones
 ROBUST = {"median": 1, "trimmed-mean": 1, "multi-krum": 3, "norm-filter": 1}
 FLEXLORA = "flexlora"  # a strategy that needs each institution's product B·A
-COUNTS = Pattern("right|classes|confusion|loss", "right, classes, confusion or loss")
+COUNTS = Choice(("right", "classes", "confusion", "groups", "loss"))
 ATTACKS = ("sybil", "small-u2", "two-lists", "corrupt-share")
 
 
@@ -78,9 +79,7 @@ def _text(default: str, rule: Pattern = OPTIONAL) -> Any:
     return field(default=default, metadata={"rule": rule})
 
 
-def _items(
-    default: tuple[Any, ...], rule: Bounds | Pattern, shortest: int = 0, one: bool = False
-) -> Any:
+def _items(default: tuple[Any, ...], rule: Rule, shortest: int = 0, one: bool = False) -> Any:
     return field(default=default, metadata={"rule": Each(rule, shortest), "one": one})
 
 
@@ -226,12 +225,13 @@ class PrivacyConfig:
 class EvaluationConfig:
     """[evaluation]: how the released adapter does on institutions' own records: noisy counts."""
 
-    # of each institution's units, which the run does not train on; 0: no evaluation
-    hold_out: float = _number(0.0, 0, 0.5)
+    hold_out: float = _number(0.0, 0, 0.5)  # of each institution's units, not trained on; 0: none
     epsilon_share: float = _number(0.2, 0, 1, open_low=True, open_high=True)  # by itself, of ε
     attempts: int = _number(1, 1, 100)  # each is another release, and the noise is for all
-    # right, or wrong; by classes; confusion; loss, by its size; empty: right, else loss
+    # right, or wrong; by classes; confusion; by groups; loss, by its size; empty: right, else loss
     counts: tuple[str, ...] = _items((), COUNTS)
+    group: str = _text("")  # the column of groups that are compared, and its public values
+    groups: tuple[str, ...] = _items((), NAME)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.state import AdapterSpec, TensorSpec
 
-RIGHT, CLASSES, CONFUSION, LOSS = "right", "classes", "confusion", "loss"
+RIGHT, CLASSES, CONFUSION, GROUPS, LOSS = "right", "classes", "confusion", "groups", "loss"
 # of a record's loss: a cell below each, and one for what is above all, or no number
 EDGES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 MOST_CELLS = 1 << 16
@@ -29,10 +29,11 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of `counts`, one kind after the other, for so many classes."""
+    """The cells of `counts`, one kind after the other, for so many classes and named groups."""
 
     counts: tuple[str, ...]
     classes: int
+    groups: int = 0
 
     @classmethod
     def of(cls, manifest: RunManifest) -> Cells:
@@ -40,7 +41,10 @@ class Cells:
         terms = manifest.evaluation
         if terms is None:
             raise BadInput("manifest evaluation: found none, expected its terms")
-        cells = cls(terms.counts, len(manifest.labels))
+        named = manifest.groups.values if manifest.groups is not None else ()
+        cells = cls(terms.counts, len(manifest.labels), len(named))
+        if bool(named) != (GROUPS in terms.counts):
+            raise BadInput("manifest groups: expected some where they are counted, and there alone")
         if terms.counts != (LOSS,) and (manifest.task != BUILT_IN[0] or not cells.classes):
             raise BadInput(
                 f'manifest evaluation counts: expected ["loss"] with task = {manifest.task[:80]!r},'
@@ -60,6 +64,7 @@ class Cells:
             RIGHT: (2,),  # wrong, right
             CLASSES: (self.classes, 2),
             CONFUSION: (self.classes, self.classes),  # rows by the true class
+            GROUPS: (self.groups + 1, 2),  # the last one is of all other values
             LOSS: (len(EDGES) + 1,),
         }
         return {kind: known[kind] for kind in self.counts}
@@ -86,13 +91,14 @@ class Cells:
             for tensor, place in self.spec.slices()
         }
 
-    def places(self, true: Ints, guesses: Ints, losses: Floats) -> Ints:
-        """(records, kinds) places of each record's cells, from its class, answer and loss."""
+    def places(self, true: Ints, guesses: Ints, losses: Floats, groups: Ints) -> Ints:
+        """(records, kinds) places of each record's cells: its class, answer, loss and group."""
         right = true == guesses
         known = {
             RIGHT: right,
             CLASSES: 2 * true + right,
             CONFUSION: self.classes * true + guesses,
+            GROUPS: 2 * groups + right,
             LOSS: np.searchsorted(EDGES, losses),  # what is no number is sorted last
         }
         starts = [place.start for _, place in self.spec.slices()]

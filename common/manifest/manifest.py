@@ -17,6 +17,7 @@ from fedlora.common.codec.strict import build, from_canonical, json_table, to_ca
 from fedlora.common.config.schema import (
     ALL_LINEAR,
     COUNTS,
+    NAME,
     LoraConfig,
     ModelConfig,
     check_rules,
@@ -97,6 +98,14 @@ class EvaluationTerms:
             carry_optimizer=False,
             proximal_mu=0.0,
         )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Whom counts are compared between: those whose records have one of `values` in `column`."""
+
+    column: str
+    values: tuple[str, ...] = field(metadata={"rule": Each(NAME, shortest=1)})
 
 
 @dataclass(frozen=True)
@@ -212,6 +221,7 @@ class RunManifest:
     largest_cohort: int = field(default=0, metadata={"unwritten": 0, "rule": Bounds(0, 1000)})
     # after the last round; None: nothing is held out
     evaluation: EvaluationTerms | None = field(default=None, metadata={"unwritten": None})
+    groups: Groups | None = field(default=None, metadata={"unwritten": None})  # that it counts by
     version: int = VERSION
 
     def to_bytes(self) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedlora.common.manifest.counts import CLASSES, CONFUSION, EDGES, LOSS, RIGHT, Cells
+from fedlora.common.manifest.counts import CLASSES, CONFUSION, EDGES, GROUPS, LOSS, RIGHT, Cells
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.modes import guarantee_of
 
@@ -26,6 +26,7 @@ Floats = npt.NDArray[np.float64]
 Kinds = Mapping[str, Floats]
 # deviations of its own noise that a number of units must be above, or nothing is told of it
 LEAST = 3.0
+OTHERS = "all others"  # whose group is none of those that are named
 
 
 def at_institutions(manifest: RunManifest, kept: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -50,12 +51,21 @@ def at_institutions(manifest: RunManifest, kept: Mapping[str, Any]) -> dict[str,
     summed = noise * math.sqrt(max(1, kept["replies"]))
     found = asked | {"noise": noise, "replies": kept["replies"]}
     found |= {"together": figures(together, summed), "institutions": rows, **_spread(rows)}
+    return found | _parts(manifest, together, summed) | {"failures": kept["failures"]}
+
+
+def _parts(manifest: RunManifest, together: Kinds, noise: float) -> dict[str, Any]:
+    """Over all institutions: by class, by group, by the size of the loss, as far as counted."""
+    found: dict[str, Any] = {}
     if CLASSES in together or CONFUSION in together:
-        found["classes"] = _classes(together, summed, manifest.labels)
+        found["classes"] = _classes(together, noise, manifest.labels)
+    if GROUPS in together and manifest.groups is not None:
+        rows = [_share(wrong, right, noise, noise) for wrong, right in together[GROUPS].tolist()]
+        found["groups"] = dict(zip((*manifest.groups.values, OTHERS), rows, strict=True))
     if LOSS in together:
         bins = [f"to {edge:g}" for edge in EDGES] + [f"above {EDGES[-1]:g}"]
         found["loss"] = dict(zip(bins, together[LOSS].tolist(), strict=True))
-    return found | {"failures": kept["failures"]}
+    return found
 
 
 def figures(kinds: Kinds, noise: float) -> dict[str, float | None]:
@@ -63,7 +73,7 @@ def figures(kinds: Kinds, noise: float) -> dict[str, float | None]:
 
     None where the units are not clearly more than their noise, or records have no class.
     """
-    kind = next((each for each in (RIGHT, CLASSES, CONFUSION) if each in kinds), None)
+    kind = next((each for each in (RIGHT, CLASSES, CONFUSION, GROUPS) if each in kinds), None)
     if kind is None:
         counts = next(iter(kinds.values()))
         return {"units": float(counts.sum()), "accuracy": None, "error": None}

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora.common.config.parts import Terms
+from fedlora.common.config.schema import EvaluationConfig
 from fedlora.common.config.task_names import BUILT_IN
 from fedlora.common.manifest.counts import LOSS, RIGHT
 from fedlora.common.manifest.manifest import (
     EvaluationTerms,
+    Groups,
     Network,
     Phase,
     RunManifest,
@@ -83,7 +85,13 @@ def make_manifest(
         quantised=facts.quantised,
         largest_cohort=schedule.largest_cohort,
         evaluation=evaluation,
+        groups=_groups(terms.evaluation),
     )
+
+
+def _groups(asked: EvaluationConfig) -> Groups | None:
+    """Whom counts are compared between."""
+    return Groups(asked.group, asked.groups) if asked.hold_out and asked.groups else None
 
 
 def _evaluation_terms(terms: Terms, task: str, schedule: Schedule) -> EvaluationTerms | None:

@@ -14,20 +14,20 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fedlora.client.training.hold_out import unit_points
+from fedlora.client.training.hold_out import group_places, unit_points
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.memory import Memory, check_fits
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.timing import Steps, tokens_of_run
 from fedlora.client.training.trainer import Trainer, charge
-from fedlora.common.config.schema import PrivacyConfig
+from fedlora.common.config.schema import EvaluationConfig, PrivacyConfig
 from fedlora.common.data.origin import Origin
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
 from fedlora.common.data.unit_names import unit_names
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
-from fedlora.common.manifest.manifest import RunManifest
+from fedlora.common.manifest.manifest import Groups, RunManifest
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.tasks.batch import Encoded
@@ -52,6 +52,7 @@ class Federation:
     privacy: PrivacyConfig  # names the population that the training file is drawn from
     steps: Steps  # of an adapter phase
     names: list[bytes] = field(default_factory=list)  # of units, where a run may hold some out
+    groups: Ints | None = None  # of records, where a run compares some
     # where they fall in the last run that held some out
     _points: tuple[str, npt.NDArray[np.float64]] = ("", np.zeros(0))
 
@@ -65,12 +66,12 @@ class Federation:
         steps: Steps,
         tokens: int,
         folder: Path,
-        held: bool = False,
+        asked: EvaluationConfig | None = None,
     ) -> Federation:
         """Encode the training part, and deal its units out; BadInput where they can't be.
 
         `tokens` go into a micro-batch; where that is "auto", what was found lies in `folder`.
-        `held`: units may be held out of a run.
+        What is `asked` of hold-outs says whether units have names, and records groups.
         """
         units = unit_groups(sources.train.units, len(sources.train))
         gradients = PerSampleGradients(public.model)
@@ -85,7 +86,10 @@ class Federation:
             training=LocalTraining(gradients, public.features, found),
             privacy=privacy,
             steps=steps,
-            names=unit_names(sources.train) if held else [],
+            names=unit_names(sources.train) if asked and asked.hold_out else [],
+            groups=group_places(sources.train, Groups(asked.group, asked.groups))
+            if asked and asked.groups
+            else None,
         )
 
     @property
@@ -139,7 +143,8 @@ class Federation:
             return data
         if self._points[0] != manifest.run:  # once for all its institutions and rounds
             self._points = manifest.run, unit_points(manifest, self.names, ledger)
-        return replace(data, points=self._points[1][self.partition.units_of(client)])
+        points = self._points[1][self.partition.units_of(client)]
+        return replace(data, points=points, groups=self.groups)
 
     def charge(self, manifest: RunManifest, ledger: Ledger) -> None:
         """Reserve the run's ε once for the whole population, before training; Refused past its cap.

@@ -32,6 +32,7 @@ def hold_outs(summary: Mapping[str, Any]) -> dict[str, Any] | None:
         "sentences": sentences,
         "rows": [(name, *_shown(row)) for name, row in rows.items()],
         "classes": [(label, *_shown(row)) for label, row in _lowest(found)],
+        "groups": [(name, *_shown(row)) for name, row in found.get("groups", {}).items()],
         "loss": [(size, numbers.number(count)) for size, count in found.get("loss", {}).items()],
     }
 

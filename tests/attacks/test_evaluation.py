@@ -24,7 +24,7 @@ from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import EvaluationConfig, ModelConfig, PrivacyConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.counts import Cells
-from fedlora.common.manifest.manifest import EvaluationTerms, Network, RunManifest
+from fedlora.common.manifest.manifest import EvaluationTerms, Groups, Network, RunManifest
 from fedlora.common.model.base import base_digest
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.state import AdapterState
@@ -147,6 +147,23 @@ def test_a_node_that_says_nothing_evaluates_nothing() -> None:
     assert "its schedule costs" in dear["epsilon"]
 
 
+def test_groups_are_of_the_column_that_the_owner_of_the_data_named() -> None:
+    terms = replace(TERMS, counts=("right", "groups"))
+    run = manifest_of(evaluation=terms, groups=Groups("ward", ("a", "b")))
+    more = 'metrics = ["right", "groups"]\n'
+    assert "has as group" in verdicts(run, more)["groups"]
+    policy = POLICY.replace('path = "notes.jsonl"', 'path = "notes.jsonl"\ngroup = "ward"')
+    assert RunManifest.from_bytes(run.to_bytes()) == run
+
+    def judged(run: RunManifest) -> list[str]:
+        read = parse_policy(policy.format(base="sha256:" + "b" * 64, folder="base") + more)
+        return [each.field for each in judge(run, read, "f", {}) if each.reason]
+
+    assert not judged(run)
+    assert "groups" in judged(replace(run, groups=Groups("diagnosis", ("a",))))
+    assert "groups" in judged(replace(run, evaluation=None))
+
+
 def test_a_phase_that_calls_itself_an_evaluation_is_none() -> None:
     named = manifest_of(replace(PHASE, name="evaluation"))
     assert "expected one of head, lora, adapter" in verdicts(named, ALLOWED)["phases[0].name"]
@@ -164,6 +181,7 @@ def test_it_has_no_place_where_institutions_share_noise() -> None:
         ('[privacy]\nnoise = "shared"\n[aggregation]\nsecure = true', "own noise"),
         ('[privacy]\nmode = "client"\n[aggregation]\nsecure = true', "own noise"),
         ('[model]\ntask = "causal-lm"', 'counts = ["right"]: expected ["loss"]'),
+        ('group = "ward"\ngroups = ["a"]', "expected group, groups and"),
     ],
 )
 def test_what_it_can_not_be_combined_with_is_one_line(text: str, reason: str) -> None:

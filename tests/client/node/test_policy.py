@@ -49,7 +49,7 @@ RUN = manifest_of()
         pytest.param(
             "[limits]",
             '[limits]\nmetrics = ["texts"]',
-            "right, classes, confusion or loss",
+            "one of right, classes",
             id="no-other-metrics-leave",
         ),
         pytest.param(

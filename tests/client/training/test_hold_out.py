@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.client.training import hold_out
-from fedlora.client.training.hold_out import counted, noisy_counts, parted, unit_points
+from fedlora.client.training.hold_out import (
+    counted,
+    group_places,
+    noisy_counts,
+    parted,
+    unit_points,
+)
 from fedlora.client.training.local import ClientData
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
@@ -20,7 +26,7 @@ from fedlora.common.data.unit_names import unit_names
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.counts import EDGES, Cells
-from fedlora.common.manifest.manifest import EvaluationTerms, RunManifest
+from fedlora.common.manifest.manifest import EvaluationTerms, Groups, RunManifest
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.shapes import Shapes
 from fedlora.common.privacy.randomness import OsRandom
@@ -32,6 +38,7 @@ from tests.conftest import WORDS
 from tests.oracles import counts_by_ones
 
 KINDS = ("right", "classes", "confusion", "loss")
+EVERY = (*KINDS, "groups")
 TERMS = EvaluationTerms(0.3, 1, 10.0, 4.0, KINDS)
 RUN = manifest_of(evaluation=TERMS)
 
@@ -56,18 +63,18 @@ def data_of(model: AdapterModel, owners: list[str]) -> ClientData:
             st.integers(0, 3),
             st.integers(0, 3),
             st.one_of(st.floats(0, 10), st.sampled_from([np.nan, np.inf, -np.inf])),
+            st.integers(0, 2),
         ),
         min_size=1,
         max_size=9,
     ),
-    st.lists(st.sampled_from(KINDS), min_size=1, unique=True),
+    st.lists(st.sampled_from(EVERY), min_size=1, unique=True),
 )
 def test_a_unit_moves_the_counts_by_a_norm_of_at_most_1(
-    records: list[tuple[int, int, float]], kinds: list[str]
+    records: list[tuple[int, int, float, int]], kinds: list[str]
 ) -> None:
-    cells = Cells(tuple(kinds), 4)
-    true, guesses, losses = (np.array(each) for each in zip(*records, strict=True))
-    places = cells.places(true, guesses, losses)
+    cells = Cells(tuple(kinds), 4, 2)
+    places = cells.places(*(np.array(each) for each in zip(*records, strict=True)))
     moved = np.zeros(cells.size)
     np.add.at(moved, places, cells.weight / len(records))
     assert np.linalg.norm(moved) <= 1 + 1e-12
@@ -78,7 +85,7 @@ def test_a_unit_moves_the_counts_by_a_norm_of_at_most_1(
 def test_the_cells_say_what_was_right_and_how_large_the_loss_was() -> None:
     cells = Cells(KINDS, 3)
     true, guesses = np.array([0, 2, 2]), np.array([0, 2, 1])
-    places = cells.places(true, guesses, np.array([0.01, np.nan, 0.3]))
+    places = cells.places(true, guesses, np.array([0.01, np.nan, 0.3]), true)
     total = np.zeros(cells.size)
     np.add.at(total, places, cells.weight)
     named = cells.named(total)
@@ -193,6 +200,28 @@ def test_a_language_model_s_losses_are_counted(tiny_llama: Path) -> None:
             for n in range(len(texts))
         ]
     assert found.tolist() == np.bincount(np.searchsorted(EDGES, losses), minlength=8).tolist()
+
+
+def test_groups_are_of_their_values_and_all_others(model: AdapterModel) -> None:
+    owners = [f"p{n % 11}" for n in range(40)]
+    wards = [("north", "south", "nowhere")[n % 11 % 3] for n in range(40)]
+    records = Records(["a"] * 40, None, None, owners, {"ward": wards}, "notes")
+    places = group_places(records, Groups("ward", ("south", "north")))
+    assert places is not None and places.tolist() == [(1, 0, 2)[n % 11 % 3] for n in range(40)]
+    assert group_places(records, None) is None
+    with pytest.raises(BadInput, match="found no column 'town' of groups"):
+        group_places(records, Groups("town", ("x",)))
+    terms = replace(TERMS, counts=("groups", "right"))
+    run = replace(RUN, evaluation=terms, groups=Groups("ward", ("south", "north")))
+    held, cells = replace(data_of(model, owners), groups=places), Cells.of(run)
+    found = counted(model, held, cells)
+    assert found == pytest.approx(counts_by_ones(model, held, cells), abs=1e-9)
+    named = cells.named(found)
+    assert named["groups"].sum(axis=1).tolist() == pytest.approx([4, 4, 3])
+    assert named["groups"].sum(axis=0) == pytest.approx(named["right"])
+    for wrong in (replace(run, groups=None), replace(RUN, groups=run.groups)):
+        with pytest.raises(BadInput, match="where they are counted, and there alone"):
+            Cells.of(wrong)
 
 
 def test_where_a_place_in_a_batch_counts_records_go_alone(

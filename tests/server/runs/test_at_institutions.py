@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlora.common.manifest.manifest import EvaluationTerms, RunManifest
+from fedlora.common.manifest.manifest import EvaluationTerms, Groups, RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState
 from fedlora.server.rounds.checkpoint import Checkpoint
@@ -65,6 +65,11 @@ def test_classes_are_told_from_either_kind_of_count() -> None:
     for told in (by_class, confused):
         assert told is not None and told["together"]["accuracy"] == pytest.approx(0.7)
         assert [row["accuracy"] for row in told["classes"].values()] == pytest.approx([0.9, 0.5])
+    run = replace(run_of(counts=("groups",)), groups=Groups("ward", ("south",)))
+    grouped = at_institutions(run, kept((10.0, 90.0, 50.0, 50.0)))
+    assert grouped is not None and grouped["together"]["accuracy"] == pytest.approx(0.7)
+    shares = [row["accuracy"] for row in grouped["groups"].values()]
+    assert [*grouped["groups"]] == ["south", "all others"] and shares == pytest.approx([0.9, 0.5])
     bins = at_institutions(
         run_of(counts=("loss",)), kept((50.0, 20.0, 9.0, 0.0, 0.0, 0.0, 0.0, 1.0))
     )

@@ -59,7 +59,9 @@ def test_in_clear_each_institution_s_counts_are_the_truth_and_noise(
 
 def test_under_masks_the_sum_alone_is_told(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     masks = ("aggregation.secure=true", "aggregation.minimum_cohort=3")
-    settings = config(tiny_bert, data, "record", *EVALUATED, *masks)
+    groups = ('evaluation.group="person"', 'evaluation.groups=["p1", "p2"]')
+    counts = 'evaluation.counts=["right", "groups"]'
+    settings = config(tiny_bert, data, "record", *EVALUATED, *masks, *groups, counts)
     run, summary = run_whole(settings, tmp_path / "run")
     told = summary["evaluation"]
     assert isinstance(told, dict) and told["institutions"] == {} and told["replies"] == 3
@@ -71,7 +73,9 @@ def test_under_masks_the_sum_alone_is_told(tiny_bert: Path, data: Path, tmp_path
         for data in (run.federation.data_in(n, run.manifest, run.ledger) for n in range(3))
     )
     assert abs(told["together"]["units"] - truth) < 6 * 6**0.5 * told["noise"]
-    assert "told only in sum" in write_report(run.folder).read_text()
+    assert [*told["groups"]] == ["p1", "p2", "all others"]
+    page = write_report(run.folder).read_text()
+    assert "told only in sum" in page and "all others" in page
 
 
 def run_statement(summary: dict[str, object]) -> list[str]:
