@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -10,7 +11,8 @@ from fedlora.common.model.network import AdapterModel
 from fedlora.common.tasks.batch import Encoded
 from fedlora.common.tasks.causal_lm import LEARNT
 
-COUNT, LONGEST = 5, 48  # records, and tokens of an answer
+COUNT, LONGEST = 16, 48  # records, and tokens of an answer
+SHOWN = 5  # of them, to a person
 
 
 def samples(model: AdapterModel, data: Encoded) -> Iterator[dict[str, str]]:
@@ -32,3 +34,21 @@ def samples(model: AdapterModel, data: Encoded) -> Iterator[dict[str, str]]:
             name: str(model.tokenizer.decode(part, skip_special_tokens=True))
             for name, part in parts.items()
         }
+
+
+def likeness(found: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """How like what stands there the answers are, 0 to 100: chrF (Popović 2015) and BLEU (Papineni
+    et al. 2002), each of all answers together, as sacrebleu counts them (Post 2018).
+
+    Nothing without the extra `generation`, or without an answer to compare with.
+    """
+    compared = [(each["answer"], each["expected"]) for each in found if each["expected"].strip()]
+    if not compared or importlib.util.find_spec("sacrebleu") is None:
+        return {}
+    from sacrebleu import corpus_bleu, corpus_chrf
+
+    answers, expected = zip(*compared, strict=True)
+    return {
+        name: float(of(list(answers), [list(expected)]).score)
+        for name, of in (("chrf", corpus_chrf), ("bleu", corpus_bleu))
+    }

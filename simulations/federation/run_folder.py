@@ -21,7 +21,7 @@ from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.tasks.task import LANGUAGE, TRANSLATION
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.runs.run import Run, conclude
-from fedlora.server.runs.samples import samples
+from fedlora.server.runs.samples import SHOWN, likeness, samples
 from fedlora.simulations.federation.population import Federation, client_name
 
 RUNNING = "running.lock"  # in a run's folder
@@ -124,5 +124,6 @@ def _details(run: SimulatedRun) -> dict[str, Any]:
             for client, mix in enumerate(counts)
         }
     if public.model.task.reads in (LANGUAGE, TRANSLATION):
-        found["samples"] = list(samples(public.model, public.test.data))
+        answered = list(samples(public.model, public.test.data))
+        found |= {"samples": answered[:SHOWN], **likeness(answered)}
     return {"labels": labels} | found

@@ -32,6 +32,8 @@ TECHNICAL = (
     ("word_accuracy", "Words with the right tag", numbers.percent),
     ("pearson", "Pearson on the test file", numbers.number),
     ("rmse", "Root of the mean squared error on the test file", numbers.number),
+    ("chrf", "chrF of answers to public prompts (of 100)", numbers.number),
+    ("bleu", "BLEU of answers to public prompts (of 100)", numbers.number),
     ("trainable_parameters", "Trainable parameters", numbers.number),
     ("strategy", "Strategy", str),
     ("engine", "Engine", str),

@@ -59,6 +59,8 @@ def test_a_federation_of_each_task(
     if made.metric == "perplexity":
         assert len(summary["samples"]) == 5 and all(each["expected"] for each in summary["samples"])
         assert "Answers to public prompts" in page
+        assert all(0 <= summary[each] <= 100 for each in ("chrf", "bleu"))
+        assert "chrF of answers" in page
     capsys.readouterr()
     run(monkeypatch, "predict", folder, str(tmp_path / "lines.txt"))
     (answer,) = capsys.readouterr().out.splitlines()
