@@ -274,7 +274,7 @@ def test_ray_equals_the_sequential_engine_under_masks(folder: Path, tmp_path: Pa
     run = begin(load_config(folder / "config.toml", changes), tmp_path / "sequential", cpu())
     finish(run, conduct(run, sequential(run)))
     options = [word for change in changes for word in ("--set", change)]
-    command = ["fedlora-sim", "run", folder / "config.toml"]
+    command = ["fedlora-sim", "run", str(folder / "config.toml")]
     with ray_cluster(tmp_path) as address:
         subprocess.run(
             [*command, "--engine", "ray", "--out", found, *options],
