@@ -271,6 +271,7 @@ def test_nodes_answer_for_the_run_in_their_folder_only(folder: Path, tmp_path: P
 def test_ray_equals_the_sequential_engine_under_masks(folder: Path, tmp_path: Path) -> None:
     """On a cluster of two machines, both of them this one; in clear, `flwr run` below shows it."""
     found, changes = tmp_path / "ray", ["aggregation.secure=true", "federation.participation=1.0"]
+    changes += ["evaluation.hold_out=0.3"]
     run = begin(load_config(folder / "config.toml", changes), tmp_path / "sequential", cpu())
     finish(run, conduct(run, sequential(run)))
     options = [word for change in changes for word in ("--set", change)]
@@ -286,7 +287,11 @@ def test_ray_equals_the_sequential_engine_under_masks(folder: Path, tmp_path: Pa
         assert len(set(_told_by_ray(address, actors))) == 2
     _assert_same_run(found, tmp_path / "sequential")
     summary = json.loads((found / "summary.json").read_text())
-    assert summary["engine"] == "ray" and summary["secure"]["sums"] == 4
+    assert summary["engine"] == "ray" and summary["secure"]["sums"] == 4 + 1  # hold-outs' counts
+    alone = json.loads((tmp_path / "sequential" / "summary.json").read_text())
+    told, same = (each["evaluation"]["together"] for each in (summary, alone))
+    assert told["units"] == pytest.approx(same["units"], abs=0.01) and 40 < told["units"] < 90
+    assert told["accuracy"] == pytest.approx(same["accuracy"], abs=0.02)
 
 
 @pytest.mark.flower
