@@ -30,7 +30,7 @@ from fedlora.server.deployment.participants import Participants
 from fedlora.server.rounds.cohort import CohortSum, Failure
 from tests.client.institution import BASE, PHASE, POLICY, FakeWork, manifest_of
 from tests.server.enrolments import request
-from tests.server.fakes import SPEC, START
+from tests.server.fakes import SPEC, START, ByAsking
 
 NAMES = ("east", "north", "south")
 RUN = manifest_of(replace(PHASE, rounds=5, attempts=6), federation="demo", spec_digest=SPEC.digest)
@@ -46,13 +46,13 @@ class Halves(FakeWork):
         projection: Path,
         budget: Budget,
         plan: RoundPlan,
-        vector: bytes,
+        vector: bytes | memoryview,
     ) -> tuple[Delta, str]:
         _, digest = super().train(manifest, projection, budget, plan, vector)
         return np.full(SPEC.size, 0.5, dtype=np.float32), digest
 
 
-class Federation:
+class Federation(ByAsking):
     """A coordinator and three institutions, each made by its own commands.
 
     Requests go from hand to hand.

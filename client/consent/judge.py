@@ -71,6 +71,8 @@ def judge(
         _wire_verdict(manifest),
         shared_noise_verdict(guarantee, policy),
         Verdict("largest_cohort", str(manifest.largest_cohort)),  # what skellam's figures are of
+        # held against the network before anything is charged
+        Verdict("vector_size", str(manifest.vector_size)),
         *_free_verdicts(manifest),
     ]
 

@@ -9,6 +9,7 @@ peers.toml         the roster; `join --approve` alone adds to it
 ledger.sqlite, ledger.key, and the head; or wherever the policy's [ledger] says
 offers/            what was consented to and not started: a bounded number of runs
 runs/, outbox/     what was started, and the exact bytes that left
+inbox/             an adapter that came in parts, the last one
 refusals.jsonl     every refusal of what the coordinator signed; refusals.json how often
 strangers.jsonl    the refusals of all else
 relay/             all that the relay needs, to be given to its user: Flower's key, CA, address
@@ -87,6 +88,11 @@ class NodeFolder:
     def offers(self) -> Path:
         """A folder for each run that was consented to and not started."""
         return self.root / "offers"
+
+    @property
+    def inbox(self) -> Path:
+        """What comes in parts."""
+        return self.root / "inbox"
 
     @property
     def runs(self) -> Path:

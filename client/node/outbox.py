@@ -2,22 +2,27 @@
 
 Beside each answer lies the digest of the request that it answers. The same request is answered with
 the same bytes, after any number of crashes; another request for the same attempt is a rewind, and
-refused. A masked input is kept by itself, as it left or may have left.
+refused. A masked input is kept by itself, as it left or may have left. What is too large for a
+reply lies beside the one that lists its parts, until another attempt is answered.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
-from fedlora.common.disk.files import write_atomically
-from fedlora.common.errors import Refused
+from fedlora.common.disk.files import sync_folder, write_atomically
+from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.protocol.messages import MAX_LIST_BYTES, parts_in
+from fedlora.common.protocol.vector_parts import Parts, listed, part_in_file
 
 REPLY, START, MASKED = ".reply", ".started", ".masked"
+BODY = ".body"  # of a reply that lists its parts
 
 
 class Release(NamedTuple):
@@ -71,6 +76,38 @@ class Outbox:
         mark = hashlib.sha256(request).digest() + hashlib.sha256(reply).digest()
         write_atomically(path, mark + reply, mode=0o600)
 
+    def write_body(
+        self, manifest: str, round_number: int, attempt: int, parts: Iterable[bytes]
+    ) -> Parts:
+        """Keep what is too large for a reply, durably, before the reply that lists its parts.
+
+        Those of earlier attempts make room: no attempt is asked for once another was.
+        """
+        path = self._path(manifest, round_number, attempt, BODY)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for other in path.parent.glob(f"*{BODY}"):
+            other.unlink()
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as stream:
+            found = listed(_kept(parts, stream))
+            stream.flush()
+            os.fsync(stream.fileno())
+        sync_folder(path.parent)
+        return found
+
+    def part(
+        self, manifest: str, round_number: int, attempt: int, number: int, masked: bool
+    ) -> bytes:
+        """Part `number` of an answer that left, or may have; BadInput where it is not kept."""
+        told = self._path(manifest, round_number, attempt, MASKED if masked else REPLY)
+        path = told if masked else told.with_suffix(BODY)
+        data = part_in_file(path, number) if told.is_file() else b""
+        if not data:
+            raise BadInput(
+                f"fetch: found no part {number} of round {round_number} attempt {attempt}, expected"
+                " one of the last answer's"
+            )
+        return data
+
     def masked(self, manifest: str) -> FolderOutbox:
         """The masked inputs of a run, beside its consent."""
         return FolderOutbox(self._path(manifest, 0, 0).parent)
@@ -87,11 +124,25 @@ class Outbox:
                 number, attempt = path.stem.split("-")
                 mark = 0 if path.suffix == MASKED else 64
                 size = path.stat().st_size - mark
+                if path.suffix == REPLY:
+                    size += _listed_bytes(path, size)
                 yield Release(int(number), int(attempt), size, path.suffix)
 
     def _path(self, manifest: str, round_number: int, attempt: int, kind: str = REPLY) -> Path:
         name = hashlib.sha256(manifest.encode()).hexdigest()
         return self.folder / name / f"{round_number:06d}-{attempt:06d}{kind}"
+
+
+def _kept(parts: Iterable[bytes], stream: BinaryIO) -> Iterator[bytes]:
+    for part in parts:
+        stream.write(part)
+        yield part
+
+
+def _listed_bytes(path: Path, size: int) -> int:
+    """How many bytes a kept reply lists, which left in parts; 0 of any other reply."""
+    parts = parts_in(path.read_bytes()[64:]) if size <= MAX_LIST_BYTES else None
+    return 0 if parts is None else parts.size
 
 
 class MaskedOutbox(Protocol):

@@ -7,6 +7,7 @@ All that decides, and no transport:
               a start by an acknowledgement                            (client.service.answer_start)
               a task by an update                                      (client.service.answer_task)
               a stage of secure aggregation by its next message        (client.service.answer_stage)
+              a part by how many there are, or by its bytes            (client.service.answer_parts)
     decline   what was refused, or went wrong: signed too, and noted in a log
 """
 
@@ -26,6 +27,7 @@ from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import Policy
 from fedlora.client.secagg.runs import MaskedRuns
 from fedlora.client.service.answer_offer import answer_offer, open_offer
+from fedlora.client.service.answer_parts import answer_fetch, answer_piece, open_fetch, open_piece
 from fedlora.client.service.answer_stage import answer_stage, open_stage
 from fedlora.client.service.answer_start import answer_start, open_start
 from fedlora.client.service.answer_task import answer_task, open_task
@@ -45,6 +47,7 @@ from fedlora.common.protocol.messages import (
     reply_to_bytes,
     request_from_bytes,
 )
+from fedlora.common.protocol.pieces import Fetch, Piece
 from fedlora.common.terminal import one_line, places
 from fedlora.common.trust.identity import Identity
 
@@ -148,6 +151,12 @@ def _opened(dialogue: Dialogue, data: bytes) -> tuple[Dialogue, Callable[[], byt
     if isinstance(request, SignedStage):
         dialogue, asked = open_stage(dialogue, request)
         return dialogue, partial(answer_stage, dialogue, asked)
+    if isinstance(request, Piece):
+        dialogue, coming = open_piece(dialogue, request)
+        return dialogue, partial(answer_piece, dialogue, request, coming)
+    if isinstance(request, Fetch):
+        dialogue, plan = open_fetch(dialogue, request)
+        return dialogue, partial(answer_fetch, dialogue, plan, request.number)
     dialogue, plan = open_task(dialogue, request)
     return dialogue, partial(answer_task, dialogue, plan, request.vector, data)
 

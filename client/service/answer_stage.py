@@ -22,7 +22,9 @@ from fedlora.common.manifest.counts import answer_spec
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.protocol.messages import STAGE_TAG, SignedStage, Staged
+from fedlora.common.protocol.pieces import Parted
 from fedlora.common.protocol.stages import Request, Stage
+from fedlora.common.protocol.vector_parts import cut_bytes, listed
 from fedlora.common.terminal import one_line
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,10 @@ def answer_stage(dialogue: Dialogue, request: Request) -> bytes:
     if request.stage == Stage.INPUT:
         told = (plan.round, plan.attempt, one_line(manifest.run)[:80])
         log.info("sent the masked update of round %d, attempt %d of run %s", *told)
-    return dialogue.signed(Staged(me, plan.manifest, plan.round, plan.attempt, message))
+    place = (plan.manifest, plan.round, plan.attempt)
+    if request.stage == Stage.INPUT and manifest.vector_size:  # it lies in the outbox
+        return dialogue.signed(Parted(me, *place, listed(cut_bytes(message))))
+    return dialogue.signed(Staged(me, *place, message))
 
 
 def _answered(dialogue: Dialogue, run: MaskedRun, manifest: RunManifest, request: Request) -> bytes:

@@ -16,7 +16,9 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.counts import answer_spec
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.manifest.turns import taken
-from fedlora.common.protocol.messages import PLAN_TAG, Answer, Task
+from fedlora.common.protocol.messages import PLAN_TAG, Answer, Reply, Task
+from fedlora.common.protocol.pieces import Parted
+from fedlora.common.protocol.vector_parts import cut
 from fedlora.common.protocol.vectors import vector_to_bytes
 from fedlora.common.terminal import one_line
 
@@ -32,7 +34,8 @@ def open_task(dialogue: Dialogue, task: Task) -> tuple[Dialogue, RoundPlan]:
 
 
 def answer_task(dialogue: Dialogue, plan: RoundPlan, vector: bytes, request: bytes) -> bytes:
-    """The signed update; `vector` is the global adapter, `request` what it answers, byte for byte.
+    """The signed update, or the list of its parts; `vector` is the global adapter, empty where it
+    came in parts, `request` what it answers, byte for byte.
 
     Refused or BadInput with the reason why there is none.
     """
@@ -46,13 +49,17 @@ def answer_task(dialogue: Dialogue, plan: RoundPlan, vector: bytes, request: byt
     if kept is not None:
         return kept
     delta = dialogue.trained(manifest, plan, vector)
+    me, place = node.policy.institution, (plan.manifest, plan.round, plan.attempt)
+    answer: Reply
     with private():
         adapter = node.work.spec(manifest, node.folder.projection(manifest.digest))
         spec = answer_spec(manifest, plan.phase, adapter)
         leaves = taken(delta, manifest.leaving(spec, plan.round))
-    update = vector_to_bytes(leaves, manifest.wire)
-    me = node.policy.institution
-    answer = Answer(me, plan.manifest, plan.round, plan.attempt, update)
+        if manifest.vector_size:
+            parts = node.outbox.write_body(*place, cut(leaves, manifest.wire))
+            answer = Parted(me, *place, parts)
+        else:
+            answer = Answer(me, *place, vector_to_bytes(leaves, manifest.wire))
     released = dialogue.released(answer, request)
     told = (plan.round, plan.attempt, one_line(manifest.run)[:80])
     log.info("answered round %d, attempt %d of run %s", *told)

@@ -21,6 +21,7 @@ from fedlora.client.consent.judge import judge
 from fedlora.client.consent.offer import read_manifest
 from fedlora.client.consent.verdict import allow
 from fedlora.client.node.folder import NodeFolder
+from fedlora.client.node.inbox import Inbox
 from fedlora.client.node.offers import Offers
 from fedlora.client.node.outbox import Outbox, Plans
 from fedlora.client.node.policy import Policy
@@ -69,6 +70,11 @@ class Node:
     offers: Offers
     outbox: Outbox
     masked: MaskedRuns
+
+    @property
+    def inbox(self) -> Inbox:
+        """The adapter that comes in parts."""
+        return Inbox(self.folder.inbox)
 
     def budget(self, manifest: RunManifest) -> Budget:
         """What the run charges, by the data set that serves it."""
@@ -143,16 +149,21 @@ class Dialogue:
             raise BadInput("plan: found a round or attempt out of range, expected 1 or more")
         return replace(self, place=Place(plan.manifest, plan.round, plan.attempt))
 
-    def known(self, plan: RoundPlan) -> RunManifest:
-        """The manifest that `plan` is of; BadInput or Refused where it can be of none."""
-        path = self.node.folder.manifest(plan.manifest)
-        if not _is_digest(plan.manifest) or not path.is_file():
-            found = one_line(plan.manifest)[:80]
+    def started(self, digest: str) -> RunManifest:
+        """The manifest of this digest, once its run was started; Refused where it was not."""
+        path = self.node.folder.manifest(digest)
+        if not _is_digest(digest) or not path.is_file():
+            found = one_line(digest)[:80]
             raise Refused(f"plan manifest: found {found}, which was not started")
         signed = Signed.from_bytes(path.read_bytes(), "kept manifest")
         manifest = read_manifest(signed, self.invitation.coordinator)
-        if manifest.digest != plan.manifest:
+        if manifest.digest != digest:
             raise Refused("plan manifest: what is kept under its name is another one")
+        return manifest
+
+    def known(self, plan: RoundPlan) -> RunManifest:
+        """The manifest that `plan` is of; BadInput or Refused where it can be of none."""
+        manifest = self.started(plan.manifest)
         phase = manifest.phase_of(plan.round)
         if phase != plan.phase:
             raise BadInput(f"plan phase: found {plan.phase}, expected {phase}")
@@ -191,9 +202,13 @@ class Dialogue:
         with private():
             return self.node.offers.named_start(manifest.digest, charged)
 
-    def trained(self, manifest: RunManifest, plan: RoundPlan, vector: bytes) -> Delta:
-        """An attempt's update, which goes on from all before: reserved, trained, committed."""
+    def trained(self, manifest: RunManifest, plan: RoundPlan, given: bytes) -> Delta:
+        """An attempt's update, which goes on from all before: reserved, trained, committed.
+
+        The adapter is what is `given`, or, where it came in parts, what lies here.
+        """
         node = self.node
+        vector = given or node.inbox.read(manifest, plan.adapter)
         plans = Plans(node.folder.run(plan.manifest) / "plans")
         with private():
             reserved = node.ledger.reservations(plan.manifest)

@@ -120,7 +120,7 @@ class LoadedRun:
         projection: Path,
         budget: Budget,
         plan: RoundPlan,
-        vector: bytes,
+        vector: bytes | memoryview,
     ) -> tuple[Delta, str]:
         """The update of one attempt, (size,), and the digest of its data.
 

@@ -69,7 +69,7 @@ class Watched(Work):
         projection: Path,
         budget: Budget,
         plan: RoundPlan,
-        vector: bytes,
+        vector: bytes | memoryview,
     ) -> tuple[Delta, str]:
         self.in_sight(manifest, TRAIN)
         return self._work.train(manifest, projection, budget, plan, vector)

@@ -33,6 +33,6 @@ class Work(Protocol):
         projection: Path,
         budget: Budget,
         plan: RoundPlan,
-        vector: bytes,
+        vector: bytes | memoryview,
     ) -> tuple[Delta, str]:
         """Reserve, train and commit one attempt: its update, and the digest of its data."""

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
-
 from fedlora.client.training.hold_out import noisy_counts, parted
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.moments import MomentStore
@@ -97,7 +95,8 @@ class Trainer:
             raise BadInput(f"plan adapter: found {state.digest}, expected {plan.adapter}")
         if not guarantee.private:
             return self._update(guarantee, plan, state)
-        largest = float(np.abs(state.vector).max(initial=0.0))
+        # not np.abs, which would be as large as the adapter
+        largest = float(max(state.vector.max(initial=0.0), -state.vector.min(initial=0.0)))
         if largest > LARGEST_VALUE:
             raise BadInput(
                 f"plan adapter: found a value of size {largest:g}, expected at most"
@@ -157,6 +156,10 @@ def check_model(manifest: RunManifest, model: AdapterModel) -> None:
     ):
         if found != expected:
             raise BadInput(f"manifest {name}: found {found}, expected {expected}")
+    if manifest.vector_size not in (0, model.spec.size):
+        raise BadInput(
+            f"manifest vector_size: found {manifest.vector_size}, expected {model.spec.size} or 0"
+        )
 
 
 def charge(guarantee: Guarantee) -> Spend:

@@ -222,6 +222,9 @@ class RunManifest:
     # after the last round; None: nothing is held out
     evaluation: EvaluationTerms | None = field(default=None, metadata={"unwritten": None})
     groups: Groups | None = field(default=None, metadata={"unwritten": None})  # that it counts by
+    # coordinates of an adapter that travels in parts (`common.protocol.vector_parts`); 0 where one
+    # message takes it
+    vector_size: int = field(default=0, metadata={"unwritten": 0, "rule": Bounds(0, 1 << 28)})
     version: int = VERSION
 
     def to_bytes(self) -> bytes:

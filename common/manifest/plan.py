@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from fedlora.common.codec.strict import from_canonical, to_canonical
 from fedlora.common.errors import BadInput
+from fedlora.common.model.state import is_finite
 
 Delta = npt.NDArray[np.floating[Any]]  # float32; float64 where it is masked before it leaves
 
@@ -64,5 +65,5 @@ class Update:
             raise BadInput(
                 f"{where}: found {self.delta.dtype} {self.delta.shape}, expected float32 ({size},)"
             )
-        if not np.isfinite(self.delta).all():
+        if not is_finite(self.delta):
             raise BadInput(f"{where}: found a value that is not finite")

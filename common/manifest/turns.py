@@ -42,6 +42,8 @@ def leaving(spec: AdapterSpec, moves: str, variant: str) -> Mask:
 
 def taken(values: npt.NDArray[Number], mask: Mask) -> npt.NDArray[Number]:
     """(mask.sum(),) of (size,): what leaves. BadInput where anything else is not 0."""
+    if mask.all():
+        return values
     if values[~mask].any():
         raise BadInput("update: found a change outside of what its round moves, expected 0")
     return values[mask]
@@ -49,6 +51,8 @@ def taken(values: npt.NDArray[Number], mask: Mask) -> npt.NDArray[Number]:
 
 def placed(values: npt.NDArray[Any], mask: Mask) -> npt.NDArray[Any]:
     """(size,) of (mask.sum(),): what came, where it belongs, and 0 elsewhere."""
+    if mask.all():
+        return values
     whole = np.zeros(len(mask), dtype=values.dtype)
     whole[mask] = values
     return whole

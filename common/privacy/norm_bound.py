@@ -13,26 +13,35 @@ a noised gradient; where nothing is, only gross nonsense is refused.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase
-from fedlora.common.manifest.plan import Update
+from fedlora.common.manifest.plan import Delta, Update
 
 # a Gaussian vector's norm passes its root mean square by this many deviations: never seen
 NOISE_TAIL = 10.0
 ADAM_STEP = 10.0
+_STRETCH = 1 << 16  # coordinates
 
 
 def check_norm(update: Update, bound: float) -> None:
     """BadInput where the L2 norm of `update` is beyond `bound`, or is not a number."""
-    norm = float(np.linalg.norm(update.delta.astype(np.float64)))
+    norm = math.sqrt(sum(_squares(update.delta)))
     if not norm <= bound:
         raise BadInput(
             f"update of {update.client}: found an L2 norm of {norm:.4g}, expected at most"
             f" {bound:.4g}"
         )
+
+
+def _squares(delta: Delta) -> Iterator[float]:
+    """The squared norm of each stretch, in float64: a copy of it all may be too large."""
+    for start in range(0, delta.size, _STRETCH):
+        part = delta[start : start + _STRETCH].astype(np.float64)
+        yield float(part @ part)
 
 
 def stepped(phase: Phase, gradient: float, size: int = 1) -> float:

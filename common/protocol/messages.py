@@ -5,10 +5,15 @@
     start    coordinator -> node   who consented, signed: the run begins (common.protocol.start)
     task     coordinator -> node   a signed plan, and the adapter that it starts from
     stage    coordinator -> node   one signed step of secure aggregation (common.protocol.stages)
+    piece    coordinator -> node   a part of the adapter that a later task starts from
+    fetch    coordinator -> node   which part of an answer to send (both: common.protocol.pieces)
     consent  node -> coordinator   what the node would reserve, under which policy
     started  node -> coordinator   that it is reserved now, for which start
     answer   node -> coordinator   the noised update
     staged   node -> coordinator   the node's own message of that step
+    taken    node -> coordinator   how many parts of the adapter have come
+    parted   node -> coordinator   in place of an answer or a staged one: the digests of its parts
+    part     node -> coordinator   one of them
     decline  node -> coordinator   why there is none
 
 A message is a mark, a version, and a frame (`common.codec.framing`) whose tag is its kind.
@@ -36,7 +41,9 @@ from fedlora.common.codec.framing import (
 )
 from fedlora.common.codec.strict import from_canonical, to_canonical
 from fedlora.common.errors import BadInput, Refused
+from fedlora.common.protocol.pieces import Count, Fetch, Part, Parted, Piece, Taken
 from fedlora.common.protocol.terms import Begun, Reason, Terms
+from fedlora.common.protocol.vector_parts import Parts
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
 
@@ -45,6 +52,7 @@ REPLY_VERSION = 1
 MARK = b"fedlora"
 MAX_REQUEST_BYTES = MAX_REPLY_BYTES = 256 << 20
 MAX_BODY_BYTES = 1 << 16  # of an address, a consent or a decline
+MAX_LIST_BYTES = MAX_BODY_BYTES + (1 << 12)  # of a reply that lists parts
 MAX_NAME = 200  # bytes of an institution's name or a digest
 MAX_NUMBER = 1 << 31  # of a round or an attempt
 
@@ -104,7 +112,7 @@ class SignedStart(Framed):
 class Task(Framed):
     """One attempt at one round: the plan, signed under PLAN_TAG.
 
-    `vector` is the adapter, little-endian float32.
+    `vector` is the adapter, little-endian float32; empty where it came in pieces.
     """
 
     TAG = "task"
@@ -179,12 +187,12 @@ class Decline:
     refused: bool
 
 
-Request = Offer | SignedStart | Task | SignedStage
-Reply = Consent | Started | Answer | Staged | Decline
+Request = Offer | SignedStart | Task | SignedStage | Piece | Fetch
+Reply = Consent | Started | Answer | Staged | Taken | Parted | Part | Decline
 REQUESTS: Mapping[str, type[Request]] = {
-    each.TAG: each for each in (Offer, SignedStart, Task, SignedStage)
+    each.TAG: each for each in (Offer, SignedStart, Task, SignedStage, Piece, Fetch)
 }
-REPLIES = ("consent", "started", "answer", "staged", "decline")
+REPLIES = ("consent", "started", "answer", "staged", "taken", "parted", "part", "decline")
 
 
 def request_to_bytes(request: Request) -> bytes:
@@ -252,10 +260,18 @@ def _sent(reply: Reply) -> tuple[str, _Sent]:
         if isinstance(reply, Started):
             kind, terms = "started", Begun(**asdict(terms), start=reply.start)
         return kind, _Sent(reply.manifest, 0, 0, reply.institution, to_canonical(terms))
+    if isinstance(reply, Taken):
+        return "taken", _Sent(
+            reply.manifest, 0, 0, reply.institution, to_canonical(Count(reply.count))
+        )
     if isinstance(reply, Answer):
         kind, body = "answer", reply.vector
     elif isinstance(reply, Staged):
         kind, body = "staged", reply.message
+    elif isinstance(reply, Parted):
+        kind, body = "parted", to_canonical(reply.parts)
+    elif isinstance(reply, Part):
+        kind, body = "part", reply.data
     else:
         kind, body = "decline", to_canonical(Reason(one_line(reply.reason), reply.refused))
     return kind, _Sent(reply.manifest, reply.round, reply.attempt, reply.institution, body)
@@ -267,15 +283,30 @@ def _received(kind: str, sent: _Sent) -> Reply:
         return Answer(*place, sent.body)
     if kind == "staged":
         return Staged(*place, sent.body)
+    if kind == "part":
+        return Part(*place, sent.body)
+    if kind == "parted":
+        return Parted(*place, from_canonical(Parts, sent.body, kind, MAX_BODY_BYTES))
     if kind == "decline":
         told = from_canonical(Reason, sent.body, kind, MAX_BODY_BYTES)
         return Decline(*place, told.reason, told.refused)
-    terms = from_canonical(Begun if kind == "started" else Terms, sent.body, kind, MAX_BODY_BYTES)
     if (sent.round, sent.attempt) != (0, 0):
         raise BadInput(f"{kind}: found round {sent.round} attempt {sent.attempt}, expected 0 and 0")
+    if kind == "taken":
+        return Taken(*place[:2], from_canonical(Count, sent.body, kind, MAX_BODY_BYTES).parts)
+    terms = from_canonical(Begun if kind == "started" else Terms, sent.body, kind, MAX_BODY_BYTES)
     said = (sent.institution, sent.manifest, terms.policy, terms.epsilon, terms.delta)
     consent = Consent(*said, height=terms.height, head=terms.head)
     return Started(**asdict(consent), start=terms.start) if isinstance(terms, Begun) else consent
+
+
+def parts_in(data: bytes) -> Parts | None:
+    """The list of parts that a reply of one's own is; None where it is another reply."""
+    body = _unmarked(data, "reply", REPLY_VERSION, MAX_REPLY_BYTES)
+    if kind_of(body, "reply") != "parted":
+        return None
+    sent = unframe(_Sent, body, "parted")
+    return from_canonical(Parts, sent.body, "parted", MAX_BODY_BYTES)
 
 
 def _kind(body: memoryview, what: str, known: Mapping[str, object] | tuple[str, ...]) -> str:

@@ -47,7 +47,8 @@ def encoding_of(terms: SecureTerms, phase: int, size: int, noise: float = 0.0) -
 class Request(Framed):
     """One stage asked of one institution.
 
-    `vector` is the global adapter (float32, little-endian), at the input only.
+    `vector` is the global adapter (float32, little-endian), at the input only; empty where it came
+    in parts.
     """
 
     TAG = f"{PROTOCOL} request"
@@ -62,7 +63,7 @@ class Request(Framed):
     def from_bytes(cls, data: bytes) -> Request:
         """BadInput for another kind of message or stage, or a vector where none belongs."""
         found = super().from_bytes(data)
-        if bool(found.vector) != (found.stage is Stage.INPUT):
+        if found.vector and found.stage is not Stage.INPUT:
             raise BadInput(
                 f"{cls.TAG} vector: found {len(found.vector)} bytes at the stage {found.stage}"
             )

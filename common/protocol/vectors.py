@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedlora.common.errors import BadInput
-from fedlora.common.model.state import Vector
+from fedlora.common.model.state import Vector, is_finite
 
 BFLOAT16 = "bfloat16"
 BYTES = {"float32": 4, BFLOAT16: 2}  # of a coordinate
@@ -21,6 +21,8 @@ LARGEST = np.array([0x7F7F0000], dtype=np.uint32).view(np.float32)[0]
 
 def rounded(vector: Vector, wire: str) -> Vector:
     """(size,) float32 of what `wire` can carry; `vector` is finite. A second time changes none."""
+    if wire == "float32":
+        return vector.astype(np.float32, copy=False)
     return _read(vector_to_bytes(vector, wire), wire)
 
 
@@ -36,7 +38,9 @@ def vector_to_bytes(vector: Vector, wire: str = "float32") -> bytes:
     return (nearest >> np.uint32(16)).astype("<u2").tobytes()
 
 
-def vector_from_bytes(data: bytes, size: int, where: str, wire: str = "float32") -> Vector:
+def vector_from_bytes(
+    data: bytes | memoryview, size: int, where: str, wire: str = "float32"
+) -> Vector:
     """The (size,) float32 vector, read-only; BadInput where length or a value is wrong."""
     if wire not in BYTES:
         raise _unknown(wire)
@@ -47,12 +51,12 @@ def vector_from_bytes(data: bytes, size: int, where: str, wire: str = "float32")
             f" in {wire}"
         )
     vector = _read(data, wire)
-    if not np.isfinite(vector).all():
+    if not is_finite(vector):
         raise BadInput(f"{where} vector: found a value that is not finite")
     return vector
 
 
-def _read(data: bytes, wire: str) -> Vector:
+def _read(data: bytes | memoryview, wire: str) -> Vector:
     if wire == "float32":
         vector = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
     else:

@@ -10,14 +10,17 @@ from fedlora.common.errors import BadInput
 from fedlora.common.manifest.counts import answer_spec
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.manifest.turns import placed
-from fedlora.common.model.state import AdapterSpec, AdapterState
+from fedlora.common.model.state import AdapterSpec, AdapterState, Vector
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.norm_bound import check_norm
 from fedlora.common.protocol.messages import PLAN_TAG, Answer, Task, request_to_bytes
+from fedlora.common.protocol.pieces import Parted
+from fedlora.common.protocol.vector_parts import mapped
 from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.deployment.institutions import Institutions
+from fedlora.server.deployment.transfers import Transfer
 from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure
 from fedlora.server.secagg.log import SumLog
 from fedlora.server.secagg.sums import SecureCohort
@@ -40,28 +43,32 @@ class ClearCohort:
         asked, failures = self._who.asked(members, plan)
         declined = len(failures)
         gathered = gathering_of(self._gather, self._who.manifest, plan, state)
-        for name, answer in self._answers(plan, state, asked):
+        transfer = self._who.transfer(plan, state, members) if asked else None
+        if transfer:
+            transfer.begin()
+        for name, answer in self._answers(plan, state, asked, transfer):
             found = (
                 answer
                 if isinstance(answer, Failure)
-                else self._judged(name, answer, plan, state, members)
+                else self._judged(name, answer, plan, state, members, transfer)
             )
             if isinstance(found, Failure):
                 failures.append(found)
             else:
                 gathered.add(found.delta, name)
+        if transfer:
+            transfer.end()
         count = len(asked) + declined if asked else 0
         seconds = time.monotonic() - started
         found_in_all = (gathered.total(), gathered.count, count, tuple(failures), seconds)
         return CohortSum(*found_in_all, each=gathered.each)
 
     def _answers(
-        self, plan: RoundPlan, state: AdapterState, asked: list[str]
+        self, plan: RoundPlan, state: AdapterState, asked: list[str], transfer: Transfer | None
     ) -> Iterator[tuple[str, bytes | Failure]]:
-        request = request_to_bytes(
-            Task(plan.manifest, self._signed(plan), vector_to_bytes(state.vector))
-        )
-        yield from self._who.take(dict.fromkeys(asked, request), self._who.left)
+        vector = b"" if transfer else vector_to_bytes(state.vector)
+        request = request_to_bytes(Task(plan.manifest, self._signed(plan), vector))
+        yield from self._who.take(dict.fromkeys(asked, request), self._who.left, transfer)
 
     def _signed(self, plan: RoundPlan) -> Signed:
         """The plan as it leaves: signed once, durable first, and the same bytes ever after."""
@@ -78,22 +85,19 @@ class ClearCohort:
         plan: RoundPlan,
         state: AdapterState,
         members: Mapping[str, PublicIdentity],
+        transfer: Transfer | None,
     ) -> Update | Failure:
         """The update, if it is this member's own answer to this plan, or why it does not count."""
         reply = self._who.heard(name, data, members)
         if isinstance(reply, Failure):
             return reply
         try:
-            if not isinstance(reply, Answer):
-                raise BadInput(
-                    f"{name}: found a {type(reply).__name__.lower()}, expected an update"
-                )
+            if not isinstance(reply, Answer | Parted):
+                kind = type(reply).__name__.lower()
+                raise BadInput(f"{name}: found a {kind}, expected an update")
             manifest = self._who.manifest
             spec = answer_spec(manifest, plan.phase, state.spec)
-            leaving = manifest.leaving(spec, plan.round)
-            count, where = int(leaving.sum()), f"update of {name}"
-            came = vector_from_bytes(reply.vector, count, where, manifest.wire)
-            vector = placed(came, leaving)
+            vector, count = self._placed(name, _carried(name, reply, transfer), plan, spec)
             update = Update(name, reply.manifest, reply.round, reply.attempt, vector)
             update.check(plan, spec.size)
             _check_moved(update, manifest.recipe_of(plan.round).name, spec)
@@ -102,10 +106,28 @@ class ClearCohort:
             return Failure(name, one_line(str(error)))
         return update
 
+    def _placed(
+        self, name: str, data: bytes | memoryview, plan: RoundPlan, spec: AdapterSpec
+    ) -> tuple[Vector, int]:
+        """The (size,) update, and how many coordinates of it left."""
+        leaving = self._who.manifest.leaving(spec, plan.round)
+        count, wire = int(leaving.sum()), self._who.manifest.wire
+        return placed(vector_from_bytes(data, count, f"update of {name}", wire), leaving), count
+
+
+def _carried(name: str, reply: Answer | Parted, transfer: Transfer | None) -> bytes | memoryview:
+    """The update's bytes: in the reply, or as they came in parts, each of which was checked."""
+    if isinstance(reply, Answer):
+        return reply.vector
+    if transfer is None:
+        raise BadInput(f"{name}: found an update in parts, expected it whole")
+    return mapped(transfer.whole(name, reply.parts))
+
 
 def _check_moved(update: Update, moves: str, spec: AdapterSpec) -> None:
     """BadInput where it moves what its phase leaves alone: neither clipped nor noised by anyone."""
-    if update.delta[~spec.moved_by(moves)].any():
+    moved = spec.moved_by(moves)
+    if not moved.all() and update.delta[~moved].any():
         raise BadInput(
             f"update of {update.client}: found a coordinate moved that phase {moves} leaves alone,"
             " expected 0"

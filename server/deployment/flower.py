@@ -25,13 +25,14 @@ from fedlora.common.errors import BadInput
 from fedlora.common.protocol import flower
 from fedlora.common.protocol.messages import MAX_REPLY_BYTES
 from fedlora.common.terminal import one_line
+from fedlora.server.deployment import talks
 from fedlora.server.deployment.process import outcome_of
+from fedlora.server.deployment.talks import LONGEST_POLL, SHORTEST_POLL, Talk
 from fedlora.server.rounds.cohort import Failure
 
 log = logging.getLogger(__name__)
 
 REQUEST = "request"  # kind of an envelope of a deployment; its answer has the same
-SHORTEST_POLL, LONGEST_POLL = 0.02, 0.5  # seconds between two looks at the grid
 
 
 server_app = ServerApp()
@@ -77,6 +78,7 @@ class GridCarrier:
         self, grid: Grid, nodes: Callable[[], Mapping[str, int]], clock: Clock | None = None
     ) -> None:
         self._grid, self._nodes, self._clock = grid, nodes, clock or Clock()
+        self._asked = dict[str, int]()  # by a message's id, the node that it went to
 
     def online(self) -> set[str]:
         """Whose SuperNode is connected now."""
@@ -91,51 +93,80 @@ class GridCarrier:
         for name in requests:
             if name not in nodes:
                 yield name, Failure(name, "no node is registered for it")
-        end, waiting = self._clock.now() + deadline, {}
+        end, waiting = self._clock.now() + deadline, dict[str, str]()
         for name in requests:
             if name in nodes:
-                record = flower.envelope_record(REQUEST, requests[name])
                 ttl = max(end - self._clock.now(), 1.0)
-                message = Message(record, nodes[name], MessageType.TRAIN, ttl=ttl, group_id=name)
-                message_id = _push(self._grid, message)
-                if message_id is None:
-                    yield name, Failure(name, "the message could not be sent")
+                sent = self._push(name, nodes[name], requests[name], ttl)
+                if isinstance(sent, Failure):
+                    yield name, sent
                 else:
-                    waiting[message_id] = (name, nodes[name])
+                    waiting[sent] = name
         yield from self._answers(waiting, end)
-        for name, _ in waiting.values():
+        for name in waiting.values():
             yield name, Failure(name, f"no answer within {deadline:g} s")
 
-    def _answers(
-        self, waiting: dict[str, tuple[str, int]], end: float
+    def converse(
+        self, with_each: Mapping[str, Talk], deadline: float
     ) -> Iterator[tuple[str, bytes | Failure]]:
-        """Take each (name, node) out of `waiting`, by message id, as its answer comes in.
+        """Each name once, as its talk ends."""
+        return talks.converse(self, with_each, deadline)
 
-        No reply is kept. A message that no open id waits for is refused: late, sent twice or never
-        asked for.
+    def send(self, name: str, request: bytes, seconds: float) -> str | Failure:
+        """The id of the message that carries a request; it is of use for so many `seconds`."""
+        node = self._nodes().get(name)
+        if node is None:
+            return Failure(name, "no node is registered for it")
+        return self._push(name, node, request, seconds)
+
+    def _push(self, name: str, node: int, request: bytes, ttl: float) -> str | Failure:
+        record = flower.envelope_record(REQUEST, request)
+        message = Message(record, node, MessageType.TRAIN, ttl=ttl, group_id=name)
+        ids = list(self._grid.push_messages([message]))
+        # a grid answers what it can't take with nothing or None
+        if len(ids) != 1 or not ids[0]:
+            return Failure(name, "the message could not be sent")
+        self._asked[ids[0]] = node
+        return ids[0]
+
+    def received(self, waiting: Mapping[str, str]) -> list[tuple[str, bytes | Failure]]:
+        """Which of these messages, by name, are answered; none of the replies is kept.
+
+        A message that no open id waits for is refused: late, sent twice or never asked for.
         """
+        found = dict[str, bytes | Failure]()
+        for reply in self._grid.pull_messages(set(waiting)):
+            number = reply.metadata.reply_to_message_id
+            if number not in waiting or number in found:
+                source = reply.metadata.src_node_id
+                log.warning("refused a reply from node %s that nobody waits for", source)
+            else:
+                found[number] = _carried(reply, waiting[number], self._asked.pop(number))
+        return list(found.items())
+
+    def now(self) -> float:
+        """Seconds, by its clock."""
+        return self._clock.now()
+
+    def sleep(self, seconds: float) -> None:
+        """As its clock does."""
+        self._clock.sleep(seconds)
+
+    def _answers(
+        self, waiting: dict[str, str], end: float
+    ) -> Iterator[tuple[str, bytes | Failure]]:
+        """Take each name out of `waiting`, by message id, as its answer comes in."""
         pause = SHORTEST_POLL
         while waiting:
-            replies = list(self._grid.pull_messages(set(waiting)))
-            for reply in replies:
-                asked = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if asked is None:
-                    source = reply.metadata.src_node_id
-                    log.warning("refused a reply from node %s that nobody waits for", source)
-                else:
-                    yield asked[0], _carried(reply, *asked)
+            replies = self.received(waiting)
+            for number, answer in replies:
+                yield waiting.pop(number), answer
             left = end - self._clock.now()
             if left <= 0:
                 break
             pause = SHORTEST_POLL if replies else min(2 * pause, LONGEST_POLL)
             if waiting:
                 self._clock.sleep(min(pause, left))
-
-
-def _push(grid: Grid, message: Message) -> str | None:
-    """Id of the message, or None: a grid answers what it can't take with nothing or None."""
-    ids = list(grid.push_messages([message]))
-    return ids[0] if len(ids) == 1 and ids[0] else None
 
 
 def _carried(reply: Message, name: str, node: int) -> bytes | Failure:

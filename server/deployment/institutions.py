@@ -27,12 +27,17 @@ from fedlora.common.protocol.messages import (
     reply_from_bytes,
     request_to_bytes,
 )
+from fedlora.common.protocol.pieces import Parted
 from fedlora.common.protocol.stages import Request, Stage
-from fedlora.common.protocol.vectors import vector_to_bytes
+from fedlora.common.protocol.vectors import BYTES, vector_to_bytes
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator
+from fedlora.server.deployment.talks import Talk
+from fedlora.server.deployment.transfers import Transfer, is_unfinished
 from fedlora.server.rounds.cohort import Failure
+
+ROOM = 1 << 16  # bytes of a masked input beside its coordinates
 
 
 class Carrier(Protocol):
@@ -45,6 +50,11 @@ class Carrier(Protocol):
         self, requests: Mapping[str, bytes], deadline: float
     ) -> Iterator[tuple[str, bytes | Failure]]:
         """Each name once, as the answers come in, within `deadline` seconds."""
+
+    def converse(
+        self, with_each: Mapping[str, Talk], deadline: float
+    ) -> Iterator[tuple[str, bytes | Failure]]:
+        """Each name once, as its talk ends, within `deadline` seconds."""
 
 
 class Lazy(Mapping[str, bytes]):
@@ -67,7 +77,10 @@ class Institutions(ABC):
     """Who can be asked in a run whose folder is `folder`; for masked sums, an `Exchange`.
 
     An attempt has `deadline` seconds, and counts with a share of `quorum` of those asked.
+    `by_parts`: they take and send in parts what is too large for a message.
     """
+
+    by_parts = True
 
     def __init__(
         self,
@@ -107,16 +120,45 @@ class Institutions(ABC):
         """Replies without which an attempt at `of` institutions does not count."""
         return max(self.manifest.minimum_cohort, math.ceil(self._quorum * of - 1e-9))
 
+    def unfinished(self, plan: RoundPlan) -> bool:
+        """Whether a kill cut off the attempt of this plan, and it can go on; under masks none can,
+        for their secrets are in no file.
+        """
+        return self.manifest.secure is None and is_unfinished(self.folder, plan)
+
+    def transfer(
+        self, plan: RoundPlan, state: AdapterState, members: Mapping[str, PublicIdentity]
+    ) -> Transfer | None:
+        """What of an attempt travels in parts; None where nothing does."""
+        if not (self.by_parts and self.manifest.vector_size):
+            return None
+        secure, size, key = self.manifest.secure, state.spec.size, self.coordinator.identity
+        # of a masked input, its words, and what is around them
+        most = BYTES[self.manifest.wire] if secure is None else secure.bits // 8
+        room = 0 if secure is None else ROOM
+
+        def opened(name: str, data: bytes) -> Reply:
+            return self.opened(name, data, members)
+
+        return Transfer(self.folder, key, plan, state, opened, most * size + room)
+
     def take(
-        self, requests: Mapping[str, bytes], deadline: float
+        self, requests: Mapping[str, bytes], deadline: float, transfer: Transfer | None = None
     ) -> Iterator[tuple[str, bytes | Failure]]:
-        """Carry a request to each who is connected; each name once."""
+        """Carry a request to each who is connected, with what travels in parts before and after
+        it; each name once.
+        """
         online = self.carrier.online()
         for name in requests:
             if name not in online:
                 yield name, Failure(name, "not connected")
-        here = [name for name in requests if name in online]
-        for name, answer in self.carrier.ask(Lazy(here, requests.__getitem__), deadline):
+        here = Lazy([name for name in requests if name in online], requests.__getitem__)
+        carried = (
+            self.carrier.ask(here, deadline)
+            if transfer is None
+            else self.carrier.converse(transfer.talks(here), deadline)
+        )
+        for name, answer in carried:
             (self._doubtful.add if isinstance(answer, Failure) else self._doubtful.discard)(name)
             yield name, answer
 
@@ -128,18 +170,31 @@ class Institutions(ABC):
         Whom and what it binds is checked by `server.secagg`.
         """
         members, key = self.coordinator.members(), self.coordinator.identity
-        vector = vector_to_bytes(state.vector) if stage == Stage.INPUT else b""
+        transfer = self.transfer(plan, state, members) if stage == Stage.INPUT else None
+        whole = stage == Stage.INPUT and transfer is None
+        vector = vector_to_bytes(state.vector) if whole else b""
 
         def signed(name: str) -> bytes:
             body = Request(stage, name, plan, messages[name], vector).to_bytes()
             return request_to_bytes(SignedStage(Signed.by(key, STAGE_TAG, body)))
 
-        for name, data in self.take(Lazy(messages, signed), self.seconds_for(stage)):
-            told = data if isinstance(data, Failure) else self._told(name, data, plan, members)
-            yield name, told
+        if transfer:
+            transfer.begin()
+        for name, data in self.take(Lazy(messages, signed), self.seconds_for(stage), transfer):
+            if isinstance(data, Failure):
+                yield name, data
+            else:
+                yield name, self._told(name, data, plan, members, transfer)
+        if transfer:
+            transfer.end()
 
     def _told(
-        self, name: str, data: bytes, plan: RoundPlan, members: Mapping[str, PublicIdentity]
+        self,
+        name: str,
+        data: bytes,
+        plan: RoundPlan,
+        members: Mapping[str, PublicIdentity],
+        transfer: Transfer | None,
     ) -> bytes | Failure:
         reply = self.heard(name, data, members)
         if isinstance(reply, Failure):
@@ -147,6 +202,11 @@ class Institutions(ABC):
         place = (plan.round, plan.attempt)
         if isinstance(reply, Staged) and (reply.round, reply.attempt) == place:
             return reply.message
+        if transfer and isinstance(reply, Parted) and (reply.round, reply.attempt) == place:
+            try:
+                return transfer.whole(name, reply.parts).read_bytes()
+            except BadInput as error:
+                return Failure(name, one_line(str(error)))
         kind = type(reply).__name__.lower()
         return Failure(name, f"found a {kind} of another attempt or kind")
 

@@ -24,12 +24,15 @@ from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.calibration import default_cache
 from fedlora.common.protocol.messages import MANIFEST_TAG
+from fedlora.common.protocol.vector_parts import MOST_BYTES
+from fedlora.common.protocol.vectors import BYTES
 from fedlora.common.trust.identity import Signed
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.cohorts import cohort_of
 from fedlora.server.deployment.institutions import Carrier
 from fedlora.server.deployment.participants import Participants
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
+from fedlora.server.rounds.loop import Around
 from fedlora.server.runs.metrics import nobody
 from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning, read_public
 from fedlora.server.runs.rules import PublicFacts, decided
@@ -63,7 +66,9 @@ def serve(folder: Path, coordinator: Coordinator, carrier: Carrier) -> dict[str,
 
     def trained() -> Progress:
         with tracked(config.tracking, folder, nobody) as told:
-            return conduct(run, cohort_of(who, run.gather), told, who.ready)
+            return conduct(
+                run, cohort_of(who, run.gather), told, Around(who.ready, unfinished=who.unfinished)
+            )
 
     return to_its_end(run.checkpoint, trained, finish)
 
@@ -79,6 +84,15 @@ def _check_folder(folder: Path, config: Config) -> None:
     # offered to institutions: a new one would be charged anew
     if not manifest.exists() and (folder / "manifest.signed").exists():
         raise BadInput(f"{manifest}: missing, expected that of the run that was begun")
+
+
+def _check_travels(size: int) -> None:
+    """BadInput for an adapter of `size` coordinates that no institution could be sent."""
+    if BYTES["float32"] * size > MOST_BYTES:
+        raise BadInput(
+            f"[lora]: found an adapter of {BYTES['float32'] * size} bytes, expected at most"
+            f" {MOST_BYTES}: a smaller rank, or fewer targets or layers"
+        )
 
 
 def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
@@ -100,6 +114,7 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
     if begun:
         checkpoint = Checkpoint.open(path, public.model.spec)
     else:
+        _check_travels(public.model.spec.size)
         cache, cohort = default_cache(), config.aggregation.minimum_cohort
         federation = coordinator.federation
         manifest = make_manifest(Terms.of(config), public.facts, cache, federation, cohort)

@@ -16,20 +16,27 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load, save
+from safetensors.numpy import load_file
 
-from fedlora.common.disk.files import write_atomically
+from fedlora.common.disk.files import write_pieces
 from fedlora.common.errors import BadInput, FedloraError, Refused, Spent
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.model.state import AdapterSpec, AdapterState, Vector, check_safetensors_header
+from fedlora.common.model.state import (
+    AdapterSpec,
+    AdapterState,
+    Vector,
+    check_safetensors_header,
+    safetensors_pieces,
+)
 from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.protocol.vector_parts import mapped
 from fedlora.server.strategies.strategy import ServerState
 
 VERSION = 1  # of these files' layout
@@ -122,7 +129,7 @@ class Checkpoint:
         checkpoint = cls(folder, manifest, initial.spec)
         checkpoint._write_attempts(0, [0] * len(manifest.accounted))
         checkpoint.commit(Progress(0, initial, initial))
-        checkpoint._write("manifest.json", manifest.to_bytes())  # last: it marks a run as begun
+        checkpoint._write("manifest.json", (manifest.to_bytes(),))  # last: it marks a run as begun
         return checkpoint
 
     @classmethod
@@ -178,15 +185,14 @@ class Checkpoint:
 
     def commit(self, progress: Progress) -> None:
         """Make a round durable. The state before it stays until this one is the one pointed to."""
-        data = bytes(save(_vectors(progress)))
-        name = f"state-{progress.round}.safetensors"
-        self._write(name, data)
+        name, hasher = f"state-{progress.round}.safetensors", hashlib.sha256()
+        self._write(name, _hashed(safetensors_pieces(_vectors(progress)), hasher.update))
         table = {
             "version": VERSION,
             "manifest": self.manifest.digest,
             "round": progress.round,
             "file": name,
-            "digest": hashlib.sha256(data).hexdigest(),
+            "digest": hasher.hexdigest(),
             "counts": dict(progress.memory.counts),
             "best": progress.best,
             "stale": progress.stale,
@@ -195,7 +201,7 @@ class Checkpoint:
             "ended": [each.score for each in progress.ended],
             "ended_rounds": [each.round for each in progress.ended],
         }
-        self._write("progress.json", _sealed(table))
+        self._write("progress.json", (_sealed(table),))
         self._clear(name)
 
     @property
@@ -208,14 +214,14 @@ class Checkpoint:
         table = self._read("progress.json")
         self._attempts()  # a damaged count is found now, not when a round has begun
         path = self.folder / str(table["file"])
-        data = path.read_bytes() if path.is_file() else b""
+        data = mapped(path) if path.is_file() and path.stat().st_size else memoryview(b"")
         if hashlib.sha256(data).hexdigest() != table["digest"]:
             raise BadInput(
                 f"{path}: found {len(data)} bytes that were not committed, "
                 f"expected sha256 {table['digest'][:16]}…"
             )
         check_safetensors_header(data, str(path))
-        vectors = load(data)
+        vectors = load_file(path)
         memory = {n.removeprefix(MEMORY): v for n, v in vectors.items() if n.startswith(MEMORY)}
         return Progress(
             round=int(table["round"]),
@@ -266,7 +272,7 @@ class Checkpoint:
             "total": total,
             "by_phase": list(by_phase),
         }
-        self._write("attempts.json", _sealed(table))
+        self._write("attempts.json", (_sealed(table),))
 
     def _read(self, name: str) -> dict[str, Any]:
         """A sealed table of this run and version; BadInput otherwise."""
@@ -279,9 +285,9 @@ class Checkpoint:
                 )
         return table
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
         try:
-            write_atomically(self.folder / name, data)
+            write_pieces(self.folder / name, pieces)
         except OSError as error:
             raise FedloraError(
                 f"{self.folder / name}: could not be written ({error.strerror}); "
@@ -307,6 +313,14 @@ class Checkpoint:
         for path in stale:
             with suppress(OSError):
                 path.unlink()
+
+
+def _hashed(
+    pieces: Iterable[bytes | memoryview], look: Callable[[bytes | memoryview], object]
+) -> Iterator[bytes | memoryview]:
+    for piece in pieces:
+        look(piece)
+        yield piece
 
 
 def _vectors(progress: Progress) -> dict[str, Vector]:

@@ -1,7 +1,8 @@
 """The round loop. One round, from plan to new adapter:
 
     0. wait until a quorum may answer: who is away or refuses costs no attempt
-    1. begin an attempt: its number is durable before anybody hears of it
+    1. begin an attempt: its number is durable before anybody hears of it; one whose large vectors a
+       kill cut off goes on instead, by the same plan and the same answers
     2. plan: the manifest's digest, the phase, the round, the attempt and the state it starts from
     3. ask a cohort for the sum of its updates; below the quorum the attempt is spent, its reason is
        kept, and the next begins
@@ -68,15 +69,20 @@ Validate = Callable[[AdapterState, int], Mapping[str, float]]  # (released state
 Observe = Callable[[RoundRecord, Progress], None]
 Ready = Callable[[], tuple[Failure, ...]]  # waits; who and what is in the way, nothing to begin
 Lose = Callable[[Lost], None]
+# whether the attempt of this plan was begun and not ended: then it goes on, as the same one
+Unfinished = Callable[[RoundPlan], bool]
 SAY_AGAIN = 60.0  # seconds between two lines about the same wait
 
 
 @dataclass(frozen=True)
 class Around:
-    """What goes on around attempts: whom they wait for, and who hears of those that are lost."""
+    """What goes on around attempts: whom they wait for, who hears of those that are lost, and which
+    one a kill left unfinished.
+    """
 
     ready: Ready = tuple
     lose: Lose = lambda lost: None
+    unfinished: Unfinished = lambda plan: False
 
 
 ALONE = Around()
@@ -135,10 +141,13 @@ def ask(
     size = answer_spec(manifest, phase, state.spec).size
     while True:
         left = manifest.accounted[phase].attempts - checkpoint.attempts_begun(phase)
-        if not checkpoint.spent(phase):
+        plan = RoundPlan(manifest.digest, phase, number, checkpoint.attempts_in_all, state.digest)
+        unfinished = around.unfinished(plan)
+        if unfinished or not checkpoint.spent(phase):
             _await(around.ready, number, max(1, left))
-        attempt, started = checkpoint.begin_attempt(phase), time.monotonic()
-        plan = RoundPlan(manifest.digest, phase, number, attempt, state.digest)
+        if not unfinished:
+            plan = replace(plan, attempt=checkpoint.begin_attempt(phase))
+        started = time.monotonic()
         answer = _checked(cohort.total(plan, state), plan, size)
         if answer.counts(rules.quorum, rules.minimum):
             return plan, answer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fedlora.common.model.state import AdapterState
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Cohort
 from fedlora.server.rounds.counted import count_hold_outs, kept_counts
-from fedlora.server.rounds.loop import ALONE, Around, Ready, Rules, run_rounds
+from fedlora.server.rounds.loop import ALONE, Around, Rules, run_rounds
 from fedlora.server.runs.at_institutions import at_institutions
 from fedlora.server.runs.metrics import METRICS, MetricsLog, Observe, nobody
 from fedlora.server.runs.phases import phase_table
@@ -56,7 +56,7 @@ class Run:
 
 
 def conduct(
-    run: Run, cohort: Cohort, observe: Observe = nobody, ready: Ready = ALONE.ready
+    run: Run, cohort: Cohort, observe: Observe = nobody, around: Around = ALONE
 ) -> Progress:
     """The round loop, with a line of metrics.jsonl for each committed round, and of lost.jsonl for
     each attempt that brought none; then the evaluation. Raises what the loop raises.
@@ -68,7 +68,7 @@ def conduct(
         return run.public.validation.evaluate(state, head_only=head_only)
 
     log = MetricsLog(run.folder, run.checkpoint, run.began, observe)
-    around = Around(ready, log.lose)
+    around = replace(around, lose=log.lose)
     progress = run_rounds(
         run.checkpoint, cohort, run.strategies, run.rules, validate, log.write, around
     )

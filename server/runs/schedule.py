@@ -25,6 +25,7 @@ from fedlora.common.manifest.manifest import (
 from fedlora.common.privacy.calibration import Asked, Schedule
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_asked
+from fedlora.common.protocol.vector_parts import vector_size
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.secagg.ring import Encoding
 
@@ -86,6 +87,7 @@ def make_manifest(
         largest_cohort=schedule.largest_cohort,
         evaluation=evaluation,
         groups=_groups(terms.evaluation),
+        vector_size=vector_size(facts.moved["adapter"]),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlora.common.model.state import AdapterState
+from fedlora.common.model.state import AdapterState, Vector
 from fedlora.server.strategies.optimizers import Floats, ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
 
@@ -33,6 +33,7 @@ class RateSchedule:
         return (self.decay - done) / (self.decay - self.warmup)
 
 
+STRETCH = 1 << 20  # coordinates
 CONSTANT = RateSchedule()
 
 
@@ -46,10 +47,21 @@ class FedAvg:
     def apply(
         self, state: AdapterState, memory: ServerState, mean: Floats
     ) -> tuple[AdapterState, ServerState]:
-        """The state after a step of the server's optimiser along `mean` (size,), and memory."""
-        step, memory = self.optimizer.step(memory, mean)
-        done = memory.counts.get("steps", 0)
+        """The state after a step of the server's optimiser along `mean` (size,), and memory.
+
+        By stretches: an optimiser looks at each coordinate by itself, and a large adapter's float64
+        is not needed at once.
+        """
+        done, size = memory.counts.get("steps", 0), state.spec.size
         rate = self.optimizer.learning_rate * self.schedule.share(done)
-        vector = state.vector.astype(np.float64) + rate * step
-        counted = ServerState(memory.vectors, {**memory.counts, "steps": done + 1})
-        return AdapterState(state.spec, vector.astype(np.float32)), counted
+        vector, changed = np.empty(size, dtype=np.float32), dict[str, Vector]()
+        for start in range(0, size, STRETCH):
+            place = slice(start, start + STRETCH)
+            before = {name: value[place] for name, value in memory.vectors.items()}
+            step, after = self.optimizer.step(ServerState(before, memory.counts), mean[place])
+            vector[place] = state.vector[place].astype(np.float64) + rate * step
+            for name, value in after.vectors.items():
+                if value is not before.get(name):
+                    changed.setdefault(name, np.empty(size, dtype=np.float32))[place] = value
+        vectors, counts = {**memory.vectors, **changed}, {**memory.counts, "steps": done + 1}
+        return AdapterState(state.spec, vector), ServerState(vectors, counts)

@@ -58,6 +58,7 @@ class Simulated(Institutions):
     Many share one machine, so each stage has the whole deadline.
     """
 
+    by_parts = False  # it is one machine
     keeper: object = None  # of a masked run: its actor ends with this handle
 
     def __init__(self, run: SimulatedRun, carrier: Carrier, coordinator: Coordinator) -> None:

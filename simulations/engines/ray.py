@@ -41,7 +41,8 @@ from fedlora.common.protocol.messages import MAX_REQUEST_BYTES
 from fedlora.common.trust.identity import Identity
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.cohorts import cohort_of
-from fedlora.server.deployment.flower import LONGEST_POLL, REQUEST, Clock, GridCarrier
+from fedlora.server.deployment.flower import REQUEST, Clock, GridCarrier
+from fedlora.server.deployment.talks import LONGEST_POLL
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.rounds.cohort import Cohort, Failure
 from fedlora.server.runs.metrics import Observe

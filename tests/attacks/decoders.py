@@ -29,7 +29,7 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
-from fedlora.common.protocol import messages, stages, start
+from fedlora.common.protocol import messages, pieces, stages, start
 from fedlora.common.protocol.vectors import BYTES, vector_from_bytes, vector_to_bytes
 from fedlora.common.secagg import keys, shamir, wire
 from fedlora.common.secagg.ring import Encoding, Masked
@@ -95,7 +95,7 @@ def framed_ones() -> list[Decoder]:
     dealer = wire.Dealer("north", BYTES32, bytes(64), BYTES64)
     plan = RoundPlan("sha256:m", 0, 1, 1, "sha256:a")
     values: list[Framed] = [
-        *(sample.OFFER, sample.START, sample.TASK, sample.STAGE),
+        *(sample.OFFER, sample.START, sample.TASK, sample.STAGE, sample.PIECE, sample.FETCH),
         stages.Request(stages.Stage.INPUT, "north", plan, b"message", bytes(8)),
         *(epoch, offer, dealer),
         wire.Deal("north", BYTES32, (b"", b"sealed"), bytes(64), bytes(64), BYTES64),
@@ -163,7 +163,11 @@ def of_secagg() -> list[Decoder]:
 def of_protocol() -> list[Decoder]:
     """Requests, replies and what is in them."""
     members = {"north": sample.NORTH.public}
-    replies = {"answer": sample.ANSWER, "consent": sample.CONSENT, "decline": sample.DECLINE}
+    replies = {
+        **{"answer": sample.ANSWER, "consent": sample.CONSENT, "decline": sample.DECLINE},
+        **{"taken": sample.TAKEN, "parted": sample.PARTED, "part": sample.PART},
+    }
+    asked = (sample.OFFER, sample.START, sample.TASK, sample.STAGE, sample.PIECE, sample.FETCH)
     read = "common/protocol/messages.py"
 
     def reply(data: bytes) -> Any:
@@ -181,7 +185,7 @@ def of_protocol() -> list[Decoder]:
                 messages.request_to_bytes,
                 type(each).__name__,
             )
-            for each in (sample.OFFER, sample.START, sample.TASK, sample.STAGE)
+            for each in asked
         ),
         *(
             Decoder(f"{read} reply_from_bytes", reply_bytes(each), reply, reply_bytes, name)
@@ -194,7 +198,15 @@ def of_protocol() -> list[Decoder]:
             for kind, body in (
                 ("consent", b'{"delta":1e-05,"epsilon":1.5,"policy":"sha256:p"}'),
                 ("decline", b'{"reason":"no","refused":true}'),
+                ("taken", b'{"parts":3}'),
+                ("parted", canonical({"digests": ["0" * 64], "part": 8, "size": 5})),
             )
+        ),
+        Decoder(
+            "common/protocol/pieces.py Coming.from_bytes",
+            sample.COMING.to_bytes(),
+            pieces.Coming.from_bytes,
+            lambda found: bytes(found.to_bytes()),
         ),
         Decoder(
             f"{read} Address.from_bytes",

@@ -22,6 +22,7 @@ from fedlora.server.coordinator.heights import Heights
 from fedlora.server.deployment.participants import Participants
 from fedlora.server.rounds.cohort import Failure
 from tests.client.institution import COORDINATOR, PHASE, Institution, manifest_of, task_of
+from tests.server.fakes import ByAsking
 
 RUN = manifest_of()
 CHEAP = manifest_of(replace(PHASE, noise_multiplier=6.0))
@@ -35,7 +36,7 @@ def restore(node: Institution, backup: Path) -> None:
     shutil.copytree(backup, node.root)
 
 
-class Nodes:
+class Nodes(ByAsking):
     """Three institutions, asked in this process; `heights` as the coordinator's folder has them."""
 
     def __init__(self, root: Path, heights: Heights | None) -> None:

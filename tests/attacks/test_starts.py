@@ -55,6 +55,7 @@ from tests.client.institution import (
     start_of,
     task_of,
 )
+from tests.server.fakes import ByAsking
 
 RUN = manifest_of(spec_digest=ADAPTER_SPEC.digest)
 COST = guarantee_of(RUN).charge().epsilon
@@ -63,7 +64,7 @@ ZEROS = AdapterState(ADAPTER_SPEC, np.zeros(ADAPTER_SPEC.size, np.float32))
 now = time.time
 
 
-class Federation:
+class Federation(ByAsking):
     """Real nodes behind the deployment's cohort; `late` is by how many seconds a clock is ahead."""
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ class FakeWork:
         projection: Path,
         budget: Budget,
         plan: RoundPlan,
-        vector: bytes,
+        vector: bytes | memoryview,
     ) -> tuple[Delta, str]:
         place = (budget.name, plan.manifest)
         if manifest.mode != "none":

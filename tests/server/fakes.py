@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,12 +13,13 @@ import pytest
 
 from fedlora.common.config.schema import Config, LoraConfig, ModelConfig
 from fedlora.common.disk import files
-from fedlora.common.errors import BadInput, Refused
+from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.norm_bound import check_norm
+from fedlora.server.deployment.talks import Talk
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import CohortSum, Failure
 from fedlora.server.rounds.loop import Around, RoundRecord, Rules, run_rounds
@@ -282,3 +283,32 @@ def same(found: Progress, expected: Progress) -> None:
     assert found.memory.vectors.keys() == expected.memory.vectors.keys()
     for name, vector in expected.memory.vectors.items():
         assert found.memory.vectors[name].tobytes() == vector.tobytes()
+
+
+class ByAsking:
+    """A carrier that knows how to ask: its talks go one after the other."""
+
+    def ask(
+        self, requests: Mapping[str, bytes], deadline: float
+    ) -> Iterator[tuple[str, bytes | Failure]]:
+        raise NotImplementedError
+
+    def converse(
+        self, with_each: Mapping[str, Talk], deadline: float
+    ) -> Iterator[tuple[str, bytes | Failure]]:
+        for name, talk in with_each.items():
+            yield name, self._ended(name, talk, deadline)
+
+    def _ended(self, name: str, talk: Talk, deadline: float) -> bytes | Failure:
+        try:
+            asking = next(talk)
+            while True:
+                ((_, answer),) = self.ask({name: asking.make()}, deadline)
+                if isinstance(answer, Failure):
+                    return answer
+                asking = talk.send(answer)
+        except StopIteration as stop:
+            found: bytes = stop.value
+            return found
+        except FedloraError as error:
+            return Failure(name, str(error))

@@ -35,7 +35,9 @@ from fedlora.common.protocol.messages import (
     request_from_bytes,
     request_to_bytes,
 )
+from fedlora.common.protocol.pieces import PARTS_TAG, Coming, Fetch, Part, Parted, Piece, Taken
 from fedlora.common.protocol.start import Party, Start
+from fedlora.common.protocol.vector_parts import listed
 from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
 from fedlora.common.trust.identity import Identity, Signed
 
@@ -50,12 +52,19 @@ OFFER = Offer(
 )
 TASK = Task(DIGEST, Signed.by(COORDINATOR, PLAN_TAG, b"{}"), bytes(8))
 STAGE = SignedStage(Signed.by(COORDINATOR, STAGE_TAG, b"request"))
+PARTS = listed([b"part"])
+COMING = Coming(DIGEST, DIGEST, PARTS)
+PIECE = Piece(Signed.by(COORDINATOR, PARTS_TAG, COMING.to_bytes()), 0, b"part")
+FETCH = Fetch(Signed.by(COORDINATOR, PLAN_TAG, b"{}"), 3)
 BODY = Start(DIGEST, (Party("north", DIGEST), Party("south", DIGEST)))
 START = SignedStart(Signed.by(COORDINATOR, START_TAG, BODY.to_bytes()))
 ANSWER = Answer("north", DIGEST, 3, 5, bytes(range(8)))
 CONSENT = Consent("north", DIGEST, "sha256:p", 1.5, 1e-5)
 STARTED = Started("north", DIGEST, "sha256:p", 1.5, 1e-5, DIGEST)
 DECLINE = Decline("north", "", 0, 0, "no\nway", True)
+TAKEN = Taken("north", DIGEST, 3)
+PARTED = Parted("north", DIGEST, 3, 5, PARTS)
+PART = Part("north", DIGEST, 3, 5, b"part")
 
 numbers = st.integers(0, 2**31)
 replies: st.SearchStrategy[Reply] = st.one_of(
@@ -73,13 +82,16 @@ replies: st.SearchStrategy[Reply] = st.one_of(
         st.floats(0, 1),
         st.just(DIGEST),
     ),
+    st.builds(Taken, st.just("north"), st.just(DIGEST), st.integers(0, 1 << 16)),
+    st.builds(Parted, st.just("north"), st.just(DIGEST), numbers, numbers, st.just(PARTS)),
+    st.builds(Part, st.just("north"), st.just(DIGEST), numbers, numbers, st.binary(max_size=64)),
     st.builds(
         Decline, st.just("north"), st.just(DIGEST), numbers, numbers, st.just("why"), st.booleans()
     ),
 )
 
 
-@pytest.mark.parametrize("request_", [OFFER, START, TASK, STAGE])
+@pytest.mark.parametrize("request_", [OFFER, START, TASK, STAGE, PIECE, FETCH])
 def test_requests_come_back_as_they_went(request_: Request) -> None:
     assert request_from_bytes(request_to_bytes(request_)) == request_
 
@@ -122,7 +134,7 @@ def test_replies_come_back_as_they_went(reply: Reply) -> None:
     assert reply_from_bytes(data, "f", MEMBERS) == reply
 
 
-@given(st.sampled_from([OFFER, START, TASK, STAGE]), st.data())
+@given(st.sampled_from([OFFER, START, TASK, STAGE, PIECE, FETCH]), st.data())
 def test_a_request_that_is_accepted_has_these_bytes(request_: Request, draw: st.DataObject) -> None:
     data = bytearray(request_to_bytes(request_))
     data[draw.draw(st.integers(0, len(data) - 1))] ^= draw.draw(st.integers(1, 255))
@@ -209,7 +221,7 @@ def test_a_reason_is_one_printable_line() -> None:
     assert isinstance(found, Decline) and found.reason == "no way"
 
 
-@pytest.mark.parametrize("reply", [ANSWER, CONSENT, STARTED, DECLINE])
+@pytest.mark.parametrize("reply", [ANSWER, CONSENT, STARTED, DECLINE, TAKEN, PARTED, PART])
 def test_every_flipped_byte_of_a_reply_is_noticed(reply: Reply) -> None:
     data = reply_to_bytes(NORTH, "f", reply)
     for place in range(len(data)):
@@ -219,7 +231,7 @@ def test_every_flipped_byte_of_a_reply_is_noticed(reply: Reply) -> None:
                 reply_from_bytes(changed, "f", MEMBERS)
 
 
-@given(st.sampled_from([request_to_bytes(each) for each in (OFFER, START, TASK)]), st.data())
+@given(st.sampled_from([request_to_bytes(each) for each in (OFFER, START, TASK, PIECE)]), st.data())
 def test_malformed_requests_are_bad_input(data: bytes, draw: st.DataObject) -> None:
     cut = draw.draw(st.integers(0, len(data) - 1))
     with pytest.raises(BadInput):

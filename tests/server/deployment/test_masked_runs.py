@@ -25,6 +25,7 @@ from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.shared_record_level import SharedRecordLevel
+from fedlora.common.protocol import vector_parts as parts
 from fedlora.common.protocol.messages import (
     STAGE_TAG,
     Answer,
@@ -40,6 +41,7 @@ from fedlora.common.protocol.messages import (
     request_from_bytes,
     request_to_bytes,
 )
+from fedlora.common.protocol.pieces import Part, Parted, Taken
 from fedlora.common.protocol.stages import Request
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.secagg.wire import KEYS_TAG, Epoch, KeyOffer, MaskedInput
@@ -52,6 +54,7 @@ from fedlora.server.rounds.cohort import CohortSum, Failure
 from fedlora.server.secagg.log import SUMS, SumLog
 from fedlora.server.secagg.sums import SecureCohort
 from tests.client.institution import COORDINATOR, Institution, manifest_of, offer_of, task_of
+from tests.server.fakes import ByAsking
 
 NAMES = ("east", "north", "south", "west")
 SPEC = AdapterSpec((TensorSpec("lora.a", (16, 64)),))
@@ -84,7 +87,7 @@ RECORDS = replace(
 )
 
 
-class World:
+class World(ByAsking):
     """Four institutions that approved each other, and a carrier that keeps what it carries."""
 
     def __init__(self, root: Path, run: RunManifest = RUN, quorum: float = 0.75) -> None:
@@ -179,6 +182,28 @@ def test_the_sum_is_exact_and_only_masked_vectors_leave(world: World) -> None:
         elif isinstance(reply, Staged):
             for vector in world.updates.values():
                 assert vector.tobytes()[:16] not in reply.message
+
+
+def test_a_masked_input_in_parts_is_the_same_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 1 << 10)
+    world = World(tmp_path, replace(RUN, vector_size=SPEC.size))
+    step = TERMS.update_bounds[0] / TERMS.levels
+    found = world.total(1)
+    expected = sum(each.astype(np.float64) for each in world.updates.values())
+    assert found.replies == 4 and np.abs(found.total - expected).max() <= 4 * step / 2 + 1e-12
+    stages, kinds = [stage for stage, _ in world.carried], [type(each) for _, each in world.carried]
+    assert kinds.count(Taken) == 4 * 4  # an adapter of 4 KiB
+    assert [kind for stage, kind in zip(stages, kinds, strict=True) if stage == "input"] == (
+        [Parted] * 4
+    )
+    north = world.nodes["north"]
+    (kept,) = (north.root / "outbox").rglob("*.masked")
+    sent = [each for _, each in world.carried if isinstance(each, Part)]
+    mine = b"".join(each.data for each in sent if each.institution == "north")
+    assert mine == kept.read_bytes()
+    assert not world.who.unfinished(RoundPlan(world.run.digest, 0, 1, 1, START.digest))
 
 
 @pytest.mark.parametrize("stage", ["offer", "deal", "input", "confirm", "open"])

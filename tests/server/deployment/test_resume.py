@@ -45,13 +45,14 @@ from fedlora.server.deployment.serve import serve
 from fedlora.server.rounds.cohort import Failure
 from fedlora.simulations.local.folders import TRAINING
 from tests.server.enrolments import request
+from tests.server.fakes import ByAsking
 
 NAMES = ("east", "north", "south")
 FILES = ("attempts.json", "manifest.json", "progress.json", "state-1.safetensors")
 
 
 @dataclass
-class Hands:
+class Hands(ByAsking):
     """A carrier to institutions that consent and add a thousandth; cut after the round `last`."""
 
     directory: Directory

@@ -50,7 +50,7 @@ from fedlora.server.secagg.attempt import SecureSum
 from fedlora.server.secagg.sums import SecureCohort
 from fedlora.server.strategies.fedavg import FedAvg
 from fedlora.server.strategies.optimizers import ServerOptimizer
-from tests.server.fakes import SPEC, START, manifest_of
+from tests.server.fakes import SPEC, START, ByAsking, manifest_of
 
 NAMES = ("east", "north", "south")
 
@@ -159,7 +159,7 @@ class Node:
 
 
 @dataclass
-class World:
+class World(ByAsking):
     """A coordinator, its members, and a carrier that loses what it is told to lose."""
 
     folder: Path

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,21 @@ def run(tmp_path: Path) -> Run:
     with pytest.raises(KeyboardInterrupt):
         run.go()
     return run
+
+
+def test_a_commit_copies_no_vector(tmp_path: Path) -> None:
+    size = 1 << 20
+    spec = AdapterSpec((TensorSpec("lora.a", (size,)),))
+    state = AdapterState(spec, np.ones(size, dtype=np.float32))
+    checkpoint = Checkpoint.create(tmp_path / "run", manifest_of(1, spec=spec), state)
+    memory = ServerState({"velocity": np.ones(size, dtype=np.float32)})
+    tracemalloc.start()
+    try:
+        checkpoint.commit(Progress(1, state, state, memory))
+        assert tracemalloc.get_traced_memory()[1] < size  # a quarter of a vector
+    finally:
+        tracemalloc.stop()
+    assert checkpoint.load().state == state
 
 
 def interrupt() -> None:

@@ -44,6 +44,10 @@ def loud(update: Update) -> Update:
     raise BadInput(f"{update.client}: on fire")
 
 
+def killed(update: Update) -> Update:
+    raise KeyboardInterrupt
+
+
 def refusing(update: Update) -> Update:
     raise Refused(f"{update.client}: the budget is spent")
 
@@ -223,6 +227,29 @@ def test_waiting_ends_where_attempts_would_have_and_a_refusal_ends_it(tmp_path: 
             run.go()
         assert len(asked) == (1 if refused else run.manifest.phases[0].attempts)
         assert run.checkpoint().attempts_in_all == 0
+
+
+def test_an_attempt_that_a_kill_cut_off_goes_on_as_the_same_one(tmp_path: Path) -> None:
+    """Else a kill in the middle of a long transfer would cost every institution an attempt."""
+    for unfinished, expected in ((True, [1, 2]), (False, [2, 3])):
+        run = Run(tmp_path / str(unfinished), manifest_of(2, spare=1))
+        run.cohort.behaviours = {0: killed}
+        with pytest.raises(KeyboardInterrupt):
+            run.go()
+        (cut_off,) = run.cohort.plans
+        run.cohort.plans.clear()
+        asked, run.cohort.behaviours = list[RoundPlan](), {}
+
+        def is_unfinished(
+            plan: RoundPlan, asked: list[RoundPlan] = asked, found: bool = unfinished
+        ) -> bool:
+            asked.append(plan)
+            return found and len(asked) == 1
+
+        run.around = Around(unfinished=is_unfinished)
+        assert run.go().round == 2
+        assert [plan.attempt for plan in run.cohort.plans] == expected
+        assert asked[0] == cut_off and run.checkpoint().attempts_in_all == expected[-1]
 
 
 def test_why_an_attempt_was_lost_is_kept(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedlora.common.errors import BadInput
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
+from fedlora.server.strategies import fedavg
 from fedlora.server.strategies.fedavg import FedAvg, RateSchedule
 from fedlora.server.strategies.optimizers import RULES, ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
@@ -75,6 +76,26 @@ def test_plain_fedavg_at_rate_one_adds_the_mean(start: list[float], mean: list[f
     )
     np.testing.assert_array_equal(found.vector, (np.array(start) + delta).astype(np.float32))
     assert not memory.vectors
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_step_by_stretches_is_the_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, found = np.random.default_rng(3), list[list[bytes]]()
+    means = [source.normal(size=20) for _ in range(3)]
+    strategy, spec = (
+        FedAvg(ServerOptimizer(name, 0.3, 0.9, 0.99)),
+        AdapterSpec((TensorSpec("lora.a", (20,)),)),
+    )
+    for stretch in (1 << 20, 7):
+        monkeypatch.setattr(fedavg, "STRETCH", stretch)
+        kept = np.ones(20, dtype=np.float32)
+        state, memory = AdapterState.zeros(spec), ServerState({"average": kept}, {"averaged": 1})
+        for mean in means:
+            state, memory = strategy.apply(state, memory, mean)
+        assert memory.vectors["average"] is kept and memory.counts["steps"] == 3
+        vectors = [state.vector, *(memory.vectors[each] for each in sorted(memory.vectors))]
+        found.append([each.tobytes() for each in vectors])
+    assert found[0] == found[1]
 
 
 def test_a_falling_rate_falls_linearly_and_takes_its_last_step_above_zero() -> None:
