@@ -47,6 +47,7 @@ bench: $(VENV)/dev  ## the benchmarks whose figures docs/ quotes
 	$(BIN)/python simulations/benchmarks/scale.py --json runs/bench/scale.json
 	$(BIN)/python simulations/benchmarks/secure_aggregation.py --json runs/bench/secure_aggregation.json
 	$(BIN)/python simulations/benchmarks/federation.py --json runs/bench/federation.json
+	$(BIN)/python simulations/benchmarks/bytes.py --json runs/bench/bytes.json
 	$(BIN)/python simulations/benchmarks/noise_of_mean.py --json runs/bench/noise_of_mean.json
 
 notebooks: $(VENV)/notebooks  ## execute the notebooks; runs/notebooks has them with what they print

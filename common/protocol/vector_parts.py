@@ -68,6 +68,15 @@ def vector_size(size: int) -> int:
     return size if PART_BYTES < BYTES["float32"] * size <= MOST_BYTES else 0
 
 
+def check_travels(size: int) -> None:
+    """BadInput for an adapter of `size` coordinates that no institution could be sent."""
+    if BYTES["float32"] * size > MOST_BYTES:
+        raise BadInput(
+            f"[lora]: found an adapter of {BYTES['float32'] * size} bytes, expected at most"
+            f" {MOST_BYTES}: a smaller rank, or fewer targets or layers"
+        )
+
+
 def cut(vector: Vector, wire: str = "float32") -> Iterator[bytes]:
     """The parts of a (size,) vector as `wire` has it, made one after the other."""
     for number in range(-(-BYTES[wire] * len(vector) // PART_BYTES)):

@@ -24,8 +24,7 @@ from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.calibration import default_cache
 from fedlora.common.protocol.messages import MANIFEST_TAG
-from fedlora.common.protocol.vector_parts import MOST_BYTES
-from fedlora.common.protocol.vectors import BYTES
+from fedlora.common.protocol.vector_parts import check_travels
 from fedlora.common.trust.identity import Signed
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.cohorts import cohort_of
@@ -86,15 +85,6 @@ def _check_folder(folder: Path, config: Config) -> None:
         raise BadInput(f"{manifest}: missing, expected that of the run that was begun")
 
 
-def _check_travels(size: int) -> None:
-    """BadInput for an adapter of `size` coordinates that no institution could be sent."""
-    if BYTES["float32"] * size > MOST_BYTES:
-        raise BadInput(
-            f"[lora]: found an adapter of {BYTES['float32'] * size} bytes, expected at most"
-            f" {MOST_BYTES}: a smaller rank, or fewer targets or layers"
-        )
-
-
 def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
     """The run that lies in `folder`, or a new one: here its configuration is spent."""
     path, begun = folder / "checkpoint", (folder / "checkpoint" / "manifest.json").exists()
@@ -114,7 +104,7 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
     if begun:
         checkpoint = Checkpoint.open(path, public.model.spec)
     else:
-        _check_travels(public.model.spec.size)
+        check_travels(public.model.spec.size)
         cache, cohort = default_cache(), config.aggregation.minimum_cohort
         federation = coordinator.federation
         manifest = make_manifest(Terms.of(config), public.facts, cache, federation, cohort)

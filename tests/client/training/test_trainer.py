@@ -244,6 +244,15 @@ def test_a_manifest_for_another_model_is_bad_input(
         trainer.consent(manifest(model, **{field: "sha256:" + "0" * 64}))
 
 
+def test_a_manifest_says_how_large_its_model_is_or_nothing(
+    trainer: Trainer, model: AdapterModel
+) -> None:
+    """What a node keeps of an adapter that comes in parts is bounded by it."""
+    with pytest.raises(BadInput, match=f"vector_size: found 7, expected {model.spec.size} or 0"):
+        trainer.consent(manifest(model, vector_size=7))
+    trainer.consent(manifest(model, vector_size=model.spec.size))
+
+
 def test_a_manifest_that_understates_its_epsilon_is_refused(
     trainer: Trainer, model: AdapterModel
 ) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fedlora.client.node.outbox import Outbox
+from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
@@ -178,6 +179,11 @@ def test_a_small_run_travels_as_it_did(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "said"), [(256, 0), (257, 257), ((1 << 28) + 1, 0)])
 def test_a_manifest_says_what_travels_in_parts(size: int, said: int) -> None:
     assert parts.vector_size(size) == said
+    if size > 1 << 28:
+        with pytest.raises(BadInput, match="expected at most 1073741824"):
+            parts.check_travels(size)
+    else:
+        parts.check_travels(size)
 
 
 # --- cut off --------------------------------------------------------------------------------------
