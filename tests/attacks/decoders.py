@@ -558,5 +558,6 @@ ELSEWHERE = {
     "common/trust/identity.py read_private": "Identity.load",
     "common/disk/files.py read_bytes": "bytes as they are: common/disk/test_bounded.py",
     "common/disk/files.py read_text": "UTF-8: common/disk/test_bounded.py",
+    "common/data/database.py read_database": "SQLite's own reader: common/data/test_database.py",
     "common/disk/guarded.py read_guarded": "bytes as they are: attacks/test_stale_policy.py",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from fedlora.common.config.load import parse_config
@@ -15,6 +16,8 @@ from fedlora.common.privacy.calibration import Asked
 from fedlora.common.privacy.record_level import RecordLevel
 from fedlora.server.runs.rules import PublicFacts, agree, decided, gaussian_mu, rounded
 from fedlora.server.runs.schedule import public_phases
+from fedlora.server.strategies.optimizers import ServerOptimizer
+from fedlora.server.strategies.strategy import ServerState
 
 FACTS = PublicFacts(units=10_000, classes=77)
 
@@ -132,7 +135,37 @@ def test_a_rate_suits_the_optimizer_that_is_given(mode: str, optimizer: str, loc
     if optimizer == "adamw":
         assert (server.learning_rate, server.head_learning_rate) == (1.0, 1.0)
     else:
-        assert 0 < server.learning_rate <= 10 and 1 < server.head_learning_rate < 40
+        assert 0 < server.learning_rate <= 10
+        assert server.head_optimizer == {"record": "none", "none": "adam"}[mode]
+        assert 1 < server.head_learning_rate < 40 or server.head_learning_rate == 0.03
+
+
+def test_a_head_that_nothing_clips_is_thrown_about_by_no_rule() -> None:
+    """Full steps on features of length 10 whose mean is most of them, two classes and 77."""
+    server = chosen('[privacy]\nmode = "none"').server
+    assert (server.head_optimizer, server.head_learning_rate) == ("adam", 0.03)
+    optimizer = ServerOptimizer("adam", 0.03, server.momentum, server.beta2)
+    rng = np.random.default_rng(0)
+    for classes in (2, 77):
+        targets = rng.integers(0, classes, 600)
+        features = 3 + rng.normal(0, 1, (600, 32)) + rng.normal(0, 2, (classes, 32))[targets]
+        features *= 10 / np.linalg.norm(features, axis=1, keepdims=True)
+        head, memory, worst = np.zeros((classes, 32)), ServerState({}, {}), math.log(classes)
+        for step in range(30):
+            scores = features @ head.T
+            chances = np.exp(scores - scores.max(axis=1, keepdims=True))
+            chances /= chances.sum(axis=1, keepdims=True)
+            loss = float(-np.log(chances[np.arange(600), targets]).mean())
+            assert loss < 1.2 * worst, (classes, step)
+            slope = (chances - np.eye(classes)[targets]).T @ features / 600
+            moved, memory = optimizer.step(memory, -slope.ravel())
+            head += server.head_learning_rate * (1 - step / 30) * moved.reshape(head.shape)
+        assert loss < 0.3 * worst
+
+
+def test_plain_steps_of_a_head_that_nothing_clips_are_small() -> None:
+    server = chosen('[privacy]\nmode = "none"\n[server]\nhead_optimizer = "none"').server
+    assert (server.head_optimizer, server.head_learning_rate) == ("none", 1.0)
 
 
 def test_a_head_of_the_bases_own_has_no_phase_unless_it_is_asked_for() -> None:
