@@ -286,7 +286,7 @@ def test_a_run_below_t_ends_with_the_reason(tiny_bert: Path, data: Path, tmp_pat
             "expected at most 2: nodes would refuse a cohort of 5, 7",
         ),
         ("[aggregation]\nminimum_cohort = 2", "expected an integer >= 3"),
-        ('[aggregation]\nstrategy = "krum"', "expected one of fedavg, median"),
+        ('[aggregation]\nstrategy = "krum"', "expected one of fedavg, flexlora, median"),
     ],
 )
 def test_combinations_that_cannot_work(text: str, said: str) -> None:

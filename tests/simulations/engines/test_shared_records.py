@@ -142,7 +142,7 @@ def test_what_docs_say_of_ten_institutions_and_the_default_schedule(units: int, 
         text = f'[federation]\nclients = 10\n[privacy]\nepsilon = 8.0\nnoise = "{noise}"\n'
         more = "[aggregation]\nsecure = true\nminimum_cohort = 7\nmax_colluders = 1\n"
         settings = decided(parse_config(text + "delta = 1e-5\n" + more), PublicFacts(units, 4))
-        facts = facts_of(settings, {"head": 1_540, "lora": 80_000})
+        facts = facts_of(settings, {"head": 1_540, "lora": 80_000, "adapter": 81_540})
         made[noise] = make_manifest(Terms.of(settings), facts)
     assert round(guarantee_of(made["shared"]).epsilon_alone() or 0) == left
     for own, shared in zip(made["own"].phases, made["shared"].phases, strict=True):
