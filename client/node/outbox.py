@@ -3,7 +3,8 @@
 Beside each answer lies the digest of the request that it answers. The same request is answered with
 the same bytes, after any number of crashes; another request for the same attempt is a rewind, and
 refused. A masked input is kept by itself, as it left or may have left. What is too large for a
-reply lies beside the one that lists its parts, until another attempt is answered.
+reply lies beside the one that lists its parts, until another attempt is answered; of a masked input
+that is as large, its size stays then.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from fedlora.common.disk.files import sync_folder, write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.protocol.messages import MAX_LIST_BYTES, parts_in
-from fedlora.common.protocol.vector_parts import Parts, listed, part_in_file
+from fedlora.common.protocol.vector_parts import Parts, is_large, listed, part_in_file
 
 REPLY, START, MASKED = ".reply", ".started", ".masked"
 BODY = ".body"  # of a reply that lists its parts
+GONE = ".masked-size"  # of a masked input that made room: its bytes, as a number
 
 
 class Release(NamedTuple):
@@ -120,13 +122,15 @@ class Outbox:
         """Each release of a run, oldest first."""
         folder = self._path(manifest, 0, 0).parent
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            number, _, attempt = path.stem.partition("-")
             if path.suffix in (REPLY, START, MASKED):
-                number, attempt = path.stem.split("-")
                 mark = 0 if path.suffix == MASKED else 64
                 size = path.stat().st_size - mark
                 if path.suffix == REPLY:
                     size += _listed_bytes(path, size)
                 yield Release(int(number), int(attempt), size, path.suffix)
+            elif path.suffix == GONE and not path.with_suffix(MASKED).exists():
+                yield Release(int(number), int(attempt), int(path.read_text()), MASKED)
 
     def _path(self, manifest: str, round_number: int, attempt: int, kind: str = REPLY) -> Path:
         name = hashlib.sha256(manifest.encode()).hexdigest()
@@ -159,7 +163,9 @@ class MaskedOutbox(Protocol):
 
 
 class FolderOutbox(MaskedOutbox):
-    """One file for each attempt; whole and on disk before `put` returns."""
+    """One file for each attempt; whole and on disk before `put` returns. Of large ones, the last
+    alone is kept whole: once a later attempt is masked, no secret is left that could open it.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -168,18 +174,24 @@ class FolderOutbox(MaskedOutbox):
     def put(self, round_number: int, attempt: int, data: bytes) -> None:
         if any(used == attempt for _, used in self.used()):
             raise Refused(f"outbox: attempt {attempt} was used before")
-        write_atomically(self._path(round_number, attempt), data, mode=0o600)
+        path = self._path(round_number, attempt)
+        write_atomically(path, data, mode=0o600)
+        for other in self._folder.glob(f"*-*{MASKED}"):
+            if other != path and is_large(size := other.stat().st_size):
+                write_atomically(other.with_suffix(GONE), str(size).encode(), mode=0o600)
+                other.unlink()
 
     def get(self, round_number: int, attempt: int) -> bytes | None:
         path = self._path(round_number, attempt)
         return path.read_bytes() if path.is_file() else None
 
     def used(self) -> Sequence[tuple[int, int]]:
-        found = (path.stem.split("-") for path in self._folder.glob("*-*.masked"))
-        return sorted((int(round_number), int(attempt)) for round_number, attempt in found)
+        left = (path for kind in (MASKED, GONE) for path in self._folder.glob(f"*-*{kind}"))
+        found = (path.stem.split("-") for path in left)
+        return sorted({(int(round_number), int(attempt)) for round_number, attempt in found})
 
     def _path(self, round_number: int, attempt: int) -> Path:
-        return self._folder / f"{round_number:06d}-{attempt:06d}.masked"
+        return self._folder / f"{round_number:06d}-{attempt:06d}{MASKED}"
 
 
 @dataclass

@@ -9,7 +9,7 @@ hand out          bytes that lie in the outbox: nothing trains, nothing is drawn
 
 from __future__ import annotations
 
-from fedlora.client.service.dialogue import Dialogue
+from fedlora.client.service.dialogue import Dialogue, private
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
@@ -46,6 +46,9 @@ def answer_fetch(dialogue: Dialogue, plan: RoundPlan, number: int) -> bytes:
     node, manifest = dialogue.node, dialogue.known(plan)
     dialogue.judged(manifest, started=True)
     _check_in_parts(manifest)
+    if manifest.secure is not None:  # as a stage, where it is refused by now
+        with private():
+            node.masked.of(manifest)
     place = (plan.manifest, plan.round, plan.attempt)
     data = node.outbox.part(*place, number, masked=manifest.secure is not None)
     return dialogue.signed(Part(node.policy.institution, *place, data))

@@ -140,21 +140,22 @@ class Dialogue:
     place: Place = Place()
 
     def about(self, manifest: str) -> Dialogue:
-        """This dialogue, about a run as a whole."""
-        return replace(self, place=Place(manifest))
+        """This dialogue, about a run as a whole; BadInput for what no manifest is called."""
+        return replace(self, place=Place(_digest(manifest)))
 
     def about_attempt(self, plan: RoundPlan) -> Dialogue:
-        """This dialogue, about one attempt; BadInput where there can be none of its numbers."""
+        """This dialogue, about one attempt; BadInput where there can be none of its numbers, or of
+        what it calls its manifest.
+        """
         if not (0 < plan.round <= MAX_NUMBER and 0 < plan.attempt <= MAX_NUMBER):
             raise BadInput("plan: found a round or attempt out of range, expected 1 or more")
-        return replace(self, place=Place(plan.manifest, plan.round, plan.attempt))
+        return replace(self, place=Place(_digest(plan.manifest), plan.round, plan.attempt))
 
     def started(self, digest: str) -> RunManifest:
         """The manifest of this digest, once its run was started; Refused where it was not."""
-        path = self.node.folder.manifest(digest)
-        if not _is_digest(digest) or not path.is_file():
-            found = one_line(digest)[:80]
-            raise Refused(f"plan manifest: found {found}, which was not started")
+        path = self.node.folder.manifest(_digest(digest))
+        if not path.is_file():
+            raise Refused(f"plan manifest: found {digest}, which was not started")
         signed = Signed.from_bytes(path.read_bytes(), "kept manifest")
         manifest = read_manifest(signed, self.invitation.coordinator)
         if manifest.digest != digest:
@@ -249,7 +250,10 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _is_digest(text: str) -> bool:
-    return (
-        len(text) == 71 and text.startswith("sha256:") and set(text[7:]) <= set("0123456789abcdef")
+def _digest(text: str) -> str:
+    """A manifest's; BadInput for anything else, which a refusal could not even repeat."""
+    if len(text) == 71 and text.startswith("sha256:") and set(text[7:]) <= set("0123456789abcdef"):
+        return text
+    raise BadInput(
+        f'manifest: found {one_line(text)[:80]}, expected "sha256:" and 64 hexadecimal digits'
     )

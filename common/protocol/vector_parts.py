@@ -61,6 +61,11 @@ class Parts:
             raise BadInput(f"{where} part {number}: found other bytes than were signed for")
 
 
+def is_large(size: int) -> bool:
+    """Whether so many bytes are more than one part."""
+    return size > PART_BYTES
+
+
 def vector_size(size: int) -> int:
     """What a manifest says of an adapter of `size` coordinates: that many, where it travels in
     parts; 0 where one message takes it, or where none of them could.

@@ -19,15 +19,21 @@ from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.projection import Affine, Projection
+from fedlora.common.protocol import stages
 from fedlora.common.protocol.messages import (
     PLAN_TAG,
+    STAGE_TAG,
     Answer,
     Consent,
     Decline,
     Reply,
+    Request,
+    SignedStage,
     Task,
     request_to_bytes,
 )
+from fedlora.common.protocol.pieces import PARTS_TAG, Coming, Fetch, Piece
+from fedlora.common.protocol.vector_parts import Parts
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.trust.identity import Identity, Signed
 from tests.client.institution import (
@@ -167,6 +173,29 @@ def test_every_flipped_bit_of_a_plan_is_refused(north: Institution) -> None:
         changed = signed[:place] + bytes([signed[place] ^ 1]) + signed[place + 1 :]
         declined(north, request_to_bytes(Task(RUN.digest, Signed.from_bytes(changed, "t"), b"")))
     assert not north.work.trained
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\0", "../" * 20, "sha256:" + "A" * 64])
+@pytest.mark.parametrize("kind", ["piece", "fetch", "stage"])
+def test_what_no_run_is_called_is_refused_as_all_else(
+    north: Institution, kind: str, name: str
+) -> None:
+    """Signed, and in the log; a refusal could not even repeat such a name."""
+    plan = RoundPlan(name, 0, 1, 1, "sha256:a")
+    bodies: dict[str, tuple[str, bytes]] = {
+        "piece": (PARTS_TAG, Coming(name, "sha256:a", Parts(1, 1, ("0" * 64,))).to_bytes()),
+        "fetch": (PLAN_TAG, plan.to_bytes()),
+        "stage": (STAGE_TAG, stages.Request("input", "north", plan, b"", b"").to_bytes()),
+    }
+    signed = Signed.by(COORDINATOR, *bodies[kind])
+    requests: dict[str, Request] = {
+        "piece": Piece(signed, 0, b"x"),
+        "fetch": Fetch(signed, 0),
+        "stage": SignedStage(signed),
+    }
+    reply = declined(north, request_to_bytes(requests[kind]))
+    assert 'expected "sha256:" and 64 hexadecimal digits' in reply.reason
+    assert not reply.manifest and north.work.trained == []
 
 
 def test_wrong_rounds_and_numbers_are_refused(north: Institution) -> None:  # msg-wrong-round

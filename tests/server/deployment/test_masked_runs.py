@@ -27,6 +27,7 @@ from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.shared_record_level import SharedRecordLevel
 from fedlora.common.protocol import vector_parts as parts
 from fedlora.common.protocol.messages import (
+    PLAN_TAG,
     STAGE_TAG,
     Answer,
     Consent,
@@ -41,7 +42,7 @@ from fedlora.common.protocol.messages import (
     request_from_bytes,
     request_to_bytes,
 )
-from fedlora.common.protocol.pieces import Part, Parted, Taken
+from fedlora.common.protocol.pieces import Fetch, Part, Parted, Taken
 from fedlora.common.protocol.stages import Request
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.secagg.wire import KEYS_TAG, Epoch, KeyOffer, MaskedInput
@@ -204,6 +205,44 @@ def test_a_masked_input_in_parts_is_the_same_input(
     mine = b"".join(each.data for each in sent if each.institution == "north")
     assert mine == kept.read_bytes()
     assert not world.who.unfinished(RoundPlan(world.run.digest, 0, 1, 1, START.digest))
+
+
+def test_large_masked_inputs_of_all_attempts_take_the_room_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator whose attempts all count, or none, fills no disk with what it has had."""
+    monkeypatch.setattr(parts, "PART_BYTES", 1 << 10)
+    world = World(tmp_path, replace(RUN, vector_size=SPEC.size))
+    north = world.nodes["north"]
+    for attempt in (1, 2, 3):
+        assert world.total(attempt).replies == 4
+    folder = Outbox(north.root / "outbox").masked(world.run.digest)
+    (kept,) = (north.root / "outbox").rglob("*.masked")
+    assert folder.used() == [(1, 1), (2, 2), (3, 3)] and folder.get(1, 1) is None
+    # it has left all the same: the report has each, and none is made again after a restart
+    left = Outbox(north.root / "outbox").sizes(world.run.digest)
+    sizes = [each for each in left if each.attempt]
+    assert [each.attempt for each in sizes] == [1, 2, 3]
+    assert {each.size for each in sizes} == {kept.stat().st_size}
+    world.restart("north")
+    lost = world.total(1)
+    assert lost.replies == 0 and world.trained("north") == 0
+    assert world.total(4, 3).replies == 4
+
+
+def test_what_a_stage_is_refused_for_keeps_its_parts_back_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy that expects more colluders, once an input was made: none of it leaves any more."""
+    monkeypatch.setattr(parts, "PART_BYTES", 1 << 10)
+    world = opted_in(tmp_path, replace(SHARED, vector_size=SPEC.size))
+    assert world.total(1).replies == 4
+    north, plan = world.nodes["north"], RoundPlan(world.run.digest, 0, 1, 1, START.digest)
+    fetch = request_to_bytes(Fetch(Signed.by(COORDINATOR, PLAN_TAG, plan.to_bytes()), 0))
+    assert isinstance(north.ask(fetch), Part)
+    stricter = north.folder.policy.read_text().replace("[limits]", "[limits]\nmax_colluders = 2")
+    north.set_policy(stricter)
+    assert isinstance(north.ask(fetch), Decline)
 
 
 @pytest.mark.parametrize("stage", ["offer", "deal", "input", "confirm", "open"])
