@@ -6,7 +6,8 @@ gradient of these at once, and only the gradient by what enters the product is k
 
 In a batch of fixed shape a chunk is some columns of all records, whatever they ask for: the shape
 of its product says nothing of any record (`common.model.shapes`). A chunk in which no record
-predicts anything adds nothing to any, and is left out.
+predicts anything adds nothing to any, and is left out. Nor may it where it was scored for others'
+sake, and a record's own place in it overflowed: that is 0 too, not 0 times what is no number.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class NextWords:
         losses: torch.Tensor = _Scored.apply(  # type: ignore[no-untyped-call]
             hidden[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), self.head, list(places)
         )
-        return losses.reshape(counted.shape) * counted
+        return torch.where(counted, losses.reshape(counted.shape), 0.0)
 
     def _chunks(self, batch: Batch, counted: torch.Tensor) -> Iterator[torch.Tensor]:
         """Places in the flat (n · (length - 1)) that are scored together."""
@@ -110,4 +111,5 @@ class _Scored(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,), (factors,) = ctx.saved_tensors, outer
-        return gradient * factors[:, None].to(gradient.dtype), None, None, None
+        each = factors[:, None].to(gradient.dtype)
+        return torch.where(each == 0, each, gradient * each), None, None, None

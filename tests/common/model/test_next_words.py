@@ -103,6 +103,42 @@ def test_no_product_has_a_shape_that_follows_from_the_targets(
     assert sizes(3, fixed=False) != sizes(2, fixed=False)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_overflows_where_nothing_is_predicted_is_nobodys_to_show(
+    model: AdapterModel, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """An adapter can let a token of its choice overflow in the last layer. Whether that was scored
+    says whether others beside it predict there: a record's loss and gradient must not.
+    """
+    monkeypatch.setattr(next_words, "CHUNK", {"cpu": 4 * WORDS * 10})
+    batch, found = batch_of(model, fixed=True), model.next_words
+    assert found is not None
+    spoilt = torch.zeros(*batch.ids.shape, 1)
+    spoilt[0, 3] = value
+
+    def overflown(module: object, inputs: object, output: dict[str, torch.Tensor]) -> object:
+        output["last_hidden_state"] = output["last_hidden_state"] + spoilt
+        return output
+
+    def first(begins: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and gradient of the first record, beside others who predict from there on."""
+        places = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
+        begin = torch.full((len(batch.ids), 1), begins)
+        begin[0] = 8
+        losses = model.losses(replace(batch, targets=torch.where(places >= begin, LEARNT, IGNORED)))
+        only = torch.zeros(len(losses))
+        only[0] = 1
+        return losses[0].detach(), gradients(model, torch.where(only > 0, losses, 0.0))
+
+    hook = found.backbone.register_forward_hook(overflown)
+    try:
+        (alone, own), (beside, same) = first(8), first(1)
+    finally:
+        hook.remove()
+    assert torch.isfinite(alone) and torch.equal(alone, beside)
+    assert torch.isfinite(own).all() and torch.equal(own, same)
+
+
 def test_no_more_scores_are_held_than_a_chunk(
     model: AdapterModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
