@@ -36,10 +36,13 @@ def read_database(path: Path, wanted: Sequence[str], where: str) -> dict[str, li
     try:
         connection = sqlite3.connect(f"{real.as_uri()}?mode=ro&immutable=1", uri=True)
         try:
+            connection.text_factory = bytes.decode  # SQLite's own error would quote the record
             connection.execute("PRAGMA trusted_schema = OFF")  # a view calls no function of ours
             return _columns(connection, wanted, where)
         finally:
             connection.close()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: found text that is not UTF-8, expected UTF-8") from error
     except sqlite3.Error as error:
         raise BadInput(f"{where}: can't be read ({error}), expected SQLite") from error
 

@@ -26,6 +26,7 @@ from fedlora.common.protocol.vectors import BYTES, vector_to_bytes
 # says otherwise. Divisible by a word of 8 bytes.
 PART_BYTES = 48 << 20
 MOST_BYTES = 1 << 30  # of a vector
+MOST_LISTED = 2 * MOST_BYTES + (1 << 20)  # masked words have 8 bytes, and something beside them
 _DIGEST = Pattern(r"[0-9a-f]{64}", "64 hexadecimal digits")
 
 
@@ -33,7 +34,7 @@ _DIGEST = Pattern(r"[0-9a-f]{64}", "64 hexadecimal digits")
 class Parts:
     """The list: `size` bytes in all, `part` of each but the last, and the SHA-256 of each."""
 
-    size: int = field(metadata={"rule": Bounds(1, 2 * MOST_BYTES)})
+    size: int = field(metadata={"rule": Bounds(1, MOST_LISTED)})
     part: int = field(metadata={"rule": Bounds(1, PART_BYTES)})
     digests: tuple[str, ...] = field(metadata={"rule": Each(_DIGEST, distinct=False)})
 

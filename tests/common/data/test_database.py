@@ -72,6 +72,11 @@ def test_what_is_no_database(tmp_path: Path) -> None:
     path.write_bytes(b"text,label\nno,database\n" * 100)
     with pytest.raises(BadInput, match=r"notes\.sqlite: can't be read .*, expected SQLite"):
         columns_of(path, ("text",), None)
+    wrong = tmp_path / "wrong.db"
+    database(wrong, "INSERT INTO 'notes of 2025' VALUES (CAST(x'536563726574ff' AS TEXT), 'a', 4)")
+    with pytest.raises(BadInput, match=r"wrong\.db: found text that is not UTF-8") as told:
+        columns_of(wrong, ("text",), None)
+    assert "Secret" not in str(told.value)
     packed = tmp_path / "notes.db.gz"
     packed.write_bytes(gzip.compress(database(tmp_path / "real.db").read_bytes()))
     with pytest.raises(BadInput, match="found a packed database, expected it unpacked"):

@@ -163,6 +163,15 @@ def test_a_head_that_nothing_clips_is_thrown_about_by_no_rule() -> None:
         assert loss < 0.3 * worst
 
 
+def test_a_head_that_begins_with_lora_has_as_many_steps_as_it_takes() -> None:
+    words = '[model]\ntask = "token-classification"\n[privacy]\nmode = "none"'
+    few, many = (chosen(words, PublicFacts(units, 3)) for units in (590, 400_000))
+    assert few.federation.rounds * few.training.steps == 300
+    assert many.federation.rounds * many.training.steps * many.training.sampling_rate >= 2.9
+    language = chosen('[model]\ntask = "causal-lm"\n[privacy]\nmode = "none"', PublicFacts(590, 0))
+    assert language.federation.rounds * language.training.steps < 100  # its scores are there
+
+
 def test_plain_steps_of_a_head_that_nothing_clips_are_small() -> None:
     server = chosen('[privacy]\nmode = "none"\n[server]\nhead_optimizer = "none"').server
     assert (server.head_optimizer, server.head_learning_rate) == ("none", 1.0)
