@@ -36,7 +36,7 @@ from fedlora.client.training.sampling import micro_batches
 from fedlora.client.training.step import ClipGroups, PerSampleGradients, private_mean
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import unit_groups
-from fedlora.common.model.compute import PRECISIONS, choose_compute
+from fedlora.common.model.compute import choose_compute
 from fedlora.common.model.features import length_batches
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.privacy.randomness import OsRandom
@@ -45,6 +45,7 @@ from fedlora.common.tasks.causal_lm import LEARNT, CausalLanguageModel
 from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.server.runs.summary import peak_rss_bytes
 from fedlora.simulations.benchmarks.fresh_process import in_a_fresh_process
+from fedlora.simulations.benchmarks.products import matmul_rates
 
 WORDS = 200  # that records are drawn from
 
@@ -251,7 +252,7 @@ def _timed(base: Path, shape: Shape, asked: argparse.Namespace, ways: list[str])
             if repeat:  # the first one warms up
                 seconds[way].append(time.perf_counter() - started)
     median = {way: statistics.median(times) for way, times in seconds.items()}
-    tokens, rates = int(data.lengths.sum()), _matmul(shape)
+    tokens, rates = int(data.lengths.sum()), _rates(shape)
     flop = 0.0 if model is None else _flop(model, data)
     return {
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
@@ -296,23 +297,10 @@ def _flop(model: AdapterModel, data: Encoded) -> float:
     return found
 
 
-def _matmul(shape: Shape) -> dict[str, float]:
-    """Operations a second of the machine's own product in the step's shape; the best of five."""
+def _rates(shape: Shape) -> dict[str, float]:
+    """Of the machine's own product in the step's shape."""
     width = shape.sizes.get("hidden_size", 768)
-    rows = 16_384 if DEVICE.type == "cuda" else 1024
-    rates = {}
-    for name, dtype in PRECISIONS.items():
-        left = torch.randn(rows, width, device=DEVICE).to(dtype)
-        right = torch.randn(width, 4 * width, device=DEVICE).to(dtype)
-        times = []
-        for _ in range(6):
-            started = time.perf_counter()
-            left @ right
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        rates[name] = 2.0 * rows * width * 4 * width / min(times[1:])
-    return rates
+    return matmul_rates(DEVICE, 16_384 if DEVICE.type == "cuda" else 1024, width, 4 * width)
 
 
 def _arguments() -> argparse.Namespace:

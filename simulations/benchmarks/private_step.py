@@ -42,13 +42,14 @@ from fedlora.client.training.sampling import micro_batches
 from fedlora.client.training.step import ClipGroups, PerSampleGradients, private_mean
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Columns, read_records, unit_groups
-from fedlora.common.model.compute import PRECISIONS, choose_compute
+from fedlora.common.model.compute import choose_compute
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.privacy.randomness import OsRandom
 from fedlora.common.tasks.batch import Encoded
 from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.server.runs.summary import peak_rss_bytes
 from fedlora.simulations.benchmarks.fresh_process import in_a_fresh_process
+from fedlora.simulations.benchmarks.products import matmul_rates
 
 AG_NEWS = Path("../shared/data/ag_news/train.parquet")
 MAX_LENGTH = 128
@@ -245,7 +246,7 @@ def _figures(
     speed = {name: arguments.records / statistics.median(times) for name, times in seconds.items()}
     floors = {
         name: arguments.records / (_flop(model, real) / rate)
-        for name, rate in _matmul(device).items()
+        for name, rate in matmul_rates(device, 2048, 384, 1536).items()
     }
     return {
         **speed,
@@ -283,25 +284,6 @@ def _flop(model: AdapterModel, tokens: int) -> float:
         if ".layer." in n and "lora_" not in n and p.ndim == 2
     ]
     return 4.0 * tokens * sum(p.numel() for p in layers)
-
-
-def _matmul(device: torch.device) -> dict[str, float]:
-    """Operations a second of the machine's own product in the shape of a step; the best of five."""
-    rates = {}
-    for name, dtype in PRECISIONS.items():
-        left, right = (
-            torch.randn(2048, 384, device=device).to(dtype),
-            torch.randn(384, 1536, device=device).to(dtype),
-        )
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            left @ right
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        rates[name] = 2.0 * 2048 * 384 * 1536 / min(times[1:])
-    return rates
 
 
 def _print(figures: dict[str, Any]) -> None:
