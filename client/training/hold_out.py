@@ -21,7 +21,7 @@ import torch
 
 from fedlora.client.training.local import ClientData
 from fedlora.common.codec.framing import digest
-from fedlora.common.data.records import Records
+from fedlora.common.data.records import Records, UnitIndex
 from fedlora.common.data.unit_names import keyed_points
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Ledger
@@ -35,6 +35,7 @@ from fedlora.common.privacy.randomness import Random, gaussian
 from fedlora.common.tasks.batch import Batch
 
 PURPOSE = "fedlora-hold-out-1"
+NO_UNITS = UnitIndex(np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64))
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -72,7 +73,7 @@ def parted(data: ClientData, manifest: RunManifest) -> tuple[ClientData, ClientD
     """
     terms = manifest.evaluation
     if terms is None:
-        return data, replace(data, units=data.units.take(np.zeros(0, dtype=np.int64)))
+        return data, replace(data, units=NO_UNITS)
     if data.points is None:
         raise Refused("manifest evaluation: found no hold-out here, expected one to count on")
     held = data.points < terms.hold_out

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from fedlora.client.training.head import head_clipped_sum
-from fedlora.client.training.sampling import draw_units, micro_batches, unit_records
+from fedlora.client.training.sampling import micro_batches, unit_records
 from fedlora.client.training.step import ClipGroups, GradientSum, PerSampleGradients, private_mean
 from fedlora.common.data.origin import NOWHERE, Origin
 from fedlora.common.data.records import UnitIndex
@@ -22,7 +22,7 @@ from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase
 from fedlora.common.model.features import FeatureCache
 from fedlora.common.model.state import AdapterState, Vector
-from fedlora.common.privacy.randomness import Random
+from fedlora.common.privacy.randomness import Random, draw_units
 from fedlora.common.tasks.batch import Batch, Encoded
 
 Moments = Mapping[str, Vector]  # an optimiser's state, by name
@@ -143,7 +143,7 @@ class LocalTraining:
     ) -> GradientSum:
         """Of the units of a new draw, each clipped where that is asked for."""
         self._model.load(at)
-        drawn = draw_units(len(data.units.offsets) - 1, phase.sampling_rate, source)
+        drawn = draw_units(len(data.units), phase.sampling_rate, source)
         groups = self._groups(phase)
         if phase.name == "head":
             return self._head_sum(data, drawn, at, groups if clipped else None)

@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from fedlora.common.data.records import UnitIndex
 from fedlora.common.model.shapes import Records, shaped
-from fedlora.common.privacy.randomness import Random, bernoulli
 
 Ints = npt.NDArray[np.int64]
 
@@ -32,11 +31,6 @@ class MicroBatch:
     owners: Ints
     unfinished: bool
     shape: tuple[int, int] | None = None  # (records, tokens) to fill up to; None: as it comes
-
-
-def draw_units(units: int, rate: float, source: Random) -> Ints:
-    """Indices of the units that join a step: a Poisson sample, possibly empty."""
-    return np.flatnonzero(bernoulli(source, units, rate)).astype(np.int64)
 
 
 def micro_batches(

@@ -65,7 +65,7 @@ class Trainer:
         """Reserve the whole schedule; Refused past the cap, BadInput for another model."""
         check_model(manifest, self._training.gradients.model)
         guarantee = guarantee_of(manifest)
-        units = len(self._data.units.offsets) - 1
+        units = len(self._data.units)
         if units > guarantee.most_units:
             raise BadInput(f"data: found {units} units, expected at most {guarantee.most_units:g}")
         if guarantee.needs_masks and not self._masked:

@@ -108,4 +108,6 @@ class Cells:
 
 def answer_spec(manifest: RunManifest, phase: int, spec: AdapterSpec) -> AdapterSpec:
     """What an answer to a plan of this phase has: the adapter's coordinates, or counts."""
-    return Cells.of(manifest).spec if manifest.evaluates(phase) else spec
+    if manifest.evaluation is None or phase < len(manifest.phases):
+        return spec
+    return Cells.of(manifest).spec

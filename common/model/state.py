@@ -181,8 +181,8 @@ def is_finite(values: npt.NDArray[np.floating[Any]]) -> bool:
     return all(math.isfinite(each) for each in ends)
 
 
-def safetensors_pieces(named: Mapping[str, Vector]) -> Iterator[bytes | memoryview]:
-    """A safetensors file of float32 vectors, piece by piece: none is copied."""
+def safetensors_pieces(named: Mapping[str, Vector]) -> tuple[bytes | memoryview, ...]:
+    """A safetensors file of float32 vectors, in pieces: none is copied."""
     header, end = dict[str, object](), 0
     for name in sorted(named):
         start, end = end, end + named[name].nbytes
@@ -193,9 +193,8 @@ def safetensors_pieces(named: Mapping[str, Vector]) -> Iterator[bytes | memoryvi
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for name in sorted(named):
-        yield np.ascontiguousarray(named[name], dtype="<f4").data.cast("B")
+    vectors = (np.ascontiguousarray(named[name], dtype="<f4") for name in sorted(named))
+    return (struct.pack("<Q", len(text)) + text, *(each.data.cast("B") for each in vectors))
 
 
 def check_safetensors_header(data: bytes | memoryview, where: str) -> dict[str, object]:

@@ -18,8 +18,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from fedlora.common.errors import BadInput
 
 Words = npt.NDArray[np.uint64]
+Name = TypeVar("Name")
 
 _DIRECT_WORDS = 4096  # up to here the system call is as fast as a cipher's set-up
 _CIPHER_WORDS = 1 << 20  # words a cipher call: bounds the memory of its input
@@ -97,6 +99,16 @@ def bernoulli(source: Random, n: int, rate: float) -> npt.NDArray[np.bool_]:
     if threshold == 2**64:  # does not fit a word
         return np.ones(_count(n), dtype=np.bool_)
     return np.asarray(source.words(n) < np.uint64(threshold), dtype=np.bool_)
+
+
+def draw_units(units: int, rate: float, source: Random) -> npt.NDArray[np.int64]:
+    """Indices of the units that join a step: a Poisson sample, possibly empty."""
+    return np.flatnonzero(bernoulli(source, units, rate)).astype(np.int64)
+
+
+def participants(names: Sequence[Name], rate: float, source: Random) -> list[Name]:
+    """A Poisson sample: each name joins with probability `rate`, independently of the others."""
+    return [names[place] for place in draw_units(len(names), rate, source)]
 
 
 def _box_muller(source: Random, n: int) -> npt.NDArray[np.float64]:

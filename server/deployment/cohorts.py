@@ -42,7 +42,8 @@ class ClearCohort:
         members = self._who.gather()
         asked, failures = self._who.asked(members, plan)
         declined = len(failures)
-        gathered = gathering_of(self._gather, self._who.manifest, plan, state)
+        answers = answer_spec(self._who.manifest, plan.phase, state.spec)
+        gathered = gathering_of(self._gather, answers, state)
         transfer = self._who.transfer(plan, state, members) if asked else None
         if transfer:
             transfer.begin()
@@ -50,7 +51,7 @@ class ClearCohort:
             found = (
                 answer
                 if isinstance(answer, Failure)
-                else self._judged(name, answer, plan, state, members, transfer)
+                else self._judged(name, answer, plan, answers, members, transfer)
             )
             if isinstance(found, Failure):
                 failures.append(found)
@@ -83,7 +84,7 @@ class ClearCohort:
         name: str,
         data: bytes,
         plan: RoundPlan,
-        state: AdapterState,
+        spec: AdapterSpec,
         members: Mapping[str, PublicIdentity],
         transfer: Transfer | None,
     ) -> Update | Failure:
@@ -96,7 +97,6 @@ class ClearCohort:
                 kind = type(reply).__name__.lower()
                 raise BadInput(f"{name}: found a {kind}, expected an update")
             manifest = self._who.manifest
-            spec = answer_spec(manifest, plan.phase, state.spec)
             vector, count = self._placed(name, _carried(name, reply, transfer), plan, spec)
             update = Update(name, reply.manifest, reply.round, reply.attempt, vector)
             update.check(plan, spec.size)

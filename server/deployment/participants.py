@@ -22,7 +22,7 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.projection import PROJECTION
-from fedlora.common.privacy.randomness import OsRandom
+from fedlora.common.privacy.randomness import OsRandom, participants
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
@@ -45,7 +45,7 @@ from fedlora.server.coordinator.heights import Height, put_back
 from fedlora.server.deployment.consents import Consents
 from fedlora.server.deployment.institutions import Carrier, Institutions
 from fedlora.server.release.statements import consent_faults, schedule_cost
-from fedlora.server.rounds.cohort import Failure, participants
+from fedlora.server.rounds.cohort import Failure
 
 log = logging.getLogger(__name__)
 LOOK = 1.0  # seconds between two looks at who is connected

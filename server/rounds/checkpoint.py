@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -186,7 +186,10 @@ class Checkpoint:
     def commit(self, progress: Progress) -> None:
         """Make a round durable. The state before it stays until this one is the one pointed to."""
         name, hasher = f"state-{progress.round}.safetensors", hashlib.sha256()
-        self._write(name, _hashed(safetensors_pieces(_vectors(progress)), hasher.update))
+        pieces = safetensors_pieces(_vectors(progress))
+        for piece in pieces:
+            hasher.update(piece)
+        self._write(name, pieces)
         table = {
             "version": VERSION,
             "manifest": self.manifest.digest,
@@ -313,14 +316,6 @@ class Checkpoint:
         for path in stale:
             with suppress(OSError):
                 path.unlink()
-
-
-def _hashed(
-    pieces: Iterable[bytes | memoryview], look: Callable[[bytes | memoryview], object]
-) -> Iterator[bytes | memoryview]:
-    for piece in pieces:
-        look(piece)
-        yield piece
 
 
 def _vectors(progress: Progress) -> dict[str, Vector]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState, Vector
-from fedlora.common.privacy.randomness import Random, bernoulli
 from fedlora.common.terminal import one_line, without_places
-
-Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -100,12 +97,6 @@ class Cohort(Protocol):
 
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
         """The checked updates' sum; a client that fails is listed, and does not raise."""
-
-
-def participants(names: Sequence[Name], rate: float, source: Random) -> list[Name]:
-    """A Poisson sample: each name joins with probability `rate`, independently of the others."""
-    joins = bernoulli(source, len(names), rate)
-    return [name for name, joined in zip(names, joins, strict=True) if joined]
 
 
 def replies_needed(asked: int, quorum: float, minimum: int = 1) -> int:

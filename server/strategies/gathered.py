@@ -10,10 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.common.config.schema import FLEXLORA, AggregationConfig
-from fedlora.common.manifest.counts import answer_spec
-from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.manifest.plan import RoundPlan
-from fedlora.common.model.state import AdapterState, Vector
+from fedlora.common.model.state import AdapterSpec, AdapterState, Vector
 from fedlora.server.strategies.flexlora import mean_of_products
 from fedlora.server.strategies.robust import ROBUST_MEANS
 
@@ -110,10 +107,6 @@ def gathering(asked: AggregationConfig) -> Gather:
     return lambda state: Kept(state.spec.size, mean, asked.fewest)
 
 
-def gathering_of(
-    gather: Gather, manifest: RunManifest, plan: RoundPlan, state: AdapterState
-) -> Gathered:
-    """What takes the answers to a plan: those of an evaluation are added up, each kept apart."""
-    if not manifest.evaluates(plan.phase):
-        return gather(state)
-    return Apart(AdapterState.zeros(answer_spec(manifest, plan.phase, state.spec)))
+def gathering_of(gather: Gather, answers: AdapterSpec, state: AdapterState) -> Gathered:
+    """What takes answers of that spec: counts, which are no adapter's, are each kept apart."""
+    return gather(state) if answers is state.spec else Apart(AdapterState.zeros(answers))

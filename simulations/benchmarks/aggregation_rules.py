@@ -99,8 +99,10 @@ class Watched(SequentialCohort):
             self._note(state, after)
         return found
 
-    def _answer(self, client: int, plan: RoundPlan, state: AdapterState) -> Update | Failure:
-        answer = super()._answer(client, plan, state)
+    def _answer(
+        self, client: int, plan: RoundPlan, state: AdapterState, size: int
+    ) -> Update | Failure:
+        answer = super()._answer(client, plan, state, size)
         if isinstance(answer, Update):
             self._updates.append(answer.delta.astype(np.float64))
         return answer

@@ -17,8 +17,8 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.modes import guarantee_of
-from fedlora.common.privacy.randomness import OsRandom, Random, SeededRandom
-from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure, participants
+from fedlora.common.privacy.randomness import OsRandom, Random, SeededRandom, participants
+from fedlora.server.rounds.cohort import Cohort, CohortSum, Failure
 from fedlora.server.secagg.log import SumLog
 from fedlora.server.secagg.sums import SecureCohort
 from fedlora.server.strategies.gathered import Gather, Summed, gathering_of
@@ -47,10 +47,11 @@ class SequentialCohort:
     def total(self, plan: RoundPlan, state: AdapterState) -> CohortSum:
         """The sum of one attempt's updates, or what a robust mean makes of them; and who failed."""
         started = time.monotonic()
-        gathered, failures = gathering_of(self._gather, self._manifest, plan, state), []
+        answers = answer_spec(self._manifest, plan.phase, state.spec)
+        gathered, failures = gathering_of(self._gather, answers, state), []
         asked = choose_clients(self._manifest, self._federation, plan)
         for client in asked:
-            answer = self._answer(client, plan, state)
+            answer = self._answer(client, plan, state, answers.size)
             if isinstance(answer, Failure):
                 failures.append(answer)
             else:
@@ -65,11 +66,13 @@ class SequentialCohort:
             each=gathered.each,
         )
 
-    def _answer(self, client: int, plan: RoundPlan, state: AdapterState) -> Update | Failure:
+    def _answer(
+        self, client: int, plan: RoundPlan, state: AdapterState, size: int
+    ) -> Update | Failure:
         try:
             trainer = self._federation.trainer(client, self._manifest, self._ledger, self._moments)
             update = trainer.train(plan, state)
-            update.check(plan, answer_spec(self._manifest, plan.phase, state.spec).size)
+            update.check(plan, size)
         except (BadInput, Refused) as error:
             return Failure(client_name(client), str(error), refused=isinstance(error, Refused))
         return update

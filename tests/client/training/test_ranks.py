@@ -14,7 +14,6 @@ import torch
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.moments import MomentStore
 from fedlora.client.training.ranks import RankLost, Ranks, Recipe, of_one_kind
-from fedlora.client.training.sampling import draw_units
 from fedlora.client.training.step import ClipGroups, PerSampleGradients
 from fedlora.client.training.trainer import Trainer
 from fedlora.common.config.schema import LoraConfig, ModelConfig
@@ -24,7 +23,7 @@ from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import Network
 from fedlora.common.model.features import FeatureCache
 from fedlora.common.model.state import AdapterState
-from fedlora.common.privacy.randomness import gaussian
+from fedlora.common.privacy.randomness import draw_units, gaussian
 from fedlora.common.tasks.batch import Encoded
 from fedlora.common.tasks.classification import SequenceClassification
 from tests.client.training.test_trainer import PHASE, manifest, plan

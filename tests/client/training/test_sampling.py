@@ -9,16 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.client.training.sampling import (
-    draw_units,
-    micro_batches,
-    private_batches,
-    unit_records,
-)
+from fedlora.client.training.sampling import micro_batches, private_batches, unit_records
 from fedlora.common.data.records import unit_groups
 from fedlora.common.errors import BadInput
 from fedlora.common.model.shapes import padded
-from fedlora.common.privacy.randomness import OsRandom
+from fedlora.common.privacy.randomness import OsRandom, draw_units
 
 
 @given(sizes=st.lists(st.integers(1, 5), max_size=12), tokens=st.integers(1, 200), data=st.data())

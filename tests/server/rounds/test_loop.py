@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused, Spent
 from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterState, Vector
-from fedlora.common.privacy.randomness import OsRandom, SeededRandom
+from fedlora.common.privacy.randomness import OsRandom, SeededRandom, participants
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
-from fedlora.server.rounds.cohort import CohortSum, Failure, Lost, participants, replies_needed
+from fedlora.server.rounds.cohort import CohortSum, Failure, Lost, replies_needed
 from fedlora.server.rounds.loop import Around, Rules, run_rounds
 from fedlora.server.strategies.fedavg import FedAvg
 from fedlora.server.strategies.optimizers import ServerOptimizer
