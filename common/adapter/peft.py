@@ -33,7 +33,8 @@ from fedlora.common.adapter.released import (
     read_state,
     write_description,
 )
-from fedlora.common.config.schema import LoraConfig, ModelConfig, check_rules
+from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.config.toml import check_rules
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import AdapterLayout, taken_from
 from fedlora.common.model.assembly import PEFT_ADAPTER

@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fedlora.common.codec.strict import NOUNS
 from fedlora.common.config.task_names import BUILT_IN, TaskName
 from fedlora.common.config.toml import (
     AUTO,
@@ -21,7 +20,6 @@ from fedlora.common.config.toml import (
     Each,
     Pattern,
     Rule,
-    shown,
     to_toml,
     undecided,
 )
@@ -336,15 +334,3 @@ def check_delta(delta: float, units: int, where: str) -> None:
         raise BadInput(
             f"{where} [privacy] delta = {delta:g}: expected less than 1/{units} = {1 / units:.2g}"
         )
-
-
-def check_rules(section: Any, where: str) -> list[str]:
-    """What is wrong with a section's values that did not come through TOML: one line to a fault."""
-    faults = []
-    for each in fields(section):
-        value, rule = getattr(section, each.name), each.metadata.get("rule")
-        fault = rule.fault(value, NOUNS.get(type(value), "a value")) if rule is not None else ""
-        if fault:
-            found = [*value] if isinstance(value, tuple) else value
-            faults.append(f"{where} {each.name} = {shown(found)}: {fault}")
-    return faults

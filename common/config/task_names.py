@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
-from fedlora.common.config.toml import Choice, Rule
+from fedlora.common.config.toml import Choice
 
 LABELLED = ("sequence-classification", "multi-label", "token-classification")
 BY_WORD = ("token-classification",)  # answered word by word
@@ -36,15 +35,13 @@ def name_task(name: str) -> None:
     _added.add(name)
 
 
-@dataclass(frozen=True)
-class TaskName(Rule):
-    """A name of a task."""
+class TaskName(Choice):
+    """One of the tasks that have a name when it is asked for."""
 
-    def expected(self, noun: str) -> str:
-        return self._known().expected(noun)
+    def __init__(self) -> None:
+        """More may come to be known later."""
 
-    def fault(self, value: object, noun: str) -> str:
-        return self._known().fault(value, noun)
-
-    def _known(self) -> Choice:
-        return Choice((*BUILT_IN, *sorted({*_added, *installed_tasks()} - {*BUILT_IN})))
+    @property
+    def known(self) -> tuple[str, ...]:
+        """This package's first."""
+        return (*BUILT_IN, *sorted({*_added, *installed_tasks()} - {*BUILT_IN}))

@@ -196,6 +196,18 @@ def literal(value: Any) -> str:
     return repr(value)
 
 
+def check_rules(section: Any, where: str) -> list[str]:
+    """What is wrong with a section's values that did not come through TOML: one line to a fault."""
+    faults = []
+    for each in fields(section):
+        value, rule = getattr(section, each.name), each.metadata.get("rule")
+        fault = rule.fault(value, NOUNS.get(type(value), "a value")) if rule is not None else ""
+        if fault:
+            found = [*value] if isinstance(value, tuple) else value
+            faults.append(f"{where} {each.name} = {shown(found)}: {fault}")
+    return faults
+
+
 def _section(
     root: type[Any], cls: type[Any], values: Mapping[str, Any], table: Table, section: str
 ) -> tuple[Any, dict[str, str]]:

@@ -20,10 +20,9 @@ from fedlora.common.config.schema import (
     NAME,
     LoraConfig,
     ModelConfig,
-    check_rules,
     is_expression,
 )
-from fedlora.common.config.toml import AUTO, Bounds, Choice, Each, shown
+from fedlora.common.config.toml import AUTO, Bounds, Choice, Each, check_rules, shown
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.turns import Mask, leaving, turns
 from fedlora.common.model.state import COUNTED, AdapterSpec
