@@ -27,9 +27,8 @@ from fedlora.server.runs.metrics import METRICS, MetricsLog, Observe, nobody
 from fedlora.server.runs.phases import phase_table
 from fedlora.server.runs.public_data import PublicSide
 from fedlora.server.runs.summary import doubts, summary_of, write_summary
-from fedlora.server.strategies.fedavg import FedAvg, RateSchedule
+from fedlora.server.strategies.fedavg import FedAvg, RateSchedule, ServerOptimizer
 from fedlora.server.strategies.gathered import Gather, Summed
-from fedlora.server.strategies.optimizers import ServerOptimizer
 from fedlora.server.strategies.strategy import Strategy
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedlora.common.model.state import AdapterState
-from fedlora.server.strategies.optimizers import kept, remembered
+from fedlora.server.strategies.fedavg import kept, remembered
 from fedlora.server.strategies.strategy import ServerState
 
 

@@ -24,8 +24,7 @@ from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import CohortSum, Failure
 from fedlora.server.rounds.loop import Around, RoundRecord, Rules, run_rounds
 from fedlora.server.runs.schedule import NetworkFacts
-from fedlora.server.strategies.fedavg import FedAvg
-from fedlora.server.strategies.optimizers import ServerOptimizer
+from fedlora.server.strategies.fedavg import FedAvg, ServerOptimizer
 
 SPEC = AdapterSpec((TensorSpec("lora.a", (2, 2)), TensorSpec("head.weight", (3,))))
 START = AdapterState(SPEC, np.linspace(-1, 1, SPEC.size, dtype=np.float32))

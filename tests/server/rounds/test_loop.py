@@ -23,8 +23,7 @@ from fedlora.common.privacy.randomness import OsRandom, SeededRandom, participan
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import CohortSum, Failure, Lost, replies_needed
 from fedlora.server.rounds.loop import Around, Rules, run_rounds
-from fedlora.server.strategies.fedavg import FedAvg
-from fedlora.server.strategies.optimizers import ServerOptimizer
+from fedlora.server.strategies.fedavg import FedAvg, ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
 from tests.server.fakes import (
     SPEC,

@@ -13,8 +13,7 @@ from fedlora.common.model.state import AdapterState
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import CohortSum
 from fedlora.server.rounds.loop import Rules, run_rounds
-from fedlora.server.strategies.fedavg import FedAvg
-from fedlora.server.strategies.optimizers import ServerOptimizer
+from fedlora.server.strategies.fedavg import FedAvg, ServerOptimizer
 from tests.common.manifest.test_turns import SPEC, by_turns
 from tests.oracles import server_states
 

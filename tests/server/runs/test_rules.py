@@ -16,7 +16,7 @@ from fedlora.common.privacy.calibration import Asked
 from fedlora.common.privacy.record_level import RecordLevel
 from fedlora.server.runs.rules import PublicFacts, agree, decided, gaussian_mu, rounded
 from fedlora.server.runs.schedule import public_phases
-from fedlora.server.strategies.optimizers import ServerOptimizer
+from fedlora.server.strategies.fedavg import ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
 
 FACTS = PublicFacts(units=10_000, classes=77)

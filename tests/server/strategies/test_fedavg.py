@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from fedlora.common.errors import BadInput
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.server.strategies import fedavg
-from fedlora.server.strategies.fedavg import FedAvg, RateSchedule
-from fedlora.server.strategies.optimizers import RULES, ServerOptimizer
+from fedlora.server.strategies.fedavg import RULES, FedAvg, RateSchedule, ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
 from fedlora.server.strategies.tail_average import add_to_average
 from tests.oracles import server_states

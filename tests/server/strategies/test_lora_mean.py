@@ -10,9 +10,8 @@ import numpy.typing as npt
 import pytest
 
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
-from fedlora.server.strategies.fedavg import FedAvg
+from fedlora.server.strategies.fedavg import FedAvg, ServerOptimizer
 from fedlora.server.strategies.flexlora import mean_of_products
-from fedlora.server.strategies.optimizers import ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
 from tests.oracles import mean_of_dense_products, product_of_means
 
