@@ -193,7 +193,7 @@ def explain(manifest: Path, node: Folder = HERE) -> None:
     """
     from fedlora.client.consent.judge import judge
     from fedlora.client.consent.verdict import allow
-    from fedlora.client.node.enrolment import pinned_invitation
+    from fedlora.client.node.folder import pinned_invitation
 
     folder = NodeFolder(node)
     policy = folder.load_policy()
@@ -218,7 +218,8 @@ def explain(manifest: Path, node: Folder = HERE) -> None:
 def serve(node: Folder = HERE) -> None:
     """The trainer: holds the data, and answers what the coordinator signed."""
     _offline()
-    from fedlora.client.node.enrolment import only_trainer, pinned_invitation
+    from fedlora.client.node.enrolment import only_trainer
+    from fedlora.client.node.folder import pinned_invitation
     from fedlora.client.service.answer import Resident
     from fedlora.client.service.endpoint import Service
     from fedlora.client.service.loaded_run import LoadedRun

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.client import cli as node_cli
-from fedlora.client.node.enrolment import pinned_invitation
-from fedlora.client.node.folder import NodeFolder
+from fedlora.client.node.folder import NodeFolder, pinned_invitation
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.roster import read_peers
 from fedlora.common.errors import BadInput, FedloraError, Refused

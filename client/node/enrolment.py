@@ -14,12 +14,10 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from fedlora.client.node.folder import NodeFolder
+from fedlora.client.node.folder import NodeFolder, pinned_invitation
 from fedlora.client.node.policy import policy_template
-from fedlora.common.codec.strict import MAX_MESSAGE_BYTES
 from fedlora.common.disk import locks
-from fedlora.common.disk.files import read_text, text_of, write_atomically
-from fedlora.common.disk.guarded import read_guarded
+from fedlora.common.disk.files import read_text, write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.trust.enrolment import (
     EnrolmentRequest,
@@ -120,17 +118,6 @@ def fingerprints(invitation: Invitation) -> dict[str, str]:
     """What two people read to each other."""
     ca = certificate_fingerprint(invitation.ca_certificate, "ca_certificate")
     return {"coordinator's key": invitation.coordinator.fingerprint, "certificate authority": ca}
-
-
-def pinned_invitation(folder: NodeFolder) -> Invitation:
-    """The federation that this node joined; Refused where there is none."""
-    if not folder.federation.exists():
-        raise Refused(
-            f"{folder.federation}: found no federation; fedlora-node join INVITATION first"
-        )
-    path = folder.federation
-    data = read_guarded(path, "the invitation that this node joined by", MAX_MESSAGE_BYTES)
-    return invitation_from_text(text_of(data, path.name), path.name)
 
 
 def only_trainer(folder: NodeFolder) -> AbstractContextManager[None]:

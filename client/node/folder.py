@@ -22,12 +22,18 @@ from pathlib import Path
 
 from fedlora.client.node import binding
 from fedlora.client.node.policy import Policy, load_policy
+from fedlora.common.codec.strict import MAX_MESSAGE_BYTES
 from fedlora.common.disk.files import MAX_FILE_BYTES, text_of
 from fedlora.common.disk.guarded import read_guarded
-from fedlora.common.errors import BadInput
+from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.model.base import PACKAGED, resolve_base
-from fedlora.common.trust.enrolment import EnrolmentRequest, request_from_text
+from fedlora.common.trust.enrolment import (
+    EnrolmentRequest,
+    Invitation,
+    invitation_from_text,
+    request_from_text,
+)
 
 # in a run's folder
 MANIFEST, PROJECTION = "manifest.signed", "projection.safetensors"
@@ -196,3 +202,14 @@ class NodeFolder:
         """
         binding.check_budgets(policy.data, self.root, self.policy.name)
         binding.bind(self.under(policy.data[name].path), ledger, self.marks(policy))
+
+
+def pinned_invitation(folder: NodeFolder) -> Invitation:
+    """The federation that this node joined; Refused where there is none."""
+    if not folder.federation.exists():
+        raise Refused(
+            f"{folder.federation}: found no federation; fedlora-node join INVITATION first"
+        )
+    path = folder.federation
+    data = read_guarded(path, "the invitation that this node joined by", MAX_MESSAGE_BYTES)
+    return invitation_from_text(text_of(data, path.name), path.name)

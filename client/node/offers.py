@@ -14,16 +14,17 @@ starts is kept where it lies.
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from fedlora.client.node.agreed import CONSENTED, note
 from fedlora.client.node.folder import MANIFEST, PROJECTION, NodeFolder
 from fedlora.client.node.policy import Policy
-from fedlora.common.codec.strict import from_canonical, to_canonical
+from fedlora.common.codec.strict import from_canonical, json_table, to_canonical
 from fedlora.common.disk.files import read_bytes, sync_folder, write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.protocol.messages import Offer
@@ -31,6 +32,7 @@ from fedlora.common.trust.identity import Signed
 
 MOST = 4
 ADDRESS, CONSENT = "address.signed", "consent.reply"
+CONSENTED, STARTED = "consented.json", "started.json"  # when, and what the policy said then
 CHECKED, NAMED, TODAY = "checked.json", "start.json", "today.json"
 
 
@@ -178,3 +180,22 @@ class Offers:
 
     def _begun(self, manifest: str) -> bool:
         return self.folder.manifest(manifest).is_file()
+
+
+def note(path: Path, policy: Policy, **more: object) -> None:
+    """Keep, durably: now, under this policy's limits; `more` is what else belongs there."""
+    table = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "policy": policy.digest,
+        "limits": asdict(policy.limits),
+        **more,
+    }
+    write_atomically(path, json.dumps(table, sort_keys=True).encode(), mode=0o600)
+
+
+def noted(path: Path) -> Mapping[str, Any]:
+    """What was kept; nothing of a run that an earlier version began, or where a kill left none."""
+    try:
+        return json_table(read_bytes(path), path.name) if path.is_file() else {}
+    except BadInput:
+        return {}

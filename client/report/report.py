@@ -15,8 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fedlora.client.node.enrolment import pinned_invitation
-from fedlora.client.node.folder import NodeFolder
+from fedlora.client.node.folder import NodeFolder, pinned_invitation
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import Policy
 from fedlora.client.node.roster import read_peers

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.client.consent.offer import kept_manifest
-from fedlora.client.node.agreed import CONSENTED, STARTED, noted
 from fedlora.client.node.folder import NodeFolder
+from fedlora.client.node.offers import CONSENTED, STARTED, noted
 from fedlora.client.node.outbox import START, Outbox, Release
 from fedlora.client.node.roster import read_peers
 from fedlora.client.service.refusals import read_lines

@@ -20,8 +20,7 @@ from functools import partial
 
 from fedlora.client.consent.offer import kept_manifest
 from fedlora.client.consent.verdict import Denied
-from fedlora.client.node.enrolment import pinned_invitation
-from fedlora.client.node.folder import NodeFolder
+from fedlora.client.node.folder import NodeFolder, pinned_invitation
 from fedlora.client.node.offers import Offers
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import Policy

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlora.client.node.agreed import CONSENTED, STARTED
+from fedlora.client.node.offers import CONSENTED, STARTED
 from fedlora.client.node.roster import approve
 from fedlora.client.report.check import check_report, read_key, read_report
 from fedlora.client.report.page import page
