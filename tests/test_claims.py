@@ -14,7 +14,7 @@ from fedlora.client.service.loaded_run import MOST_UNNOISED
 from fedlora.common.data.data_file import TELLING
 from fedlora.common.privacy.accountant import ACCURACY, MOST_POINTS
 from fedlora.common.privacy.unit_release import CAPACITY, COARSEST, MOST_UNITS, ROOM
-from fedlora.common.protocol.start import LONGEST_OFFER
+from fedlora.common.protocol.consent import LONGEST_OFFER
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = ROOT / "docs" / "claims.md"

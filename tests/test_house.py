@@ -78,7 +78,6 @@ TWO_SIDES = {
     "enrolment.py",  # what is signed, and the node that signs it
     "flower.py",  # the records, and the grid that carries them
     "folder.py",  # an institution's, and the coordinator's
-    "start.py",  # what is signed, and the node that judges it
 }
 # What a relay and the ledger's tools load: no torch, no transformers, no Opacus at import.
 LIGHT_ROOMS = (

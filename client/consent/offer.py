@@ -1,8 +1,12 @@
-"""Whether an offer is the coordinator's, for this institution, of now, and whole.
+"""Whether an offer, or the start of its run, is the coordinator's, for this institution, and whole.
 
 All of it is checked before anything else is done with it. Whoever carries offers may keep them
 back, or bring them to another node. So each names its receiver and its end, under a signature of
 its own; and a projection is held against the manifest before it is written or kept for a run.
+
+A start names the consent that this node signed last, byte for byte. Of others' consents a node in a
+run in clear has the coordinator's signed word alone; under masks it counts peers that its operator
+approved (`client.secagg.runs`).
 """
 
 from __future__ import annotations
@@ -10,11 +14,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from fedlora.client.node.policy import Policy
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.projection import Projection
+from fedlora.common.protocol.consent import LONGEST_OFFER, Start, digest_of
 from fedlora.common.protocol.messages import MANIFEST_TAG, OFFER_TAG, Address, Offer
-from fedlora.common.protocol.start import LONGEST_OFFER
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 
@@ -95,3 +100,23 @@ def check_projection(manifest: RunManifest, projection: bytes) -> None:
                 f"offer projection: found {found}, expected"
                 f" {one_line(manifest.projection_digest)[:80]}"
             )
+
+
+def check_start(start: Start, manifest: RunManifest, policy: Policy, consent: bytes) -> None:
+    """Refused for too few; BadInput, which is not for good, where this node is not among them.
+
+    `consent` is what this node signed last for the run.
+    """
+    named = {party.institution: party.consent for party in start.cohort}
+    mine, found = digest_of(consent), named.get(policy.institution)
+    if found != mine:
+        raise BadInput(
+            f"start cohort {policy.institution}: found {found or 'no consent'}, expected {mine},"
+            " this node's last"
+        )
+    least = max(manifest.minimum_cohort, policy.limits.minimum_cohort)
+    if len(named) < least:
+        raise Refused(
+            f"start cohort: found {len(named)} institutions, expected at least {least}, as the"
+            " manifest promises"
+        )

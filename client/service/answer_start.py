@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import logging
 
-from fedlora.client.consent.offer import check_time, read_manifest
-from fedlora.client.consent.start import check_start
-from fedlora.client.node.agreed import STARTED, note
-from fedlora.client.node.offers import Waiting
+from fedlora.client.consent.offer import check_start, check_time, read_manifest
+from fedlora.client.node.offers import STARTED, Waiting, note
 from fedlora.client.node.outbox import START
 from fedlora.client.service.dialogue import Dialogue, private
 from fedlora.client.service.ticks import CONSENT
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.figures import exact, shown_epsilon, shown_left
+from fedlora.common.protocol.consent import Start, digest_of
 from fedlora.common.protocol.messages import OFFER_TAG, START_TAG, Address, SignedStart, Started
-from fedlora.common.protocol.start import Start, digest_of
 from fedlora.common.terminal import one_line
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
     offer    coordinator -> node   the signed manifest, the projection that it names, and a signed
                                    address: to which institution this offer goes, and until when
-    start    coordinator -> node   who consented, signed: the run begins (common.protocol.start)
+    start    coordinator -> node   who consented, signed: the run begins (common.protocol.consent)
     task     coordinator -> node   a signed plan, and the adapter that it starts from
     stage    coordinator -> node   one signed step of secure aggregation (common.protocol.stages)
     piece    coordinator -> node   a part of the adapter that a later task starts from
@@ -41,8 +41,8 @@ from fedlora.common.codec.framing import (
 )
 from fedlora.common.codec.strict import from_canonical, to_canonical
 from fedlora.common.errors import BadInput, Refused
+from fedlora.common.protocol.consent import Begun, Reason, Terms
 from fedlora.common.protocol.pieces import Count, Fetch, Part, Parted, Piece, Taken
-from fedlora.common.protocol.terms import Begun, Reason, Terms
 from fedlora.common.protocol.vector_parts import Parts
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import Identity, PublicIdentity, Signed

@@ -23,6 +23,7 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.projection import PROJECTION
 from fedlora.common.privacy.randomness import OsRandom, participants
+from fedlora.common.protocol.consent import LONGEST_OFFER, Party, Start, digest_of
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
@@ -37,7 +38,6 @@ from fedlora.common.protocol.messages import (
     request_to_bytes,
 )
 from fedlora.common.protocol.stages import Stage
-from fedlora.common.protocol.start import LONGEST_OFFER, Party, Start, digest_of
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator

@@ -25,6 +25,7 @@ from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import Delta, RoundPlan
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec, Vector
+from fedlora.common.protocol.consent import Party, Start, digest_of
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
@@ -35,7 +36,6 @@ from fedlora.common.protocol.messages import (
     Started,
     request_to_bytes,
 )
-from fedlora.common.protocol.start import Party, Start, digest_of
 from fedlora.common.protocol.vectors import vector_from_bytes
 from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator

@@ -29,7 +29,7 @@ from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
-from fedlora.common.protocol import messages, pieces, stages, start
+from fedlora.common.protocol import consent, messages, pieces, stages
 from fedlora.common.protocol.vectors import BYTES, vector_from_bytes, vector_to_bytes
 from fedlora.common.secagg import keys, shamir, wire
 from fedlora.common.secagg.ring import Encoding, Masked
@@ -225,9 +225,9 @@ def of_protocol() -> list[Decoder]:
             for wire in BYTES
         ),
         Decoder(
-            "common/protocol/start.py Start.from_bytes",
+            "common/protocol/consent.py Start.from_bytes",
             sample.BODY.to_bytes(),
-            start.Start.from_bytes,
+            consent.Start.from_bytes,
             lambda found: bytes(found.to_bytes()),
         ),
     ]

@@ -29,6 +29,7 @@ from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.manifest.plan import Delta, RoundPlan
 from fedlora.common.model.state import AdapterSpec, TensorSpec
 from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.protocol.consent import Party, Start, digest_of
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
@@ -45,7 +46,6 @@ from fedlora.common.protocol.messages import (
     reply_from_bytes,
     request_to_bytes,
 )
-from fedlora.common.protocol.start import Party, Start, digest_of
 from fedlora.common.trust.enrolment import Invitation, invitation_to_text
 from fedlora.common.trust.identity import Identity, Signed
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedlora.common.codec.framing import framed
 from fedlora.common.errors import BadInput, FedloraError, Refused
+from fedlora.common.protocol.consent import Party, Start
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
@@ -36,7 +37,6 @@ from fedlora.common.protocol.messages import (
     request_to_bytes,
 )
 from fedlora.common.protocol.pieces import PARTS_TAG, Coming, Fetch, Part, Parted, Piece, Taken
-from fedlora.common.protocol.start import Party, Start
 from fedlora.common.protocol.vector_parts import listed
 from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
 from fedlora.common.trust.identity import Identity, Signed

@@ -22,6 +22,7 @@ from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.base import base_digest
 from fedlora.common.privacy.accountant import Spend
 from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.protocol.consent import Start
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     PLAN_TAG,
@@ -35,7 +36,6 @@ from fedlora.common.protocol.messages import (
     reply_to_bytes,
     request_from_bytes,
 )
-from fedlora.common.protocol.start import Start
 from fedlora.common.trust.identity import Identity
 from fedlora.server import cli
 from fedlora.server.coordinator.folder import Directory

@@ -20,6 +20,7 @@ from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol import messages
+from fedlora.common.protocol.consent import Start, digest_of
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
@@ -37,7 +38,6 @@ from fedlora.common.protocol.messages import (
     reply_to_bytes,
     request_from_bytes,
 )
-from fedlora.common.protocol.start import Start, digest_of
 from fedlora.common.secagg.cohort import THRESHOLD_RULE
 from fedlora.common.trust.identity import Identity, PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator
@@ -48,8 +48,7 @@ from fedlora.server.rounds.cohort import CohortSum, Failure
 from fedlora.server.rounds.loop import Around, Rules, run_rounds
 from fedlora.server.secagg.attempt import SecureSum
 from fedlora.server.secagg.sums import SecureCohort
-from fedlora.server.strategies.fedavg import FedAvg
-from fedlora.server.strategies.optimizers import ServerOptimizer
+from fedlora.server.strategies.fedavg import FedAvg, ServerOptimizer
 from tests.server.fakes import SPEC, START, ByAsking, manifest_of
 
 NAMES = ("east", "north", "south")

@@ -1,4 +1,4 @@
-"""The start of a run: who is in its cohort, each by the consent that it signed.
+"""What a consent says, the start that binds it, and what answers a start or declines.
 
 An offer and a consent cost nobody anything. Once enough have consented the coordinator signs a
 start, and each institution that finds its own consent in it reserves the run's whole cost. The
@@ -8,17 +8,57 @@ consent is named by the digest of its bytes, so that a start is of what was offe
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from fedlora.common.codec.strict import from_canonical, to_canonical
-from fedlora.common.config.toml import Pattern
+from fedlora.common.config.toml import Bounds, Pattern
 from fedlora.common.errors import BadInput
-from fedlora.common.terminal import one_line
+from fedlora.common.terminal import MAX_LINE, one_line
 
 MAX_START_BYTES = 4 << 20
+MAX_HEIGHT = 1 << 53
+HEAD = Pattern(r"|keyed:[0-9a-f]{64}", '"keyed:" and 64 hexadecimal digits')
 DIGEST = Pattern(r"sha256:[0-9a-f]{64}", '"sha256:" and 64 hexadecimal digits')
 LONGEST_OFFER = 7 * 86_400  # seconds for which an offer, and the consent to it, may be good
+
+
+class OneLine:
+    """A text that prints on one line of bounded length, wherever it ends."""
+
+    def fault(self, value: str, noun: str) -> str:
+        """What is wrong with it, or ""."""
+        fits = value == one_line(value)
+        return "" if fits else f"expected one printable line of at most {MAX_LINE} characters"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The body of a consent."""
+
+    policy: str = field(metadata={"rule": OneLine()})
+    epsilon: float = field(metadata={"rule": Bounds(0, math.inf)})
+    delta: float = field(metadata={"rule": Bounds(0, math.inf)})
+    height: int = field(
+        default=0, kw_only=True, metadata={"unwritten": 0, "rule": Bounds(0, MAX_HEIGHT)}
+    )
+    head: str = field(default="", kw_only=True, metadata={"unwritten": "", "rule": HEAD})
+
+
+@dataclass(frozen=True)
+class Begun(Terms):
+    """The body of what answers a start."""
+
+    start: str = field(metadata={"rule": OneLine()})
+
+
+@dataclass(frozen=True)
+class Reason:
+    """The body of a decline."""
+
+    reason: str = field(metadata={"rule": OneLine()})
+    refused: bool
 
 
 @dataclass(frozen=True)
