@@ -16,7 +16,8 @@ from torch.nn import functional
 from fedlora.client.training.step import GradientSum, checked_clip
 from fedlora.common.errors import BadInput
 
-HeadLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (n, classes), (n,) -> (n,)
+# Of (n, classes) and the targets of the rows: as many losses as there are records.
+HeadLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def head_clipped_sum(
@@ -31,8 +32,9 @@ def head_clipped_sum(
     """Clipped sum for a head of linear layers on (n, width) features, without per-sample gradients.
 
     For a linear layer with inputs a_r and output gradients b_r, the gradient of a unit is Σ b_r
-    a_rᵀ over its records; for one record its squared norm with the bias is |b|² (|a|² + 1).
-    `owners` is (n,), counts units from 0 and never decreases. `bound` None: no clip.
+    a_rᵀ over its rows: its records, or all of their words. Of one row its squared norm with the
+    bias is |b|² (|a|² + 1). `owners` is (n,), counts units from 0 and never decreases; a unit that
+    has no row adds 0. `bound` None: no clip.
 
     All of it in float64: products of many rows round by a row's place and company, and weights that
     a coordinator chose can make float32's rounding as large as a gradient. With features of length
@@ -85,7 +87,7 @@ def _head_part(
         else:
             value = layer(value)
     gradients = torch.autograd.grad(losses(value, targets).sum(), outputs)
-    if int(owners[-1]) + 1 == len(owners):
+    if bool((owners.diff() > 0).all()):
         return _clipped_records(inputs, gradients, bound)
     return _clipped_units(inputs, gradients, owners, bound)
 
@@ -93,7 +95,7 @@ def _head_part(
 def _clipped_records(
     inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], bound: float | None
 ) -> tuple[torch.Tensor, int]:
-    """Each record is a unit: its squared norm is |b|² (|a|² + 1), a sum that can't cancel."""
+    """Each row is a unit: its squared norm is |b|² (|a|² + 1), a sum that can't cancel."""
     terms = [
         b.square().sum(1) * (a.square().sum(1) + 1.0)
         for a, b in zip(inputs, gradients, strict=True)
@@ -113,11 +115,11 @@ def _clipped_units(
     owners: torch.Tensor,
     bound: float | None,
 ) -> tuple[torch.Tensor, int]:
-    """Units of several records, one after the other.
+    """Units of several rows, one after the other.
 
     What is measured is the very tensor that is added.
 
-    A norm from inner products of the records would cancel where they pull against each other, and
+    A norm from inner products of the rows would cancel where they pull against each other, and
     come out far below that of the gradient.
     """
     sizes = torch.bincount(owners).tolist()

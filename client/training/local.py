@@ -23,7 +23,8 @@ from fedlora.common.manifest.manifest import Phase
 from fedlora.common.model.features import FeatureCache
 from fedlora.common.model.state import AdapterState, Vector
 from fedlora.common.privacy.randomness import Random, draw_units
-from fedlora.common.tasks.batch import Batch, Encoded
+from fedlora.common.tasks.batch import Batch, Encoded, in_rows
+from fedlora.common.tasks.task import WORD
 
 Moments = Mapping[str, Vector]  # an optimiser's state, by name
 
@@ -164,16 +165,32 @@ class LocalTraining:
         kept = self._features.get(data.owner, data.encoded, data.units.records, at)
         self._model.load(at)
         places, owners = unit_records(data.units, drawn)
-        rows = torch.from_numpy(places).to(kept.device)
-        targets = torch.from_numpy(data.encoded.targets[data.units.records[places]]).to(kept.device)
+        scored = data.encoded.scored(data.units.records)  # of each record, one or its words
+        rows, records = unit_records(scored, places)
+        targets = data.encoded.targets[scored.records[rows]]
+        if data.encoded.by_token:
+            targets = np.stack([targets, records], axis=1)
         bound = None if groups is None else groups.bounds[0]
-        total = head_clipped_sum(self._model.head, self._losses, kept[rows], targets, owners, bound)
+        total = head_clipped_sum(
+            self._model.head,
+            self._losses,
+            kept[torch.from_numpy(rows).to(kept.device)],
+            torch.from_numpy(targets).to(kept.device),
+            owners[records],
+            bound,
+        )
         vector = np.zeros(at.spec.size, dtype=np.float64)
         vector[at.spec.head_mask()] = total.vector
         return GradientSum(vector, total.units, total.nonfinite)
 
     def _losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self._model.task.losses(logits, Batch(targets, targets, targets))
+        """(records,) of what a head gives; words come with the number of their record."""
+        task = self._model.task
+        if task.reads != WORD:
+            return task.losses(logits, Batch(targets, targets, targets))
+        tags, records = targets.unbind(dim=1)
+        records = records - records[0]
+        return task.losses(*in_rows(logits, tags, records, int(records[-1]) + 1))
 
     def _groups(self, phase: Phase) -> ClipGroups:
         spec, moves = self._model.spec, phase.name

@@ -281,9 +281,6 @@ def _pooled(config: Config) -> Iterator[Fault]:
     """A task that answers words has a head that reads words, and no other task has."""
     model, by_word = config.model, config.model.task in BY_WORD
     since = f'since task = "{model.task}"'
-    if by_word and config.training.head_rounds > 0:
-        found = f"[training] head_rounds = {config.training.head_rounds}"
-        yield ("model.task", "training.head_rounds"), f"{found}: expected 0, {since}"
     if by_word and model.pooling not in (AUTO, "words"):
         found = f'[model] pooling = "{model.pooling}"'
         yield ("model.task", "model.pooling"), f'{found}: expected "words", {since}'

@@ -1,5 +1,7 @@
 """What a head sees of each record while all below it stands still: computed once, in memory.
 
+A row of features for each record, or for each of its words that has a target (`Encoded.scored`).
+
 Pooled features are as private as the text they come from: they live in this process only, never on
 a disk. They stay valid as long as the LoRA coordinates of the state do not change, which is what
 the key checks.
@@ -16,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedlora.common.data.records import UnitIndex
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.shapes import Shape, alike, padded, probes, shaped
 from fedlora.common.model.state import AdapterState
-from fedlora.common.tasks.batch import Encoded
+from fedlora.common.tasks.batch import IGNORED, Batch, Encoded
 
 FEATURE_TOKENS = {"cpu": 1024, "cuda": 16384}  # padded tokens of a forward pass without gradients
 FEATURE_ROWS = 64  # that are projected together
@@ -36,13 +39,13 @@ class PooledTexts:
 
     def __init__(self) -> None:
         self._model = ""
-        # by digest of the tokens: a row of the table of its call
+        # by digest of the tokens: rows of the table of its call
         self._kept: dict[bytes, torch.Tensor] = {}
 
     def get(
         self, model: str, data: Encoded, rows: Rows, compute: Callable[[Rows], torch.Tensor]
     ) -> torch.Tensor:
-        """(len(rows), width): kept where `model` saw the text before, else computed and kept."""
+        """(scored, width): kept where `model` saw the text before, else computed and kept."""
         if model != self._model:
             self._kept.clear()
             self._model = model
@@ -52,13 +55,11 @@ class PooledTexts:
             dtype=np.int64,
         )
         if len(fresh):
-            self._kept.update(
-                zip([digests[place] for place in fresh], compute(rows[fresh]), strict=True)
-            )
+            sizes = np.diff(data.scored(rows[fresh]).offsets).tolist()
+            parts = torch.split(compute(rows[fresh]), sizes)
+            self._kept.update(zip([digests[place] for place in fresh], parts, strict=True))
         return (
-            torch.stack([self._kept[digest] for digest in digests])
-            if digests
-            else torch.empty(0, 0)
+            torch.cat([self._kept[digest] for digest in digests]) if digests else torch.empty(0, 0)
         )
 
 
@@ -80,7 +81,7 @@ class FeatureCache:
         self._kept: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def get(self, owner: str, data: Encoded, rows: Rows, state: AdapterState) -> torch.Tensor:
-        """(len(rows), width) float32 features of `rows`, under the LoRA coordinates of `state`."""
+        """(scored, width) float32 features of `rows`, under the LoRA coordinates of `state`."""
         self._forget_unless(_below_head(state))
         if owner not in self._kept:
             self._model.load(state)
@@ -112,7 +113,7 @@ def pooled_features(
     progress: Progress | None = None,
     texts: PooledTexts | None = None,
 ) -> torch.Tensor:
-    """(len(rows), width) float32, in the order of `rows`, under the state that the model holds."""
+    """(scored, width) float32, in the order of `rows`, under the state that the model holds."""
     if not len(rows):
         return torch.empty(0, 0)
     if texts is None:
@@ -128,19 +129,29 @@ def _pooled(
 ) -> torch.Tensor:
     """Forward passes in batches of fixed shapes: what comes of a record depends on it alone."""
     result: torch.Tensor | None = None
+    offsets = data.scored(rows).offsets
+    places = UnitIndex(offsets, np.arange(offsets[-1]))
     lengths = padded(data.lengths[rows], model.longest, model.device.type)
     for chosen, shape in shaped(data.lengths[rows], lengths, partial(_records, model)):
-        part = _forward(model, data, rows[chosen], shape)[: len(chosen)]
+        part = _seen(model, data, rows[chosen], shape)
         if result is None:
-            result = torch.empty(len(rows), part.shape[1], dtype=torch.float32, device=model.device)
-        result[torch.from_numpy(chosen)] = part
+            size = len(places.records), part.shape[1]
+            result = torch.empty(size, dtype=torch.float32, device=model.device)
+        result[torch.from_numpy(places.take(chosen).records)] = part
         if progress is not None:
             progress(len(chosen))
     return torch.empty(0, 0) if result is None else result
 
 
-def _forward(model: AdapterModel, data: Encoded, rows: Rows, shape: Shape) -> torch.Tensor:
-    return model.pooled(data.batch(rows, model.pad, model.device, (shape.records, shape.tokens)))
+def _seen(model: AdapterModel, data: Encoded, rows: Rows, shape: Shape) -> torch.Tensor:
+    """(scored, width): of a pass, what a head answers."""
+    batch = _batch(model, data, rows, shape)
+    found = model.pooled(batch)
+    return found[batch.targets != IGNORED] if data.by_token else found[: len(rows)]
+
+
+def _batch(model: AdapterModel, data: Encoded, rows: Rows, shape: Shape) -> Batch:
+    return data.batch(rows, model.pad, model.device, (shape.records, shape.tokens))
 
 
 def _records(model: AdapterModel, tokens: int, full: bool) -> int:
@@ -151,7 +162,7 @@ def _records(model: AdapterModel, tokens: int, full: bool) -> int:
         every = np.arange(shape.records, dtype=np.int64)
         with model.probed():
             same, beside = (
-                _forward(model, probe, every, shape)
+                model.pooled(_batch(model, probe, every, shape))
                 for probe in probes(shape, model.vocabulary, model.task)
             )
         return alike([same], [beside])
@@ -199,9 +210,11 @@ def length_batches(lengths: Rows, tokens: int) -> list[Rows]:
 
 
 def _digest(data: Encoded, row: int) -> bytes:
-    """Of a record's tokens, and of where its second text begins."""
-    second = b"" if data.second is None else data.second[row].tobytes()
-    return hashlib.blake2b(data.tokens_of(row).tobytes() + second, digest_size=16).digest()
+    """Of a record's tokens, and of where its second text begins, or which of them are scored."""
+    more = b"" if data.second is None else data.second[row].tobytes()
+    if data.by_token:
+        more = (data.targets[data.offsets[row] : data.offsets[row + 1]] != IGNORED).tobytes()
+    return hashlib.blake2b(data.tokens_of(row).tobytes() + more, digest_size=16).digest()
 
 
 def _below_head(state: AdapterState) -> str:

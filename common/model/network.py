@@ -191,13 +191,13 @@ class AdapterModel:
     @property
     def head(self) -> nn.Module:
         """The head that a head phase trains; BadInput where cached features can't train it."""
+        if isinstance(self.network, PooledClassifier):
+            return self.network.head
         if self.network.by_word:
             raise BadInput(
                 "[training] head_rounds: found a head that scores every word, expected pooling ="
                 " mean or layers"
             )
-        if isinstance(self.network, PooledClassifier):
-            return self.network.head
         size, saved = int(self.spec.head_mask().sum()), f".modules_to_save.{PEFT_ADAPTER}"
         for name, module in self.network.named_modules():
             whole = sum(each.numel() for each in module.parameters()) == size
@@ -210,7 +210,10 @@ class AdapterModel:
 
     @torch.no_grad()
     def pooled(self, batch: Batch) -> torch.Tensor:
-        """(n, width) float32: what the transformer makes of each example, below any projection."""
+        """(n, width) float32: what the transformer makes of each example, below any projection.
+
+        (n, length, width) where each token is read by itself.
+        """
         if isinstance(self.network, PooledClassifier):
             with self.autocast():
                 return self.network.pooled(batch.ids, batch.mask).float()
@@ -226,7 +229,7 @@ class AdapterModel:
 
     @torch.no_grad()
     def features(self, pooled: torch.Tensor) -> torch.Tensor:
-        """(n, width) float32: what the head receives for `pooled` examples."""
+        """(n, width) float32: what the head receives for `pooled` examples or words."""
         if isinstance(self.network, PooledClassifier):
             return self.network.pooling.features(pooled)
         return pooled

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedlora.common.data.records import UnitIndex
+
 Ints = npt.NDArray[np.int64]
 Targets = npt.NDArray[Any]
 # By name. Two batches' arrays are added up; under a name that ends in EACH they hold one value for
@@ -49,6 +51,18 @@ class Encoded:
     def tokens_of(self, row: int) -> npt.NDArray[np.int32]:
         """(length,) int32: the tokens of record `row`, a view."""
         return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
+    def scored(self, rows: Ints) -> UnitIndex:
+        """For each record of `rows`, the places in `targets` of what a head answers.
+
+        Its own; where `by_token`, those of its tokens that have a target.
+        """
+        if not self.by_token:
+            return UnitIndex(np.arange(len(rows) + 1, dtype=np.int64), rows)
+        tokens = UnitIndex(self.offsets, np.arange(len(self.tokens), dtype=np.int64)).take(rows)
+        kept = self.targets[tokens.records] != IGNORED
+        before = np.concatenate([[0], np.cumsum(kept)])
+        return UnitIndex(before[tokens.offsets], tokens.records[kept])
 
     def batch(
         self, rows: Ints, pad: int, device: torch.device, shape: tuple[int, int] | None = None
@@ -89,6 +103,23 @@ class Batch:
     mask: torch.Tensor
     targets: torch.Tensor
     fixed: bool = False
+
+
+def in_rows(
+    outputs: torch.Tensor, targets: torch.Tensor, records: torch.Tensor, count: int
+) -> tuple[torch.Tensor, Batch]:
+    """What a head gives for words alone, (words, outputs), as for `count` records, filled up.
+
+    `targets` and `records` are (words,): its tag, and which record a word is of, which never
+    decreases.
+    """
+    sizes = torch.bincount(records, minlength=count)
+    starts = torch.cumsum(sizes, dim=0) - sizes
+    column = torch.arange(len(records), device=records.device) - starts[records]
+    shape = (count, int(sizes.max()) if count else 0)
+    aims = targets.new_full(shape, IGNORED).index_put((records, column), targets)
+    filled = outputs.new_zeros(*shape, outputs.shape[1]).index_put((records, column), outputs)
+    return filled, Batch(aims, (aims != IGNORED).long(), aims)
 
 
 def rows_of(

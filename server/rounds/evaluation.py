@@ -10,9 +10,11 @@ import torch
 from fedlora.common.model.features import FeatureCache, length_batches
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.state import AdapterState
-from fedlora.common.tasks.batch import Batch, Encoded, Totals, add_totals
+from fedlora.common.tasks.batch import Batch, Encoded, Totals, add_totals, in_rows
+from fedlora.common.tasks.task import WORD
 
 EVALUATION_TOKENS = 8192
+EVALUATION_RECORDS = 1024  # whose words a head answers at once
 
 
 @dataclass(eq=False)
@@ -44,5 +46,14 @@ class Evaluator:
     def _head_totals(self, state: AdapterState) -> Totals:
         kept = self.features.get(self.name, self.data, self.rows, state)
         self.model.load(state)
-        targets = torch.from_numpy(self.data.targets[self.rows]).to(kept.device)
-        return self.model.task.measure(self.model.head(kept), Batch(targets, targets, targets))
+        scored, task, outputs = self.data.scored(self.rows), self.model.task, self.model.head(kept)
+        targets = torch.from_numpy(self.data.targets[scored.records]).to(kept.device)
+        if task.reads != WORD:
+            return task.measure(outputs, Batch(targets, targets, targets))
+        parts = []
+        for start in range(0, len(scored), EVALUATION_RECORDS):
+            offsets = torch.from_numpy(scored.offsets[start : start + EVALUATION_RECORDS + 1])
+            some, count = slice(int(offsets[0]), int(offsets[-1])), len(offsets) - 1
+            records = torch.repeat_interleave(offsets.diff()).to(kept.device)
+            parts.append(task.measure(*in_rows(outputs[some], targets[some], records, count)))
+        return add_totals(parts)

@@ -122,11 +122,10 @@ def _network(config: Config, facts: PublicFacts) -> Chosen:
 def _rounds(config: Config, facts: PublicFacts) -> Chosen:
     """A phase each for head and LoRA; of a given number, most for the head, which pays first.
 
-    A head of the base's own can't be counted on to be one that trains by itself, and one that
-    scores every word has no features to keep.
+    A head of the base's own can't be counted on to be one that trains by itself.
     """
     dealing, head = config.federation, config.training.head_rounds
-    if head < 0 and config.model.pooling in ("default", "words"):
+    if head < 0 and config.model.pooling == "default":
         head = 0
     elif head < 0:
         head = HEAD_ROUNDS if dealing.rounds < 0 else dealing.rounds * 3 // 5
