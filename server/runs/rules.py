@@ -51,7 +51,7 @@ MOST_EPSILON = 100.0  # beyond it, e^ε and the normal tails are rounding
 OPEN_BATCH, OPEN_ROUNDS, OPEN_EPOCHS = 32, 10, 3
 # Few units, as documents are, go through in smaller batches: ten steps in all teach nothing.
 OPEN_STEPS, SMALLEST_BATCH = 90, 4
-# Of a head and LoRA that begin together, as where each word is scored: 90 found no disease's name.
+# Of LoRA beside a head that begins with it, and where words are tagged: 90 found no disease's name.
 STEPS_FROM_NOTHING = 300
 
 # chosen by what `federation.units` says
@@ -185,7 +185,8 @@ def _lora(config: Config, facts: PublicFacts) -> Chosen:
         rounds = config.federation.rounds - training.head_rounds
         batch = min(OPEN_BATCH, max(SMALLEST_BATCH, OPEN_EPOCHS * units / OPEN_STEPS))
         rate = min(1.0, batch / units)
-        least = STEPS_FROM_NOTHING if facts.classes and not training.head_rounds else 1
+        new = not training.head_rounds or config.model.pooling == "words"
+        least = STEPS_FROM_NOTHING if facts.classes and new else 1
         steps = max(1, round(max(OPEN_EPOCHS / rate, least) / max(1, rounds)))
         optimizer = "adamw"
     if training.optimizer != AUTO:

@@ -1,10 +1,12 @@
 """A central PEFT loop without privacy: what a federation is held to.
 
 Written as its user would: torch, transformers and PEFT alone, all records on one machine, LoRA on
-queries and values beside a classifier of its own, AdamW, warm-up and a linear decay.
+queries and values beside a head of its own, AdamW, warm-up and a linear decay.
 
-    python simulations/benchmarks/central.py --train FILE --test FILE [--text COLUMN [COLUMN]]
-        [--label COLUMN] [--json OUT]
+    python simulations/benchmarks/central.py --train FILE --test FILE [--task TASK]
+        [--text COLUMN [COLUMN]] [--label COLUMN] [--records N] [--json OUT]
+
+Where each word is tagged, `--text` is the column of words and `--label` that of their tags.
 """
 
 from __future__ import annotations
@@ -12,45 +14,132 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import accuracy_score, f1_score
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 from transformers import get_linear_schedule_with_warmup as warm_and_decay
 
-from fedlora.common.data.records import Columns, Records, read_label_set, read_records
-from fedlora.common.errors import BadInput
+from fedlora.common.data.data_file import columns_of
+from fedlora.common.data.records import read_label_lists, read_label_set
+from fedlora.common.data.tagged import read_tag_set
 from fedlora.common.model.base import resolve_base
-from fedlora.common.tasks.texts import PAIR
+from fedlora.common.tasks.token_classification import entities
+
+IGNORED = -100  # the target of a token that begins no word: torch's default
+Table = Mapping[str, Sequence[Any]]
+Names = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """`names` are read from a file and a column; `target` is a record's, with each name's place;
+    `loss` is of scores and targets; `score` of all test records' scores, targets and the names.
+    """
+
+    names: Callable[[Path, str], Names]
+    target: Callable[[Any, dict[str, int]], Any]
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    metric: str
+    score: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], Names], float]
+    by_word: bool = False
+
+
+def _entity_f1(
+    scores: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], names: Names
+) -> float:
+    """Of entities whose type and borders are right, among words that were read."""
+    true: set[tuple[Any, ...]] = set()
+    given: set[tuple[Any, ...]] = set()
+    for record, (found, own) in enumerate(zip(scores, targets, strict=True)):
+        for tags, kept in ((own, true), (found.argmax(dim=1), given)):
+            words = [names[tag] for tag in tags[own != IGNORED].tolist()]
+            kept |= {(record, *entity) for entity in entities(words)}
+    return 2 * len(true & given) / max(1, len(true) + len(given))
+
+
+def _many_hot(labels: Sequence[str], places: dict[str, int]) -> list[float]:
+    return [float(name in labels) for name in places]
+
+
+TASKS = {
+    "sequence-classification": Task(
+        read_label_set,
+        lambda label, places: places[str(label)],
+        functional.cross_entropy,
+        "accuracy",
+        lambda scores, targets, _: accuracy_score(
+            torch.stack([*targets]), torch.stack([*scores]).argmax(dim=1)
+        ),
+    ),
+    "multi-label": Task(
+        read_label_lists,
+        _many_hot,
+        functional.binary_cross_entropy_with_logits,
+        "micro F1",
+        lambda scores, targets, _: f1_score(
+            torch.stack([*targets]), torch.stack([*scores]) > 0, average="micro"
+        ),
+    ),
+    "regression": Task(
+        lambda path, column: [column],
+        lambda number, _: [float(number)],
+        functional.mse_loss,
+        "Spearman",
+        lambda scores, targets, _: spearmanr(torch.cat([*scores]), torch.cat([*targets])).statistic,
+    ),
+    "token-classification": Task(
+        read_tag_set,
+        lambda tags, places: [places[tag] for tag in tags],
+        lambda scores, targets: functional.cross_entropy(scores.transpose(1, 2), targets),
+        "entity F1",
+        _entity_f1,
+        by_word=True,
+    ),
+}
 
 
 def main() -> None:
-    """Train and print the accuracy on the test file after each epoch."""
+    """Train and print the task's figure on the test file after each epoch."""
     wanted = _arguments().parse_args()
     torch.manual_seed(wanted.seed)
-    names = tuple(read_label_set(wanted.test, wanted.label))
-    columns = Columns(text=wanted.text[0], second="".join(wanted.text[1:]), label=wanted.label)
-    train, test = (read_records(path, columns, names) for path in (wanted.train, wanted.test))
-    began, rates = time.monotonic(), []
-    for accuracy in _epochs(wanted, len(names), train, test):
-        rates.append(accuracy)
-        print(f"epoch {len(rates)}: accuracy {accuracy:.4f}", flush=True)
+    task = TASKS[wanted.task]
+    names = task.names(wanted.test, wanted.label)
+    columns = (*wanted.text, wanted.label)
+    train, test = (columns_of(path, columns, None) for path in (wanted.train, wanted.test))
+    if wanted.records is not None:
+        chosen = torch.randperm(len(train[wanted.label]))[: wanted.records].tolist()
+        train = {name: [values[row] for row in chosen] for name, values in train.items()}
+    began, found, count = time.monotonic(), [], len(train[wanted.label])
+    for figure in _epochs(wanted, task, names, train, test):
+        found.append(figure)
+        print(f"epoch {len(found)}: {task.metric} {figure:.4f}", flush=True)
+    seconds = time.monotonic() - began
+    print(f"{count} records, {seconds:.0f} s")
     if wanted.json is not None:
-        found = {"accuracy": rates, "seconds": time.monotonic() - began, "records": len(train)}
-        wanted.json.write_text(json.dumps({**found, "arguments": vars(wanted)}, default=str))
+        told = {task.metric: found, "seconds": seconds, "records": count}
+        wanted.json.write_text(json.dumps({**told, "arguments": vars(wanted)}, default=str))
 
 
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--task", choices=TASKS, default="sequence-classification")
     parser.add_argument("--text", nargs="+", default=["text"], help="a text, or the two of a pair")
     parser.add_argument("--label", default="label")
+    parser.add_argument("--records", type=int, help="train on so many, drawn by the seed")
     parser.add_argument("--base", default="minilm")
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=3)
@@ -63,62 +152,74 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def _epochs(wanted: Any, classes: int, train: Records, test: Records) -> Iterator[float]:
-    folder = resolve_base(wanted.base)
+def _epochs(wanted: Any, task: Task, names: Names, train: Table, test: Table) -> Iterator[float]:
+    folder, count = resolve_base(wanted.base), len(train[wanted.label])
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
-    lora = peft.LoraConfig(
-        task_type=peft.TaskType.SEQ_CLS,
-        r=wanted.rank,
-        lora_alpha=2 * wanted.rank,
-        target_modules=["query", "value"],
-    )
-    model = peft.get_peft_model(base, lora)
+    model = _adapted(folder, len(names), wanted.rank, task.by_word)
     optimizer = torch.optim.AdamW(model.parameters(), lr=wanted.learning_rate)
-    steps = wanted.epochs * -(-len(train) // wanted.batch)
+    steps = wanted.epochs * -(-count // wanted.batch)
     schedule = warm_and_decay(optimizer, steps // 10, steps)  # type: ignore[no-untyped-call]
+    places = {name: place for place, name in enumerate(names)}
     for _ in range(wanted.epochs):
         model.train()
-        for rows in _shuffled(len(train), wanted.batch):
-            inputs, labels = _batch(tokenizer, train, rows, wanted.max_length)
+        for rows in _parts(torch.randperm(count).tolist(), wanted.batch):
+            inputs, targets = _batch(wanted, task, places, tokenizer, train, rows)
             with torch.autocast("cpu", torch.bfloat16, enabled=wanted.bf16):
                 logits = model(**inputs).logits
-            loss = functional.cross_entropy(logits.float(), labels)
+            loss = task.loss(logits.float(), targets)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        yield _accuracy(model, tokenizer, test, wanted.max_length)
+        model.eval()
+        scores, truth = [], []
+        for rows in _parts([*range(len(test[wanted.label]))], 128):
+            inputs, targets = _batch(wanted, task, places, tokenizer, test, rows)
+            with torch.no_grad():
+                scores += [*model(**inputs).logits]
+            truth += [*targets]
+        yield float(task.score(scores, truth, names))
 
 
-def _shuffled(records: int, batch: int) -> Iterator[list[int]]:
-    order = torch.randperm(records).tolist()
-    for start in range(0, records, batch):
-        yield order[start : start + batch]
+def _parts(rows: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _adapted(folder: Path, outputs: int, rank: int, by_word: bool) -> Any:
+    kinds = AutoModelForSequenceClassification, AutoModelForTokenClassification
+    base = kinds[by_word].from_pretrained(folder, num_labels=outputs)
+    lora = peft.LoraConfig(
+        task_type=peft.TaskType.TOKEN_CLS if by_word else peft.TaskType.SEQ_CLS,
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=["query", "value"],
+    )
+    return peft.get_peft_model(base, lora)
 
 
 def _batch(
-    tokenizer: Any, records: Records, rows: list[int], length: int
+    wanted: Any, task: Task, places: dict[str, int], tokenizer: Any, table: Table, rows: list[int]
 ) -> tuple[Any, torch.Tensor]:
-    if records.labels is None:
-        raise BadInput(f"{records.where}: found no labels, expected a column of them")
-    sides = (records.texts, records.parts.get(PAIR))
-    texts = [[side[row] for row in rows] for side in sides if side is not None]
+    """What a network reads, and targets: of each record, or of each token that begins a word."""
     inputs = tokenizer(
-        *texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        *([table[name][row] for row in rows] for name in wanted.text),
+        padding=True,
+        truncation=True,
+        max_length=wanted.max_length,
+        is_split_into_words=task.by_word,
+        return_tensors="pt",
     )
-    return inputs, torch.from_numpy(records.labels[rows].astype(np.int64))
-
-
-@torch.no_grad()
-def _accuracy(model: Any, tokenizer: Any, test: Records, length: int) -> float:
-    model.eval()
-    right = 0
-    for start in range(0, len(test), 128):
-        rows = list(range(start, min(start + 128, len(test))))
-        inputs, labels = _batch(tokenizer, test, rows, length)
-        right += int((model(**inputs).logits.argmax(dim=1) == labels).sum())
-    return right / len(test)
+    targets = [task.target(table[wanted.label][row], places) for row in rows]
+    if not task.by_word:
+        return inputs, torch.tensor(targets)
+    aligned = torch.full(inputs["input_ids"].shape, IGNORED)
+    for place, own in enumerate(targets):
+        words = inputs.word_ids(place)
+        for token, word in enumerate(words):
+            if word is not None and word not in words[:token]:
+                aligned[place, token] = own[word]
+    return inputs, aligned
 
 
 if __name__ == "__main__":

@@ -163,11 +163,15 @@ def test_a_head_that_nothing_clips_is_thrown_about_by_no_rule() -> None:
         assert loss < 0.3 * worst
 
 
-def test_a_head_that_begins_with_lora_has_as_many_steps_as_it_takes() -> None:
-    words = '[model]\ntask = "token-classification"\n[privacy]\nmode = "none"'
-    few, many = (chosen(words, PublicFacts(units, 3)) for units in (590, 400_000))
-    assert few.federation.rounds * few.training.steps == 300
-    assert many.federation.rounds * many.training.steps * many.training.sampling_rate >= 2.9
+@pytest.mark.parametrize(
+    "model", ['pooling = "default"', 'task = "token-classification"'], ids=("own head", "words")
+)
+def test_a_new_head_and_tags_have_as_many_steps_as_they_take(model: str) -> None:
+    text = f'[model]\n{model}\n[privacy]\nmode = "none"'
+    few, many = (chosen(text, PublicFacts(units, 3)) for units in (590, 400_000))
+    rounds = few.federation.rounds - few.training.head_rounds
+    assert rounds * few.training.steps == 300
+    assert rounds * many.training.steps * many.training.sampling_rate >= 2.9
     language = chosen('[model]\ntask = "causal-lm"\n[privacy]\nmode = "none"', PublicFacts(590, 0))
     assert language.federation.rounds * language.training.steps < 100  # its scores are there
 
@@ -175,6 +179,12 @@ def test_a_head_that_begins_with_lora_has_as_many_steps_as_it_takes() -> None:
 def test_plain_steps_of_a_head_that_nothing_clips_are_small() -> None:
     server = chosen('[privacy]\nmode = "none"\n[server]\nhead_optimizer = "none"').server
     assert (server.head_optimizer, server.head_learning_rate) == ("none", 1.0)
+
+
+def test_a_head_of_words_has_a_phase_of_its_own() -> None:
+    config = chosen('[model]\ntask = "token-classification"')
+    assert (config.model.pooling, config.training.head_rounds) == ("words", 30)
+    assert (config.training.moves, config.federation.rounds) == ("lora", 90)
 
 
 def test_a_head_of_the_bases_own_has_no_phase_unless_it_is_asked_for() -> None:
