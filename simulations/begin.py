@@ -198,7 +198,6 @@ def federation_of(
     BadInput names what is wrong. What is computed once for a run and must not change in it lies in
     the run's `folder`.
     """
-    privacy = config.privacy
     check_delta(config, sources.train)
     task = sources.public.task if own.loss is None else with_loss(sources.public.task, own.loss)
     sources = replace(sources, public=replace(sources.public, task=task))
@@ -208,7 +207,8 @@ def federation_of(
         return dealt(config, records, units, own)
 
     tokens, asked = config.training.micro_batch_tokens, config.evaluation
-    return Federation.build(public, sources, deal, privacy, Steps.of(config), tokens, folder, asked)
+    steps = Steps.of(Terms.of(config, batches="packed"))
+    return Federation.build(public, sources, deal, config.privacy, steps, tokens, folder, asked)
 
 
 def dealt(config: Config, records: Records, units: UnitIndex, own: Own = NOTHING_OWN) -> Partition:

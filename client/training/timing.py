@@ -18,7 +18,7 @@ import torch
 from fedlora.client.training.memory import Activations, memory_of_step
 from fedlora.client.training.sampling import micro_batches
 from fedlora.client.training.step import RECORDS, ClipGroups, PerSampleGradients
-from fedlora.common.config.schema import Config
+from fedlora.common.config.parts import Terms
 from fedlora.common.data.records import UnitIndex
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.compute import measured_once
@@ -46,16 +46,16 @@ class Steps:
     grouped: bool = False
 
     @classmethod
-    def of(cls, config: Config) -> Steps:
+    def of(cls, terms: Terms) -> Steps:
         """Of the rounds in a simulation that move more than the head; none drawn where there are
         none.
         """
-        training, adapted = config.training, config.federation.rounds > config.training.head_rounds
+        training, adapted = terms.training, terms.federation.rounds > terms.training.head_rounds
         return cls(
             drawn=training.expected_units if adapted else 0.0,
             packed=training.batches != "fixed",
-            private=guarantee_asked(config.privacy).clip_in_step,
-            grouped=bool(config.data.unit),
+            private=guarantee_asked(terms.privacy).clip_in_step,
+            grouped=bool(terms.unit),
         )
 
     @classmethod

@@ -15,7 +15,6 @@ STARTED = time.perf_counter()
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.common.config.load import parse_config
-from fedlora.common.config.schema import Config
 from fedlora.server.runs.run import conduct
 from fedlora.server.runs.summary import peak_rss_bytes
 from fedlora.simulations.begin import Options, begin
@@ -98,7 +96,7 @@ def _measure(clients: int, rounds: int) -> dict[str, Any]:
     )
     with TemporaryDirectory() as folder:
         run = begin(config, Path(folder), Options(device="cpu"))
-        run.federation.partition = _many(len(run.federation.units), config)
+        run.federation.partition = _many(len(run.federation.units), clients, config.seed)
         start = time.perf_counter() - STARTED
         before, replies = time.process_time(), []
         conduct(run, sequential(run))
@@ -114,13 +112,10 @@ def _measure(clients: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def _many(units: int, config: Config) -> Partition:
+def _many(units: int, clients: int, seed: int) -> Partition:
     """More clients than there are records for: each holds 32 drawn from all, so clients overlap."""
-    clients = config.federation.clients
-    drawn = np.random.default_rng(config.seed).integers(0, units, clients * RECORDS)
-    return replace(
-        Partition(np.arange(clients + 1, dtype=np.int64) * RECORDS, drawn.astype(np.int64))
-    )
+    drawn = np.random.default_rng(seed).integers(0, units, clients * RECORDS)
+    return Partition(np.arange(clients + 1, dtype=np.int64) * RECORDS, drawn.astype(np.int64))
 
 
 def _print(figures: list[dict[str, Any]]) -> None:

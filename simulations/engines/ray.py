@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def serve(grid: Grid, context: Context) -> None:
     print(f"run     {folder}", flush=True)
     config = load_config(packaged_config(Path(name)), shlex.split(str(settings["set"])))
     if name == QUICKSTART:
-        config = with_corpus(config, folder / "data")
+        data = with_corpus(config.data, config.seed, folder / "data")
+        config = replace(config, data=data)
     options = Options(
         engine="ray",
         device="cpu",

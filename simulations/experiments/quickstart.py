@@ -57,7 +57,8 @@ WRITTEN = (
 def run_quickstart(folder: Path, console: Console, threads: int = 0) -> dict[str, Any]:
     """Three results and a report under `folder`; returns the private run's summary."""
     _make_room(folder)
-    config = with_corpus(load_config(CONFIG), folder / "data")
+    config = load_config(CONFIG)
+    config = replace(config, data=with_corpus(config.data, config.seed, folder / "data"))
     console.print(
         "quickstart: a synthetic corpus of five institutions; nothing here is anybody's data"
     )

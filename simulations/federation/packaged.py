@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fedlora.common.config.schema import Config
+from fedlora.common.config.schema import DataConfig
 from fedlora.simulations.federation.corpus import Corpus, generate, write, write_records
 
 PUBLIC = 800  # records of the quickstart's corpus that are its public validation file
@@ -19,10 +19,9 @@ def packaged_config(path: Path) -> Path:
     return path
 
 
-def with_corpus(config: Config, folder: Path) -> Config:
-    """The same run on the quickstart's corpus, which is made up in `folder`."""
-    corpus, public = generate(config.seed), folder / "validation.jsonl"
+def with_corpus(data: DataConfig, seed: int, folder: Path) -> DataConfig:
+    """The quickstart's corpus, which is made up in `folder`, in place of the files of `data`."""
+    corpus, public = generate(seed), folder / "validation.jsonl"
     train, test = write(Corpus(corpus.train[PUBLIC:], corpus.test), folder)
     write_records(public, corpus.train[:PUBLIC])
-    data = replace(config.data, train=str(train), test=str(test), validation=str(public))
-    return replace(config, data=data)
+    return replace(data, train=str(train), test=str(test), validation=str(public))
