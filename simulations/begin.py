@@ -31,8 +31,8 @@ from fedlora.common.privacy.calibration import default_cache
 from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.server.rounds.checkpoint import Checkpoint
 from fedlora.server.rounds.cohort import Cohort
+from fedlora.server.rules import agree
 from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning
-from fedlora.server.runs.rules import agree
 from fedlora.server.runs.run import rules_of, strategies_of
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.strategies.gathered import gathering

@@ -15,7 +15,7 @@ from fedlora.common.config.schema import Config, DataConfig, config_to_toml, ope
 from fedlora.common.data.records import unit_groups
 from fedlora.common.disk.files import write_text
 from fedlora.common.privacy.modes import guarantee_asked
-from fedlora.server.runs.rules import BY_UNITS, PublicFacts, decided, rounded
+from fedlora.server.rules import BY_UNITS, PublicFacts, decided, rounded
 from fedlora.simulations.federation.sources import Sources
 
 CONFIG, CHOSEN = "config.toml", "chosen.json"  # in a run's folder

@@ -76,11 +76,8 @@ def static(root: Path) -> dict[str, Any]:
         "public names": sum(map(_public, trees.values())),
         "without a docstring of their own": sum(map(_untold, trees.values())),
         "circles": sum(len(_circles(root, layer, trees)) for layer in CODE),
-        "files that see the whole Config": sorted(
-            str(path.relative_to(root))
-            for path, tree in trees.items()
-            if any(map(_sees_config, ast.walk(tree)))
-        ),
+        "files that see the whole Config": (seen := sorted(_seeing_config(root, trees))),
+        "rooms that see the whole Config": sorted({name.rpartition("/")[0] for name in seen}),
         "comparisons of a mode": compared,
     }
 
@@ -127,6 +124,13 @@ def _compares_mode(node: ast.AST) -> bool:
         if isinstance(c, ast.Constant) and isinstance(c.value, str)
     }
     return named and bool(words & MODES)
+
+
+def _seeing_config(root: Path, trees: dict[Path, ast.Module]) -> Iterator[str]:
+    """Files that import it; those that stand in a layer itself are its border, one room."""
+    for path, tree in trees.items():
+        if any(map(_sees_config, ast.walk(tree))):
+            yield str(path.relative_to(root))
 
 
 def _sees_config(node: ast.AST) -> bool:

@@ -41,6 +41,7 @@ ROOMS = {
             "rounds",
             "secagg",
             "runs",
+            "rules",
             "coordinator",
             "release",
             "deployment",
@@ -86,6 +87,12 @@ LIGHT_ROOMS = (
 LIGHT_FILES = ("errors", "terminal", "model/state", "data/records")
 # The one file that compares a mode's name: a configuration's rules stand below its guarantees.
 COMPARES_MODES = {"common/config/load.py"}
+# Where a run's configuration comes in: read, completed, spent. All others get parts of it. A
+# layer's own files, which are its border, have the layer's name.
+SEE_CONFIG = {
+    *("common/config", "server", "server/deployment", "simulations"),
+    *("simulations/experiments", "simulations/examples"),
+}
 HEAVY = {"torch", "transformers", "peft", "opacus", "sklearn"}
 
 
@@ -213,6 +220,16 @@ def compares_a_mode(node: ast.AST) -> bool:
     inner = [each for side in sides for each in ast.walk(side) if isinstance(each, ast.Constant)]
     named = any(getattr(each, "attr", getattr(each, "id", "")) == "mode" for each in sides)
     return named and any(each.value in GUARANTEES for each in inner)
+
+
+def test_the_configuration_is_spent_at_the_border() -> None:
+    found = {
+        str(path.parent.relative_to(ROOT))
+        for layer in CODE
+        for path in sources(layer)
+        if any(name.endswith(".Config") for name in imports(path))
+    }
+    assert found == SEE_CONFIG
 
 
 def test_the_design_draws_these_rooms() -> None:

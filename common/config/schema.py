@@ -58,7 +58,7 @@ def _choice(default: str, *known: str, tuning: bool = False) -> Any:
 
 
 def _chosen(low: float, high: float, *, open_low: bool = False) -> Any:
-    """A number that is chosen by rule (`server/runs/rules.py`) where none is given."""
+    """A number that is chosen by rule (`server/rules.py`) where none is given."""
     rule = Bounds(low, high, open_low)
     return field(default=UNDECIDED, metadata={"rule": rule, "auto": True})
 

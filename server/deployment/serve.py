@@ -32,9 +32,9 @@ from fedlora.server.deployment.institutions import Carrier
 from fedlora.server.deployment.participants import Participants
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.loop import Around
+from fedlora.server.rules import PublicFacts, decided
 from fedlora.server.runs.metrics import nobody
 from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning, read_public
-from fedlora.server.runs.rules import PublicFacts, decided
 from fedlora.server.runs.run import Run, conclude, conduct, rules_of, strategies_of, to_its_end
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.runs.tracking import check_trackers, tracked

@@ -29,8 +29,8 @@ from fedlora.server.deployment.process import OUTCOME, appoint, is_held, outcome
 from fedlora.server.deployment.superlink import START_SECONDS, SuperLink
 from fedlora.server.release.from_run import read_summary
 from fedlora.server.rounds.loop import SAY_AGAIN
+from fedlora.server.rules import PublicFacts, decided
 from fedlora.server.runs.metrics import METRICS, lost_attempts
-from fedlora.server.runs.rules import PublicFacts, decided
 
 LOOK = 0.5  # seconds between two looks at a run's files
 ASK_FLOWER = 10.0  # seconds between two questions to Flower whether the run still lives

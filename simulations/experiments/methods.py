@@ -17,7 +17,7 @@ from typing import Any
 from fedlora.common.config.schema import FLEXLORA, Config
 from fedlora.common.config.toml import UNDECIDED, suggestion
 from fedlora.common.errors import BadInput
-from fedlora.server.runs.rules import HEAD_ROUNDS
+from fedlora.server.rules import HEAD_ROUNDS
 
 Method = Callable[[Config], Config]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedlora.common.config.load import parse_config
-from fedlora.server.runs.rules import PublicFacts, decided
+from fedlora.server.rules import PublicFacts, decided
 from fedlora.simulations.chosen import taken_as_public
 
 FACTS = PublicFacts(1_000, 2)

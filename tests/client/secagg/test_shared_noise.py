@@ -34,7 +34,7 @@ from fedlora.common.secagg.cohort import CohortPolicy, threshold
 from fedlora.common.secagg.wire import Epoch
 from fedlora.common.trust.identity import PublicIdentity
 from fedlora.server.rounds.cohort import CohortSum, Failure
-from fedlora.server.runs.rules import PublicFacts, decided
+from fedlora.server.rules import PublicFacts, decided
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.secagg.epoch import ServerEpoch
 from fedlora.server.secagg.sums import SecureCohort

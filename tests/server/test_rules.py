@@ -14,7 +14,7 @@ from fedlora.common.errors import BadInput
 from fedlora.common.privacy.accountant import Mechanism, epsilon_of
 from fedlora.common.privacy.calibration import Asked
 from fedlora.common.privacy.record_level import RecordLevel
-from fedlora.server.runs.rules import PublicFacts, agree, decided, gaussian_mu, rounded
+from fedlora.server.rules import PublicFacts, agree, decided, gaussian_mu, rounded
 from fedlora.server.runs.schedule import public_phases
 from fedlora.server.strategies.fedavg import ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
