@@ -188,7 +188,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run's folder.")]) -> N
 @app.command()
 def predict(
     folder: Annotated[Path, typer.Argument(help="A run's folder, or its adapter folder.")],
-    file: Annotated[Path, typer.Argument(help="One text to a line.")],
+    file: Annotated[Path, typer.Argument(help="One text, or path, to a line.")],
     base: Annotated[str, typer.Option(help="Where the base model lies, if elsewhere.")] = "",
 ) -> None:
     """The released adapter on new text: one JSON object to a line."""
@@ -197,7 +197,9 @@ def predict(
     adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
     inputs = [_input(line) for line in _lines(file)]
     loaded = load_adapter(adapter, base)
-    for text, answer in zip(inputs, loaded.predict(inputs), strict=True):
+    media = loaded.model.task.medium is not None
+    asked = [file.parent / str(each) for each in inputs] if media else inputs
+    for text, answer in zip(inputs, loaded.predict(asked), strict=True):
         sys.stdout.write(json.dumps({"text": text, "answer": answer}, ensure_ascii=False) + "\n")
 
 

@@ -118,6 +118,22 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2-layer random ViT of width 32, of images of 32 × 32, with its processor."""
+    from tests.media import write_vit
+
+    return write_vit(tmp_path_factory.mktemp("tiny-vit"))
+
+
+@pytest.fixture(scope="session")
+def tiny_ast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2-layer random AST of width 32, of sounds of 0.6 seconds, with its feature extractor."""
+    from tests.media import write_ast
+
+    return write_ast(tmp_path_factory.mktemp("tiny-ast"))
+
+
+@pytest.fixture(scope="session")
 def tiny_chat(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The decoder, with a chat template."""
     from tests.tasks import chatting

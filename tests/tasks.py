@@ -13,6 +13,7 @@ import transformers
 
 from fedlora.common.model.tokenizer import load_tokenizer
 from tests.conftest import WORDS
+from tests.media import png, wav
 
 Row = dict[str, Any]
 
@@ -52,9 +53,9 @@ class Made:
     private: bool = True
 
     def write(self, path: Path, count: int, seed: int) -> Path:
-        """JSON lines of so many records."""
+        """JSON lines of so many records; what is bytes lies in files beside them."""
         rng = np.random.default_rng(seed)
-        rows = (json.dumps(self.row(rng)) for _ in range(count))
+        rows = (json.dumps(_beside(path, n, self.row(rng))) for n in range(count))
         path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
         return path
 
@@ -87,6 +88,14 @@ epsilon = 8.0
 delta = 1e-4
 {more}
 """
+
+
+def _beside(path: Path, number: int, row: Row) -> Row:
+    file = path.with_name(f"{path.stem}-{number}")
+    for value in row.values():
+        if isinstance(value, bytes):
+            file.write_bytes(value)
+    return {k: file.name if isinstance(v, bytes) else v for k, v in row.items()}
 
 
 def text(rng: np.random.Generator, most: int = 8) -> str:
@@ -135,6 +144,16 @@ def _answered(rng: np.random.Generator) -> Row:
     return {"prompt": text(rng), "response": text(rng)}
 
 
+def _image(rng: np.random.Generator) -> Row:
+    label = int(rng.integers(2))
+    return {"image": png(rng, label), "label": ("blue", "red")[label]}
+
+
+def _sound(rng: np.random.Generator) -> Row:
+    label = int(rng.integers(2))
+    return {"audio": wav(rng, 300 + 1500 * label), "label": ("low", "high")[label]}
+
+
 def _said(rng: np.random.Generator) -> Row:
     turns = ("user", "assistant") * int(rng.integers(1, 3))
     return {"messages": [{"role": role, "content": text(rng, 4)} for role in turns]}
@@ -174,6 +193,15 @@ MADE = (
         '["it was", "was it"]',
         "pearson",
         'text = ["a", "b"]\nlabel = "score"\nscale = [0.0, 5.0]',
+    ),
+    Made(
+        "an image",
+        "image-classification",
+        _image,
+        "test-0",
+        "accuracy",
+        'image = "image"',
+        base="tiny_vit",
     ),
     Made("many labels", "multi-label", _many, "it was good", "micro_f1", 'label = "labels"'),
     Made(
@@ -223,3 +251,12 @@ MADE = (
     ),
 )
 IDS = [each.id for each in MADE]
+SOUND = Made(
+    "a sound",
+    "audio-classification",
+    _sound,
+    "test-0",
+    "accuracy",
+    'audio = "audio"',
+    base="tiny_ast",
+)

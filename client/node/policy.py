@@ -65,6 +65,8 @@ class DataPolicy:
     unit: str = _ruled("", OPTIONAL)  # the column that names the privacy unit; empty: the record
     # one text, or the two of a pair
     text: tuple[str, ...] = field(default=("text",), metadata={"rule": Each(NAME, 1), "one": True})
+    image: str = _ruled("", OPTIONAL)  # bytes, or paths from the table's folder on
+    audio: str = _ruled("", OPTIONAL)
     label: str = _ruled("label", NAME)
     # a regression's public ends of what a number may be; they travel as its label set
     scale: tuple[float, ...] = _ruled((), Each(Bounds(-1e9, 1e9)))
@@ -258,27 +260,22 @@ def _data_faults(
                 faults.append(f"{where} [budgets.{name}] {key}: missing, expected a cap")
     seen: dict[tuple[str, tuple[str, ...], str], str] = {}
     for name, each in data.items():
+        place = f"{where} [data.{name}]"
         if not each.path:
-            faults.append(f"{where} [data.{name}] path: missing, expected a file")
+            faults.append(f"{place} path: missing, expected a file")
         if each.budget not in budgets:
             known = ", ".join(budgets)
-            faults.append(
-                f"{where} [data.{name}] budget = {shown(each.budget)}: expected one of {known}"
-            )
+            faults.append(f"{place} budget = {shown(each.budget)}: expected one of {known}")
         if each.task == "regression" and len(each.scale) != 2:
-            faults.append(f"{where} [data.{name}] scale: expected its public ends, two numbers")
+            faults.append(f"{place} scale: expected its public ends, two numbers")
         if each.task in LABELLED and len(each.labels) < 2:
-            faults.append(
-                f"{where} [data.{name}] labels: expected the public label set, at least two"
-            )
+            faults.append(f"{place} labels: expected the public label set, at least two")
         if len(each.text) > 2:
-            faults.append(f"{where} [data.{name}] text: expected one column, or the two of a pair")
+            faults.append(f"{place} text: expected one column, or the two of a pair")
         if each.task in LANGUAGES and each.labels:
-            faults.append(f"{where} [data.{name}] labels: expected none for a language model")
+            faults.append(f"{place} labels: expected none for a language model")
         if each.serves in seen:
-            faults.append(
-                f"{where} [data.{name}]: serves the same runs as [data.{seen[each.serves]}]"
-            )
+            faults.append(f"{place}: serves the same runs as [data.{seen[each.serves]}]")
         seen[each.serves] = name
     return [*faults, *_unit_faults(data, where)]
 

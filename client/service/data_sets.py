@@ -9,7 +9,7 @@ from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import DataPolicy, Policy
 from fedlora.common.config.schema import check_delta
 from fedlora.common.data.records import Records, read_records, unit_groups
-from fedlora.common.model.tokenizer import load_tokenizer
+from fedlora.common.model.inputs import load_reader
 from fedlora.common.tasks.known import task_kind, task_named
 from fedlora.common.tasks.overview import overview
 
@@ -25,7 +25,8 @@ def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[Records, 
     check_delta(policy.limits.delta, units, f"{records.where}, by [limits] delta:")
     task, most, told = task_named(data.task, data.label_set), policy.limits.max_length, [""]
     for base in policy.bases.values():
-        encoded = task.encode(records, load_tokenizer(folder.base(base)), most)
+        reader = load_reader(folder.base(base), task.medium)
+        encoded = task.encode(records, reader, most)
         told = list(overview(records, encoded, task.labels, most))
     return records, units, told
 

@@ -203,9 +203,7 @@ class LoadedRun:
             projection=_projection(manifest, projection),
         )
         built = recipe.build(devices[0])
-        encoded = built.task.encode(
-            built.task.asked([PROBE] * 12), built.tokenizer, manifest.max_length
-        )
+        encoded = built.inputs.public(built.task, [PROBE] * 12, built.longest)
         compute_of_run(built, encoded, "auto", "auto", folder)
         alone = len(devices) == 1
         return PerSampleGradients(built) if alone else Ranks(built, recipe, devices[1:])
@@ -249,7 +247,7 @@ class LoadedRun:
         # by the policy's δ, whatever the manifest's: a consent must not tell the number of units
         check_delta(self._policy.limits.delta, len(units), f"{path.name}, by [limits] delta:")
         model = gradients.model
-        encoded = model.task.encode(records, model.tokenizer, manifest.max_length)
+        encoded = model.task.encode(records, model.tokenizer, model.longest)
         training = LocalTraining(gradients, FeatureCache(model), self._tokens)
         points = None
         if manifest.evaluation is not None:

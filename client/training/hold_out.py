@@ -141,7 +141,7 @@ def _records(model: AdapterModel, scored: bool, tokens: int, full: bool) -> int:
         with model.probed():
             same, beside = (
                 _answers(model, each.batch(every, model.pad, model.device, batch), scored)
-                for each in probes(shape, model.vocabulary, model.task)
+                for each in probes(shape, model.inputs, model.task)
             )
         return alike(same, beside)
 

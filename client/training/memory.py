@@ -70,7 +70,13 @@ class Activations:
 
     @classmethod
     def of(cls, model: AdapterModel) -> Activations:
-        """Counted on one record of each of `LENGTHS`, shorter where the model reads less."""
+        """Counted on one record of each of `LENGTHS`, shorter where the model reads less.
+
+        Where all records have one length, on that: then what is there once counts for each.
+        """
+        if model.inputs.one_length:
+            peak, widest = _kept(model, model.longest)
+            return cls(0.0, peak / model.longest, 0.0, widest / model.longest)
         longest = max(3, min(LENGTHS[-1], model.longest))
         lengths = [longest * length // LENGTHS[-1] for length in LENGTHS]
         kept = [_kept(model, length) for length in lengths]
@@ -155,8 +161,10 @@ def check_fits(
 
 def _kept(model: AdapterModel, length: int) -> tuple[int, int]:
     """Bytes that a pass over one text keeps at its peak, and those of the largest tensor."""
-    ids = torch.zeros(1, length, dtype=torch.int64, device=model.device)
-    mask, network = torch.ones_like(ids), model.network
+    lengths, network = np.array([length]), model.network
+    nobodys = model.inputs.nobodys(model.task, lengths, np.random.default_rng(0))
+    batch = nobodys.batch(np.zeros(1, dtype=np.int64), model.pad, model.device)
+    ids, mask = batch.ids, batch.mask
     ledger = _Kept({each.untyped_storage().data_ptr() for each in network.parameters()})
     with ledger.counting(), model.autocast():
         if model.next_words is not None:

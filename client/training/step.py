@@ -172,7 +172,7 @@ class PerSampleGradients:
     def _hooks_are_right(self) -> bool:
         """Whether hooks give each record of a batch what it has alone."""
         model, shape = self.model, Shape(3, min(8, self.model.longest), False)
-        _, texts = probes(shape, model.vocabulary, model.task)
+        _, texts = probes(shape, model.inputs, model.task)
         every = np.arange(shape.records, dtype=np.int64)
         batch = MicroBatch(every, every, False, (shape.records, shape.tokens))
         inputs = texts.batch(every, model.pad, model.device, batch.shape)
@@ -200,8 +200,7 @@ class PerSampleGradients:
             batch = MicroBatch(every, every, False, (shape.records, shape.tokens))
             with model.probed():
                 same, beside = (
-                    self._samples(each, batch)
-                    for each in probes(shape, model.vocabulary, model.task)
+                    self._samples(each, batch) for each in probes(shape, model.inputs, model.task)
                 )
             return alike(same, beside)
 

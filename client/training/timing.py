@@ -114,12 +114,12 @@ def record_seconds(
 
 
 def nobodys_texts(model: AdapterModel) -> Encoded:
-    """Drawn words in texts of a quarter of the longest to all of it, where none may be read."""
+    """Drawn records of a quarter of the longest to all of it, where none may be read."""
     rng, most = np.random.default_rng(0), model.longest
     lengths = np.maximum(np.linspace(most / 4, most, 12).astype(np.int64), 1)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    tokens = rng.integers(0, model.vocabulary, offsets[-1]).astype(np.int32)
-    return model.task.unlabelled(tokens, offsets)
+    if model.inputs.one_length:
+        lengths = np.full(len(lengths), most, dtype=np.int64)
+    return model.inputs.nobodys(model.task, lengths, rng)
 
 
 def _seconds(

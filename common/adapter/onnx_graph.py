@@ -33,9 +33,10 @@ def write_onnx(adapter: LoadedAdapter, released: Path, folder: Path) -> None:
     for a task whose base writes text, or a folder that is not empty.
     """
     model = adapter.model
-    if model.task.reads not in (RECORD, WORD):
+    if model.task.reads not in (RECORD, WORD) or model.task.medium is not None:
         raise BadInput(
-            f"--onnx: found the task {model.task.name}, expected one that is answered by a head"
+            f"--onnx: found the task {model.task.name}, expected one of texts that is answered by a"
+            " head"
         )
     refuse_used(folder)
     for name in ("onnx", "onnxscript"):
@@ -53,13 +54,13 @@ def _program(network: Any, pad: int, longest: int) -> Any:
     mask = torch.ones_like(ids)
     mask[1, -1] = 0  # as a shorter text has it, so that no path is taken for full rows alone
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if network.typed:
+    if network.inputs.typed:
         inputs["token_type_ids"] = torch.zeros_like(ids)
     rows, length = torch.export.Dim("rows"), torch.export.Dim("length", max=longest)
     with warnings.catch_warnings():  # the exporter's own, of names it chose and of its old calls
         warnings.simplefilter("ignore")
         return torch.onnx.export(
-            (_Typed if network.typed else _Plain)(network),
+            (_Typed if network.inputs.typed else _Plain)(network),
             tuple(inputs.values()),
             dynamo=True,
             verbose=False,

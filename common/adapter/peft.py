@@ -13,6 +13,7 @@ Only safetensors and JSON are read; a folder that asks for code or pickled weigh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from safetensors.numpy import save_file
 
 from fedlora.common.adapter.released import (
+    CONFIG,
     DESCRIPTION,
     HEAD,
     Description,
@@ -35,6 +37,7 @@ from fedlora.common.adapter.released import (
 )
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.config.toml import check_rules
+from fedlora.common.disk.files import write_text
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import AdapterLayout, taken_from
 from fedlora.common.model.assembly import PEFT_ADAPTER
@@ -71,6 +74,7 @@ def export_adapter(
     config.fan_in_fan_out = False
     backbone.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     config.base_model_name_or_path = settings.base
+    _forget_class(folder / CONFIG)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a card, with nothing filled in
     if isinstance(model.network, PooledClassifier):
         head = {
@@ -94,6 +98,14 @@ def export_adapter(
         adapter_digest=state.digest,
     )
     write_description(folder, description, state.spec)
+
+
+def _forget_class(config: Path) -> None:
+    """Where PEFT has no kind of its own it names a class to import: who loads has the base."""
+    table = json.loads(config.read_bytes())
+    if table.get("auto_mapping") is not None:
+        table["auto_mapping"] = None
+        write_text(config, json.dumps(table, indent=2, sort_keys=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +135,7 @@ class LoadedAdapter:
     def _passed(self, inputs: Sequence[Any]) -> Iterator[tuple[Rows, Batch, torch.Tensor]]:
         """Places of `inputs`, each once, and what the network gives for their batch."""
         task = self.model.task
-        data = task.encode(task.asked(inputs), self.model.tokenizer, self.description.max_length)
+        data = task.encode(task.asked(inputs), self.model.tokenizer, self.model.longest)
         for rows in length_batches(data.lengths, BATCH_TOKENS):
             batch = data.batch(rows, self.model.pad, self.model.device)
             with torch.no_grad():

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from safetensors.numpy import load
 
 from fedlora.common.codec.strict import build, json_table
-from fedlora.common.config.task_names import LANGUAGES
+from fedlora.common.config.task_names import LANGUAGES, MEDIA
 from fedlora.common.config.toml import Bounds
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import AdapterLayout
@@ -201,15 +201,18 @@ def _own_heads(spec: AdapterSpec, description: Description) -> list[str]:
         return []
     heads = [each.name for each in spec.tensors if each.name.startswith(HEAD_PREFIX)]
     named = {name.split(".")[1] for name in heads}
+    if description.task in MEDIA:
+        return sorted(named)  # PEFT knows none by itself
     return sorted({*PEFT_HEADS, *(name for name in named if not name.endswith(tuple(PEFT_HEADS)))})
 
 
 def _described_config(description: Description, heads: list[str]) -> dict[str, Any]:
     """What a description decides of PEFT's configuration, lists in order."""
     ours = PEFT_TASKS.get(description.task, "FEATURE_EXTRACTION")
+    of_head = None if description.task in MEDIA else "SEQ_CLS"
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if heads else ours,
+        "task_type": of_head if heads else ours,
         "r": description.rank,
         "lora_alpha": description.alpha,
         "target_modules": sorted(description.targets),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from fedlora.common.config.schema import FLEXLORA, ROBUST, Config, FaultsConfig
-from fedlora.common.config.task_names import BUILT_IN, BY_WORD, LANGUAGES
+from fedlora.common.config.task_names import BUILT_IN, BY_WORD, CLASSIFIED, LANGUAGES
 from fedlora.common.config.toml import AUTO, UNDECIDED, read_fields, read_table, shown
 from fedlora.common.disk.files import read_bytes, text_of
 from fedlora.common.errors import BadInput
@@ -268,7 +268,7 @@ def _evaluation(config: Config) -> Iterator[Fault]:
             ' "groups" all together or none of them',
         )
     of_classes = [each for each in asked.counts if each != "loss"]
-    if of_classes and model.task != BUILT_IN[0]:
+    if of_classes and model.task not in CLASSIFIED:
         shown_counts = shown([*asked.counts])
         yield (
             ("evaluation.counts", "model.task"),

@@ -25,7 +25,6 @@ from fedlora.common.config.toml import (
 )
 from fedlora.common.errors import BadInput
 
-MAX_CONFIG_BYTES = 1 << 20
 DIGEST = Pattern(r"(sha256:[0-9a-f]{64})?", '"sha256:" and 64 hexadecimal digits, or ""')
 LETTER = r"[^\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]"  # one line, and writable as UTF-8
 NAME = Pattern(LETTER + "{1,4096}", "one line of text")
@@ -131,8 +130,9 @@ class DataConfig:
     # a public file that a projection is fitted on; "": half of the validation part
     public: str = _text("")
     text: tuple[str, ...] = _items(("text",), NAME, shortest=1, one=True)  # or the two of a pair
-    # causal-lm: the answer to a prompt; without a response, the text itself
-    prompt: str = _text("")
+    image: str = _text("")  # bytes, or paths from the table's folder on
+    audio: str = _text("")
+    prompt: str = _text("")  # causal-lm; without a response, the text itself
     response: str = _text("")
     label: str = _text("label", NAME)
     # public label set; empty: taken from test, never from train

@@ -11,7 +11,9 @@ from importlib.metadata import EntryPoint, entry_points
 
 from fedlora.common.config.toml import Choice
 
-LABELLED = ("sequence-classification", "multi-label", "token-classification")
+MEDIA = ("image-classification", "audio-classification")  # whose records are no text
+CLASSIFIED = ("sequence-classification", *MEDIA)  # one label to a record
+LABELLED = (*CLASSIFIED, "multi-label", "token-classification")
 BY_WORD = ("token-classification",)  # answered word by word
 LANGUAGES = ("causal-lm", "seq2seq")  # answered by the base's own scores of words
 BUILT_IN = (*LABELLED, "regression", *LANGUAGES)

@@ -19,6 +19,7 @@ from fedlora.common.config.toml import shown
 from fedlora.common.data.conversations import conversations
 from fedlora.common.data.data_file import columns_of
 from fedlora.common.data.formats import Values
+from fedlora.common.data.media import media_files
 from fedlora.common.data.tagged import WORDS, tagged_words
 from fedlora.common.data.values import (
     label_lists,
@@ -35,6 +36,7 @@ from fedlora.common.errors import BadInput
 Ints = npt.NDArray[np.int64]
 
 MAX_LABELS = 100_000
+MEDIA = "media"  # of `Records.parts`: what is no text, as `data.media.MediaFile`
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Columns:
     tokens: str = ""  # a list of words; "": the words of the text
     tags: str = ""  # a list of their tags, or of spans of the text
     messages: str = ""  # a list of messages
+    media: str = ""  # bytes, or paths of files: of records that are no text
     unit: str = ""
     more: tuple[str, ...] = ()  # read as they are
 
@@ -57,13 +60,16 @@ class Columns:
     def wanted(self) -> tuple[str, ...]:
         """The names that are not empty, each once: the columns that are read."""
         names = [self.text, self.second, self.response, self.label, self.labels, self.score]
-        names += [self.tokens, self.tags, self.messages, self.unit, *self.more]
+        names += [self.tokens, self.tags, self.messages, self.media, self.unit, *self.more]
         return tuple(dict.fromkeys(name for name in names if name))
 
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Rows of one file. `labels` are indices into the public label set."""
+    """Rows of one file. `labels` are indices into the public label set.
+
+    The text of a record that is none is the digest of its bytes.
+    """
 
     texts: Sequence[str]
     responses: Sequence[str] | None
@@ -142,6 +148,9 @@ def read_records(
     where = path.name
     table = columns_of(path, columns.wanted, root)
     parts = _parts(table, columns, labels, where)
+    if columns.media:
+        folder = path if path.is_dir() else path.parent
+        parts[MEDIA] = media_files(table[columns.media], folder, where, columns.media)
     texts = _texts(table, columns, parts, where)
     if not texts:
         raise BadInput(f"{where}: found no records, expected at least one")
@@ -214,11 +223,13 @@ def unit_groups(units: Sequence[str] | None, records: int | None = None) -> Unit
 def _texts(
     table: Mapping[str, Values], columns: Columns, parts: Mapping[str, Sequence[Any]], where: str
 ) -> list[str]:
-    """A text of each record: its own, what was said, or its words."""
+    """A text of each record: its own, what was said, its words, or the digest of its bytes."""
     if columns.text:
         return strings(table[columns.text], where, columns.text)
     if columns.messages:
         return ["\n".join(each["content"] for each in own) for own in parts["messages"]]
+    if columns.media:
+        return [each.digest for each in parts[MEDIA]]
     return [" ".join(words) for words in parts[WORDS]]
 
 

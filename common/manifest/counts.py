@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedlora.common.config.task_names import BUILT_IN
+from fedlora.common.config.task_names import CLASSIFIED
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.state import AdapterSpec, TensorSpec
@@ -45,7 +45,7 @@ class Cells:
         cells = cls(terms.counts, len(manifest.labels), len(named))
         if bool(named) != (GROUPS in terms.counts):
             raise BadInput("manifest groups: expected some where they are counted, and there alone")
-        if terms.counts != (LOSS,) and (manifest.task != BUILT_IN[0] or not cells.classes):
+        if terms.counts != (LOSS,) and (manifest.task not in CLASSIFIED or not cells.classes):
             raise BadInput(
                 f'manifest evaluation counts: expected ["loss"] with task = {manifest.task[:80]!r},'
                 " whose records have no one class"

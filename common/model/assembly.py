@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.config.toml import AUTO
 from fedlora.common.errors import BadInput
-from fedlora.common.model.behaviour import called, texts
+from fedlora.common.model.behaviour import called
+from fedlora.common.model.inputs import Inputs, inputs_of
 from fedlora.common.model.loading import (
     load_backbone,
     load_classifier,
@@ -44,23 +45,21 @@ PEFT_ADAPTER = "default"  # PEFT's own name for the first adapter of a model
 
 
 def assembled(
-    model: ModelConfig, folder: Path, task: Task, tokenizer: Any, lora: LoraConfig, place: Place
+    model: ModelConfig, folder: Path, task: Task, reader: Any, lora: LoraConfig, place: Place
 ) -> tuple[PooledClassifier | OwnHead, LoraConfig]:
     """The network, and `lora` with the names of what is adapted.
 
     BadInput where the base can't serve the task.
     """
-    if task.reads == LANGUAGE:
-        adapted, lora = _with_lora(
-            load_language_model(folder, place), model, lora, peft.TaskType.CAUSAL_LM
-        )
-        return OwnHead(adapted), lora
-    if task.reads == TRANSLATION:
-        adapted, lora = _with_lora(
-            load_translator(folder, place), model, lora, peft.TaskType.SEQ_2_SEQ_LM
-        )
-        start: Any = adapted.config.decoder_start_token_id
-        return Translator(adapted, 0 if start is None else int(start)), lora
+    where = f"[model] base = {folder}"
+    if task.reads in (LANGUAGE, TRANSLATION):
+        writes = task.reads == LANGUAGE
+        base = (load_language_model if writes else load_translator)(folder, place)
+        inputs = inputs_of(base, reader, task, where, headed=False)
+        language = peft.TaskType.CAUSAL_LM if writes else peft.TaskType.SEQ_2_SEQ_LM
+        adapted, lora = _with_lora(base, model, lora, inputs, language)
+        start: Any = None if writes else adapted.config.decoder_start_token_id
+        return OwnHead(adapted, inputs) if writes else Translator(adapted, inputs, start or 0), lora
     by_word = model.pooling == "words"
     if by_word != (task.reads == WORD) and model.pooling != AUTO:
         expected = '"words"' if task.reads == WORD else "default, mean or layers"
@@ -70,25 +69,23 @@ def assembled(
     if model.pooling == AUTO:
         raise BadInput('[model] pooling = "auto": expected default, mean or layers by now')
     if model.pooling == "default":
-        base, new = load_classifier(folder, task.outputs, place)
+        base, new = load_classifier(folder, task.outputs, place, task.medium)
+        inputs = inputs_of(base, reader, task, where)
         config = base.config.get_text_config()
-        if config.pad_token_id is None:  # without one, transformers refuses a batch
-            config.pad_token_id = tokenizer.pad_token_id or 0
-        adapted, lora = _with_lora(base, model, lora, peft.TaskType.SEQ_CLS, new)
-        return OwnHead(adapted, _own_classifier(adapted), _typed(base, tokenizer)), lora
+        if task.medium is None and config.pad_token_id is None:
+            config.pad_token_id = inputs.pad  # without one, transformers refuses a batch
+        # PEFT's own kinds are of texts: of another medium it is told which heads are trained
+        kind = peft.TaskType.SEQ_CLS if task.medium is None else None
+        adapted, lora = _with_lora(base, model, lora, inputs, kind, new)
+        return OwnHead(adapted, inputs, _own_classifier(adapted)), lora
     base = load_backbone(folder, place)
+    inputs = inputs_of(base, reader, task, where)
     config = base.config.get_text_config()
     pooling = Pooling(_pooled_layers(model, config.num_hidden_layers), model.head_scale)
-    backbone, lora = _with_lora(base, model, lora, peft.TaskType.FEATURE_EXTRACTION)
+    backbone, lora = _with_lora(base, model, lora, inputs, peft.TaskType.FEATURE_EXTRACTION)
     width = model.kernel_directions or model.projection or config.hidden_size * len(pooling.layers)
     head = build_head(width, model.head_hidden, task.outputs)
-    return PooledClassifier(backbone, pooling, head, _typed(base, tokenizer), by_word), lora
-
-
-def _typed(base: PreTrainedModel, tokenizer: Any) -> bool:
-    """Whether the base tells the texts of a pair apart, and its tokenizer says so too."""
-    kinds = getattr(base.config.get_text_config(), "type_vocab_size", 0)
-    return kinds > 1 and "token_type_ids" in tokenizer.model_input_names
+    return PooledClassifier(backbone, pooling, head, inputs, by_word), lora
 
 
 def _own_classifier(adapted: peft.PeftModel) -> nn.Module:
@@ -118,7 +115,8 @@ def _with_lora(
     base: PreTrainedModel,
     model: ModelConfig,
     lora: LoraConfig,
-    kind: peft.TaskType,
+    inputs: Inputs,
+    kind: peft.TaskType | None,
     new: tuple[str, ...] = (),
 ) -> tuple[peft.PeftModel, LoraConfig]:
     """The adapted base, and the configuration with the names of what is adapted.
@@ -127,10 +125,9 @@ def _with_lora(
     """
 
     def used() -> frozenset[str]:
-        embeddings: Any = base.get_input_embeddings()
-        return called(base, *texts(embeddings.num_embeddings, base.device, model.max_length))
+        return called(base, inputs.read(*inputs.tried(base.device, model.max_length)))
 
-    heads = (*PEFT_HEADS, *new) if kind == peft.TaskType.SEQ_CLS else ()
+    heads = (*PEFT_HEADS, *new) if kind in (peft.TaskType.SEQ_CLS, None) else ()
     lora = explicit(base, lora, used, heads)
     settings = peft.LoraConfig(
         task_type=kind,
@@ -174,7 +171,8 @@ def trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def initialise(network: nn.Module, seed: int) -> None:
-    """LoRA A and hidden layers uniform in ±1/sqrt(fan-in), by NumPy's Philox; all else zero.
+    """LoRA A and hidden layers uniform in ±1/sqrt(fan-in), by NumPy's Philox; a norm of a head's
+    own is one that changes nothing; all else zero.
 
     Not torch's generator: every institution must reach the same frozen A, on any machine. The last
     layer of a head starts at zero, so that the first answer is uniform over the labels.
@@ -184,6 +182,7 @@ def initialise(network: nn.Module, seed: int) -> None:
         name for name, p in trainable(network) if name.startswith(HEAD_PREFIX) and p.ndim == 2
     ][-1:]
     tensors = dict(trainable(network))
+    norms = {id(each.weight) for each in network.modules() if isinstance(each, nn.LayerNorm)}
     frozen_a = {
         n: p for n, p in network.named_parameters() if ".lora_A." in n and not p.requires_grad
     }
@@ -193,5 +192,7 @@ def initialise(network: nn.Module, seed: int) -> None:
                 bound = parameter.shape[1] ** -0.5
                 values = generator.uniform(-bound, bound, tuple(parameter.shape)).astype(np.float32)
                 parameter.copy_(torch.from_numpy(values))
+            elif id(parameter) in norms:  # a factor of zero would pass no gradient on
+                parameter.fill_(1.0)
             else:
                 parameter.zero_()

@@ -70,6 +70,8 @@ def check_base(folder: Path) -> None:
         _check_weights(file)
     for index in sorted(folder.glob("*.safetensors.index.json")):
         _check_index(index, {file.name for file in weights})
+    if (processor := folder / "preprocessor_config.json").is_file():
+        refuse_code(processor)
     if (tokenizer := folder / "tokenizer_config.json").is_file():
         _check_tokenizer(tokenizer)
 

@@ -7,7 +7,7 @@ one record is shaped by the words of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -80,8 +80,8 @@ def is_routed(
     return traces[0] != traces[1] or any("grouped_mm" in name for name, *_ in traces[0])
 
 
-def called(base: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> frozenset[str]:
-    """Names of the modules that a forward pass goes through."""
+def called(base: PreTrainedModel, given: Mapping[str, torch.Tensor]) -> frozenset[str]:
+    """Names of the modules that a forward pass of what is `given` goes through."""
     names: set[str] = set()
 
     def watch(name: str) -> Any:
@@ -90,8 +90,8 @@ def called(base: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> froz
     hooks = [each.register_forward_pre_hook(watch(name)) for name, each in base.named_modules()]
     try:
         with torch.no_grad():
-            more = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
-            base(input_ids=ids, attention_mask=mask, **more)
+            both = base.config.is_encoder_decoder
+            base(**given, **({"decoder_input_ids": given["input_ids"]} if both else {}))
     finally:
         for hook in hooks:
             hook.remove()

@@ -163,7 +163,7 @@ def _records(model: AdapterModel, tokens: int, full: bool) -> int:
         with model.probed():
             same, beside = (
                 model.pooled(_batch(model, probe, every, shape))
-                for probe in probes(shape, model.vocabulary, model.task)
+                for probe in probes(shape, model.inputs, model.task)
             )
         return alike([same], [beside])
 
@@ -210,11 +210,7 @@ def length_batches(lengths: Rows, tokens: int) -> list[Rows]:
 
 
 def _digest(data: Encoded, row: int) -> bytes:
-    """Of a record's tokens, and of where its second text begins, or which of them are scored."""
-    more = b"" if data.second is None else data.second[row].tobytes()
-    if data.by_token:
-        more = (data.targets[data.offsets[row] : data.offsets[row + 1]] != IGNORED).tobytes()
-    return hashlib.blake2b(data.tokens_of(row).tobytes() + more, digest_size=16).digest()
+    return hashlib.blake2b(data.content(row), digest_size=16).digest()
 
 
 def _below_head(state: AdapterState) -> str:

@@ -14,10 +14,11 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fedlora.common.data.medium import Medium
 from fedlora.common.errors import BadInput
 from fedlora.common.model.dropout import without_dropout
 from fedlora.common.model.stored import ON_CPU, Place, keep_stored, planned
-from fedlora.common.model.weights import check_loaded, new_heads
+from fedlora.common.model.weights import PEFT_HEADS, check_loaded, new_heads
 
 # The fused kernel first: what a class offers of these, in this order.
 ATTENTIONS = ("sdpa", "eager")
@@ -40,14 +41,18 @@ def load_backbone(folder: Path, place: Place = ON_CPU) -> PreTrainedModel:
 
 
 def load_classifier(
-    folder: Path, labels: int, place: Place = ON_CPU
+    folder: Path, labels: int, place: Place = ON_CPU, medium: Medium | None = None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The transformer with its own head for `labels` classes.
+    """The transformer with its own head for `labels` classes, of texts or of a medium.
 
-    And which modules of it are new, beside those that PEFT trains in any case.
+    And which modules of it are new, beside those that PEFT trains in any case: of texts alone.
     """
     config = _config(folder)
-    kind = transformers.AutoModelForSequenceClassification
+    kind: Any = {
+        "": transformers.AutoModelForSequenceClassification,
+        "image": transformers.AutoModelForImageClassification,
+        "audio": transformers.AutoModelForAudioClassification,
+    }[medium.name if medium else ""]
     if _is_half(config) or type(config) not in kind._model_mapping:
         raise BadInput(
             f'[model] pooling = "default": found {config.model_type}, which has no classifier of'
@@ -56,6 +61,8 @@ def load_classifier(
     config.num_labels = labels
     base, report = _load(folder, config, kind, place)
     heads = new_heads(base, report)
+    if medium is not None:
+        heads = (*heads, *(name for name, _ in base.named_children() if name.endswith(PEFT_HEADS)))
     check_loaded(base, report, _where(folder), heads)
     return base, heads
 

@@ -19,8 +19,9 @@ from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.model.assembly import PEFT_ADAPTER, assembled, initialise, trainable
 from fedlora.common.model.base import base_stamp, check_base, check_digest, resolve_base
-from fedlora.common.model.behaviour import check_causal, check_still, is_routed, texts
+from fedlora.common.model.behaviour import check_causal, check_still, is_routed
 from fedlora.common.model.dropout import switch_dropout_off
+from fedlora.common.model.inputs import load_reader
 from fedlora.common.model.loading import offered_attentions
 from fedlora.common.model.machine import check_room
 from fedlora.common.model.next_words import NextWords
@@ -32,7 +33,6 @@ from fedlora.common.model.recompute import recompute
 from fedlora.common.model.shapes import Shapes
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.model.stored import Place, stored_as
-from fedlora.common.model.tokenizer import check_fit, load_tokenizer
 from fedlora.common.tasks.batch import Batch, Totals
 from fedlora.common.tasks.causal_lm import CausalLanguageModel
 from fedlora.common.tasks.task import LANGUAGE, TRANSLATION, Task
@@ -45,7 +45,6 @@ class AdapterModel:
         self,
         network: PooledClassifier | OwnHead,
         task: Task,
-        tokenizer: Any,
         digest: str,
         place: Place,
         longest: int,
@@ -54,12 +53,13 @@ class AdapterModel:
         # Without dropout, skipped layers or noisy routers by construction: eval mode, always.
         self.network = network.to(place.device).eval()
         self.task = task
-        self.tokenizer = tokenizer
+        self.inputs = network.inputs
+        self.tokenizer = network.inputs.reader  # or the processor of another medium
         self.base_digest = digest
         self.device = place.device
         # what the frozen matrices are stored as
         self.stored = quantised_as(network) or stored_as(network)
-        self.longest = longest  # tokens that a record is cut to
+        self.longest = longest  # tokens that a record is cut to, or that all records count as
         self.lora = lora  # with names for targets
         self.precision = torch.float32
         self.attentions = offered_attentions(_base_of(network))
@@ -86,17 +86,6 @@ class AdapterModel:
         """The network's trainable values."""
         named = {name: p.detach().cpu().float().numpy() for name, p in self.parameters.items()}
         return AdapterState.from_named(self.spec, named)
-
-    @property
-    def rows(self) -> int:
-        """Tokens that the network has embeddings for."""
-        backbone: Any = self.network.backbone
-        return int(backbone.get_input_embeddings().num_embeddings)
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens that the tokenizer may give and the network can read."""
-        return min(len(self.tokenizer), self.rows)
 
     @contextmanager
     def probed(self) -> Iterator[None]:
@@ -184,9 +173,8 @@ class AdapterModel:
 
     @property
     def pad(self) -> int:
-        """What fills a batch up, behind the mask: the tokenizer's own, where it is embedded."""
-        token = self.tokenizer.pad_token_id
-        return int(token) if token is not None and 0 <= token < self.rows else 0
+        """What fills a batch up, behind the mask."""
+        return self.inputs.pad
 
     @property
     def head(self) -> nn.Module:
@@ -258,19 +246,18 @@ def build_model(
     before = base_stamp(folder)
     check_base(folder)
     digest = check_digest(folder, model.digest)
-    tokenizer = load_tokenizer(folder)
+    reader = load_reader(folder, task.medium)
     place = Place.of(model.dtype, device)
     check_room(folder, place)
-    network, lora = assembled(model, folder, task, tokenizer, lora, place)
+    network, lora = assembled(model, folder, task, reader, lora, place)
     if place.quantised:
         quantise(network.backbone, place.quantised)
     if base_stamp(folder) != before:  # what was copied may not be what the digest is of
         raise BadInput(f"[model] base = {folder}: found files that changed while they were read")
-    _check_positions(network, model.max_length)
+    longest = network.inputs.longest(network, model.max_length, f"[model] base = {folder}")
     switch_dropout_off(network)
     initialise(network, seed)
-    built = AdapterModel(network, task, tokenizer, digest, place, model.max_length, lora)
-    check_fit(tokenizer, built.rows, f"[model] base = {folder}")
+    built = AdapterModel(network, task, digest, place, longest, lora)
     _try(built)
     return built
 
@@ -281,7 +268,7 @@ def _try(model: AdapterModel) -> None:
     """
     network = model.network  # a projection below the head may come later
     forward = network.pooled if isinstance(network, PooledClassifier) else network
-    one, other = (texts(model.vocabulary, model.device, model.longest, seed) for seed in (0, 1))
+    one, other = (model.inputs.tried(model.device, model.longest, seed) for seed in (0, 1))
     with model.probed():
         check_still(forward, *one)
         if model.task.reads == LANGUAGE:
@@ -301,16 +288,6 @@ def _next_words(model: AdapterModel, ids: torch.Tensor, mask: torch.Tensor) -> N
     with torch.no_grad():
         scores = model.network(ids, mask)
     return found if found is not None and found.gives(ids, mask, scores) else None
-
-
-def _check_positions(network: PooledClassifier | OwnHead, max_length: int) -> None:
-    """BadInput, at once, where a record of `max_length` tokens could not be embedded."""
-    config: Any = network.backbone.config
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and 0 < most < max_length:
-        raise BadInput(
-            f"[model] max_length = {max_length}: expected at most the base model's {most} positions"
-        )
 
 
 def _base_of(network: PooledClassifier | OwnHead) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fedlora.common.model.inputs import Inputs
 from fedlora.common.model.projection import Affine, Projection
 
 
@@ -59,15 +60,6 @@ def _affine(rows: torch.Tensor, affine: Affine) -> torch.Tensor:
     return rows @ matrix - shift
 
 
-def read(ids: torch.Tensor, mask: torch.Tensor, typed: bool) -> dict[str, torch.Tensor]:
-    """What a transformer is called with for a batch (`common.tasks.batch.Batch`).
-
-    `typed`: it was trained with a kind of its own for the tokens of a pair's second text.
-    """
-    found = {"input_ids": ids, "attention_mask": (mask > 0).long()}
-    return found | {"token_type_ids": (mask == 2).long()} if typed else found
-
-
 class PooledClassifier(nn.Module):
     """A backbone, pooled hidden states, and a head: a linear layer, or two with a GELU between."""
 
@@ -76,12 +68,12 @@ class PooledClassifier(nn.Module):
         backbone: nn.Module,
         pooling: Pooling,
         head: nn.Module,
-        typed: bool = False,
+        inputs: Inputs,
         by_word: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.typed = typed
+        self.inputs = inputs
         self.by_word = by_word
         self.pooling = pooling
         self.head = head
@@ -91,11 +83,14 @@ class PooledClassifier(nn.Module):
 
         Where each token is read by itself, (n, length, features).
         """
-        inputs = read(ids, mask, self.typed)
-        output = self.backbone(**inputs, output_hidden_states=True)
+        given = self.inputs.read(ids, mask)
+        hidden = self.backbone(**given, output_hidden_states=True).hidden_states
         if self.by_word:
-            return self.pooling.words(output.hidden_states)
-        return self.pooling.means(output.hidden_states, inputs["attention_mask"])
+            return self.pooling.words(hidden)
+        real = given.get("attention_mask")  # without one, no place is padding
+        return self.pooling.means(
+            hidden, ids.new_ones(hidden[-1].shape[:2]) if real is None else real
+        )
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(n, labels) or (n, length, labels) logits of `ids` and `mask` (n, length).
@@ -116,11 +111,11 @@ class OwnHead(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, classifier: nn.Module | None = None, typed: bool = False
+        self, model: nn.Module, inputs: Inputs, classifier: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.backbone = model
-        self.typed = typed
+        self.inputs = inputs
         self.by_word = False  # as the last pass was
         self._scores: list[torch.Tensor] = []
         if classifier is not None:
@@ -129,7 +124,7 @@ class OwnHead(nn.Module):
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Logits of (n, tokens) ids: (n, classes), or a language model's (n, tokens, words)."""
         self._scores.clear()
-        logits: torch.Tensor = self.backbone(**read(ids, mask, self.typed)).logits
+        logits: torch.Tensor = self.backbone(**self.inputs.read(ids, mask)).logits
         scores = self._scores.pop() if self._scores else logits
         self.by_word = scores is not logits and scores.ndim == 3
         if not self.by_word:
@@ -144,8 +139,8 @@ class Translator(OwnHead):
     word, from the last one of the first text on.
     """
 
-    def __init__(self, model: nn.Module, start: int) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, inputs: Inputs, start: int) -> None:
+        super().__init__(model, inputs)
         self._start = start  # the word that an answer begins with
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from fedlora.common.errors import BadInput
+from fedlora.common.model.inputs import Inputs
 from fedlora.common.tasks.batch import Batch, Encoded
 from fedlora.common.tasks.task import Task
 
@@ -41,13 +42,13 @@ class Probed(Protocol):
     """What is tried of a `common.model.network.AdapterModel`."""
 
     task: Task
-    tokenizer: Any
+    inputs: Inputs
     device: torch.device
     longest: int
 
     @property
     def network(self) -> nn.Module:
-        """With the embeddings that texts go through."""
+        """With the embeddings that records go through."""
 
     @property
     def pad(self) -> int:
@@ -67,7 +68,10 @@ class Trial:
     def of(cls, model: Probed, forward: Forward) -> Trial:
         """A trial on public sentences, among them one of full length."""
         long = " ".join(SENTENCES * (1 + min(model.longest, LONGEST) // 8))
-        short, full = (_encoded(model, texts) for texts in (list(SENTENCES), [long]))
+        short, full = (
+            model.inputs.public(model.task, texts, min(model.longest, LONGEST))
+            for texts in (SENTENCES, [long])
+        )
         return cls(model, forward, short, full)
 
     @property
@@ -173,11 +177,6 @@ def _takes_rows(module: nn.Module) -> bool:
     BART's positions are one that is called with words, and counts them.
     """
     return isinstance(module, nn.Embedding) and "input" in signature(module.forward).parameters
-
-
-def _encoded(model: Probed, texts: list[str]) -> Encoded:
-    """As the task reads texts of nobody's."""
-    return model.task.encode(model.task.asked(texts), model.tokenizer, min(model.longest, LONGEST))
 
 
 def _first_line(error: Exception) -> str:

@@ -17,13 +17,14 @@ place does not matter is seen by trying (`Shapes`): a record goes alone where it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedlora.common.model.inputs import Inputs
 from fedlora.common.tasks.batch import Encoded
 from fedlora.common.tasks.task import Task
 
@@ -83,8 +84,8 @@ def shaped(lengths: Ints, padded: Ints, records: Records) -> Iterator[tuple[Ints
             yield places[start : start + shape.records], shape
 
 
-def probes(shape: Shape, vocabulary: int, task: Task) -> tuple[Encoded, Encoded]:
-    """One text of nobody's in every row.
+def probes(shape: Shape, inputs: Inputs, task: Task) -> tuple[Encoded, Encoded]:
+    """One record of nobody's in every row.
 
     And once more in the first, beside others, of other lengths where it is padded.
     """
@@ -93,13 +94,8 @@ def probes(shape: Shape, vocabulary: int, task: Task) -> tuple[Encoded, Encoded]
         np.full(shape.records, most) if shape.full else rng.integers(1, most + 1, shape.records)
     )
     lengths[0] = most
-    texts = [rng.integers(0, vocabulary, length) for length in lengths]
-    return _encoded([texts[0]] * shape.records, task), _encoded(texts, task)
-
-
-def _encoded(texts: Sequence[Ints], task: Task) -> Encoded:
-    offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])]).astype(np.int64)
-    return task.unlabelled(np.concatenate(texts).astype(np.int32), offsets)
+    beside = inputs.nobodys(task, lengths, rng)
+    return beside.take([0] * shape.records), beside
 
 
 def alike(same: Iterable[torch.Tensor], beside: Iterable[torch.Tensor]) -> bool:

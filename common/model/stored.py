@@ -172,7 +172,13 @@ def _widen(modules: Iterable[nn.Module]) -> None:
 
 
 def _reads(base: PreTrainedModel, called: set[nn.Module]) -> bool:
-    """Whether a text goes through; adds to `called` the modules that it went through."""
+    """Whether a text goes through; adds to `called` the modules that it went through.
+
+    Of another medium nothing is there to try yet (`common.model.inputs` does): all count as called.
+    """
+    if base.main_input_name != "input_ids":
+        called.update(base.modules())
+        return True
     ids = torch.zeros(1, 4, dtype=torch.int64, device=base.device)
     hooks = [
         each.register_forward_pre_hook(lambda module, _: called.add(module))

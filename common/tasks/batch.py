@@ -1,4 +1,4 @@
-"""Records as a network reads them: tokens in rows, and padded to a batch.
+"""Records as a network reads them: one row each, and some of them filled up to a batch.
 
 Every value of a record follows from that record alone; what fills a batch up is nobody's.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,48 @@ EACH = "_each"
 IGNORED = -100  # the target of a token that nothing is learnt from
 
 
+class Encoded(Protocol):
+    """Records of one data file, as one kind of base reads them."""
+
+    @property
+    def targets(self) -> Targets:
+        """(n, …), what each record should be answered with."""
+
+    @property
+    def by_token(self) -> bool:
+        """Whether each token has a target of its own."""
+
+    @property
+    def truncated(self) -> Mapping[str, int]:
+        """How many records lost something, by part."""
+
+    @property
+    def lengths(self) -> Ints:
+        """(n,) tokens of each record, or what else a network has a place for: its cost."""
+
+    def __len__(self) -> int: ...
+
+    def content(self, row: int) -> bytes:
+        """All that a network reads of a record, as bytes."""
+
+    def scored(self, rows: Ints) -> UnitIndex:
+        """For each record of `rows`, the places in `targets` of what a head answers."""
+
+    def take(self, rows: Sequence[int]) -> Encoded:
+        """The records `rows`, in that order."""
+
+    def batch(
+        self, rows: Ints, pad: int, device: torch.device, shape: tuple[int, int] | None = None
+    ) -> Batch:
+        """The records `rows` side by side, or filled up to `shape`: (records, length)."""
+
+    def told(self, most: int) -> str:
+        """How long records are beside `most`, and what was cut, in words for their owner."""
+
+
 @dataclass(frozen=True, eq=False)
-class Encoded:
-    """Tokenised records, ragged: record i is tokens[offsets[i]:offsets[i + 1]].
+class Tokenised:
+    """Texts, ragged: record i is tokens[offsets[i]:offsets[i + 1]].
 
     `targets` is (n, …), what each record should be answered with; where `by_token`, (tokens,) with
     a target for each token, or IGNORED.
@@ -64,6 +103,37 @@ class Encoded:
         before = np.concatenate([[0], np.cumsum(kept)])
         return UnitIndex(before[tokens.offsets], tokens.records[kept])
 
+    def content(self, row: int) -> bytes:
+        """Its tokens, and where its second text begins, or which of them are scored."""
+        more = b"" if self.second is None else self.second[row].tobytes()
+        if self.by_token:
+            targets = self.targets[self.offsets[row] : self.offsets[row + 1]]
+            more = (targets != IGNORED).tobytes()
+        return self.tokens_of(row).tobytes() + more
+
+    def take(self, rows: Sequence[int]) -> Tokenised:
+        """The records `rows`, in that order."""
+        places = [np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        every, chosen = np.concatenate(places), np.asarray(rows, dtype=np.int64)
+        return Tokenised(
+            self.tokens[every],
+            np.concatenate([[0], np.cumsum(self.lengths[chosen])]).astype(np.int64),
+            self.targets[every if self.by_token else chosen],
+            self.truncated,
+            self.by_token,
+            None if self.second is None else self.second[chosen],
+        )
+
+    def told(self, most: int) -> str:
+        """Their lengths in tokens."""
+        lengths = self.lengths
+        cut = [f"the {part} of {count}" for part, count in self.truncated.items() if count]
+        return (
+            f"tokens: {lengths.min()} to {lengths.max()} of at most {most}, in the middle"
+            f" {int(np.median(lengths))}; "
+            + (f"cut to fit: {', '.join(cut)}" if cut else "nothing is cut")
+        )
+
     def batch(
         self, rows: Ints, pad: int, device: torch.device, shape: tuple[int, int] | None = None
     ) -> Batch:
@@ -93,6 +163,8 @@ class Encoded:
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Model inputs: `ids` and `mask` are (n, length), `targets` is (n, …) or (n, length).
+
+    Of another medium than text `ids` are (n, …) values, and `mask` (n, 1) is 1.
 
     `mask` is 0 where nothing is, else the number of the text that a token is of: 1, or 2 for the
     second of a pair. `fixed`: the shape was given, and no product may have one that follows from
@@ -128,15 +200,15 @@ def rows_of(
     truncated: Mapping[str, int],
     by_token: bool = False,
     second: Sequence[int] | None = None,
-) -> Encoded:
-    """Tokens of records, one row each, as `Encoded`."""
+) -> Tokenised:
+    """Tokens of records, one row each."""
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     tokens = np.fromiter(
         (token for row in rows for token in row), dtype=np.int32, count=int(offsets[-1])
     )
     begins = None if second is None else np.array(second, dtype=np.int64)
-    return Encoded(tokens, offsets, np.ascontiguousarray(targets), truncated, by_token, begins)
+    return Tokenised(tokens, offsets, np.ascontiguousarray(targets), truncated, by_token, begins)
 
 
 def add_totals(totals: Sequence[Totals]) -> Totals:

@@ -12,9 +12,10 @@ import torch
 from torch.nn import functional
 
 from fedlora.common.data.encoding import opening, word_tokens
+from fedlora.common.data.medium import Medium
 from fedlora.common.data.records import Columns, Records
 from fedlora.common.errors import BadInput
-from fedlora.common.tasks.batch import IGNORED, Batch, Encoded, Ints, Totals, rows_of
+from fedlora.common.tasks.batch import IGNORED, Batch, Ints, Tokenised, Totals, rows_of
 from fedlora.common.tasks.chat import Layout, fitted
 from fedlora.common.tasks.task import LANGUAGE, Answer, Named, as_inputs, refuse_empty
 from fedlora.common.tasks.texts import text_columns
@@ -35,6 +36,7 @@ class CausalLanguageModel:
     labels: tuple[str, ...] = ()
     name: ClassVar[str] = "causal-lm"
     reads: ClassVar[str] = LANGUAGE
+    medium: ClassVar[Medium | None] = None
     outputs: ClassVar[int] = 0
 
     @classmethod
@@ -52,7 +54,7 @@ class CausalLanguageModel:
         """None."""
         return ()
 
-    def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
+    def encode(self, records: Records, tokenizer: Any, max_length: int) -> Tokenised:
         """Each record as one row of at most `max_length`; `targets` say what of it is learnt.
 
         BadInput where a record has nothing to learn from.
@@ -66,10 +68,10 @@ class CausalLanguageModel:
         targets = np.array([each for _, own in rows for each in own], dtype=np.int64)
         return rows_of([ids for ids, _ in rows], targets, cut, by_token=True)
 
-    def unlabelled(self, tokens: Any, offsets: Ints) -> Encoded:
+    def unlabelled(self, tokens: Any, offsets: Ints) -> Tokenised:
         """Texts of nobody's, all of them to be predicted."""
         targets = np.full(len(tokens), LEARNT, dtype=np.int64)
-        return Encoded(tokens, offsets, targets, {}, by_token=True)
+        return Tokenised(tokens, offsets, targets, {}, by_token=True)
 
     def asked(self, inputs: Sequence[Any]) -> Records:
         """Texts."""

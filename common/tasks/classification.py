@@ -1,4 +1,4 @@
-"""One label of a public set to each text, or to each pair of texts."""
+"""One label of a public set to each record: to a text, or to a pair of texts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from torch.nn import functional
 from fedlora.common.data.records import Records
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.batch import Batch, Targets, Totals
+from fedlora.common.tasks.task import HeadTask
 from fedlora.common.tasks.texts import TextTask
 
 
 @dataclass(frozen=True)
-class SequenceClassification(TextTask):
-    """Cross entropy of a record's label."""
-
-    name: ClassVar[str] = "sequence-classification"
+class Classification(HeadTask):
+    """Cross entropy of a record's label, whatever the record is."""
 
     def targets_of(self, records: Records) -> Targets:
         """(n,) the place of each label in the label set."""
@@ -69,6 +68,13 @@ class SequenceClassification(TextTask):
     def answers(self, outputs: torch.Tensor, batch: Batch) -> list[str]:
         """The likeliest label of each record."""
         return [self.labels[int(best)] for best in outputs.argmax(dim=1)]
+
+
+@dataclass(frozen=True)
+class SequenceClassification(Classification, TextTask):
+    """The label of a text, or of a pair of texts."""
+
+    name: ClassVar[str] = "sequence-classification"
 
 
 def recall_by_class(confusion: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -12,6 +12,7 @@ from fedlora.common.config.task_names import BUILT_IN, installed_tasks, name_tas
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.causal_lm import CausalLanguageModel
 from fedlora.common.tasks.classification import SequenceClassification
+from fedlora.common.tasks.media_classification import AudioClassification, ImageClassification
 from fedlora.common.tasks.multi_label import MultiLabel
 from fedlora.common.tasks.regression import Regression
 from fedlora.common.tasks.seq2seq import SequenceToSequence
@@ -20,6 +21,8 @@ from fedlora.common.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, TaskKind] = {
     "sequence-classification": SequenceClassification,
+    "image-classification": ImageClassification,
+    "audio-classification": AudioClassification,
     "multi-label": MultiLabel,
     "token-classification": TokenClassification,
     "regression": Regression,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from fedlora.common.data.records import Records, UnitIndex, unit_groups
+from fedlora.common.data.records import MEDIA, Records, UnitIndex, unit_groups
 from fedlora.common.data.tagged import TAGS
 from fedlora.common.tasks.batch import Encoded
 from fedlora.common.tasks.multi_label import LABELS
@@ -26,11 +26,7 @@ def overview(records: Records, encoded: Encoded, labels: Sequence[str], most: in
     if records.spellings:
         yield records.spellings
     yield from _learnt(records, labels)
-    lengths = encoded.lengths
-    yield (
-        f"tokens: {lengths.min()} to {lengths.max()} of at most {most}, in the middle"
-        f" {int(np.median(lengths))}; {_cut(encoded.truncated)}"
-    )
+    yield encoded.told(most)
     for row in range(min(SAMPLES, len(records))):
         yield f"{records.place(row)}: {_sample(records, row, labels)}"
 
@@ -73,13 +69,9 @@ def _learnt(records: Records, labels: Sequence[str]) -> Iterator[str]:
         yield f"labels that never occur here: {listed(never)}"
 
 
-def _cut(truncated: Mapping[str, int]) -> str:
-    cut = [f"the {part} of {count}" for part, count in truncated.items() if count]
-    return f"cut to fit: {', '.join(cut)}" if cut else "nothing is cut"
-
-
 def _sample(records: Records, row: int, labels: Sequence[str]) -> str:
-    told = [records.texts[row]]
+    files = records.parts.get(MEDIA)
+    told = [records.texts[row] if files is None else files[row].name]
     if "second" in records.parts:
         told.append(records.parts["second"][row])
     if records.responses is not None:

@@ -14,7 +14,7 @@ import numpy as np
 from fedlora.common.data.encoding import text_frame, word_tokens
 from fedlora.common.data.records import Columns, Records
 from fedlora.common.errors import BadInput
-from fedlora.common.tasks.batch import IGNORED, Encoded, Ints, rows_of
+from fedlora.common.tasks.batch import IGNORED, Ints, Tokenised, rows_of
 from fedlora.common.tasks.causal_lm import LEARNT, CausalLanguageModel
 from fedlora.common.tasks.task import TRANSLATION, Named, refuse_empty
 from fedlora.common.tasks.texts import text_columns
@@ -37,7 +37,7 @@ class SequenceToSequence(CausalLanguageModel):
             raise BadInput('[data] response = "": expected a column, since task = "seq2seq"')
         return Columns(named.prompt or text_columns(named)[0], response=named.response)
 
-    def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
+    def encode(self, records: Records, tokenizer: Any, max_length: int) -> Tokenised:
         """Each prompt as the tokenizer frames it, then the response and its end.
 
         BadInput where a response has no token. What is to be answered is its own response here.
@@ -63,13 +63,13 @@ class SequenceToSequence(CausalLanguageModel):
         marks = np.array(targets, dtype=np.int64)
         return rows_of(rows, marks, cut, by_token=True, second=begins)
 
-    def unlabelled(self, tokens: Any, offsets: Ints) -> Encoded:
+    def unlabelled(self, tokens: Any, offsets: Ints) -> Tokenised:
         """Texts of nobody's, of which the second half is to be predicted."""
         begins = (np.diff(offsets) + 1) // 2
         places = np.arange(len(tokens)) - np.repeat(offsets[:-1], np.diff(offsets))
         learnt = places >= np.repeat(begins, np.diff(offsets))
         targets = np.where(learnt, LEARNT, IGNORED).astype(np.int64)
-        return Encoded(tokens, offsets, targets, {}, by_token=True, second=begins)
+        return Tokenised(tokens, offsets, targets, {}, by_token=True, second=begins)
 
 
 def source_tokens(tokenizer: Any, prompt: str, room: int) -> list[int]:

@@ -7,14 +7,17 @@ that couples the records of a batch would break the sensitivity that the clip gi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 
-from fedlora.common.data.records import Columns, Records
+from fedlora.common.data.medium import Medium
+from fedlora.common.data.records import Columns, Records, read_label_set
 from fedlora.common.errors import BadInput
-from fedlora.common.tasks.batch import Batch, Encoded, Ints, Totals
+from fedlora.common.tasks.batch import Batch, Encoded, Ints, Targets, Totals
 
 # What a task reads its answers from.
 RECORD = "record"  # a head's numbers for each record
@@ -30,6 +33,14 @@ class Named(Protocol):
     @property
     def text(self) -> tuple[str, ...]:
         """One text, or the two of a pair."""
+
+    @property
+    def image(self) -> str:
+        """Images: bytes, or paths of files."""
+
+    @property
+    def audio(self) -> str:
+        """Sounds, likewise."""
 
     @property
     def label(self) -> str:
@@ -69,6 +80,7 @@ class Task(Protocol):
 
     name: ClassVar[str]  # as in a configuration
     reads: ClassVar[str]  # RECORD, WORD, LANGUAGE or TRANSLATION
+    medium: ClassVar[Medium | None]  # of its records; None: they are text
 
     def __init__(self, labels: tuple[str, ...]) -> None: ...
 
@@ -89,10 +101,17 @@ class Task(Protocol):
         """Numbers that a head gives; 0 where the task has no head of its own."""
 
     def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
-        """Tokenise; BadInput where a record has nothing left to learn from."""
+        """Tokenise; BadInput where a record has nothing left to learn from.
+
+        Of another medium `tokenizer` is the base's own processor, and every record as long as
+        `max_length`.
+        """
 
     def unlabelled(self, tokens: Any, offsets: Ints) -> Encoded:
-        """Texts of nobody's, (tokens,) int32 and (n + 1,), with targets of nobody's."""
+        """Texts of nobody's, (tokens,) int32 and (n + 1,), with targets of nobody's.
+
+        Of another medium (n, …) float32 values, and how long each counts as.
+        """
 
     def asked(self, inputs: Sequence[Any]) -> Records:
         """Inputs to be answered as records without anything to learn: a text each, say."""
@@ -111,6 +130,39 @@ class Task(Protocol):
 
     def answers(self, outputs: torch.Tensor, batch: Batch) -> list[Answer]:
         """What a person is told for each record; a language model writes its answers itself."""
+
+
+@dataclass(frozen=True)
+class HeadTask:
+    """What tasks have in common whose head answers each record: for texts, `tasks.texts.TextTask`.
+
+    Left to say are `name`, `medium`, `columns`, how records are encoded, and what is learnt.
+    """
+
+    labels: tuple[str, ...]
+    reads: ClassVar[str] = RECORD
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a head gives for each record: one for each label."""
+        return len(self.labels)
+
+    @classmethod
+    def label_set(cls, path: Path, named: Named) -> tuple[str, ...]:
+        """As configured, or the labels that occur in a public file."""
+        return tuple(named.labels) or read_label_set(path, named.label)
+
+    def targets_of(self, records: Records) -> Targets:
+        """(n, …) what each record should be answered with; BadInput where that is missing."""
+        raise NotImplementedError
+
+    def no_targets(self, count: int) -> Targets:
+        """(n, …) of records of nobody's."""
+        return np.zeros(count, dtype=np.int64)
+
+    def details(self, totals: Totals) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
 
 
 TaskKind = type[Task]  # a task before its label set is known

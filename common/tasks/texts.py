@@ -8,31 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from fedlora.common.data.encoding import pair_frame, text_frame, word_tokens
-from fedlora.common.data.records import Columns, Records, read_label_set
+from fedlora.common.data.medium import Medium
+from fedlora.common.data.records import Columns, Records
 from fedlora.common.errors import BadInput
-from fedlora.common.tasks.batch import Encoded, Ints, Targets, Totals, rows_of
-from fedlora.common.tasks.task import RECORD, Named, as_inputs, refuse_empty
+from fedlora.common.tasks.batch import Ints, Targets, Tokenised, rows_of
+from fedlora.common.tasks.task import HeadTask, Named, as_inputs, refuse_empty
 
 PAIR = "second"  # of `Records.parts`: the other text of each record
 
 
 @dataclass(frozen=True)
-class TextTask:
+class TextTask(HeadTask):
     """What all of them have in common."""
 
-    labels: tuple[str, ...]
-    reads: ClassVar[str] = RECORD
-
-    @property
-    def outputs(self) -> int:
-        """Numbers that a head gives for each record: one for each label."""
-        return len(self.labels)
+    medium: ClassVar[Medium | None] = None
 
     @classmethod
     def columns(cls, named: Named) -> Columns:
@@ -40,20 +32,7 @@ class TextTask:
         first, second = text_columns(named)
         return Columns(first, second=second, label=named.label)
 
-    @classmethod
-    def label_set(cls, path: Path, named: Named) -> tuple[str, ...]:
-        """As configured, or the labels that occur in a public file."""
-        return tuple(named.labels) or read_label_set(path, named.label)
-
-    def targets_of(self, records: Records) -> Targets:
-        """(n, …) what each record should be answered with; BadInput where that is missing."""
-        raise NotImplementedError
-
-    def no_targets(self, count: int) -> Targets:
-        """(n, …) of texts of nobody's."""
-        return np.zeros(count, dtype=np.int64)
-
-    def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
+    def encode(self, records: Records, tokenizer: Any, max_length: int) -> Tokenised:
         """Each record framed as the tokenizer frames it, cut to `max_length`, the longer text
         first.
 
@@ -70,9 +49,9 @@ class TextTask:
         rows = [_never_empty(frame.around(ids[:room]), tokenizer) for ids in texts]
         return rows_of(rows, targets, {"text": shortened})
 
-    def unlabelled(self, tokens: Any, offsets: Ints) -> Encoded:
+    def unlabelled(self, tokens: Any, offsets: Ints) -> Tokenised:
         """Texts of nobody's, with targets of nobody's."""
-        return Encoded(tokens, offsets, self.no_targets(len(offsets) - 1), {})
+        return Tokenised(tokens, offsets, self.no_targets(len(offsets) - 1), {})
 
     def asked(self, inputs: Sequence[Any]) -> Records:
         """Texts, or pairs of texts; BadInput for a mixture, or anything else."""
@@ -84,10 +63,6 @@ class TextTask:
             raise BadInput("texts: found some that are no pair, expected two texts in each of them")
         return as_inputs([first for first, _ in texts], {PAIR: [second for _, second in texts]})
 
-    def details(self, totals: Totals) -> dict[str, Any]:
-        """Nothing more."""
-        return {}
-
 
 def text_columns(named: Named) -> tuple[str, str]:
     """The columns of the first and of the second text, which is "" where there is but one."""
@@ -97,7 +72,7 @@ def text_columns(named: Named) -> tuple[str, str]:
     return first, more[0] if more else ""
 
 
-def _pairs(records: Records, targets: Targets, tokenizer: Any, max_length: int) -> Encoded:
+def _pairs(records: Records, targets: Targets, tokenizer: Any, max_length: int) -> Tokenised:
     frame = pair_frame(tokenizer)
     room = max(0, max_length - len(frame))
     firsts, seconds = (

@@ -16,10 +16,11 @@ import torch
 from torch.nn import functional
 
 from fedlora.common.data.encoding import text_frame, word_pieces
+from fedlora.common.data.medium import Medium
 from fedlora.common.data.records import Columns, Records
 from fedlora.common.data.tagged import OUTSIDE, TAGS, WORDS, read_tag_set, words_of
 from fedlora.common.errors import BadInput
-from fedlora.common.tasks.batch import IGNORED, Batch, Encoded, Ints, Totals, rows_of
+from fedlora.common.tasks.batch import IGNORED, Batch, Ints, Tokenised, Totals, rows_of
 from fedlora.common.tasks.classification import precise
 from fedlora.common.tasks.scores import f1_of, table_of
 from fedlora.common.tasks.task import WORD, Named, as_inputs, refuse_empty
@@ -35,6 +36,7 @@ class TokenClassification:
     labels: tuple[str, ...]
     name: ClassVar[str] = "token-classification"
     reads: ClassVar[str] = WORD
+    medium: ClassVar[Medium | None] = None
 
     @property
     def outputs(self) -> int:
@@ -62,7 +64,7 @@ class TokenClassification:
         """As configured, or of the entities that occur in a public file."""
         return tuple(named.labels) or read_tag_set(path, named.tags)
 
-    def encode(self, records: Records, tokenizer: Any, max_length: int) -> Encoded:
+    def encode(self, records: Records, tokenizer: Any, max_length: int) -> Tokenised:
         """Each record's words as pieces, framed as the tokenizer frames a text; `targets` are tags.
 
         BadInput where there are no tags, or a record has no word.
@@ -85,9 +87,9 @@ class TokenClassification:
             targets += [IGNORED] * (len(frame.after) + around)
         return rows_of(rows, np.array(targets, dtype=np.int64), {"text": cut}, by_token=True)
 
-    def unlabelled(self, tokens: Any, offsets: Ints) -> Encoded:
+    def unlabelled(self, tokens: Any, offsets: Ints) -> Tokenised:
         """Texts of nobody's, each token a word with the first tag."""
-        return Encoded(tokens, offsets, np.zeros(len(tokens), dtype=np.int64), {}, by_token=True)
+        return Tokenised(tokens, offsets, np.zeros(len(tokens), dtype=np.int64), {}, by_token=True)
 
     def asked(self, inputs: Sequence[Any]) -> Records:
         """Texts, or lists of words."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from fedlora.common.model.network import AdapterModel
-from fedlora.common.tasks.batch import Encoded
+from fedlora.common.tasks.batch import Encoded, Tokenised
 from fedlora.common.tasks.causal_lm import LEARNT
 
 COUNT, LONGEST = 16, 48  # records, and tokens of an answer
@@ -20,6 +20,8 @@ def samples(model: AdapterModel, data: Encoded) -> Iterator[dict[str, str]]:
 
     The first answer of each record; of a text that is learnt as a whole, its second half.
     """
+    if not isinstance(data, Tokenised):
+        return
     for row in range(min(COUNT, len(data))):
         ids = data.tokens_of(row).tolist()
         learnt = data.targets[data.offsets[row] : data.offsets[row + 1]] == LEARNT

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedlora.common.config.parts import Terms
 from fedlora.common.config.schema import EvaluationConfig
-from fedlora.common.config.task_names import BUILT_IN
+from fedlora.common.config.task_names import CLASSIFIED
 from fedlora.common.manifest.counts import LOSS, RIGHT
 from fedlora.common.manifest.manifest import (
     EvaluationTerms,
@@ -101,7 +101,7 @@ def _evaluation_terms(terms: Terms, task: str, schedule: Schedule) -> Evaluation
     asked = terms.evaluation
     if not asked.hold_out:
         return None
-    counts = asked.counts or (RIGHT if task == BUILT_IN[0] else LOSS,)
+    counts = asked.counts or (RIGHT if task in CLASSIFIED else LOSS,)
     expected = max(1.0, asked.hold_out * terms.federation.units)
     noise = schedule.evaluation_noise
     return EvaluationTerms(asked.hold_out, asked.attempts, expected, noise, counts)

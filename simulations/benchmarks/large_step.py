@@ -40,7 +40,7 @@ from fedlora.common.model.compute import choose_compute
 from fedlora.common.model.features import length_batches
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.privacy.randomness import OsRandom
-from fedlora.common.tasks.batch import IGNORED, Encoded, rows_of
+from fedlora.common.tasks.batch import IGNORED, Encoded, Tokenised, rows_of
 from fedlora.common.tasks.causal_lm import LEARNT, CausalLanguageModel
 from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.server.runs.summary import peak_rss_bytes
@@ -287,7 +287,7 @@ def _flop(model: AdapterModel, data: Encoded) -> float:
         if (".layer." in n or ".layers." in n) and "lora_" not in n and p.ndim == 2
     )
     found = 4.0 * inside * float(data.lengths.sum())
-    if data.by_token:
+    if isinstance(data, Tokenised) and data.by_token:
         backbone: Any = model.network.backbone
         found += (
             4.0

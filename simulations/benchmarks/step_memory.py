@@ -34,7 +34,7 @@ from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import unit_groups
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.privacy.randomness import OsRandom
-from fedlora.common.tasks.batch import IGNORED, Encoded
+from fedlora.common.tasks.batch import IGNORED, Tokenised
 from fedlora.common.tasks.causal_lm import LEARNT, CausalLanguageModel
 from fedlora.server.runs.summary import peak_rss_bytes
 from fedlora.simulations.benchmarks.fresh_process import in_a_fresh_process
@@ -127,7 +127,7 @@ def step(model: AdapterModel, shape: Shape) -> None:
     offsets = np.arange(RECORDS + 1, dtype=np.int64) * shape.tokens
     half = np.arange(shape.tokens) >= shape.tokens // 2
     targets = np.tile(np.where(half, LEARNT, IGNORED), RECORDS)
-    data = Encoded(tokens, offsets, targets, {}, by_token=True)
+    data = Tokenised(tokens, offsets, targets, {}, by_token=True)
     gradients, groups = PerSampleGradients(model), ClipGroups.flat(model.spec, 1.0)
     every = np.arange(RECORDS, dtype=np.int64)
     units = unit_groups(None, RECORDS)

@@ -14,7 +14,7 @@ from rich.text import Text
 from fedlora.common.config.schema import Config, open_fields
 from fedlora.common.data.records import unit_groups
 from fedlora.common.model.base import check_base, resolve_base
-from fedlora.common.model.tokenizer import load_tokenizer
+from fedlora.common.model.inputs import load_reader
 from fedlora.common.tasks.overview import overview
 from fedlora.common.terminal import printable
 from fedlora.simulations.begin import check_delta, checked, dealt, sources_of
@@ -100,11 +100,12 @@ def check(config: Config, *, train: Table | None = None, test: Table | None = No
 
 
 def _overview(sources: Sources, base: Path, longest: int) -> Iterator[str]:
-    """Lines on the training, validation and test records, tokenised for the base."""
-    tokenizer, task = load_tokenizer(base), sources.public.task
+    """Lines on the training, validation and test records, as the base reads them."""
+    task = sources.public.task
+    reader = load_reader(base, task.medium)
     parts = (sources.train, sources.public.validation, sources.public.test)
     for name, records in zip(("train", "validation", "test"), parts, strict=True):
-        encoded = task.encode(records, tokenizer, longest)
+        encoded = task.encode(records, reader, longest)
         yield f"{name}: {records.where}, {len(records)} records"
         for line in overview(records, encoded, task.labels, longest):
             yield f"  {line}"

@@ -43,7 +43,7 @@ def chat(loaded: LoadedAdapter, model: str, body: bytes) -> dict[str, Any]:
     if not isinstance(messages, list) or not messages:
         raise BadInput("messages: expected a list of at least one message")
     texts = [_content(message, n) for n, message in enumerate(messages)]
-    if loaded.model.tokenizer.chat_template:
+    if getattr(loaded.model.tokenizer, "chat_template", None):
         roles = [str(message.get("role", "user")) for message in messages]
         pairs = zip(roles, texts, strict=True)
         prompt: Any = [{"role": role, "content": text} for role, text in pairs]
@@ -68,6 +68,8 @@ def completion(loaded: LoadedAdapter, model: str, body: bytes) -> dict[str, Any]
 
 def predictions(loaded: LoadedAdapter, model: str, body: bytes) -> dict[str, Any]:
     """An answer to each of `inputs`, which are what the model's task reads; BadInput as above."""
+    if loaded.model.task.medium is not None:  # a path would name a file of this machine
+        raise BadInput(f"task: found {loaded.description.task}, expected one whose inputs are text")
     inputs = json_table(body, "body").get("inputs")
     inputs = [inputs] if isinstance(inputs, str) else inputs
     if not isinstance(inputs, list) or not 0 < len(inputs) <= MOST_INPUTS:

@@ -22,7 +22,9 @@ from fedlora.common.codec.framing import Framed, framed, kind_of, unframed
 from fedlora.common.codec.strict import canonical, json_table
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import config_to_toml
+from fedlora.common.data.images import Images
 from fedlora.common.data.records import Columns, read_label_lists, read_label_set, read_records
+from fedlora.common.data.sounds import Sounds
 from fedlora.common.data.tagged import read_tag_set
 from fedlora.common.ledger.signed_head import HEAD_TAG, Head, opened_head, signed_head
 from fedlora.common.manifest.manifest import RunManifest
@@ -39,6 +41,7 @@ from fedlora.server.release.statements import read_statement, statement_text
 from tests.client.institution import POLICY, manifest_of
 from tests.common.protocol import test_messages as sample
 from tests.common.trust.test_enrolment import INVITATION, KEY, REQUEST, certificate, flower_key
+from tests.media import png, wav
 
 Decode = Callable[[bytes], Any]
 NEW = Identity.generate()
@@ -398,6 +401,9 @@ def of_files() -> list[Decoder]:
     def records(path: Path) -> Any:
         return read_records(path, columns, ("x", "y"))
 
+    def media(path: Path) -> Any:
+        return read_records(path, Columns("", media="image", label="label"), ("x", "y"))
+
     consent = statement_text(sample.CONSENT, b"signed").encode()
     return [
         Decoder(
@@ -473,6 +479,23 @@ def of_files() -> list[Decoder]:
             in_a_file(records, ending=".csv"),
             None,
             "CSV",
+        ),
+        Decoder(
+            "common/data/records.py read_records",
+            b'{"image":"words.jsonl","label":"x"}\n{"image":"./words.jsonl","label":"y"}\n',
+            in_a_file(media, ending=".jsonl"),
+            None,
+            "paths of media",
+        ),
+        Decoder(
+            "common/data/images.py decoded",
+            png(np.random.default_rng(0)),
+            lambda data: Images().decoded(data, "here"),
+        ),
+        Decoder(
+            "common/data/sounds.py decoded",
+            wav(np.random.default_rng(0), 440.0, 4000),
+            lambda data: Sounds().decoded(data, "here"),
         ),
         Decoder(
             "common/data/records.py read_label_set",

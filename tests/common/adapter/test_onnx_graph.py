@@ -13,6 +13,7 @@ import transformers
 
 from fedlora.common.adapter.onnx_graph import write_onnx
 from fedlora.common.errors import BadInput
+from fedlora.common.model.inputs import TextInputs
 from fedlora.common.tasks.causal_lm import CausalLanguageModel
 from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.common.tasks.task import Task
@@ -31,7 +32,8 @@ CASES: dict[str, tuple[str, Task]] = {
 def test_the_graph_answers_as_the_adapter_does(case: str, tiny_bert: Path, tmp_path: Path) -> None:
     pooling, task = CASES[case]
     adapter = exported(tiny_bert, pooling, task, tmp_path / "adapter")
-    adapter.model.network.typed = case == "texts of a pair"
+    typed = case == "texts of a pair"
+    adapter.model.network.inputs = TextInputs(adapter.model.tokenizer, 30, typed)
     write_onnx(adapter, tmp_path / "adapter", tmp_path / "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     for rows, length in ((1, 1), (3, 11)):
@@ -41,7 +43,6 @@ def test_the_graph_answers_as_the_adapter_does(case: str, tiny_bert: Path, tmp_p
         types = torch.zeros_like(ids)
         types[:, length // 2 :] = 1
         given: dict[str, Any] = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-        typed = adapter.model.network.typed
         assert [each.name for each in session.get_inputs()][2:] == ["token_type_ids"] * typed
         if typed:
             given["token_type_ids"] = types.numpy()
@@ -57,7 +58,7 @@ def test_the_graph_answers_as_the_adapter_does(case: str, tiny_bert: Path, tmp_p
 
 def test_what_has_no_head_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     adapter = exported(tiny_llama, "default", CausalLanguageModel(), tmp_path / "adapter")
-    with pytest.raises(BadInput, match="found the task causal-lm, expected one that is answered"):
+    with pytest.raises(BadInput, match="found the task causal-lm, expected one of texts"):
         write_onnx(adapter, tmp_path / "adapter", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 

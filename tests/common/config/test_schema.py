@@ -87,8 +87,9 @@ BAD = {
             " 2]\nvalidation = []"
         ),
         [
-            "run.toml [model] task = 7: expected one of sequence-classification, multi-label,"
-            " token-classification, regression, causal-lm, seq2seq",
+            "run.toml [model] task = 7: expected one of sequence-classification,"
+            " image-classification, audio-classification, multi-label, token-classification,"
+            " regression, causal-lm, seq2seq",
             "run.toml lora = 3: expected a section [lora]",
             "run.toml [data] validation = []: expected a finite number > 0 and < 1 or a string",
             "run.toml [data] labels = [1, 2]: expected a list, each a string",

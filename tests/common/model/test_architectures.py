@@ -17,7 +17,7 @@ import torch
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
-from fedlora.common.model.behaviour import check_still, texts
+from fedlora.common.model.behaviour import check_still
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import PooledClassifier
 from fedlora.common.tasks.causal_lm import CausalLanguageModel
@@ -148,4 +148,4 @@ def test_nothing_is_drawn_even_in_training_mode(
     network = model.network.train()
     forward = network.pooled if isinstance(network, PooledClassifier) else network
     with model.probed():
-        check_still(forward, *texts(model.vocabulary, torch.device("cpu")))
+        check_still(forward, *model.inputs.tried(torch.device("cpu")))

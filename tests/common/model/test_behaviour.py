@@ -95,7 +95,8 @@ def test_the_modules_of_a_pass_are_named(tiny_bert: Path) -> None:
     base = transformers.AutoModel.from_pretrained(tiny_bert)
     spare = nn.Linear(2, 2)
     base.encoder.spare = spare
-    names = called(base, *texts(50, CPU))
+    ids, mask = texts(50, CPU)
+    names = called(base, {"input_ids": ids, "attention_mask": mask})
     assert {"encoder.layer.0.attention.self.query", "embeddings"} <= names
     assert "encoder.spare" not in names
     assert not any(module._forward_pre_hooks for module in base.modules())

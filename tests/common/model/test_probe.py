@@ -14,6 +14,7 @@ from torch import nn
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.model import network
+from fedlora.common.model.inputs import Inputs, TextInputs
 from fedlora.common.model.network import build_model
 from fedlora.common.model.probe import LONGEST, SENTENCES, Forward, probe
 from fedlora.common.model.tokenizer import load_tokenizer
@@ -37,6 +38,9 @@ class Model:
     network: nn.Module = field(default_factory=nn.Module)
     device: torch.device = CPU
     pad: int = 0
+
+    def __post_init__(self) -> None:
+        self.inputs: Inputs = TextInputs(self.tokenizer, len(self.tokenizer))
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         words = self.answer(ids, mask)

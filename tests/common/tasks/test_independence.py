@@ -17,7 +17,7 @@ from fedlora.common.model.state import AdapterState
 from fedlora.common.tasks.batch import Encoded
 from fedlora.common.tasks.known import task_kind
 from tests.oracles import clipped_sum_by_ones
-from tests.tasks import IDS, MADE, Made
+from tests.tasks import IDS, MADE, SOUND, Made
 
 RECORDS = 12
 
@@ -32,7 +32,7 @@ class Case:
     data: Encoded
 
 
-@pytest.fixture(scope="module", params=MADE, ids=IDS)
+@pytest.fixture(scope="module", params=[*MADE, SOUND], ids=[*IDS, SOUND.id])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     made: Made = request.param
     folder: Path = tmp_path_factory.mktemp("data")
@@ -49,7 +49,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for each in models:
         values = np.random.default_rng(3).normal(0, 0.05, each.spec.size)
         each.load(AdapterState(each.spec, values.astype(np.float32)))
-    data = task.encode(records, models[0].tokenizer, 24)
+    data = task.encode(records, models[0].tokenizer, models[0].longest)
     return Case(models[0], models[1], PerSampleGradients(models[0]), data)
 
 
@@ -84,8 +84,8 @@ def test_a_gradient_is_that_of_a_batch_of_one(case: Case) -> None:
         assert np.linalg.norm(every - without - summed(row)) <= 1e-12 * np.linalg.norm(every)
 
 
-def test_texts_of_nobodys_are_read_like_any_other(case: Case) -> None:
-    tokens = np.array([5, 6, 7, 8, 9], dtype=np.int32)
-    data = case.model.task.unlabelled(tokens, np.array([0, 2, 5]))
+def test_records_of_nobodys_are_read_like_any_other(case: Case) -> None:
+    model, rng = case.model, np.random.default_rng(0)
+    data = model.inputs.nobodys(model.task, np.array([2, 3]), rng)
     batch = data.batch(np.array([0, 1]), case.model.pad, case.model.device)
     assert bool(torch.isfinite(case.reference.losses(batch)).all())

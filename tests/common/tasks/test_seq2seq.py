@@ -16,7 +16,7 @@ from fedlora.common.errors import BadInput
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.state import AdapterState
 from fedlora.common.model.tokenizer import load_tokenizer
-from fedlora.common.tasks.batch import Encoded
+from fedlora.common.tasks.batch import Tokenised
 from fedlora.common.tasks.causal_lm import LEARNT
 from fedlora.common.tasks.seq2seq import SequenceToSequence
 from tests.tasks import text
@@ -54,7 +54,7 @@ def model(request: pytest.FixtureRequest) -> AdapterModel:
     return built
 
 
-def encoded(model: AdapterModel, count: int = 6) -> Encoded:
+def encoded(model: AdapterModel, count: int = 6) -> Tokenised:
     rng = np.random.default_rng(1)
     prompts, responses = ([text(rng) for _ in range(count)] for _ in range(2))
     records = Records(prompts, responses, None, None, {}, "test")

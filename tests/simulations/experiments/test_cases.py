@@ -31,6 +31,7 @@ from fedlora.common.data.records import Records
 from fedlora.common.model import compute
 from fedlora.common.model.base import base_digest
 from fedlora.common.protocol.messages import Decline
+from fedlora.common.tasks.batch import Tokenised
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.runs.run import conduct
 from fedlora.simulations import cli
@@ -229,7 +230,9 @@ def test_a_text_is_cut_at_its_end(case: Path, tmp_path: Path) -> None:
     model = load_adapter(tmp_path / "run" / "adapter").model
     text = "you meeting call home ok ok claim urgent free free offer win"
     records = Records([text], None, np.zeros(1, dtype=np.int64), None, {}, "test")
-    found = model.task.encode(records, model.tokenizer, 8).tokens.tolist()
+    data = model.task.encode(records, model.tokenizer, 8)
+    assert isinstance(data, Tokenised)
+    found = data.tokens.tolist()
     assert found == model.tokenizer(text)["input_ids"][:8]
 
 

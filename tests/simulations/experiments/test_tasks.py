@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from fedlora.simulations import cli
 from tests.tasks import IDS, MADE, Made
@@ -21,6 +22,7 @@ average_last = 0.0
 
 SECTIONS = {
     "sequence-classification": "errors",
+    "image-classification": "errors",
     "multi-label": "labels",
     "token-classification": "labels",
 }
@@ -53,6 +55,8 @@ def test_a_federation_of_each_task(
     summary: dict[str, Any] = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["task"] == made.task and math.isfinite(summary[made.metric])
     assert 7.9 < summary["epsilon"] <= 8.0  # calibrated to it, whatever the loss
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert any(value.any() for name, value in weights.items() if ".lora_B." in name)
     page = (tmp_path / "run" / "report.html").read_text()
     assert made.metric.replace("_", " ") in page.lower()
     assert f'id="{SECTIONS.get(made.task, "answers")}"' in page
