@@ -28,8 +28,11 @@ def head_clipped_sum(
     owners: npt.NDArray[np.int64],
     bound: float | None,
     rows: int = 2048,
+    places: torch.Tensor | None = None,
 ) -> GradientSum:
     """Clipped sum for a head of linear layers on (n, width) features, without per-sample gradients.
+
+    `places` (n,) are rows of a larger table of features, which is then copied a part at a time.
 
     For a linear layer with inputs a_r and output gradients b_r, the gradient of a unit is Σ b_r
     a_rᵀ over its rows: its records, or all of their words. Of one row its squared norm with the
@@ -47,12 +50,11 @@ def head_clipped_sum(
     size = sum(p.numel() for p in head.parameters())
     total = torch.zeros(size, dtype=torch.float64, device=features.device)
     units = nonfinite = start = 0
-    while start < len(features):
+    while start < len(owners):
         stop = _unit_end(owners, start + rows)
+        seen = features[start:stop] if places is None else features[places[start:stop]]
         local = torch.from_numpy(owners[start:stop] - owners[start]).to(features.device)
-        part, bad = _head_part(
-            head, losses, features[start:stop].double(), targets[start:stop], local, bound
-        )
+        part, bad = _head_part(head, losses, seen.double(), targets[start:stop], local, bound)
         total += part
         nonfinite += bad
         units += int(local[-1]) + 1

@@ -174,10 +174,11 @@ class LocalTraining:
         total = head_clipped_sum(
             self._model.head,
             self._losses,
-            kept[torch.from_numpy(rows).to(kept.device)],
+            kept,
             torch.from_numpy(targets).to(kept.device),
             owners[records],
             bound,
+            places=torch.from_numpy(rows).to(kept.device),
         )
         vector = np.zeros(at.spec.size, dtype=np.float64)
         vector[at.spec.head_mask()] = total.vector
