@@ -40,12 +40,14 @@ class InstitutionLevel(SharedNoise):
 
     @staticmethod
     def refusal(permits: Permits) -> str:
+        """Allowed where the policy says `client_level`."""
         if permits.client_level:
             return ""
         return "its noise is shared with others; client_level is false"
 
     @staticmethod
     def check_delta(delta: float, units: int, where: str, institutions: int) -> None:
+        """Against the number of institutions: they are the units."""
         check_delta(delta, institutions, "[federation] clients:")
 
     @staticmethod
@@ -61,9 +63,11 @@ class InstitutionLevel(SharedNoise):
         return composed(tuple(self.releases()), self.manifest.delta, 2)
 
     def stated(self, reserved: float) -> float:
+        """An institution's ε, where anything was reserved; what was reserved is a record's."""
         return self.stated_epsilon() if reserved else 0.0
 
     def cap(self, epsilon: float) -> float:
+        """What a budget that pays for records is charged, which is more than `epsilon`."""
         return self.charged_epsilon()
 
     def _promise(self, epsilon: float | None) -> list[str]:
@@ -102,12 +106,14 @@ class InstitutionLevel(SharedNoise):
         ]
 
     def schedule(self) -> list[dict[str, Any]]:
+        """Each attempt is one release of a whole update; local steps are not accounted."""
         return [
             {**each, "steps": phase.attempts, "sampling_rate": 1.0}
             for each, phase in zip(super().schedule(), self.manifest.phases, strict=True)
         ]
 
     def clipped(self, delta: Vector, phase: Phase) -> Vector:
+        """The whole update, to the phase's clip."""
         return clipped(delta, phase.clip)
 
     def update_bound(self, phase: int, size: int) -> float:

@@ -50,10 +50,12 @@ class RecordLevel(Guarantee):
 
     @staticmethod
     def refusal(permits: Permits) -> str:
+        """Every policy allows it."""
         return ""
 
     @staticmethod
     def check_delta(delta: float, units: int, where: str, institutions: int) -> None:
+        """Against the number of units."""
         check_delta(delta, units, where)
 
     @staticmethod
@@ -82,11 +84,14 @@ class RecordLevel(Guarantee):
         return [Mechanism(p.sampling_rate, p.noise_multiplier, p.steps * n) for p, n in pairs]
 
     def epsilon_of(self, attempts: Sequence[int]) -> float:
+        """All steps of these attempts, draws amplified: the PRV accountant's upper bound."""
         return _composed(tuple(self.history(attempts)), self.manifest.delta)
 
     def attempts_within(
         self, phase: Phase, noise_multiplier: float, epsilon: float, most: int
     ) -> int | None:
+        """By bisection: what attempts cost grows with their number."""
+
         def fits(attempts: int) -> bool:
             steps = Mechanism(phase.sampling_rate, noise_multiplier, phase.steps * attempts)
             return _composed((steps,), self.manifest.delta) <= epsilon
@@ -98,6 +103,7 @@ class RecordLevel(Guarantee):
         return low
 
     def second_epsilon(self) -> float | None:
+        """By Rényi divergences, which is looser; None where no bound is known."""
         epsilon = renyi_epsilon(self.history(), self.manifest.delta)
         return epsilon if math.isfinite(epsilon) else None
 

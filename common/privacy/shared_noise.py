@@ -55,6 +55,7 @@ class SharedNoise(Guarantee):
         return list(self._made(secure, terms))
 
     def epsilon_of(self, attempts: Sequence[int]) -> float:
+        """Of so many noised sums of each phase, by the Skellam mechanism's Rényi bound."""
         pairs = zip(self.releases(), attempts, strict=True)
         done = tuple(replace(each, times=count) for each, count in pairs)
         return composed(done, self.manifest.delta)
@@ -69,6 +70,7 @@ class SharedNoise(Guarantee):
         return self._terms()[1].carriers - 1
 
     def shared_noise(self) -> str:
+        """How many honest institutions carry it; BadInput where its terms are not whole."""
         self.releases()
         _, terms = self._terms()
         return f"noise carried by {terms.carriers} honest institutions at least"
@@ -93,11 +95,13 @@ class SharedNoise(Guarantee):
         self._carriers(phase, spec, members)
 
     def noised(self, levels: Ints, plan: RoundPlan, spec: AdapterSpec, members: int) -> Ints:
+        """With this institution's part of the noise, on what the round moves; Refused of few."""
         carriers = self._carriers(plan.phase, spec, members)
         moved = spec.moved_by(self.manifest.recipe_of(plan.round).name)
         return noised(OsRandom(), levels, moved, self.releases()[plan.phase], carriers)
 
     def member_noise(self, phase: int) -> float:
+        """One institution's part, in levels, in the smallest cohort."""
         _, terms = self._terms()
         return math.sqrt(self.releases()[phase].share(terms.carriers))
 

@@ -56,12 +56,14 @@ class SharedRecordLevel(SharedNoise):
 
     @staticmethod
     def refusal(permits: Permits) -> str:
+        """Allowed where the policy says `shared_noise`."""
         if permits.shared_noise:
             return ""
         return "its noise is shared with others; shared_noise is false"
 
     @staticmethod
     def check_delta(delta: float, units: int, where: str, institutions: int) -> None:
+        """Against the number of units."""
         check_delta(delta, units, where)
 
     @staticmethod
@@ -73,10 +75,12 @@ class SharedRecordLevel(SharedNoise):
 
     @staticmethod
     def noise_part(members: float, aggregation: AggregationConfig) -> float:
+        """One in t - c, which any sum that may be learnt has."""
         carriers = cohort.threshold(int(members)) - aggregation.max_colluders
         return 1 / max(1, carriers)
 
     def shared_noise(self) -> str:
+        """Also what this institution's own part is worth without the others'."""
         told = super().shared_noise()
         alone = self.epsilon_alone()
         shown = "no finite ε" if alone is None else f"ε = {shown_epsilon(alone)}"

@@ -33,6 +33,7 @@ class Unprotected(Guarantee):
 
     @staticmethod
     def refusal(permits: Permits) -> str:
+        """Allowed where the policy says `allow_unnoised`."""
         if permits.allow_unnoised:
             return ""
         return "updates would leave without noise; allow_unnoised is false"
@@ -43,16 +44,20 @@ class Unprotected(Guarantee):
 
     @staticmethod
     def coordinate_bound(phase: Phase) -> float:
+        """As far as steps along gradients of `PLAIN_RMS` lead; what is beyond is cut off."""
         return stepped(phase, PLAIN_RMS)
 
     def epsilon_of(self, attempts: Sequence[int]) -> float:
+        """BadInput: there is none."""
         raise BadInput(f"manifest mode: found {self.name!r}, which has no ε")
 
     def charge(self) -> Spend:
+        """Nothing: nothing is guaranteed."""
         return Spend(0.0, 0.0)
 
     @property
     def accountant(self) -> str:
+        """None has anything to compute."""
         return "none: there is no ε"
 
     def _promise(self, epsilon: float | None) -> list[str]:
@@ -66,6 +71,7 @@ class Unprotected(Guarantee):
         return plan.to_bytes()
 
     def update_bound(self, phase: int, size: int) -> float:
+        """What a coordinator takes for an update at all: nothing is clipped."""
         recipe = self.manifest.accounted[phase]
         if recipe.optimizer == "sgd":  # its steps follow gradients that nothing bounds
             return PLAIN_RMS * math.sqrt(size)
