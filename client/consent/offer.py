@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 from fedlora.client.node.policy import Policy
+from fedlora.common.codec.strict import digest_of
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.projection import Projection
-from fedlora.common.protocol.consent import LONGEST_OFFER, Start, digest_of
+from fedlora.common.protocol.consent import LONGEST_OFFER, Start
 from fedlora.common.protocol.messages import MANIFEST_TAG, OFFER_TAG, Address, Offer
 from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed

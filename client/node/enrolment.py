@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 from fedlora.client.node.folder import NodeFolder, pinned_invitation
 from fedlora.client.node.policy import policy_template
 from fedlora.common.disk import locks
-from fedlora.common.disk.files import read_text, write_atomically
+from fedlora.common.disk.files import now, read_text, write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.trust.enrolment import (
     EnrolmentRequest,
@@ -131,8 +131,7 @@ def only_trainer(folder: NodeFolder) -> AbstractContextManager[None]:
 def _request(
     folder: NodeFolder, identity: Identity, name: str, organisation: str, flower_key: str
 ) -> EnrolmentRequest:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    request = EnrolmentRequest(name, organisation, identity.public, flower_key, now)
+    request = EnrolmentRequest(name, organisation, identity.public, flower_key, now())
     write_atomically(folder.request, request_to_text(identity, request).encode())
     return request
 

@@ -25,7 +25,7 @@ from typing import Any
 from fedlora.client.node.folder import MANIFEST, PROJECTION, NodeFolder
 from fedlora.client.node.policy import Policy
 from fedlora.common.codec.strict import from_canonical, json_table, to_canonical
-from fedlora.common.disk.files import read_bytes, sync_folder, write_atomically
+from fedlora.common.disk.files import now, read_bytes, sync_folder, write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.protocol.messages import Offer
 from fedlora.common.trust.identity import Signed
@@ -184,12 +184,7 @@ class Offers:
 
 def note(path: Path, policy: Policy, **more: object) -> None:
     """Keep, durably: now, under this policy's limits; `more` is what else belongs there."""
-    table = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "policy": policy.digest,
-        "limits": asdict(policy.limits),
-        **more,
-    }
+    table = {"time": now(), "policy": policy.digest, "limits": asdict(policy.limits), **more}
     write_atomically(path, json.dumps(table, sort_keys=True).encode(), mode=0o600)
 
 

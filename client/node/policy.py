@@ -8,13 +8,13 @@ given under.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedlora.common.codec.strict import digest_of
 from fedlora.common.config.schema import COUNTS, DIGEST, LAYER, NAME, OPTIONAL
 from fedlora.common.config.task_names import BUILT_IN, LABELLED, LANGUAGES, TaskName, scale_labels
 from fedlora.common.config.toml import (
@@ -190,7 +190,7 @@ def load_policy(path: Path) -> Policy:
     """Refused where others could have written the file; BadInput lists every fault in it."""
     data = read_guarded(path, "the node's policy", MAX_POLICY_BYTES)
     text = text_of(data, path.name, "the node's policy", "utf-8-sig")
-    return parse_policy(text, path.name, _digest(data))
+    return parse_policy(text, path.name, digest_of(data))
 
 
 def parse_policy(text: str, where: str = "node.toml", digest: str = "") -> Policy:
@@ -217,7 +217,7 @@ def parse_policy(text: str, where: str = "node.toml", digest: str = "") -> Polic
         budgets={name: Budget(name, each.epsilon, each.delta) for name, each in budgets.items()},
         data=data,
         bases=bases,
-        digest=digest or _digest(text.encode()),
+        digest=digest or digest_of(text.encode()),
     )
 
 
@@ -334,10 +334,6 @@ def _bases(found: Any, where: str, faults: list[str]) -> dict[str, str]:
                 " name"
             )
     return {str(digest): str(folder) for digest, folder in found.items()}
-
-
-def _digest(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def policy_template(institution: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fedlora.client.report.check import PAGE, REPORT, REPORT_TAG
 from fedlora.client.report.page import page
 from fedlora.client.report.run_facts import Body, consented_runs, federations, run_facts
 from fedlora.client.service.refusals import read_lines, read_refusals
-from fedlora.common.disk.files import write_atomically
+from fedlora.common.disk.files import now, write_atomically
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.privacy.accountant import ACCOUNTANT
 from fedlora.common.privacy.modes import GUARANTEES
@@ -83,7 +82,7 @@ def report_body(
     ]
     return {
         **_who(folder, policy, identity),
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "written": now(),
         "budgets": _budgets(policy, ledger, bodies),
         "federations": federations(folder, bodies),
         "runs": [run_facts(folder, outbox, bodies, digest) for digest in runs],

@@ -30,11 +30,11 @@ from fedlora.client.service.answer_parts import answer_fetch, answer_piece, open
 from fedlora.client.service.answer_stage import answer_stage, open_stage
 from fedlora.client.service.answer_start import answer_start, open_start
 from fedlora.client.service.answer_task import answer_task, open_task
-from fedlora.client.service.dialogue import PRIVATE_REASON, Dialogue, Node, Place, PrivateFault, now
+from fedlora.client.service.dialogue import PRIVATE_REASON, Dialogue, Node, Place, PrivateFault
 from fedlora.client.service.refusals import RefusalLog
 from fedlora.client.service.ticks import Ticks, Watched
 from fedlora.client.service.work import Work
-from fedlora.common.disk.files import append_line
+from fedlora.common.disk.files import append_line, now
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.privacy.modes import guarantee_of

@@ -18,10 +18,11 @@ from fedlora.client.node.offers import STARTED, Waiting, note
 from fedlora.client.node.outbox import START
 from fedlora.client.service.dialogue import Dialogue, private
 from fedlora.client.service.ticks import CONSENT
+from fedlora.common.codec.strict import digest_of
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.figures import exact, shown_epsilon, shown_left
-from fedlora.common.protocol.consent import Start, digest_of
+from fedlora.common.protocol.consent import Start
 from fedlora.common.protocol.messages import OFFER_TAG, START_TAG, Address, SignedStart, Started
 from fedlora.common.terminal import one_line
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 from fedlora.client.consent.judge import judge
 from fedlora.client.consent.offer import read_manifest
@@ -28,7 +27,7 @@ from fedlora.client.node.policy import Policy
 from fedlora.client.secagg.runs import MaskedRuns
 from fedlora.client.service.ticks import TRAIN, Watched
 from fedlora.common.data.data_file import files_stamp
-from fedlora.common.disk.files import append_line
+from fedlora.common.disk.files import append_line, now
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.manifest.manifest import RunManifest
@@ -243,11 +242,6 @@ class Dialogue:
     def signed(self, reply: Reply) -> bytes:
         """The reply, under this node's key, for this federation alone."""
         return reply_to_bytes(self.node.identity, self.invitation.federation, reply)
-
-
-def now() -> str:
-    """UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _digest(text: str) -> str:

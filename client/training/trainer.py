@@ -15,11 +15,10 @@ ask. In simulation the same object is called in process.
 
 from __future__ import annotations
 
-import hashlib
-
 from fedlora.client.training.hold_out import noisy_counts, parted
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.moments import MomentStore
+from fedlora.common.codec.strict import digest_of
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
@@ -105,7 +104,7 @@ class Trainer:
         ledger = self._required_ledger()
         ledger.reserve(self._budget.name, plan.manifest, plan.phase, plan.round, plan.attempt)
         update = self._update(guarantee, plan, state)
-        digest = "sha256:" + hashlib.sha256(guarantee.committed(plan, update)).hexdigest()
+        digest = digest_of(guarantee.committed(plan, update))
         ledger.commit(self._budget.name, plan.manifest, plan.round, plan.attempt, digest)
         return update
 

@@ -12,6 +12,7 @@ not finite, and integers beyond 64 bits.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -32,6 +33,11 @@ def canonical(value: Mapping[str, Any]) -> bytes:
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
+
+
+def digest_of(data: bytes) -> str:
+    """`sha256:` and the hash of what somebody wrote or signed."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def json_table(data: bytes, where: str, limit: int = MAX_MESSAGE_BYTES) -> dict[str, Any]:

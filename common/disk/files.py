@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -154,6 +155,11 @@ def append_line(path: Path, table: Mapping[str, Any], limit: int | None = MOST_B
         stream.write(b"\n" * bool(cut_short) + line.encode())
         stream.flush()
         os.fsync(descriptor)
+
+
+def now() -> str:
+    """UTC, to the second, as logs and signed texts have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def lines_of(path: Path) -> Iterator[Line]:

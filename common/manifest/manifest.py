@@ -8,12 +8,11 @@ are Python's shortest round trip.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from fedlora.common.codec.strict import build, from_canonical, json_table, to_canonical
+from fedlora.common.codec.strict import build, digest_of, from_canonical, json_table, to_canonical
 from fedlora.common.config.schema import (
     ALL_LINEAR,
     COUNTS,
@@ -243,7 +242,7 @@ class RunManifest:
     @property
     def digest(self) -> str:
         """`sha256:` and the hash of its bytes: the run's name."""
-        return "sha256:" + hashlib.sha256(self.to_bytes()).hexdigest()
+        return digest_of(self.to_bytes())
 
     @property
     def rounds(self) -> int:

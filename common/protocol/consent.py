@@ -7,7 +7,6 @@ consent is named by the digest of its bytes, so that a start is of what was offe
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -89,8 +88,3 @@ class Start:
                 name = one_line(other.institution)[:80]
                 raise BadInput(f"start cohort: found {name} out of order, expected each name once")
         return found
-
-
-def digest_of(data: bytes) -> str:
-    """`sha256:` and the hash of what somebody signed."""
-    return "sha256:" + hashlib.sha256(data).hexdigest()

@@ -13,13 +13,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedlora.common.codec.strict import build
 from fedlora.common.disk import locks
-from fedlora.common.disk.files import read_text, write_atomically
+from fedlora.common.disk.files import now, read_text, write_atomically
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.trust.enrolment import EnrolmentRequest, request_from_text
 from fedlora.common.trust.identity import MAX_TEXT_BYTES, Identity, PublicIdentity, seal, unseal
@@ -128,7 +127,7 @@ class Registry:
         with self._locked():
             members = self.members()
             found = _active(members, name)
-            ended = replace(found, ended=_now(), reason=REVOKED)
+            ended = replace(found, ended=now(), reason=REVOKED)
             self._write(tuple(ended if member is found else member for member in members))
             return ended
 
@@ -147,7 +146,7 @@ class Registry:
                     f"{where} organisation: found {found.request.organisation!r}, expected"
                     f" {old.organisation!r}"
                 )
-            ended = replace(old, ended=_now(), reason=ROTATED)
+            ended = replace(old, ended=now(), reason=ROTATED)
             new = _entry(found.request, found.text)
             kept = tuple(ended if member is old else member for member in members)
             _check_new(kept, new, where, predecessor=ended)
@@ -181,7 +180,7 @@ class Registry:
 def _entry(request: EnrolmentRequest, text: str) -> Member:
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Member(
-        request.name, request.organisation, request.identity, request.flower_key, digest, _now()
+        request.name, request.organisation, request.identity, request.flower_key, digest, now()
     )
 
 
@@ -224,7 +223,3 @@ def _active(members: Sequence[Member], name: str) -> Member:
             return member
     names = ", ".join(sorted(member.name for member in members if member.active)) or "nobody"
     raise BadInput(f"member: found {name[:80]!r}, expected one of {names}"[:400])
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

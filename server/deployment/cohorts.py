@@ -17,7 +17,6 @@ from fedlora.common.protocol.messages import PLAN_TAG, Answer, Task, request_to_
 from fedlora.common.protocol.pieces import Parted
 from fedlora.common.protocol.vector_parts import mapped
 from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
-from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.deployment.institutions import Institutions
 from fedlora.server.deployment.transfers import Transfer
@@ -103,7 +102,7 @@ class ClearCohort:
             _check_moved(update, manifest.recipe_of(plan.round).name, spec)
             check_norm(update, guarantee_of(manifest).update_bound(plan.phase, count))
         except BadInput as error:
-            return Failure(name, one_line(str(error)))
+            return Failure(name, str(error))
         return update
 
     def _placed(

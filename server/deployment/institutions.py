@@ -30,7 +30,6 @@ from fedlora.common.protocol.messages import (
 from fedlora.common.protocol.pieces import Parted
 from fedlora.common.protocol.stages import Request, Stage
 from fedlora.common.protocol.vectors import BYTES, vector_to_bytes
-from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.talks import Talk
@@ -206,7 +205,7 @@ class Institutions(ABC):
             try:
                 return transfer.whole(name, reply.parts).read_bytes()
             except BadInput as error:
-                return Failure(name, one_line(str(error)))
+                return Failure(name, str(error))
         kind = type(reply).__name__.lower()
         return Failure(name, f"found a {kind} of another attempt or kind")
 
@@ -217,7 +216,7 @@ class Institutions(ABC):
         try:
             reply = self.opened(name, data, members)
         except (BadInput, Refused) as error:
-            return Failure(name, one_line(str(error)))
+            return Failure(name, str(error))
         return Failure(name, reply.reason, reply.refused) if isinstance(reply, Decline) else reply
 
     def opened(self, name: str, data: bytes, members: Mapping[str, PublicIdentity]) -> Reply:

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from fedlora.common.codec.strict import digest_of
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.projection import PROJECTION
 from fedlora.common.privacy.randomness import OsRandom, participants
-from fedlora.common.protocol.consent import LONGEST_OFFER, Party, Start, digest_of
+from fedlora.common.protocol.consent import LONGEST_OFFER, Party, Start
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
@@ -38,7 +39,6 @@ from fedlora.common.protocol.messages import (
     request_to_bytes,
 )
 from fedlora.common.protocol.stages import Stage
-from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.coordinator.heights import Height, put_back
@@ -221,7 +221,7 @@ class Participants(Institutions):
             try:
                 reply = self.opened(name, answer, members)
             except (BadInput, Refused) as error:
-                self._said_of.decline(Failure(name, one_line(str(error))))
+                self._said_of.decline(Failure(name, str(error)))
                 continue
             if reason := self._refusal(reply, Consent) or self._fallen(reply):
                 self._said_of.decline(Failure(name, reason, refused=True))
@@ -282,7 +282,7 @@ class Participants(Institutions):
             reply = self.opened(name, data, members)
             reason = self._refusal(reply, Started) or self._put_back(name, reply, members)
         except (BadInput, Refused) as error:
-            self._said_of.decline(Failure(name, one_line(str(error))))
+            self._said_of.decline(Failure(name, str(error)))
             return
         if isinstance(reply, Started) and not reason:
             self._said_of.acknowledge(name, data, reply)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedlora.common.errors import FedloraError
-from fedlora.common.terminal import one_line
 from fedlora.server.rounds.cohort import Failure
 
 log = logging.getLogger(__name__)
@@ -124,5 +123,5 @@ def _went_on(turn: _Turn, answer: bytes | Failure, now: float) -> bytes | Failur
         found: bytes = stop.value
         return found
     except FedloraError as error:
-        return Failure(turn.name, one_line(str(error)))
+        return Failure(turn.name, str(error))
     return None

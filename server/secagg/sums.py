@@ -29,7 +29,6 @@ from fedlora.common.protocol import stages
 from fedlora.common.protocol.stages import Stage
 from fedlora.common.secagg.ring import Encoding
 from fedlora.common.secagg.wire import Epoch
-from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import PublicIdentity
 from fedlora.server.rounds.cohort import CohortSum, Failure, SecureRecord
 from fedlora.server.secagg.attempt import Listed, SecureSum, ServerAttempt
@@ -113,7 +112,7 @@ class SecureCohort:
                 total, replies = self._decoded(result, plan, state.spec), len(result.members)
             except (QuorumLost, BadInput) as error:
                 self._epoch = None  # whoever is left meets in a new one
-                attempt.failures.add(Failure("cohort", one_line(str(error))), counts=False)
+                attempt.failures.add(Failure("cohort", str(error)), counts=False)
         failures = (*declined, *attempt.failures.found())
         count = len(asked) + len(declined) if asked else 0
         return CohortSum(total, replies, count, failures, time.monotonic() - started, record)
@@ -253,7 +252,7 @@ class SecureCohort:
             try:
                 signer = take(answer)
             except (BadInput, Refused) as error:
-                attempt.failures.add(Failure(name, one_line(f"{stage}: {error}")))
+                attempt.failures.add(Failure(name, f"{stage}: {error}"))
                 continue
             if signer != name:
                 log.warning("%s: %s carried what %s had signed", stage, name, signer)

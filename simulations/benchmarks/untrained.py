@@ -20,12 +20,13 @@ from fedlora.client.node.policy import Policy
 from fedlora.client.service.answer import Resident
 from fedlora.client.service.endpoint import Service
 from fedlora.client.service.work import Work
+from fedlora.common.codec.strict import digest_of
 from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import Delta, RoundPlan
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec, Vector
-from fedlora.common.protocol.consent import Party, Start, digest_of
+from fedlora.common.protocol.consent import Party, Start
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from fedlora.client.secagg.masked_run import MaskedRun, Train
+from fedlora.client.secagg.masked_run import Train
 from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import Delta
@@ -31,12 +31,11 @@ class _Keeper:
     def __init__(self, shared: Shared, names: list[str], manifest: bytes) -> None:
         identities = {name: shared.identity(name) for name in names}
         self._roster = Roster(identities, RunManifest.from_bytes(manifest))
-        self._runs: dict[str, MaskedRun] = {}
 
     def prepare(self, request: bytes, spec: AdapterSpec) -> _Said:
         """The answer to a stage; None: an update is to be trained and handed to `mask` first."""
         asked = Request.from_bytes(request)
-        run = self._run(asked.institution)
+        run = self._roster.masked_run(asked.institution)
 
         def step() -> bytes | None:
             if asked.stage != Stage.INPUT:
@@ -50,12 +49,9 @@ class _Keeper:
 
     def mask(self, request: bytes, spec: AdapterSpec, update: Delta) -> _Said:
         asked = Request.from_bytes(request)
-        return _said(lambda: self._run(asked.institution).mask(asked.plan, spec, update))
-
-    def _run(self, name: str) -> MaskedRun:
-        if name not in self._runs:
-            self._runs[name] = self._roster.masked_run(name)
-        return self._runs[name]
+        return _said(
+            lambda: self._roster.masked_run(asked.institution).mask(asked.plan, spec, update)
+        )
 
 
 # the answer; or why there is none, and whether it is a refusal

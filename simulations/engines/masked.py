@@ -47,12 +47,16 @@ class Roster:
         self._manifest, self._colluders = manifest, manifest.secure.max_colluders
         self._identities = identities
         self.peers = {name: Peer(name, name, key.public) for name, key in identities.items()}
+        self._runs: dict[str, MaskedRun] = {}
 
     def masked_run(self, name: str) -> MaskedRun:
-        """A node of that name that has just started."""
-        least = self._manifest.minimum_cohort
-        policy = CohortPolicy(name, self.peers, least, self._colluders)
-        return MaskedRun.begun(self._identities[name], policy, self._manifest, MemoryOutbox())
+        """The node of that name, which starts when it is first asked for."""
+        if name not in self._runs:
+            least = self._manifest.minimum_cohort
+            policy = CohortPolicy(name, self.peers, least, self._colluders)
+            key, outbox = self._identities[name], MemoryOutbox()
+            self._runs[name] = MaskedRun.begun(key, policy, self._manifest, outbox)
+        return self._runs[name]
 
 
 class Institutions:
@@ -70,7 +74,6 @@ class Institutions:
         self._manifest, self._faults, self._quorum = manifest, faults, quorum
         self._trainer_of, self._choose = trainer_of, choose
         self._roster = Roster({name: Identity.generate() for name in names}, manifest)
-        self._runs: dict[str, MaskedRun] = {}
         self._source: Random = OsRandom()
         self.masked_vectors = 0
 
@@ -120,7 +123,7 @@ class Institutions:
             return update.delta
 
         try:
-            run = self._run(name)
+            run = self._roster.masked_run(name)
             answer = (
                 run.input(message, plan, spec, train)
                 if stage == Stage.INPUT
@@ -136,11 +139,6 @@ class Institutions:
         ):
             return _corrupted(answer)
         return answer
-
-    def _run(self, name: str) -> MaskedRun:
-        if name not in self._runs:
-            self._runs[name] = self._roster.masked_run(name)
-        return self._runs[name]
 
     def _drop_outs(self, stage: str, count: int) -> list[bool]:
         rate = _rates(self._faults)[stage]

@@ -20,6 +20,7 @@ from fedlora.common.terminal import printable
 from fedlora.simulations.begin import check_delta, checked, dealt, sources_of
 from fedlora.simulations.chosen import decided_for, taken_as_public
 from fedlora.simulations.experiments.given import Table, with_records
+from fedlora.simulations.experiments.progress import as_printed
 from fedlora.simulations.federation.public_part import choice_for
 from fedlora.simulations.federation.sources import Sources, one_sided
 
@@ -60,10 +61,7 @@ class Check:
             yield Text(printable(line))
 
     def __str__(self) -> str:
-        console = Console(width=100, highlight=False, color_system=None)
-        with console.capture() as printed:
-            console.print(self)
-        return printed.get().rstrip()
+        return as_printed(self)
 
 
 def check(config: Config, *, train: Table | None = None, test: Table | None = None) -> Check:

@@ -39,6 +39,7 @@ from fedlora.simulations.begin import (
 )
 from fedlora.simulations.chosen import decided_for
 from fedlora.simulations.experiments.given import Table, with_records
+from fedlora.simulations.experiments.progress import as_printed
 from fedlora.simulations.federation.population import Federation
 from fedlora.simulations.federation.public_part import choice_for
 
@@ -122,10 +123,7 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        console = Console(width=100, highlight=False, color_system=None)
-        with console.capture() as printed:
-            console.print(self)
-        return printed.get().rstrip()
+        return as_printed(self)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""What a person sees while a run goes on: a bar, with accuracy, ε so far, examples a second."""
+"""What a person sees: while a run goes on a bar, with accuracy, ε so far, examples a second."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
@@ -56,3 +56,11 @@ def _figure(name: str, value: float) -> str:
     if name == "epsilon":
         shown = shown_epsilon(value)
     return f"{names.get(name, name)} {shown}"
+
+
+def as_printed(found: ConsoleRenderable) -> str:
+    """What a terminal of 100 columns would show of it, without colours."""
+    console = Console(width=100, highlight=False, color_system=None)
+    with console.capture() as printed:
+        console.print(found)
+    return printed.get().rstrip()

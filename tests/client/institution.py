@@ -22,6 +22,7 @@ from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import Policy
 from fedlora.client.service.answer import Resident
 from fedlora.client.service.work import Work
+from fedlora.common.codec.strict import digest_of
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
@@ -29,7 +30,7 @@ from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.manifest.plan import Delta, RoundPlan
 from fedlora.common.model.state import AdapterSpec, TensorSpec
 from fedlora.common.privacy.modes import guarantee_of
-from fedlora.common.protocol.consent import Party, Start, digest_of
+from fedlora.common.protocol.consent import Party, Start
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from fedlora.common.codec.framing import frame
+from fedlora.common.codec.strict import digest_of
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import QuorumLost, Refused, Spent
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol import messages
-from fedlora.common.protocol.consent import Start, digest_of
+from fedlora.common.protocol.consent import Start
 from fedlora.common.protocol.messages import (
     MANIFEST_TAG,
     OFFER_TAG,
