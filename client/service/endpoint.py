@@ -28,8 +28,7 @@ from fedlora.client.service.signals import stop_event
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.terminal import places
 from fedlora.common.trust.enrolment import certificate_in
-from fedlora.common.trust.identity import read_private
-from fedlora.common.trust.pem import private_key_in
+from fedlora.common.trust.identity import private_key_in, read_private
 
 log = logging.getLogger(__name__)
 

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from fedlora.common.codec.framing import KEY_BYTES, SIGNATURE_BYTES, framed
 from fedlora.common.codec.strict import canonical, json_table
 from fedlora.common.disk.files import write_atomically
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.trust.pem import private_key_in
 
 MAX_TEXT_BYTES = 64 << 20  # of a signed text
 # Of edwards25519: the field, and y of the points of order 1, 2, 4 and 8, whose signatures anybody
@@ -162,6 +162,18 @@ def read_private(path: Path) -> bytes:
         if os.fstat(descriptor).st_mode & 0o077:
             raise Refused(f"{path}: found a key that others can read, expected mode 0600")
         return stream.read(1 << 16)
+
+
+def private_key_in(pem: bytes) -> PrivateKeyTypes:
+    """The key of a PEM, of any kind; ValueError where there is none, or it needs a password.
+
+    What OpenSSL thinks of a damaged one is one kind of fault here.
+    """
+    try:
+        return serialization.load_pem_private_key(pem, password=None)
+    except (TypeError, UnsupportedAlgorithm, InternalError) as error:
+        # InternalError: a length that the kind of key does not have
+        raise ValueError(type(error).__name__) from error
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedlora.common.disk.files import read_bytes, write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.common.trust.enrolment import certificate_in
-from fedlora.common.trust.identity import read_private
-from fedlora.common.trust.pem import private_key_in
+from fedlora.common.trust.identity import private_key_in, read_private
 
 CA_KEY, CA_CERTIFICATE = "ca.key", "ca.crt"
 SERVER_KEY, SERVER_CERTIFICATE = "server.key", "server.crt"

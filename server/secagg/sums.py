@@ -73,6 +73,7 @@ class _Attempt:
 
     plan: RoundPlan
     state: AdapterState
+    answers: AdapterSpec
     members: Mapping[str, PublicIdentity]
     asked: Sequence[str]
     needed: int
@@ -103,13 +104,13 @@ class SecureCohort:
         members = self._exchange.gather()
         asked, declined = self._exchange.asked(members, plan)
         needed = self._exchange.needed(len(asked) + len(declined))
-        attempt = _Attempt(plan, state, members, asked, needed, _Failures())
-        size = answer_spec(self._manifest, plan.phase, state.spec).size
-        total, record, replies = np.zeros(size, dtype=np.float64), None, 0
+        answers = answer_spec(self._manifest, plan.phase, state.spec)
+        attempt = _Attempt(plan, state, answers, members, asked, needed, _Failures())
+        total, record, replies = np.zeros(answers.size, dtype=np.float64), None, 0
         if asked:
             try:
                 result, record = self._sum(self._epoch_for(attempt), attempt)
-                total, replies = self._decoded(result, plan, state.spec), len(result.members)
+                total, replies = self._decoded(result, plan, answers), len(result.members)
             except (QuorumLost, BadInput) as error:
                 self._epoch = None  # whoever is left meets in a new one
                 attempt.failures.add(Failure("cohort", str(error)), counts=False)
@@ -182,7 +183,7 @@ class SecureCohort:
         """Stages 3 to 6, over all of U2: who drops out of one attempt may be back in the next."""
         plan, listed = attempt.plan, epoch.listed
         slot = stages.slot_of(plan, self._manifest.base_digest)
-        encoding = self._encoding(plan, attempt.state.spec)
+        encoding = self._encoding(plan, attempt.answers)
         server = ServerAttempt(listed, slot, encoding, attempt.needed)
         messages = {
             name: epoch.deliver(name) if name in epoch.undelivered else b"" for name in listed.deals
@@ -260,8 +261,7 @@ class SecureCohort:
         return counted
 
     def _encoding(self, plan: RoundPlan, spec: AdapterSpec) -> Encoding:
-        answer = answer_spec(self._manifest, plan.phase, spec)
-        size = int(self._manifest.leaving(answer, plan.round).sum())
+        size = int(self._manifest.leaving(spec, plan.round).sum())
         noise = guarantee_of(self._manifest).member_noise(plan.phase)
         return stages.encoding_of(self._terms, plan.phase, size, noise)
 
@@ -274,7 +274,6 @@ class SecureCohort:
         left out.
         """
         total = self._encoding(plan, spec).decode(result.levels)
-        spec = answer_spec(self._manifest, plan.phase, spec)
         bound = guarantee_of(self._manifest).update_bound(plan.phase, len(total))
         norm = float(np.linalg.norm(total)) / len(result.members)
         if not norm <= bound * (1 + 1e-6):
