@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fedlora.common.config.schema import AggregationConfig
 from fedlora.common.manifest.manifest import Phase, RunManifest
-from fedlora.common.manifest.turns import most_moved
+from fedlora.common.manifest.turns import turns
 from fedlora.common.model.state import AdapterSpec
 from fedlora.common.privacy.accountant import group_scales
 from fedlora.common.privacy.modes import guarantee_of
@@ -21,14 +22,15 @@ def noise_of_mean(
 ) -> float | None:
     """The L2 norm that noise alone gives the mean update of so many `members` in a round, about.
 
-    None where that can't be told: no step is noised, or a node's optimiser is not SGD, whose steps
-    are in proportion to what is noised.
+    `phase` is named by what the round moves of it (`RunManifest.recipe_of`). None where that can't
+    be told: no step is noised, or a node's optimiser is not SGD, whose steps are in proportion to
+    what is noised.
     """
     guarantee = guarantee_of(manifest)
     noised = guarantee.clip_in_step and phase.noise_multiplier > 0
     if not noised or phase.optimizer != "sgd" or members < 1:
         return None
-    counts = _coordinates(phase, spec, manifest.network.variant)
+    counts = _coordinates(phase, spec)
     scales = group_scales(phase.noise_multiplier, _clips(phase))
     variance = sum(count * scale**2 for count, scale in zip(counts, scales, strict=True))
     secure = manifest.secure
@@ -50,7 +52,8 @@ def signal_to_noise(
     round: a signal adds up, and noise by the root of the rounds alone. Texts that differ pull in
     many directions; a quarter of it is much. None as in `noise_of_mean`.
     """
-    noise = noise_of_mean(manifest, phase, spec, members)
+    rounds = (replace(phase, name=each) for each in turns(phase.name, manifest.network.variant))
+    noise = max(noise_of_mean(manifest, each, spec, members) or 0.0 for each in rounds)
     if not noise:
         return None
     signal = phase.learning_rate * phase.steps * math.hypot(*_clips(phase))
@@ -61,8 +64,8 @@ def _clips(phase: Phase) -> Sequence[float]:
     return (phase.clip, phase.head_clip) if phase.head_clip else (phase.clip,)
 
 
-def _coordinates(phase: Phase, spec: AdapterSpec, variant: str) -> Sequence[int]:
+def _coordinates(phase: Phase, spec: AdapterSpec) -> Sequence[int]:
     """How many each of `_clips` bounds: LoRA's and the head's, or all that a round moves."""
-    moved = most_moved(spec, phase.name, variant)
+    moved = int(spec.moved_by(phase.name).sum())
     head = int(spec.head_mask().sum())
     return (moved - head, head) if phase.head_clip else (moved,)
