@@ -134,6 +134,14 @@ def tiny_ast(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_wav2vec2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2-layer random Wav2Vec2 of width 32, with its feature extractor."""
+    from tests.media import write_wav2vec2
+
+    return write_wav2vec2(tmp_path_factory.mktemp("tiny-wav2vec2"))
+
+
+@pytest.fixture(scope="session")
 def tiny_chat(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The decoder, with a chat template."""
     from tests.tasks import chatting

@@ -57,6 +57,28 @@ def write_vit(folder: Path) -> Path:
     return folder
 
 
+def write_wav2vec2(folder: Path) -> Path:
+    """A random Wav2Vec2 of places of 20 samples, and its feature extractor, as a base."""
+    torch.manual_seed(0)
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        conv_dim=(16, 16),
+        conv_stride=(10, 2),
+        conv_kernel=(10, 3),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        classifier_proj_size=16,
+        initializer_range=0.2,
+    )
+    transformers.Wav2Vec2Model(config).save_pretrained(folder)
+    reader: Any = transformers.Wav2Vec2FeatureExtractor
+    reader().save_pretrained(folder)
+    return folder
+
+
 def write_ast(folder: Path) -> Path:
     """A random AST and its feature extractor as a base."""
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[Records, 
     check_delta(policy.limits.delta, units, f"{records.where}, by [limits] delta:")
     task, most, told = task_named(data.task, data.label_set), policy.limits.max_length, [""]
     for base in policy.bases.values():
-        reader = load_reader(folder.base(base), task.medium)
+        reader = load_reader(folder.base(base), task.medium, most)
         encoded = task.encode(records, reader, most)
         told = list(overview(records, encoded, task.labels, most))
     return records, units, told

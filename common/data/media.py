@@ -34,8 +34,11 @@ class MediaFile:
         return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
 
 
-def media_files(values: Values, folder: Path, where: str, column: str) -> list[MediaFile]:
-    """Each record's bytes; BadInput names the row of what is missing, outside or too large."""
+def media_files(values: Values, folder: Path | None, where: str, column: str) -> list[MediaFile]:
+    """Each record's bytes; BadInput names the row of what is missing, outside or too large.
+
+    `folder` None: whoever names a path is its owner, and it may lead anywhere.
+    """
     found, total = [], 0
     for row, value in enumerate(values, start=1):
         found.append(_media_file(value, folder, f"{where} row {row} {column}"))
@@ -53,7 +56,7 @@ def media_file(path: Path) -> MediaFile:
     return MediaFile(path.name, read_bytes(path, MAX_MEDIUM_BYTES, "a file"))
 
 
-def _media_file(value: Any, folder: Path, place: str) -> MediaFile:
+def _media_file(value: Any, folder: Path | None, place: str) -> MediaFile:
     data, path = value, value
     if isinstance(value, Mapping):
         data, path = value.get("bytes"), value.get("path")
@@ -62,20 +65,21 @@ def _media_file(value: Any, folder: Path, place: str) -> MediaFile:
             raise BadInput(f"{place}: found {len(data)} bytes, expected 1 to {MAX_MEDIUM_BYTES}")
         name = Path(path).name if isinstance(path, str) else f"{len(data):,} bytes"
         return MediaFile(name, bytes(data))
-    if isinstance(path, str) and path:
-        return MediaFile(path, _inside(path, folder, place))
+    if isinstance(path, Path) or (isinstance(path, str) and path):
+        return MediaFile(str(path), _inside(str(path), folder, place))
     kind = "nothing" if path is None or path == "" else type(value).__name__
     raise BadInput(f"{place}: found {kind}, expected bytes, or the path of a file")
 
 
-def _inside(path: str, folder: Path, place: str) -> bytes:
+def _inside(path: str, folder: Path | None, place: str) -> bytes:
     """The bytes of a file in `folder`."""
+    root = Path("/") if folder is None else folder.resolve()
     try:
-        real = (folder / path).resolve()
-        there = real.is_relative_to(folder.resolve())
+        real = ((folder or Path()) / path).resolve()
+        there = real.is_relative_to(root)
         if there and real.is_file():
             return read_bytes(real, MAX_MEDIUM_BYTES, "a file", f"{place} {shown(path)}")
     except (OSError, ValueError) as error:  # a name that no system takes
         raise BadInput(f"{place}: found {shown(path[:200])}, which can't be read") from error
-    expected = "a file" if there else f"one inside {folder.resolve().name}, the table's folder"
+    expected = "a file" if there else f"one inside {root.name}, the table's folder"
     raise BadInput(f"{place}: found {shown(path[:200])}, expected {expected}")

@@ -194,10 +194,32 @@ class ValueInputs:
         return rng.normal(0, 1, (count, *self.shape)).astype(np.float32)
 
 
-def load_reader(folder: Path, medium: Medium | None) -> Any:
+@dataclass(frozen=True)
+class _Filled:
+    """An extractor of sounds of any length: cut, or filled up with silence, to `samples`."""
+
+    extractor: Any
+    samples: int
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples a second."""
+        return int(self.extractor.sampling_rate)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """The extractor's own files: how long sounds are, it does not say."""
+        self.extractor.save_pretrained(folder)
+
+    def __call__(self, sound: Any, **given: Any) -> Any:
+        fixed = {"padding": "max_length", "truncation": True, "max_length": self.samples}
+        return self.extractor(sound, **given, **fixed)
+
+
+def load_reader(folder: Path, medium: Medium | None, most: int) -> Any:
     """A base's own tokenizer, or the processor of a medium; code in the folder is never run.
 
-    BadInput where there is none, or what it needs is not installed.
+    Where a base reads sounds of any length, as Wav2Vec2, they are `most` of its places long, which
+    are of 20 ms as a rule. BadInput where there is none, or what it needs is not installed.
     """
     if medium is None:
         return load_tokenizer(folder)
@@ -209,7 +231,10 @@ def load_reader(folder: Path, medium: Medium | None) -> Any:
     # institutions' values must not depend on what else is installed
     chosen = {"backend": "pil"} if medium.name == "image" else {}
     try:
-        return kind.from_pretrained(folder, trust_remote_code=False, **chosen)
+        reader = kind.from_pretrained(folder, trust_remote_code=False, **chosen)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        place = getattr(config, "inputs_to_logits_ratio", 0)  # samples of one
+        return _Filled(reader, most * place) if place and medium.name == "audio" else reader
     except Exception as error:  # the library raises a dozen unrelated types
         line = next(iter(str(error).splitlines()), "")[:200]
         raise BadInput(

@@ -246,7 +246,7 @@ def build_model(
     before = base_stamp(folder)
     check_base(folder)
     digest = check_digest(folder, model.digest)
-    reader = load_reader(folder, task.medium)
+    reader = load_reader(folder, task.medium, model.max_length)
     place = Place.of(model.dtype, device)
     check_room(folder, place)
     network, lora = assembled(model, folder, task, reader, lora, place)

@@ -100,7 +100,7 @@ def check(config: Config, *, train: Table | None = None, test: Table | None = No
 def _overview(sources: Sources, base: Path, longest: int) -> Iterator[str]:
     """Lines on the training, validation and test records, as the base reads them."""
     task = sources.public.task
-    reader = load_reader(base, task.medium)
+    reader = load_reader(base, task.medium, longest)
     parts = (sources.train, sources.public.validation, sources.public.test)
     for name, records in zip(("train", "validation", "test"), parts, strict=True):
         encoded = task.encode(records, reader, longest)

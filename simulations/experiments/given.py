@@ -16,7 +16,8 @@ from typing import Any
 
 from fedlora.common.config.schema import Config
 from fedlora.common.config.toml import shown
-from fedlora.common.disk.files import write_atomically
+from fedlora.common.data.media import MediaFile, media_files
+from fedlora.common.disk.files import create_once, write_atomically
 from fedlora.common.errors import BadInput
 from fedlora.server.runs.public_data import columns_of
 from fedlora.simulations.experiments.configuration import TEST_SHARE
@@ -36,8 +37,9 @@ def with_records(
     training part is set aside as public. BadInput says which column or row is missing.
     """
     given = {"train": train, "test": test}
+    media = columns_of(config.data, config.model.task).media
     paths: dict[str, Any] = {
-        name: _write(folder / FOLDER, table, _wanted(config, name), name)
+        name: _write(folder / FOLDER, table, _wanted(config, name), name, media)
         for name, table in given.items()
         if table is not None
     }
@@ -56,15 +58,28 @@ def _wanted(config: Config, name: str) -> tuple[str, ...]:
     return columns.wanted
 
 
-def _write(folder: Path, table: Table, wanted: Sequence[str], name: str) -> str:
-    """The file's path; its name ends with the digest of its bytes."""
+def _write(folder: Path, table: Table, wanted: Sequence[str], name: str, media: str) -> str:
+    """The file's path; its name ends with the digest of its bytes.
+
+    What is in the column `media` lies in files beside it, each under the digest of its own.
+    """
     columns = _columns(table, wanted, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if media:
+        place = list(wanted).index(media)
+        files = media_files(columns[place], None, name, media)
+        columns[place] = [_kept(folder, each) for each in files]
     rows = (dict(zip(wanted, row, strict=True)) for row in zip(*columns, strict=True))
     lines = "".join(json.dumps(row, default=_plain) + "\n" for row in rows).encode()
     path = folder / f"{name}-{hashlib.sha256(lines).hexdigest()[:16]}.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lines, 0o600)
     return str(path)
+
+
+def _kept(folder: Path, file: MediaFile) -> str:
+    name = file.digest.removeprefix("sha256:")
+    create_once(folder / name, file.data, 0o600)
+    return name
 
 
 def _columns(table: Table, wanted: Sequence[str], name: str) -> list[list[Any]]:

@@ -150,11 +150,11 @@ def test_a_base_that_changes_while_it_is_read_is_refused(
     """The digest is taken before: of what is loaded, it says nothing then."""
     load = network.__dict__["load_reader"]
 
-    def meanwhile(folder: Path, medium: None) -> object:
+    def meanwhile(folder: Path, medium: None, most: int) -> object:
         tensors = load_file(folder / "model.safetensors")
         save_file({name: value + 1 for name, value in tensors.items()}, folder / "new")
         (folder / "new").replace(folder / "model.safetensors")
-        return load(folder, medium)
+        return load(folder, medium, most)
 
     monkeypatch.setattr(network, "load_reader", meanwhile)
     with pytest.raises(BadInput, match="changed while they were read"):

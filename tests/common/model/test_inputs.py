@@ -85,6 +85,17 @@ def test_a_clipped_sum_is_that_of_batches_of_one(tiny_vit: Path) -> None:
         assert np.linalg.norm(moved - summed(unit)) <= 1e-12 * np.linalg.norm(whole)
 
 
+def test_sounds_of_any_length_are_cut_or_filled_up(tiny_wav2vec2: Path) -> None:
+    model, reference = built(tiny_wav2vec2, SOUNDS), built(tiny_wav2vec2, SOUNDS)
+    data = model.task.encode(records(SOUNDS, WAVS), model.tokenizer, model.longest)
+    assert model.longest == 63 and data.batch(np.arange(2), 0, model.device).ids.shape == (2, 1280)
+    gradients, units = PerSampleGradients(model), unit_groups(None, 9)
+    groups, every = ClipGroups.flat(model.spec, 0.05), np.arange(9)
+    whole = gradients.clipped_sum(data, units, every, groups, 256).vector
+    expected = clipped_sum_by_ones(reference, data, units, every, groups)
+    assert np.linalg.norm(whole - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
 def test_cached_features_are_what_the_head_sees(tiny_vit: Path) -> None:
     for pooling in ("mean", "default"):
         model = built(tiny_vit, IMAGES, pooling)
@@ -96,13 +107,12 @@ def test_cached_features_are_what_the_head_sees(tiny_vit: Path) -> None:
         assert torch.allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("medium", ["images", "sounds"])
+@pytest.mark.parametrize("named", ["tiny_vit", "tiny_ast", "tiny_wav2vec2"])
 def test_an_export_is_read_by_peft_and_transformers_alone(
-    medium: str, tiny_vit: Path, tiny_ast: Path, tmp_path: Path
+    named: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    base, task, inputs = (
-        (tiny_vit, IMAGES, PNGS) if medium == "images" else (tiny_ast, SOUNDS, WAVS)
-    )
+    base: Path = request.getfixturevalue(named)
+    task, inputs = (IMAGES, PNGS) if named == "tiny_vit" else (SOUNDS, WAVS)
     model, settings = built(base, task, "default"), ModelConfig(str(base), pooling="default")
     state = model.state()
     export_adapter(model, state, replace(settings, task=task.name), model.lora, 5, tmp_path / "a")
@@ -110,7 +120,7 @@ def test_an_export_is_read_by_peft_and_transformers_alone(
     found = loaded.logits(inputs)
     auto: Any = (
         transformers.AutoModelForImageClassification
-        if medium == "images"
+        if task is IMAGES
         else transformers.AutoModelForAudioClassification
     )
     theirs = peft.PeftModel.from_pretrained(

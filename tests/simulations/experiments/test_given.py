@@ -14,11 +14,14 @@ import numpy as np
 import pyarrow
 import pytest
 
+from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import config_to_toml
 from fedlora.common.data.data_file import file_digest
+from fedlora.common.data.records import Columns, read_records
 from fedlora.common.errors import BadInput
 from fedlora.simulations import check, plan, simulate
 from fedlora.simulations.experiments.given import with_records
+from tests.media import png
 from tests.simulations.experiments.test_simulate import config, cpu, data
 from tests.simulations.test_cli import call
 
@@ -161,3 +164,19 @@ def test_rounds_are_a_frame_where_pandas_is_installed(
     pandas.DataFrame = Made  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pandas", pandas)
     assert result.frame() == ("round", [{"round": 1, "accuracy": 0.5}])
+
+
+def test_images_that_python_gives_lie_beside_their_table(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    red, blue = png(rng, 1), png(rng, 0)
+    (tmp_path / "red.png").write_bytes(red)
+    images = [red, {"bytes": blue, "path": None}, tmp_path / "red.png", str(tmp_path / "red.png")]
+    table = [{"image": image, "label": "a"} for image in images]
+    text = '[model]\ntask = "image-classification"\n[data]\nimage = "image"\nlabels = ["a", "b"]'
+    given = with_records(parse_config(text), tmp_path / "run", train=table)
+    columns = Columns("", media="image", label="label")
+    records = read_records(Path(given.data.train), columns, given.data.labels)
+    assert [each.data for each in records.parts["media"]] == [red, blue, red, red]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "run" / "data").iterdir())
+    with pytest.raises(BadInput, match="train row 1 image: found int, expected bytes, or the path"):
+        with_records(parse_config(text), tmp_path / "run", train=[{"image": 7, "label": "a"}])
