@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from fedlora.common.model.base import base_digest
 from fedlora.common.protocol.messages import MANIFEST_TAG
 from fedlora.common.trust.identity import Signed
 from tests.client.institution import COORDINATOR, POLICY, Institution, manifest_of
+from tests.media import png
 
 
 def run(
@@ -129,6 +131,30 @@ def test_check_data_names_the_row(
         stream.write("\n" + row)
     code, _, err = run(capsys, monkeypatch, *words)
     assert code == 2 and match in err, err
+
+
+def test_check_data_shows_the_sizes_of_images(
+    north: Institution,
+    tiny_vit: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = POLICY.format(base=base_digest(tiny_vit), folder=tiny_vit)
+    images = 'task = "image-classification"\nimage = "file"\n[bases]'
+    north.set_policy(text.replace("[bases]", images))
+    rng, rows = np.random.default_rng(0), []
+    for number in range(8):
+        (north.root / f"{number}.png").write_bytes(png(rng))
+        rows.append(json.dumps({"file": f"{number}.png", "label": "ab"[number % 2]}) + "\n")
+    (north.root / "notes.jsonl").write_text("".join(rows))
+    words = ("check-data", "--node", str(north.root))
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert code == 0 and "notes: 8 records, 8 units, charges people" in out, err
+    assert "images: 40 to 40 pixels wide" in out and "0.png -> a" in out
+    assert "  tried for image-classification\n" in out
+    (north.root / "5.png").write_bytes(b"none")
+    code, _, err = run(capsys, monkeypatch, *words)
+    assert code == 2 and "notes.jsonl row 6 image 5.png: found no image" in err, err
 
 
 def test_check_data_says_how_many_units_were_spelled_in_several_ways(
