@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from fedlora.common.config.schema import FLEXLORA, ROBUST, Config, FaultsConfig
-from fedlora.common.config.task_names import BUILT_IN, BY_WORD, CLASSIFIED, LANGUAGES
+from fedlora.common.config.task_names import BUILT_IN, BY_WORD, CLASSIFIED, LANGUAGES, MEDIA
 from fedlora.common.config.toml import AUTO, UNDECIDED, read_fields, read_table, shown
 from fedlora.common.disk.files import read_bytes, text_of
 from fedlora.common.errors import BadInput
@@ -82,6 +82,7 @@ def _together(config: Config) -> Iterator[Fault]:
             f"[data] labels = {shown([*config.data.labels])}: expected [] or at least two",
         )
     yield from _pooled(config)
+    yield from _media(config)
     if config.model.task in LANGUAGES:
         yield from _causal(config)
 
@@ -275,6 +276,18 @@ def _evaluation(config: Config) -> Iterator[Fault]:
             f'[evaluation] counts = {shown_counts}: expected ["loss"] with task = "{model.task}",'
             " whose records have no one class",
         )
+
+
+def _media(config: Config) -> Iterator[Fault]:
+    """Records that are no text have a column of their own, which no other task reads."""
+    task = config.model.task
+    for reads, medium in MEDIA.items():
+        column, since = getattr(config.data, medium), f'since task = "{task}"'
+        paths = (f"data.{medium}", "model.task")
+        if task == reads and not column:
+            yield paths, f'[data] {medium} = "": expected a column of bytes or of paths, {since}'
+        elif column and task != reads and task in BUILT_IN:
+            yield paths, f'[data] {medium} = {shown(column)}: expected "", {since}'
 
 
 def _pooled(config: Config) -> Iterator[Fault]:

@@ -11,7 +11,8 @@ from importlib.metadata import EntryPoint, entry_points
 
 from fedlora.common.config.toml import Choice
 
-MEDIA = ("image-classification", "audio-classification")  # whose records are no text
+# whose records are no text, and the key of [data] that names their column
+MEDIA = {"image-classification": "image", "audio-classification": "audio"}
 CLASSIFIED = ("sequence-classification", *MEDIA)  # one label to a record
 LABELLED = (*CLASSIFIED, "multi-label", "token-classification")
 BY_WORD = ("token-classification",)  # answered word by word

@@ -232,9 +232,11 @@ def load_reader(folder: Path, medium: Medium | None, most: int) -> Any:
     chosen = {"backend": "pil"} if medium.name == "image" else {}
     try:
         reader = kind.from_pretrained(folder, trust_remote_code=False, **chosen)
+        if medium.name != "audio":
+            return reader
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         place = getattr(config, "inputs_to_logits_ratio", 0)  # samples of one
-        return _Filled(reader, most * place) if place and medium.name == "audio" else reader
+        return _Filled(reader, most * place) if place else reader
     except Exception as error:  # the library raises a dozen unrelated types
         line = next(iter(str(error).splitlines()), "")[:200]
         raise BadInput(

@@ -96,6 +96,14 @@ BAD = {
             "run.toml [federation] rounds = 2.0: expected an integer >= 1 and <= 100000",
         ],
     ),
+    "cfg-column-of-another-medium": (
+        '[model]\ntask = "audio-classification"\n[data]\nimage = "picture"',
+        [
+            'run.toml [data] image = "picture": expected "", since task = "audio-classification"',
+            'run.toml [data] audio = "": expected a column of bytes or of paths, since task ='
+            ' "audio-classification"',
+        ],
+    ),
     "cfg-several-faults": (
         (
             'seed = -1\n[lora]\nrank = 0\n[privacy]\nmod = "none"\nclip ='
