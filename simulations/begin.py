@@ -207,7 +207,7 @@ def federation_of(
         return dealt(config, records, units, own)
 
     tokens, asked = config.training.micro_batch_tokens, config.evaluation
-    steps = Steps.of(Terms.of(config, batches="packed"))
+    steps = Steps.of(config.training, config.federation.rounds, config.privacy, config.data.unit)
     return Federation.build(public, sources, deal, config.privacy, steps, tokens, folder, asked)
 
 

@@ -18,7 +18,7 @@ import torch
 from fedlora.client.training.memory import Activations, memory_of_step
 from fedlora.client.training.sampling import micro_batches
 from fedlora.client.training.step import RECORDS, ClipGroups, PerSampleGradients
-from fedlora.common.config.parts import Terms
+from fedlora.common.config.schema import PrivacyConfig, TrainingConfig
 from fedlora.common.data.records import UnitIndex
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.compute import measured_once
@@ -46,16 +46,16 @@ class Steps:
     grouped: bool = False
 
     @classmethod
-    def of(cls, terms: Terms) -> Steps:
+    def of(cls, training: TrainingConfig, rounds: int, privacy: PrivacyConfig, unit: str) -> Steps:
         """Of the rounds in a simulation that move more than the head; none drawn where there are
-        none.
+        none. `unit` is the column that names privacy's, "" for records.
         """
-        training, adapted = terms.training, terms.federation.rounds > terms.training.head_rounds
+        adapted = rounds > training.head_rounds
         return cls(
             drawn=training.expected_units if adapted else 0.0,
             packed=training.batches != "fixed",
-            private=guarantee_asked(terms.privacy).clip_in_step,
-            grouped=bool(terms.unit),
+            private=guarantee_asked(privacy).clip_in_step,
+            grouped=bool(unit),
         )
 
     @classmethod
