@@ -7,7 +7,7 @@ entry. An entry is durable before `append` returns; a kill between the entry and
 head one behind, and the next one who looks signs it anew.
 
 What this can't see: both places, or all three files, restored to the same older moment or deleted
-together. Keep them on different disks, or have an anchor (`common.ledger.anchor`), where that
+together. Keep them on different disks, or have an anchor (`common.ledger.signed_head`), where that
 matters.
 """
 
@@ -27,8 +27,7 @@ from fedlora.common.codec.strict import canonical
 from fedlora.common.disk import locks
 from fedlora.common.disk.files import sync_folder, write_atomically
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.ledger.anchor import Anchor
-from fedlora.common.ledger.signed_head import Head, opened_head, signed_head
+from fedlora.common.ledger.signed_head import Anchor, Head, HeadFile, signed_head
 from fedlora.common.trust.identity import Identity
 
 KEYED_TAG = "fedlora-ledger-keyed-1"
@@ -76,12 +75,11 @@ class Chain:
         anchor: Path | None,
     ) -> None:
         self._path = path
-        self._head = head
+        self._head = HeadFile(head, key)
         self._key = key
         self._take = take
         self._anchor = None if anchor is None else Anchor(anchor, key)
         self._at = _Position()
-        self._seen = (b"", Head())  # what was verified or written here before
         self._connection = _connect(path, "rw")
         self.close = weakref.finalize(self, self._connection.close)
         self.close.atexit = False
@@ -193,7 +191,7 @@ class Chain:
 
     def _check_head(self) -> None:
         """Refused unless the head is of this very chain; one entry behind, it is signed anew."""
-        head = self._read_head()
+        head = self._head.read()
         count, digest = head.count, head.hash
         if count > self._at.count:
             raise Refused(
@@ -202,29 +200,16 @@ class Chain:
             )
         if count < self._at.count - 1:
             raise Refused(
-                f"ledger head {self._head}: found {count} entries, expected {self._at.count}: it is"
-                " an older copy"
+                f"ledger head {self._head.path}: found {count} entries, expected"
+                f" {self._at.count}: it is an older copy"
             )
         if digest != (self._at.hash if count == self._at.count else self._at.before):
             raise Refused(f"ledger {self._path} entry {count}: found another hash than was signed")
         if count < self._at.count:
             self._write_head()  # somebody was killed between the entry and its head
 
-    def _read_head(self) -> Head:
-        data = self._head.read_bytes() if self._head.is_file() else b""
-        if data != self._seen[0]:
-            try:
-                self._seen = (data, opened_head(data, self._key.public))
-            except (BadInput, Refused) as error:
-                raise Refused(
-                    f"ledger head {self._head}: found none that this key signed"
-                ) from error
-        return self._seen[1]
-
     def _write_head(self) -> None:
-        data = signed_head(self._key, self.head)
-        self._seen = (data, self.head)
-        write_atomically(self._head, data)
+        self._head.write(self.head)
         if self._anchor is not None:
             self._anchor.write(self.head)
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.common.errors import BadInput, Refused
-from fedlora.common.ledger import chain
+from fedlora.common.ledger import chain, signed_head
 from fedlora.common.ledger import ledger as ledger_module
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
@@ -311,7 +311,7 @@ def test_a_head_that_cannot_be_written_refuses_and_the_attempt_stays_spent(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(chain, "write_atomically", full)
+        patch.setattr(signed_head, "write_atomically", full)
         with pytest.raises(Refused, match="No space left"):
             ledger.reserve("ward", RUN, 0, 4, 4)
     with pytest.raises(Refused, match="was used before"):
@@ -664,6 +664,15 @@ def test_a_truncated_file_is_refused(place: Place, share: float) -> None:
         with pytest.raises(Refused):
             place.open()
         path.write_bytes(data)
+
+
+def test_an_emptied_head_does_not_begin_a_budget_anew(place: Place) -> None:
+    used(place)
+    place.close()
+    place.sql("DELETE FROM entries WHERE number > 1")
+    place.files[1].write_bytes(b"")
+    with pytest.raises(Refused, match="found none that this key signed"):
+        place.open()
 
 
 def test_a_key_that_others_can_read_is_refused(place: Place) -> None:
