@@ -1,7 +1,8 @@
 """Images, unpacked by Pillow: as RGB, upright, within bounds, of formats that hold pictures alone.
 
 How large an image is, its header says: one that would unpack to more than `MOST_PIXELS` is refused
-before it is unpacked.
+before it is unpacked. So is a strip: a processor that makes the shorter side as long as its base's
+makes the other one longer by as much, and of one line of a few bytes more than any machine holds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fedlora.common.errors import BadInput
 from fedlora.common.libraries import library
 
 MOST_PIXELS = 64_000_000
+MOST_RATIO = 100  # of the longer side to the shorter one
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
@@ -37,7 +39,7 @@ class Images:
             warnings.simplefilter("ignore")  # of sizes, which are bounded here, and of palettes
             try:
                 with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
-                    if image.width * image.height <= MOST_PIXELS:
+                    if _is_bounded(*image.size):
                         return turned.exif_transpose(image).convert("RGB")
                     size = f"{image.width} × {image.height} pixels"
             except pillow.DecompressionBombError:
@@ -47,7 +49,10 @@ class Images:
                     f"{place}: found no image that can be read ({type(error).__name__}), expected"
                     f" {', '.join(FORMATS)}"
                 ) from error
-        raise BadInput(f"{place}: found {size}, expected at most {MOST_PIXELS:,}")
+        raise BadInput(
+            f"{place}: found {size}, expected at most {MOST_PIXELS:,}, and no side more than"
+            f" {MOST_RATIO} times as long as the other"
+        )
 
     def measure(self, record: Any) -> tuple[float, ...]:
         """Width and height in pixels."""
@@ -67,3 +72,9 @@ class Images:
         """The least and the most of each side."""
         wide, high = zip(*measures, strict=True)
         return f"images: {min(wide)} to {max(wide)} pixels wide, {min(high)} to {max(high)} high"
+
+
+def _is_bounded(width: int, height: int) -> bool:
+    return (
+        0 < width * height <= MOST_PIXELS and max(width, height) <= min(width, height) * MOST_RATIO
+    )

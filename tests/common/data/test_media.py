@@ -118,9 +118,11 @@ def bomb(wide: int, high: int) -> bytes:
         (RED[:200], "found no image that can be read"),
         (bomb(9000, 9000), r"found 9000 × 9000 pixels, expected at most 64,000,000"),
         (bomb(60_000, 60_000), "found far more pixels, expected at most"),
+        (bomb(101, 1), r"found 101 × 1 pixels, .* no side more than 100 times as long"),
+        (bomb(40, 60_000), r"found 40 × 60000 pixels, .* no side more than 100 times"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "found no image"),
     ],
-    ids=["text", "cut off", "large", "bomb", "a program"],
+    ids=["text", "cut off", "large", "bomb", "a strip", "an upright one", "a program"],
 )
 def test_what_is_no_image_is_refused(data: bytes, said: str) -> None:
     with pytest.raises(BadInput, match="t.csv row 7 image: " + said):
