@@ -70,8 +70,9 @@ def check_base(folder: Path) -> None:
         _check_weights(file)
     for index in sorted(folder.glob("*.safetensors.index.json")):
         _check_index(index, {file.name for file in weights})
-    if (processor := folder / "preprocessor_config.json").is_file():
-        refuse_code(processor)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (processor := folder / name).is_file():
+            refuse_code(processor)
     if (tokenizer := folder / "tokenizer_config.json").is_file():
         _check_tokenizer(tokenizer)
 
@@ -162,12 +163,14 @@ def _is_beside(
 
 
 def refuse_code(config: Path) -> None:
-    """BadInput where a model or adapter configuration names Python code to run."""
+    """BadInput where a configuration, or a part of one, names Python code to run."""
     table = _table(config)
-    for key in _CODE_KEYS:
-        if table.get(key):
+    for part, where in [(table, ""), *((each, f" {name[:80]}") for name, each in table.items())]:
+        named = [key for key in _CODE_KEYS if part.get(key)] if isinstance(part, dict) else []
+        if named:
             raise BadInput(
-                f"{config} {key}: found a reference to code, expected none: it is never run"
+                f"{config}{where} {named[0]}: found a reference to code, expected none: it is never"
+                " run"
             )
 
 

@@ -22,6 +22,7 @@ from fedlora.common.adapter.peft import export_adapter, load_adapter
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import MEDIA, Records, unit_groups
 from fedlora.common.errors import BadInput
+from fedlora.common.model.base import check_base
 from fedlora.common.model.features import pooled_features
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.state import AdapterState
@@ -177,6 +178,21 @@ def test_what_no_base_can_serve_is_one_line(
         with pytest.raises(BadInput, match=said) as caught:
             build_model(settings, LORA, task, 5)
         assert len(caught.value.faults) == 1 and "\n" not in caught.value.faults[0]
+
+
+def test_no_part_of_a_processors_files_may_name_code(tiny_vit: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_vit, tmp_path / "vit")
+    named = {"auto_map": {"AutoImageProcessor": "x.Y"}}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        before = (folder / name).read_text() if (folder / name).is_file() else ""
+        for table, where in ((named, ""), ({"image_processor": named}, " image_processor")):
+            (folder / name).write_text(json.dumps(table))
+            with pytest.raises(
+                BadInput, match=f"{name}{where} auto_map: found a reference to code"
+            ):
+                check_base(folder)
+        (folder / name).write_text(before or "{}")
+        check_base(folder)
 
 
 def test_a_record_that_is_none_is_named(tiny_vit: Path) -> None:
