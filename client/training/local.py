@@ -185,13 +185,23 @@ class LocalTraining:
         return GradientSum(vector, total.units, total.nonfinite)
 
     def _losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(records,) of what a head gives; words come with the number of their record."""
+        """(records,) of what a head gives; words come with the number of their record.
+
+        Records of about as many words are filled up together: one long record makes no room for
+        its length beside all others, nor time. Those without a word, whose loss is 0, are left out.
+        """
         task = self._model.task
         if task.reads != WORD:
             return task.losses(logits, Batch(targets, targets, targets))
         tags, records = targets.unbind(dim=1)
-        records = records - records[0]
-        return task.losses(*in_rows(logits, tags, records, int(records[-1]) + 1))
+        sizes = torch.bincount(records - records[0])
+        doublings, found = sizes[records - records[0]].float().log2().ceil(), []
+        for each in sorted(set(doublings.tolist())):
+            of = torch.nonzero(doublings == each).squeeze(1)
+            new = records[of].diff(prepend=records[of[:1]]) > 0
+            rows = new.cumsum(dim=0)
+            found.append(task.losses(*in_rows(logits[of], tags[of], rows, int(rows[-1]) + 1)))
+        return torch.cat(found)
 
     def _groups(self, phase: Phase) -> ClipGroups:
         spec, moves = self._model.spec, phase.name

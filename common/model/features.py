@@ -19,6 +19,8 @@ import numpy.typing as npt
 import torch
 
 from fedlora.common.data.records import UnitIndex
+from fedlora.common.errors import BadInput
+from fedlora.common.model.machine import available, shown
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.shapes import Shape, alike, padded, probes, shaped
 from fedlora.common.model.state import AdapterState
@@ -136,11 +138,22 @@ def _pooled(
         part = _seen(model, data, rows[chosen], shape)
         if result is None:
             size = len(places.records), part.shape[1]
+            _check_room(*size, model.device)
             result = torch.empty(size, dtype=torch.float32, device=model.device)
         result[torch.from_numpy(places.take(chosen).records)] = part
         if progress is not None:
             progress(len(chosen))
     return torch.empty(0, 0) if result is None else result
+
+
+def _check_room(rows: int, width: int, device: torch.device) -> None:
+    """BadInput where so many features are more than is free: a process that is killed says less."""
+    free, needed = available(device), 4 * rows * width
+    if free is not None and needed > free:
+        raise BadInput(
+            f"[training] head_rounds: {rows} rows of {width} features take {shown(needed)}, found"
+            f" {shown(free)} free; fewer [model] pooled_layers take less"
+        )
 
 
 def _seen(model: AdapterModel, data: Encoded, rows: Rows, shape: Shape) -> torch.Tensor:

@@ -16,10 +16,12 @@ from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records, UnitIndex
 from fedlora.common.data.tagged import TAGS as PART
 from fedlora.common.data.tagged import WORDS
+from fedlora.common.errors import BadInput
 from fedlora.common.model.features import FeatureCache, PooledTexts, pooled_features
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import build_head
 from fedlora.common.model.state import AdapterState
+from fedlora.common.tasks.batch import Batch, in_rows
 from fedlora.common.tasks.token_classification import TokenClassification
 from fedlora.server.rounds.evaluation import Evaluator
 from tests.oracles import clipped_sum_by_ones, head_clipped_sum_by_ones
@@ -106,6 +108,39 @@ def test_a_unit_without_a_row_makes_no_unit_of_anothers_rows() -> None:
     found = head_clipped_sum(head, losses, features, targets, owners, 0.01).vector
     expected = head_clipped_sum_by_ones(head, losses, features, targets, owners, 0.01)
     assert np.linalg.norm(found - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+def test_a_long_record_makes_no_room_for_its_length_beside_short_ones(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of 64 words and 63 of one: what is filled up is at most twice the words."""
+    rng, filled = np.random.default_rng(2), []
+    records = torch.tensor([0] * 64 + [3 + 2 * k for k in range(63)])  # two records have no word
+    logits = torch.from_numpy(rng.normal(0, 1, (len(records), 3)))
+    tags = torch.from_numpy(rng.integers(0, 3, len(records)))
+    whole = case.model.task.losses(*in_rows(logits, tags, records, 128))
+    losses = TokenClassification.losses
+
+    def watched(task: TokenClassification, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        filled.append(outputs.shape[0] * outputs.shape[1])
+        return losses(task, outputs, batch)
+
+    monkeypatch.setattr(TokenClassification, "losses", watched)
+    found = case.training._losses(logits, torch.stack([tags, records], dim=1))
+    assert 0 < sum(filled) <= 2 * len(records)
+    assert found.sum() == pytest.approx(float(whole.sum()), rel=1e-12)
+
+
+def test_more_features_than_a_machine_has_room_for_are_refused(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, encoded = np.arange(len(SIZES)), case.data.encoded
+    size = pooled_features(case.reference, encoded, rows).numel() * 4
+    monkeypatch.setattr("fedlora.common.model.features.available", lambda device: size - 1)
+    with pytest.raises(
+        BadInput, match=r"head_rounds: 37 rows of 64 features take .* pooled_layers"
+    ):
+        pooled_features(case.reference, encoded, rows)
 
 
 def test_a_head_on_kept_words_scores_as_the_whole_network_does(
