@@ -247,7 +247,7 @@ class LoadedRun:
         # by the policy's δ, whatever the manifest's: a consent must not tell the number of units
         check_delta(self._policy.limits.delta, len(units), f"{path.name}, by [limits] delta:")
         model = gradients.model
-        encoded = model.task.encode(records, model.tokenizer, model.longest)
+        encoded = model.encoded(records)
         training = LocalTraining(gradients, FeatureCache(model), self._tokens)
         points = None
         if manifest.evaluation is not None:

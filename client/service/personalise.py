@@ -50,7 +50,7 @@ def personalise(
         model = load_adapter(adapter, base).model
         check_head(model)
         records = read_data(policy.data[name], folder.under(policy.data[name].path))
-        encoded = model.task.encode(records, model.tokenizer, model.longest)
+        encoded = model.encoded(records)
         client = ClientData(name, encoded, unit_groups(records.units, len(records)))
         features = pooled_features(model, encoded, client.units.records)
         found = personal_head(model, client, features, model.state())

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.data.records import Records
 from fedlora.common.errors import BadInput
 from fedlora.common.model.assembly import PEFT_ADAPTER, assembled, initialise, trainable
 from fedlora.common.model.base import base_stamp, check_base, check_digest, resolve_base
@@ -33,7 +34,7 @@ from fedlora.common.model.recompute import recompute
 from fedlora.common.model.shapes import Shapes
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.model.stored import Place, stored_as
-from fedlora.common.tasks.batch import Batch, Totals
+from fedlora.common.tasks.batch import Batch, Encoded, Totals
 from fedlora.common.tasks.causal_lm import CausalLanguageModel
 from fedlora.common.tasks.task import LANGUAGE, TRANSLATION, Task
 
@@ -150,6 +151,11 @@ class AdapterModel:
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
+
+    def encoded(self, records: Records) -> Encoded:
+        """As the base reads them, all in memory; BadInput names a row, or what is not free."""
+        self.inputs.check_room(len(records), records.where)
+        return self.task.encode(records, self.tokenizer, self.longest)
 
     @property
     def projection(self) -> Projection | None:

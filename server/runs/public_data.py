@@ -112,7 +112,7 @@ class PublicSide:
             model.recompute()
         if recipe.head_phase:
             _ = model.head  # refuses a model whose head can't be trained by itself
-        test, validation = encode(model, records.test), encode(model, records.validation)
+        test, validation = model.encoded(records.test), model.encoded(records.validation)
         score = np.arange(len(validation), dtype=np.int64)
         if settings.projection:
             fit, fitted, score = _fit_and_score(model, records, validation)
@@ -156,11 +156,6 @@ def forget_beginning(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def encode(model: AdapterModel, records: Records) -> Encoded:
-    """Tokenised for the model's own task, at most `model.longest` tokens each."""
-    return model.task.encode(records, model.tokenizer, model.longest)
-
-
 def _fit_and_score(
     model: AdapterModel, records: PublicRecords, validation: Encoded
 ) -> tuple[Ints, Encoded, Ints]:
@@ -171,7 +166,7 @@ def _fit_and_score(
     rows = np.arange(len(validation), dtype=np.int64)
     if records.texts is None:
         return rows[::2], validation, rows[1::2]
-    texts = encode(model, records.texts)
+    texts = model.encoded(records.texts)
     return np.arange(len(texts), dtype=np.int64), texts, rows
 
 

@@ -31,7 +31,7 @@ from fedlora.common.manifest.manifest import Groups, RunManifest
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.tasks.batch import Encoded
-from fedlora.server.runs.public_data import PublicSide, encode
+from fedlora.server.runs.public_data import PublicSide
 from fedlora.simulations.federation.partition import Partition
 from fedlora.simulations.federation.sources import Sources
 
@@ -78,7 +78,7 @@ class Federation:
         found = tokens_of_run(tokens, gradients, public.validation.data, steps, folder)
         return cls(
             public=public,
-            train=encode(public.model, sources.train),
+            train=public.model.encoded(sources.train),
             classes=sources.train.labels,
             units=units,
             partition=deal(sources.train, units),

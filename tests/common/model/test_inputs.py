@@ -195,6 +195,17 @@ def test_no_part_of_a_processors_files_may_name_code(tiny_vit: Path, tmp_path: P
         check_base(folder)
 
 
+def test_values_beyond_a_machines_memory_are_refused_before_they_are_made(
+    tiny_vit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, good = built(tiny_vit, IMAGES), records(IMAGES, PNGS)
+    needed = 4 * len(model.encoded(good)) * 3 * 32 * 32
+    monkeypatch.setattr("fedlora.common.model.inputs.available", lambda device: needed - 1)
+    monkeypatch.setattr(ImageClassification, "encode", None)
+    with pytest.raises(BadInput, match=r"found \d+ records that take .* once read, expected"):
+        model.encoded(good)
+
+
 def test_a_record_that_is_none_is_named(tiny_vit: Path) -> None:
     model = built(tiny_vit, IMAGES)
     good = records(IMAGES, PNGS)
