@@ -12,6 +12,14 @@ import torch
 import transformers
 from PIL import Image
 
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "initializer_range": 0.2,
+}
+
 
 def png(rng: np.random.Generator, label: int = 0) -> bytes:
     """Noise of some height, redder where the label is 1."""
@@ -43,15 +51,7 @@ def wav(rng: np.random.Generator, pitch: float, rate: int = 16_000, channels: in
 def write_vit(folder: Path) -> Path:
     """A random ViT and its processor as a base."""
     torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
-        initializer_range=0.2,
-    )
+    config = transformers.ViTConfig(**TINY, image_size=32, patch_size=8)
     transformers.ViTModel(config).save_pretrained(folder)
     transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
@@ -61,17 +61,13 @@ def write_wav2vec2(folder: Path) -> Path:
     """A random Wav2Vec2 of places of 20 samples, and its feature extractor, as a base."""
     torch.manual_seed(0)
     config = transformers.Wav2Vec2Config(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
+        **TINY,
         conv_dim=(16, 16),
         conv_stride=(10, 2),
         conv_kernel=(10, 3),
         num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=4,
         classifier_proj_size=16,
-        initializer_range=0.2,
     )
     transformers.Wav2Vec2Model(config).save_pretrained(folder)
     reader: Any = transformers.Wav2Vec2FeatureExtractor
@@ -82,15 +78,7 @@ def write_wav2vec2(folder: Path) -> Path:
 def write_ast(folder: Path) -> Path:
     """A random AST and its feature extractor as a base."""
     torch.manual_seed(0)
-    config = transformers.ASTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_length=60,
-        num_mel_bins=32,
-        initializer_range=0.2,
-    )
+    config = transformers.ASTConfig(**TINY, max_length=60, num_mel_bins=32)
     transformers.ASTModel(config).save_pretrained(folder)
     reader: Any = transformers.ASTFeatureExtractor
     reader(max_length=60, num_mel_bins=32).save_pretrained(folder)

@@ -52,14 +52,24 @@ def assembled(
     BadInput where the base can't serve the task.
     """
     where = f"[model] base = {folder}"
-    if task.reads in (LANGUAGE, TRANSLATION):
-        writes = task.reads == LANGUAGE
-        base = (load_language_model if writes else load_translator)(folder, place)
+    if task.reads == LANGUAGE:
+        base = load_language_model(folder, place)
         inputs = inputs_of(base, reader, task, where, headed=False)
-        language = peft.TaskType.CAUSAL_LM if writes else peft.TaskType.SEQ_2_SEQ_LM
-        adapted, lora = _with_lora(base, model, lora, inputs, language)
-        start: Any = None if writes else adapted.config.decoder_start_token_id
-        return OwnHead(adapted, inputs) if writes else Translator(adapted, inputs, start or 0), lora
+        adapted, lora = _with_lora(base, model, lora, inputs, peft.TaskType.CAUSAL_LM)
+        return OwnHead(adapted, inputs), lora
+    if task.reads == TRANSLATION:
+        base = load_translator(folder, place)
+        inputs = inputs_of(base, reader, task, where, headed=False)
+        adapted, lora = _with_lora(base, model, lora, inputs, peft.TaskType.SEQ_2_SEQ_LM)
+        return Translator(adapted, inputs, int(adapted.config.decoder_start_token_id or 0)), lora
+    return _classifier(model, folder, task, reader, lora, place)
+
+
+def _classifier(
+    model: ModelConfig, folder: Path, task: Task, reader: Any, lora: LoraConfig, place: Place
+) -> tuple[PooledClassifier | OwnHead, LoraConfig]:
+    """With the base's own head, or one above its pooled hidden states."""
+    where = f"[model] base = {folder}"
     by_word = model.pooling == "words"
     if by_word != (task.reads == WORD) and model.pooling != AUTO:
         expected = '"words"' if task.reads == WORD else "default, mean or layers"
