@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from fedlora.client.training.step import RECORDS
+from fedlora.common.data.free_memory import shown
 from fedlora.common.errors import BadInput
-from fedlora.common.model.machine import available, held, shown
+from fedlora.common.model.machine import available, held
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.next_words import CHUNK
 from fedlora.common.model.pooling import PooledClassifier

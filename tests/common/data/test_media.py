@@ -56,6 +56,17 @@ def test_a_column_holds_paths_bytes_or_both(tmp_path: Path) -> None:
     assert unit_names(found)[0] != unit_names(found)[1]
 
 
+def test_shards_of_a_folder_name_images_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number, data in enumerate((RED, BLUE)):
+        (tmp_path / "images" / f"{number}.png").write_bytes(data)
+        table = pyarrow.table({"image": [f"images/{number}.png"], "label": ["a"]})
+        pyarrow.parquet.write_table(table, tmp_path / f"shard-{number}.parquet")
+    for path in (tmp_path, tmp_path / "*.parquet"):
+        found = read_records(path, COLUMNS, ("a", "b"), root=tmp_path)
+        assert files(found) == [("images/0.png", RED), ("images/1.png", BLUE)]
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [

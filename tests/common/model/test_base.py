@@ -138,6 +138,36 @@ def test_a_tokenizer_can_not_come_from_elsewhere(base: Path, key: str, value: ob
         check_base(base)
 
 
+@pytest.mark.parametrize(
+    ("file", "table", "said"),
+    [
+        ("preprocessor_config.json", {"class_info_file": "ade20k.json"}, "class_info_file: found"),
+        ("preprocessor_config.json", {"repo_path": "shi-labs/demo"}, "repo_path: found"),
+        ("preprocessor_config.json", {"new": [{"x": "../x.json"}]}, "x: found '../x.json'"),
+        ("preprocessor_config.json", {"a": "https://there/x"}, "a: found"),
+        ("processor_config.json", {"image_processor": {"x": "~/x"}}, "x: found '~/x'"),
+        ("tokenizer_config.json", {"sp_model_kwargs": {"model_file": "x"}}, "model_file: found"),
+        ("tokenizer_config.json", {"mecab_kwargs": {"mecab_option": "-d x"}}, "option: found"),
+        ("config.json", {"configuration_files": ["config.4.0.0.json"]}, "_files: found"),
+        ("config.json", {"vision": {"backbone": "microsoft/resnet-50"}}, "backbone: found"),
+    ],
+)
+def test_nothing_in_a_configuration_leads_out_of_the_folder(
+    base: Path, file: str, table: dict[str, object], said: str
+) -> None:
+    """Whatever class would read it: a processor's names are those of any version."""
+    plain = {"_name_or_path": "google/vit", "image_processor_type": "ViTImageProcessor", "size": 3}
+    before = (base / file).read_text() if (base / file).is_file() else json.dumps(plain)
+    (base / file).write_text(before)
+    if file == "tokenizer_config.json":  # transformers opens nothing by these
+        edit(base / file, chat_template="{{ a }} </s>", vocab_file="/root/.cache/vocab.txt")
+    check_base(base)
+    edit(base / file, **table)
+    with pytest.raises(BadInput, match=f"{file} .*{said}") as caught:
+        check_base(base)
+    assert len(caught.value.faults) == 1 and "\n" not in caught.value.faults[0]
+
+
 def test_a_tokenizer_for_newer_versions_lies_beside_the_others(base: Path) -> None:
     shutil.copy(base / "tokenizer.json", base / "tokenizer.4.0.0.json")
     edit(base / "tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.0.0.json"])

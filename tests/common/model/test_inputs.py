@@ -20,12 +20,14 @@ from fedlora.client.training.timing import nobodys_texts
 from fedlora.common.adapter.onnx_graph import write_onnx
 from fedlora.common.adapter.peft import export_adapter, load_adapter
 from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.data.images import Images
 from fedlora.common.data.records import MEDIA, Records, unit_groups
 from fedlora.common.errors import BadInput
 from fedlora.common.model.base import check_base
 from fedlora.common.model.features import pooled_features
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.state import AdapterState
+from fedlora.common.tasks import media_classification
 from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.common.tasks.media_classification import AudioClassification, ImageClassification
 from fedlora.common.tasks.task import Task
@@ -196,14 +198,19 @@ def test_no_part_of_a_processors_files_may_name_code(tiny_vit: Path, tmp_path: P
 
 
 def test_values_beyond_a_machines_memory_are_refused_before_they_are_made(
-    tiny_vit: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By a run, and by whoever loads what came of it."""
     model, good = built(tiny_vit, IMAGES), records(IMAGES, PNGS)
     needed = 4 * len(model.encoded(good)) * 3 * 32 * 32
-    monkeypatch.setattr("fedlora.common.model.inputs.available", lambda device: needed - 1)
-    monkeypatch.setattr(ImageClassification, "encode", None)
-    with pytest.raises(BadInput, match=r"found \d+ records that take .* once read, expected"):
-        model.encoded(good)
+    settings = ModelConfig(str(tiny_vit), task=IMAGES.name, pooling="mean")
+    export_adapter(model, model.state(), settings, model.lora, 5, tmp_path / "a")
+    loaded = load_adapter(tmp_path / "a")
+    monkeypatch.setattr(media_classification, "free_memory", lambda: needed - 1)
+    monkeypatch.setattr(Images, "measure", None)  # of records that were kept
+    for read in (lambda: model.encoded(good), lambda: loaded.predict(PNGS)):
+        with pytest.raises(BadInput, match=r"found 9 records that take .* once read, expected"):
+            read()
 
 
 def test_a_record_that_is_none_is_named(tiny_vit: Path) -> None:
