@@ -152,23 +152,21 @@ def check_data(node: Folder = HERE) -> None:
 @app.command()
 def personalise(
     adapter: Annotated[Path, typer.Argument(help="A release's adapter folder.")],
-    out: Annotated[Path, typer.Option(help="A new folder, for this account alone.")],
+    out: Annotated[Path, typer.Option(help="A new folder. It is private, as what is printed.")],
     data: Annotated[str, typer.Option(help="A data set of the policy, if several fit.")] = "",
+    lora: Annotated[bool, typer.Option("--lora", help="LoRA's B too, above the same A.")] = False,
     node: Folder = HERE,
 ) -> None:
-    """A head of this institution's own above a released adapter; it stays here, and costs no ε.
-
-    What is printed and written tells of private records: it is for the institution alone.
-    """
+    """A head of one's own above a released adapter. It stays here, and costs no ε."""
     _offline()
     from fedlora.client.service.personalise import personalise as fitted
 
     folder = NodeFolder(node)
-    found = fitted(folder, folder.load_policy(), adapter, out, data)
-    for title, figures in (("released head", found.released), ("own head", found.own)):
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        _say(f"{title} on records that it was not fitted to: {shown or 'too few to tell'}")
-    _say(f"{out}: {'the released head is kept' if found.pull is None else f'pull {found.pull:g}'}")
+    found = fitted(folder, folder.load_policy(), adapter, out, data, lora)
+    for title, figures in found.compared.items():
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items()) or "too few"
+        _say(f"{title} on records that it was not fitted to: {shown}")
+    _say(f"{out}: {found.choice}")
 
 
 @app.command("base")

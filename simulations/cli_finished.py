@@ -34,6 +34,7 @@ def watch(
 def personalise(
     folder: Annotated[Path, typer.Argument(help="A run's folder.")],
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's choice.")] = 0,
+    lora: Annotated[bool, typer.Option("--lora", help="LoRA's B too, above the same A.")] = False,
 ) -> None:
     """What each institution gains by a head of its own above the released adapter.
 
@@ -42,8 +43,11 @@ def personalise(
     """
     from fedlora.simulations import Options, personalise
 
-    found = personalise(folder, Options(threads=threads), console.print)
-    for name, title in (("released", "released head"), ("own", "own heads")):
+    found = personalise(folder, Options(threads=threads), console.print, lora)
+    titles = {"released": "released head", "own": "own heads", "adapter": "own heads and adapters"}
+    for name, title in titles.items():
+        if f"{name}_worst" not in found:
+            continue
         worst, mean = found[f"{name}_worst"], found[f"{name}_mean"]
         console.print(f"{title}: worst institution {worst:.3f}, mean {mean:.3f}")
 

@@ -15,6 +15,7 @@ from fedlora.client.training.step import ClipGroups
 from fedlora.common.data.records import UnitIndex
 from fedlora.common.manifest.counts import EDGES, Cells
 from fedlora.common.model.network import AdapterModel
+from fedlora.common.model.state import AdapterState
 from fedlora.common.tasks.batch import Encoded
 
 Dense = npt.NDArray[np.float64]
@@ -427,3 +428,26 @@ def counts_by_ones(model: AdapterModel, held: ClientData, cells: Cells) -> npt.N
                 total[place + inside] += 1 / len(rows) / np.sqrt(len(cells.counts))
                 place += int(np.prod(shape))
     return total
+
+
+def personal_by_hand(
+    model: AdapterModel, data: Encoded, start: AdapterState, rate: float, steps: int
+) -> npt.NDArray[np.float64]:
+    """(size,) after Adam's steps over all records, as its paper writes them: of the head and B."""
+    moving = np.concatenate(
+        [
+            np.full(each.size, each.name.startswith("head.") or ".lora_B." in each.name)
+            for each in start.spec.tensors
+        ]
+    )
+    weights = start.vector.astype(np.float64)
+    first, second = np.zeros_like(weights), np.zeros_like(weights)
+    for step in range(1, steps + 1):
+        model.load(AdapterState(start.spec, weights.astype(np.float32)))
+        rows = range(len(data))
+        gradient = sum(_gradient_of_one(model, data, row) for row in rows) / len(data)
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        size = np.sqrt(second / (1 - 0.999**step)) + 1e-8
+        weights -= rate * np.where(moving, first / (1 - 0.9**step) / size, 0.0)
+    return weights

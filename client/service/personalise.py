@@ -1,4 +1,4 @@
-"""A released adapter with a head of this institution's own, for its own use: nothing is sent."""
+"""A released adapter with a head of this institution's own, or LoRA's B too: nothing is sent."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from pathlib import Path
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import Policy
 from fedlora.client.service.data_sets import read_data
-from fedlora.client.training.local import ClientData
+from fedlora.client.training.local import ClientData, LocalTraining
+from fedlora.client.training.memory import check_fits
+from fedlora.client.training.personal_adapter import PersonalAdapter, personal_adapter
 from fedlora.client.training.personal_head import Personal, check_head, personal_head
+from fedlora.client.training.step import PerSampleGradients
 from fedlora.common.adapter.peft import export_adapter, load_adapter
 from fedlora.common.adapter.released import Description, read_released, refuse_used
 from fedlora.common.config.toml import shown
@@ -20,19 +23,22 @@ from fedlora.common.data.records import unit_groups
 from fedlora.common.disk.files import write_text
 from fedlora.common.errors import BadInput
 from fedlora.common.model.compute import threads
-from fedlora.common.model.features import pooled_features
+from fedlora.common.model.features import FeatureCache, pooled_features
+from fedlora.common.model.network import AdapterModel
 
 NOTE = "personal.json"  # in the adapter's folder: what the head is, and what it is worth
-WARNING = "the head was trained on private records without noise: keep this folder as they are kept"
+WARNING = "trained on private records without noise: keep this folder as they are kept"
+TOKENS = 2048  # of a micro-batch, where the policy leaves them open
 
 
 def personalise(
-    folder: NodeFolder, policy: Policy, adapter: Path, out: Path, data: str = ""
-) -> Personal:
+    folder: NodeFolder, policy: Policy, adapter: Path, out: Path, data: str = "", lora: bool = False
+) -> Personal | PersonalAdapter:
     """Fit a head on the policy's data set `data`, and write the adapter with it into `out`.
 
-    `out` is a new folder that this account alone can read. Where `data` is empty, the one data set
-    that has the adapter's task and labels. BadInput says what does not fit.
+    With `lora` LoRA's B too. `out` is a new folder that this account alone can read. Where `data`
+    is empty, the one data set that has the adapter's task and labels. BadInput says what does not
+    fit.
     """
     description, _ = read_released(adapter)
     refuse_used(out)
@@ -49,16 +55,27 @@ def personalise(
     with threads(policy.trainer.threads):
         model = load_adapter(adapter, base).model
         check_head(model)
+        training = _training(model, policy) if lora else None
         records = read_data(policy.data[name], folder.under(policy.data[name].path))
         encoded = model.encoded(records)
         client = ClientData(name, encoded, unit_groups(records.units, len(records)))
         features = pooled_features(model, encoded, client.units.records)
-        found = personal_head(model, client, features, model.state())
-    settings, lora = description.configs(base, str(adapter))
+        given = client, features, model.state()
+        found = personal_adapter(training, *given) if training else personal_head(model, *given)
     with _for_this_account_alone():
-        export_adapter(model, found.state, settings, lora, description.seed, out)
+        settings = description.configs(base, str(adapter))
+        export_adapter(model, found.state, *settings, description.seed, out)
         write_text(out / NOTE, json.dumps(found.figures | {"warning": WARNING}, indent=2) + "\n")
     return found
+
+
+def _training(model: AdapterModel, policy: Policy) -> LocalTraining:
+    """Steps without privacy on `model`; BadInput where the machine has no room for one."""
+    tokens = max(policy.trainer.micro_batch_tokens, 0) or TOKENS
+    if policy.trainer.checkpointing:
+        model.recompute()
+    check_fits(model, tokens, model.longest, packed=True, private=False, section="[trainer]")
+    return LocalTraining(PerSampleGradients(model), FeatureCache(model), tokens)
 
 
 def _data_set(policy: Policy, description: Description) -> str:

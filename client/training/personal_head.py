@@ -53,6 +53,16 @@ class Personal:
         """What a person reads of it."""
         return {"pull": self.pull, "released": self.released, "own": self.own}
 
+    @property
+    def compared(self) -> dict[str, dict[str, float]]:
+        """The metrics of each, under its title."""
+        return {"released head": self.released, "own head": self.own}
+
+    @property
+    def choice(self) -> str:
+        """What was chosen, and how."""
+        return "the released head is kept" if self.pull is None else f"pull {self.pull:g}"
+
 
 def personal_head(
     model: AdapterModel, data: ClientData, features: torch.Tensor, released: AdapterState
@@ -69,7 +79,7 @@ def personal_head(
     rows = torch.from_numpy(data.encoded.targets[data.units.records])
     whole = _Records(model.task, layers_of(model.head), features, rows.to(features.device))
     start = [each.detach().clone() for each in model.head.parameters()]
-    folds = [_fold(data, number).to(features.device) for number in range(FOLDS)]
+    folds = [fold_of(data, number).to(features.device) for number in range(FOLDS)]
     tried = [whole.path(~fold, start) for fold in folds]
     by_pull = [
         add_totals([whole.totals(fold, tried[n][place]) for n, fold in enumerate(folds)])
@@ -149,7 +159,7 @@ def _through(layers: Sequence[nn.Module], weights: Weights, features: torch.Tens
     return value
 
 
-def _fold(data: ClientData, number: int) -> torch.Tensor:
+def fold_of(data: ClientData, number: int) -> torch.Tensor:
     """(records,) true for those of every third unit; a unit is in one fold with all its records."""
     every = np.arange(len(data.units), dtype=np.int64)
     return torch.from_numpy(unit_records(data.units, every)[1] % FOLDS == number)

@@ -34,6 +34,16 @@ ALL_LINEAR = "all-linear"  # of [lora] targets, as is AUTO
 # strategies that compare updates: how many they need beyond twice the hostile ones
 ROBUST = {"median": 1, "trimmed-mean": 1, "multi-krum": 3, "norm-filter": 1}
 FLEXLORA = "flexlora"  # a strategy that needs each institution's product B·A
+VARIANT = Choice(
+    ("lora", "ffa", "rolora"),
+    elsewhere=(
+        (
+            "fedsa",
+            "B of one's own is trained after the run, by fedlora-sim personalise RUN --lora"
+            " (docs/aggregation.md says why)",
+        ),
+    ),
+)
 COUNTS = Choice(("right", "classes", "confusion", "groups", "loss"))
 ATTACKS = ("sybil", "small-u2", "two-lists", "corrupt-share")
 
@@ -115,7 +125,7 @@ class LoraConfig:
     # names of layers
     targets: tuple[str, ...] = _items((AUTO,), NAME, shortest=1, one=True)
     layers: tuple[int, ...] = _items((), LAYER)  # empty: all
-    variant: str = _choice("lora", "lora", "ffa", "rolora")
+    variant: str = field(default="lora", metadata={"rule": VARIANT})
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,10 @@ class Bounds(Rule):
 
 @dataclass(frozen=True)
 class Choice(Rule):
-    """One of `known`."""
+    """One of `known`. `elsewhere`: what to say of names that one may look for here."""
 
     known: tuple[str, ...]
+    elsewhere: tuple[tuple[str, str], ...] = ()
 
     def expected(self, noun: str) -> str:
         return f"one of {', '.join(self.known)}"
@@ -70,7 +71,9 @@ class Choice(Rule):
     def fault(self, value: Any, noun: str) -> str:
         if value in self.known:
             return ""
-        return f"expected {self.expected(noun)}{suggestion(str(value), self.known)}"
+        said = dict(self.elsewhere).get(value) if isinstance(value, str) else None
+        hint = f"; {said}" if said else suggestion(str(value), self.known)
+        return f"expected {self.expected(noun)}{hint}"
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from fedlora.simulations.report import answers, numbers, plots, tables
 FEW = 40  # clients that get a row of their own; more are drawn as histograms
 NARROW = 12  # labels that fit into a table; more are drawn as a heat map
 SHOWN = 15  # rows of lists that could be long
-OWN_HEAD = "with its own head"  # accuracy, where `fedlora-sim personalise` fitted heads
-SHARES = ("accuracy", OWN_HEAD)
+# accuracy, where `fedlora-sim personalise` fitted heads, and trained LoRA's B
+OWN = {"own": "with its own head", "adapter": "with its own adapter"}
+SHARES = ("accuracy", *OWN.values())
 COMPARED = {
     "untrained": ("Before training", "the base model with an untrained head"),
     "non-private": (
@@ -153,8 +154,10 @@ def clients(summary: Summary) -> dict[str, Any]:
     columns = [("records", numbers.number, [int(count) for count in records])]
     columns += [("ε", shown_epsilon, epsilon)] if epsilon else []
     columns += [("accuracy", numbers.percent, accuracy)] if accuracy else []
-    own = [row["own"] for row in summary.get("personal", {}).get("by_client", {}).values()]
-    columns += [(OWN_HEAD, numbers.percent, own)] if own else []
+    personal = summary.get("personal", {}).get("by_client", {}).values()
+    for key, title in OWN.items():
+        own = [row[key] for row in personal if key in row]
+        columns += [(title, numbers.percent, own)] if own else []
     if len(names) <= FEW:
         return {
             "columns": columns,

@@ -1,8 +1,9 @@
-"""`fedlora-node personalise`: a head that stays at the node and costs nothing."""
+"""`fedlora-node personalise`: a head, or LoRA's B too, that stays at the node and costs nothing."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedlora.common.errors import BadInput
 from fedlora.common.model.network import build_model
 from fedlora.common.model.state import AdapterState
 from fedlora.common.tasks.classification import SequenceClassification
+from fedlora.simulations import cli
 from tests.client.institution import Institution
 from tests.client.service.test_loaded_run import node_with_data
 from tests.client.test_cli import run
@@ -40,7 +42,9 @@ def adapter_of(folder: Path, base: Path, labels: tuple[str, ...] = ("a", "b")) -
     return folder
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["head", "lora"])
 def test_it_stays_here_and_costs_nothing(
+    lora: bool,
     tmp_path: Path,
     tiny_bert: Path,
     capsys: pytest.CaptureFixture[str],
@@ -51,20 +55,28 @@ def test_it_stays_here_and_costs_nothing(
     before = north.ledger.entries()
     files = {path: path.stat().st_mtime_ns for path in north.root.rglob("*") if path.is_file()}
     words = ("personalise", str(adapter), "--out", str(out), "--node", str(north.root))
-    code, said, _ = run(capsys, monkeypatch, *words)
-    assert code == 0 and "own head on records that it was not fitted to: loss" in said
+    code, said, _ = run(capsys, monkeypatch, *words, *(("--lora",) if lora else ()))
+    title = "own head and adapter" if lora else "own head"
+    assert code == 0 and f"{title} on records that it was not fitted to: loss" in said
     assert north.ledger.entries() == before
     assert files == {p: p.stat().st_mtime_ns for p in north.root.rglob("*") if p.is_file()}
     note = json.loads((out / NOTE).read_text())
-    assert note["own"]["loss"] < note["released"]["loss"] and "without noise" in note["warning"]
+    assert note["adapter" if lora else "own"]["loss"] < note["released"]["loss"]
+    assert "without noise" in note["warning"]
     assert out.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o077 for path in out.rglob("*")} == {0}
     texts = ["w1 good good", "w2 bad bad"]
-    assert load_adapter(out).predict(texts) == ["a", "b"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    monkeypatch.setattr(sys, "argv", ["fedlora-sim", "predict", str(out), f"{tmp_path}/texts.txt"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == ["a", "b"]
     released, own = (load_adapter(each, str(tiny_bert)).model.state() for each in (adapter, out))
-    head = own.spec.head_mask()
-    assert np.array_equal(own.vector[~head], released.vector[~head])
-    assert not np.array_equal(own.vector[head], released.vector[head])
+    moves = own.spec.moved_by("adapter.B" if lora else "head")
+    assert np.array_equal(own.vector[~moves], released.vector[~moves])
+    for mask in (own.spec.head_mask(), moves):
+        assert (own.vector[mask] != released.vector[mask]).mean() > 0.9
     with pytest.raises(BadInput, match="expected a new folder"):
         personalise(north.folder, north.folder.load_policy(), adapter, out)
 

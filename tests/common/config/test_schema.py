@@ -187,6 +187,14 @@ BAD = {
         '[aggregation]\nstrategy = "svd"',
         [f'run.toml [aggregation] strategy = "svd": expected one of {STRATEGIES}'],
     ),
+    "cfg-variant-elsewhere": (
+        '[lora]\nvariant = "fedsa"',
+        [
+            'run.toml [lora] variant = "fedsa": expected one of lora, ffa, rolora; B of one\'s own'
+            " is trained after the run, by fedlora-sim personalise RUN --lora"
+            " (docs/aggregation.md says why)"
+        ],
+    ),
     "cfg-strategy-unknown": (
         '[aggregation]\nstrategy = "fedavgg"',
         [

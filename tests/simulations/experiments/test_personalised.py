@@ -35,3 +35,11 @@ def test_a_run_that_has_ended(tiny_bert: Path, data: Path, tmp_path: Path) -> No
     assert "With its own head" in (folder / "report.html").read_text()
     assert (folder / "ledger.sqlite").read_bytes() == ledger
     assert personalise(folder, cpu()) == found
+    with_b = personalise(folder, cpu(), lora=True)
+    for name, row in with_b["by_client"].items():
+        assert {key: row[key] for key in found["by_client"][name]} == found["by_client"][name]
+        assert row["passes"] > 0 or row["adapter"] == pytest.approx(row["own"])
+    assert with_b["adapter_worst"] <= with_b["adapter_mean"] <= 1
+    assert any(row["passes"] for row in with_b["by_client"].values())
+    assert "With its own adapter" in (folder / "report.html").read_text()
+    assert (folder / "ledger.sqlite").read_bytes() == ledger
