@@ -113,9 +113,13 @@ def _filled(config: Config, chosen: Chosen) -> Config:
 
 
 def _network(config: Config, facts: PublicFacts) -> Chosen:
-    """A mean over the words reads what a base knows; a head of its own may be drawn anew."""
+    """A mean over the words reads what a base knows; a head of its own may be drawn anew.
+
+    Of a pair read as one text it knows little; of two means it knows how far they agree.
+    """
     model = config.model
     pooling = "layers" if model.pooled_layers else "mean"
+    pooling = "pairs" if len(config.data.text) > 1 else pooling
     if model.task in BY_WORD:
         return {"model": {"pooling": "words"}}
     return {"model": {"pooling": pooling if facts.classes else "default"}}
@@ -124,12 +128,14 @@ def _network(config: Config, facts: PublicFacts) -> Chosen:
 def _rounds(config: Config, facts: PublicFacts) -> Chosen:
     """A phase each for head and LoRA; of a given number, most for the head, which pays first.
 
-    A head of the base's own can't be counted on to be one that trains by itself. Of a pair a frozen
-    base says little, and a head that learnt by heart what it could is a worse start than none.
+    A head of the base's own can't be counted on to be one that trains by itself. Of a pair that is
+    read as one text a frozen base says little, and a head that learnt by heart what it could is a
+    worse start than none.
     """
     dealing, head = config.federation, config.training.head_rounds
     asked = guarantee_asked(config.privacy)
-    unread = len(config.data.text) > 1 and not asked.private
+    paired = len(config.data.text) > 1 and config.model.pooling != "pairs"
+    unread = paired and not asked.private
     if head < 0 and (config.model.pooling == "default" or unread):
         head = 0
     elif head < 0:

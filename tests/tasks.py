@@ -168,6 +168,7 @@ MADE = (
         '["it was good", "it was"]',
         "macro_f1",
         'text = ["a", "b"]',
+        'pooling = "mean"',  # both texts as one: the others are read apart
     ),
     Made(
         "a pair, decoder",

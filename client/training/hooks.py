@@ -27,6 +27,7 @@ class Layout(Enum):
     FIRST = "records first"
     SECOND = "words first"  # XLNet, Longformer
     FLAT = "the words of all records in one row"  # OPT, experts
+    TEXTS = "several texts of each record"  # pairs that are read apart
 
     @classmethod
     def of(cls, shape: torch.Size, records: int) -> Layout | None:
@@ -39,7 +40,8 @@ class Layout(Enum):
             return len(shape) > 1 and shape[0] == records
         if self is Layout.SECOND:
             return len(shape) == 3 and shape[1] == records
-        return len(shape) == 2 and shape[0] % records == 0
+        whole = shape[0] % records == 0
+        return whole and len(shape) == (3 if self is Layout.TEXTS else 2)
 
     def records_first(self, tensor: torch.Tensor, records: int) -> torch.Tensor:
         """(records, …) of a tensor in this layout."""

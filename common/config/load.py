@@ -298,8 +298,11 @@ def _pooled(config: Config) -> Iterator[Fault]:
         found = f'[model] pooling = "{model.pooling}"'
         yield ("model.task", "model.pooling"), f'{found}: expected "words", {since}'
     elif model.pooling == "words" and model.task in BUILT_IN and not by_word:
-        found = '[model] pooling = "words": expected default, mean or layers'
+        found = '[model] pooling = "words": expected default, mean, layers or pairs'
         yield ("model.task", "model.pooling"), f"{found}, {since}"
+    if model.pooling == "pairs" and model.task in BUILT_IN and len(config.data.text) < 2:
+        found = '[model] pooling = "pairs": expected two columns in [data] text, found'
+        yield ("model.pooling", "data.text"), f"{found} {shown([*config.data.text])}"
     if model.pooling == "words" and model.projection > 0:
         found = f"[model] projection = {model.projection}"
         yield ("model.projection", "model.pooling"), f'{found}: expected 0 with pooling = "words"'
@@ -308,7 +311,7 @@ def _pooled(config: Config) -> Iterator[Fault]:
 def _causal(config: Config) -> Iterator[Fault]:
     """A language model has no pooling, no labels and no head of its own."""
     since = f'since task = "{config.model.task}"'
-    if config.model.pooling in ("mean", "layers"):
+    if config.model.pooling in ("mean", "layers", "pairs"):
         found = f'[model] pooling = "{config.model.pooling}"'
         yield ("model.task", "model.pooling"), f'{found}: expected "default", {since}'
     if config.training.head_rounds > 0:

@@ -99,9 +99,10 @@ class ModelConfig:
     digest: str = _text("", DIGEST)  # "sha256:…": what the base must be
     task: str = field(default=BUILT_IN[0], metadata={"rule": TaskName()})
     max_length: int = _number(64, 4, 32_768)
-    # what a head reads: the base's own, a mean over a text's tokens, or each token by itself
-    pooling: str = _chosen_name("default", "mean", "layers", "words")
-    # for "layers": 0 is the embeddings; empty: all; for "words" the last one
+    # what a head reads: the base's own, a mean over a text's tokens, each token by itself, or how
+    # the means of a pair's two texts differ
+    pooling: str = _chosen_name("default", "mean", "layers", "words", "pairs")
+    # for "layers": 0 is the embeddings; empty: all; for "words" and "pairs" the last one
     pooled_layers: tuple[int, ...] = _items((), LAYER)
     # principal directions of public features to whiten; 0: none
     projection: int = _number(0, 0, 16_384)

@@ -70,14 +70,14 @@ def _classifier(
 ) -> tuple[PooledClassifier | OwnHead, LoraConfig]:
     """With the base's own head, or one above its pooled hidden states."""
     where = f"[model] base = {folder}"
-    by_word = model.pooling == "words"
+    by_word, pairs = model.pooling == "words", model.pooling == "pairs"
     if by_word != (task.reads == WORD) and model.pooling != AUTO:
-        expected = '"words"' if task.reads == WORD else "default, mean or layers"
+        expected = '"words"' if task.reads == WORD else "default, mean, layers or pairs"
         raise BadInput(
             f'[model] pooling = "{model.pooling}": expected {expected}, since task = "{task.name}"'
         )
     if model.pooling == AUTO:
-        raise BadInput('[model] pooling = "auto": expected default, mean or layers by now')
+        raise BadInput('[model] pooling = "auto": expected one that is chosen by now')
     if model.pooling == "default":
         base, new = load_classifier(folder, task.outputs, place, task.medium)
         inputs = inputs_of(base, reader, task, where)
@@ -93,9 +93,10 @@ def _classifier(
     config = base.config.get_text_config()
     pooling = Pooling(_pooled_layers(model, config.num_hidden_layers), model.head_scale)
     backbone, lora = _with_lora(base, model, lora, inputs, peft.TaskType.FEATURE_EXTRACTION)
-    width = model.kernel_directions or model.projection or config.hidden_size * len(pooling.layers)
+    pooled = config.hidden_size * len(pooling.layers) * (2 if pairs else 1)
+    width = model.kernel_directions or model.projection or pooled
     head = build_head(width, model.head_hidden, task.outputs)
-    return PooledClassifier(backbone, pooling, head, inputs, by_word), lora
+    return PooledClassifier(backbone, pooling, head, inputs, by_word, pairs), lora
 
 
 def _own_classifier(adapted: peft.PeftModel) -> nn.Module:
@@ -111,7 +112,7 @@ def _own_classifier(adapted: peft.PeftModel) -> nn.Module:
 
 
 def _pooled_layers(model: ModelConfig, depth: int) -> tuple[int, ...]:
-    if model.pooling == "mean" or (model.pooling == "words" and not model.pooled_layers):
+    if model.pooling != "layers" and not model.pooled_layers:
         return (depth,)
     layers = tuple(model.pooled_layers) or tuple(range(depth + 1))
     if not all(0 <= layer <= depth for layer in layers):

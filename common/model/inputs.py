@@ -22,6 +22,7 @@ from fedlora.common.model.behaviour import RECORDS, TOKENS, texts
 from fedlora.common.model.tokenizer import check_fit, load_tokenizer
 from fedlora.common.tasks.batch import Encoded, Ints
 from fedlora.common.tasks.task import Task
+from fedlora.common.tasks.texts import TextTask
 
 Given = tuple[torch.Tensor, torch.Tensor]  # a batch's ids and mask
 
@@ -116,8 +117,10 @@ class TextInputs:
         return task.unlabelled(np.concatenate(words).astype(np.int32), offsets)
 
     def public(self, task: Task, sentences: Sequence[str], most: int) -> Encoded:
-        """As the task reads texts of nobody's."""
-        return task.encode(task.asked(sentences), self.reader, most)
+        """As the task reads texts of nobody's; two to a record where it compares them."""
+        paired = isinstance(task, TextTask) and task.apart
+        given = zip(sentences, sentences[::-1], strict=True) if paired else sentences
+        return task.encode(task.asked(list(given)), self.reader, most)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,9 @@ from torch.nn import functional
 from fedlora.common.model.inputs import Inputs
 from fedlora.common.model.projection import Affine, Projection
 
+# Of a difference beside a product, of one length about: docs/results.md, "Pairs".
+DIFFERENCE = 0.2
+
 
 @dataclass(eq=False)
 class Pooling:
@@ -36,6 +39,16 @@ class Pooling:
         """(n, length, layers · width) float32: each token's own, not a mean over any."""
         states = [functional.normalize(hidden[layer].float(), dim=2) for layer in self.layers]
         return torch.cat(states, dim=2)
+
+    def compared(self, means: torch.Tensor) -> torch.Tensor:
+        """(n, 2 · width) rows of length 1, of (2 n, width) `means`, two for each record.
+
+        By how much the two differ in each coordinate, and how far they agree (Conneau et al. 2017;
+        Reimers and Gurevych 2019): a linear head has to find neither.
+        """
+        one, other = means[0::2], means[1::2]
+        parts = [DIFFERENCE * (one - other).abs(), one * other]
+        return functional.normalize(torch.cat(parts, dim=1), dim=1)
 
     def features(self, means: torch.Tensor) -> torch.Tensor:
         """What the head receives for `means`."""
@@ -70,27 +83,34 @@ class PooledClassifier(nn.Module):
         head: nn.Module,
         inputs: Inputs,
         by_word: bool = False,
+        pairs: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.inputs = inputs
         self.by_word = by_word
+        self.pairs = pairs
         self.pooling = pooling
         self.head = head
 
     def pooled(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(n, features) float32 before any projection; `ids` and `mask` are (n, length).
 
-        Where each token is read by itself, (n, length, features).
+        Where each token is read by itself, (n, length, features). Of pairs each half of a row is a
+        text of its own.
         """
+        if self.pairs:
+            half = ids.shape[1] // 2
+            ids, mask = (each[:, : 2 * half].reshape(-1, half) for each in (ids, mask.clamp(max=1)))
         given = self.inputs.read(ids, mask)
         hidden = self.backbone(**given, output_hidden_states=True).hidden_states
         if self.by_word:
             return self.pooling.words(hidden)
         real = given.get("attention_mask")  # without one, no place is padding
-        return self.pooling.means(
+        means = self.pooling.means(
             hidden, ids.new_ones(hidden[-1].shape[:2]) if real is None else real
         )
+        return self.pooling.compared(means) if self.pairs else means
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(n, labels) or (n, length, labels) logits of `ids` and `mask` (n, length).

@@ -68,7 +68,9 @@ class Tokenised:
     """Texts, ragged: record i is tokens[offsets[i]:offsets[i + 1]].
 
     `targets` is (n, …), what each record should be answered with; where `by_token`, (tokens,) with
-    a target for each token, or IGNORED.
+    a target for each token, or IGNORED. Where `apart`, each of a record's two texts is laid into a
+    half of its row, which holds one place of padding at least: whether a network is given a mask
+    must not depend on who is beside a record.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -78,14 +80,18 @@ class Tokenised:
     by_token: bool = False
     # (n,) the place in its row where each record's second text begins; None: there is but one
     second: Ints | None = None
+    apart: bool = False
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     @property
     def lengths(self) -> Ints:
-        """(n,) tokens of each record."""
-        return np.diff(self.offsets)
+        """(n,) tokens of each record; where `apart`, the places that two halves of its row take."""
+        tokens = np.diff(self.offsets)
+        if self.second is None or not self.apart:
+            return tokens
+        return 2 * np.maximum(self.second, tokens - self.second) + 2
 
     def tokens_of(self, row: int) -> npt.NDArray[np.int32]:
         """(length,) int32: the tokens of record `row`, a view."""
@@ -117,11 +123,12 @@ class Tokenised:
         every, chosen = np.concatenate(places), np.asarray(rows, dtype=np.int64)
         return Tokenised(
             self.tokens[every],
-            np.concatenate([[0], np.cumsum(self.lengths[chosen])]).astype(np.int64),
+            np.concatenate([[0], np.cumsum(np.diff(self.offsets)[chosen])]).astype(np.int64),
             self.targets[every if self.by_token else chosen],
             self.truncated,
             self.by_token,
             None if self.second is None else self.second[chosen],
+            self.apart,
         )
 
     def told(self, most: int) -> str:
@@ -141,23 +148,35 @@ class Tokenised:
 
         What fills up is a text of padding that is read like any other; its target is 0, or IGNORED.
         """
-        lengths = self.offsets[rows + 1] - self.offsets[rows]
-        count, width = (len(rows), int(lengths.max())) if shape is None else shape
-        columns = np.arange(width)[None, :]
-        inside = columns < lengths[:, None]
-        source = np.minimum(self.offsets[rows][:, None] + columns, len(self.tokens) - 1)
+        longest = int(self.lengths[rows].max())
+        count, width = (len(rows), longest) if shape is None else shape
+        source, text = self._laid_out(rows, width)
         ids, mask = np.full((count, width), pad, dtype=np.int64), np.ones((count, width), np.int64)
-        ids[: len(rows)], mask[: len(rows)] = np.where(inside, self.tokens[source], pad), inside
-        if self.second is not None:
-            mask[: len(rows)] += inside & (columns >= self.second[rows][:, None])
+        ids[: len(rows)], mask[: len(rows)] = np.where(text > 0, self.tokens[source], pad), text
         if self.by_token:
             targets = np.full((count, width), IGNORED, dtype=np.int64)
-            targets[: len(rows)] = np.where(inside, self.targets[source], IGNORED)
+            targets[: len(rows)] = np.where(text > 0, self.targets[source], IGNORED)
         else:
             targets = np.zeros((count, *self.targets.shape[1:]), dtype=self.targets.dtype)
             targets[: len(rows)] = self.targets[rows]
         tokens, texts, aims = (torch.from_numpy(each).to(device) for each in (ids, mask, targets))
         return Batch(tokens, texts, aims, shape is not None)
+
+    def _laid_out(self, rows: Ints, width: int) -> tuple[Ints, Ints]:
+        """(rows, width) places in `tokens`, and the text that is there as in `Batch.mask`."""
+        columns, starts = np.arange(width)[None, :], self.offsets[rows][:, None]
+        sizes = self.offsets[rows + 1][:, None] - starts
+        if self.second is None:
+            places, text = columns, (columns < sizes).astype(np.int64)
+        elif self.apart:
+            begins, half = self.second[rows][:, None], width // 2
+            first, other = columns < half, columns - half
+            places = np.where(first, columns, begins + other)
+            text = np.where(first, columns < begins, 2 * (other < sizes - begins))
+        else:
+            places, begins = columns, self.second[rows][:, None]
+            text = np.where(columns < sizes, 1 + (columns >= begins), 0)
+        return np.minimum(starts + places, len(self.tokens) - 1), text
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +219,7 @@ def rows_of(
     truncated: Mapping[str, int],
     by_token: bool = False,
     second: Sequence[int] | None = None,
+    apart: bool = False,
 ) -> Tokenised:
     """Tokens of records, one row each."""
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
@@ -208,7 +228,8 @@ def rows_of(
         (token for row in rows for token in row), dtype=np.int32, count=int(offsets[-1])
     )
     begins = None if second is None else np.array(second, dtype=np.int64)
-    return Tokenised(tokens, offsets, np.ascontiguousarray(targets), truncated, by_token, begins)
+    aims = np.ascontiguousarray(targets)
+    return Tokenised(tokens, offsets, aims, truncated, by_token, begins, apart)
 
 
 def add_totals(totals: Sequence[Totals]) -> Totals:

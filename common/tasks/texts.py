@@ -1,29 +1,33 @@
 """Tasks that answer a record's text, or its two texts, with the numbers of one head.
 
-A pair is framed as the tokenizer frames one, and cut where it is longest. A task of one's own
-extends `TextTask` with `targets_of`, `losses`, `measure`, `metrics` and `answers`.
+A pair is framed as the tokenizer frames one, and cut where it is longest; or each of its texts is
+framed and read by itself, and has half of a record's length. A task of one's own extends `TextTask`
+with `targets_of`, `losses`, `measure`, `metrics` and `answers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+
+import numpy as np
 
 from fedlora.common.data.encoding import pair_frame, text_frame, word_tokens
 from fedlora.common.data.medium import Medium
 from fedlora.common.data.records import Columns, Records
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.batch import Ints, Targets, Tokenised, rows_of
-from fedlora.common.tasks.task import HeadTask, Named, as_inputs, refuse_empty
+from fedlora.common.tasks.task import HeadTask, Named, Task, as_inputs, refuse_empty
 
 PAIR = "second"  # of `Records.parts`: the other text of each record
 
 
 @dataclass(frozen=True)
 class TextTask(HeadTask):
-    """What all of them have in common."""
+    """What all of them have in common. `apart`: the texts of a pair are read each by itself."""
 
+    apart: bool = False
     medium: ClassVar[Medium | None] = None
 
     @classmethod
@@ -40,6 +44,8 @@ class TextTask(HeadTask):
         """
         asked = records.unanswered
         targets = self.no_targets(len(records)) if asked else self.targets_of(records)
+        if self.apart:
+            return _apart(records, targets, tokenizer, max_length)
         if PAIR in records.parts:
             return _pairs(records, targets, tokenizer, max_length)
         frame = text_frame(tokenizer)
@@ -50,13 +56,21 @@ class TextTask(HeadTask):
         return rows_of(rows, targets, {"text": shortened})
 
     def unlabelled(self, tokens: Any, offsets: Ints) -> Tokenised:
-        """Texts of nobody's, with targets of nobody's."""
-        return Tokenised(tokens, offsets, self.no_targets(len(offsets) - 1), {})
+        """Texts of nobody's, with targets of nobody's; of a pair both are the same."""
+        targets = self.no_targets(len(offsets) - 1)
+        if not self.apart:
+            return Tokenised(tokens, offsets, targets, {})
+        sizes = [max(1, half_of(int(length))) for length in np.diff(offsets)]
+        rows = [
+            2 * tokens[start : start + size].tolist()
+            for start, size in zip(offsets, sizes, strict=False)
+        ]
+        return rows_of(rows, targets, {}, second=sizes, apart=True)
 
     def asked(self, inputs: Sequence[Any]) -> Records:
         """Texts, or pairs of texts; BadInput for a mixture, or anything else."""
         pairs = [each for each in inputs if not isinstance(each, str)]
-        if not pairs:
+        if not pairs and not self.apart:
             return as_inputs(inputs)
         texts = [each for each in pairs if isinstance(each, list | tuple) and len(each) == 2]
         if len(texts) != len(inputs) or not all(isinstance(t, str) for pair in texts for t in pair):
@@ -70,6 +84,39 @@ def text_columns(named: Named) -> tuple[str, str]:
     if len(more) > 1:
         raise BadInput(f"[data] text: found {1 + len(more)} columns, expected one or two")
     return first, more[0] if more else ""
+
+
+def read_apart(task: Task) -> Task:
+    """`task`, which reads each text of a pair by itself; BadInput where it does not read texts."""
+    if not isinstance(task, TextTask):
+        raise BadInput(
+            f'[model] pooling = "pairs": found task = "{task.name}", expected one that reads texts'
+        )
+    return replace(task, apart=True)
+
+
+def half_of(length: int) -> int:
+    """Tokens that each text of a pair has in a row of that length, where they are read apart."""
+    return length // 2 - 1  # a place of padding: see `Tokenised`
+
+
+def _apart(records: Records, targets: Targets, tokenizer: Any, max_length: int) -> Tokenised:
+    if PAIR not in records.parts:
+        raise BadInput(
+            f"{records.where}: found one text a record, expected the two of a pair, which"
+            ' [model] pooling = "pairs" compares'
+        )
+    frame = text_frame(tokenizer)
+    room = max(0, half_of(max_length) - len(frame))
+    texts = [word_tokens(tokenizer, each) for each in (records.texts, records.parts[PAIR])]
+    refuse_empty([min(len(a), len(b), room) for a, b in zip(*texts, strict=True)], records)
+    cut = [sum(len(ids) > room for ids in each) for each in texts]
+    firsts, seconds = (
+        [_never_empty(frame.around(ids[:room]), tokenizer) for ids in each] for each in texts
+    )
+    rows = [first + second for first, second in zip(firsts, seconds, strict=True)]
+    parts = dict(zip(("first text", "second text"), cut, strict=True))
+    return rows_of(rows, targets, parts, second=[len(each) for each in firsts], apart=True)
 
 
 def _pairs(records: Records, targets: Targets, tokenizer: Any, max_length: int) -> Tokenised:

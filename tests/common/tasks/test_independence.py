@@ -41,6 +41,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     pooling = "default" if made.metric == "perplexity" else "mean"
     if made.task == "token-classification":
         pooling = "words"
+    if "a pair" in made.id and not made.model:
+        pooling = "pairs"
     config = parse_config(made.config(base, folder), "test", [f"model.pooling={pooling}"])
     kind = task_kind(made.task)
     task = kind(kind.label_set(path, config.data))
@@ -49,7 +51,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for each in models:
         values = np.random.default_rng(3).normal(0, 0.05, each.spec.size)
         each.load(AdapterState(each.spec, values.astype(np.float32)))
-    data = task.encode(records, models[0].tokenizer, models[0].longest)
+    data = models[0].encoded(records)
     return Case(models[0], models[1], PerSampleGradients(models[0]), data)
 
 

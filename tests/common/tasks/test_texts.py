@@ -15,9 +15,12 @@ from tokenizers import processors
 from fedlora.common.config.schema import DataConfig, LoraConfig, ModelConfig
 from fedlora.common.data.records import Records
 from fedlora.common.errors import BadInput
+from fedlora.common.model import pooling
 from fedlora.common.model.network import build_model
 from fedlora.common.model.tokenizer import load_tokenizer
 from fedlora.common.tasks.classification import SequenceClassification
+from fedlora.common.tasks.media_classification import ImageClassification
+from fedlora.common.tasks.texts import read_apart
 
 TASK = SequenceClassification(("no", "yes"))
 
@@ -106,3 +109,62 @@ def test_what_is_asked_is_one_text_or_two() -> None:
 def test_three_columns_are_no_pair() -> None:
     with pytest.raises(BadInput, match="found 3 columns, expected one or two"):
         TASK.columns(DataConfig(text=("a", "b", "c")))
+
+
+def test_texts_of_a_pair_are_read_each_by_itself(paired: Path) -> None:
+    """As a plain encoder reads them one by one; a head is told how the two differ."""
+    model = build_model(ModelConfig(str(paired), pooling="pairs"), LoraConfig(), TASK, 1)
+    several = Records(
+        ["it was good", "the bank", "good"],
+        None,
+        np.zeros(3, dtype=np.int64),
+        None,
+        {},
+        "test",
+        parts={"second": ["the bank was not open", "it", "good"]},
+    )
+    data = model.encoded(several)
+    plain = transformers.AutoModel.from_pretrained(paired).eval()
+
+    def mean(text: str) -> torch.Tensor:
+        hidden = plain(**model.tokenizer(text, return_tensors="pt")).last_hidden_state
+        return torch.nn.functional.normalize(hidden.mean(dim=1), dim=1)[0]
+
+    expected = []
+    for first, second in zip(several.texts, several.parts["second"], strict=True):
+        u, v = mean(first), mean(second)
+        both = torch.cat([pooling.DIFFERENCE * (u - v).abs(), u * v])
+        expected.append(both / both.norm())
+    rows = np.arange(3, dtype=np.int64)
+    for shape in (None, (5, 16), (4, 19)):
+        found = model.pooled(data.batch(rows, model.pad, model.device, shape))
+        assert torch.allclose(found[:3], torch.stack(expected), atol=1e-5)
+        assert bool(torch.isfinite(found).all())
+    assert model.pooled(data.take([2, 0]).batch(rows[:2], 0, model.device))[0].allclose(
+        expected[2], atol=1e-5
+    )
+
+
+def test_a_half_of_a_row_always_ends_in_padding(paired: Path) -> None:
+    """Else a network sees a mask or none, by who is beside a record."""
+    task = read_apart(TASK)
+    data = task.encode(pair("good " * 30, "bad " * 30), load_tokenizer(paired), 24)
+    assert data.lengths.tolist() == [24] and dict(data.truncated) == {
+        "first text": 1,
+        "second text": 1,
+    }
+    mask = data.batch(np.array([0]), 0, torch.device("cpu")).mask[0].tolist()
+    assert mask == [1] * 11 + [0] + [2] * 11 + [0]
+    nobodys = task.unlabelled(np.arange(9, dtype=np.int32), np.array([0, 8, 9]))
+    assert nobodys.lengths.tolist() == [8, 4]
+
+
+def test_what_compares_two_texts_is_not_given_one(paired: Path) -> None:
+    task = read_apart(TASK)
+    one = Records(["good"], None, np.zeros(1, dtype=np.int64), None, {}, "notes.csv")
+    with pytest.raises(BadInput, match=r"notes\.csv: found one text a record, expected the two"):
+        task.encode(one, load_tokenizer(paired), 24)
+    with pytest.raises(BadInput, match="expected two texts in each"):
+        task.asked(["good"])
+    with pytest.raises(BadInput, match="reads texts"):
+        read_apart(ImageClassification(("a", "b")))
