@@ -18,6 +18,7 @@ from fedlora.common.adapter.peft import LoadedAdapter
 from fedlora.common.adapter.released import DESCRIPTION, refuse_used
 from fedlora.common.errors import BadInput
 from fedlora.common.libraries import library
+from fedlora.common.model.pooling import PooledClassifier
 from fedlora.common.tasks.task import RECORD, WORD
 
 EXTRA = "onnx"
@@ -28,9 +29,11 @@ def write_onnx(adapter: LoadedAdapter, released: Path, folder: Path) -> None:
     """Write the graph, its tokenizer and `fedlora.json` into `folder`, which must be new.
 
     `input_ids` and `attention_mask` are (n, length) int64, and so is `token_type_ids` where the
-    base tells the texts of a pair apart; `logits` (n, outputs) float32, or (n, length, outputs)
-    where the task answers each word. Labels and the longest length are in `fedlora.json`. BadInput
-    for a task whose base writes text, or a folder that is not empty.
+    base tells the texts of a pair apart; where a pair's texts are read each by itself, so are
+    `second_input_ids` and `second_attention_mask`, and `length` at most half of the longest.
+    `logits` are (n, outputs) float32, or (n, length, outputs) where the task answers each word.
+    Labels and the longest length are in `fedlora.json`. BadInput for a task whose base writes text,
+    or a folder that is not empty.
     """
     model = adapter.model
     if model.task.reads not in (RECORD, WORD) or model.task.medium is not None:
@@ -50,17 +53,24 @@ def write_onnx(adapter: LoadedAdapter, released: Path, folder: Path) -> None:
 
 
 def _program(network: Any, pad: int, longest: int) -> Any:
+    pairs = isinstance(network, PooledClassifier) and network.pairs
+    longest //= 1 + pairs
     ids = torch.full((2, min(8, longest)), pad)
     mask = torch.ones_like(ids)
     mask[1, -1] = 0  # as a shorter text has it, so that no path is taken for full rows alone
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if network.inputs.typed:
+    inputs, wrapped = {"input_ids": ids, "attention_mask": mask}, _Plain
+    if pairs:
+        # of their own: the exporter takes one tensor in two places for one input
+        inputs |= {"second_input_ids": ids.clone(), "second_attention_mask": mask.clone()}
+        wrapped = _Apart
+    elif network.inputs.typed:
         inputs["token_type_ids"] = torch.zeros_like(ids)
+        wrapped = _Typed
     rows, length = torch.export.Dim("rows"), torch.export.Dim("length", max=longest)
     with warnings.catch_warnings():  # the exporter's own, of names it chose and of its old calls
         warnings.simplefilter("ignore")
         return torch.onnx.export(
-            (_Typed if network.inputs.typed else _Plain)(network),
+            wrapped(network),
             tuple(inputs.values()),
             dynamo=True,
             verbose=False,
@@ -90,3 +100,18 @@ class _Typed(_Plain):
     ) -> Any:
         """What `network` gives."""
         return self.network(input_ids, attention_mask * (1 + token_type_ids))
+
+
+class _Apart(_Plain):
+    """Likewise, of a base that reads each text of a pair by itself, in a half of a row."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        second_input_ids: torch.Tensor,
+        second_attention_mask: torch.Tensor,
+    ) -> Any:
+        """What `network` gives."""
+        ids = torch.cat([input_ids, second_input_ids], dim=1)
+        return self.network(ids, torch.cat([attention_mask, second_attention_mask], dim=1))

@@ -56,6 +56,25 @@ def test_the_graph_answers_as_the_adapter_does(case: str, tiny_bert: Path, tmp_p
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "onnx").vocab_size > 10
 
 
+def test_the_graph_of_a_pair_has_a_place_for_each_text(tiny_bert: Path, tmp_path: Path) -> None:
+    task = SequenceClassification(("a", "b"))
+    adapter = exported(tiny_bert, "pairs", task, tmp_path / "adapter")
+    write_onnx(adapter, tmp_path / "adapter", tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    given = adapter.model.tokenizer(
+        ["it was good", "bad", "the bank", "it"], padding=True, return_tensors="np"
+    )
+    names = ("input_ids", "attention_mask")
+    inputs = {
+        f"{text}{name}": given[name][n::2]
+        for n, text in enumerate(("", "second_"))
+        for name in names
+    }
+    (found,) = session.run(None, inputs)
+    expected = adapter.logits([("it was good", "bad"), ("the bank", "it")])
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
 def test_what_has_no_head_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     adapter = exported(tiny_llama, "default", CausalLanguageModel(), tmp_path / "adapter")
     with pytest.raises(BadInput, match="found the task causal-lm, expected one of texts"):
