@@ -298,7 +298,7 @@ def _pooled(config: Config) -> Iterator[Fault]:
         found = f'[model] pooling = "{model.pooling}"'
         yield ("model.task", "model.pooling"), f'{found}: expected "words", {since}'
     elif model.pooling == "words" and model.task in BUILT_IN and not by_word:
-        found = '[model] pooling = "words": expected default, mean, layers or pairs'
+        found = '[model] pooling = "words": expected default, mean or layers'
         yield ("model.task", "model.pooling"), f"{found}, {since}"
     if model.pooling == "pairs" and model.task in BUILT_IN and len(config.data.text) < 2:
         found = '[model] pooling = "pairs": expected two columns in [data] text, found'

@@ -79,7 +79,7 @@ def _classifier(
     where = f"[model] base = {folder}"
     by_word, pairs = model.pooling == "words", model.pooling == "pairs"
     if by_word != (task.reads == WORD) and model.pooling != AUTO:
-        expected = '"words"' if task.reads == WORD else "default, mean, layers or pairs"
+        expected = '"words"' if task.reads == WORD else "default, mean or layers"
         raise BadInput(
             f'[model] pooling = "{model.pooling}": expected {expected}, since task = "{task.name}"'
         )

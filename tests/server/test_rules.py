@@ -120,9 +120,19 @@ def test_few_units_go_through_in_small_batches(units: int, batch: int) -> None:
     assert steps * training.sampling_rate == pytest.approx(max(3, 300 * 4 * 10 / units), rel=0.05)
 
 
-def test_a_pair_without_privacy_begins_with_lora() -> None:
+PAIR = '[data]\ntext = ["a", "b"]\n'
+
+
+def test_texts_of_a_pair_are_read_apart() -> None:
+    for mode in ("none", "record"):
+        config = chosen(f'{PAIR}[privacy]\nmode = "{mode}"')
+        assert (config.model.pooling, config.training.head_rounds) == ("pairs", 30)
+    assert chosen().model.pooling == "mean"
+
+
+def test_a_pair_read_as_one_text_begins_with_lora_without_privacy() -> None:
     for mode, rounds in (("none", 0), ("record", 30)):
-        config = chosen(f'[data]\ntext = ["a", "b"]\n[privacy]\nmode = "{mode}"')
+        config = chosen(f'{PAIR}[model]\npooling = "mean"\n[privacy]\nmode = "{mode}"')
         assert config.training.head_rounds == rounds
 
 

@@ -210,6 +210,10 @@ BAD = {
         "[federation]\nrounds = 20\n[training]\nhead_rounds = 21",
         ["run.toml [training] head_rounds = 21: expected at most [federation] rounds = 20"],
     ),
+    "cfg-pairs-of-one-text": (
+        '[model]\npooling = "pairs"',
+        ['run.toml [model] pooling = "pairs": expected two columns in [data] text, found ["text"]'],
+    ),
     "cfg-words": (
         '[model]\ntask = "token-classification"\npooling = "mean"\n[data]\ntext = ["a", "b", "c"]',
         [
