@@ -9,10 +9,11 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlora.common.disk.mapped import mapped
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.protocol.pieces import Coming
-from fedlora.common.protocol.vector_parts import Arrival, cut_file, mapped
+from fedlora.common.protocol.vector_parts import Arrival, cut_file
 from fedlora.common.protocol.vectors import BYTES
 
 

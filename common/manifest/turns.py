@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.common.errors import BadInput
-from fedlora.common.model.state import COUNTED, HALVES, AdapterSpec
+from fedlora.common.model.state import COUNTED, HALVES, AdapterSpec, everywhere
 
 BY_TURNS = "rolora"
 Mask = npt.NDArray[np.bool_]
@@ -37,7 +37,7 @@ def most_moved(spec: AdapterSpec, phase: str, variant: str) -> int:
 
 def leaving(spec: AdapterSpec, moves: str, variant: str) -> Mask:
     """(size,) true where a coordinate of an update leaves: by turns, where the round moves it."""
-    return spec.moved_by(moves) if variant == BY_TURNS else np.ones(spec.size, dtype=bool)
+    return spec.moved_by(moves) if variant == BY_TURNS else everywhere(spec.size)
 
 
 def taken(values: npt.NDArray[Number], mask: Mask) -> npt.NDArray[Number]:

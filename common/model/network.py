@@ -17,6 +17,7 @@ from torch import nn
 
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records
+from fedlora.common.disk.mapped import let_go
 from fedlora.common.errors import BadInput
 from fedlora.common.model.assembly import PEFT_ADAPTER, assembled, initialise, trainable
 from fedlora.common.model.base import base_stamp, check_base, check_digest, resolve_base
@@ -83,6 +84,7 @@ class AdapterModel:
         with torch.no_grad():
             for name, value in state.named().items():
                 self.parameters[name].copy_(torch.from_numpy(value.copy()))
+                let_go(value)
 
     def state(self) -> AdapterState:
         """The network's trainable values."""

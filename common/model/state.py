@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load, save
 
+from fedlora.common.disk.mapped import by_stretches
 from fedlora.common.errors import BadInput
 
 Vector = npt.NDArray[np.float32]
@@ -82,13 +83,13 @@ class AdapterSpec:
         or "adapter.A"), moves a coordinate; BadInput if unknown.
         """
         if moves == COUNTED:
-            return np.ones(self.size, dtype=bool)
+            return everywhere(self.size)
         phase, dot, half = moves.partition(".")
         known = half in HALVES and phase != "head" if dot else True
         if phase not in PHASES or not known:
             raise BadInput(f"manifest phase name: found {moves!r}, expected {', '.join(PHASES)}")
         if moves == "adapter":
-            return np.ones(self.size, dtype=bool)
+            return everywhere(self.size)
         head = self.head_mask()
         if phase == "head":
             return head
@@ -165,7 +166,8 @@ class AdapterState:
     def digest(self) -> str:
         """sha256 over the spec and the little-endian bytes of the vector."""
         hasher = hashlib.sha256(self.spec.digest.encode())
-        hasher.update(self.vector.astype("<f4", copy=False).data)
+        for (part,) in by_stretches(self.vector):
+            hasher.update(part.astype("<f4", copy=False).data)
         return "sha256:" + hasher.hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -175,14 +177,22 @@ class AdapterState:
         return hash(self.digest)
 
 
+def everywhere(size: int) -> npt.NDArray[np.bool_]:
+    """(size,) true, read-only, in one byte."""
+    return np.broadcast_to(np.True_, (size,))
+
+
 def is_finite(values: npt.NDArray[np.floating[Any]]) -> bool:
     """Whether every value is a finite number; makes no array, which would be a quarter as large."""
-    ends = values.min(initial=0.0), values.max(initial=0.0)
-    return all(math.isfinite(each) for each in ends)
+    return all(
+        math.isfinite(end)
+        for (part,) in by_stretches(values.reshape(-1))
+        for end in (part.min(initial=0.0), part.max(initial=0.0))
+    )
 
 
-def safetensors_pieces(named: Mapping[str, Vector]) -> tuple[bytes | memoryview, ...]:
-    """A safetensors file of float32 vectors, in pieces: none is copied."""
+def safetensors_pieces(named: Mapping[str, Vector]) -> Iterator[bytes | memoryview]:
+    """A safetensors file of float32 vectors, in pieces for one pass: none is copied."""
     header, end = dict[str, object](), 0
     for name in sorted(named):
         start, end = end, end + named[name].nbytes
@@ -193,8 +203,24 @@ def safetensors_pieces(named: Mapping[str, Vector]) -> tuple[bytes | memoryview,
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    vectors = (np.ascontiguousarray(named[name], dtype="<f4") for name in sorted(named))
-    return (struct.pack("<Q", len(text)) + text, *(each.data.cast("B") for each in vectors))
+    yield struct.pack("<Q", len(text)) + text
+    for name in sorted(named):
+        for (part,) in by_stretches(np.ascontiguousarray(named[name], dtype="<f4")):
+            yield part.data.cast("B")
+
+
+def safetensors_vectors(data: memoryview, where: str) -> dict[str, Vector]:
+    """The vectors of such a file, as views of its bytes; BadInput for a header that is none."""
+    header = check_safetensors_header(data, where)
+    values = data[8 + struct.unpack("<Q", data[:8])[0] :]
+    found = dict[str, Vector]()
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": "F32", "data_offsets": [int(start), int(end)]}:
+                found[name] = np.frombuffer(values[start:end], dtype="<f4")
+            case _:
+                raise BadInput(f"{where} {name}: found {entry}, expected a float32 vector")
+    return found
 
 
 def check_safetensors_header(data: bytes | memoryview, where: str) -> dict[str, object]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fedlora.common.disk.mapped import let_go
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Phase
 from fedlora.common.manifest.plan import Delta, Update
@@ -40,8 +41,10 @@ def check_norm(update: Update, bound: float) -> None:
 def _squares(delta: Delta) -> Iterator[float]:
     """The squared norm of each stretch, in float64: a copy of it all may be too large."""
     for start in range(0, delta.size, _STRETCH):
-        part = delta[start : start + _STRETCH].astype(np.float64)
-        yield float(part @ part)
+        part = delta[start : start + _STRETCH]
+        wide = part.astype(np.float64)
+        let_go(part)
+        yield float(wide @ wide)
 
 
 def stepped(phase: Phase, gradient: float, size: int = 1) -> float:

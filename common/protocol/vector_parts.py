@@ -9,7 +9,6 @@ sent, and added to a file as they come.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import BinaryIO
 
 from fedlora.common.config.toml import Bounds, Each, Pattern
 from fedlora.common.disk.files import sync_folder
+from fedlora.common.disk.mapped import let_go
 from fedlora.common.errors import BadInput
 from fedlora.common.model.state import Vector
 from fedlora.common.protocol.vectors import BYTES, vector_to_bytes
@@ -92,7 +92,10 @@ def cut(vector: Vector, wire: str = "float32") -> Iterator[bytes]:
 def part_of(vector: Vector, number: int, wire: str = "float32") -> bytes:
     """Part `number` of them."""
     count = PART_BYTES // BYTES[wire]
-    return vector_to_bytes(vector[number * count : (number + 1) * count], wire)
+    part = vector[number * count : (number + 1) * count]
+    data = vector_to_bytes(part, wire)
+    let_go(part)
+    return data
 
 
 def listed(parts: Iterable[bytes]) -> Parts:
@@ -125,12 +128,6 @@ def part_in_file(path: Path, number: int) -> bytes:
     with path.open("rb") as stream:
         stream.seek(number * PART_BYTES)
         return stream.read(PART_BYTES)
-
-
-def mapped(path: Path) -> memoryview:
-    """A file's bytes, read as they are looked at: what is not in use takes no memory."""
-    with path.open("rb") as stream:
-        return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 @dataclass(frozen=True)

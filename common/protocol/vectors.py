@@ -60,7 +60,8 @@ def _read(data: bytes | memoryview, wire: str) -> Vector:
     if wire == "float32":
         vector = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
     else:
-        bits = np.frombuffer(data, dtype="<u2").astype(np.uint32) << np.uint32(16)
+        bits = np.frombuffer(data, dtype="<u2").astype(np.uint32)
+        bits <<= np.uint32(16)
         vector = bits.view(np.float32)
         vector.flags.writeable = False
     return vector

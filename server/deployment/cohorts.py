@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from fedlora.common.disk.files import write_atomically
+from fedlora.common.disk.mapped import mapped
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.counts import answer_spec
 from fedlora.common.manifest.plan import RoundPlan, Update
@@ -15,7 +16,6 @@ from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.norm_bound import check_norm
 from fedlora.common.protocol.messages import PLAN_TAG, Answer, Task, request_to_bytes
 from fedlora.common.protocol.pieces import Parted
-from fedlora.common.protocol.vector_parts import mapped
 from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
 from fedlora.common.trust.identity import PublicIdentity, Signed
 from fedlora.server.deployment.institutions import Institutions

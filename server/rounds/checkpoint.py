@@ -13,7 +13,6 @@ newer one is durable, so that neither a kill nor a full disk can lose it.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,27 +22,29 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file
-
 from fedlora.common.disk.files import write_pieces
+from fedlora.common.disk.mapped import SCRATCH, mapped
 from fedlora.common.errors import BadInput, FedloraError, Refused, Spent
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.state import (
     AdapterSpec,
     AdapterState,
     Vector,
-    check_safetensors_header,
     safetensors_pieces,
+    safetensors_vectors,
 )
 from fedlora.common.privacy.modes import guarantee_of
-from fedlora.common.protocol.vector_parts import mapped
+from fedlora.common.protocol.vector_parts import is_large
+from fedlora.common.protocol.vectors import BYTES
+from fedlora.server.rounds.sealed import digest_of_pages, hashed, sealed, unsealed
 from fedlora.server.strategies.strategy import ServerState
 
 VERSION = 1  # of these files' layout
 STATE, RELEASED, MEMORY, ENDED = "state", "released", "memory.", "ended."
 # a simulation's own ledger's
 NAMES = r"(manifest|attempts|progress)\.json|state-\d+\.safetensors|ledger-head\.json|ledger\.key"
-WRITTEN = re.compile(rf"({NAMES})|\.({NAMES})\.\d+")  # the second: half written when a kill came
+# the second: half written when a kill came
+WRITTEN = re.compile(rf"({NAMES})|\.({NAMES})\.\d+|{re.escape(SCRATCH)}\w+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,10 +187,7 @@ class Checkpoint:
     def commit(self, progress: Progress) -> None:
         """Make a round durable. The state before it stays until this one is the one pointed to."""
         name, hasher = f"state-{progress.round}.safetensors", hashlib.sha256()
-        pieces = safetensors_pieces(_vectors(progress))
-        for piece in pieces:
-            hasher.update(piece)
-        self._write(name, pieces)
+        self._write(name, hashed(safetensors_pieces(_vectors(progress)), hasher))
         table = {
             "version": VERSION,
             "manifest": self.manifest.digest,
@@ -204,7 +202,7 @@ class Checkpoint:
             "ended": [each.score for each in progress.ended],
             "ended_rounds": [each.round for each in progress.ended],
         }
-        self._write("progress.json", (_sealed(table),))
+        self._write("progress.json", (sealed(table),))
         self._clear(name)
 
     @property
@@ -213,18 +211,22 @@ class Checkpoint:
         return int(self._read("progress.json")["round"])
 
     def load(self) -> Progress:
-        """The last committed progress; BadInput names the file that is damaged."""
+        """The last committed progress; BadInput names the file that is damaged.
+
+        The vectors of an adapter that is too large for a message stay in the file.
+        """
         table = self._read("progress.json")
         self._attempts()  # a damaged count is found now, not when a round has begun
         path = self.folder / str(table["file"])
         data = mapped(path) if path.is_file() and path.stat().st_size else memoryview(b"")
-        if hashlib.sha256(data).hexdigest() != table["digest"]:
+        if digest_of_pages(data) != table["digest"]:
             raise BadInput(
                 f"{path}: found {len(data)} bytes that were not committed, "
                 f"expected sha256 {table['digest'][:16]}…"
             )
-        check_safetensors_header(data, str(path))
-        vectors = load_file(path)
+        vectors = safetensors_vectors(data, str(path))
+        if not is_large(BYTES["float32"] * self._spec.size):
+            vectors = {name: vector.copy() for name, vector in vectors.items()}
         memory = {n.removeprefix(MEMORY): v for n, v in vectors.items() if n.startswith(MEMORY)}
         return Progress(
             round=int(table["round"]),
@@ -275,11 +277,11 @@ class Checkpoint:
             "total": total,
             "by_phase": list(by_phase),
         }
-        self._write("attempts.json", (_sealed(table),))
+        self._write("attempts.json", (sealed(table),))
 
     def _read(self, name: str) -> dict[str, Any]:
         """A sealed table of this run and version; BadInput otherwise."""
-        table = _unsealed(self.folder / name)
+        table = unsealed(self.folder / name)
         for field_, expected in (("version", VERSION), ("manifest", self.manifest.digest)):
             if table.get(field_) != expected:
                 raise BadInput(
@@ -311,8 +313,9 @@ class Checkpoint:
     def _clear(self, current: str) -> None:
         """Remove older states and what a kill left half written; what can't go, next time."""
         stale = [path for path in self.folder.glob("state-*.safetensors") if path.name != current]
-        for pattern in (".state-*", ".progress.json.*", ".attempts.json.*", ".manifest.json.*"):
-            stale += self.folder.glob(pattern)
+        for pattern in ("state-*", "progress.json.*", "attempts.json.*", "manifest.json.*"):
+            stale += self.folder.glob(f".{pattern}")
+        stale += self.folder.glob(f"{SCRATCH}*")
         for path in stale:
             with suppress(OSError):
                 path.unlink()
@@ -323,23 +326,3 @@ def _vectors(progress: Progress) -> dict[str, Vector]:
     ended = {f"{ENDED}{place}": each.state.vector for place, each in enumerate(progress.ended)}
     memory = {MEMORY + name: value for name, value in progress.memory.vectors.items()}
     return {STATE: progress.state.vector, RELEASED: progress.released.vector, **ended, **memory}
-
-
-def _sealed(table: Mapping[str, Any]) -> bytes:
-    """JSON that carries its own digest, so that a flipped bit is seen."""
-    body = json.dumps(table, sort_keys=True)
-    return json.dumps({"body": body, "sha256": hashlib.sha256(body.encode()).hexdigest()}).encode()
-
-
-def _unsealed(path: Path) -> dict[str, Any]:
-    """The table of a sealed file; BadInput unless sealing it again gives the same bytes."""
-    try:
-        data = path.read_bytes()
-        table = json.loads(json.loads(data)["body"])
-        if isinstance(table, dict) and _sealed(table) == data:
-            return table
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(
-            f"{path}: found a checkpoint that can't be read ({type(error).__name__})"
-        ) from error
-    raise BadInput(f"{path}: found other bytes than were written")

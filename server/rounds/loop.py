@@ -27,12 +27,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from fedlora.common.disk.mapped import alike, by_stretches
 from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused, Spent
 from fedlora.common.manifest.counts import answer_spec
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.manifest.turns import Mask
-from fedlora.common.model.state import AdapterState
+from fedlora.common.model.state import AdapterState, Vector, is_finite
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Attempted, Cohort, CohortSum, Failure, Lost, SecureRecord
 from fedlora.server.strategies.strategy import ServerState, Strategy
@@ -110,6 +111,7 @@ def run_rounds(
         phase = manifest.phase_of(number)
         plan, answer = ask(checkpoint, cohort, progress.state, number, rules, around)
         moved = progress.state.spec.moved_by(manifest.recipe_of(number).name)
+        norm = _norm_of_mean(answer)
         state, memory = _apply(strategies[phase], plan, progress, answer, moved)
         averaged, memory = _averaged(manifest, number, state, memory, rules)
         due = number % rules.evaluate_every == 0 or _ends_phase(manifest, number)
@@ -117,7 +119,6 @@ def run_rounds(
         progress = replace(progress, round=number, state=state, memory=memory)
         progress = _phase_ended(manifest, _scored(progress, averaged, metrics))
         attempted = _attempted(manifest, plan, answer, started)
-        norm = float(np.linalg.norm(answer.total)) / max(1, answer.replies)
         observe(
             RoundRecord(**vars(attempted), metrics=metrics, secure=answer.secure, update_norm=norm),
             progress,
@@ -190,7 +191,7 @@ def _checked(answer: CohortSum, plan: RoundPlan, size: int) -> CohortSum:
         raise BadInput(
             f"{where}: found {answer.total.dtype} {answer.total.shape}, expected float64 ({size},)"
         )
-    if not np.isfinite(answer.total).all():
+    if not is_finite(answer.total):
         raise BadInput(f"{where}: found a value that is not finite, expected finite float64")
     if not 0 <= answer.replies <= answer.asked:
         raise BadInput(f"{where}: found {answer.replies} replies, expected 0 to {answer.asked}")
@@ -228,16 +229,24 @@ def _attempted(
     )
 
 
+def _norm_of_mean(answer: CohortSum) -> float:
+    """L2, of the mean update."""
+    squares = (float(part @ part) for (part,) in by_stretches(answer.total))
+    return math.sqrt(sum(squares)) / max(1, answer.replies)
+
+
 def _apply(
     strategy: Strategy, plan: RoundPlan, before: Progress, answer: CohortSum, moved: Mask
 ) -> tuple[AdapterState, ServerState]:
     """The next state; the same where nobody was asked; FedloraError where it is not finite."""
     if not answer.replies:
         return before.state, before.memory
+    for (part,) in by_stretches(answer.total):
+        np.divide(part, answer.replies, out=part)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below, and named
-        state, memory = strategy.apply(before.state, before.memory, answer.total / answer.replies)
+        state, memory = strategy.apply(before.state, before.memory, answer.total)
     state, memory = _standing(before, state, memory, moved)
-    if all(np.isfinite(vector).all() for vector in (state.vector, *memory.vectors.values())):
+    if all(is_finite(vector) for vector in (state.vector, *memory.vectors.values())):
         return state, memory
     raise FedloraError(
         f"round {plan.round}: the strategy's step left the range of float32, expected a finite"
@@ -256,11 +265,21 @@ def _standing(
     """
     held = before.memory.vectors
     vectors = {
-        name: np.where(moved, new, held[name]) if name in held else new
+        name: _where(moved, new, held[name]) if name in held else new
         for name, new in memory.vectors.items()
     }
-    vector = np.where(moved, state.vector, before.state.vector)
+    vector = _where(moved, state.vector, before.state.vector)
     return AdapterState(state.spec, vector), ServerState(vectors, memory.counts)
+
+
+def _where(moved: Mask, new: Vector, held: Vector) -> Vector:
+    """`new` where a round moves a coordinate, else what was `held`."""
+    if moved.all():
+        return new
+    found = alike(new, new.dtype)
+    for mask, one, other, out in by_stretches(moved, new, held, found):
+        out[:] = np.where(mask, one, other)
+    return found
 
 
 def _averaged(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fedlora.common.disk.mapped import STRETCH, alike, let_go
 from fedlora.common.errors import BadInput
 from fedlora.common.model.state import AdapterState, Vector
 from fedlora.server.strategies.strategy import ServerState
@@ -21,7 +22,6 @@ from fedlora.server.strategies.strategy import ServerState
 Floats = npt.NDArray[np.float64]
 # τ of Reddi et al.; their second moment starts at τ², and neither moment is bias-corrected
 ADAPTIVITY = 1e-3
-STRETCH = 1 << 20  # coordinates
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class FedAvg:
         """
         done, size = memory.counts.get("steps", 0), state.spec.size
         rate = self.optimizer.learning_rate * self.schedule.share(done)
-        vector, changed = np.empty(size, dtype=np.float32), dict[str, Vector]()
+        vector, changed = alike(state.vector, np.float32), dict[str, Vector]()
         for start in range(0, size, STRETCH):
             place = slice(start, start + STRETCH)
             before = {name: value[place] for name, value in memory.vectors.items()}
@@ -173,6 +173,10 @@ class FedAvg:
             vector[place] = state.vector[place].astype(np.float64) + rate * step
             for name, value in after.vectors.items():
                 if value is not before.get(name):
-                    changed.setdefault(name, np.empty(size, dtype=np.float32))[place] = value
+                    if name not in changed:
+                        changed[name] = alike(state.vector, np.float32)
+                    changed[name][place] = value
+            held = (vector, mean, state.vector, *memory.vectors.values(), *changed.values())
+            let_go(*(each[place] for each in held))
         vectors, counts = {**memory.vectors, **changed}, {**memory.counts, "steps": done + 1}
         return AdapterState(state.spec, vector), ServerState(vectors, counts)

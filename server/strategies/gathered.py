@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedlora.common.config.schema import FLEXLORA, AggregationConfig
+from fedlora.common.disk.mapped import alike, by_stretches
 from fedlora.common.model.state import AdapterSpec, AdapterState, Vector
 from fedlora.server.strategies.flexlora import mean_of_products
 from fedlora.server.strategies.robust import ROBUST_MEANS
@@ -36,16 +37,19 @@ class Gathered(Protocol):
 
 
 class Summed:
-    """Their sum: one float64 vector, whatever the number of updates."""
+    """Their sum: one float64 vector, whatever the number of updates; in a file where the state is
+    in one.
+    """
 
     def __init__(self, state: AdapterState) -> None:
-        self._total = np.zeros(state.spec.size, dtype=np.float64)
+        self._total = alike(state.vector, np.float64)
         self.count = 0
         self.each: dict[str, Vector] = {}
 
     def add(self, update: Vector, name: str = "") -> None:
         """One more, (size,)."""
-        self._total += update
+        for total, part in by_stretches(self._total, update):
+            np.add(total, part, out=total)
         self.count += 1
 
     def total(self) -> Floats:

@@ -3,11 +3,11 @@
 One institution and its coordinator on this machine, by the product's own processes, keys and
 messages: SuperLink, the server's app, SuperNode and relay, and a trainer whose step is left out: it
 checks the adapter that came against its plan and answers with drawn numbers, which the server must
-find in its sum. `--kill` ends a process in the middle of a transfer, again for each one named, and
-starts it anew.
+find in the adapter of its next checkpoint. `--kill` ends a process in the middle of a transfer,
+again for each one named, and starts it anew.
 
     python simulations/benchmarks/bytes.py [--bytes 1000000000] [--wire float32]
-        [--kill trainer relay server] [--json FILE]
+        [--optimizer none] [--kill trainer relay server] [--json FILE]
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class Stage:
     federation: Federation
     size: int
     wire: str
+    optimizer: str  # the server's
 
     def prepare(self) -> Path:
         """Folders, keys and the round's manifest; the folder of its run."""
@@ -118,7 +119,8 @@ class Stage:
         folder = self.federation.coordinator / "runs" / "1"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_bytes(self._manifest().to_bytes())
-        (folder / ASKED).write_text(json.dumps({"size": self.size}), encoding="utf-8")
+        asked = {"size": self.size, "optimizer": self.optimizer}
+        (folder / ASKED).write_text(json.dumps(asked), encoding="utf-8")
         return folder
 
     def start_trainer(self) -> None:
@@ -147,10 +149,10 @@ class Stage:
         )  # fmt: skip
 
 
-def measured(size: int, wire: str, kill: list[str]) -> dict[str, Any]:
+def measured(size: int, wire: str, optimizer: str, kill: list[str]) -> dict[str, Any]:
     """Seconds, bytes and peaks of one round of `size` coordinates."""
     with TemporaryDirectory() as scratch:
-        stage = Stage(Federation(Path(scratch) / "f", names=(NAME,)), size, wire)
+        stage = Stage(Federation(Path(scratch) / "f", names=(NAME,)), size, wire, optimizer)
         folder = stage.prepare()
         directory = Directory.open(stage.federation.coordinator)
         superlink.BUNDLE = superlink.BUNDLE.replace(PLAIN, OWN)
@@ -241,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bytes", type=int, default=10**9)
     parser.add_argument("--wire", default="float32")
+    parser.add_argument("--optimizer", default="none")
     parser.add_argument("--kill", nargs="*", default=[], choices=("trainer", "relay", "server"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--trainer-of", type=Path, help=argparse.SUPPRESS)
@@ -249,7 +252,7 @@ def main() -> None:
     if asked.trainer_of:
         trainer(asked.trainer_of, asked.size)
         return
-    found = measured(asked.bytes // 4, asked.wire, asked.kill)
+    found = measured(asked.bytes // 4, asked.wire, asked.optimizer, asked.kill)
     print(json.dumps(found, indent=1))
     if asked.json:
         asked.json.write_text(json.dumps(found), encoding="utf-8")

@@ -1,7 +1,8 @@
 """An institution and a coordinator whose step is left out: all that carries bytes is the product's.
 
 The trainer checks the adapter that came against its plan, and answers with drawn numbers. The
-server's process asks it for one attempt in place of a run, and finds these numbers in its sum.
+server's process asks it for one round in place of a run, by the product's own loop and checkpoint,
+and finds these numbers in the next adapter.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fedlora.client.service.answer import Resident
 from fedlora.client.service.endpoint import Service
 from fedlora.client.service.work import Work
 from fedlora.common.codec.strict import digest_of
+from fedlora.common.disk.mapped import let_go
 from fedlora.common.errors import BadInput, FedloraError
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest
@@ -43,7 +45,11 @@ from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment import flower, serve
 from fedlora.server.deployment.cohorts import ClearCohort
 from fedlora.server.deployment.institutions import Carrier, Institutions
+from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.cohort import Failure
+from fedlora.server.rounds.loop import Around, RoundRecord, Rules, run_rounds
+from fedlora.server.strategies.fedavg import FedAvg, ServerOptimizer
+from fedlora.server.strategies.strategy import ServerState
 from fedlora.simulations.local.processes import wait_until
 
 NAME = "hospital"
@@ -139,24 +145,36 @@ class Alone(Institutions):
 
 
 def one_round(folder: Path, coordinator: Coordinator, carrier: Carrier) -> None:
-    """What the server's process does in place of a run: one attempt; what came of it is a file."""
+    """What the server's process does in place of a run: a round; what came of it is a file."""
     asked = json.loads((folder / ASKED).read_text(encoding="utf-8"))
-    manifest = RunManifest.from_bytes((folder / "manifest.json").read_bytes())
-    state = AdapterState(spec_of(asked["size"]), drawn(asked["size"], 0))
+    manifest, place = RunManifest.from_bytes((folder / "manifest.json").read_bytes()), folder / "c"
+    spec = spec_of(asked["size"])
+    if not (place / "manifest.json").exists():
+        Checkpoint.create(place, manifest, AdapterState(spec, drawn(asked["size"], 0)))
     who = Alone(manifest, coordinator, carrier, folder, SECONDS, 1.0)
-    plan = RoundPlan(manifest.digest, 0, 1, 1, state.digest)
-    began = time.monotonic()
-    total = ClearCohort(who).total(plan, state)
+    strategy = FedAvg(ServerOptimizer(asked["optimizer"], 1.0, 0.9, 0.99))
+    seen, began = list[RoundRecord](), time.monotonic()
+    progress = run_rounds(
+        Checkpoint.open(place, spec), ClearCohort(who), [strategy], Rules(),
+        lambda state, phase: {}, lambda record, _: seen.append(record),
+        Around(unfinished=who.unfinished),
+    )  # fmt: skip
     seconds = time.monotonic() - began
-    expected, off = np.random.default_rng(plan.attempt), 0.0
-    for start in range(0, asked["size"] if total.replies else 0, BLOCK):
-        found = total.total[start : start + BLOCK]
-        off = max(
-            off, float(np.abs(found - expected.standard_normal(len(found), np.float32)).max())
-        )
-    failures = [each.reason for each in total.failures]
-    table = {"seconds": seconds, "replies": total.replies, "off": off, "failures": failures}
+    table = {"seconds": seconds, "replies": seen[0].replies, "off": _off(progress, strategy)}
     (folder / FOUND).write_text(json.dumps(table), encoding="utf-8")
+
+
+def _off(progress: Progress, strategy: FedAvg) -> float:
+    """By how much the next adapter is off at most, where the same step is done in memory."""
+    before, update, off = np.random.default_rng(0), np.random.default_rng(1), 0.0
+    for start in range(0, progress.state.spec.size, BLOCK):
+        found = progress.state.vector[start : start + BLOCK]
+        state = AdapterState(spec_of(len(found)), before.standard_normal(len(found), np.float32))
+        mean = update.standard_normal(len(found), np.float32).astype(np.float64)
+        expected, _ = strategy.apply(state, ServerState(), mean)
+        off = max(off, float(np.abs(found - expected.vector).max()))
+        let_go(found)
+    return off
 
 
 server_app = flower.server_app  # Flower looks for it in a module's own text

@@ -25,6 +25,7 @@ from fedlora.server.rounds.cohort import CohortSum, Failure
 from fedlora.server.rounds.loop import Around, RoundRecord, Rules, run_rounds
 from fedlora.server.runs.schedule import NetworkFacts
 from fedlora.server.strategies.fedavg import FedAvg, ServerOptimizer
+from fedlora.server.strategies.gathered import Summed
 
 SPEC = AdapterSpec((TensorSpec("lora.a", (2, 2)), TensorSpec("head.weight", (3,))))
 START = AdapterState(SPEC, np.linspace(-1, 1, SPEC.size, dtype=np.float32))
@@ -110,15 +111,14 @@ class Institutions:
             "an attempt was used twice"
         )
         self.plans.append(plan)
-        total, replies, failures = np.zeros(state.spec.size), 0, []
+        total, failures = Summed(state), []
         asked = self.asked(plan) if self.asked else range(self.clients)
         for client in asked:
             try:
-                total += self.update(client, plan, state).delta
-                replies += 1
+                total.add(self.update(client, plan, state).delta)
             except (BadInput, Refused) as error:
                 failures.append(Failure(f"client-{client}", str(error), isinstance(error, Refused)))
-        return CohortSum(total, replies, len(asked), tuple(failures), 0.0)
+        return CohortSum(total.total(), total.count, len(asked), tuple(failures), 0.0)
 
     def update(self, client: int, plan: RoundPlan, state: AdapterState) -> Update:
         noise = np.random.default_rng([client, plan.round]).normal(size=state.spec.size)
