@@ -52,7 +52,9 @@ def alike(array: Array, dtype: npt.DTypeLike) -> Array:
     count = array.size * np.dtype(dtype).itemsize
     try:
         with TemporaryFile(dir=pages.folder, prefix=SCRATCH) as stream:
-            os.posix_fallocate(stream.fileno(), 0, count)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(stream.fileno(), 0, count)
+            stream.truncate(count)
             made = Mapped(stream.fileno(), count)
     except OSError as error:
         raise FedloraError(

@@ -51,8 +51,7 @@ class SecureRecord:
 
 @dataclass(frozen=True, eq=False)
 class CohortSum:
-    """What an attempt brought in: `total` is the float64 (size,) sum of `replies` updates, which
-    the round loop makes their mean, in place.
+    """What an attempt brought in: `total` is the float64 (size,) sum of `replies` updates.
 
     `asked` counts members: those asked, and those who had declined. None with failures: nobody was
     asked, for no sum could have counted.

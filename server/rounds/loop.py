@@ -111,7 +111,6 @@ def run_rounds(
         phase = manifest.phase_of(number)
         plan, answer = ask(checkpoint, cohort, progress.state, number, rules, around)
         moved = progress.state.spec.moved_by(manifest.recipe_of(number).name)
-        norm = _norm_of_mean(answer)
         state, memory = _apply(strategies[phase], plan, progress, answer, moved)
         averaged, memory = _averaged(manifest, number, state, memory, rules)
         due = number % rules.evaluate_every == 0 or _ends_phase(manifest, number)
@@ -119,6 +118,7 @@ def run_rounds(
         progress = replace(progress, round=number, state=state, memory=memory)
         progress = _phase_ended(manifest, _scored(progress, averaged, metrics))
         attempted = _attempted(manifest, plan, answer, started)
+        norm = _norm_of_mean(answer)
         observe(
             RoundRecord(**vars(attempted), metrics=metrics, secure=answer.secure, update_norm=norm),
             progress,
@@ -241,10 +241,11 @@ def _apply(
     """The next state; the same where nobody was asked; FedloraError where it is not finite."""
     if not answer.replies:
         return before.state, before.memory
-    for (part,) in by_stretches(answer.total):
-        np.divide(part, answer.replies, out=part)
+    mean = alike(answer.total, np.float64)
+    for total, out in by_stretches(answer.total, mean):
+        np.divide(total, answer.replies, out=out)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below, and named
-        state, memory = strategy.apply(before.state, before.memory, answer.total)
+        state, memory = strategy.apply(before.state, before.memory, mean)
     state, memory = _standing(before, state, memory, moved)
     if all(is_finite(vector) for vector in (state.vector, *memory.vectors.values())):
         return state, memory

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from fedlora.common.errors import BadInput
-from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
+from fedlora.common.model.state import (
+    AdapterSpec,
+    AdapterState,
+    TensorSpec,
+    safetensors_pieces,
+    safetensors_vectors,
+)
 
 SPEC = AdapterSpec(
     (TensorSpec("lora_A", (2, 3)), TensorSpec("head.weight", (2,)), TensorSpec("empty", (0, 4)))
@@ -123,3 +129,15 @@ def test_every_wrong_tensor_is_named_at_once() -> None:
     with pytest.raises(BadInput) as caught:
         AdapterState.from_named(SPEC, named)
     assert len(caught.value.faults) == 4
+
+
+def test_vectors_are_views_of_a_file_s_bytes() -> None:
+    held = {"a": np.arange(5, dtype=np.float32), "b": np.array([np.nan, -0.0], np.float32)}
+    data = memoryview(b"".join(safetensors_pieces(held)))
+    found = safetensors_vectors(data, "state")
+    assert found.keys() == held.keys()
+    for name, vector in found.items():
+        assert vector.tobytes() == held[name].tobytes() and np.shares_memory(vector, data)
+    wide = memoryview(save({"a": np.zeros(3)}))
+    with pytest.raises(BadInput, match=r"state a: found .*F64.*, expected a float32 vector"):
+        safetensors_vectors(wide, "state")
