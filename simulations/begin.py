@@ -70,6 +70,7 @@ class Options:
     threads: int = 0  # CPU threads; 0 leaves the choice to torch
     resume: bool = False  # go on with the run in the folder
     ledger: Path | None = None  # shared between runs; None: the run's own
+    gpu_share: float = 0.0  # of each worker on Ray, where it computes on GPUs; 0: chosen
     texts: PooledTexts | None = None  # features that runs of this process have in common
 
 

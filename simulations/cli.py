@@ -68,6 +68,9 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     ledger: LedgerFile = None,
     device: Device = "auto",
+    gpu_share: Annotated[
+        float, typer.Option(help="Of a GPU, for each worker of --engine ray; 0: chosen.")
+    ] = 0.0,
     threads: Threads = 0,
 ) -> None:
     """Run a federation and write its report: of a configuration, or of --train with defaults."""
@@ -80,7 +83,7 @@ def run(
     model = {"model_base": base, "model_task": task}
     given = described(train, test, epsilon, **columns, **model, federation_clients=clients)
     folder = out or Path("runs") / (packaged_config(config) if config else train or Path()).stem
-    options = Options(engine=engine, device=device, threads=threads, resume=resume, ledger=ledger)
+    options = Options(engine, device, threads, resume, ledger, gpu_share)
     result = _watched(load_config(config, [*given, *(set_ or [])]), folder, options)
     _print_summary(result.summary, folder)
 

@@ -20,6 +20,7 @@ import importlib.util
 import logging
 import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -49,6 +50,7 @@ from fedlora.server.rounds.cohort import Cohort, Failure
 from fedlora.server.runs.metrics import Observe
 from fedlora.server.runs.run import conduct, to_its_end
 from fedlora.simulations.begin import Options, begin
+from fedlora.simulations.engines.gpu_shares import asked_of_cluster, on_gpus
 from fedlora.simulations.engines.nodes import Simulated, resident_of
 from fedlora.simulations.engines.shared import Shared
 from fedlora.simulations.federation.packaged import packaged_config, with_corpus
@@ -104,15 +106,35 @@ def asked(message: Message, context: Context) -> Message:
     return _answered(message, _folder(context))
 
 
-def train_on_ray(run: SimulatedRun, observe: Observe) -> Progress:
-    """The round loop of a run on Ray actors, one for each CPU; raises what the loop raises.
+def workers(options: Options, clients: int) -> dict[str, float]:
+    """What each actor asks of the cluster, which is connected to where it computes on GPUs.
 
-    Flower runs the loop in a thread beside its simulation; when either ends, so does the other.
+    BadInput where there is no Ray, or no machine in the cluster has what is asked for.
     """
     if importlib.util.find_spec("ray") is None:
         raise BadInput(
             "--engine ray: found no Ray, expected an installation with the extra: fedlora[sim]"
         )
+    if not on_gpus(options):
+        return {"num_cpus": 1}
+    import ray
+
+    if not ray.is_initialized():  # else Flower would, with the same words
+        path = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH", "")]))
+        ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    machines = [node["Resources"] for node in nodes if node["Alive"]]
+    return asked_of_cluster(options.gpu_share, clients, machines)
+
+
+def train_on_ray(run: SimulatedRun, observe: Observe, options: Options) -> Progress:
+    """The round loop of a run on Ray actors, one for each CPU, or fewer where they share GPUs;
+    raises what the loop raises.
+
+    Flower runs the loop in a thread beside its simulation; when either ends, so does the other.
+    """
+    nodes = min(run.clients, MAX_NODES)
+    resources = workers(options, nodes)
     stop = threading.Event()
     outcome: Future[Progress] = Future()
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -121,8 +143,8 @@ def train_on_ray(run: SimulatedRun, observe: Observe) -> Progress:
             run_simulation(
                 _server(run, observe, stop, outcome),
                 _client(run.folder),
-                num_supernodes=min(run.clients, MAX_NODES),
-                backend_config={"client_resources": {"num_cpus": 1}, "init_args": {}},
+                num_supernodes=nodes,
+                backend_config={"client_resources": {**resources}, "init_args": {}},
             )
         except RuntimeError as error:  # Flower has logged the cause
             raise FedloraError(f"Flower's simulation stopped: {error}") from error

@@ -22,6 +22,7 @@ from fedlora.server.runs.run import conduct, to_its_end
 from fedlora.server.runs.tracking import check_trackers, tracked
 from fedlora.server.strategies.strategy import Strategy
 from fedlora.simulations.begin import DEFAULTS, Features, Options, Own, begin, checked
+from fedlora.simulations.engines.gpu_shares import check_gpu_share
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.experiments.given import Table, with_records
 from fedlora.simulations.federation.partition import Owners
@@ -100,6 +101,7 @@ def simulate(
     own = Own(strategy, partition, cohort, loss)
     config = with_records(checked(config), Path(folder), train, test)
     check_trackers(config.tracking)
+    _check_workers(options)
     with threads(options.threads), alone_in(Path(folder)):
         run = begin(config, Path(folder), options, own, on_features)
 
@@ -108,7 +110,7 @@ def simulate(
                 if run.engine == "ray":
                     from fedlora.simulations.engines.ray import train_on_ray
 
-                    return train_on_ray(run, told)
+                    return train_on_ray(run, told, options)
                 return conduct(run, (cohort or sequential)(run), told)
 
         def finished(reached: Progress, ended: str) -> dict[str, Any]:
@@ -117,3 +119,12 @@ def simulate(
             return summary
 
         return Result(run.folder, to_its_end(run.checkpoint, trained, finished))
+
+
+def _check_workers(options: Options) -> None:
+    """BadInput, before anything is charged, where no worker could have what is asked for it."""
+    check_gpu_share(options)
+    if options.gpu_share:
+        from fedlora.simulations.engines.ray import workers
+
+        workers(options, 1)

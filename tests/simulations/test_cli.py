@@ -59,6 +59,7 @@ def test_every_fault_is_a_line_and_the_exit_code_is_2(
             ("run", "quickstart", "--set", "privacy.mode=client"),
             "expected [aggregation] secure = true",
         ),
+        (("run", "quickstart", "--gpu-share", "0.5"), "expected --engine ray"),
         (("run", "quickstart", "--device", "tpu"), "expected cpu, cuda or auto"),
         (("sweep", "quickstart", "--over", "epsilon"), "section.key=VALUE"),
         (("report", "no-such-run"), "expected a run that has finished"),

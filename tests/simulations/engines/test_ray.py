@@ -55,6 +55,29 @@ from tests.simulations.experiments.test_simulate import cpu
 ROOT = Path(__file__).resolve().parents[3]
 CLIENTS = 5
 PATIENCE = 240  # seconds for a whole simulation with Ray's start
+# `fedlora-sim`, whose workers note which GPUs they are shown
+ON_GPUS = """
+import os
+from flwr.clientapp import ClientApp
+from fedlora.simulations import cli
+from fedlora.simulations.engines import ray
+
+def client(folder):
+    app, seen = ClientApp(), os.environ["SEEN"]
+
+    @app.train()
+    def asked(message, context):
+        if not hasattr(os, "noted"):
+            os.noted = True
+            with open(seen, "a") as stream:
+                stream.write(os.environ.get("CUDA_VISIBLE_DEVICES", "all") + "\\n")
+        return ray._answered(message, folder)
+
+    return app
+
+ray.on_gpus, ray._client = lambda options: True, client
+cli.main()
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -269,22 +292,26 @@ def test_nodes_answer_for_the_run_in_their_folder_only(folder: Path, tmp_path: P
 
 @pytest.mark.flower
 def test_ray_equals_the_sequential_engine_under_masks(folder: Path, tmp_path: Path) -> None:
-    """On a cluster of two machines, both of them this one; in clear, `flwr run` below shows it."""
+    """On a cluster of two machines, both of them this one; in clear, `flwr run` below shows it.
+
+    Each is said to have a GPU, and the run is made to believe that it computes there.
+    """
     found, changes = tmp_path / "ray", ["aggregation.secure=true", "federation.participation=1.0"]
     changes += ["evaluation.hold_out=0.3"]
     run = begin(load_config(folder / "config.toml", changes), tmp_path / "sequential", cpu())
     finish(run, conduct(run, sequential(run)))
     options = [word for change in changes for word in ("--set", change)]
-    command = ["fedlora-sim", "run", str(folder / "config.toml")]
+    command = [sys.executable, "-c", ON_GPUS, "run", str(folder / "config.toml")]
     with ray_cluster(tmp_path) as address:
         subprocess.run(
             [*command, "--engine", "ray", "--out", found, *options],
             check=True,
             timeout=PATIENCE,
-            env=_environment(tmp_path) | {"RAY_ADDRESS": address},
+            env=_environment(tmp_path) | {"RAY_ADDRESS": address, "SEEN": str(tmp_path / "seen")},
         )
         actors = "[a['Address']['NodeID'] for a in ray._private.state.actors().values()]"
         assert len(set(_told_by_ray(address, actors))) == 2
+    assert sorted((tmp_path / "seen").read_text().split()) == ["0", "0"]  # one each, no other
     _assert_same_run(found, tmp_path / "sequential")
     summary = json.loads((found / "summary.json").read_text())
     assert summary["engine"] == "ray" and summary["secure"]["sums"] == 4 + 1  # hold-outs' counts
@@ -308,10 +335,19 @@ def test_flwr_run_equals_the_sequential_engine(
 
 @contextmanager
 def ray_cluster(home: Path) -> Iterator[str]:
-    """The address of two Ray nodes with one processor each."""
+    """The address of two Ray nodes with one processor and, as they say, one GPU each."""
     port, started = _free_port(), []
     address = f"127.0.0.1:{port}"
-    ours = ["--num-cpus", "1", "--disable-usage-stats", "--block", "--node-ip-address", "127.0.0.1"]
+    ours = [
+        "--num-cpus",
+        "1",
+        "--num-gpus",
+        "1",
+        "--disable-usage-stats",
+        "--block",
+        "--node-ip-address",
+        "127.0.0.1",
+    ]
     head = ["--head", "--port", str(port), "--include-dashboard", "false"]
     # sockets lie below, and their paths may have 107 characters
     with tempfile.TemporaryDirectory(prefix="ray") as folder, (home / "ray.log").open("wb") as log:
