@@ -43,7 +43,7 @@ from fedlora.common.model.state import AdapterSpec, AdapterState
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.vectors import vector_from_bytes
 from fedlora.common.tasks.known import task_kind, task_named
-from fedlora.common.tasks.task import LANGUAGE, TRANSLATION
+from fedlora.common.tasks.task import RECORD, WORD
 
 log = logging.getLogger(__name__)
 PROBE = (
@@ -96,6 +96,7 @@ class LoadedRun:
         with threads(self._policy.trainer.threads):
             prepared = self.prepare(manifest, projection)
         check_model(manifest, prepared.training.gradients.model)
+        guarantee_of(manifest).check_network(prepared.spec)
         subject = Subject.of(manifest, prepared.data.origin)
         self._ledger.check(budget.name, subject)
 
@@ -268,8 +269,7 @@ def try_base(folder: NodeFolder, policy: Policy, digest: str) -> dict[str, float
     for data in policy.data.values():
         if data.task in found:
             continue
-        language = task_kind(data.task).reads in (LANGUAGE, TRANSLATION)
-        pooling = "default" if language else "mean"
+        pooling = {RECORD: "mean", WORD: "words"}.get(task_kind(data.task).reads, "default")
         settings = ModelConfig(base, digest, data.task, longest, pooling)
         lora = LoraConfig(rank=1, targets=(ALL_LINEAR,))
         try:

@@ -15,6 +15,7 @@ ask. In simulation the same object is called in process.
 
 from __future__ import annotations
 
+from fedlora.client.training.head import layers_of
 from fedlora.client.training.hold_out import noisy_counts, parted
 from fedlora.client.training.local import ClientData, LocalTraining
 from fedlora.client.training.moments import MomentStore
@@ -72,6 +73,7 @@ class Trainer:
                 f"manifest mode: found {guarantee.name}, whose updates leave under masks only,"
                 " expected record"
             )
+        guarantee.check_network(self._training.gradients.model.spec)
         if guarantee.private:
             self._required_ledger().consent(
                 self._budget,
@@ -146,7 +148,9 @@ class Trainer:
 
 
 def check_model(manifest: RunManifest, model: AdapterModel) -> None:
-    """BadInput where the manifest is for another base, adapter or projection than `model` has."""
+    """BadInput where the manifest is for another base, adapter or projection than `model` has, or
+    asks of it what it can't do: before anything is charged.
+    """
     projection = "" if model.projection is None else model.projection.digest
     for name, found, expected in (
         ("base_digest", manifest.base_digest, model.base_digest),
@@ -159,6 +163,8 @@ def check_model(manifest: RunManifest, model: AdapterModel) -> None:
         raise BadInput(
             f"manifest vector_size: found {manifest.vector_size}, expected {model.spec.size} or 0"
         )
+    if any(phase.name == "head" for phase in manifest.phases):
+        layers_of(model.head)
 
 
 def charge(guarantee: Guarantee) -> Spend:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from safetensors.numpy import load
 
 from fedlora.common.codec.strict import build, json_table
-from fedlora.common.config.task_names import LANGUAGES, MEDIA
+from fedlora.common.config.task_names import BUILT_IN, MEDIA
 from fedlora.common.config.toml import Bounds
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import AdapterLayout
@@ -121,7 +121,7 @@ def refuse_used(folder: Path) -> None:
 def read_state(folder: Path, spec: AdapterSpec, description: Description) -> AdapterState:
     """The tensors of both files as one state; BadInput where they are not the ones described."""
     named: dict[str, npt.NDArray[np.float32]] = {}
-    heads = _own_heads(spec, description)
+    heads = _own_heads(spec) if description.pooling == "default" else []
     for path in (folder / WEIGHTS, folder / HEAD):
         found = _read_tensors(path, heads) if path.is_file() else {}
         if twice := sorted(set(named) & set(found)):
@@ -168,7 +168,7 @@ def check_peft_config(folder: Path, description: Description) -> None:
         isinstance(version, str) and re.fullmatch(r"[\w.+@-]{1,80}", version)
     ):
         raise BadInput(f"{path} peft_version: found {_shown(version)}, expected a version")
-    expected = _described_config(description, _own_heads(read_spec(folder), description))
+    expected = _described_config(description, read_spec(folder), table.get("task_type"))
     for name in sorted(expected.keys() | table.keys()):
         decided, found = name in expected or name in PEFT_DEFAULTS, _in_order(table.get(name))
         value = expected.get(name, PEFT_DEFAULTS.get(name))
@@ -192,32 +192,50 @@ def published(folder: Path, description: Description) -> Description:
     return replace(description, base=Path(description.base).name.strip(".") or "base")
 
 
-def _own_heads(spec: AdapterSpec, description: Description) -> list[str]:
-    """How the modules of a model's own head end: PEFT's, and what else is trained above the base.
-
-    Empty where the head is ours, or a language model's.
-    """
-    if description.task in LANGUAGES or description.pooling != "default":
-        return []
+def _own_heads(spec: AdapterSpec) -> list[str]:
+    """The modules of a model's own head, which is trained above the base."""
     heads = [each.name for each in spec.tensors if each.name.startswith(HEAD_PREFIX)]
-    named = {name.split(".")[1] for name in heads}
-    if description.task in MEDIA:
-        return sorted(named)  # PEFT knows none by itself
-    return sorted({*PEFT_HEADS, *(name for name in named if not name.endswith(tuple(PEFT_HEADS)))})
+    return sorted({name.split(".")[1] for name in heads})
 
 
-def _described_config(description: Description, heads: list[str]) -> dict[str, Any]:
+def _peft_kind(description: Description, found: Any) -> str | None:
+    """PEFT's kind of network; of a task of one's own, which need not be here, the file says it:
+    names and shapes of all tensors are the description's in any case.
+    """
+    if description.task in PEFT_TASKS:
+        return PEFT_TASKS[description.task]
+    if description.pooling != "default":
+        return "FEATURE_EXTRACTION"
+    if description.task in BUILT_IN:
+        return None if description.task in MEDIA else "SEQ_CLS"
+    others: tuple[str | None, ...] = (None, *PEFT_TASKS.values())
+    return next((each for each in others if each == found), "SEQ_CLS")
+
+
+def _saved_heads(spec: AdapterSpec, kind: str | None) -> list[str]:
+    """How the modules end that PEFT saves whole: of texts those that it knows, too.
+
+    None where the head is ours, or a language model's.
+    """
+    if kind is None:  # of a medium: PEFT knows none by itself
+        return _own_heads(spec)
+    if kind != "SEQ_CLS":
+        return []
+    more = (name for name in _own_heads(spec) if not name.endswith(tuple(PEFT_HEADS)))
+    return sorted({*PEFT_HEADS, *more})
+
+
+def _described_config(description: Description, spec: AdapterSpec, found: Any) -> dict[str, Any]:
     """What a description decides of PEFT's configuration, lists in order."""
-    ours = PEFT_TASKS.get(description.task, "FEATURE_EXTRACTION")
-    of_head = None if description.task in MEDIA else "SEQ_CLS"
+    kind = _peft_kind(description, found)
     return {
         "peft_type": "LORA",
-        "task_type": of_head if heads else ours,
+        "task_type": kind,
         "r": description.rank,
         "lora_alpha": description.alpha,
         "target_modules": sorted(description.targets),
         "layers_to_transform": sorted(description.layers) or None,
-        "modules_to_save": heads or None,
+        "modules_to_save": _saved_heads(spec, kind) or None,
     }
 
 

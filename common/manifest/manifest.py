@@ -9,6 +9,7 @@ are Python's shortest round trip.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -26,7 +27,9 @@ from fedlora.common.errors import BadInput
 from fedlora.common.manifest.turns import Mask, leaving, turns
 from fedlora.common.model.state import COUNTED, AdapterSpec
 
-VERSION = 1
+# 2: words have a head phase. A manifest says the earliest version that knows all that it asks for:
+# a node of an earlier one declines it when it is offered, before its ledger reserves anything.
+VERSION = 2
 BATCHES = Choice(("fixed", "packed"))
 QUANTISED = Choice(("", "int8", "nf4"))
 WIRE = Choice(("float32", "bfloat16"))
@@ -223,7 +226,7 @@ class RunManifest:
     # coordinates of an adapter that travels in parts (`common.protocol.vector_parts`); 0 where one
     # message takes it
     vector_size: int = field(default=0, metadata={"unwritten": 0, "rule": Bounds(0, 1 << 28)})
-    version: int = VERSION
+    version: int = 1
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
@@ -231,13 +234,13 @@ class RunManifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RunManifest:
-        """BadInput unless these are the canonical bytes of a manifest of this version."""
-        return _of_this_version(from_canonical(cls, data, "manifest"))
+        """BadInput unless these are the canonical bytes of a manifest of a version known here."""
+        return _of_known_version(from_canonical(cls, data, "manifest"))
 
     @classmethod
     def from_json(cls, data: bytes) -> RunManifest:
         """From JSON in whatever spelling, for files that a person may have touched."""
-        return _of_this_version(build(cls, json_table(data, "manifest"), "manifest"))
+        return _of_known_version(build(cls, json_table(data, "manifest"), "manifest"))
 
     @property
     def digest(self) -> str:
@@ -289,7 +292,12 @@ def _names(cls: type) -> set[str]:
     return {field.name for field in fields(cls)}
 
 
-def _of_this_version(manifest: RunManifest) -> RunManifest:
-    if manifest.version != VERSION:
-        raise BadInput(f"manifest version: found {manifest.version}, expected {VERSION}")
+def version_of(network: Network, phases: Iterable[Phase]) -> int:
+    """The earliest version that knows such a network's phases."""
+    return 2 if network.pooling == "words" and any(each.name == "head" for each in phases) else 1
+
+
+def _of_known_version(manifest: RunManifest) -> RunManifest:
+    if not 1 <= manifest.version <= VERSION:
+        raise BadInput(f"manifest version: found {manifest.version}, expected at most {VERSION}")
     return manifest

@@ -281,6 +281,9 @@ class Guarantee(ABC):
     def check_node(self, colluders: int) -> None:  # noqa: B027  (most need nothing of a node)
         """Refused where a node that expects so many colluders can't take part under masks."""
 
+    def check_network(self, spec: AdapterSpec) -> None:  # noqa: B027
+        """BadInput where the promise is of another network; before anything is charged."""
+
     def check_cohort(self, phase: int, spec: AdapterSpec, members: int) -> None:  # noqa: B027
         """Refused, or BadInput, where a cohort of so many can't keep the promise of a phase."""
 

@@ -88,6 +88,11 @@ class SharedNoise(Guarantee):
                 f" this node's {colluders}: the others' shares of the noise follow from it"
             )
 
+    def check_network(self, spec: AdapterSpec) -> None:
+        """What each phase moves is what was promised to be noised."""
+        for phase in range(len(self.releases())):
+            self._check_moved(phase, spec)
+
     def check_cohort(self, phase: int, spec: AdapterSpec, members: int) -> None:
         """Before anything trains: fewer than was promised would carry the noise, or what a phase
         moves is not what was promised to be noised.
@@ -120,14 +125,17 @@ class SharedNoise(Guarantee):
                 f"cohort: {members} members, of whose noise each adds less than of that of"
                 f" {self.manifest.largest_cohort}, expected at most as many"
             )
-        name, variant = self.manifest.phases[phase].name, self.manifest.network.variant
-        moved = most_moved(spec, name, variant)
-        if terms.coordinates[phase] != moved:
-            raise BadInput(
-                f"manifest skellam coordinates: found {terms.coordinates[phase]} in phase {phase},"
-                f" expected the {moved} that it moves"
-            )
+        self._check_moved(phase, spec)
         return carriers
+
+    def _check_moved(self, phase: int, spec: AdapterSpec) -> None:
+        name, variant = self.manifest.phases[phase].name, self.manifest.network.variant
+        moved, noised = most_moved(spec, name, variant), self._terms()[1].coordinates[phase]
+        if noised != moved:
+            raise BadInput(
+                f"manifest skellam coordinates: found {noised} in phase {phase}, expected the"
+                f" {moved} that it moves"
+            )
 
     def _terms(self) -> tuple[SecureTerms, SkellamTerms]:
         secure, terms = self.manifest.secure, self.manifest.skellam

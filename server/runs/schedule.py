@@ -21,6 +21,7 @@ from fedlora.common.manifest.manifest import (
     Phase,
     RunManifest,
     SecureTerms,
+    version_of,
 )
 from fedlora.common.privacy.calibration import Asked, Schedule
 from fedlora.common.privacy.guarantee import Guarantee
@@ -88,6 +89,7 @@ def make_manifest(
         evaluation=evaluation,
         groups=_groups(terms.evaluation),
         vector_size=vector_size(facts.moved["adapter"]),
+        version=version_of(facts.network, schedule.phases),
     )
 
 

@@ -29,6 +29,8 @@ from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import parse_policy
 from fedlora.client.service import answer_start
 from fedlora.common.ledger.ledger import Budget
+from fedlora.common.manifest import manifest as manifests
+from fedlora.common.manifest.manifest import version_of
 from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.accountant import Spend
@@ -122,6 +124,27 @@ def north(tmp_path: Path) -> Institution:
 def forbid(node: Institution) -> None:
     text = node.folder.policy.read_text()
     node.set_policy(text.replace("rounds = 10", "rounds = 2"))
+
+
+def test_what_an_earlier_node_does_not_know_it_declines_before_it_is_charged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the version, which a manifest moves for a new use of what it always could say: before, a
+    head phase of words was charged, and failed in its first round.
+    """
+    words = replace(RUN.network, pooling="words")
+    phases = (replace(PHASE, name="head"), PHASE)
+    assert version_of(words, phases) == 2
+    assert version_of(words, phases[1:]) == version_of(RUN.network, phases) == RUN.version == 1
+    run = manifest_of(*phases, spec_digest=ADAPTER_SPEC.digest, version=2)
+    north = Institution(tmp_path)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(manifests, "VERSION", 1)
+        assert "manifest version: found 2" in declined(north, offer_of(run)).reason
+    later = replace(run, version=3)
+    assert "manifest version: found 3" in declined(north, offer_of(later)).reason
+    assert [entry.body["kind"] for entry in north.ledger.entries()] == ["open"]
+    assert isinstance(north.ask(offer_of(run)), Consent)
 
 
 def test_one_refusal_charges_nobody(federation: Federation) -> None:

@@ -204,7 +204,11 @@ def test_a_node_that_expects_more_colluders() -> None:
 @pytest.mark.parametrize("coordinates", [(1, 5), (2, 4), (2, 6)])
 def test_another_number_of_coordinates_than_a_phase_moves(coordinates: tuple[int, int]) -> None:
     run = manifest()
-    federation = Records(3, replace(run, skellam=SkellamTerms(coordinates, 2)), SMALL)
+    guarantee_of(run).check_network(SMALL)
+    run = replace(run, skellam=SkellamTerms(coordinates, 2))
+    with pytest.raises(BadInput, match="that it moves"):  # before anything is charged, too
+        guarantee_of(run).check_network(SMALL)
+    federation = Records(3, run, SMALL)
     number = 1 if coordinates[0] != 2 else 3
     found = federation.round(number, number)
     assert found.replies == 0 and any("that it moves" in each.reason for each in found.failures)

@@ -11,7 +11,7 @@ import pytest
 
 from fedlora.client.report.report import report_body
 from fedlora.client.service.answer import Resident
-from fedlora.client.service.loaded_run import LoadedRun
+from fedlora.client.service.loaded_run import LoadedRun, try_base
 from fedlora.client.training import memory
 from fedlora.client.training.moments import UnnoisedMoments
 from fedlora.client.training.ranks import Ranks
@@ -21,9 +21,10 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import Network
 from fedlora.common.model.base import base_digest
 from fedlora.common.model.compute import COMPUTE
+from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.projection import Affine, Projection
 from fedlora.common.model.state import AdapterState
-from fedlora.common.protocol.messages import Answer
+from fedlora.common.protocol.messages import Answer, Decline, Started
 from fedlora.common.protocol.vectors import vector_from_bytes, vector_to_bytes
 from tests.client.institution import PHASE, POLICY, Institution, manifest_of, task_of
 
@@ -120,6 +121,46 @@ def test_a_step_that_does_not_fit_is_refused_before_data_are_read(
     head = replace(run, phases=tuple(replace(each, name="head") for each in run.phases))
     with pytest.raises(BadInput, match="notes"):  # a head's steps take next to none
         loaded.check(head, tmp_path / "none", budget)
+
+
+def test_a_run_that_the_network_can_not_serve_is_declined_before_it_is_charged(
+    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a head phase of words was at nodes of an earlier version, which failed in its first
+    round.
+    """
+    north = node_with_data(tmp_path / "n", tiny_bert)
+    loaded = LoadedRun(north.folder, north.folder.load_policy(), north.ledger)
+    run = manifest_of(
+        replace(PHASE, name="head"),
+        base_digest=base_digest(tiny_bert),
+        network=Network.of(ModelConfig(pooling="mean"), LORA),
+    )
+    run = replace(run, spec_digest=loaded.spec(run, tmp_path / "none").digest)
+
+    def none(model: AdapterModel) -> None:
+        raise BadInput("[training] head_rounds: found a head that scores every word")
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(AdapterModel, "head", property(none))
+        north.restart(loaded)
+        assert isinstance(north.offered(run), Decline)
+        assert [entry.body["kind"] for entry in north.ledger.entries()] == ["open"]
+    north.restart(LoadedRun(north.folder, north.folder.load_policy(), north.ledger))
+    assert isinstance(north.offered(run), Started)
+
+
+def test_a_base_is_tried_with_the_head_of_each_task(tmp_path: Path, tiny_bert: Path) -> None:
+    """Words are read by `words`, which no other task is: a check of data said that none serves."""
+    north = node_with_data(tmp_path / "n", tiny_bert)
+    policy = north.folder.load_policy()
+    tags = replace(policy.data["notes"], task="token-classification", labels=("O", "B-a"))
+    policy = replace(policy, data={**policy.data, "tags": tags})
+    tried = try_base(north.folder, policy, base_digest(tiny_bert))
+    assert {name: isinstance(took, float) for name, took in tried.items()} == {
+        "sequence-classification": True,
+        "token-classification": True,
+    }
 
 
 def test_a_node_keeps_the_size_that_it_found_for_a_run(tmp_path: Path, tiny_bert: Path) -> None:

@@ -193,6 +193,8 @@ def test_more_units_than_rounding_was_bounded_for_are_no_run_of_shared_noise(
     trainer: Trainer, model: AdapterModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer._masked = True
+    with pytest.raises(BadInput, match="with secure and skellam terms"):  # none to hold it against
+        trainer.consent(manifest(model, mode="shared-record"))
     monkeypatch.setattr(SharedRecordLevel, "most_units", 7)
     with pytest.raises(BadInput, match="found 8 units, expected at most 7"):
         trainer.consent(manifest(model, mode="shared-record"))

@@ -8,9 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import peft
@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 import fedlora.common.adapter
 from fedlora.common.adapter.peft import export_adapter, load_adapter
 from fedlora.common.adapter.released import FILES, published, read_released, write_description
+from fedlora.common.config import task_names
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.model.base import base_digest, check_base
@@ -28,6 +29,8 @@ from fedlora.common.model.network import build_model
 from fedlora.common.model.projection import PROJECTION
 from fedlora.common.tasks.causal_lm import CausalLanguageModel
 from fedlora.common.tasks.classification import SequenceClassification
+from fedlora.common.tasks.known import TASKS
+from fedlora.common.tasks.media_classification import ImageClassification
 
 LORA = LoraConfig(rank=2, targets=("query", "value"))
 
@@ -210,6 +213,45 @@ def test_what_peft_writes_for_other_bases_is_what_is_expected(
         model = build_model(settings, lora, task, seed=7)
         export_adapter(model, model.state(), settings, lora, 7, place / "adapter")
         assert read_released(place / "adapter")[1] == load_adapter(place / "adapter").model.state()
+
+
+@dataclass(frozen=True)
+class Scans(ImageClassification):
+    name: ClassVar[str] = "scans"
+
+
+@dataclass(frozen=True)
+class Letters(CausalLanguageModel):
+    name: ClassVar[str] = "letters"
+
+
+@dataclass(frozen=True)
+class Notes(SequenceClassification):
+    name: ClassVar[str] = "notes"
+
+
+@pytest.mark.parametrize("kind", [Scans, Letters, Notes])
+def test_a_task_of_ones_own_is_loaded_as_it_was_exported(
+    kind: Any, tiny_vit: Path, tiny_llama: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """With the base's own head, whatever it reads: by whoever has not the task too."""
+    base = {Scans: tiny_vit, Letters: tiny_llama, Notes: tiny_bert}[kind]
+    task = kind(()) if kind is Letters else kind(LABELS)
+    settings = ModelConfig(base=str(base), task=task.name, pooling="default", max_length=16)
+    model = build_model(settings, LoraConfig(rank=2), task, seed=7)
+    export_adapter(model, model.state(), settings, model.lora, 7, tmp_path)
+    assert read_released(tmp_path)[1] == model.state()
+    with pytest.raises(BadInput, match=f'task = "{task.name}": expected one of'):
+        load_adapter(tmp_path)
+    with pytest.MonkeyPatch.context() as installed:
+        installed.setitem(TASKS, task.name, kind)
+        installed.setattr(task_names, "_added", {task.name})
+        assert load_adapter(tmp_path).model.state() == model.state()
+    path = tmp_path / "adapter_config.json"
+    other = json.loads(path.read_text()) | {"task_type": "TOKEN_CLS"}
+    path.write_text(json.dumps(other))
+    with pytest.raises(BadInput, match=r"config\.json (modules_to_save|task_type): found"):
+        read_released(tmp_path)
 
 
 def test_a_base_in_a_folder_is_published_by_its_name_alone(
