@@ -11,6 +11,8 @@ from fedlora.client.training import personal_adapter as module
 from fedlora.client.training.local import ClientData, LocalResult, LocalTraining
 from fedlora.client.training.personal_adapter import RATE, personal_adapter, states_by_pass
 from fedlora.client.training.personal_head import FOLDS, Personal
+from fedlora.client.training.sampling import micro_batches
+from fedlora.client.training.step import ClipGroups
 from fedlora.common.data.records import Records, unit_groups
 from fedlora.common.model.features import pooled_features
 from fedlora.common.model.network import AdapterModel
@@ -106,3 +108,22 @@ def test_where_it_does_not_help_the_head_stays(
     assert found.adapter == found.head and "0 passes" in found.choice
     few = fitted(training, client(model, FOLDS - 1), start)
     assert few.state == start and few.adapter == {} and few.passes == 0
+
+
+def test_why_b_without_noise_stays_out_of_a_run(
+    model: AdapterModel, training: LocalTraining
+) -> None:
+    """One unit more moves B, and so what all *others* add to A: by more than the clip of one."""
+    count, others = 30, np.arange(1, 11)
+    data = client(model, count, ["large"] * (count - 10) + [str(k) for k in range(10)])
+    data.encoded.targets[: count - 10] ^= 1  # the large unit pulls the other way
+    start, clip, gradients = released(model), 1e-6, training.gradients
+    groups, sums = ClipGroups.flat(model.spec, clip, "lora.A"), []
+    for drawn in (np.arange(11), others):
+        model.load(start)
+        batches = micro_batches(data.units, drawn, data.encoded.lengths, training.tokens)
+        step = gradients.plain_sum(data.encoded, batches).vector * model.spec.half_mask("B")
+        model.load(AdapterState(model.spec, (start.vector - step).astype(np.float32)))
+        total = gradients.clipped_sum(data.encoded, data.units, others, groups, training.tokens)
+        sums.append(total.vector)
+    assert np.linalg.norm(sums[0] - sums[1]) > 2 * clip
