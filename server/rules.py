@@ -5,7 +5,8 @@ carry noise, and every unit is in every step. Then LoRA moves the base, from a h
 gradients on. Validation keeps the better phase, and its best round (`server.rounds.loop`).
 
 A private rate is bounded twice: by what suits gradients alone, and by what noise would do, which
-is in proportion to clip / units. Where there are few units, rates are small, and never a ruin.
+is in proportion to clip / units: a head's by a bound, LoRA's by Adam at the server, whose steps
+have one size. Where there are few units, steps are small, and never a ruin.
 How the constants were found: docs/results.md.
 """
 
@@ -27,13 +28,16 @@ from fedlora.common.privacy.modes import guarantee_asked
 HEAD_ROUNDS, LORA_ROUNDS = 30, 60
 SPARE = 2  # attempts of a phase that may be lost: to a crash, to Ctrl-C
 HEAD_SHARE = 0.6  # of ε
-# So small that every unit is clipped: what a step adds has one size, whatever the base. After a
-# head that is mostly right, that gives too much of a voice to what needs none (docs/results.md).
-HEAD_CLIP, LORA_CLIP = 1.0, 0.1
+# Of the head every unit is clipped: what a step adds has one size, whatever the base. After a head
+# that is mostly right, the same of LoRA would give too much of a voice to what needs none.
+HEAD_CLIP, LORA_CLIP = 1.0, 1.0
 # A logit's standard deviation by the noise of a head phase. Twice or half of it cost 1 to 4 points
 # at ε = 1, 3 and 8 on 77 classes.
 SHAKEN = 1.6
 CLIPPED_HEAD_RATE = 4.5  # times √classes, whose gradients point apart, where noise is no bound
+# Of pairs, which all have features much alike. Where each has one voice, whatever its error, they
+# outvote the rarer class; and their gradients add up, so that a large rate throws them about.
+PAIRS_HEAD_CLIP, PAIRS_HEAD_RATE = 10.0, 0.6
 # Of a coordinate, by Adam at the server, for features of length 1. No one rate of plain steps suits
 # gradients that nothing clips: 10 was best for 77 classes, and threw two about, to losses of 57.
 OPEN_HEAD_STEP = 0.3
@@ -42,9 +46,13 @@ OPEN_HEAD_RATE = 1.0  # where plain steps are asked for: slow for many classes, 
 # drawn more often, and many at a rate that amplifies well. Beyond the largest draw a step's noise
 # for its ε falls by 14 % at most (at ε = 8; 3 % at ε = 3), for five times the passes.
 LORA_UNITS, SMALLEST_DRAW, LARGEST_DRAW = 100_000, 0.05, 0.2
-LORA_RATE = 10.0  # of the mean of gradients of length 0.1, under momentum
+# Of a coordinate, by Adam at the server; for two classes, and times √(classes / 2). Noise moves it
+# by no more, however few units there are. Where gradients point one way a larger one overshoots.
+LORA_STEP, LARGEST_LORA_STEP = 1e-3, 4e-3
+WORDS = 32  # of a language model's next one: at least so many classes
+LORA_RATE = 1.0  # of the mean of clipped gradients, under momentum, where that is asked for
 OPEN_LORA_RATE = 0.1  # of gradients that nothing clips, under momentum
-# How far noise moves a coordinate in a step, at most. Five times as much ended below the head.
+# How far noise moves a coordinate in such a step, at most. Five times as much ended below the head.
 LORA_SHAKEN = 7e-4
 WARMUP = 0.1  # of LoRA's rounds: its first gradients are of a B that is zero
 ADAMW_RATE, OPEN_RATE = 1e-3, 2e-3  # of LoRA with noise, and without
@@ -171,6 +179,7 @@ def _head(config: Config, facts: PublicFacts) -> Chosen:
     """Every unit in every step: no draw amplifies, and no signal for its ε is better."""
     training, units = config.training, _units_of_one(config)
     rate = training.head_sampling_rate if training.head_sampling_rate > 0 else 1.0
+    voted = config.model.pooling == "pairs" and facts.classes > 1
     return {
         "training": {
             "head_steps": 1,
@@ -179,7 +188,10 @@ def _head(config: Config, facts: PublicFacts) -> Chosen:
             "head_optimizer": "sgd",
             "head_learning_rate": _local_rate(config, training.head_optimizer),
         },
-        "privacy": {"head_phase_clip": HEAD_CLIP, "head_epsilon_share": HEAD_SHARE},
+        "privacy": {
+            "head_phase_clip": PAIRS_HEAD_CLIP if voted else HEAD_CLIP,
+            "head_epsilon_share": HEAD_SHARE,
+        },
     }
 
 
@@ -230,12 +242,8 @@ def _local_rate(config: Config, optimizer: str) -> float:
 
 def _server(config: Config, facts: PublicFacts) -> Chosen:
     """A rate is a phase's as a whole: what the nodes' own rate is counts in it."""
-    training, flexlora = config.training, config.aggregation.strategy == FLEXLORA
-    if training.optimizer == "adamw" or flexlora:  # its steps have their size already
-        optimizer, rate = "none", 1.0
-    else:
-        local = training.learning_rate * training.steps
-        optimizer, rate = "momentum", _lora_rate(config) / local
+    flexlora = config.aggregation.strategy == FLEXLORA
+    optimizer, rate = _lora_step(config, facts)
     head_optimizer, head = _head_step(config, facts)
     return {
         "server": {
@@ -248,6 +256,18 @@ def _server(config: Config, facts: PublicFacts) -> Chosen:
             "average_last": 0.0,
         }
     }
+
+
+def _lora_step(config: Config, facts: PublicFacts) -> tuple[str, float]:
+    """The server's optimiser in LoRA's rounds, and its rate."""
+    training, given = config.training, config.server.optimizer
+    if training.optimizer == "adamw" or config.aggregation.strategy == FLEXLORA:
+        return "none", 1.0  # its steps have their size already
+    noisy = guarantee_asked(config.privacy).clip_in_step
+    if given in ("adam", "yogi") or (given == AUTO and noisy):
+        apart = math.sqrt(max(2, facts.classes or WORDS) / 2)
+        return "adam", min(LARGEST_LORA_STEP, LORA_STEP * apart)
+    return "momentum", _lora_rate(config) / (training.learning_rate * training.steps)
 
 
 def _head_step(config: Config, facts: PublicFacts) -> tuple[str, float]:
@@ -270,15 +290,16 @@ def _head_rate(config: Config, facts: PublicFacts) -> float:
     noise *= clip / config.training.head_expected_units * _of_mean(config)
     # features have length head_scale; with a linear decay a third of the squared rates counts
     moved = config.model.head_scale * noise * math.sqrt(rounds / 3)
-    return min(CLIPPED_HEAD_RATE * math.sqrt(max(1, facts.classes)) / clip, SHAKEN / moved)
+    suits = PAIRS_HEAD_RATE if config.model.pooling == "pairs" else CLIPPED_HEAD_RATE
+    return min(suits * math.sqrt(max(1, facts.classes)) / clip, SHAKEN / moved)
 
 
 def _lora_rate(config: Config) -> float:
-    """Likewise."""
+    """Under momentum, likewise."""
     privacy, training = config.privacy, config.training
     if not guarantee_asked(privacy).clip_in_step:
         return OPEN_LORA_RATE
-    suits = LORA_RATE * LORA_CLIP / privacy.clip
+    suits = LORA_RATE / privacy.clip
     rounds = config.federation.rounds - training.head_rounds
     if rounds == 0:
         return suits

@@ -82,13 +82,30 @@ def test_the_heads_rate_lets_noise_move_a_logit_by_so_much_at_most(
 @pytest.mark.parametrize("units", [500, 10_000, 300_000])
 def test_noise_moves_a_coordinate_of_lora_by_so_much_at_most(units: int) -> None:
     """By the noise that is calibrated in the end, and not by the estimate that the rule uses."""
-    config = chosen("[privacy]\nepsilon = 8.0", PublicFacts(units, 2))
-    terms = Terms.of(config)
-    asked = Asked(terms.privacy, terms.aggregation, {}, None)
-    _, lora = RecordLevel.calibrated(public_phases(terms), asked).phases
-    noise = lora.noise_multiplier * lora.clip / lora.expected_units / math.sqrt(10)
-    assert config.server.learning_rate * noise <= 0.9e-3
-    assert config.server.learning_rate == 10.0 or config.server.learning_rate * noise > 0.55e-3
+    for name in ("momentum", "auto"):
+        text = f'[privacy]\nepsilon = 8.0\n[server]\noptimizer = "{name}"'
+        config = chosen(text, PublicFacts(units, 2))
+        terms = Terms.of(config)
+        asked = Asked(terms.privacy, terms.aggregation, {}, None)
+        _, lora = RecordLevel.calibrated(public_phases(terms), asked).phases
+        noise = lora.noise_multiplier * lora.clip / lora.expected_units / math.sqrt(10)
+        server = config.server
+        if server.optimizer == "momentum":
+            assert server.learning_rate * noise <= 0.9e-3
+            assert server.learning_rate == 1.0 or server.learning_rate * noise > 0.55e-3
+            continue
+        optimizer = ServerOptimizer("adam", server.learning_rate, server.momentum, server.beta2)
+        rng, memory = np.random.default_rng(0), ServerState({}, {})
+        for _ in range(lora.rounds):
+            moved, memory = optimizer.step(memory, rng.normal(0, noise, 1_000))
+            assert server.learning_rate * float(np.abs(moved).mean()) < 1e-3
+
+
+def test_lora_moves_further_where_gradients_of_many_classes_point_apart() -> None:
+    for classes, step in ((2, 1e-3), (8, 2e-3), (77, 4e-3), (0, 4e-3)):
+        server = chosen("", PublicFacts(10_000, classes)).server
+        assert server.optimizer == "adam"
+        assert server.learning_rate == pytest.approx(step)
 
 
 def test_mu_is_that_of_the_accountant() -> None:
@@ -128,6 +145,21 @@ def test_texts_of_a_pair_are_read_apart() -> None:
         config = chosen(f'{PAIR}[privacy]\nmode = "{mode}"')
         assert (config.model.pooling, config.training.head_rounds) == ("pairs", 30)
     assert chosen().model.pooling == "mean"
+
+
+def test_of_pairs_the_many_do_not_outvote_the_few() -> None:
+    """The bias alone, as of features all alike: two of three are of one class. A clip that all
+    exceed ends at a chance of nearly 1 for it, which costs the rest dearly.
+    """
+    config = chosen(PAIR, PublicFacts(3_668, 2))
+    clip, rate = config.privacy.head_phase_clip, config.server.head_learning_rate
+    labels, weight = np.repeat([1.0, 0.0], [680, 320]), 0.0
+    for step in range(30):
+        error = 1 / (1 + math.exp(-10 * weight)) - labels
+        clipped = 10 * error * np.minimum(1, clip / (10 * math.sqrt(2) * np.abs(error) + 1e-9))
+        weight -= rate * (1 - step / 30) * float(clipped.mean())
+    assert 1 / (1 + math.exp(-10 * weight)) == pytest.approx(0.68, abs=0.05)
+    assert chosen(PAIR, PublicFacts(5_749, 1)).privacy.head_phase_clip == 1.0
 
 
 def test_a_pair_read_as_one_text_begins_with_lora_without_privacy() -> None:
