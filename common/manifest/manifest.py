@@ -27,8 +27,9 @@ from fedlora.common.errors import BadInput
 from fedlora.common.manifest.turns import Mask, leaving, turns
 from fedlora.common.model.state import COUNTED, AdapterSpec
 
-# 2: words have a head phase. A manifest says the earliest version that knows all that it asks for:
-# a node of an earlier one declines it when it is offered, before its ledger reserves anything.
+# 2: words have a head phase, and pairs are read apart. A manifest says the earliest version that
+# knows all that it asks for: a node of an earlier one declines it when it is offered, before its
+# ledger reserves anything.
 VERSION = 2
 BATCHES = Choice(("fixed", "packed"))
 QUANTISED = Choice(("", "int8", "nf4"))
@@ -294,7 +295,8 @@ def _names(cls: type) -> set[str]:
 
 def version_of(network: Network, phases: Iterable[Phase]) -> int:
     """The earliest version that knows such a network's phases."""
-    return 2 if network.pooling == "words" and any(each.name == "head" for each in phases) else 1
+    words = network.pooling == "words" and any(each.name == "head" for each in phases)
+    return 2 if words or network.pooling == "pairs" else 1
 
 
 def _of_known_version(manifest: RunManifest) -> RunManifest:

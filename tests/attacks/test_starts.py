@@ -134,7 +134,8 @@ def test_what_an_earlier_node_does_not_know_it_declines_before_it_is_charged(
     """
     words = replace(RUN.network, pooling="words")
     phases = (replace(PHASE, name="head"), PHASE)
-    assert version_of(words, phases) == 2
+    pairs = replace(RUN.network, pooling="pairs")
+    assert version_of(words, phases) == version_of(pairs, phases[1:]) == 2
     assert version_of(words, phases[1:]) == version_of(RUN.network, phases) == RUN.version == 1
     run = manifest_of(*phases, spec_digest=ADAPTER_SPEC.digest, version=2)
     north = Institution(tmp_path)
