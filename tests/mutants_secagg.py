@@ -316,7 +316,7 @@ MUTANTS = (
         "        cohort.check_colluders(members, secure.max_colluders)\n",
         "",
     ),
-    Mutant("other coordinates", SHARED, "if terms.coordinates[phase] != moved:", "if False:"),
+    Mutant("other coordinates", SHARED, "if noised != moved:", "if False:"),
     Mutant("no opt-in", PRIVACY, "if permits.client_level:", "if True:"),
     Mutant(
         "rounding is free",

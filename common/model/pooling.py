@@ -13,8 +13,8 @@ from fedlora.common.model.inputs import Inputs
 from fedlora.common.model.projection import Affine, Projection
 
 # What the difference of two means of length 1, their product and their cosine weigh beside one
-# another. A cosine is in reach of a linear head without a place of its own, and seldom got by one
-# under noise: docs/results.md, "Pairs".
+# another. A cosine is in reach of a linear head of the product, and seldom got by one under noise:
+# docs/results.md, "Pairs".
 DIFFERENCE, COSINE = 4.0, 3.0
 
 
@@ -43,19 +43,19 @@ class Pooling:
         return torch.cat(states, dim=2)
 
     def compared(self, means: torch.Tensor) -> torch.Tensor:
-        """(n, 2 · width + 1) rows of length 1, of (2 n, width) `means`, two for each record.
+        """(n, 2 · width) rows of length 1, of (2 n, width) `means`, two for each record.
 
         How much the two differ and how far they agree, by coordinate (Conneau et al. 2017; Reimers
-        and Gurevych 2019), and their cosine.
+        and Gurevych 2019). The product is stretched along its mean, so that two records' rows are
+        as alike as if their cosine stood beside it: a width that is not a multiple of a machine's
+        own, which one number more would make, rounds by a row's place.
         """
-        pairs = functional.normalize(means, dim=1).reshape(-1, 2, means.shape[1])
+        width = means.shape[1]
+        pairs = functional.normalize(means, dim=1).reshape(-1, 2, width)
         one, other = pairs[:, 0], pairs[:, 1]
         product = one * other
-        parts = [
-            DIFFERENCE * (one - other).abs(),
-            means.shape[1] ** 0.5 * product,
-            COSINE * product.sum(dim=1, keepdim=True),
-        ]
+        stretch = ((1 + COSINE**2) ** 0.5 - 1) * product.mean(dim=1, keepdim=True)
+        parts = [DIFFERENCE * (one - other).abs(), width**0.5 * (product + stretch)]
         return functional.normalize(torch.cat(parts, dim=1), dim=1)
 
     def features(self, means: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ class Pooling:
 
 def compared_width(width: int) -> int:
     """Numbers that say how two means of `width` compare."""
-    return 2 * width + 1
+    return 2 * width
 
 
 def _projected(features: torch.Tensor, projection: Projection) -> torch.Tensor:

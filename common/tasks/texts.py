@@ -86,7 +86,7 @@ def text_columns(named: Named) -> tuple[str, str]:
     return first, more[0] if more else ""
 
 
-def read_apart(task: Task) -> Task:
+def reading_apart(task: Task) -> Task:
     """`task`, which reads each text of a pair by itself; BadInput where it does not read texts."""
     if not isinstance(task, TextTask):
         raise BadInput(

@@ -140,7 +140,7 @@ def test_few_units_go_through_in_small_batches(units: int, batch: int) -> None:
 PAIR = '[data]\ntext = ["a", "b"]\n'
 
 
-def test_texts_of_a_pair_are_read_apart() -> None:
+def test_texts_of_a_pair_are_reading_apart() -> None:
     for mode in ("none", "record"):
         config = chosen(f'{PAIR}[privacy]\nmode = "{mode}"')
         assert (config.model.pooling, config.training.head_rounds) == ("pairs", 30)

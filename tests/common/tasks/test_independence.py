@@ -11,15 +11,18 @@ import torch
 
 from fedlora.client.training.step import ClipGroups, PerSampleGradients
 from fedlora.common.config.load import parse_config
-from fedlora.common.data.records import read_records, unit_groups
+from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.data.records import Records, read_records, unit_groups
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.state import AdapterState
 from fedlora.common.tasks.batch import Encoded
+from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.common.tasks.known import task_kind
 from tests.oracles import clipped_sum_by_ones
-from tests.tasks import IDS, MADE, SOUND, Made
+from tests.tasks import IDS, MADE, SOUND, Made, text
 
 RECORDS = 12
+TASK = SequenceClassification(("no", "yes"))
 
 
 @dataclass(frozen=True)
@@ -91,3 +94,27 @@ def test_records_of_nobodys_are_read_like_any_other(case: Case) -> None:
     data = model.inputs.nobodys(model.task, np.array([2, 3]), rng)
     batch = data.batch(np.array([0, 1]), case.model.pad, case.model.device)
     assert bool(torch.isfinite(case.reference.losses(batch)).all())
+
+
+def test_records_go_alone_where_a_head_rounds_by_their_place(tiny_bert: Path) -> None:
+    """Of 65 inputs and two answers; a loss mostly rounds the difference away, and not always."""
+    settings = ModelConfig(str(tiny_bert), max_length=24, pooling="mean", head_hidden=65)
+    models = [build_model(settings, LoraConfig(rank=2), TASK, 5) for _ in range(2)]
+    gradients = PerSampleGradients(models[0])
+    rng = np.random.default_rng(0)
+    for model in models:
+        values = rng.normal(0, 0.3, model.spec.size).astype(np.float32)
+        model.load(AdapterState(model.spec, values))
+    labels = rng.integers(0, 2, RECORDS)
+    records = Records([text(rng) for _ in range(RECORDS)], None, labels, None, {}, "test")
+    data, units = models[0].encoded(records), unit_groups(None, RECORDS)
+    groups = ClipGroups.flat(models[0].spec, 1e4)
+
+    def summed(*drawn: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        chosen = np.array(drawn, dtype=np.int64)
+        return gradients.clipped_sum(data, units, chosen, groups, 256).vector
+
+    every = summed(*range(RECORDS))
+    for row in range(RECORDS):
+        without = summed(*(each for each in range(RECORDS) if each != row))
+        assert np.linalg.norm(every - without - summed(row)) <= 1e-12 * np.linalg.norm(every)

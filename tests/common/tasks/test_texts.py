@@ -19,7 +19,7 @@ from fedlora.common.model.network import build_model
 from fedlora.common.model.tokenizer import load_tokenizer
 from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.common.tasks.media_classification import ImageClassification
-from fedlora.common.tasks.texts import read_apart
+from fedlora.common.tasks.texts import reading_apart
 
 TASK = SequenceClassification(("no", "yes"))
 
@@ -132,7 +132,8 @@ def test_texts_of_a_pair_are_read_each_by_itself(paired: Path) -> None:
     expected = []
     for first, second in zip(several.texts, several.parts["second"], strict=True):
         u, v = mean(first), mean(second)
-        both = torch.cat([4 * (u - v).abs(), len(u) ** 0.5 * u * v, 3 * (u @ v)[None]])
+        agree = len(u) ** 0.5 * (u * v + (10**0.5 - 1) * (u * v).mean())
+        both = torch.cat([4 * (u - v).abs(), agree])
         expected.append(both / both.norm())
     rows = np.arange(3, dtype=np.int64)
     for shape in (None, (5, 16), (4, 19)):
@@ -146,7 +147,7 @@ def test_texts_of_a_pair_are_read_each_by_itself(paired: Path) -> None:
 
 def test_a_half_of_a_row_always_ends_in_padding(paired: Path) -> None:
     """Else a network sees a mask or none, by who is beside a record."""
-    task = read_apart(TASK)
+    task = reading_apart(TASK)
     data = task.encode(pair("good " * 30, "bad " * 30), load_tokenizer(paired), 24)
     assert data.lengths.tolist() == [24] and dict(data.truncated) == {
         "first text": 1,
@@ -159,11 +160,11 @@ def test_a_half_of_a_row_always_ends_in_padding(paired: Path) -> None:
 
 
 def test_what_compares_two_texts_is_not_given_one(paired: Path) -> None:
-    task = read_apart(TASK)
+    task = reading_apart(TASK)
     one = Records(["good"], None, np.zeros(1, dtype=np.int64), None, {}, "notes.csv")
     with pytest.raises(BadInput, match=r"notes\.csv: found one text a record, expected the two"):
         task.encode(one, load_tokenizer(paired), 24)
     with pytest.raises(BadInput, match="expected two texts in each"):
         task.asked(["good"])
     with pytest.raises(BadInput, match="reads texts"):
-        read_apart(ImageClassification(("a", "b")))
+        reading_apart(ImageClassification(("a", "b")))

@@ -138,7 +138,7 @@ def test_a_run_by_turns_that_was_stopped_moves_both_halves(
     spec = run.checkpoint.load().state.spec
     run.ledger.close()
     again, summary = run_whole(settings, tmp_path / "run", resume=True)
-    found = again.checkpoint.load().phases[-1].state.vector
+    found = again.checkpoint.load().state.vector  # the last: the best may be one of B alone
     for half in "AB":
         mask = spec.half_mask(half)
         assert (before[mask] == start[mask]).all() and (found[mask] != start[mask]).any()
