@@ -12,6 +12,7 @@ from fedlora.common.data.records import Records, read_records, unit_groups
 from fedlora.common.model.inputs import load_reader
 from fedlora.common.tasks.known import task_kind, task_named
 from fedlora.common.tasks.overview import overview
+from fedlora.common.tasks.texts import TextTask, reading_apart
 
 
 def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[Records, int, list[str]]:
@@ -24,6 +25,8 @@ def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[Records, 
     units = len(unit_groups(records.units, len(records)))
     check_delta(policy.limits.delta, units, f"{records.where}, by [limits] delta:")
     task, most, told = task_named(data.task, data.label_set), policy.limits.max_length, [""]
+    if len(data.text) > 1 and isinstance(task, TextTask):
+        task = reading_apart(task)  # as runs are told to where they say nothing else
     for base in policy.bases.values():
         reader = load_reader(folder.base(base), task.medium, most)
         encoded = task.encode(records, reader, most)

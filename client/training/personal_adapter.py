@@ -46,7 +46,8 @@ class PersonalAdapter:
     """A state with the institution's own B and head, and what each part is worth on its records.
 
     `released`, `head` and `adapter` are the task's metrics on the third of the units that neither
-    the head nor B was fitted to; empty where there are fewer units than folds.
+    the head nor B was fitted to; empty where there are fewer units than folds. They decide how many
+    passes there are, so that `adapter`, the best of them, is a little better than new records say.
     """
 
     state: AdapterState

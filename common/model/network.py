@@ -38,7 +38,7 @@ from fedlora.common.model.stored import Place, stored_as
 from fedlora.common.tasks.batch import Batch, Encoded, Totals
 from fedlora.common.tasks.causal_lm import CausalLanguageModel
 from fedlora.common.tasks.task import LANGUAGE, TRANSLATION, Task
-from fedlora.common.tasks.texts import reading_apart
+from fedlora.common.tasks.texts import as_pooled
 
 
 class AdapterModel:
@@ -256,7 +256,7 @@ def build_model(
     digest = check_digest(folder, model.digest)
     reader = load_reader(folder, task.medium, model.max_length)
     place = Place.of(model.dtype, device)
-    task = reading_apart(task) if model.pooling == "pairs" else task
+    task = as_pooled(task, model.pooling)
     check_room(folder, place)
     network, lora = assembled(model, folder, task, reader, lora, place)
     if place.quantised:

@@ -111,7 +111,7 @@ class Tokenised:
 
     def content(self, row: int) -> bytes:
         """Its tokens, and where its second text begins, or which of them are scored."""
-        more = b"" if self.second is None else self.second[row].tobytes()
+        more = b"" if self.second is None else self.second[row].tobytes() + bytes([self.apart])
         if self.by_token:
             targets = self.targets[self.offsets[row] : self.offsets[row + 1]]
             more = (targets != IGNORED).tobytes()

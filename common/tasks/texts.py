@@ -56,14 +56,15 @@ class TextTask(HeadTask):
         return rows_of(rows, targets, {"text": shortened})
 
     def unlabelled(self, tokens: Any, offsets: Ints) -> Tokenised:
-        """Texts of nobody's, with targets of nobody's; of a pair both are the same."""
+        """Texts of nobody's, with targets of nobody's."""
         targets = self.no_targets(len(offsets) - 1)
         if not self.apart:
             return Tokenised(tokens, offsets, targets, {})
-        sizes = [max(1, half_of(int(length))) for length in np.diff(offsets)]
+        drawn = np.split(tokens, offsets[1:-1])
+        sizes = [max(1, half_of(len(each))) for each in drawn]
         rows = [
-            2 * tokens[start : start + size].tolist()
-            for start, size in zip(offsets, sizes, strict=False)
+            [*each[:size].tolist(), *each[-size:].tolist()]
+            for each, size in zip(drawn, sizes, strict=True)
         ]
         return rows_of(rows, targets, {}, second=sizes, apart=True)
 
@@ -93,6 +94,11 @@ def reading_apart(task: Task) -> Task:
             f'[model] pooling = "pairs": found task = "{task.name}", expected one that reads texts'
         )
     return replace(task, apart=True)
+
+
+def as_pooled(task: Task, pooling: str) -> Task:
+    """`task` as a network of that pooling has it read; BadInput where it can't."""
+    return reading_apart(task) if pooling == "pairs" else task
 
 
 def half_of(length: int) -> int:

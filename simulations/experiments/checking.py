@@ -11,11 +11,12 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table as Printed
 from rich.text import Text
 
-from fedlora.common.config.schema import Config, open_fields
+from fedlora.common.config.schema import Config, ModelConfig, open_fields
 from fedlora.common.data.records import unit_groups
 from fedlora.common.model.base import check_base, resolve_base
 from fedlora.common.model.inputs import load_reader
 from fedlora.common.tasks.overview import overview
+from fedlora.common.tasks.texts import as_pooled
 from fedlora.common.terminal import printable
 from fedlora.simulations.begin import check_delta, checked, dealt, sources_of
 from fedlora.simulations.chosen import decided_for, taken_as_public
@@ -93,13 +94,13 @@ def check(config: Config, *, train: Table | None = None, test: Table | None = No
         labels=sources.public.task.labels,
         institutions=tuple(partition.sizes.tolist()),
         notes=(*spellings, *_one_sided(sources), *notes),
-        overview=tuple(_overview(sources, base, config.model.max_length)),
+        overview=tuple(_overview(sources, base, config.model)),
     )
 
 
-def _overview(sources: Sources, base: Path, longest: int) -> Iterator[str]:
+def _overview(sources: Sources, base: Path, model: ModelConfig) -> Iterator[str]:
     """Lines on the training, validation and test records, as the base reads them."""
-    task = sources.public.task
+    task, longest = as_pooled(sources.public.task, model.pooling), model.max_length
     reader = load_reader(base, task.medium, longest)
     parts = (sources.train, sources.public.validation, sources.public.test)
     for name, records in zip(("train", "validation", "test"), parts, strict=True):

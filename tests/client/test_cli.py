@@ -175,6 +175,18 @@ def test_check_data_says_how_many_units_were_spelled_in_several_ways(
     assert "  notes.jsonl: 2 units were spelled in several ways" in out
 
 
+def test_check_data_reads_the_texts_of_a_pair_apart_as_runs_do(
+    north: Institution, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has half of a record's length, so that a long one is cut beside a short one."""
+    text = north.folder.policy.read_text()
+    north.set_policy(text.replace("[bases]", 'text = ["one", "two"]\n[bases]'))
+    rows = [{"one": "good " * 300, "two": "bad", "label": "a"} for _ in range(16)]
+    (north.root / "notes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, err = run(capsys, monkeypatch, "check-data", "--node", str(north.root))
+    assert code == 0 and "cut to fit: the first text of 16" in out, out + err
+
+
 def test_a_link_out_of_the_data_folder_is_refused(  # data-symlink-outside-root
     north: Institution,
     tmp_path: Path,

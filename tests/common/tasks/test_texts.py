@@ -17,6 +17,7 @@ from fedlora.common.data.records import Records
 from fedlora.common.errors import BadInput
 from fedlora.common.model.network import build_model
 from fedlora.common.model.tokenizer import load_tokenizer
+from fedlora.common.tasks.batch import Tokenised
 from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.common.tasks.media_classification import ImageClassification
 from fedlora.common.tasks.texts import reading_apart
@@ -147,7 +148,7 @@ def test_texts_of_a_pair_are_read_each_by_itself(paired: Path) -> None:
 
 def test_a_half_of_a_row_always_ends_in_padding(paired: Path) -> None:
     """Else a network sees a mask or none, by who is beside a record."""
-    task = reading_apart(TASK)
+    task = dataclasses.replace(TASK, apart=True)
     data = task.encode(pair("good " * 30, "bad " * 30), load_tokenizer(paired), 24)
     assert data.lengths.tolist() == [24] and dict(data.truncated) == {
         "first text": 1,
@@ -155,8 +156,11 @@ def test_a_half_of_a_row_always_ends_in_padding(paired: Path) -> None:
     }
     mask = data.batch(np.array([0]), 0, torch.device("cpu")).mask[0].tolist()
     assert mask == [1] * 11 + [0] + [2] * 11 + [0]
+    joined = Tokenised(data.tokens, data.offsets, data.targets, {}, second=data.second)
+    assert joined.content(0) != data.content(0)  # whose features may be kept for another run
     nobodys = task.unlabelled(np.arange(9, dtype=np.int32), np.array([0, 8, 9]))
     assert nobodys.lengths.tolist() == [8, 4]
+    assert nobodys.tokens.tolist() == [0, 1, 2, 5, 6, 7, 8, 8]  # two texts, as far as there are
 
 
 def test_what_compares_two_texts_is_not_given_one(paired: Path) -> None:
