@@ -237,7 +237,8 @@ def test_records_go_alone_where_their_place_or_company_would_matter(
     records = Records([SHORT] * 9, None, np.zeros(9, dtype=np.int64), None, {}, "x")
     data, units = model.task.encode(records, model.tokenizer, 16), unit_groups(None, 9)
     gradients.clipped_sum(data, units, np.arange(9), ClipGroups.flat(model.spec, 1.0), 4096)
-    assert sizes == [4, 4, *[1] * 9]  # two probes, and each by itself
+    # two probes, of gradients and of what a head gives, and each record by itself
+    assert sizes == [4, 4, 4, 4, *[1] * 9]
     features = pooled_features(model, data, np.arange(9))
     assert (features == features[:1]).all()
 

@@ -56,7 +56,8 @@ def test_a_federation_of_each_task(
     assert summary["task"] == made.task and math.isfinite(summary[made.metric])
     assert 7.9 < summary["epsilon"] <= 8.0  # calibrated to it, whatever the loss
     weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert any(value.any() for name, value in weights.items() if ".lora_B." in name)
+    moved = any(value.any() for name, value in weights.items() if ".lora_B." in name)
+    assert moved == summary["phases"][-1]["released"]  # validation may keep the head alone
     page = (tmp_path / "run" / "report.html").read_text()
     assert made.metric.replace("_", " ") in page.lower()
     assert f'id="{SECTIONS.get(made.task, "answers")}"' in page
