@@ -92,19 +92,23 @@ def test_noise_moves_a_coordinate_of_lora_by_so_much_at_most(units: int) -> None
         server = config.server
         if server.optimizer == "momentum":
             assert server.learning_rate * noise <= 0.9e-3
-            assert server.learning_rate == 1.0 or server.learning_rate * noise > 0.55e-3
+            assert (
+                server.learning_rate == pytest.approx(1 / 3)
+                or server.learning_rate * noise > 0.55e-3
+            )
             continue
         optimizer = ServerOptimizer("adam", server.learning_rate, server.momentum, server.beta2)
         rng, memory = np.random.default_rng(0), ServerState({}, {})
         for _ in range(lora.rounds):
             moved, memory = optimizer.step(memory, rng.normal(0, noise, 1_000))
-            assert server.learning_rate * float(np.abs(moved).mean()) < 1e-3
+            assert server.learning_rate * float(np.abs(moved).mean()) < 2e-3
 
 
 def test_lora_moves_further_where_gradients_of_many_classes_point_apart() -> None:
-    for classes, step in ((2, 1e-3), (8, 2e-3), (77, 4e-3), (0, 4e-3)):
-        server = chosen("", PublicFacts(10_000, classes)).server
-        assert server.optimizer == "adam"
+    for classes, step, clip in ((2, 2e-3, 3), (18, 3e-3, 1), (77, 4e-3, 1), (0, 4e-3, 1)):
+        config = chosen("", PublicFacts(10_000, classes))
+        server = config.server
+        assert (server.optimizer, config.privacy.clip) == ("adam", clip)
         assert server.learning_rate == pytest.approx(step)
 
 
