@@ -28,11 +28,9 @@ from fedlora.common.privacy.modes import guarantee_asked
 HEAD_ROUNDS, LORA_ROUNDS = 30, 60
 SPARE = 2  # attempts of a phase that may be lost: to a crash, to Ctrl-C
 HEAD_SHARE = 0.6  # of ε
-# Of the head every unit is clipped: what a step adds has one size, whatever the base. After a head
-# that is mostly right, the same of LoRA would give too much of a voice to what needs none.
-HEAD_CLIP, LORA_CLIP = 1.0, 1.0
-# Of fewer classes a clip of 1 is still too small: on two of them, 3 gained three points and 1 one.
-FEW_CLASSES, FEW_CLASSES_CLIP = 8, 3.0
+# Of the head every unit is clipped: what a step adds has one size, whatever the base. Of LoRA that
+# gives too much of a voice to what needs none: of two classes, 3 gained three points and 1 one.
+HEAD_CLIP, LORA_CLIP, FEW_CLASSES, FEW_CLASSES_CLIP = 1.0, 1.0, 8, 3.0
 # A logit's standard deviation by the noise of a head phase. Twice or half of it cost 1 to 4 points
 # at ε = 1, 3 and 8 on 77 classes.
 SHAKEN = 1.6
@@ -48,8 +46,7 @@ OPEN_HEAD_RATE = 1.0  # where plain steps are asked for: slow for many classes, 
 # drawn more often, and many at a rate that amplifies well. Beyond the largest draw a step's noise
 # for its ε falls by 14 % at most (at ε = 8; 3 % at ε = 3), for five times the passes.
 LORA_UNITS, SMALLEST_DRAW, LARGEST_DRAW = 100_000, 0.05, 0.2
-# Of a coordinate, by Adam at the server: the first times √(classes / 2), within the others. Noise
-# moves it by no more, however few units there are; a larger one of few classes overshoots.
+# Of a coordinate, by Adam at the server: the first times √(classes / 2), within the others.
 LORA_STEP, SMALLEST_LORA_STEP, LARGEST_LORA_STEP = 1e-3, 2e-3, 4e-3
 WORDS = 32  # of a language model's next one: at least so many classes
 LORA_RATE = 1.0  # of the mean of clipped gradients, under momentum, where that is asked for
@@ -224,8 +221,8 @@ def _lora(config: Config, facts: PublicFacts) -> Chosen:
         "optimizer": optimizer,
         "moves": "lora" if alone else "both",
     }
-    few = 0 < facts.classes < FEW_CLASSES
-    return {"training": chosen, "privacy": {"clip": FEW_CLASSES_CLIP if few else LORA_CLIP}}
+    clip = FEW_CLASSES_CLIP if 0 < facts.classes < FEW_CLASSES else LORA_CLIP
+    return {"training": chosen, "privacy": {"clip": clip}}
 
 
 def _local(config: Config, facts: PublicFacts) -> Chosen:
