@@ -31,6 +31,7 @@ HEAD_SHARE = 0.6  # of ε
 # Of the head every unit is clipped: what a step adds has one size, whatever the base. Of LoRA that
 # gives too much of a voice to what needs none: of two classes, 3 gained three points and 1 one.
 HEAD_CLIP, LORA_CLIP, FEW_CLASSES, FEW_CLASSES_CLIP = 1.0, 1.0, 8, 3.0
+WHOLE_CLIP = 0.1  # of an institution's whole update, which all of them exceed
 # A logit's standard deviation by the noise of a head phase. Twice or half of it cost 1 to 4 points
 # at ε = 1, 3 and 8 on 77 classes.
 SHAKEN = 1.6
@@ -48,7 +49,6 @@ OPEN_HEAD_RATE = 1.0  # where plain steps are asked for: slow for many classes, 
 LORA_UNITS, SMALLEST_DRAW, LARGEST_DRAW = 100_000, 0.05, 0.2
 # Of a coordinate, by Adam at the server: the first times √(classes / 2), within the others.
 LORA_STEP, SMALLEST_LORA_STEP, LARGEST_LORA_STEP = 1e-3, 2e-3, 4e-3
-WORDS = 32  # of a language model's next one: at least so many classes
 LORA_RATE = 1.0  # of the mean of clipped gradients, under momentum, where that is asked for
 OPEN_LORA_RATE = 0.1  # of gradients that nothing clips, under momentum
 # How far noise moves a coordinate in such a step, at most. Five times as much ended below the head.
@@ -127,9 +127,8 @@ def _network(config: Config, facts: PublicFacts) -> Chosen:
     model = config.model
     pooling = "layers" if model.pooled_layers else "mean"
     pooling = "pairs" if len(config.data.text) > 1 else pooling
-    if model.task in BY_WORD:
-        return {"model": {"pooling": "words"}}
-    return {"model": {"pooling": pooling if facts.classes else "default"}}
+    pooling = "words" if model.task in BY_WORD else pooling if facts.classes else "default"
+    return {"model": {"pooling": pooling}}
 
 
 def _rounds(config: Config, facts: PublicFacts) -> Chosen:
@@ -141,9 +140,8 @@ def _rounds(config: Config, facts: PublicFacts) -> Chosen:
     """
     dealing, head = config.federation, config.training.head_rounds
     asked = guarantee_asked(config.privacy)
-    paired = len(config.data.text) > 1 and config.model.pooling != "pairs"
-    unread = paired and not asked.private
-    if head < 0 and (config.model.pooling == "default" or unread):
+    joined = len(config.data.text) > 1 and config.model.pooling != "pairs"
+    if head < 0 and (config.model.pooling == "default" or (joined and not asked.private)):
         head = 0
     elif head < 0:
         head = HEAD_ROUNDS if dealing.rounds < 0 else dealing.rounds * 3 // 5
@@ -178,7 +176,8 @@ def _head(config: Config, facts: PublicFacts) -> Chosen:
     """Every unit in every step: no draw amplifies, and no signal for its ε is better."""
     training, units = config.training, _units_of_one(config)
     rate = training.head_sampling_rate if training.head_sampling_rate > 0 else 1.0
-    voted = config.model.pooling == "pairs" and facts.classes > 1
+    pairs = config.model.pooling == "pairs" and facts.classes > 1
+    voted = pairs and guarantee_asked(config.privacy).clip_in_step
     return {
         "training": {
             "head_steps": 1,
@@ -222,7 +221,7 @@ def _lora(config: Config, facts: PublicFacts) -> Chosen:
         "moves": "lora" if alone else "both",
     }
     clip = FEW_CLASSES_CLIP if 0 < facts.classes < FEW_CLASSES else LORA_CLIP
-    return {"training": chosen, "privacy": {"clip": clip}}
+    return {"training": chosen, "privacy": {"clip": clip if asked.clip_in_step else WHOLE_CLIP}}
 
 
 def _local(config: Config, facts: PublicFacts) -> Chosen:
@@ -265,8 +264,9 @@ def _lora_step(config: Config, facts: PublicFacts) -> tuple[str, float]:
         return "none", 1.0  # its steps have their size already
     noisy = guarantee_asked(config.privacy).clip_in_step
     if given in ("adam", "yogi") or (given == AUTO and noisy):
-        apart = math.sqrt(max(2, facts.classes or WORDS) / 2)
-        return "adam", min(LARGEST_LORA_STEP, max(SMALLEST_LORA_STEP, LORA_STEP * apart))
+        classes = facts.classes or math.inf  # a language model's are its words
+        step = max(SMALLEST_LORA_STEP, LORA_STEP * math.sqrt(classes / 2))
+        return "adam", min(LARGEST_LORA_STEP, step)
     return "momentum", _lora_rate(config) / (training.learning_rate * training.steps)
 
 

@@ -144,7 +144,7 @@ def test_few_units_go_through_in_small_batches(units: int, batch: int) -> None:
 PAIR = '[data]\ntext = ["a", "b"]\n'
 
 
-def test_texts_of_a_pair_are_reading_apart() -> None:
+def test_texts_of_a_pair_are_read_apart() -> None:
     for mode in ("none", "record"):
         config = chosen(f'{PAIR}[privacy]\nmode = "{mode}"')
         assert (config.model.pooling, config.training.head_rounds) == ("pairs", 30)
@@ -180,6 +180,14 @@ def test_institutions_make_few_steps_between_two_means() -> None:
     rounds = [each.federation.rounds - each.training.head_rounds for each in (open_mode, whole)]
     assert rounds == [60, 10]
     assert whole.training.moves == "lora"
+
+
+@pytest.mark.parametrize("classes", [2, 77])
+def test_a_whole_update_has_one_length_whatever_its_classes(classes: int) -> None:
+    """Its noise is in proportion to its clip, and no record's voice is in it."""
+    text = f'{PAIR}[privacy]\nmode = "client"\n[aggregation]\nsecure = true'
+    privacy = chosen(text, PublicFacts(10_000, classes)).privacy
+    assert (privacy.clip, privacy.head_phase_clip) == (0.1, 1.0)
 
 
 @pytest.mark.parametrize("mode", ["record", "none"])
