@@ -12,7 +12,7 @@ from fedlora.common.data.records import Records, read_records, unit_groups
 from fedlora.common.model.inputs import load_reader
 from fedlora.common.tasks.known import task_kind, task_named
 from fedlora.common.tasks.overview import overview
-from fedlora.common.tasks.texts import TextTask, reading_apart
+from fedlora.common.tasks.texts import TextTask, as_pooled
 
 
 def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[Records, int, list[str]]:
@@ -26,7 +26,7 @@ def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[Records, 
     check_delta(policy.limits.delta, units, f"{records.where}, by [limits] delta:")
     task, most, told = task_named(data.task, data.label_set), policy.limits.max_length, [""]
     if len(data.text) > 1 and isinstance(task, TextTask):
-        task = reading_apart(task)  # as runs are told to where they say nothing else
+        task = as_pooled(task, "pairs")  # as runs are told to where they say nothing else
     for base in policy.bases.values():
         reader = load_reader(folder.base(base), task.medium, most)
         encoded = task.encode(records, reader, most)

@@ -29,14 +29,7 @@ from fedlora.common.model.loading import (
     load_language_model,
     load_translator,
 )
-from fedlora.common.model.pooling import (
-    OwnHead,
-    PooledClassifier,
-    Pooling,
-    Translator,
-    build_head,
-    compared_width,
-)
+from fedlora.common.model.pooling import OwnHead, PooledClassifier, Pooling, Translator, build_head
 from fedlora.common.model.state import HEAD_PREFIX
 from fedlora.common.model.stored import Place, widen_trained
 from fedlora.common.model.targets import explicit
@@ -100,8 +93,7 @@ def _classifier(
     config = base.config.get_text_config()
     pooling = Pooling(_pooled_layers(model, config.num_hidden_layers), model.head_scale)
     backbone, lora = _with_lora(base, model, lora, inputs, peft.TaskType.FEATURE_EXTRACTION)
-    pooled = config.hidden_size * len(pooling.layers)
-    pooled = compared_width(pooled) if pairs else pooled
+    pooled = config.hidden_size * len(pooling.layers) * (1 + pairs)  # `Pooling.compared`
     width = model.kernel_directions or model.projection or pooled
     head = build_head(width, model.head_hidden, task.outputs)
     return PooledClassifier(backbone, pooling, head, inputs, by_word, pairs), lora

@@ -122,8 +122,7 @@ def pooled_features(
     if texts is None:
         return _projected(model, _pooled(model, data, rows, progress))
     arithmetic = f"{model.precision} {model.attention}"
-    pooled_as = f"{model.pooled_layers} {getattr(model.network, 'pairs', False)}"
-    frozen = f"{model.base_digest} {pooled_as} {arithmetic} {_below_head(model.state())}"
+    frozen = f"{model.base_digest} {model.pooled_layers} {arithmetic} {_below_head(model.state())}"
     pooled = texts.get(frozen, data, rows, lambda fresh: _pooled(model, data, fresh, progress))
     return _projected(model, pooled)
 

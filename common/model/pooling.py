@@ -64,11 +64,6 @@ class Pooling:
         return rows * self.scale
 
 
-def compared_width(width: int) -> int:
-    """Numbers that say how two means of `width` compare."""
-    return 2 * width
-
-
 def _projected(features: torch.Tensor, projection: Projection) -> torch.Tensor:
     """(n, projection.width) rows of length 1."""
     rows = functional.normalize(_affine(features, projection.whiten), dim=1)

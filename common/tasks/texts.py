@@ -87,18 +87,15 @@ def text_columns(named: Named) -> tuple[str, str]:
     return first, more[0] if more else ""
 
 
-def reading_apart(task: Task) -> Task:
-    """`task`, which reads each text of a pair by itself; BadInput where it does not read texts."""
+def as_pooled(task: Task, pooling: str) -> Task:
+    """`task` as a network of that pooling has it read; BadInput where it does not read texts."""
+    if pooling != "pairs":
+        return task
     if not isinstance(task, TextTask):
         raise BadInput(
             f'[model] pooling = "pairs": found task = "{task.name}", expected one that reads texts'
         )
     return replace(task, apart=True)
-
-
-def as_pooled(task: Task, pooling: str) -> Task:
-    """`task` as a network of that pooling has it read; BadInput where it can't."""
-    return reading_apart(task) if pooling == "pairs" else task
 
 
 def half_of(length: int) -> int:

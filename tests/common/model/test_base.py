@@ -160,7 +160,7 @@ def test_nothing_in_a_configuration_leads_out_of_the_folder(
     before = (base / file).read_text() if (base / file).is_file() else json.dumps(plain)
     (base / file).write_text(before)
     if file == "tokenizer_config.json":  # transformers opens nothing by these
-        edit(base / file, chat_template="{{ a }} </s>", vocab_file="/root/.cache/vocab.txt")
+        edit(base / file, chat_template="{{ a }} </s>", vocab_file="/elsewhere/vocab.txt")
     check_base(base)
     edit(base / file, **table)
     with pytest.raises(BadInput, match=f"{file} .*{said}") as caught:

@@ -20,7 +20,7 @@ from fedlora.common.model.tokenizer import load_tokenizer
 from fedlora.common.tasks.batch import Tokenised
 from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.common.tasks.media_classification import ImageClassification
-from fedlora.common.tasks.texts import reading_apart
+from fedlora.common.tasks.texts import as_pooled
 
 TASK = SequenceClassification(("no", "yes"))
 
@@ -164,11 +164,11 @@ def test_a_half_of_a_row_always_ends_in_padding(paired: Path) -> None:
 
 
 def test_what_compares_two_texts_is_not_given_one(paired: Path) -> None:
-    task = reading_apart(TASK)
+    task = as_pooled(TASK, "pairs")
     one = Records(["good"], None, np.zeros(1, dtype=np.int64), None, {}, "notes.csv")
     with pytest.raises(BadInput, match=r"notes\.csv: found one text a record, expected the two"):
         task.encode(one, load_tokenizer(paired), 24)
     with pytest.raises(BadInput, match="expected two texts in each"):
         task.asked(["good"])
     with pytest.raises(BadInput, match="reads texts"):
-        reading_apart(ImageClassification(("a", "b")))
+        as_pooled(ImageClassification(("a", "b")), "pairs")
