@@ -28,9 +28,9 @@ from fedlora.common.privacy.modes import guarantee_asked
 HEAD_ROUNDS, LORA_ROUNDS = 30, 60
 SPARE = 2  # attempts of a phase that may be lost: to a crash, to Ctrl-C
 HEAD_SHARE = 0.6  # of ε
-# Of the head every unit is clipped: what a step adds has one size, whatever the base. Of LoRA that
-# gives too much of a voice to what needs none: of two classes, 3 gained three points and 1 one.
-HEAD_CLIP, LORA_CLIP, FEW_CLASSES, FEW_CLASSES_CLIP = 1.0, 1.0, 8, 3.0
+# Of the head every unit is clipped, so that a step has one size. Of LoRA that gives a voice to what
+# needs none: of two classes 3 gained three points, 1 one. Half a number's gradients are below 0.2.
+HEAD_CLIP, LORA_CLIP, FEW_CLASSES, FEW_CLASSES_CLIP, NUMBER_CLIP = 1.0, 1.0, 8, 3.0, 0.5
 WHOLE_CLIP = 0.1  # of an institution's whole update, which all of them exceed
 # A logit's standard deviation by the noise of a head phase. Twice or half of it cost 1 to 4 points
 # at ε = 1, 3 and 8 on 77 classes.
@@ -210,8 +210,7 @@ def _lora(config: Config, facts: PublicFacts) -> Chosen:
         least = OPEN_STEPS if facts.classes else 1
         steps = max(1, round(max(OPEN_EPOCHS / rate, least) / max(1, rounds)))
         optimizer = "adamw"
-    if training.optimizer != AUTO:
-        optimizer = training.optimizer
+    optimizer = optimizer if training.optimizer == AUTO else training.optimizer
     rate = training.sampling_rate if training.sampling_rate > 0 else rate
     chosen = {
         "steps": steps,
@@ -220,7 +219,8 @@ def _lora(config: Config, facts: PublicFacts) -> Chosen:
         "optimizer": optimizer,
         "moves": "lora" if alone else "both",
     }
-    clip = FEW_CLASSES_CLIP if 0 < facts.classes < FEW_CLASSES else LORA_CLIP
+    clip = FEW_CLASSES_CLIP if 1 < facts.classes < FEW_CLASSES else LORA_CLIP
+    clip = NUMBER_CLIP if facts.classes == 1 else clip
     return {"training": chosen, "privacy": {"clip": clip if asked.clip_in_step else WHOLE_CLIP}}
 
 

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ from tests.proxy import Line
 
 ADDRESS = re.compile(r'(?:inet_addr|inet_pton)\((?:AF_INET6, )?"([^"]+)"')  # as strace writes one
 SECONDS = 240.0  # for a whole run on a loaded machine
+TRACE = ("strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg")
 
 
 def lines(federation: Federation) -> list[dict[str, Any]]:
@@ -82,20 +84,32 @@ def check_ledgers(federation: Federation) -> None:
 
 
 @pytest.mark.flower
-@pytest.mark.parametrize("noise", ["own", "shared"])
 def test_killed_in_the_middle_it_goes_on_and_its_export_verifies(
-    tiny_bert: Path, tmp_path: Path, noise: str
+    tiny_bert: Path, tmp_path: Path
 ) -> None:
+    """With noise of their own and with shared noise, two federations at once: either mostly waits
+    until Flower has noticed that a SuperNode is gone.
+    """
+    with ThreadPoolExecutor() as pool:
+        runs = [
+            pool.submit(_killed_in_the_middle, tiny_bert, tmp_path / noise, noise)
+            for noise in ("own", "shared")
+        ]
+    for run_of_one in runs:
+        run_of_one.result()
+
+
+def _killed_in_the_middle(base: Path, folder: Path, noise: str) -> None:
     """A process of each institution and the coordinator with its SuperLink are killed at once.
 
     A new Flower run goes on. Updates leave under masks: with three institutions no drop-out is
     borne, so a killed one costs an attempt.
     """
     federation = Federation(
-        tmp_path / "f",
+        folder,
         rounds=2,
         spare=9,
-        base=str(tiny_bert),
+        base=str(base),
         layers="[]",
         deadline=90.0,
         secure=True,
@@ -120,12 +134,12 @@ def test_killed_in_the_middle_it_goes_on_and_its_export_verifies(
     assert [line["round"] for line in lines(federation)] == [1, 2] and committed >= 1
     check_ledgers(federation)
     conclude(federation)
-    labels = load_adapter(federation.root / "export" / "adapter", str(tiny_bert)).predict(
+    labels = load_adapter(federation.root / "export" / "adapter", str(base)).predict(
         ["my laptop is broken"]
     )
     assert len(labels) == 1
     model = federation.root / "model"
-    words = ("--dir", str(federation.coordinator), "--merge", str(model), "--base", str(tiny_bert))
+    words = ("--dir", str(federation.coordinator), "--merge", str(model), "--base", str(base))
     run("fedlora-server", "export", str(federation.root / "again"), *words)
     assert AutoModel.from_pretrained(model).config.model_type == "bert"
 
@@ -169,33 +183,21 @@ class Apart(Federation):
             policy.write_text(policy.read_text().replace("[trainer]", listen))
 
 
-@dataclass(frozen=True)
-class Watched:
-    """A run whose calls the kernel recorded, trainers and relays apart, where that is possible."""
+@pytest.mark.flower
+def test_trainers_have_no_network_relays_cannot_read_and_nothing_calls_out(tiny_bert: Path) -> None:
+    """One run, whose calls the kernel records: trainers in no network, relays as another user.
 
-    federation: Federation
-    apart: bool
-    calls: Path | None
-
-
-@pytest.fixture(scope="module")
-def watched(tiny_bert: Path) -> Iterator[Watched]:
-    """One run for two questions. Another user's processes need a folder that everybody may pass."""
-    apart = available()
+    Every connection that it attempts stays on the machine. Another user's processes need a folder
+    that everybody may pass.
+    """
+    apart, recorded = available(), traced()
     with public_folder() as place, public_folder() as scratch:
-        calls = place / "calls" if traced() else None
-        trace = [
-            "strace",
-            "-f",
-            "--seccomp-bpf",
-            "-qq",
-            "-e",
-            "trace=connect,sendto,sendmsg,sendmmsg",
-        ]
+        calls = place / "calls"
+        calls.mkdir()
         federation = Apart(place / "f", rounds=1, base=str(tiny_bert), layers="[]")
 
         def prefix(process: str) -> list[str]:
-            words = [*trace, "-o", str(calls / process)] if calls else []
+            words = [*TRACE, "-o", str(calls / process)] if recorded else []
             kind, _, name = process.partition("-")
             if apart and kind == "trainer":
                 words += ALONE
@@ -203,41 +205,34 @@ def watched(tiny_bert: Path) -> Iterator[Watched]:
                 words += [*as_nobody(scratch), "env", f"HOME={federation.relay(name)}"]
             return words
 
-        if calls:
-            calls.mkdir()
         federation.prefix = prefix
         federation.prepare()
         federation.separate()
         with running(federation):
             assert federation.wait(SECONDS) == 0, logs(federation)
-        yield Watched(federation, apart, calls)
-
-
-@pytest.mark.flower
-def test_a_run_completes_with_trainers_without_a_network_and_relays_that_cannot_read(
-    watched: Watched,
-) -> None:
-    if not watched.apart:
+        assert len(lines(federation)) == 1 and lines(federation)[0]["replies"] == 3
+        check_ledgers(federation)
+        if apart:
+            _nobody_reads(federation, scratch)
+        if recorded:
+            _nothing_called_out(calls)
+    if not apart:
         pytest.skip(NOT_SHOWN)
-    assert len(lines(watched.federation)) == 1 and lines(watched.federation)[0]["replies"] == 3
-    check_ledgers(watched.federation)
-    with public_folder() as scratch:
-        for name in NAMES:
-            for file in ("data/messages.jsonl", "identity.pem", "ledger.sqlite"):
-                path = watched.federation.node(name) / file
-                words = [*as_nobody(scratch), "cat", str(path)]
-                read = subprocess.run(words, capture_output=True, text=True, check=False)
-                assert path.is_file() and "Permission denied" in read.stderr and not read.stdout, (
-                    path
-                )
-
-
-@pytest.mark.flower
-def test_nothing_calls_out(watched: Watched) -> None:
-    """Every connection that a run attempts, as the kernel recorded it: none leaves the machine."""
-    if watched.calls is None:
+    if not recorded:
         pytest.skip("system calls can't be recorded here: that nothing calls out was not shown")
-    files = list(watched.calls.iterdir())
+
+
+def _nobody_reads(federation: Federation, scratch: Path) -> None:
+    for name in NAMES:
+        for file in ("data/messages.jsonl", "identity.pem", "ledger.sqlite"):
+            path = federation.node(name) / file
+            words = [*as_nobody(scratch), "cat", str(path)]
+            read = subprocess.run(words, capture_output=True, text=True, check=False)
+            assert path.is_file() and "Permission denied" in read.stderr and not read.stdout, path
+
+
+def _nothing_called_out(calls: Path) -> None:
+    files = list(calls.iterdir())
     found = [line for path in files for line in path.read_text(errors="replace").splitlines()]
     addresses = Counter(address for line in found for address in ADDRESS.findall(line))
     assert len(files) == 7 and addresses["127.0.0.1"] >= 10, addresses
