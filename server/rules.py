@@ -6,8 +6,7 @@ gradients on. Validation keeps the better phase, and its best round (`server.rou
 
 A private rate is bounded twice: by what suits gradients alone, and by what noise would do, which
 is in proportion to clip / units: a head's by a bound, LoRA's by Adam at the server, whose steps
-have one size. Where there are few units, steps are small, and never a ruin.
-How the constants were found: docs/results.md.
+have one size. Where there are few units, steps are small, and never a ruin (docs/results.md).
 """
 
 from __future__ import annotations
@@ -284,14 +283,15 @@ def _head_step(config: Config, facts: PublicFacts) -> tuple[str, float]:
 
 def _head_rate(config: Config, facts: PublicFacts) -> float:
     """What suits gradients alone, and what noise allows."""
-    privacy, rounds = config.privacy, max(1, config.training.head_rounds)
+    privacy, model, rounds = config.privacy, config.model, max(1, config.training.head_rounds)
     clip, rate = privacy.head_phase_clip, config.training.head_sampling_rate
     noise = _sigma(_head_mu(config), rate, rounds * config.training.head_steps)
     noise *= clip / config.training.head_expected_units * _of_mean(config)
-    # features have length head_scale; with a linear decay a third of the squared rates counts
-    moved = config.model.head_scale * noise * math.sqrt(rounds / 3)
-    suits = PAIRS_HEAD_RATE if config.model.pooling == "pairs" else CLIPPED_HEAD_RATE
-    return min(suits * math.sqrt(max(1, facts.classes)) / clip, SHAKEN / moved)
+    # features have length head_scale a layer; with a linear decay a third of squared rates counts
+    layers = len(model.pooled_layers) * (model.pooling == "layers" and not model.projection) or 1
+    moved = model.head_scale * noise * math.sqrt(rounds / 3)
+    suits = PAIRS_HEAD_RATE if model.pooling == "pairs" else CLIPPED_HEAD_RATE
+    return min(suits * math.sqrt(max(1, facts.classes)) / clip, SHAKEN / moved) / math.sqrt(layers)
 
 
 def _lora_rate(config: Config) -> float:

@@ -79,6 +79,17 @@ def test_the_heads_rate_lets_noise_move_a_logit_by_so_much_at_most(
     assert moved > 1.5 or terms.head_learning_rate == pytest.approx(4.5 * math.sqrt(2))
 
 
+def test_a_head_on_layers_side_by_side_goes_slower_as_its_features_are_longer() -> None:
+    """Each layer has length 10; a projection brings them all to that together."""
+
+    def rate(layers: str, more: str = "") -> float:
+        return chosen(f"[model]\npooled_layers = {layers}\n{more}").server.head_learning_rate
+
+    one = rate("[6]")
+    assert rate("[1, 2, 4, 6]") == pytest.approx(one / 2)
+    assert rate("[1, 2, 4, 6]", "projection = 64\n[data]\nvalidation = 0.1") == one
+
+
 @pytest.mark.parametrize("units", [500, 10_000, 300_000])
 def test_noise_moves_a_coordinate_of_lora_by_so_much_at_most(units: int) -> None:
     """By the noise that is calibrated in the end, and not by the estimate that the rule uses."""
