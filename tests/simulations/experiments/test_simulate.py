@@ -114,14 +114,16 @@ def run_whole(
     return run, summary
 
 
-def stopped_after(rounds: int, settings: Config, folder: Path) -> SimulatedRun:
+def stopped_after(
+    rounds: int, settings: Config, folder: Path, resume: bool = False
+) -> SimulatedRun:
     """A run that Ctrl-C stopped as round `rounds` was told, before its commit."""
 
     def stop(number: int, figures: object) -> None:
         if number == rounds:
             raise KeyboardInterrupt
 
-    run = begin(settings, folder, cpu())
+    run = begin(settings, folder, cpu(resume=resume))
     with pytest.raises(KeyboardInterrupt):
         conduct(run, sequential(run), stop)
     return run
@@ -131,19 +133,25 @@ def stopped_after(rounds: int, settings: Config, folder: Path) -> SimulatedRun:
 def test_a_run_by_turns_that_was_stopped_moves_both_halves(
     tiny_bert: Path, data: Path, tmp_path: Path, mode: str
 ) -> None:
-    """Round 3 is B's, begun twice; round 4 A's. Without noise it ends as if nothing had been."""
-    settings = config(tiny_bert, data, mode, 'lora.variant="rolora"', 'training.optimizer="adamw"')
+    """Rounds 3 and 5 are B's, begun twice; round 4 A's. Without noise it ends as if undisturbed."""
+    turns = ('lora.variant="rolora"', 'training.optimizer="adamw"')
+    settings = config(tiny_bert, data, mode, *turns, "federation.rounds=6")
     run = stopped_after(3, settings, tmp_path / "run")
     start, before = run.public.initial.vector, run.checkpoint.load().state.vector
     spec = run.checkpoint.load().state.spec
     run.ledger.close()
-    again, summary = run_whole(settings, tmp_path / "run", resume=True)
-    found = again.checkpoint.load().state.vector  # the last: the best may be one of B alone
+    # within the phase: it ends with its best round, which may be one of B alone
+    run = stopped_after(5, settings, tmp_path / "run", resume=True)
+    found = run.checkpoint.load().state.vector
+    run.ledger.close()
+    _, summary = run_whole(settings, tmp_path / "run", resume=True)
     for half in "AB":
         mask = spec.half_mask(half)
         assert (before[mask] == start[mask]).all() and (found[mask] != start[mask]).any()
     if mode == "record":
-        plain = begin(config(tiny_bert, data, mode), tmp_path / "plain", cpu())
+        plain = begin(
+            config(tiny_bert, data, mode, "federation.rounds=6"), tmp_path / "plain", cpu()
+        )
         told = [each["noise_multiplier"] for each in summary["schedule"]]  # type: ignore[attr-defined]
         assert told == [phase.noise_multiplier for phase in plain.manifest.phases]
         assert any("by turns" in line for line in summary["privacy_statement"])  # type: ignore[attr-defined]
