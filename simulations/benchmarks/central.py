@@ -6,13 +6,15 @@ queries and values beside a head of its own, AdamW, warm-up and a linear decay.
     python simulations/benchmarks/central.py --train FILE --test FILE [--task TASK]
         [--text COLUMN [COLUMN]] [--label COLUMN] [--records N] [--json OUT]
 
-Where each word is tagged, `--text` is the column of words and `--label` that of their tags.
+Where each word is tagged, `--text` is the column of words and `--label` that of their tags. Of
+conversations (causal-lm), `--label` is the column of messages; the assistant's turns are learnt.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 from torch.nn import functional
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -35,6 +38,7 @@ from fedlora.common.data.data_file import columns_of
 from fedlora.common.data.records import read_label_lists, read_label_set
 from fedlora.common.data.tagged import read_tag_set
 from fedlora.common.model.base import resolve_base
+from fedlora.common.tasks.chat import Layout
 from fedlora.common.tasks.token_classification import entities
 
 IGNORED = -100  # the target of a token that begins no word: torch's default
@@ -53,7 +57,7 @@ class Task:
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     metric: str
     score: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], Names], float]
-    by_word: bool = False
+    reads: str = "texts"  # or words, or conversations
 
 
 def _entity_f1(
@@ -67,6 +71,21 @@ def _entity_f1(
             words = [names[tag] for tag in tags[own != IGNORED].tolist()]
             kept |= {(record, *entity) for entity in entities(words)}
     return 2 * len(true & given) / max(1, len(true) + len(given))
+
+
+def _next_token_loss(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(scores[:, :-1].transpose(1, 2), targets[:, 1:])
+
+
+def _perplexity(scores: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], _: Names) -> float:
+    """Of a token that the assistant says, all of the file's tokens alike."""
+    learnt = [int((own[1:] != IGNORED).sum()) for own in targets]
+    losses = [
+        float(_next_token_loss(each[None], own[None])) * count
+        for each, own, count in zip(scores, targets, learnt, strict=True)
+        if count
+    ]
+    return math.exp(sum(losses) / sum(learnt))
 
 
 def _many_hot(labels: Sequence[str], places: dict[str, int]) -> list[float]:
@@ -105,7 +124,15 @@ TASKS = {
         lambda scores, targets: functional.cross_entropy(scores.transpose(1, 2), targets),
         "entity F1",
         _entity_f1,
-        by_word=True,
+        reads="words",
+    ),
+    "causal-lm": Task(
+        lambda path, column: [],
+        lambda messages, _: messages,
+        _next_token_loss,
+        "perplexity",
+        _perplexity,
+        reads="conversations",
     ),
 }
 
@@ -116,7 +143,7 @@ def main() -> None:
     torch.manual_seed(wanted.seed)
     task = TASKS[wanted.task]
     names = task.names(wanted.test, wanted.label)
-    columns = (*wanted.text, wanted.label)
+    columns = (*(wanted.text if task.reads != "conversations" else ()), wanted.label)
     train, test = (columns_of(path, columns, None) for path in (wanted.train, wanted.test))
     if wanted.records is not None:
         chosen = torch.randperm(len(train[wanted.label]))[: wanted.records].tolist()
@@ -155,7 +182,7 @@ def _arguments() -> argparse.ArgumentParser:
 def _epochs(wanted: Any, task: Task, names: Names, train: Table, test: Table) -> Iterator[float]:
     folder, count = resolve_base(wanted.base), len(train[wanted.label])
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model = _adapted(folder, len(names), wanted.rank, task.by_word)
+    model = _adapted(folder, len(names), wanted.rank, task.reads)
     optimizer = torch.optim.AdamW(model.parameters(), lr=wanted.learning_rate)
     steps = wanted.epochs * -(-count // wanted.batch)
     schedule = warm_and_decay(optimizer, steps // 10, steps)  # type: ignore[no-untyped-call]
@@ -186,15 +213,18 @@ def _parts(rows: list[int], size: int) -> Iterator[list[int]]:
         yield rows[start : start + size]
 
 
-def _adapted(folder: Path, outputs: int, rank: int, by_word: bool) -> Any:
-    kinds = AutoModelForSequenceClassification, AutoModelForTokenClassification
-    base = kinds[by_word].from_pretrained(folder, num_labels=outputs)
-    lora = peft.LoraConfig(
-        task_type=peft.TaskType.TOKEN_CLS if by_word else peft.TaskType.SEQ_CLS,
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=["query", "value"],
-    )
+def _adapted(folder: Path, outputs: int, rank: int, reads: str) -> Any:
+    kind: Any
+    if reads == "conversations":
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        kind, targets = peft.TaskType.CAUSAL_LM, ["q_proj", "v_proj"]
+    elif reads == "words":
+        base = AutoModelForTokenClassification.from_pretrained(folder, num_labels=outputs)
+        kind, targets = peft.TaskType.TOKEN_CLS, ["query", "value"]
+    else:
+        base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=outputs)
+        kind, targets = peft.TaskType.SEQ_CLS, ["query", "value"]
+    lora = peft.LoraConfig(task_type=kind, r=rank, lora_alpha=2 * rank, target_modules=targets)
     return peft.get_peft_model(base, lora)
 
 
@@ -202,16 +232,18 @@ def _batch(
     wanted: Any, task: Task, places: dict[str, int], tokenizer: Any, table: Table, rows: list[int]
 ) -> tuple[Any, torch.Tensor]:
     """What a network reads, and targets: of each record, or of each token that begins a word."""
+    if task.reads == "conversations":
+        return _conversations(wanted, tokenizer, [table[wanted.label][row] for row in rows])
     inputs = tokenizer(
         *([table[name][row] for row in rows] for name in wanted.text),
         padding=True,
         truncation=True,
         max_length=wanted.max_length,
-        is_split_into_words=task.by_word,
+        is_split_into_words=task.reads == "words",
         return_tensors="pt",
     )
     targets = [task.target(table[wanted.label][row], places) for row in rows]
-    if not task.by_word:
+    if task.reads == "texts":
         return inputs, torch.tensor(targets)
     aligned = torch.full(inputs["input_ids"].shape, IGNORED)
     for place, own in enumerate(targets):
@@ -220,6 +252,23 @@ def _batch(
             if word is not None and word not in words[:token]:
                 aligned[place, token] = own[word]
     return inputs, aligned
+
+
+def _conversations(
+    wanted: Any, tokenizer: Any, conversations: Sequence[Any]
+) -> tuple[Any, torch.Tensor]:
+    """Laid out by the tokenizer's template, cut where `--max-length` ends; targets are tokens."""
+    layout = Layout(tokenizer)
+    laid_out = [layout.tokens(messages) for messages in conversations]
+    shape = len(laid_out), min(wanted.max_length, max(len(ids) for ids, _ in laid_out))
+    ids, seen = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    targets = torch.full(shape, IGNORED)
+    for place, (own, learnt) in enumerate(laid_out):
+        count = min(shape[1], len(own))
+        ids[place, :count], seen[place, :count] = torch.tensor(own[:count]), 1
+        chosen = torch.tensor(learnt[:count])
+        targets[place, :count][chosen] = ids[place, :count][chosen]
+    return {"input_ids": ids, "attention_mask": seen}, targets
 
 
 if __name__ == "__main__":
