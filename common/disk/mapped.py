@@ -23,6 +23,7 @@ from fedlora.common.errors import FedloraError
 Array = npt.NDArray[Any]
 
 STRETCH = 1 << 20  # coordinates
+AROUND = 1 << 16  # bytes that Linux brings with a page of theirs that is asked for
 SCRATCH = ".scratch-"  # what a kill may leave of `alike`, where a file system can't hide it
 
 
@@ -64,15 +65,18 @@ def alike(array: Array, dtype: npt.DTypeLike) -> Array:
     return np.frombuffer(_known(made, pages.folder), dtype)
 
 
-def by_stretches(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+def by_stretches(*arrays: Array, rows: int = 1) -> Iterator[tuple[Array, ...]]:
     """The same stretch of each of these (size,) arrays, from the first to the last; each is let go
     when the next is asked for. ValueError for arrays of several sizes.
+
+    Stretches are the shorter for `rows`, where so many of each are copied to be looked at together.
     """
     size = arrays[0].size
     if any(array.shape != (size,) for array in arrays):
         raise ValueError(f"found {[array.shape for array in arrays]}, expected all to be ({size},)")
-    for start in range(0, size, STRETCH):
-        views = tuple(array[start : start + STRETCH] for array in arrays)
+    length = max(1, STRETCH // max(1, rows))
+    for start in range(0, size, length):
+        views = tuple(array[start : start + length] for array in arrays)
         yield views
         let_go(*views)
 
@@ -82,9 +86,9 @@ def let_go(*arrays: Array) -> None:
     for array in arrays:
         pages = _pages(array)
         if pages is not None and array.nbytes:
-            start = array.__array_interface__["data"][0] - pages.address
-            first = start - start % mmap.PAGESIZE
-            pages.madvise(mmap.MADV_DONTNEED, first, start + array.nbytes - first)
+            begins = array.__array_interface__["data"][0]
+            first = max(pages.address, begins - begins % AROUND)
+            pages.madvise(mmap.MADV_DONTNEED, first - pages.address, begins + array.nbytes - first)
 
 
 def _known(pages: Mapped, folder: Path) -> Mapped:

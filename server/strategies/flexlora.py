@@ -11,13 +11,15 @@ A and B come out in a basis of their own each round: nothing that remembers the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from fedlora.common.model.state import AdapterSpec, AdapterState
+from fedlora.common.disk.mapped import let_go
+from fedlora.common.model.state import AdapterSpec, AdapterState, Vector
+from fedlora.server.strategies.robust import plain_mean
 
 Floats = npt.NDArray[np.float64]
 
@@ -30,9 +32,10 @@ class Pair:
     b: slice
     rank: int
 
-    def factors(self, vector: Floats) -> tuple[Floats, Floats]:
-        """A and B."""
-        return vector[self.a].reshape(self.rank, -1), vector[self.b].reshape(-1, self.rank)
+    def moved(self, vector: Vector, update: Vector) -> tuple[Floats, Floats]:
+        """A and B after the update."""
+        a, b = (vector[place].astype(np.float64) + update[place] for place in (self.a, self.b))
+        return a.reshape(self.rank, -1), b.reshape(-1, self.rank)
 
 
 def pairs(spec: AdapterSpec) -> Iterator[Pair]:
@@ -44,20 +47,25 @@ def pairs(spec: AdapterSpec) -> Iterator[Pair]:
             yield Pair(place, found[twin][1], tensor.shape[0])
 
 
-def mean_of_products(state: AdapterState, updates: Floats) -> Floats:
-    """The update, (size,) of (n, size) from `state`, that leads to the cut mean of the products.
+def mean_of_products(state: AdapterState, updates: Sequence[Vector], out: Floats) -> None:
+    """Write the update, (size,), of n updates from `state`, that leads to the cut mean of products.
 
-    Of all that is no LoRA, and where no LoRA moved, it is the mean.
+    Of all that is no LoRA, and where no LoRA moved, it is the mean. One layer is in memory at once.
     """
-    before, update = state.vector.astype(np.float64), np.asarray(updates.mean(axis=0))
+    plain_mean(updates, out)
     for pair in pairs(state.spec):
-        if not (update[pair.a].any() or update[pair.b].any()):
+        if not (out[pair.a].any() or out[pair.b].any()):
             continue
-        moved = [pair.factors(before + each) for each in updates]
+        moved = [pair.moved(state.vector, update) for update in updates]
         left = np.hstack([b for _, b in moved]) / len(moved)
         a, b = cut(left, np.vstack([a for a, _ in moved]), pair.rank)
-        update[pair.a], update[pair.b] = a.ravel() - before[pair.a], b.ravel() - before[pair.b]
-    return update
+        out[pair.a], out[pair.b] = (
+            a.ravel() - state.vector[pair.a],
+            b.ravel() - state.vector[pair.b],
+        )
+        looked_at: Sequence[npt.NDArray[np.floating]] = (out, state.vector, *updates)
+        for vector in looked_at:
+            let_go(vector[pair.a], vector[pair.b])
 
 
 def cut(left: Floats, right: Floats, rank: int) -> tuple[Floats, Floats]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -67,13 +67,15 @@ class Apart(Summed):
 
 
 class Kept:
-    """All of them, for what needs each: 4 bytes a coordinate and update, and copies.
+    """All of them, for what needs each: 4 bytes a coordinate and update, in files where they are.
 
-    `mean` makes (size,) of (n, size), what stands for their mean.
+    `mean` writes what stands for the mean of n updates, (size,), to its second argument.
     """
 
-    def __init__(self, size: int, mean: Callable[[Floats], Floats], fewest: int = 1) -> None:
-        self._size, self._mean, self._fewest = size, mean, fewest
+    def __init__(
+        self, state: AdapterState, mean: Callable[[Sequence[Vector], Floats], None], fewest: int = 1
+    ) -> None:
+        self._total, self._mean, self._fewest = alike(state.vector, np.float64), mean, fewest
         self._updates: list[Vector] = []
         self.each: Mapping[str, Vector] = {}
 
@@ -88,10 +90,11 @@ class Kept:
 
     def total(self) -> Floats:
         """`count` times that mean, (size,); 0 of too few, which make no quorum either."""
-        if self.count < self._fewest:
-            return np.zeros(self._size, dtype=np.float64)
-        stacked = np.stack(self._updates).astype(np.float64)
-        return self.count * self._mean(stacked)
+        if self.count >= self._fewest:
+            self._mean(self._updates, self._total)
+            for (mean,) in by_stretches(self._total):
+                mean *= self.count
+        return self._total
 
 
 Gather = Callable[[AdapterState], Gathered]  # by the state that the updates start from
@@ -100,15 +103,15 @@ Gather = Callable[[AdapterState], Gathered]  # by the state that the updates sta
 def gathering(asked: AggregationConfig) -> Gather:
     """How a run with that configuration takes the updates of an attempt."""
     if asked.strategy == FLEXLORA:
-        return lambda state: Kept(state.spec.size, partial(mean_of_products, state))
+        return lambda state: Kept(state, partial(mean_of_products, state))
     robust = ROBUST_MEANS.get(asked.strategy)
     if robust is None:
         return Summed
 
-    def mean(updates: Floats) -> Floats:
-        return robust(updates, asked.hostile)
+    def mean(updates: Sequence[Vector], out: Floats) -> None:
+        robust(updates, asked.hostile, out)
 
-    return lambda state: Kept(state.spec.size, mean, asked.fewest)
+    return lambda state: Kept(state, mean, asked.fewest)
 
 
 def gathering_of(gather: Gather, answers: AdapterSpec, state: AdapterState) -> Gathered:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedlora.common.config.schema import FLEXLORA, ROBUST, AggregationConfig
 from fedlora.common.disk import mapped
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.protocol import vector_parts
@@ -19,7 +20,7 @@ from fedlora.server.rounds.cohort import CohortSum
 from fedlora.server.rounds.loop import Rules, run_rounds
 from fedlora.server.strategies import fedavg
 from fedlora.server.strategies.fedavg import FedAvg, ServerOptimizer
-from fedlora.server.strategies.gathered import Summed
+from fedlora.server.strategies.gathered import Kept, Summed, gathering
 from tests.server.fakes import Disk, Killed, Run, manifest_of, same
 from tests.server.rounds.test_loop import disturbed, undisturbed, until_done
 from tests.server.rounds.test_turns import gone
@@ -105,6 +106,35 @@ def test_a_server_s_round_holds_less_than_half_a_vector(
     progress = run_rounds(checkpoint, Cohort(), strategies, rules, lambda *_: {}, lambda *_: None)
     assert kilobytes("VmHWM:") - before < (4 * size >> 10) / 2
     assert progress.round == 2 and progress.state.vector[-1] > 0
+
+
+@pytest.mark.parametrize("name", (*ROBUST, FLEXLORA))
+def test_a_mean_of_updates_in_files_holds_less_than_half_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Five updates, and the mean of them, each in a file; the bits are those in memory."""
+    in_files(monkeypatch, 1 << 14)
+    pair = (("a.lora_A.weight", (1, 64)), ("a.lora_B.weight", (64, 1)))
+    size = 1 << 21
+    spec = AdapterSpec(tuple(TensorSpec(*each) for each in (*pair, ("head.weight", (size,)))))
+    (tmp_path / "state").write_bytes(bytes(4 * spec.size))
+    state = AdapterState(spec, np.frombuffer(mapped.mapped(tmp_path / "state"), np.float32))
+    asked = AggregationConfig(strategy=name, hostile=1)
+    gathered = gathering(asked)(state)
+    assert isinstance(gathered, Kept)
+    for seed in range(5):
+        update = mapped.alike(state.vector, np.float32)
+        for (part,) in mapped.by_stretches(update):
+            part[:] = np.random.default_rng(seed).normal(size=part.size)
+        gathered.add(update)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kilobytes("VmRSS:")
+    total = gathered.total()
+    assert kilobytes("VmHWM:") - before < (4 * size >> 10) / 2
+    in_memory = gathering(asked)(AdapterState(spec, state.vector.copy()))
+    for update in gathered._updates:
+        in_memory.add(update.copy())
+    np.testing.assert_array_equal(total, in_memory.total())
 
 
 def kilobytes(name: str) -> int:

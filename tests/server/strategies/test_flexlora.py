@@ -121,7 +121,8 @@ def test_where_no_lora_moved_a_round_leaves_its_bits() -> None:
     state = AdapterState(spec, np.linspace(-1, 1, spec.size, dtype=np.float32))
     updates = np.zeros((3, spec.size))
     updates[:, :3] = 1.0
-    found = mean_of_products(state, updates)
+    found = np.zeros(spec.size)
+    mean_of_products(state, [*updates], found)
     assert (found[:3] == 1).all() and not found[3:].any()
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import ROBUST, AggregationConfig
+from fedlora.common.disk import mapped
 from fedlora.common.errors import BadInput
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.server.strategies.gathered import Summed, gathering
@@ -67,7 +68,12 @@ def test_every_rule_is_its_reference(name: str, seed: int, hostile: int, more: i
     asked = AggregationConfig(strategy=name, hostile=hostile)
     updates = drawn(seed, asked.fewest + more, 5)
     expected = REFERENCES[name](updates.tolist(), hostile)
-    np.testing.assert_allclose(ROBUST_MEANS[name](updates, hostile), expected, rtol=1e-9)
+    for stretch in (mapped.STRETCH, 1):
+        found = np.zeros(5)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mapped, "STRETCH", stretch)
+            ROBUST_MEANS[name]([*updates], hostile, found)
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ROBUST)
