@@ -50,6 +50,15 @@ def one_line(text: str, most: int = MAX_LINE) -> str:
     return kept if len(kept) <= most else kept[: most - 1] + "…"
 
 
+class OneLine:
+    """A text that prints on one line of bounded length, wherever it ends."""
+
+    def fault(self, value: str, noun: str) -> str:
+        """What is wrong with it, or ""."""
+        fits = value == one_line(value)
+        return "" if fits else f"expected one printable line of at most {MAX_LINE} characters"
+
+
 def without_places(text: str) -> str:
     """Text in which an absolute path is its last part alone: where it lies is its machine's own."""
     return ABOVE.sub("…/", text)

@@ -14,22 +14,13 @@ from itertools import pairwise
 from fedlora.common.codec.strict import from_canonical, to_canonical
 from fedlora.common.config.toml import Bounds, Pattern
 from fedlora.common.errors import BadInput
-from fedlora.common.terminal import MAX_LINE, one_line
+from fedlora.common.terminal import OneLine, one_line
 
 MAX_START_BYTES = 4 << 20
 MAX_HEIGHT = 1 << 53
 HEAD = Pattern(r"|keyed:[0-9a-f]{64}", '"keyed:" and 64 hexadecimal digits')
 DIGEST = Pattern(r"sha256:[0-9a-f]{64}", '"sha256:" and 64 hexadecimal digits')
 LONGEST_OFFER = 7 * 86_400  # seconds for which an offer, and the consent to it, may be good
-
-
-class OneLine:
-    """A text that prints on one line of bounded length, wherever it ends."""
-
-    def fault(self, value: str, noun: str) -> str:
-        """What is wrong with it, or ""."""
-        fits = value == one_line(value)
-        return "" if fits else f"expected one printable line of at most {MAX_LINE} characters"
 
 
 @dataclass(frozen=True)
