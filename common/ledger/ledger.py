@@ -1,6 +1,7 @@
 """The privacy ledger: the only owner of a budget.
 
-    consent   reserves a run's whole (ε, δ), all attempts of all phases, against a budget's caps
+    consent   reserves a run's whole (ε, δ), all attempts of all phases, against a budget's caps;
+              asked again it notes data that came to the run since
     reserve   one attempt at one round, durable before data is touched; each attempt once
     commit    the digest of what left
 
@@ -99,7 +100,8 @@ class Ledger:
         subject: Subject = UNKNOWN,
     ) -> None:
         """Reserve a run's whole spend; Refused past a cap, for another unit than the budget's, or
-        for data that charge another budget. A second time changes nothing.
+        for data that charge another budget. A second time nothing more is reserved; data in places
+        that charged nothing yet, to which a link or a policy leads since, charge this budget too.
         """
         asked = _Consent(spend, tuple(attempts))
         if not asked.attempts or any(type(each) is not int or each < 0 for each in asked.attempts):
@@ -113,6 +115,10 @@ class Ledger:
                     raise Refused(
                         f"budget {budget.name}: consented to {manifest[:14]} on other terms"
                     )
+                if subject.beside(self._payers.keys()):
+                    self._move_on()
+                    run = {"budget": budget.name, "manifest": manifest}
+                    self._chain.append({"kind": "data", **run, **subject.lying})
                 return
             self._check_caps(budget, spend)
             self._move_on()
@@ -302,6 +308,8 @@ class Ledger:
             spend = Spend(body["epsilon"], body["delta"])
             self._consents[key] = _Consent(spend, tuple(body["attempts"]))
             self._totals[key[0]] = self._totals.get(key[0], Total()) + spend
+            self._take_in_subject(key[0], body)
+        elif kind == "data" and key in self._consents:
             self._take_in_subject(key[0], body)
         elif kind == "reserve" and body["attempt"] not in self._phases.get(key, {}):
             self._phases.setdefault(key, {})[body["attempt"]] = (body["phase"], body["round"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import KeysView
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Any
 
 from fedlora.common.data.origin import NOWHERE, Origin
 from fedlora.common.manifest.manifest import RunManifest
@@ -30,6 +32,11 @@ class Subject:
         return cls(unit, manifest.federation, origin.path, origin.digest, origin.files)
 
     @property
+    def lying(self) -> dict[str, Any]:
+        """Where the data lie, and their digests, as an entry has them."""
+        return {"path": self.path, "data": self.data, "files": self.files}
+
+    @property
     def traces(self) -> frozenset[str]:
         """What a later consent to the same data has in common with this one: paths and digests."""
         each = {trace for file in self.files for trace in file if trace}
@@ -40,6 +47,13 @@ class Subject:
         """The folders that hold the data: one of them may have been charged as a whole."""
         places = [path for path, _ in self.files] or [self.path]
         return frozenset(str(each) for place in places for each in PurePath(place).parents)
+
+    def beside(self, known: KeysView[str]) -> bool:
+        """Whether anything lies neither in a place that is `known`, nor in a folder that is."""
+        places = {self.path, *(path for path, _ in self.files)} - {""}
+        return any(
+            known.isdisjoint({place, *map(str, PurePath(place).parents)}) for place in places
+        )
 
 
 UNKNOWN = Subject()

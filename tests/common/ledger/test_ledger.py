@@ -394,6 +394,40 @@ def test_a_data_file_charges_one_budget(place: Place) -> None:
     assert (last["unit"], last["federation"], last["path"]) == ("record", "g", "/d/a.csv")
 
 
+def test_data_that_came_to_a_run_after_its_start_charge_its_budget_alone(place: Place) -> None:
+    """A link, a glob or a policy leads to other files by the next attempt, which the run uses."""
+    ledger, spend, other = place.open(), Spend(0.5, 1e-6), Budget("other", 3.0, 1e-5)
+
+    def lies(path: str, *files: tuple[str, str]) -> Subject:
+        return Subject("record", "f", path, files[-1][1] if files else "sha256:9", files)
+
+    for run, subjects in {
+        "sha256:a": [lies("/d/9.csv"), lies("/d/10.csv", ("/d/10.csv", "sha256:10"))],
+        "sha256:b": [lies(path := "/e/*.csv", ("/e/1.csv", "sha256:1"))],
+        "sha256:c": [lies("/folder", ("/folder/1.csv", "sha256:3"))],
+    }.items():
+        for subject in subjects:
+            ledger.consent(WARD, run, spend, [1], subject)
+    grown = (("/e/1.csv", "sha256:1"), ("/e/2.csv", "sha256:2"))
+    for _ in range(3):  # one entry, however often it is asked
+        ledger.consent(WARD, "sha256:b", spend, [1], lies(path, *grown))
+    more = (("/folder/1.csv", "sha256:3"), ("/folder/2.csv", "sha256:4"))
+    ledger.consent(WARD, "sha256:c", spend, [1], lies("/folder", *more))  # it was charged as such
+    kinds = [entry.body["kind"] for entry in ledger.entries()]
+    assert kinds == ["open", "consent", "data", "consent", "consent", "data"]
+    place.close()
+    ledger = place.open()
+    for file in (("/d/10.csv", "sha256:x"), ("/else.csv", "sha256:10"), ("/e/2.csv", "sha256:x")):
+        with pytest.raises(Refused, match="found data that charged budget ward before"):
+            ledger.consent(other, "sha256:d", spend, [1], lies(file[0], file))
+    assert ledger.spent("ward") == Spend(1.5, 3e-6) and ledger.spent("other") == Spend(0, 0)
+    # and no other budget's data come to a run either
+    theirs = lies("/g.csv", ("/g.csv", "sha256:g"))
+    ledger.consent(other, "sha256:d", spend, [1], theirs)
+    with pytest.raises(Refused, match="found data that charged budget other before"):
+        ledger.consent(WARD, "sha256:a", spend, [1], theirs)
+
+
 def as_of_schema_2(subject: Subject) -> dict[str, object]:
     table = asdict(subject)
     del table["files"]
