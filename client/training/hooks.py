@@ -120,6 +120,13 @@ def close(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bo
     return bool((apart <= 1e-2 * norms + 1e-4 * norms.norm(dim=0)).all())
 
 
+def unused(name: str) -> BadInput:
+    """What is wrong where a parameter of that name had no gradient."""
+    return BadInput(
+        f"adapter {name}: found no gradient, expected a layer that every text goes through"
+    )
+
+
 @contextmanager
 def _watched(seen: dict[nn.Module, set[Layout | None]], records: int) -> Iterator[None]:
     def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

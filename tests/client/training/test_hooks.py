@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from fedlora.client.training import step
 from fedlora.client.training.hooks import Layout, RecordHooks
+from fedlora.client.training.sampling import micro_batches
 from fedlora.client.training.step import ClipGroups, PerSampleGradients
 from fedlora.common.config.schema import LoraConfig, ModelConfig
-from fedlora.common.data.records import unit_groups
+from fedlora.common.data.records import Records, unit_groups
 from fedlora.common.errors import BadInput
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.tasks.causal_lm import CausalLanguageModel
 from fedlora.common.tasks.classification import SequenceClassification
+from fedlora.common.tasks.seq2seq import SequenceToSequence
 from fedlora.simulations.benchmarks.families import FAMILIES
 from fedlora.simulations.benchmarks.models import awake, records
+from fedlora.simulations.benchmarks.random_base import ENCODER, WORDS, tokenizer
 from tests.oracles import clipped_sum_by_ones
 
-RECORDS, WORDS, WIDTH = 3, 7, 4
+RECORDS, LONG, WIDTH = 3, 7, 4
 
 
 class Turned(nn.Module):
@@ -59,7 +64,7 @@ def by_ones(network: Turned, states: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["as it is", "words first", "flat"])
 def test_each_layout_gives_each_record_its_own_gradient(kind: str) -> None:
     torch.manual_seed(0)
-    network, states = Turned(kind), torch.randn(RECORDS, WORDS, WIDTH, requires_grad=True)
+    network, states = Turned(kind), torch.randn(RECORDS, LONG, WIDTH, requires_grad=True)
     expected = by_ones(network, states)
     hooks = RecordHooks(network.eval())
     assert hooks.learn(lambda: network(states), RECORDS)
@@ -78,13 +83,13 @@ def test_each_layout_gives_each_record_its_own_gradient(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["positions too", "mixed"])
 def test_a_layer_that_sees_more_than_a_batch_has_no_layout(kind: str) -> None:
-    network, states = Turned(kind), torch.randn(RECORDS, WORDS, WIDTH, requires_grad=True)
+    network, states = Turned(kind), torch.randn(RECORDS, LONG, WIDTH, requires_grad=True)
     hooks = RecordHooks(network.eval())
     assert not hooks.learn(lambda: network(states), RECORDS)
 
 
 def test_a_pass_that_is_laid_out_otherwise_is_stopped() -> None:
-    network, states = Turned("as it is"), torch.randn(RECORDS, WORDS, WIDTH, requires_grad=True)
+    network, states = Turned("as it is"), torch.randn(RECORDS, LONG, WIDTH, requires_grad=True)
     hooks = RecordHooks(network.eval())
     assert hooks.learn(lambda: network(states), RECORDS)
     network.kind, hooks.records = "flat", RECORDS
@@ -155,3 +160,44 @@ def test_a_layer_that_no_text_goes_through_is_named(tiny_bert: Path) -> None:
     model = build_model(settings, LoraConfig(rank=2), SequenceClassification(("a", "b", "c")), 1)
     with pytest.raises(BadInput, match=r"layer\.1\..*found no gradient, expected a layer that"):
         PerSampleGradients(model)
+
+
+def switch(folder: Path) -> AdapterModel:
+    """A small random Switch Transformer, of whose two experts LoRA adapts one."""
+    words, kind = tokenizer([*ENCODER, *WORDS], ENCODER), transformers.SwitchTransformersConfig
+    sizes: dict[str, Any] = {
+        "vocab_size": len(words), "d_model": 32, "d_kv": 8, "d_ff": 32, "num_heads": 4,
+        "num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1, "num_experts": 2, "expert_capacity": 64,
+        "pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    base: Any = transformers.SwitchTransformersForConditionalGeneration(kind(**sizes))
+    torch.manual_seed(1)
+    torch.nn.init.normal_(base.encoder.block[1].layer[1].mlp.router.classifier.weight)
+    base.save_pretrained(folder)
+    words.save_pretrained(folder)
+    settings = ModelConfig(str(folder), task="seq2seq", pooling="default", max_length=24)
+    lora = LoraConfig(rank=2, targets=("layer.1.mlp.experts.expert_0.wi",))
+    model = build_model(settings, lora, SequenceToSequence(), 5)
+    model.load(awake(model))
+    return model
+
+
+def test_a_record_whose_words_go_by_other_experts_adds_zero(tmp_path: Path) -> None:
+    """Before, it ended the attempt: a coordinator that names an expert's layer was told of it."""
+    model = switch(tmp_path)
+    gradients = PerSampleGradients(model)
+    texts = [f"w{number}" for number in range(12)]
+    data = model.encoded(Records(texts, ["good"] * len(texts), None, None, {}, "test"))
+    units, groups = unit_groups(None, len(texts)), ClipGroups.flat(model.spec, 1.0)
+    each = [
+        gradients.clipped_sum(data, units, np.array([row]), groups, 64) for row in range(len(texts))
+    ]
+    reached = [bool(total.vector.any()) for total in each]
+    assert any(reached) and not all(reached)
+    whole = gradients.clipped_sum(data, units, np.arange(len(texts)), groups, 64)
+    assert whole.units == len(texts) and whole.nonfinite == 0
+    assert np.allclose(whole.vector, sum(total.vector for total in each), atol=1e-12)
+    batches = micro_batches(units, np.array([reached.index(False)]), data.lengths, 64)
+    assert not gradients.plain_sum(data, batches).vector.any()
