@@ -174,14 +174,16 @@ def _conversations(
         except BadInput as error:
             raise BadInput([f"{records.place(number)}: {each}" for each in error.faults]) from error
         cut["conversation"] += dropped
+        marks = [LEARNT if each else IGNORED for each in learnt]
         if len(ids) <= max_length:
-            rows.append((ids, [LEARNT if each else IGNORED for each in learnt]))
+            rows.append((ids, marks))
             continue
-        begin = learnt.index(True)
+        begin = learnt.index(True) if True in learnt else len(ids)
         question, kept = _halved(ids[:begin], ids[begin:], max_length)
         cut["prompt"] += len(question) < begin
         cut["response"] += len(kept) < len(ids) - begin
-        rows.append(_row(question, kept))
+        targets = [IGNORED] * len(question) + marks[begin : begin + len(kept)]
+        rows.append((question + kept, targets))
     return rows, cut
 
 

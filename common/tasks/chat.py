@@ -142,12 +142,12 @@ def fitted(
     last = max(n for n, message in enumerate(messages) if message["role"] == ASSISTANT)
     kept = list(messages[: last + 1])
     ids, learnt = layout.tokens(kept)
-    while len(ids) > room:
-        shorter = _without_earliest(kept)
-        if shorter is None:
+    while len(ids) > room and (shorter := _without_earliest(kept)) is not None:
+        try:
+            ids, learnt = layout.tokens(shorter)
+        except BadInput:  # the template takes the whole alone: a refusal would say how long it is
             break
         kept = shorter
-        ids, learnt = layout.tokens(kept)
     return ids, learnt, len(kept) < last + 1
 
 

@@ -25,6 +25,11 @@ CHAT = [
     {"role": "assistant", "content": "it was fine"},
 ]
 
+SYSTEM_FIRST = (
+    "{{ bos_token }}{% if messages[0]['role'] != 'system' %}"
+    "{{ raise_exception('no instruction') }}{% endif %}"
+)
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -104,6 +109,26 @@ def test_what_a_template_refuses_or_drops_is_one_line(tiny_llama: Path, tmp_path
         tokenizer = load_tokenizer(chatting(tiny_llama, tmp_path, template))
         with pytest.raises(BadInput, match=fault):
             encoded(tokenizer, CHAT[1:3], 64)
+
+
+@pytest.mark.parametrize(
+    ("changed", "messages"),
+    [
+        # what is left of a long one is refused by a template that takes the whole
+        (("{{ bos_token }}", SYSTEM_FIRST), CHAT[:3]),
+        # what is left of it has nothing to learn from: no word, and no word that ends the turn
+        (("{{ eos_token }}", ""), [*CHAT, CHAT[1], {"role": "assistant", "content": " "}]),
+    ],
+    ids=["refused", "nothing"],
+)
+def test_no_length_that_a_coordinator_asks_for_is_answered_by_a_refusal(
+    tiny_llama: Path, tmp_path: Path, changed: tuple[str, str], messages: list[dict[str, str]]
+) -> None:
+    """It would say how long a conversation is, by offers that nobody is charged for."""
+    tokenizer = load_tokenizer(chatting(tiny_llama, tmp_path, TEMPLATE.replace(*changed)))
+    for most in range(4, 40):
+        whole, _, _ = encoded(tokenizer, messages, most)
+        assert 0 < len(whole.split()) <= most
 
 
 @pytest.mark.parametrize(
