@@ -136,7 +136,7 @@ def full_length(trial: Trial) -> None:
     batch = trial.full.batch(np.zeros(1, dtype=np.int64), model.pad, model.device)
     where = f"[model] max_length = {model.longest}"
     try:
-        with _embeddings_hold(model.network):
+        with _embeddings_hold(model.network) as asked:
             answers = trial.answers(batch)
     except (IndexError, RuntimeError, ValueError) as error:
         raise BadInput(
@@ -145,27 +145,58 @@ def full_length(trial: Trial) -> None:
         ) from error
     if not bool(torch.isfinite(answers).all()):
         raise BadInput(f"{where}: found values that are not finite for a text of that length")
+    if model.longest <= LONGEST or model.inputs.one_length:
+        return
+    for rows, each in asked.items():
+        last = each.last_of(batch.ids.shape[1], model.longest)
+        if last >= rows:
+            raise BadInput(
+                f"{where}: found an embedding of {rows} positions, of which a text of that length"
+                f" asks for row {last}, expected a base with as many"
+            )
 
 
 CHECKS: tuple[Callable[[Trial], None], ...] = (finite, repeatable, alone, full_length)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a pass asked of a table: its largest row, and how many."""
+
+    largest: int
+    distinct: int
+
+    def last_of(self, tokens: int, longest: int) -> int:
+        """The row that a text of `longest` tokens asks for, where one of `tokens` asked for this.
+
+        Where rows are positions, one for each token or, of pairs read apart, for each two; words
+        come again, and distances are few.
+        """
+        by_token = round(2 * self.distinct / tokens) / 2
+        return self.largest + int((longest - tokens) * by_token)
+
+
 @contextmanager
-def _embeddings_hold(network: nn.Module) -> Iterator[None]:
+def _embeddings_hold(network: nn.Module) -> Iterator[dict[int, _Asked]]:
     """IndexError before an embedding is asked for a row that it has not.
 
-    On a GPU the kernel itself would end the process's use of it.
+    On a GPU the kernel itself would end the process's use of it. Yields what was asked, by rows.
     """
+    found: dict[int, _Asked] = {}
 
     def check(module: nn.Module, inputs: Any) -> None:
         rows = getattr(module, "num_embeddings", 0)
-        if inputs and inputs[0].numel() and int(inputs[0].max()) >= rows:
-            raise IndexError(f"row {int(inputs[0].max())} of an embedding of {rows}")
+        if not inputs or not inputs[0].numel():
+            return
+        asked = _Asked(int(inputs[0].max()), len(inputs[0].unique()))
+        if asked.largest >= rows:
+            raise IndexError(f"row {asked.largest} of an embedding of {rows}")
+        found[rows] = max(found.get(rows, asked), asked, key=lambda each: each.distinct)
 
     tables = [module for module in network.modules() if _takes_rows(module)]
     hooks = [table.register_forward_pre_hook(check) for table in tables]
     try:
-        yield
+        yield found
     finally:
         for hook in hooks:
             hook.remove()

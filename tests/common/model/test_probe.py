@@ -141,6 +141,24 @@ def test_a_position_that_an_embedding_has_not_is_found_before_the_kernel_is(
     assert max(asked) < 30
 
 
+@pytest.mark.parametrize("first", [0, 2], ids=["from-0", "from-2"])
+def test_positions_are_counted_beyond_the_text_that_is_tried(tiny_bert: Path, first: int) -> None:
+    """A record longer than they reach would fail the attempt, which tells that there is one."""
+    longest = LONGEST + 500
+    table = nn.Embedding(longest, 1)  # RoBERTa's begin at 2, and its tables say 4098 for 4096
+
+    def places(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = good(ids, mask) + table(first + torch.arange(ids.shape[1]))[:, 0]
+        return found
+
+    model = Model(load_tokenizer(tiny_bert), places, longest=longest, network=table)
+    if not first:
+        assert model.probed() > 0
+        return
+    with pytest.raises(BadInput, match=f"an embedding of {longest} positions.* row {longest + 1},"):
+        model.probed()
+
+
 @pytest.mark.parametrize("pooling", ["mean", "default"])
 def test_a_network_is_probed_as_it_is_built(
     tiny_bert: Path, pooling: str, monkeypatch: pytest.MonkeyPatch
