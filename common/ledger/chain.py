@@ -28,6 +28,7 @@ from fedlora.common.disk import locks
 from fedlora.common.disk.files import sync_folder, write_atomically
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.signed_head import Anchor, Head, HeadFile, signed_head
+from fedlora.common.terminal import one_line
 from fedlora.common.trust.identity import Identity
 
 KEYED_TAG = "fedlora-ledger-keyed-1"
@@ -97,12 +98,18 @@ class Chain:
         """Open a chain, or begin one with the entry `opening` where there was none.
 
         Refused where the chain is not the one that the head was signed for, or one of the three
-        files is missing, or the anchor, if there is to be one, is ahead of the chain.
+        files is missing, or the anchor, if there is to be one, is ahead of the chain. BadInput
+        where something else lies there, which a beginning would remove.
         """
+        for each in (path, head, key):
+            if each.is_dir():
+                raise BadInput(f"ledger {each}: found a folder, expected a file, or none yet")
         with _refusing(path):
             for each in (path, head, key):
                 each.parent.mkdir(parents=True, exist_ok=True)
         with _refusing(path), _exclusive(path):
+            if not key.exists():
+                _check_no_others(path)
             if _never_used(path, head, key):
                 _begin(path, head, key, opening)
             missing = [each for each in (path, head, key) if not each.exists()]
@@ -247,6 +254,17 @@ def _count(path: Path) -> int:
         return int(count)
 
 
+def _check_no_others(path: Path) -> None:
+    """BadInput where a database lies that is no ledger: somebody's data, perhaps."""
+    if not path.exists():
+        return
+    with closing(_opened(path, "ro")) as connection:
+        found = connection.execute("SELECT name, sql FROM sqlite_master").fetchall()
+    if any(each != ("entries", _TABLE) for each in found):
+        names = ", ".join(one_line(str(name), 40) for name, _ in found[:3])
+        raise BadInput(f"ledger {path}: found a database of {names}, expected a ledger, or no file")
+
+
 def _begin(path: Path, head: Path, key: Path, opening: Mapping[str, Any]) -> None:
     for leftover in (
         path,
@@ -267,12 +285,16 @@ def _begin(path: Path, head: Path, key: Path, opening: Mapping[str, Any]) -> Non
     private.write(key)
 
 
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
+def _opened(path: Path, mode: str) -> sqlite3.Connection:
     where = f"{path.resolve().as_uri()}?mode={mode}"  # only a beginning may create the file
     # the lock keeps threads apart as well as processes: the connection need not insist on one
-    connection = sqlite3.connect(
+    return sqlite3.connect(
         where, uri=True, isolation_level=None, timeout=60, check_same_thread=False
     )
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    connection = _opened(path, mode)
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     return connection

@@ -722,3 +722,26 @@ def test_a_closed_ledger_refuses(place: Place) -> None:
     ledger.close()
     with pytest.raises(Refused, match="closed"):
         ledger.reserve("ward", RUN, 0, 4, 4)
+
+
+def test_a_database_that_is_no_ledger_is_never_removed(tmp_path: Path) -> None:
+    """One mistyped path, and a beginning put an empty ledger in the place of somebody's records."""
+    path = tmp_path / "notes.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE notes (text, label)")
+        connection.execute("CREATE TABLE entries (text)")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(BadInput, match=r"notes\.sqlite: found a database of notes, entries, "):
+        Ledger.open(path, tmp_path / "head.json", tmp_path / "key")
+    assert path.read_bytes() == before
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, f"{path.name}.lock"}
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_folder_in_the_place_of_a_file_is_bad_input(tmp_path: Path, number: int) -> None:
+    files = [tmp_path / name for name in ("ledger.sqlite", "head.json", "key")]
+    files[number].mkdir()
+    with pytest.raises(BadInput, match=f"ledger {files[number]}: found a folder, expected a file"):
+        Ledger.open(*files)
+    assert [*tmp_path.iterdir()] == [files[number]]
