@@ -127,8 +127,7 @@ def begin(
     _check_options(config, options, own)
     _ready_folder(config, paths, options.resume)
     federation, config, chosen = _prepared(config, paths, options, own, on_features)
-    if federation.steps.drawn:  # a head's steps take next to none
-        federation.memory()
+    federation.check_memory(head=config.training.head_rounds > 0 and not options.resume)
     checkpoint, ledger = (_resumed if options.resume else _new)(config, paths, federation, own)
     manifest = checkpoint.manifest
     checkpoint.check_against_ledger(ledger.attempts_used(manifest.digest))

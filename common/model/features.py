@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -94,6 +94,17 @@ class FeatureCache:
             self._shrink()
         self._kept.move_to_end(owner)
         return self._kept[owner]
+
+    def check_room(self, example: Encoded, sizes: Sequence[int]) -> None:
+        """BadInput where the features of owners with so many rows each are more than is free.
+
+        How wide a row is, the first record of `example` shows.
+        """
+        pooled = _pooled(self._model, example, np.zeros(1, dtype=np.int64), None).shape[1]
+        projection = self._model.projection
+        kept = pooled if projection is None else projection.width
+        _check_room(max(sizes), pooled, self._model.device)
+        _check_room(min(sum(sizes), self._limit // (4 * kept)), kept, self._model.device)
 
     def clear(self) -> None:
         """Give the memory back: the head phase is over."""

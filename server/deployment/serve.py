@@ -105,6 +105,9 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
         checkpoint = Checkpoint.open(path, public.model.spec)
     else:
         check_travels(public.model.spec.size)
+        if training.head_rounds:  # before institutions are asked, and charged
+            scores = public.validation
+            public.features.check_room(scores.data, [len(scores.data.scored(scores.rows).records)])
         cache, cohort = default_cache(), config.aggregation.minimum_cohort
         federation = coordinator.federation
         manifest = make_manifest(Terms.of(config), public.facts, cache, federation, cohort)

@@ -155,6 +155,7 @@ def plan(
         machine = machine_of(config, options)
         federation = federation_of(config, sources, Path(folder), machine)
         manifest = manifest_of(config, federation)
+        federation.check_memory(head=config.training.head_rounds > 0)
         memory = federation.memory()
         speed = measure(federation, config)
     guarantee, compute = guarantee_of(manifest), federation.public.compute

@@ -107,6 +107,21 @@ class Federation:
             private=self.steps.private,
         )
 
+    def check_memory(self, head: bool) -> None:
+        """BadInput where a step does not fit here, or, with `head`, what a head phase keeps.
+
+        Before anything is charged: how many records there are, a simulation may say.
+        """
+        if self.steps.drawn:  # a head's steps take next to none
+            self.memory()
+        if head:
+            public = self.public.validation
+            sizes = [len(public.data.scored(public.rows).records)]
+            for client in self.clients:
+                rows = self._units_of(client).records
+                sizes.append(len(self.train.scored(rows).records))
+            self.public.features.check_room(public.data, sizes)
+
     @property
     def feature_records(self) -> int:
         """Records that a head phase puts through the frozen model once."""

@@ -159,3 +159,22 @@ def test_a_projection_of_a_killed_beginning_is_not_used(
     again = begin(other, tmp_path / "run", cpu())
     fresh = begin(other, tmp_path / "fresh", cpu())
     assert again.manifest.projection_digest == fresh.manifest.projection_digest != ""
+
+
+@pytest.mark.parametrize(
+    ("override", "rows"), [("model.projection=6", 16), ("model.projection=0", 40)]
+)
+def test_features_that_do_not_fit_are_refused_before_a_budget_is_charged(
+    tiny_bert: Path,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+    rows: int,
+) -> None:
+    """Of the largest institution while they are made, and of all that are kept."""
+    settings = config(tiny_bert, data, "record", override)
+    monkeypatch.setattr("fedlora.common.model.features.available", lambda device: 4 * 96 * rows)
+    with pytest.raises(BadInput, match=r"^\[training\] head_rounds: \d+ rows of 96 features take"):
+        begin(settings, tmp_path / "run", cpu())
+    assert not list((tmp_path / "run").glob("ledger.sqlite*"))
