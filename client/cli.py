@@ -107,7 +107,8 @@ def join(
         peer = roster.remove_peer(folder, file.name)
         _say(f"removed {peer.name} ({peer.organisation}): {peer.identity.fingerprint}")
         return
-    text = read_text(file)
+    expected = "a peer's request or rotation" if approve else "a coordinator's invitation"
+    text = read_text(file, expected=expected)
     if approve:
         peer = roster.approve(folder, text, file.name)
         _say(f"approved {peer.name} ({peer.organisation}); compare by telephone:")

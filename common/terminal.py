@@ -23,6 +23,13 @@ MOST_CAUSES = 8
 # the folders of an absolute path, not those of a base64 text or a relative one
 ABOVE = re.compile(r"(?<![\w./+=-])(?:~|/)(?:[^\s/:;,'\"()]+/)+|(?<![\w./+=-])~/")
 SHORT_OF = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+EXPECTED = {
+    errno.EEXIST: ", expected nothing there, or a folder",
+    errno.ENOTDIR: ", expected a folder",
+    errno.EISDIR: ", expected a file",
+    errno.EACCES: ", expected one that this user may use",
+    errno.EROFS: ", expected a place that can be written",
+}
 INSTALLED = (
     "expected an installation with fedlora[node] for a trainer, fedlora[server] for a coordinator,"
     " or fedlora[sim]"
@@ -89,7 +96,8 @@ def explained(error: OSError) -> tuple[str, int]:
     """One line and the exit code: 2 for a wrong path, 1 where the machine ran out."""
     where = f"{error.filename}: " if error.filename else ""
     code = FedloraError.exit_code if error.errno in SHORT_OF else BadInput.exit_code
-    return printable(f"{where}{error.strerror or error}"), code
+    expected = EXPECTED.get(error.errno or 0, "")
+    return printable(f"{where}{error.strerror or error}{expected}"), code
 
 
 def run_to_end(
@@ -100,10 +108,14 @@ def run_to_end(
     `app` is typer's; `name` begins each line; `stopped` says what can be done after Ctrl-C.
     """
     import click
+    import typer
 
     bear_any_letter()
     try:
-        code = app(standalone_mode=False)
+        command = typer.main.get_command(app) if isinstance(app, typer.Typer) else app
+        if isinstance(command, click.Command):
+            _name_paths(command)
+        code = command(standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
@@ -126,6 +138,26 @@ def run_to_end(
         if said := stopped():
             _print(f"\n{said}")
         sys.exit(1)
+
+
+def _name_paths(command: Any) -> None:
+    """No path that a person gives is empty, which would mean the folder that they stand in."""
+    import click
+
+    class NamedPath(click.Path):
+        def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+            text = str(value)
+            if not text or text != text.strip():
+                option = isinstance(param, click.Option)
+                name = param.opts[0] if option else param.human_readable_name
+                raise BadInput(f'{name} "{text}": expected a path without white space at its ends')
+            return super().convert(value, param, ctx)
+
+    for param in command.params:
+        if isinstance(param.type, click.Path):
+            param.type = NamedPath()
+    for inner in getattr(command, "commands", {}).values():
+        _name_paths(inner)
 
 
 def _print(*lines: str) -> None:

@@ -69,7 +69,7 @@ def enrol(
     from fedlora.common.trust.enrolment import request_from_text
     from fedlora.server.coordinator.folder import Directory
 
-    directory, text = Directory.open(dir_), read_text(request)
+    directory, text = Directory.open(dir_), read_text(request, expected="a request")
     found = request_from_text(text, request.name)
     _say(f"name         {found.name}")
     _say(f"organisation {found.organisation}")
@@ -95,7 +95,7 @@ def rotate(
     from fedlora.common.trust.rotation import rotation_from_text
     from fedlora.server.coordinator.folder import Directory
 
-    directory, text = Directory.open(dir_), read_text(rotation)
+    directory, text = Directory.open(dir_), read_text(rotation, expected="a rotation")
     found = rotation_from_text(text, rotation.name)
     _say(f"name         {found.request.name}")
     _say(f"old key      {found.old.fingerprint}")

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.common.disk.files import text_of
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.figures import shown_epsilon
 from fedlora.common.terminal import run_to_end
@@ -78,7 +79,7 @@ def run(
     from fedlora.simulations.experiments.configuration import described
 
     if config is None and train is None:
-        raise BadInput("fedlora-sim run: found neither a configuration nor --train, expected one")
+        raise BadInput("run: found neither a configuration nor --train, expected one")
     columns = {"data_text": tuple(text) if text else None, "data_label": label}
     model = {"model_base": base, "model_task": task}
     given = described(train, test, epsilon, **columns, **model, federation_clients=clients)
@@ -255,10 +256,11 @@ def _epsilon(word: str) -> float | None:
 
 def _lines(file: Path) -> list[str]:
     """What stands before each line feed, and behind the last one: whatever else it holds."""
+    expected = "a file of UTF-8, one text to a line"
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file}: can't be read as UTF-8 text ({error})") from error
+        text = text_of(file.read_bytes(), str(file), expected, "utf-8-sig")
+    except OSError as error:
+        raise BadInput(f"{file}: can't be read ({error.strerror}), expected {expected}") from error
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     if not lines[-1]:
         lines.pop()

@@ -72,7 +72,12 @@ class Link:
 
 
 def trainer_address(text: str, root: Path) -> str:
-    """`unix:` paths absolute, for the relay runs elsewhere; others as they are."""
+    """`unix:` paths absolute, for the relay runs elsewhere; others as they are.
+
+    BadInput where it is neither: nobody would ever answer there.
+    """
+    if not re.fullmatch(r"unix:\S.*|[A-Za-z0-9.\[\]:-]{1,253}:\d{1,5}", text):
+        raise BadInput(f'--trainer "{text}": expected unix:PATH or host:port')
     if text.startswith("unix:"):
         return f"unix:{(root / text.removeprefix('unix:')).resolve()}"
     return text

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedlora.common.codec.strict import digest_of
-from fedlora.common.config.schema import COUNTS, DIGEST, LAYER, NAME, OPTIONAL
+from fedlora.common.config.schema import COUNTS, DIGEST, LAYER, NAME, OPTIONAL, OPTIONAL_PATH, PATH
 from fedlora.common.config.task_names import BUILT_IN, LABELLED, LANGUAGES, TaskName, scale_labels
 from fedlora.common.config.toml import (
     UNDECIDED,
@@ -58,7 +58,7 @@ class DataPolicy:
     Runs find theirs by task, labels and unit.
     """
 
-    path: str = _ruled("", NAME)
+    path: str = _ruled("", PATH)
     budget: str = _ruled("", NAME)
     task: str = _ruled(BUILT_IN[0], TaskName())
     labels: tuple[str, ...] = _ruled((), Each(NAME))  # the public label set, in the run's order
@@ -122,8 +122,8 @@ class LedgerPolicy:
     """Where the ledger lies: several node folders of one institution may share it."""
 
     path: str = _ruled("ledger.sqlite", Pattern(r".{1,1000}\.sqlite", "a file, NAME.sqlite"))
-    marks: str = _ruled("", OPTIONAL)  # a folder for the marks of read-only data
-    anchor: str = _ruled("", OPTIONAL)  # a file outside: the newest head once more
+    marks: str = _ruled("", OPTIONAL_PATH)  # a folder for the marks of read-only data
+    anchor: str = _ruled("", OPTIONAL_PATH)  # a file outside: the newest head once more
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ class TrainerPolicy:
         Pattern(r"unix:.{1,100}|[A-Za-z0-9.\[\]:-]{1,253}:\d{1,5}", "unix:PATH or host:port"),
     )
     group_may_ask: bool = False  # the socket's mode is 0660 instead of 0600
-    head: str = _ruled("head/head.json", NAME)  # starts where the ledger lies
-    outbox: str = _ruled("outbox", NAME)
+    head: str = _ruled("head/head.json", PATH)  # starts where the ledger lies
+    outbox: str = _ruled("outbox", PATH)
     threads: int = _ruled(0, Bounds(0, 1024))
     # auto: each GPU of a kind, or the CPU; or devices by name, among which a step is divided
     device: tuple[str, ...] = field(
@@ -149,9 +149,9 @@ class TrainerPolicy:
     answer_every: float = _ruled(5.0, Bounds(0.1, 3600))  # seconds: the first tick of an answer
     checkpointing: bool = False  # layers are computed again on the way back: slower, far smaller
     max_message_bytes: int = _ruled(64 << 20, Bounds(1 << 16, 256 << 20))
-    tls_certificate: str = _ruled("", OPTIONAL)  # for host:port: mutual TLS, always
-    tls_key: str = _ruled("", OPTIONAL)
-    tls_clients: str = _ruled("", OPTIONAL)  # the CA that the relay's certificate comes from
+    tls_certificate: str = _ruled("", OPTIONAL_PATH)  # for host:port: mutual TLS, always
+    tls_key: str = _ruled("", OPTIONAL_PATH)
+    tls_clients: str = _ruled("", OPTIONAL_PATH)  # the CA that the relay's certificate comes from
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ def _bases(found: Any, where: str, faults: list[str]) -> dict[str, str]:
             faults.append(
                 f'{where} [bases] {shown(digest)}: expected "sha256:" and 64 hexadecimal digits'
             )
-        elif not isinstance(folder, str) or NAME.fault(folder, ""):
+        elif not isinstance(folder, str) or PATH.fault(folder, ""):
             faults.append(
                 f"{where} [bases] {digest[:20]}… = {shown(folder)}: expected a folder or a model's"
                 " name"

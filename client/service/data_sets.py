@@ -8,6 +8,7 @@ from pathlib import Path
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import DataPolicy, Policy
 from fedlora.common.config.schema import check_delta
+from fedlora.common.data.data_file import named_data
 from fedlora.common.data.records import Records, read_records, unit_groups
 from fedlora.common.model.inputs import load_reader
 from fedlora.common.tasks.known import task_kind, task_named
@@ -21,7 +22,8 @@ def check_data(folder: NodeFolder, policy: Policy, name: str) -> tuple[Records, 
     And what was understood of it, in lines for its owner. BadInput names the row.
     """
     data = policy.data[name]
-    records = read_data(data, folder.under(data.path))
+    path = named_data(str(folder.under(data.path)), f"{folder.policy.name} [data.{name}] path")
+    records = read_data(data, path)
     units = len(unit_groups(records.units, len(records)))
     check_delta(policy.limits.delta, units, f"{records.where}, by [limits] delta:")
     task, most, told = task_named(data.task, data.label_set), policy.limits.max_length, [""]

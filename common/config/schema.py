@@ -29,6 +29,9 @@ DIGEST = Pattern(r"(sha256:[0-9a-f]{64})?", '"sha256:" and 64 hexadecimal digits
 LETTER = r"[^\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]"  # one line, and writable as UTF-8
 NAME = Pattern(LETTER + "{1,4096}", "one line of text")
 OPTIONAL = Pattern(LETTER + "{0,4096}", 'one line of text, or ""')
+# of a file or folder, or what may stand for one; an empty path would mean the current folder
+PATH = Pattern(rf"(?!\s){LETTER}{{1,4096}}(?<!\s)", "a path without white space at its ends")
+OPTIONAL_PATH = Pattern(f"({PATH.pattern})?", f'{PATH.what}, or ""')
 LAYER = Bounds(0, 10_000)
 ALL_LINEAR = "all-linear"  # of [lora] targets, as is AUTO
 # strategies that compare updates: how many they need beyond twice the hostile ones
@@ -56,10 +59,10 @@ def _number(
     open_low: bool = False,
     open_high: bool = False,
     tuning: bool = False,
+    text: Rule | None = None,
 ) -> Any:
-    return field(
-        default=default, metadata={"rule": Bounds(low, high, open_low, open_high), "tuning": tuning}
-    )
+    rule = Bounds(low, high, open_low, open_high, text)
+    return field(default=default, metadata={"rule": rule, "tuning": tuning})
 
 
 def _choice(default: str, *known: str, tuning: bool = False) -> Any:
@@ -82,8 +85,8 @@ def _chosen_name(*known: str) -> Any:
     return field(default=AUTO, metadata={"rule": Choice(known), "auto": True})
 
 
-def _text(default: str, rule: Pattern = OPTIONAL) -> Any:
-    return field(default=default, metadata={"rule": rule})
+def _text(default: str, rule: Pattern = OPTIONAL, *, tuning: bool = False) -> Any:
+    return field(default=default, metadata={"rule": rule, "tuning": tuning})
 
 
 def _items(default: tuple[Any, ...], rule: Rule, shortest: int = 0, one: bool = False) -> Any:
@@ -95,7 +98,7 @@ class ModelConfig:
     """[model]: the frozen base, what is read from it, and our own head."""
 
     # a directory, the name of an installed model package, or a hub id
-    base: str = _text("minilm", NAME)
+    base: str = _text("minilm", PATH)
     digest: str = _text("", DIGEST)  # "sha256:…": what the base must be
     task: str = field(default=BUILT_IN[0], metadata={"rule": TaskName()})
     max_length: int = _number(64, 4, 32_768)
@@ -133,13 +136,13 @@ class LoraConfig:
 class DataConfig:
     """[data]: files, their columns, and the privacy unit."""
 
-    train: str = _text("")
+    train: str = _text("", OPTIONAL_PATH)
     # A public file, or the share of train that is set aside as public.
-    test: float | str = _number("", 0, 1, open_low=True, open_high=True)
+    test: float | str = _number("", 0, 1, open_low=True, open_high=True, text=OPTIONAL_PATH)
     # A public file, or the share of train that belongs to no client.
-    validation: float | str = _number(0.03, 0, 1, open_low=True, open_high=True)
+    validation: float | str = _number(0.03, 0, 1, open_low=True, open_high=True, text=PATH)
     # a public file that a projection is fitted on; "": half of the validation part
-    public: str = _text("")
+    public: str = _text("", OPTIONAL_PATH)
     text: tuple[str, ...] = _items(("text",), NAME, shortest=1, one=True)  # or the two of a pair
     image: str = _text("")  # bytes, or paths from the table's folder on
     audio: str = _text("")
@@ -295,7 +298,7 @@ class TrackingConfig:
     """[tracking]: which trackers are told each round's public figures, beside metrics.jsonl."""
 
     tensorboard: bool = field(default=False, metadata={"tuning": True})  # in the run's folder
-    mlflow: str = field(default="", metadata={"rule": OPTIONAL, "tuning": True})  # folder or server
+    mlflow: str = _text("", OPTIONAL_PATH, tuning=True)  # folder or server
     wandb: bool = field(default=False, metadata={"tuning": True})  # offline, in the run's folder
 
 

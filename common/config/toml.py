@@ -37,13 +37,14 @@ class Rule(Protocol):
 class Bounds(Rule):
     """A number from `low` to `high`, each end left out where it is open.
 
-    A string passes: it comes here only where the field's type allows one instead of a number.
+    `text` is of a string: one comes here only where the field's type allows it instead of a number.
     """
 
     low: float
     high: float
     open_low: bool = False
     open_high: bool = False
+    text: Rule | None = None
 
     def expected(self, noun: str) -> str:
         low = f"{noun} {'>' if self.open_low else '>='} {_end(self.low)}"
@@ -52,7 +53,7 @@ class Bounds(Rule):
 
     def fault(self, value: Any, noun: str) -> str:
         if isinstance(value, str):
-            return ""
+            return self.text.fault(value, noun) if self.text else ""
         above = self.low < value if self.open_low else self.low <= value
         below = value < self.high if self.open_high else value <= self.high
         return "" if above and below else f"expected {self.expected(noun)}"  # nan compares false

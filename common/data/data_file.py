@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fedlora.common.config.toml import shown
 from fedlora.common.data.formats import READERS, Values, check_size, kind_of
 from fedlora.common.data.origin import Origin
 from fedlora.common.errors import BadInput
@@ -46,6 +48,21 @@ def columns_of(path: Path, wanted: Sequence[str], root: Path | None) -> dict[str
     return found
 
 
+def named_data(name: str, where: str) -> Path:
+    """The path that a configuration or a policy names; `where` is the file and field that did.
+
+    BadInput, which says so, where it means no data files.
+    """
+    path = Path(name)
+    try:
+        parts_of(path)
+    except BadInput as error:
+        known = f"{path}: ", f"{path.name}: "  # said once
+        faults = [fault.removeprefix(known[0]).removeprefix(known[1]) for fault in error.faults]
+        raise BadInput([f"{where} = {shown(name)}: {fault}" for fault in faults]) from error
+    return path
+
+
 def parts_of(path: Path, root: Path | None = None) -> tuple[Path, ...]:
     """The files that a path means, sorted; BadInput where there is none, or one can't serve."""
     if path.is_dir():
@@ -68,7 +85,8 @@ def parts_of(path: Path, root: Path | None = None) -> tuple[Path, ...]:
                 f"{part.name}: leads to a place outside {root.name}, expected a file inside it"
             )
         if not part.is_file():
-            raise BadInput(f"{part}: found no such file, expected one of {known}")
+            found = "a link that leads to no file" if part.is_symlink() else "no such file"
+            raise BadInput(f"{part}: found {found}, expected one of {known}")
     return tuple(sorted(parts))
 
 
@@ -85,14 +103,28 @@ def _of_folder(folder: Path) -> list[Path]:
             return [folder / Path(str(each["filename"])).name for each in files]
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{folder / STATE}: found no list of data files") from error
-    inside = (each for each in folder.rglob("*") if each.is_file())
     return [
         each
-        for each in inside
+        for each in _inside(folder)
         if not any(name.startswith(_ASIDE) for name in each.relative_to(folder).parts)
         and each.suffix not in _MARKS
         and each.suffix.lower() not in _MEDIA
     ]
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """All files below, with links that lead nowhere, which may have been data.
+
+    BadInput where a folder can't be looked into: what it holds would be left out unsaid.
+    """
+
+    def refuse(error: OSError) -> None:
+        reason = f"can't be read ({error.strerror}), expected a folder of data files"
+        raise BadInput(f"{error.filename}: {reason}") from error
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        found = (Path(place, name) for name in names)
+        yield from (each for each in found if each.is_file() or not each.exists())
 
 
 def origin_of(path: Path) -> Origin:

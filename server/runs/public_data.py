@@ -5,7 +5,7 @@ Simulation and deployment build it alike. Institutions build the same network fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from fedlora.common.config.parts import NetworkRecipe
 from fedlora.common.config.schema import DataConfig, ModelConfig
+from fedlora.common.data.data_file import named_data
 from fedlora.common.data.records import Columns, Ints, Records, read_records
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
@@ -51,12 +52,21 @@ def read_public(data: DataConfig, task: str) -> PublicRecords:
             f"[data] validation = {data.validation:g}: expected a public file, for a coordinator"
             " has no training file"
         )
+    named_sources(replace(data, train=""))  # a coordinator's machine has none
     labels = read_labels(data, task)
     files = (data.validation, str(data.test), *filter(None, [data.public]))
     validation, test, *fitted = (
         read_records(Path(each), columns_of(data, task), labels) for each in files
     )
     return PublicRecords(task_named(task, labels), validation, test, *fitted)
+
+
+def named_sources(data: DataConfig) -> None:
+    """BadInput, by field, where one of the files that a configuration names can't serve."""
+    names = ("train", "test", "validation", "public")
+    for name, value in ((name, getattr(data, name)) for name in names):
+        if isinstance(value, str) and value:
+            named_data(value, f"[data] {name}")
 
 
 def read_labels(data: DataConfig, task: str) -> tuple[str, ...]:

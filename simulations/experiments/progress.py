@@ -9,6 +9,7 @@ from rich.console import Console, ConsoleRenderable
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from fedlora.common.errors import FedloraError
 from fedlora.common.privacy.figures import shown_epsilon
 
 
@@ -34,6 +35,11 @@ class RunProgress:
         total = figures["rounds"]
         self._progress.update(self._rounds, completed=number, total=total, figures=shown)
 
+    def hide_empty(self) -> None:
+        """Of a run that never began there is nothing to see but why."""
+        for task in self._progress.tasks:
+            self._progress.update(task.id, visible=task.total is not None)
+
 
 @contextmanager
 def run_progress(console: Console) -> Iterator[RunProgress]:
@@ -47,7 +53,12 @@ def run_progress(console: Console) -> Iterator[RunProgress]:
         TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=console, transient=False) as progress:
-        yield RunProgress(progress)
+        bars = RunProgress(progress)
+        try:
+            yield bars
+        except FedloraError:
+            bars.hide_empty()
+            raise
 
 
 def _figure(name: str, value: float) -> str:

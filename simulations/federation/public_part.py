@@ -102,7 +102,10 @@ def set_aside(train: Records, part: str, share: float, choose: Choose) -> tuple[
     chosen = choose(unit_names(train), share, part == "test")
     if chosen.all() or not chosen.any():
         found = "leaves no unit" if chosen.all() else "takes no unit"
-        raise BadInput(f"[data] {part} = {share}: {found} of {len(units)}")
+        more = f"a {'smaller' if chosen.all() else 'larger'} share, more units"
+        raise BadInput(
+            f"[data] {part} = {share}: {found} of {len(units)}, expected {more} or a file"
+        )
     picked = np.repeat(chosen, np.diff(units.offsets))
     aside, kept = (np.sort(units.records[each]) for each in (picked, ~picked))
     return train.take(aside, f"{train.where} ({part} part)"), train.take(kept)

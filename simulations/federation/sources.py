@@ -17,7 +17,7 @@ from fedlora.common.data.unit_names import said
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.known import task_named
 from fedlora.common.tasks.overview import label_counts, listed
-from fedlora.server.runs.public_data import PublicRecords, columns_of, read_labels
+from fedlora.server.runs.public_data import PublicRecords, columns_of, named_sources, read_labels
 from fedlora.simulations.federation.public_part import Choose, set_aside
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def read_sources(
     for name, value in (("train", data.train), ("test", data.test)):
         if not value:
             raise BadInput(f'[data] {name} = "": expected a .jsonl, .csv or .parquet file')
+    named_sources(data)
     labels, public = read_labels(data, task), columns_of(data, task)
     private = replace(public, unit=data.unit, more=more)
     train = whole = read_records(Path(data.train), private, labels)

@@ -63,10 +63,13 @@ def test_a_file_where_a_folder_must_be_is_one_line(
     node = ("--node", str(north.root))
     for words in (
         ("init", "x", "--organisation", "o", "--node", str(file / "x")),
+        ("join", str(file / "x"), *node),
+        ("join", str(file / "x"), "--approve", *node),
         ("report", *node, "--out", str(file)),
     ):
         code, _, err = run(capsys, monkeypatch, *words)
         assert code == 2 and len(err.splitlines()) == 1 and str(file) in err, err
+        assert ", expected " in err, err
     north.set_policy(north.folder.policy.read_text() + '[trainer]\nhead = "node.toml/head.json"\n')
     code, _, err = run(capsys, monkeypatch, "ledger", *node)
     assert code == 3 and len(err.splitlines()) == 1 and "node.toml" in err, err

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import click
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,6 +64,12 @@ def test_one_line_is_bounded_and_changes_nothing_twice() -> None:
         (QuorumLost("few"), 4, "tool: few\n"),
         (FileNotFoundError(2, "No such file", "x"), 2, "tool: x: No such file\n"),
         (OSError(28, "No space left"), 1, "tool: No space left\n"),
+        (
+            FileExistsError(17, "Exists", "x"),
+            2,
+            "tool: x: Exists, expected nothing there, or a folder\n",
+        ),
+        (IsADirectoryError(21, "Is one", "x"), 2, "tool: x: Is one, expected a file\n"),
         (click.UsageError("which?"), 2, "Error: which?\n"),
         (click.Abort(), 1, "\nstopped\n"),
     ],
@@ -99,3 +107,35 @@ def test_a_chain_of_errors_has_an_end() -> None:
     error = ValueError("x")
     error.__cause__ = error
     assert places(error).count("ValueError") == MOST_CAUSES
+
+
+@pytest.mark.parametrize("given", ["", " ", "a ", " a"])
+@pytest.mark.parametrize("words", [("FILE",), ("file", "--out", "FILE")])
+def test_a_path_of_the_command_line_is_not_empty_nor_ends_in_white_space(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    given: str,
+) -> None:
+    """An empty one would be the folder that one stands in: keys and runs were written there."""
+    app, came = typer.Typer(), list[tuple[Path, Path | None]]()
+
+    @app.command()
+    def show(file: Path, out: Annotated[Path | None, typer.Option("--out")] = None) -> None:
+        came.append((file, out))
+
+    @app.command()
+    def other() -> None:
+        """A group has two commands."""
+
+    def called(*given: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["tool", "show", *given])
+        with pytest.raises(SystemExit) as stop:
+            run_to_end(app, "tool")
+        return int(stop.value.code or 0)
+
+    assert called(*(word.replace("FILE", given) for word in words)) == 2 and not came
+    name = words[-2] if words[1:] else "FILE"
+    expected = f'tool: {name} "{given}": expected a path without white space at its ends\n'
+    assert capsys.readouterr().err == expected
+    assert called("a b", "--out", ".") == 0 and came == [(Path("a b"), Path())]

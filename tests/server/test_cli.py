@@ -126,7 +126,8 @@ def test_faults_are_one_line_and_a_code(command: Command, made: Directory, tmp_p
     for arguments, code, fault in (
         (("enrol", "north.json", "--yes"), 3, "used already"),
         (("enrol", "north.json"), 2, "--yes"),
-        (("enrol", "absent.json"), 2, "can't be read"),
+        (("enrol", "absent.json"), 2, "(No such file or directory), expected a request"),
+        (("rotate", "."), 2, "(Is a directory), expected a rotation"),
         (("revoke", "east"), 2, "expected one of north"),
         (
             ("rotate", "north.json"),
@@ -146,6 +147,11 @@ def test_faults_are_one_line_and_a_code(command: Command, made: Directory, tmp_p
         (("verify", "coordinator"), 2, "release.json"),
         (("init", "coordinator", "--federation", "f", "--host", "h"), 2, "found something there"),
         (("init", "x", "--federation", "f", "--host", "h", "--port", "0"), 2, "port = 0"),
+        (
+            ("init", "x", "--federation", "f", "--host", "h", "--port", "9300"),
+            2,
+            "expected another",
+        ),
     ):
         found, out, err = command(*arguments)
         assert (found, len(err.splitlines())) == (code, 1), (arguments, err)

@@ -64,8 +64,9 @@ def test_every_fault_is_a_line_and_the_exit_code_is_2(
         (("sweep", "quickstart", "--over", "epsilon"), "section.key=VALUE"),
         (("report", "no-such-run"), "expected a run that has finished"),
         (("predict", "no-such-run", "texts.txt"), "texts.txt"),
+        (("predict", "no-such-run", "."), "(Is a directory), expected a file of UTF-8, one text"),
         (("no-such-command",), "No such command"),
-        (("run",), "found neither a configuration nor --train"),
+        (("run",), "fedlora-sim: run: found neither a configuration nor --train"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

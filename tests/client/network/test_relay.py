@@ -51,6 +51,13 @@ def test_the_relay_starts_quickly_and_without_torch() -> None:
     assert time.monotonic() - started < 4
 
 
+@pytest.mark.parametrize("given", ["", "foo", "unix:", "unix: x", "host:", "host:99999999"])
+def test_a_trainer_that_nobody_can_reach_is_bad_input(given: str) -> None:
+    with pytest.raises(BadInput, match=r"--trainer .*: expected unix:PATH or host:port"):
+        trainer_address(given, Path())
+    assert trainer_address("[::1]:9000", Path()) == "[::1]:9000"
+
+
 def test_bytes_go_there_and_back_as_they_are(tmp_path: Path) -> None:
     service = Service(lambda data: data[::-1], TrainerPolicy(), tmp_path)
     service.start()

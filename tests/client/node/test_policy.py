@@ -118,6 +118,22 @@ def test_two_data_sets_that_serve_the_same_runs_are_refused() -> None:
         parse_policy(again)
 
 
+@pytest.mark.parametrize(
+    "field",
+    ["data.notes.path", "ledger.marks", "ledger.anchor", "trainer.head", "trainer.outbox"]
+    + [f"trainer.tls_{name}" for name in ("certificate", "key", "clients")],
+)
+@pytest.mark.parametrize("value", ["", " ", "x "])
+def test_a_path_is_not_empty_and_has_no_white_space_at_its_ends(field: str, value: str) -> None:
+    if not value and field.startswith(("ledger", "trainer.tls")):
+        return  # there is none
+    section, _, key = field.rpartition(".")
+    with pytest.raises(BadInput) as caught:
+        parse_policy(f'{field} = "{value}"\n')
+    place = f'node.toml [{section}] {key} = "{value}": expected a path without white space'
+    assert [each for each in caught.value.faults if each.startswith(place)], caught.value.faults
+
+
 @pytest.mark.parametrize("mode", [0o666, 0o620, 0o602])
 def test_a_policy_that_others_can_write_is_refused(
     tmp_path: Path, mode: int

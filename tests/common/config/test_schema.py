@@ -18,7 +18,7 @@ from fedlora.common.config.schema import (
     check_delta,
     config_to_toml,
 )
-from fedlora.common.config.toml import UNDECIDED
+from fedlora.common.config.toml import UNDECIDED, literal
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
 
@@ -536,3 +536,21 @@ def test_a_network_is_what_its_configuration_says() -> None:
         replace(network, rank=0).configs("b")
     with pytest.raises(BadInput, match=r"manifest network pooling"):
         replace(network, pooling="cls").configs("b")
+
+
+MAY_BE_EMPTY = ("data.train", "data.test", "data.public", "tracking.mlflow")
+
+
+@pytest.mark.parametrize("path", ["model.base", "data.validation", *MAY_BE_EMPTY])
+@pytest.mark.parametrize("value", ["", " ", "x.csv ", "\u00a0x"])
+def test_a_path_is_not_empty_and_has_no_white_space_at_its_ends(path: str, value: str) -> None:
+    """An empty one would be read as the folder that one stands in."""
+    section, key = path.split(".")
+    given = f"{path} = {literal(value)}"
+    if not value and path in MAY_BE_EMPTY:
+        assert parse_config(given)
+        return
+    expected = "expected a path without white space at its ends" + ', or ""' * (
+        path in MAY_BE_EMPTY
+    )
+    assert faults(given) == [f"run.toml [{section}] {key} = {literal(value)}: {expected}"]

@@ -15,7 +15,14 @@ import pyarrow.parquet
 import pytest
 
 from fedlora.common.data import formats
-from fedlora.common.data.data_file import columns_of, file_digest, files_stamp, origin_of, parts_of
+from fedlora.common.data.data_file import (
+    columns_of,
+    file_digest,
+    files_stamp,
+    named_data,
+    origin_of,
+    parts_of,
+)
 from fedlora.common.errors import BadInput
 
 ROWS = [{"text": "größe\tund\nlänge", "n": 1}, {"text": 'a "b", c', "n": 22}]
@@ -220,3 +227,56 @@ def test_small_shards_that_are_equal_do_not_make_data_the_same(tmp_path: Path) -
     ours, theirs = (dict(origin_of(tmp_path / name).files) for name in "ab")
     assert sorted(map(bool, ours.values())) == [False, True]
     assert not set(filter(None, ours.values())) & set(theirs.values())
+
+
+@pytest.mark.parametrize(
+    ("lies", "said"),
+    [
+        ("nothing", "found no such file, expected one of .jsonl"),
+        ("link", "found a link that leads to no file, expected one of .jsonl"),
+        ("folder", "found no data files, expected at least one of .jsonl"),
+        ("Makefile", "Makefile: found no ending, expected one of .jsonl"),
+        ("below a file", "found no such file, expected one of .jsonl"),
+    ],
+)
+def test_a_path_that_means_no_data_is_one_line_with_its_field(
+    tmp_path: Path, lies: str, said: str
+) -> None:
+    path = tmp_path / "a.csv"
+    if lies == "link":
+        path.symlink_to("nowhere.csv")
+    elif lies == "below a file":
+        path.touch()
+        path = path / "b.csv"
+    elif lies != "nothing":
+        path.mkdir()
+    if lies == "Makefile":
+        (path / lies).touch()
+    with pytest.raises(BadInput) as caught:
+        named_data(str(path), "[data] test")
+    (line,) = caught.value.faults
+    assert line.startswith(f'[data] test = "{path}: '.replace(": ", '": ') + said), line
+
+
+def test_what_a_folder_holds_is_not_left_out_unsaid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that is a link to nowhere, and a folder that this user may not look into."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "1.csv").touch()
+    assert parts_of(tmp_path) == (tmp_path / "a" / "1.csv",)
+    lost = tmp_path / "a" / "2.csv"
+    lost.symlink_to("nowhere.csv")
+    with pytest.raises(BadInput, match=f"^{lost}: found a link that leads to no file"):
+        parts_of(tmp_path)
+    lost.unlink()
+    listed = os.scandir
+
+    def closed(place: str) -> object:
+        if Path(place).name == "b":
+            raise PermissionError(13, "Permission denied", str(place))
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(BadInput, match=r"a/b: can't be read \(Permission denied\), expected"):
+        parts_of(tmp_path)
