@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 from typing import Any
 
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import FLEXLORA, Config, config_to_toml, open_fields
-from fedlora.common.config.task_names import BY_WORD
+from fedlora.common.config.task_names import BY_WORD, MANY_LABELS
 from fedlora.common.config.toml import AUTO, UNDECIDED
 from fedlora.common.errors import BadInput
+from fedlora.common.privacy.central_limit import about_sigma, gaussian_mu
 from fedlora.common.privacy.modes import guarantee_asked
 
 HEAD_ROUNDS, LORA_ROUNDS = 30, 60
@@ -54,7 +54,6 @@ OPEN_LORA_RATE = 0.1  # of gradients that nothing clips, under momentum
 LORA_SHAKEN = 7e-4
 WARMUP = 0.1  # of LoRA's rounds: its first gradients are of a B that is zero
 ADAMW_RATE, OPEN_RATE = 1e-3, 2e-3  # of LoRA with noise, and without
-MOST_EPSILON = 100.0  # beyond it, e^ε and the normal tails are rounding
 WHOLE_ROUNDS = 10  # where whole updates are noised: each pays for all of its coordinates
 OPEN_BATCH, OPEN_EPOCHS = 32, 3
 # Few units go through in smaller batches, and as often as this needs: 90 steps found no disease's
@@ -177,6 +176,7 @@ def _head(config: Config, facts: PublicFacts) -> Chosen:
     rate = training.head_sampling_rate if training.head_sampling_rate > 0 else 1.0
     pairs = config.model.pooling == "pairs" and facts.classes > 1
     voted = pairs and guarantee_asked(config.privacy).clip_in_step
+    clip = (PAIRS_HEAD_CLIP if voted else HEAD_CLIP) / _questions(config, facts)
     return {
         "training": {
             "head_steps": 1,
@@ -185,10 +185,7 @@ def _head(config: Config, facts: PublicFacts) -> Chosen:
             "head_optimizer": "sgd",
             "head_learning_rate": _local_rate(config, training.head_optimizer),
         },
-        "privacy": {
-            "head_phase_clip": PAIRS_HEAD_CLIP if voted else HEAD_CLIP,
-            "head_epsilon_share": HEAD_SHARE,
-        },
+        "privacy": {"head_phase_clip": clip, "head_epsilon_share": HEAD_SHARE},
     }
 
 
@@ -218,9 +215,20 @@ def _lora(config: Config, facts: PublicFacts) -> Chosen:
         "optimizer": optimizer,
         "moves": "lora" if alone else "both",
     }
-    clip = FEW_CLASSES_CLIP if 1 < facts.classes < FEW_CLASSES else LORA_CLIP
-    clip = NUMBER_CLIP if facts.classes == 1 else clip
-    return {"training": chosen, "privacy": {"clip": clip if asked.clip_in_step else WHOLE_CLIP}}
+    clip = _lora_clip(config, facts) if asked.clip_in_step else WHOLE_CLIP
+    return {"training": chosen, "privacy": {"clip": clip}}
+
+
+def _lora_clip(config: Config, facts: PublicFacts) -> float:
+    if facts.classes == 1:
+        return NUMBER_CLIP
+    few = 1 < facts.classes < FEW_CLASSES
+    return (FEW_CLASSES_CLIP if few else LORA_CLIP) / _questions(config, facts)
+
+
+def _questions(config: Config, facts: PublicFacts) -> int:
+    """Whose losses a record's is the mean of: its gradients are shorter by as many."""
+    return max(1, facts.classes) if config.model.task in MANY_LABELS else 1
 
 
 def _local(config: Config, facts: PublicFacts) -> Chosen:
@@ -285,7 +293,7 @@ def _head_rate(config: Config, facts: PublicFacts) -> float:
     """What suits gradients alone, and what noise allows."""
     privacy, model, rounds = config.privacy, config.model, max(1, config.training.head_rounds)
     clip, rate = privacy.head_phase_clip, config.training.head_sampling_rate
-    noise = _sigma(_head_mu(config), rate, rounds * config.training.head_steps)
+    noise = about_sigma(_head_mu(config), rate, rounds * config.training.head_steps)
     noise *= clip / config.training.head_expected_units * _of_mean(config)
     # features have length head_scale a layer; with a linear decay a third of squared rates counts
     layers = len(model.pooled_layers) * (model.pooling == "layers" and not model.projection) or 1
@@ -305,7 +313,7 @@ def _lora_rate(config: Config) -> float:
         return suits
     whole, head = gaussian_mu(privacy.epsilon, privacy.delta), _head_mu(config)
     left = math.sqrt(whole**2 - head**2) if training.head_rounds else whole
-    noise = _sigma(left, training.sampling_rate, rounds * training.steps)
+    noise = about_sigma(left, training.sampling_rate, rounds * training.steps)
     noise *= privacy.clip / training.expected_units * _of_mean(config)
     return min(suits, LORA_SHAKEN / noise)
 
@@ -315,34 +323,11 @@ def _head_mu(config: Config) -> float:
     return gaussian_mu(min(0.99, privacy.head_epsilon_share) * privacy.epsilon, privacy.delta)
 
 
-def _sigma(mu: float, sampling_rate: float, steps: int) -> float:
-    """About what keeps so many steps μ-private: a rate is no promise, and calibration is exact.
-
-    By the limit of many steps (Bu et al. 2020): μ = q √steps √(exp(1 / σ²) - 1).
-    """
-    if sampling_rate == 1:
-        return math.sqrt(steps) / mu
-    return 1 / math.sqrt(math.log1p((mu / sampling_rate) ** 2 / steps))
-
-
 def _of_mean(config: Config) -> float:
     """What is left of a whole noise in the mean over a round's institutions, about."""
     asked = max(1.0, config.federation.participation * config.federation.clients)
     part = guarantee_asked(config.privacy).noise_part(asked, config.aggregation)
     return math.sqrt(part / asked)
-
-
-def gaussian_mu(epsilon: float, delta: float) -> float:
-    """The μ of a Gaussian mechanism that is (ε, δ)-private exactly (Dong, Roth and Su 2022)."""
-    epsilon = min(epsilon, MOST_EPSILON)
-    low, high = 1e-6, 1e3
-    for _ in range(100):
-        middle = math.sqrt(low * high)
-        shift = epsilon / middle
-        normal = NormalDist().cdf
-        spent = normal(middle / 2 - shift) - math.exp(epsilon) * normal(-middle / 2 - shift)
-        low, high = (middle, high) if spent < delta else (low, middle)
-    return low
 
 
 def _units_of_one(config: Config) -> float:

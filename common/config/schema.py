@@ -290,7 +290,8 @@ class ServerConfig:
     warmup: float = _chosen(0, 0.9)
     decay: str = _chosen_name("none", "linear")
     head_optimizer: str = _chosen_name("none", "momentum", "adam", "yogi")
-    head_learning_rate: float = _chosen(0, 1e3, open_low=True)
+    # in proportion to 1 / clip, which is the smaller, the more labels a record may have
+    head_learning_rate: float = _chosen(0, 1e6, open_low=True)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from fedlora.common.config.toml import Choice
 # whose records are no text, and the key of [data] that names their column
 MEDIA = {"image-classification": "image", "audio-classification": "audio"}
 CLASSIFIED = ("sequence-classification", *MEDIA)  # one label to a record
-LABELLED = (*CLASSIFIED, "multi-label", "token-classification")
+MANY_LABELS = ("multi-label",)  # any number of labels to a record, each a question of its own
+LABELLED = (*CLASSIFIED, *MANY_LABELS, "token-classification")
 BY_WORD = ("token-classification",)  # answered word by word
 LANGUAGES = ("causal-lm", "seq2seq")  # answered by the base's own scores of words
 BUILT_IN = (*LABELLED, "regression", *LANGUAGES)

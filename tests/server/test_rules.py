@@ -11,10 +11,10 @@ from fedlora.common.config.load import parse_config
 from fedlora.common.config.parts import Terms
 from fedlora.common.config.schema import Config, config_to_toml, open_fields
 from fedlora.common.errors import BadInput
-from fedlora.common.privacy.accountant import Mechanism, epsilon_of
 from fedlora.common.privacy.calibration import Asked
+from fedlora.common.privacy.central_limit import gaussian_mu
 from fedlora.common.privacy.record_level import RecordLevel
-from fedlora.server.rules import PublicFacts, agree, decided, gaussian_mu, rounded
+from fedlora.server.rules import PublicFacts, agree, decided, rounded
 from fedlora.server.runs.schedule import public_phases
 from fedlora.server.strategies.fedavg import ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
@@ -129,12 +129,17 @@ def test_lora_moves_further_where_gradients_of_many_classes_point_apart() -> Non
         assert server.learning_rate == pytest.approx(step)
 
 
-def test_mu_is_that_of_the_accountant() -> None:
-    """ε of a Gaussian mechanism without sampling, by an accountant that knows nothing of μ."""
-    for epsilon in (0.5, 2.0, 8.0):
-        mu = gaussian_mu(epsilon, 1e-5)
-        found = epsilon_of([Mechanism(1.0, 1 / mu, 1)], 1e-5)
-        assert found == pytest.approx(epsilon, rel=0.02)
+def test_a_loss_that_is_a_mean_over_labels_has_clips_as_short_as_its_gradients() -> None:
+    """Else its updates are as long as their noise, and a head hardly moves."""
+    one, many = (
+        chosen(f'[model]\ntask = "{task}"', PublicFacts(1_000_000, 28))
+        for task in ("sequence-classification", "multi-label")
+    )
+    for field in ("clip", "head_phase_clip"):
+        assert getattr(many.privacy, field) == pytest.approx(getattr(one.privacy, field) / 28)
+    rates = many.server.head_learning_rate, one.server.head_learning_rate
+    assert rates[0] * many.privacy.head_phase_clip == pytest.approx(rates[1])
+    assert many.server.learning_rate == one.server.learning_rate  # Adam's steps have their size
 
 
 def test_without_privacy_small_steps_make_up_epochs() -> None:
