@@ -217,7 +217,10 @@ def _stopped(words: list[str]) -> str:
     if not words or words[0] != "run":
         return "stopped; the same command begins again"
     again = words if "--resume" in words else [*words, "--resume"]
-    return f"stopped at the last committed round; go on with: fedlora-sim {shlex.join(again)}"
+    return (
+        f"stopped at the last committed round; go on with: fedlora-sim {shlex.join(again)}"
+        " (without --resume where no run had begun)"
+    )
 
 
 def _load(config: Path, overrides: list[str] | None) -> Config:

@@ -290,8 +290,7 @@ class ServerConfig:
     warmup: float = _chosen(0, 0.9)
     decay: str = _chosen_name("none", "linear")
     head_optimizer: str = _chosen_name("none", "momentum", "adam", "yogi")
-    # in proportion to 1 / clip, which is the smaller, the more labels a record may have
-    head_learning_rate: float = _chosen(0, 1e6, open_low=True)
+    head_learning_rate: float = _chosen(0, 1e6, open_low=True)  # in proportion to 1 / clip
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,23 @@ def test_the_heads_rate_lets_noise_move_a_logit_by_so_much_at_most(
 ) -> None:
     config = chosen(f"[privacy]\nepsilon = {epsilon}", PublicFacts(units, 2))
     (head, _), terms = public_phases(Terms.of(config)), config.server
-    sigma = math.sqrt(head.rounds) / gaussian_mu(0.6 * epsilon, 1e-5)
+    share = config.privacy.head_epsilon_share
+    sigma = math.sqrt(head.rounds) / gaussian_mu(share * epsilon, 1e-5)
     noise = sigma * head.clip / head.expected_units / math.sqrt(10)
     rates = [terms.head_learning_rate * (1 - step / head.rounds) for step in range(head.rounds)]
     moved = 10.0 * noise * math.sqrt(sum(rate**2 for rate in rates))  # features have length 10
     assert moved <= 1.7
     assert moved > 1.5 or terms.head_learning_rate == pytest.approx(4.5 * math.sqrt(2))
+
+
+def test_a_head_on_few_units_a_class_has_most_of_epsilon() -> None:
+    for units, classes, share in (
+        (592, 3, 0.85),
+        (15_000, 150, 0.85),
+        (3_668, 2, 0.6),
+        (500, 0, 0.6),
+    ):
+        assert chosen("", PublicFacts(units, classes)).privacy.head_epsilon_share == share
 
 
 def test_a_head_on_layers_side_by_side_goes_slower_as_its_features_are_longer() -> None:
@@ -135,10 +146,9 @@ def test_a_loss_that_is_a_mean_over_labels_has_clips_as_short_as_its_gradients()
         chosen(f'[model]\ntask = "{task}"', PublicFacts(1_000_000, 28))
         for task in ("sequence-classification", "multi-label")
     )
-    for field in ("clip", "head_phase_clip"):
-        assert getattr(many.privacy, field) == pytest.approx(getattr(one.privacy, field) / 28)
-    rates = many.server.head_learning_rate, one.server.head_learning_rate
-    assert rates[0] * many.privacy.head_phase_clip == pytest.approx(rates[1])
+    assert many.privacy.clip == pytest.approx(one.privacy.clip / 28)
+    assert many.privacy.head_phase_clip == pytest.approx(3 * one.privacy.head_phase_clip / 28)
+    assert many.server.head_learning_rate == pytest.approx(28 * one.server.head_learning_rate)
     assert many.server.learning_rate == one.server.learning_rate  # Adam's steps have their size
 
 
