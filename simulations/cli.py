@@ -218,8 +218,8 @@ def _stopped(words: list[str]) -> str:
         return "stopped; the same command begins again"
     again = words if "--resume" in words else [*words, "--resume"]
     return (
-        f"stopped at the last committed round; go on with: fedlora-sim {shlex.join(again)}"
-        " (without --resume where no run had begun)"
+        "stopped; where no run had begun the same command begins again, else go on from the last"
+        f" committed round with: fedlora-sim {shlex.join(again)}"
     )
 
 

@@ -121,8 +121,6 @@ class Directory:
             "SUPERLINK_PORT": str(superlink_port),
         })  # fmt: skip
         settings = _settings(text)
-        if port == superlink_port:  # nginx and SuperLink would both want it
-            raise BadInput(f"{SETTINGS} [superlink] port = {port}: expected another than [address]")
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             scratch.mkdir(parents=True)
