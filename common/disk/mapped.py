@@ -74,7 +74,7 @@ def by_stretches(*arrays: Array, rows: int = 1) -> Iterator[tuple[Array, ...]]:
     size = arrays[0].size
     if any(array.shape != (size,) for array in arrays):
         raise ValueError(f"found {[array.shape for array in arrays]}, expected all to be ({size},)")
-    length = max(1, STRETCH // max(1, rows))
+    length = max(1, STRETCH // rows)
     for start in range(0, size, length):
         views = tuple(array[start : start + length] for array in arrays)
         yield views

@@ -39,8 +39,7 @@ def multi_krum(updates: Updates, hostile: int, out: Floats) -> None:
     neighbours = len(updates) - hostile - 2
     distances = np.sort(_squared_distances(updates, out), axis=1)[:, 1 : neighbours + 1]
     chosen = np.argsort(distances.sum(axis=1), kind="stable")[: len(updates) - hostile]
-    for mean, stretch in _rows([updates[place] for place in np.sort(chosen)], out):
-        mean[:] = stretch.mean(axis=0)
+    plain_mean([updates[place] for place in np.sort(chosen)], out)
 
 
 def norm_filtered_mean(updates: Updates, hostile: int, out: Floats) -> None:
@@ -70,9 +69,7 @@ def _squared_distances(updates: Updates, out: Floats) -> Floats:
 
 
 def _rows(updates: Updates, out: Floats) -> Iterator[tuple[Floats, Floats]]:
-    """Of each stretch where `out` is written, (k,), and the updates, (n, k); all of k are small
-    enough that n rows take what one stretch does.
-    """
+    """Stretch by stretch: where `out` is written, (k,), and the updates there, (n, k)."""
     for mean, *parts in by_stretches(out, *updates, rows=len(updates)):
         yield mean, np.stack(parts, dtype=np.float64)
 
