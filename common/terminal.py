@@ -115,6 +115,7 @@ def run_to_end(
         command = typer.main.get_command(app) if isinstance(app, typer.Typer) else app
         if isinstance(command, click.Command):
             _name_paths(command)
+            _suggest_once(command)
         code = command(standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
@@ -158,6 +159,13 @@ def _name_paths(command: Any) -> None:
             param.type = NamedPath()
     for inner in getattr(command, "commands", {}).values():
         _name_paths(inner)
+
+
+def _suggest_once(command: Any) -> None:
+    """Of a mistyped command click says which is meant; typer would say the same once more."""
+    command.suggest_commands = False
+    for inner in getattr(command, "commands", {}).values():
+        _suggest_once(inner)
 
 
 def _print(*lines: str) -> None:

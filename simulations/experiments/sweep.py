@@ -45,8 +45,7 @@ def sweep(
     """
     if "." not in key or not values:
         raise BadInput(f"sweep over {key!r}: expected section.key, and values")
-    # all of them first: a bad value is named before anything runs
-    settings = {override(key, value): changed(config, override(key, value)) for value in values}
+    settings = _settings(config, [override(key, value) for value in values])
     named = {setting.replace("/", "_"): setting for setting in settings}
     trials: list[Mapping[str, Any]] = []
     runs = {name: settings[setting] for name, setting in named.items()}
@@ -54,3 +53,22 @@ def sweep(
         trials.append({"key": key, "value": named[name].partition("=")[2], **summary})
         write_text(Path(folder) / "sweep.json", json.dumps(trials, indent=2) + "\n")
     return Sweep(tuple(trials), write_sweep_report(Path(folder)))
+
+
+def _settings(config: Config, overrides: Sequence[str]) -> dict[str, Config]:
+    """The configuration of each trial; before anything runs BadInput names every bad value."""
+    settings, faults = dict[str, Config](), dict[str, None]()
+    for each in overrides:
+        try:
+            settings[each] = changed(config, each)
+        except BadInput as error:
+            faults |= dict.fromkeys(_of_sweep(fault, each) for fault in error.faults)
+    if faults:
+        raise BadInput([*faults])
+    return settings
+
+
+def _of_sweep(fault: str, setting: str) -> str:
+    """A fault of a value alone names the key itself; one of several fields does not."""
+    rest = fault.removeprefix("--set ")
+    return f"--over {rest}" if rest != fault else f"--over {setting}: {fault}"

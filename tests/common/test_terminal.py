@@ -109,6 +109,21 @@ def test_a_chain_of_errors_has_an_end() -> None:
     assert places(error).count("ValueError") == MOST_CAUSES
 
 
+def test_a_mistyped_command_has_one_suggestion(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, inner = typer.Typer(), typer.Typer()
+    app.add_typer(inner, name="policy")
+    for name in ("explain", "other"):
+        inner.command(name)(lambda: None)
+    for words in (("polcy",), ("policy", "explan")):
+        monkeypatch.setattr(sys, "argv", ["tool", *words])
+        with pytest.raises(SystemExit) as stop:
+            run_to_end(app, "tool")
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("Did you mean") == 1
+
+
 @pytest.mark.parametrize("given", ["", " ", "a ", " a"])
 @pytest.mark.parametrize("words", [("FILE",), ("file", "--out", "FILE")])
 def test_a_path_of_the_command_line_is_not_empty_nor_ends_in_white_space(

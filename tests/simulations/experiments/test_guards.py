@@ -63,8 +63,26 @@ def test_a_sweep_names_bad_values_first_and_never_shows_another_trial(tmp_path: 
         settings = load_config(path)
         return sweep(settings, "federation.rounds", values, tmp_path / "s", run=ran.append)  # type: ignore[arg-type]
 
-    with pytest.raises(BadInput, match="nan"):
-        over("1", "nan")
+    with pytest.raises(BadInput) as caught:
+        over("1", "nan", "0")
+    expected = "expected an integer >= 1 and <= 100000"
+    assert caught.value.faults == (
+        f"--over federation.rounds = nan: {expected}",
+        f"--over federation.rounds = 0: {expected}",
+    )
+    for key, said in (
+        ("federation.ruonds", 'federation.ruonds: unknown key; did you mean "rounds"?'),
+        ("lora.rank.x", '"lora.rank.x=1": expected section.key=VALUE'),
+        (
+            "training.head_rounds",
+            "training.head_rounds=1: config [training] head_rounds = 1: expected 0",
+        ),
+    ):
+        settings = load_config(path, ["model.task=causal-lm", "federation.rounds=3"])
+        with pytest.raises(BadInput) as caught:
+            sweep(settings, key, [1, "1"], tmp_path / "s")
+        (fault,) = caught.value.faults
+        assert fault.startswith(f"--over {said}")
     assert not ran
     done = tmp_path / "s" / "federation.rounds=1"
     done.mkdir(parents=True)
