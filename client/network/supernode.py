@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlora.common.codec.strict import MOST_PORT, check_port
 from fedlora.common.errors import BadInput
 from fedlora.common.protocol.flower_programs import environment, installed
 from fedlora.common.trust.identity import read_private
@@ -38,7 +39,8 @@ class Link:
     certificates: tuple[str, str, str] = ("", "", "")  # authority, certificate, key of mutual TLS
 
     def command(self) -> list[str]:
-        """BadInput where a part is missing; Refused where others can read the key."""
+        """BadInput where a part is missing or no port; Refused where others can read the key."""
+        check_port(self.port, "Flower's own")
         executable = installed("flower-supernode")
         config = {"trainer": self.trainer}
         for name, path in zip(("authority", "certificate", "key"), self.certificates, strict=True):
@@ -80,6 +82,8 @@ def trainer_address(text: str, root: Path) -> str:
         raise BadInput(f'--trainer "{text}": expected unix:PATH or host:port')
     if text.startswith("unix:"):
         return f"unix:{(root / text.removeprefix('unix:')).resolve()}"
+    if not 0 < int(text.rpartition(":")[2]) <= MOST_PORT:
+        raise BadInput(f'--trainer "{text}": expected a port of 1 to {MOST_PORT}')
     return text
 
 

@@ -24,6 +24,7 @@ from fedlora.common.errors import BadInput
 from fedlora.common.terminal import printable
 
 MAX_MESSAGE_BYTES = 1 << 20
+MOST_PORT = 65535
 T = TypeVar("T")
 NOUNS = {str: "a string", int: "an integer", float: "a finite number", bool: "true or false"}
 
@@ -33,6 +34,12 @@ def canonical(value: Mapping[str, Any]) -> bytes:
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
+
+
+def check_port(port: int, zero: str) -> None:
+    """BadInput unless `--port` is one of TCP's, or 0, which stands for what `zero` says."""
+    if not 0 <= port <= MOST_PORT:
+        raise BadInput(f"--port {port}: expected 1 to {MOST_PORT}, or 0: {zero}")
 
 
 def digest_of(data: bytes) -> str:

@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+from fedlora.common.codec.strict import check_port
 from fedlora.common.errors import BadInput
 from fedlora.common.terminal import one_line
 
@@ -50,6 +51,7 @@ class LoopbackServer(ThreadingHTTPServer):
     ) -> None:
         if not anywhere and not _is_loopback(host):
             raise BadInput(f"--host {host}: expected a loopback address, as {LOOPBACK}")
+        check_port(port, "any that is free")
         self.anywhere = anywhere
         super().__init__((host, port), handler)
 

@@ -55,7 +55,10 @@ def test_the_relay_starts_quickly_and_without_torch() -> None:
 def test_a_trainer_that_nobody_can_reach_is_bad_input(given: str) -> None:
     with pytest.raises(BadInput, match=r"--trainer .*: expected unix:PATH or host:port"):
         trainer_address(given, Path())
-    assert trainer_address("[::1]:9000", Path()) == "[::1]:9000"
+    for port in ("0", "65536"):
+        with pytest.raises(BadInput, match=r"--trainer .*: expected a port of 1 to 65535"):
+            trainer_address(f"host:{port}", Path())
+    assert trainer_address("[::1]:65535", Path()) == "[::1]:65535"
 
 
 def test_bytes_go_there_and_back_as_they_are(tmp_path: Path) -> None:
@@ -158,6 +161,9 @@ def test_link_names_what_is_missing_and_starts_a_supernode(
     words = link.command()
     assert words[0].endswith("flower-supernode") and "127.0.0.1:9092" in words
     assert f'trainer="unix:{north.root.resolve()}/trainer.sock"' in words
+    for port in (-1, 65536):
+        with pytest.raises(BadInput, match=f"--port {port}: expected 1 to 65535, or 0: Flower's"):
+            replace(link, port=port).command()
     (north.folder.relay / "flower_key").chmod(0o640)
     with pytest.raises(Refused, match="others can read"):
         link.command()

@@ -163,6 +163,9 @@ def test_what_is_not_there_and_who_asks_for_more(tmp_path: Path) -> None:
         assert asked(server, "POST", "/events", b"{}")[0] == 404
     with pytest.raises(BadInput, match=r"--host 0\.0\.0\.0: expected a loopback address"):
         LoopbackServer(LoopbackHandler, "0.0.0.0", 0)
+    for port in (-1, 65536):
+        with pytest.raises(BadInput, match=f"--port {port}: expected 1 to 65535, or 0: any"):
+            Watching(tmp_path, port)
     with pytest.raises(BadInput, match="found no run"):
         Watching(tmp_path / "elsewhere")
 
