@@ -26,12 +26,14 @@ from typing import Any
 from fedlora.common.codec.strict import canonical
 from fedlora.common.disk import locks
 from fedlora.common.disk.files import sync_folder, write_atomically
-from fedlora.common.errors import BadInput, Refused
+from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger.signed_head import Anchor, Head, HeadFile, signed_head
-from fedlora.common.terminal import one_line
+from fedlora.common.terminal import SHORT_OF, one_line
 from fedlora.common.trust.identity import Identity
 
 KEYED_TAG = "fedlora-ledger-keyed-1"
+# what SQLite calls a machine that ran out, in the low byte of its codes
+SHORT_OF_IN_SQLITE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM)
 
 _TABLE = (
     "CREATE TABLE entries (number INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL)"
@@ -157,7 +159,7 @@ class Chain:
         try:
             self._connection.execute(_INSERT, (position.count, text, position.hash))
         except sqlite3.Error as error:
-            raise Refused(
+            raise _kind(error)(
                 f"ledger {self._path}: could not be written ({error}); nothing may be used"
             ) from error
         self._take(body)
@@ -311,13 +313,22 @@ def _exclusive(path: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """A file that can't be read or written is a refusal: nothing may be spent on top of it."""
+    """Nothing may be spent on top of a file that can't be read or written."""
     try:
         yield
-    except sqlite3.DatabaseError as error:
-        raise Refused(f"ledger {path}: found a damaged file ({error})") from error
-    except OSError as error:
-        raise Refused(f"ledger {path}: could not be read or written ({error})") from error
+    except (sqlite3.DatabaseError, OSError) as error:
+        kind = _kind(error)
+        damaged = isinstance(error, sqlite3.Error) and kind is Refused
+        found = "found a damaged file" if damaged else "could not be read or written"
+        raise kind(f"ledger {path}: {found} ({error})") from error
+
+
+def _kind(error: sqlite3.Error | OSError) -> type[FedloraError]:
+    """A refusal; but where the machine ran out, a full disk say, nobody refused."""
+    if isinstance(error, OSError):
+        return FedloraError if error.errno in SHORT_OF else Refused
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)  # Python's own faults have none
+    return FedloraError if code & 0xFF in SHORT_OF_IN_SQLITE else Refused
 
 
 def _canonical(body: Mapping[str, Any]) -> str:

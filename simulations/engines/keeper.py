@@ -93,7 +93,7 @@ def _name(manifest: RunManifest) -> str:
 def _said(step: Callable[[], bytes | None]) -> _Said:
     try:
         return step(), "", False
-    except (BadInput, Refused) as error:
+    except FedloraError as error:
         return None, str(error), isinstance(error, Refused)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import random
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.common.errors import BadInput, Refused
+from fedlora.common.errors import BadInput, FedloraError, Refused
 from fedlora.common.ledger import chain, signed_head
 from fedlora.common.ledger import ledger as ledger_module
 from fedlora.common.ledger.ledger import Budget, Ledger
@@ -302,20 +303,44 @@ def test_a_kill_before_the_entry_spends_nothing(
     ledger.reserve("ward", RUN, 0, 4, 4)
 
 
-def test_a_head_that_cannot_be_written_refuses_and_the_attempt_stays_spent(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 1),
+        (PermissionError(errno.EACCES, "Permission denied"), 3),
+    ],
+    ids=str,
+)
+def test_a_head_that_cannot_be_written_ends_it_and_the_attempt_stays_spent(
+    place: Place, monkeypatch: pytest.MonkeyPatch, error: OSError, code: int
 ) -> None:
+    """With 1 where the machine ran out, as docs/operations.md says: nobody refused."""
     ledger = used(place)
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    def failing(*_: object, **__: object) -> None:
+        raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(signed_head, "write_atomically", full)
-        with pytest.raises(Refused, match="No space left"):
+        patch.setattr(signed_head, "write_atomically", failing)
+        with pytest.raises(FedloraError, match=error.strerror) as caught:
             ledger.reserve("ward", RUN, 0, 4, 4)
+        assert caught.value.exit_code == code
     with pytest.raises(Refused, match="was used before"):
         ledger.reserve("ward", RUN, 0, 4, 4)
+
+
+def test_a_database_that_can_not_grow_is_a_full_disk_and_no_damage(place: Place) -> None:
+    ledger = used(place)
+    connection = ledger._chain._connection
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(FedloraError, match=r"written .database or disk is full") as end:
+        for number in range(100):
+            ledger.consent(WARD, f"sha256:{number}", Spend(1e-3, 1e-9), [1])
+    assert end.value.exit_code == 1
+    before = len(ledger.entries())
+    assert len(place.open().entries()) == before > 8
 
 
 @pytest.mark.parametrize("survives", range(4))
