@@ -246,26 +246,27 @@ def _leaving(spec: AdapterSpec, manifest: RunManifest) -> int:
 
 
 def _schedule(plan: Plan) -> Printed:
-    table = Printed(
-        *("phase", "rounds", "attempts", "steps", "rate", "σ", "clip", "signal / noise"),
-        *("examples", "minutes"),
-        box=None,
-    )
-    for each in plan.phases:
-        phase = each.phase
-        table.add_row(
-            phase.name,
-            str(phase.rounds),
-            str(phase.attempts),
-            str(phase.steps),
-            f"{phase.sampling_rate:g}",
-            f"{phase.noise_multiplier:.4g}",
-            f"{phase.clip:g}" + (f" / {phase.head_clip:g}" if phase.head_clip else ""),
-            "–" if each.signal is None else f"≤ {each.signal:.3g}",
-            f"{each.examples:,.0f}",
-            f"{each.minutes:.1f}",
-        )
+    """A column for each phase: a terminal is rarely as wide as all that is said of one."""
+    columns = [_shown(each) for each in plan.phases]
+    table = Printed("phase", *(each.phase.name for each in plan.phases), box=None)
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
     return table
+
+
+def _shown(each: PhasePlan) -> dict[str, str]:
+    phase = each.phase
+    return {
+        "rounds": str(phase.rounds),
+        "attempts": str(phase.attempts),
+        "steps": str(phase.steps),
+        "rate": f"{phase.sampling_rate:g}",
+        "σ": f"{phase.noise_multiplier:.4g}",
+        "clip": f"{phase.clip:g}" + (f" / {phase.head_clip:g}" if phase.head_clip else ""),
+        "signal / noise": "–" if each.signal is None else f"≤ {each.signal:.3g}",
+        "examples": f"{each.examples:,.0f}",
+        "minutes": f"{each.minutes:.1f}",
+    }
 
 
 def _epsilon_by_round(plan: Plan) -> Printed:
