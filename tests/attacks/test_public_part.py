@@ -125,6 +125,22 @@ def test_whole_units_are_set_aside_and_none_twice(
     assert sum(map(len, (scored, tuned, private))) == len(whole)
 
 
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (1e-9, "takes no unit of 3, expected a larger share, more units or a file"),
+        (1 - 1e-9, "leaves no unit of 3, expected a smaller share, more units or a file"),
+    ],
+)
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_a_part_without_a_unit_says_of_how_many_and_what_would_help(
+    part: str, share: float, said: str
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        set_aside(records(["a", "b", "c"]), part, share, HERE)
+    assert caught.value.faults == (f"[data] {part} = {share}: {said}",)
+
+
 def test_records_of_the_same_words_share_their_part() -> None:
     chosen, left = set_aside(records([f"w{n % 20}" for n in range(60)]), "validation", 0.4, HERE)
     assert len({*chosen.texts} | {*left.texts}) == 20 and not {*chosen.texts} & {*left.texts}

@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 from fedlora.common.config.schema import FederationConfig
 from fedlora.common.data.records import Columns, Records, read_label_set, read_records, unit_groups
 from fedlora.common.errors import BadInput
-from fedlora.simulations.federation.partition import DEALERS, Partition, partition_units
+from fedlora.simulations.federation.partition import (
+    DEALERS,
+    Partition,
+    partition_by,
+    partition_units,
+)
 
 KINDS = sorted(DEALERS)
 
@@ -196,3 +201,22 @@ def test_real_institutions(shared_data: Path) -> None:
     partition = deal(FederationConfig(partition="by-column", column="domain", clients=10), records)
     assert "banking" in partition.names and partition.sizes.tolist() == [1_500] * 10
     check_dealt(partition, 15_000, 10)
+
+
+@pytest.mark.parametrize(
+    ("owners", "said"),
+    [
+        ([0, 0, 2], "found no unit for client 1, expected one at least"),
+        ([0, 1, 3], "found clients 0 to 3, expected 0 to 2"),
+        ([0, 1], r"found int64 \(2,\), expected a whole number for each of 3 units"),
+        ([0.0, 1.0, 2.0], r"found float64 \(3,\), expected a whole number for each of 3 units"),
+    ],
+)
+def test_a_dealing_of_one_s_own_gives_each_institution_a_unit(
+    owners: list[float], said: str
+) -> None:
+    records = records_of([0, 1, 0])
+    units = unit_groups(None, 3)
+    with pytest.raises(BadInput, match=f"partition: {said}"):
+        partition_by(lambda records, units: np.array(owners), 3, records, units)
+    assert partition_by(lambda records, units: np.array([2, 0, 1]), 3, records, units).sizes.all()
