@@ -221,11 +221,11 @@ def _section(
         for name in values
         if name not in known
     }
-    right = {}
+    right, kinds = {}, get_type_hints(cls)
     for name, field in known.items():
         if name not in values:
             continue
-        kind, path = get_type_hints(cls)[name], f"{section}.{name}".lstrip(".")
+        kind, path = kinds[name], f"{section}.{name}".lstrip(".")
         if field.metadata.get("one") and isinstance(values[name], str):
             values = {**values, name: [values[name]]}  # one item, written without brackets
         if is_dataclass(kind):

@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -87,7 +88,7 @@ def epsilon_of(history: Sequence[Mechanism], delta: float) -> float:
     """
     if not 0 < delta < 1:
         raise BadInput(f"delta: found {delta}, expected above 0 and below 1")
-    merged = _merged(history)
+    merged = tuple(_merged(history))
     if not merged:
         return 0.0
     if (
@@ -137,8 +138,12 @@ def _merged(history: Sequence[Mechanism]) -> list[Steps]:
     return [(*mechanism, count) for mechanism, count in sorted(steps.items())]
 
 
-def _composed(history: list[Steps], delta: float) -> float:
-    """The upper bound for (noise multiplier, rate, steps); infinite if not trustworthy."""
+@lru_cache(maxsize=1024)
+def _composed(history: tuple[Steps, ...], delta: float) -> float:
+    """The upper bound for (noise multiplier, rate, steps); infinite if not trustworthy.
+
+    Once for all who ask in a process: the search for the noise, what is stated, each round's ε.
+    """
     with np.errstate(all="ignore"):  # exp overflows far outside the mass: right
         try:
             steps = sum(count for *_, count in history)

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -200,7 +199,6 @@ def calibrate(
     """
     _check_request(sampling_rate, steps, epsilon)
 
-    @lru_cache
     def cost(sigma: float) -> float:
         return epsilon_of([*fixed, Mechanism(sampling_rate, sigma, steps)], delta)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 from fedlora.common.config.schema import check_delta
 from fedlora.common.errors import BadInput
@@ -85,7 +84,7 @@ class RecordLevel(Guarantee):
 
     def epsilon_of(self, attempts: Sequence[int]) -> float:
         """All steps of these attempts, draws amplified: the PRV accountant's upper bound."""
-        return _composed(tuple(self.history(attempts)), self.manifest.delta)
+        return epsilon_of(self.history(attempts), self.manifest.delta)
 
     def attempts_within(
         self, phase: Phase, noise_multiplier: float, epsilon: float, most: int
@@ -94,7 +93,7 @@ class RecordLevel(Guarantee):
 
         def fits(attempts: int) -> bool:
             steps = Mechanism(phase.sampling_rate, noise_multiplier, phase.steps * attempts)
-            return _composed((steps,), self.manifest.delta) <= epsilon
+            return epsilon_of([steps], self.manifest.delta) <= epsilon
 
         low, high = 0, most + 1
         while high - low > 1:
@@ -153,9 +152,3 @@ def _clips(phase: Phase) -> tuple[int, float]:
     their clips.
     """
     return (2 if phase.head_clip else 1), math.hypot(phase.clip, phase.head_clip)
-
-
-@lru_cache(maxsize=1024)
-def _composed(history: tuple[Mechanism, ...], delta: float) -> float:
-    """Once for all runs of one schedule: a composition takes a tenth of a second."""
-    return epsilon_of(history, delta)

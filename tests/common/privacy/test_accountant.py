@@ -10,6 +10,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.config.schema import AggregationConfig, LoraConfig, ModelConfig, PrivacyConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network, Phase, RunManifest
 from fedlora.common.privacy import accountant, calibration
@@ -30,8 +31,9 @@ from fedlora.common.privacy.accountant import (
     group_scales,
     renyi_epsilon,
 )
-from fedlora.common.privacy.calibration import calibrate
+from fedlora.common.privacy.calibration import Asked, Schedule, calibrate, with_gaussian_noise
 from fedlora.common.privacy.modes import guarantee_of
+from fedlora.common.privacy.privacy_loss import composed_epsilon
 from fedlora.common.privacy.record_level import RecordLevel
 from fedlora.common.privacy.renyi import Steps, renyi_bound
 
@@ -255,7 +257,7 @@ def test_discretising_adds_a_share_of_a_tail_bound_or_what_the_points_allow(
         return 1.0
 
     monkeypatch.setattr(accountant, "composed_epsilon", composed)
-    epsilon_of([Mechanism(1e-3, 1.0, steps)], 1e-5)
+    accountant._composed.__wrapped__(((1.0, 1e-3, steps),), 1e-5)
     (share,) = added
     assert share > 1.6e-3 if by_points else share == pytest.approx(1.5e-3)
 
@@ -374,6 +376,44 @@ def test_a_manifest_states_every_attempt_of_every_phase() -> None:
     assert (
         guarantee_of(manifest_of((3, 2, 0.2, 8.0), (1, 1, 0.02, 0.0))).stated_epsilon() == math.inf
     )
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "share", "phases"),
+    [  # (attempts, steps, rate), as packaged configurations have them
+        (8.0, 0.6, [(32, 1, 1.0), (62, 1, 0.1)]),
+        (8.0, 0.85, [(32, 1, 1.0), (22, 1, 0.2)]),
+        (3.0, 0.6, [(32, 1, 1.0), (62, 1, 0.05)]),
+        (8.0, 0.6, [(62, 1, 0.05)]),
+    ],
+)
+def test_one_process_composes_nothing_twice_and_its_figures_are_the_same(
+    epsilon: float,
+    share: float,
+    phases: list[tuple[int, int, float]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The search for σ ends with the ε that is stated next; the reference remembers nothing."""
+    privacy = PrivacyConfig(epsilon=epsilon, delta=1e-5, head_epsilon_share=share)
+    asked = Asked(privacy, AggregationConfig(), {})
+    plain = manifest_of(*((*each, 0.0) for each in phases))
+    composed = list[object]()
+
+    def counted(history: Sequence[Steps], delta: float, error: float) -> float:
+        composed.append((*history, delta))
+        return composed_epsilon(history, delta, error)
+
+    def figures() -> tuple[Schedule, float]:
+        schedule = with_gaussian_noise(plain.phases, asked)
+        stated = guarantee_of(replace(plain, phases=schedule.phases)).stated_epsilon()
+        return schedule, stated
+
+    monkeypatch.setattr(accountant, "composed_epsilon", counted)
+    accountant._composed.cache_clear()
+    remembered, once = figures(), len(composed)
+    assert once == len(set(composed)) > 5 and figures() == remembered and len(composed) == once
+    monkeypatch.setattr(accountant, "_composed", accountant._composed.__wrapped__)
+    assert figures() == remembered and len(composed) > 2 * once
 
 
 def test_a_manifest_cannot_buy_privacy_back() -> None:
