@@ -96,8 +96,8 @@ def join(
 ) -> None:
     """Pin a federation's keys, or admit a peer; compare the fingerprints by telephone.
 
-    FILE is the coordinator's invitation; with --approve a peer's request or rotation, with --remove
-    a peer's name.
+    FILE is the coordinator's invitation; with --approve a peer's request or
+    rotation, with --remove a peer's name.
     """
     from fedlora.client.node import enrolment, roster
     from fedlora.common.disk.files import read_text
@@ -172,7 +172,7 @@ def personalise(
 
 @app.command("base")
 def base(name: str) -> None:
-    """Print the digest of a base model, as a policy names it under [bases].
+    """Print the digest of a base model, as a policy names it under `bases`.
 
     NAME is a folder, or the name of a packaged model.
     """

@@ -38,8 +38,8 @@ def personalise(
 ) -> None:
     """What each institution gains by a head of its own above the released adapter.
 
-    Accuracy on the test file, each class weighted by its share of the institution's records; it
-    joins the run's summary and report.
+    Accuracy on the test file, each class weighted by its share of the
+    institution's records; it joins the run's summary and report.
     """
     from fedlora.simulations import Options, personalise
 
