@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import shlex
 import sys
@@ -199,12 +200,16 @@ def predict(
     from fedlora.common.adapter.peft import load_adapter
 
     adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
-    inputs = [_input(line) for line in _lines(file)]
+    lines = _lines(file)
     loaded = load_adapter(adapter, base)
     media = loaded.model.task.medium is not None
-    asked = [file.parent / str(each) for each in inputs] if media else inputs
+    inputs: list[Any] = lines if media else [_input(line) for line in lines]
+    asked = [file.parent / line for line in lines] if media else inputs
+    # elsewhere a letter that an encoding lacks would be printed as "?"
+    ascii_alone = codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8"
     for text, answer in zip(inputs, loaded.predict(asked), strict=True):
-        sys.stdout.write(json.dumps({"text": text, "answer": answer}, ensure_ascii=False) + "\n")
+        line = json.dumps({"text": text, "answer": answer}, ensure_ascii=ascii_alone)
+        sys.stdout.write(line + "\n")
 
 
 def main() -> None:

@@ -125,6 +125,7 @@ class LoadedAdapter:
     def predict(self, inputs: Sequence[Any]) -> list[Answer]:
         """The answer to each input: a text, or what else the task reads; see its `asked`."""
         if self.model.task.reads in (LANGUAGE, TRANSLATION):
+            self.model.task.asked(inputs)  # before the first of many is answered
             return [self.complete(each) for each in inputs]
         found: dict[int, Answer] = {}
         for rows, batch, outputs in self._passed(inputs):
@@ -142,10 +143,11 @@ class LoadedAdapter:
                 yield rows, batch, self.model.logits(batch)
 
     def complete(self, prompt: Any, tokens: int = 64, temperature: float = 0.0) -> str:
-        """A language model's answer to a text, or to a conversation's messages.
+        """A language model's answer to a text, or to a conversation's messages; else BadInput.
 
         `temperature` 0: the likeliest words, else drawn ones.
         """
+        self.model.task.asked([prompt])
         tokenizer, room = self.model.tokenizer, self.description.max_length
         reads = source_tokens if self.model.task.reads == TRANSLATION else prompt_tokens
         given = reads(tokenizer, prompt, room)

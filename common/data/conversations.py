@@ -7,6 +7,7 @@ from typing import Any
 
 from fedlora.common.config.toml import shown
 from fedlora.common.data.formats import Values
+from fedlora.common.data.values import no_text
 from fedlora.common.errors import BadInput
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -22,13 +23,18 @@ def conversations(values: Values, where: str, column: str) -> list[list[dict[str
 
 
 def _messages(value: Any, place: str) -> list[dict[str, str]]:
-    if not isinstance(value, list):
-        found = "nothing" if value is None else type(value).__name__
-        raise BadInput(f"{place}: found {found}, expected a list of messages")
-    messages = [_message(each, f"{place} message {n}") for n, each in enumerate(value, 1)]
+    messages = messages_of(value, place)
     if not any(each["role"] == "assistant" and each["content"].strip() for each in messages):
         raise BadInput(f"{place}: found no turn of the assistant's, expected at least one")
     return messages
+
+
+def messages_of(value: Any, place: str) -> list[dict[str, str]]:
+    """A conversation, as somebody asks it; BadInput for anything else than messages."""
+    if not isinstance(value, list):
+        found = "nothing" if value is None else type(value).__name__
+        raise BadInput(f"{place}: found {found}, expected a list of messages")
+    return [_message(each, f"{place} message {n}") for n, each in enumerate(value, 1)]
 
 
 def _message(value: Any, place: str) -> dict[str, str]:
@@ -42,6 +48,6 @@ def _message(value: Any, place: str) -> dict[str, str]:
     role, content = given.get("role"), given.get("content", "")
     if role not in ROLES:
         raise BadInput(f"{place}: found the role {shown(role)}, expected one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise BadInput(f"{place}: found {type(content).__name__}, expected text as content")
-    return {"role": str(role), "content": content}
+    if found := no_text(content):
+        raise BadInput(f"{place}: found {found}, expected text as content")
+    return {"role": str(role), "content": str(content)}

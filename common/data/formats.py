@@ -84,7 +84,8 @@ def _arrow(where: str, expected: str) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise BadInput(f"{where}: found text that is not UTF-8, expected UTF-8") from error
-    except pyarrow.ArrowException as error:
+    # the others are of times that Python has no value for
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0][:200]
         raise BadInput(f"{where}: can't be read ({reason}), expected {expected}") from error
 

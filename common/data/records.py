@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedlora.common.config.toml import shown
 from fedlora.common.data.conversations import conversations
 from fedlora.common.data.data_file import columns_of
 from fedlora.common.data.formats import Values
@@ -27,7 +26,8 @@ from fedlora.common.data.values import (
     lists_of,
     names_of,
     numbers,
-    one_spelling,
+    refuse_alike,
+    refuse_fractions,
     strings,
     units_of,
 )
@@ -176,7 +176,8 @@ def read_records(
 def read_label_set(path: Path, column: str) -> tuple[str, ...]:
     """The labels that occur in a *public* file: numbers by size, else strings sorted.
 
-    BadInput where two are one but for white space, case or Unicode's forms.
+    BadInput where two are one but for white space, case or Unicode's forms, or all are numbers and
+    not all of them integers.
     """
     where = path.name
     values = columns_of(path, (column,), None)[column]
@@ -184,6 +185,7 @@ def read_label_set(path: Path, column: str) -> tuple[str, ...]:
     if not found:
         raise BadInput(f"{where}: found no records, expected at least one")
     numbered = all(isinstance(value, int) for value in values)
+    refuse_fractions(sorted(found), f"{where} {column}")
     return _label_set(sorted(found, key=int if numbered else None), where, column)
 
 
@@ -197,14 +199,7 @@ def read_label_lists(path: Path, column: str) -> tuple[str, ...]:
 def _label_set(labels: Sequence[str], where: str, column: str) -> tuple[str, ...]:
     if not 2 <= len(labels) <= MAX_LABELS:
         raise BadInput(f"{where} {column}: found {len(labels)} labels, expected 2 to {MAX_LABELS}")
-    spelt: dict[str, str] = {}
-    for label in labels:
-        known = spelt.setdefault(one_spelling(label), label)
-        if known != label:
-            raise BadInput(
-                f"{where} {column}: found {shown(known)} and {shown(label)}, which differ in white"
-                " space, case or Unicode form only, expected one spelling, or both in [data] labels"
-            )
+    refuse_alike(labels, f"{where} {column}")
     return tuple(labels)
 
 

@@ -6,25 +6,37 @@ A span is `{"start", "end", "label"}`, in characters. Every word that it touches
 from __future__ import annotations
 
 import re
+import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fedlora.common.config.toml import shown
 from fedlora.common.data.data_file import columns_of
 from fedlora.common.data.formats import Values
+from fedlora.common.data.values import no_text, refuse_alike, unknown_name
 from fedlora.common.errors import BadInput
 
 WORDS, TAGS = "tokens", "tags"  # of `Records.parts`
 OUTSIDE = "O"  # the tag of a word that is of no entity
-_WORD = re.compile(r"\w+|[^\w\s]")
+_JOINERS = "\u200c\u200d"  # invisible, within words of Persian and of Indian scripts
 _TAG = re.compile(r"O|[BI]-.+")
 
 
 def words_of(text: str) -> tuple[list[str], list[tuple[int, int]]]:
     """Words and marks of a text, and where each begins and ends."""
-    found = list(_WORD.finditer(text))
+    found = list(_word().finditer(text))
     return [each[0] for each in found], [each.span() for each in found]
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    """Letters and digits, or one mark; with what is combined with them: an accent, a vowel sign."""
+    every = (chr(number) for number in range(0x300, sys.maxunicode + 1))
+    combined = _JOINERS + "".join(each for each in every if unicodedata.category(each)[0] == "M")
+    return re.compile(rf"\w[\w{combined}]*|[^\w\s][{combined}]*")
 
 
 def read_tag_set(path: Path, column: str) -> tuple[str, ...]:
@@ -34,7 +46,7 @@ def read_tag_set(path: Path, column: str) -> tuple[str, ...]:
     for row, value in enumerate(columns_of(path, (column,), None)[column], start=1):
         for each in _list(value, where, row, column):
             label = each.get("label") if isinstance(each, Mapping) else each
-            if not isinstance(label, str) or not label:
+            if no_text(label) or not label:
                 raise BadInput(f"{where} row {row} {column}: found {shown(label)}, expected a tag")
             if isinstance(each, Mapping):
                 types.add(label)
@@ -42,6 +54,7 @@ def read_tag_set(path: Path, column: str) -> tuple[str, ...]:
                 types.add(label[2:])
     if not types:
         raise BadInput(f"{where} {column}: found no entity, expected at least one")
+    refuse_alike(sorted(types), f"{where} {column}")
     return (OUTSIDE, *(f"{mark}-{kind}" for kind in sorted(types) for mark in "BI"))
 
 
@@ -61,18 +74,14 @@ def tagged_words(
         else:
             own = [*_list(given, where, row, columns[0])]
             named = [_checked_tag(tag, where, row, columns[1]) for tag in marked]
-        if not all(isinstance(word, str) for word in own) or len(own) != len(named):
+        if any(map(no_text, own)) or len(own) != len(named):
             raise BadInput(
                 f"{where} row {row}: found {len(own)} words and {len(named)} tags, expected a tag"
                 " for each word, which is text"
             )
         for tag in named:
             if tag not in places:
-                known = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
-                raise BadInput(
-                    f"{where} row {row} {columns[1]}: found {shown(tag)}, expected one of the"
-                    f" {len(labels)} public tags {known}"
-                )
+                raise unknown_name(tag, labels, f"{where} row {row} {columns[1]}", "tags")
         found[WORDS].append(own)  # type: ignore[attr-defined]
         found[TAGS].append([places[tag] for tag in named])  # type: ignore[attr-defined]
     return found
@@ -93,6 +102,12 @@ def _spans(
                 f" start, end and label within the {len(text)} characters of its text"
             )
         inside = [n for n, (a, b) in enumerate(places) if a < end and b > start]  # type: ignore[operator]
+        if not inside or any(tags[place] != OUTSIDE for place in inside):
+            found = "no word in it" if not inside else "a word of another span in it"
+            raise BadInput(
+                f"{where} row {row} {column}: found {found} from {start} to {end}, expected words"
+                " of its own: BIO says one entity of a word"
+            )
         for place in inside:
             tags[place] = f"{'B' if place == inside[0] else 'I'}-{label}"
     return words, tags

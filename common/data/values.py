@@ -23,6 +23,8 @@ from fedlora.common.errors import BadInput
 
 Ints = npt.NDArray[np.int64]
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_WHOLE = re.compile(r"(\d+)(\.0+)?")
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 def _no_nulls(values: Values, where: str, column: str) -> None:
@@ -35,16 +37,26 @@ def _no_nulls(values: Values, where: str, column: str) -> None:
 def strings(values: Values, where: str, column: str) -> list[str]:
     """Text, where an integer stands for its digits. What no file could hold as UTF-8 is refused."""
     for row, value in enumerate(values, start=1):
-        if not isinstance(value, str | int) or isinstance(value, bool):
-            found = "nothing" if value is None else type(value).__name__
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole and (found := no_text(value)):
             raise BadInput(
                 f"{where} row {row} {column}: found {found}, expected text or an integer"
             )
-        if isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
-            raise BadInput(
-                f"{where} row {row} {column}: found half a surrogate pair, expected text"
-            )
     return [str(value) for value in values]
+
+
+def no_text(value: Any) -> str:
+    """What stands where text is expected; "" for text that a file of UTF-8 can hold."""
+    if not isinstance(value, str):
+        return "nothing" if value is None else type(value).__name__
+    return "half a surrogate pair" if not value.isascii() and _SURROGATE.search(value) else ""
+
+
+def a_text(value: Any, place: str) -> str:
+    """Text, as somebody asks it; BadInput for anything else."""
+    if found := no_text(value):
+        raise BadInput(f"{place}: found {found}, expected text")
+    return str(value)
 
 
 def names_of(values: Values, where: str, column: str) -> list[str]:
@@ -75,6 +87,12 @@ def units_of(values: Values, where: str, column: str) -> tuple[list[str], int]:
     if "" in spelled.values():
         row = next(row for row, name in enumerate(names, start=1) if not spelled[name])
         raise BadInput(f"{where} row {row} {column}: found nothing visible, expected a value")
+    # 7.0 beside 7: a column of numbers was saved while it had a gap
+    wholes = {each: m[1] for each in set(spelled.values()) if (m := _WHOLE.fullmatch(each))}
+    times = Counter(wholes.values())
+    spelled = {
+        n: wholes[each] if times[wholes.get(each, "")] > 1 else each for n, each in spelled.items()
+    }
     several = sum(count > 1 for count in Counter(spelled.values()).values())
     return [spelled[name] for name in names], several
 
@@ -103,7 +121,8 @@ def lists_of(values: Values, where: str, column: str) -> list[list[str]]:
         if not isinstance(value, list):
             kind = "nothing" if value is None else type(value).__name__
             raise BadInput(f"{where} row {row} {column}: found {kind}, expected a list of labels")
-        found.append(list(dict.fromkeys(names_of(value, f"{where} row {row}", column))))
+        names = names_of(value, f"{where} row {row} {column}", "of its list")
+        found.append(list(dict.fromkeys(names)))
     return found
 
 
@@ -116,17 +135,46 @@ def label_lists(
     for row, names in enumerate(lists_of(values, where, column), start=1):
         for name in names:
             if name not in place:
-                raise _unknown_label(name, labels, f"{where} row {row} {column}")
+                raise unknown_name(name, labels, f"{where} row {row} {column}")
         found.append(tuple(place[name] for name in names))
     return found
 
 
-def _unknown_label(value: Any, labels: Sequence[str], where: str) -> BadInput:
+def refuse_alike(names: Sequence[str], where: str) -> None:
+    """BadInput where two of a public set are one but for white space, case or Unicode's forms.
+
+    Or where nothing of one is seen.
+    """
+    spelt: dict[str, str] = {}
+    for name in names:
+        spelling = one_spelling(name)
+        if not spelling:
+            raise BadInput(f"{where}: found {shown(name)}, expected a name that is seen")
+        known = spelt.setdefault(spelling, name)
+        if known != name:
+            raise BadInput(
+                f"{where}: found {shown(known)} and {shown(name)}, which differ in white space,"
+                " case or Unicode form only, expected one spelling, or both in [data] labels"
+            )
+
+
+def refuse_fractions(names: Sequence[str], where: str) -> None:
+    """BadInput where all are numbers and not all integers: a CSV file has numbers as text."""
+    fraction = next((name for name in names if not name.lstrip("-").isdigit()), "")
+    if fraction and all(map(_NUMBER.fullmatch, names)):
+        raise BadInput(
+            f"{where}: found numbers such as {fraction}, expected names or integers; task ="
+            ' "regression" learns numbers, and [data] labels may list them as names'
+        )
+
+
+def unknown_name(value: Any, labels: Sequence[str], where: str, kind: str = "labels") -> BadInput:
+    """Of a label, or a tag, that is none of the public ones; it names one that is spelt alike."""
     known = ", ".join(labels[:5]) + (", …" if len(labels) > 5 else "")
     near = [each for each in labels if one_spelling(each) == one_spelling(str(value))]
     hint = f"; did you mean {shown(near[0])}?" if near else ""
     return BadInput(
-        f"{where}: found {shown(value)}, expected one of the {len(labels)} public labels {known}"
+        f"{where}: found {shown(value)}, expected one of the {len(labels)} public {kind} {known}"
         + hint
     )
 
@@ -141,5 +189,5 @@ def labels_of(values: Values, labels: Sequence[str], where: str, column: str) ->
     place = {label: index for index, label in enumerate(labels)}
     for row, value in enumerate(values, start=1):
         if str(value) not in place:
-            raise _unknown_label(value, labels, f"{where} row {row} {column}")
+            raise unknown_name(value, labels, f"{where} row {row} {column}")
     return np.array([place[str(value)] for value in values], dtype=np.int64)

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from fedlora.common.data.conversations import messages_of
 from fedlora.common.data.encoding import opening, word_tokens
 from fedlora.common.data.medium import Medium
 from fedlora.common.data.records import Columns, Records
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.batch import IGNORED, Batch, Ints, Tokenised, Totals, rows_of
-from fedlora.common.tasks.chat import Layout, fitted
+from fedlora.common.tasks.chat import Layout, fitted, to_answer
 from fedlora.common.tasks.task import LANGUAGE, Answer, Named, as_inputs, refuse_empty
 from fedlora.common.tasks.texts import text_columns
 
@@ -74,8 +75,8 @@ class CausalLanguageModel:
         return Tokenised(tokens, offsets, targets, {}, by_token=True)
 
     def asked(self, inputs: Sequence[Any]) -> Records:
-        """Texts."""
-        return as_inputs(inputs)
+        """Texts, or conversations' messages; BadInput names the first that is neither."""
+        return as_inputs([_said(each, f"input {n}") for n, each in enumerate(inputs, 1)])
 
     def losses(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
         """(n,) mean cross entropy of each record's learnt tokens; `outputs` (n, length, words)."""
@@ -123,13 +124,21 @@ class CausalLanguageModel:
         )
 
 
+def _said(given: Any, place: str) -> Any:
+    if not isinstance(given, list):
+        return given
+    if not given:
+        raise BadInput(f"{place}: found no message, expected at least one")
+    return "\n".join(each["content"] for each in messages_of(given, place))
+
+
 def prompt_tokens(tokenizer: Any, prompt: Any, room: int) -> list[int]:
     """What a model is given to go on from: a text, or a conversation's messages; its end stays."""
     if isinstance(prompt, str):
         begin = opening(tokenizer)
         left = max(1, room - len(begin))
         return begin + word_tokens(tokenizer, [prompt])[0][-left:]
-    return Layout(tokenizer).prompt(prompt)[-room:]
+    return to_answer(Layout(tokenizer), messages_of(prompt, "prompt"), room)
 
 
 def _texts(records: Records, tokenizer: Any, max_length: int) -> tuple[list[Row], dict[str, int]]:

@@ -16,7 +16,7 @@ from typing import Any
 from fedlora.common.data.encoding import control_tokens, spelt_tokens, word_tokens
 from fedlora.common.errors import BadInput
 
-ASSISTANT = "assistant"
+ASSISTANT, INSTRUCTIONS = "assistant", ("system", "developer")
 Message = Mapping[str, str]  # role and content
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 
@@ -151,13 +151,30 @@ def fitted(
     return ids, learnt, len(kept) < last + 1
 
 
+def to_answer(layout: Layout, messages: Sequence[Message], room: int) -> list[int]:
+    """A conversation up to where the assistant's next turn begins, in at most `room` tokens.
+
+    Earlier exchanges go first and whole, as in training; of a single one the end stays.
+    """
+    kept = list(messages)
+    ids = layout.prompt(kept)
+    while len(ids) > room and (shorter := _without_earliest(kept)) is not None:
+        try:
+            ids = layout.prompt(shorter)
+        except BadInput:  # as in `fitted`
+            break
+        kept = shorter
+    return ids[-room:]
+
+
 def _without_earliest(messages: list[Message]) -> list[Message] | None:
     """The same without the first exchange, or, if there is but one, without its instruction."""
-    start = int(messages[0]["role"] == "system")
-    asked = [n for n, message in enumerate(messages) if n > start and message["role"] == "user"]
+    roles = [message["role"] for message in messages]
+    start = next((n for n, role in enumerate(roles) if role not in INSTRUCTIONS), len(roles))
+    asked = [n for n, role in enumerate(roles) if n > start and role == "user"]
     if asked:
         return messages[:start] + messages[asked[0] :]
-    return messages[1:] if start else None
+    return messages[1:] if 0 < start < len(messages) else None
 
 
 def _common(one: str, other: str) -> str:

@@ -6,6 +6,7 @@ record's own length, as every other's does (`common.model.shapes`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from fedlora.common.data.records import Columns, Records
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.batch import IGNORED, Ints, Tokenised, rows_of
 from fedlora.common.tasks.causal_lm import LEARNT, CausalLanguageModel
-from fedlora.common.tasks.task import TRANSLATION, Named, refuse_empty
+from fedlora.common.tasks.task import TRANSLATION, Named, as_inputs, refuse_empty
 from fedlora.common.tasks.texts import text_columns
 
 
@@ -62,6 +63,10 @@ class SequenceToSequence(CausalLanguageModel):
             targets += [IGNORED] * len(question) + [LEARNT] * len(kept)
         marks = np.array(targets, dtype=np.int64)
         return rows_of(rows, marks, cut, by_token=True, second=begins)
+
+    def asked(self, inputs: Sequence[Any]) -> Records:
+        """Texts."""
+        return as_inputs(inputs)
 
     def unlabelled(self, tokens: Any, offsets: Ints) -> Tokenised:
         """Texts of nobody's, of which the second half is to be predicted."""

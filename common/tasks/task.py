@@ -16,6 +16,7 @@ import torch
 
 from fedlora.common.data.medium import Medium
 from fedlora.common.data.records import Columns, Records, read_label_set
+from fedlora.common.data.values import a_text
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.batch import Batch, Encoded, Ints, Targets, Totals
 
@@ -179,6 +180,6 @@ def refuse_empty(lengths: Sequence[int], records: Records) -> None:
 
 
 def as_inputs(inputs: Sequence[Any], parts: Mapping[str, Any] | None = None) -> Records:
-    """Texts to be answered, as records."""
-    texts = [str(each) for each in inputs]
+    """Texts to be answered, as records; BadInput names the first that is none."""
+    texts = [a_text(each, f"input {number}") for number, each in enumerate(inputs, 1)]
     return Records(texts, None, None, None, {}, "texts", unanswered=True, parts=parts or {})

@@ -16,6 +16,7 @@ import numpy as np
 from fedlora.common.data.encoding import pair_frame, text_frame, word_tokens
 from fedlora.common.data.medium import Medium
 from fedlora.common.data.records import Columns, Records
+from fedlora.common.data.values import no_text
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.batch import Ints, Targets, Tokenised, rows_of
 from fedlora.common.tasks.task import HeadTask, Named, Task, as_inputs, refuse_empty
@@ -70,13 +71,14 @@ class TextTask(HeadTask):
 
     def asked(self, inputs: Sequence[Any]) -> Records:
         """Texts, or pairs of texts; BadInput for a mixture, or anything else."""
-        pairs = [each for each in inputs if not isinstance(each, str)]
-        if not pairs and not self.apart:
+        if not self.apart and all(isinstance(each, str) for each in inputs):
             return as_inputs(inputs)
-        texts = [each for each in pairs if isinstance(each, list | tuple) and len(each) == 2]
-        if len(texts) != len(inputs) or not all(isinstance(t, str) for pair in texts for t in pair):
-            raise BadInput("texts: found some that are no pair, expected two texts in each of them")
-        return as_inputs([first for first, _ in texts], {PAIR: [second for _, second in texts]})
+        for number, each in enumerate(inputs, 1):
+            if not isinstance(each, list | tuple) or len(each) != 2 or any(map(no_text, each)):
+                found = "a text" if isinstance(each, str) else "no pair"
+                more = "" if self.apart else ": all are pairs, or none is"
+                raise BadInput(f"input {number}: found {found}, expected two texts{more}")
+        return as_inputs([first for first, _ in inputs], {PAIR: [second for _, second in inputs]})
 
 
 def text_columns(named: Named) -> tuple[str, str]:

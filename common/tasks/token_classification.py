@@ -19,6 +19,7 @@ from fedlora.common.data.encoding import text_frame, word_pieces
 from fedlora.common.data.medium import Medium
 from fedlora.common.data.records import Columns, Records
 from fedlora.common.data.tagged import OUTSIDE, TAGS, WORDS, read_tag_set, words_of
+from fedlora.common.data.values import a_text
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.batch import IGNORED, Batch, Ints, Tokenised, Totals, rows_of
 from fedlora.common.tasks.classification import precise
@@ -92,8 +93,12 @@ class TokenClassification:
         return Tokenised(tokens, offsets, np.zeros(len(tokens), dtype=np.int64), {}, by_token=True)
 
     def asked(self, inputs: Sequence[Any]) -> Records:
-        """Texts, or lists of words."""
-        words = [words_of(each)[0] if isinstance(each, str) else [*each] for each in inputs]
+        """Texts, or lists of words; BadInput names the first that is neither."""
+        words = []
+        for number, each in enumerate(inputs, 1):
+            listed = isinstance(each, list | tuple)
+            own = [a_text(word, f"input {number}") for word in (each if listed else [each])]
+            words.append(own if listed else words_of(own[0])[0])
         return as_inputs([" ".join(each) for each in words], {WORDS: words})
 
     def losses(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:

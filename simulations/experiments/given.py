@@ -121,7 +121,7 @@ def _listed(column: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A NumPy scalar as Python's."""
-    if hasattr(value, "item"):
-        return value.item()
+    """A NumPy scalar as Python's, an array as a list: pandas has lists of Parquet as arrays."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
     raise BadInput(f"found {type(value).__name__}, expected text or a number in each column")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from fedlora.common.adapter import peft
 from fedlora.common.config.load import load_config
 from fedlora.common.config.schema import open_fields
 from fedlora.simulations import cli
@@ -81,6 +84,44 @@ def test_what_can_not_be_done_exits_with_2(
     code, out, err = call(monkeypatch, capsys, *words)
     assert code == 2 and "Traceback" not in err
     assert said in " ".join((out + err).split())
+
+
+class Answering:
+    """An adapter that answers each input by what it is."""
+
+    def __init__(self, medium: str | None) -> None:
+        self.model = SimpleNamespace(task=SimpleNamespace(medium=medium))
+
+    def predict(self, asked: list[object]) -> list[str]:
+        return [str(each) for each in asked]
+
+
+def test_a_line_is_a_path_where_records_are_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Also one that looks like a list, which a text model would take for a pair."""
+    monkeypatch.setattr(peft, "load_adapter", lambda *_: Answering("images"))
+    (tmp_path / "files.txt").write_text('a/b.png\n["a", "b"]\n', encoding="utf-8")
+    code, out, _ = call(monkeypatch, capsys, "predict", "run", str(tmp_path / "files.txt"))
+    answers = [json.loads(line)["answer"] for line in out.splitlines()]
+    assert code == 0 and answers == [str(tmp_path / each) for each in ("a/b.png", '["a", "b"]')]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_no_letter_of_an_answer_is_lost_to_an_encoding(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    encoding: str,
+) -> None:
+    """Where standard output lacks a letter it stands as JSON's own escape, and was a "?"."""
+    monkeypatch.setattr(peft, "load_adapter", lambda *_: Answering(None))
+    (tmp_path / "texts.txt").write_text("não ε\n", encoding="utf-8")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    assert call(monkeypatch, capsys, "predict", "run", str(tmp_path / "texts.txt"))[0] == 0
+    sys.stdout.flush()
+    assert json.loads(written.getvalue().decode()) == {"text": "não ε", "answer": "não ε"}
 
 
 def test_ctrl_c_prints_the_command_that_resumes(

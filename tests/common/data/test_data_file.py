@@ -175,6 +175,21 @@ def test_files_that_are_refused(name: str, data: bytes, fault: str, tmp_path: Pa
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(pyarrow.timestamp("ns"), 1), (pyarrow.time64("ns"), 1), (pyarrow.timestamp("s"), 10**15)],
+    ids=str,
+)
+def test_a_time_that_python_has_no_value_for_is_one_line(
+    kind: pyarrow.DataType, value: int, tmp_path: Path
+) -> None:
+    """As pandas and Spark write them: a finer one, and one of a year beyond 9999."""
+    times = pyarrow.array([value]).cast(kind)
+    pyarrow.parquet.write_table(pyarrow.table({"text": times}), tmp_path / "a.parquet")
+    with pytest.raises(BadInput, match=r"a\.parquet: can't be read"):
+        columns_of(tmp_path / "a.parquet", ("text",), None)
+
+
 def test_a_small_file_does_not_unpack_to_a_huge_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from fedlora.common.data.records import (
     Columns,
     Records,
     UnitIndex,
+    read_label_lists,
     read_label_set,
     read_records,
     unit_groups,
@@ -196,7 +197,7 @@ BAD: dict[str, Bad] = {
     "data-half-surrogate": (
         "a.jsonl",
         _text('{"text": "\\ud800", "label": 0, "who": "b"}'),
-        "a.jsonl row 1 text: found half a surrogate pair, expected text",
+        "a.jsonl row 1 text: found half a surrogate pair, expected text or an integer",
     ),
     "data-label-outside-0..k": (
         "a.jsonl",
@@ -344,6 +345,12 @@ def test_labels_need_a_public_set(tmp_path: Path) -> None:
         (["a", None], "test.jsonl row 2 label: found nothing, expected a value"),
         ([1.5, 0], "test.jsonl row 1 label: found float, expected text or an integer"),
         ([], "test.jsonl: found no records, expected at least one"),
+        (
+            ["1.0", "0.5", "0"],
+            "test.jsonl label: found numbers such as 0.5, expected names or integers; task ="
+            ' "regression" learns numbers, and [data] labels may list them as names',
+        ),
+        ([" ", "a"], 'test.jsonl label: found " ", expected a name that is seen'),
     ],
 )
 def test_bad_label_set(labels: list[Any], expected: str, tmp_path: Path) -> None:
@@ -360,6 +367,7 @@ def test_bad_label_set(labels: list[Any], expected: str, tmp_path: Path) -> None
         ([99213, 43239, 5], ("5", "43239", "99213")),  # codes are names: the values that occur
         ([-1, 1], ("-1", "1")),
         (["10", "9"], ("10", "9")),
+        (["042", "250.5"], ("042", "250.5")),  # no number begins so: codes
     ],
 )
 def test_a_label_set_is_what_occurs(
@@ -367,6 +375,21 @@ def test_a_label_set_is_what_occurs(
 ) -> None:
     path = write_jsonl(tmp_path / "test.jsonl", [{"label": label} for label in labels])
     assert read_label_set(path, "label") == expected
+
+
+def test_numbers_may_be_listed_as_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nt,1.0\n", encoding="utf-8")
+    with pytest.raises(BadInput, match=r"found numbers such as 1\.0"):
+        read_label_set(path, "label")
+    records = read_records(path, Columns("text", label="label"), ("0.0", "1.0"))
+    assert records.labels is not None and records.labels.tolist() == [1]
+
+
+def test_a_label_of_a_list_is_named_by_its_place(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"labels": ["a"]}, {"labels": ["a", None]}])
+    with pytest.raises(BadInput, match="row 2 labels row 2 of its list: found nothing"):
+        read_label_lists(path, "labels")
 
 
 def test_a_label_that_is_spelt_otherwise_is_named_with_the_public_one(tmp_path: Path) -> None:
@@ -413,6 +436,17 @@ def test_a_unit_can_not_be_split_by_what_nobody_sees(mark: str) -> None:
     """Before: six of seven were units of their own, each with the whole ε."""
     for name in (f"Ann Lee{mark}", f"{mark}Ann Lee", f"An{mark}n Lee"):
         assert one_spelling(name) == "ann lee"
+
+
+def test_a_whole_number_and_the_same_with_a_fraction_of_nothing_are_one_unit(
+    tmp_path: Path,
+) -> None:
+    """As shards are saved of which one had a gap; alone it stays as it is."""
+    for who, expected in (("7 7.0 8.0 7.5", ["7", "7", "8.0", "7.5"]), ("7.0 7.00", ["7", "7"])):
+        lines = [f"t,0,{name}" for name in who.split()]
+        (tmp_path / "a.csv").write_text("\n".join(["text,label,who", *lines]), encoding="utf-8")
+        records = read_records(tmp_path / "a.csv", COLUMNS, LABELS)
+        assert records.units == expected and records.respelled == 1
 
 
 def test_a_unit_of_which_nothing_is_seen_is_none(tmp_path: Path) -> None:

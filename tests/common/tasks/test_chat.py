@@ -86,6 +86,31 @@ def test_an_answer_begins_where_the_template_opens_it(tokenizer: Any) -> None:
     )["input_ids"]
     assert prompt_tokens(tokenizer, CHAT[:2], 64) == expected
     assert prompt_tokens(tokenizer, CHAT[:2], 3) == expected[-3:]
+    empty = [{"role": "user"}], [{"role": "user", "content": ""}]  # as a column of structures has
+    first, second = (prompt_tokens(tokenizer, messages, 64) for messages in empty)
+    assert first == second
+
+
+def test_a_long_conversation_is_answered_by_its_last_exchanges(tokenizer: Any) -> None:
+    """Whole ones, as in training; before, the first word that fitted stood in the midst of one."""
+    full = len(prompt_tokens(tokenizer, CHAT[:4], 64))
+    kept = prompt_tokens(tokenizer, [CHAT[0], CHAT[3]], 64)
+    assert prompt_tokens(tokenizer, CHAT[:4], full - 1) == kept
+    assert prompt_tokens(tokenizer, CHAT[:4], len(kept) - 1) == prompt_tokens(
+        tokenizer, [CHAT[3]], 64
+    )
+
+
+def test_a_long_instruction_alone_keeps_its_end(tokenizer: Any) -> None:
+    whole = prompt_tokens(tokenizer, CHAT[:1], 64)
+    assert prompt_tokens(tokenizer, CHAT[:1], 3) == whole[-3:]
+
+
+def test_an_instruction_of_a_developer_stays_as_a_systems(tokenizer: Any) -> None:
+    said = [{"role": "developer", "content": "the bank"}, *CHAT]
+    full = len(encoded(tokenizer, said, 64)[0].split())
+    whole, _, cut = encoded(tokenizer, said, full - 1)
+    assert whole.split().count("bank") == 2 and cut == {"conversation"}
 
 
 def test_a_turn_that_a_template_trims_is_trimmed(tiny_llama: Path, tmp_path: Path) -> None:
@@ -141,6 +166,10 @@ def test_no_length_that_a_coordinator_asks_for_is_answered_by_a_refusal(
         (["a"], "message 1: found str, expected role and content"),
         ([{"role": "assistant", "content": ["a"]}], "found list, expected text as content"),
         (
+            [{"role": "assistant", "content": "\ud800"}],
+            "found half a surrogate pair, expected text",
+        ),
+        (
             [{"role": "assistant", "content": "a", "tool_calls": [{"name": "f"}]}],
             'found "tool_calls", expected role and content alone',
         ),
@@ -152,6 +181,19 @@ def test_conversations_that_are_refused(messages: Any, fault: str, tmp_path: Pat
     with pytest.raises(BadInput, match=fault) as caught:
         read_records(path, Columns("", messages="messages"))
     assert str(caught.value).startswith("train.jsonl row 1 messages")
+
+
+def test_what_is_asked_is_a_text_or_a_conversation() -> None:
+    assert TASK.asked(["it", CHAT[:2]]).texts == ["it", "the bank\nis it good"]
+    for wrong, fault in (
+        (["it", ["was"]], "input 2 message 1: found str, expected role and content"),
+        ([[{"role": "user", "content": 3}]], "input 1 message 1: found int, expected text"),
+        ([[{"role": "robot", "content": ""}]], 'input 1 message 1: found the role "robot"'),
+        ([[]], "input 1: found no message"),
+        ([None], "input 1: found nothing, expected text"),
+    ):
+        with pytest.raises(BadInput, match=fault):
+            TASK.asked(wrong)
 
 
 def test_empty_keys_of_a_structure_are_no_keys(tmp_path: Path) -> None:

@@ -99,3 +99,9 @@ def test_a_base_without_both_halves_is_refused(tiny_bert: Path, tiny_llama: Path
         settings = ModelConfig(str(base), task="seq2seq", pooling="default", max_length=LENGTH)
         with pytest.raises(BadInput, match="expected an encoder with a decoder, as T5 or BART"):
             build_model(settings, LoraConfig(rank=2), TASK, 5)
+
+
+def test_what_is_asked_is_a_text() -> None:
+    assert TASK.asked(["a"]).texts == ["a"]
+    with pytest.raises(BadInput, match="input 2: found list, expected text"):
+        TASK.asked(["a", ["b", "c"]])

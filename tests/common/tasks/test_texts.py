@@ -101,9 +101,16 @@ def test_a_decoder_reads_one_text_after_the_other(tiny_llama: Path) -> None:
 def test_what_is_asked_is_one_text_or_two() -> None:
     assert TASK.asked(["a", "b"]).texts == ["a", "b"]
     assert TASK.asked([["a", "b"]]).parts == {"second": ["b"]}
-    for wrong in (["a", ["b", "c"]], [["a"]], [["a", 1]]):
-        with pytest.raises(BadInput, match="expected two texts"):
+    for wrong, said in (
+        (["a", ["b", "c"]], "input 1: found a text"),
+        ([["a", "b"], ["a"]], "input 2: found no pair"),
+        ([["a", 1]], "input 1: found no pair"),
+        ([["a", "\ud800"]], "input 1: found no pair"),
+    ):
+        with pytest.raises(BadInput, match=f"{said}, expected two texts"):
             TASK.asked(wrong)
+    with pytest.raises(BadInput, match="input 2: found half a surrogate pair, expected text"):
+        TASK.asked(["a", "\ud800"])
 
 
 def test_three_columns_are_no_pair() -> None:
@@ -168,7 +175,7 @@ def test_what_compares_two_texts_is_not_given_one(paired: Path) -> None:
     one = Records(["good"], None, np.zeros(1, dtype=np.int64), None, {}, "notes.csv")
     with pytest.raises(BadInput, match=r"notes\.csv: found one text a record, expected the two"):
         task.encode(one, load_tokenizer(paired), 24)
-    with pytest.raises(BadInput, match="expected two texts in each"):
+    with pytest.raises(BadInput, match=r"input 1: found a text, expected two texts$"):
         task.asked(["good"])
     with pytest.raises(BadInput, match="reads texts"):
         as_pooled(ImageClassification(("a", "b")), "pairs")

@@ -70,6 +70,57 @@ def test_spans_of_characters_become_tags(tmp_path: Path) -> None:
     assert dict(zip(words, tags, strict=True)) == dict.fromkeys(words, 0) | {"New": 1, "York": 2}
 
 
+def test_what_unicode_combines_with_a_letter_is_of_its_word() -> None:
+    """An accent by itself, a vowel sign, a joiner: a tokenizer would read halves of a word."""
+    for text, words in {
+        "cafe\u0301s, ok": ["cafe\u0301s", ",", "ok"],
+        "नमस्ते दुनिया": ["नमस्ते", "दुनिया"],
+        "می\u200cخواهم": ["می\u200cخواهم"],
+        "\u263a\ufe0fb .\u0301b": ["\u263a\ufe0f", "b", ".\u0301", "b"],
+    }.items():
+        found, places = words_of(text)
+        assert found == words and [text[start:end] for start, end in places] == words
+
+
+@pytest.mark.parametrize(
+    ("spans", "fault"),
+    [
+        ([(0, 18), (4, 7)], "a word of another span in it from 4 to 7"),  # one inside another
+        ([(0, 2), (2, 3)], "a word of another span in it from 2 to 3"),  # two in one word
+        ([(3, 4)], "no word in it from 3 to 4"),
+    ],
+)
+def test_an_entity_is_not_lost_to_another_one(
+    spans: list[tuple[int, int]], fault: str, tmp_path: Path
+) -> None:
+    """The later of two took the words of the earlier, of which a half was left, or nothing."""
+    given = [{"start": start, "end": end, "label": "place"} for start, end in spans]
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"text": "one two three four", "spans": given}), encoding="utf-8")
+    with pytest.raises(BadInput, match=f"row 1 spans: found {fault}, expected words of its own"):
+        read_records(path, Columns("text", tags="spans"), TAGS)
+
+
+@pytest.mark.parametrize("kinds", [("Drug", "drug"), ("Drug", "Drug ")])
+def test_types_that_are_spelt_alike_are_refused(kinds: tuple[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "test.jsonl"
+    spans = [{"start": 2 * n, "end": 2 * n + 1, "label": kind} for n, kind in enumerate(kinds)]
+    row = {"text": "a b", "tags": [f"B-{kind}" for kind in kinds], "spans": spans}
+    path.write_text(json.dumps(row), encoding="utf-8")
+    for column in ("tags", "spans"):
+        with pytest.raises(BadInput, match="differ in white space, case or Unicode form only"):
+            read_tag_set(path, column)
+    with pytest.raises(BadInput, match='public tags O, B-drug; did you mean "B-drug"'):
+        read_records(path, Columns("text", tags="spans"), ("O", "B-drug"))
+
+
+def test_what_is_asked_is_a_text_or_words() -> None:
+    assert TASK.asked(["a b", ["a", "b c"]]).parts["tokens"] == [["a", "b"], ["a", "b c"]]
+    for wrong in ([["a", {}]], [7], ["a", ["\ud800"]]):
+        with pytest.raises(BadInput, match=rf"input {len(wrong)}: found .*, expected text"):
+            TASK.asked(wrong)
+
+
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
@@ -79,6 +130,7 @@ def test_spans_of_characters_become_tags(tmp_path: Path) -> None:
         ({"tokens": "a", "tags": ["O"]}, "expected start, end and label"),
         ({"tokens": [], "tags": []}, "found nothing after tokenisation"),
         ({"tokens": None, "tags": []}, "found nothing, expected a list"),
+        ({"tokens": ["\ud800"], "tags": ["O"]}, "expected a tag for each word, which is text"),
     ],
 )
 def test_rows_that_are_refused(

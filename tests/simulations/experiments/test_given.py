@@ -94,6 +94,16 @@ def test_what_is_no_table(
         check(config(tiny_bert, data, "record"), train=table)
 
 
+def test_lists_that_a_frame_has_as_arrays_stay_lists(
+    data: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """As pandas reads lists of a Parquet file: one label would have been no list any more."""
+    settings = config(tiny_bert, data, "record", "model.task=multi-label", "data.label=labels")
+    frame = {"text": ["w1", "w2"], "labels": [np.array(["good"]), np.array(["good", "bad"])]}
+    given = with_records(settings, tmp_path, train=frame)
+    assert [row["labels"] for row in rows_of(Path(given.data.train))] == [["good"], ["good", "bad"]]
+
+
 def test_a_check_says_what_a_run_would_begin_with(data: Path, tiny_bert: Path) -> None:
     settings = config(tiny_bert, data, "record", "data.unit=person", "federation.rounds=auto")
     settings = replace(settings, data=replace(settings.data, test=0.2))

@@ -80,6 +80,13 @@ def test_a_client_of_the_openai_kind_is_answered(prompts: LoadedAdapter) -> None
         ("/v1/completions", {"prompt": "a", "stream": True}, 400, "an answer comes whole"),
         ("/v1/chat/completions", {"messages": []}, 400, "messages: expected a list"),
         ("/v1/chat/completions", {"messages": [{"content": [{}]}]}, 400, "messages 0: expected"),
+        (
+            "/predict",
+            {"inputs": ["w1", ["w2"]]},
+            400,
+            "input 2 message 1: found str, expected role and content",
+        ),
+        ("/v1/completions", {"prompt": "\ud800"}, 400, "found half a surrogate pair"),
         ("/v1/embeddings", {}, 404, "found nothing there"),
         ("/predict", b" " * (MOST_BODY + 1), 413, f"expected at most {MOST_BODY}"),
     ],
