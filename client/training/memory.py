@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedlora.client.training.step import RECORDS
+from fedlora.client.training.company import sizes_of
 from fedlora.common.data.free_memory import shown
 from fedlora.common.errors import BadInput
 from fedlora.common.model.machine import available, held
@@ -108,8 +108,9 @@ def memory_of_step(
     longest = min(model.longest, longest // BUCKETS[device] * BUCKETS[device] + BUCKETS[device])
 
     def records(length: int) -> int:
-        fitting = max(1, tokens // length)
-        return fitting if packed or not private else min(RECORDS[device], fitting)
+        if packed or not private:
+            return max(1, tokens // length)
+        return max(sizes_of(device, tokens, length, model.spec.size))
 
     lengths = [*range(BUCKETS[device], longest, BUCKETS[device]), longest]
     most = max(lengths, key=lambda length: kept.bytes(records(length), length))

@@ -7,16 +7,18 @@ happens *inside* one draw, where the order of a sum is all that it changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from fedlora.common.data.records import UnitIndex
-from fedlora.common.model.shapes import Records, shaped
+from fedlora.common.model.shapes import Shape
 
 Ints = npt.NDArray[np.int64]
+# places of so long records, each once, with the shape of each batch of theirs
+Fixed = Callable[[Ints], Iterable[tuple[Ints, Shape]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +53,16 @@ def micro_batches(
 
 
 def private_batches(
-    units: UnitIndex, drawn: Ints, lengths: Ints, tokens: int, padded: Ints, records: Records
+    units: UnitIndex, drawn: Ints, lengths: Ints, tokens: int, fixed: Fixed
 ) -> Iterator[MicroBatch]:
     """Micro-batches in which no unit's gradient depends on another (`common.model.shapes`).
 
     Units of one record go together in batches of fixed shapes. A unit of several records goes by
-    itself, in micro-batches of its own records and at most `tokens` padded tokens. `padded` is
-    (records,), what `lengths` are filled up to in a fixed shape.
+    itself, in micro-batches of its own records and at most `tokens` padded tokens.
     """
     sizes = units.offsets[drawn + 1] - units.offsets[drawn]
     single = units.records[units.offsets[drawn[sizes == 1]]]
-    for chosen, shape in shaped(lengths[single], padded[single], records):
+    for chosen, shape in fixed(lengths[single]):
         owners = np.arange(len(chosen), dtype=np.int64)
         yield MicroBatch(single[chosen], owners, False, (shape.records, shape.tokens))
     for unit in drawn[sizes > 1]:

@@ -16,25 +16,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedlora.client.training.company import Company
 from fedlora.client.training.hooks import RecordHooks, close, unused
 from fedlora.client.training.sampling import MicroBatch, micro_batches, private_batches
 from fedlora.common.data.records import UnitIndex
 from fedlora.common.errors import BadInput
 from fedlora.common.model.network import AdapterModel
-from fedlora.common.model.shapes import Shape, alike, padded, probes
+from fedlora.common.model.shapes import Shape, probes
 from fedlora.common.model.state import AdapterSpec
 from fedlora.common.privacy.accountant import SMALLEST_CLIP, group_scales
 from fedlora.common.privacy.randomness import Random, gaussian
 from fedlora.common.tasks.batch import Encoded
 from fedlora.common.tasks.task import RECORD, WORD
-
-# Of one length that are computed together, as far as a micro-batch's tokens go.
-RECORDS = {"cpu": 4, "cuda": 512}
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +110,10 @@ class PerSampleGradients:
         ]
         if {id(p) for p in self._hooked} != {id(p) for p in model.parameters.values()}:
             raise BadInput("adapter: the trainable parameters are not the exported ones")
+        self.company = Company(model, self._rows)
         self._tried = False  # on texts of nobody's: what is wrong with the base shows there
         self.one_by_one = not self._hooks_are_right()
+        self.company.alone = self.one_by_one
         self._tried = True
 
     def clipped_sum(
@@ -146,13 +147,12 @@ class PerSampleGradients:
         if packed:
             return micro_batches(units, drawn, data.lengths, tokens)
 
-        def records(length: int, full: bool) -> int:
-            return self._records(
-                Shape(min(RECORDS[self.model.device.type], tokens // length), length, full)
-            )
+        fixed = partial(self.company.batches, tokens=tokens)
+        return private_batches(units, drawn, data.lengths, tokens, fixed)
 
-        filled = padded(data.lengths, self.model.longest, self.model.device.type)
-        return private_batches(units, drawn, data.lengths, tokens, filled, records)
+    def _rows(self, data: Encoded, batch: MicroBatch) -> list[torch.Tensor]:
+        """(m, …) all that must not depend on a record's company."""
+        return [*self._samples(data, batch), *self._scores(data, batch)]
 
     def _samples(self, data: Encoded, batch: MicroBatch) -> list[torch.Tensor]:
         """(m, size) per-sample gradients of each parameter, of the batch's own records."""
@@ -199,25 +199,6 @@ class PerSampleGradients:
                 return close(self._samples(texts, batch), alone)
         finally:
             model.precision = precision
-
-    def _records(self, shape: Shape) -> int:
-        """The shape's records together, where each then gets the same bits in any place."""
-        if self.one_by_one:
-            return 1
-        model = self.model
-
-        def try_it() -> bool:
-            every = np.arange(shape.records, dtype=np.int64)
-            batch = MicroBatch(every, every, False, (shape.records, shape.tokens))
-            with model.probed():
-                same, beside = (
-                    [*self._samples(each, batch), *self._scores(each, batch)]
-                    for each in probes(shape, model.inputs, model.task)
-                )
-            return alike(same, beside)
-
-        kind = ("gradient", model.precision, model.attention, shape)
-        return model.shapes.records(kind, shape.records, try_it)
 
     def plain_sum(self, data: Encoded, batches: Iterable[MicroBatch]) -> GradientSum:
         """Σ of gradients without a clip: training without privacy, and at its cost."""

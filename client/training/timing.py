@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedlora.client.training.company import MOST
 from fedlora.client.training.memory import Activations, memory_of_step
 from fedlora.client.training.sampling import micro_batches
-from fedlora.client.training.step import RECORDS, ClipGroups, PerSampleGradients
+from fedlora.client.training.step import ClipGroups, PerSampleGradients
 from fedlora.common.config.schema import PrivacyConfig, TrainingConfig
 from fedlora.common.data.records import UnitIndex
 from fedlora.common.manifest.manifest import RunManifest
@@ -149,5 +150,5 @@ def _largest(device: str, texts: Encoded, steps: Steps) -> int:
     """Tokens beyond which no batch of the timed ones gets larger."""
     most, longest = len(_units(texts, steps, device)), int(texts.lengths.max())
     if steps.private and not (steps.packed or steps.grouped):
-        most = min(most, RECORDS[device])
+        most = min(most, MOST[device])
     return min(LARGEST, max(SMALLEST, 2 * most * longest))

@@ -13,11 +13,15 @@ each of its records:
 
 Then rows do not mix, and arithmetic is a function of a row's own values and of its place. That the
 place does not matter is seen by trying (`Shapes`): a record goes alone where it does.
+
+Small batches are dear. So more records, and such as have several widths, go together in a larger
+shape where trying shows that each gives there, to the last bit, what it gives in its own: a product
+often adds a row up in one order whatever stands beside it, and what padding adds is 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +48,12 @@ class Shape:
     full: bool  # no row has padding; else each record has at least one token of it
 
 
+# how many records may go together at so many tokens, most first
+Sizes = Callable[[int], Sequence[int]]
+# widths whose records give in a larger shape what they give in their own; so many records ask
+Keeping = Callable[[Shape, int], frozenset[int]]
+
+
 @dataclass(eq=False)
 class Shapes:
     """Which kinds of work give a row the same bits wherever, and beside whatever, it stands.
@@ -54,6 +64,8 @@ class Shapes:
 
     routed: bool = False
     _alike: dict[object, bool] = field(default_factory=dict)
+    _keeping: dict[object, frozenset[int]] = field(default_factory=dict)
+    _asked: dict[object, int] = field(default_factory=dict)
 
     def records(self, kind: object, wanted: int, alike: Callable[[], bool]) -> int:
         """`wanted`, or 1 where `alike`, tried once a `kind`, says rows differ by place."""
@@ -63,6 +75,23 @@ class Shapes:
         if key not in self._alike:
             self._alike[key] = alike()
         return wanted if self._alike[key] else 1
+
+    def keeping(
+        self, kind: object, asking: int, cost: int, tried: Callable[[], frozenset[int]]
+    ) -> frozenset[int]:
+        """Widths that keep their bits in a larger shape, `tried` once a `kind`.
+
+        None before as many records have asked as a try costs: what is seldom wanted is not tried.
+        """
+        if self.routed:
+            return frozenset()
+        key = (kind, torch.get_num_threads())
+        if key not in self._keeping:
+            self._asked[key] = self._asked.get(key, 0) + asking
+            if self._asked[key] < cost:
+                return frozenset()
+            self._keeping[key] = tried()
+        return self._keeping[key]
 
 
 def padded(lengths: Ints, longest: int, device: str) -> Ints:
@@ -74,14 +103,40 @@ def padded(lengths: Ints, longest: int, device: str) -> Ints:
     return np.minimum((lengths // bucket + 1) * bucket, np.maximum(lengths, longest))
 
 
-def shaped(lengths: Ints, padded: Ints, records: Records) -> Iterator[tuple[Ints, Shape]]:
-    """Places of `lengths`, each once, longest first, with the shape each batch is filled to."""
+def shaped(
+    lengths: Ints,
+    padded: Ints,
+    records: Records,
+    sizes: Sizes = lambda tokens: (),
+    keeping: Keeping = lambda shape, asking: frozenset(),
+) -> Iterator[tuple[Ints, Shape]]:
+    """Places of `lengths`, each once, longest first, with the shape each batch is filled to.
+
+    Of `sizes` the first that is filled, and that keeps all widths in it; else the records' own.
+    """
     kinds = 2 * padded + (lengths == padded)
-    for kind in np.unique(kinds)[::-1]:
-        tokens, full = int(kind) // 2, bool(kind % 2)
-        places, shape = np.flatnonzero(kinds == kind), Shape(records(tokens, full), tokens, full)
-        for start in range(0, len(places), shape.records):
-            yield places[start : start + shape.records], shape
+    order, start = np.argsort(-kinds, kind="stable"), 0
+    while start < len(order):
+        shape, count = _next(kinds[order[start:]], records, sizes, keeping)
+        yield order[start : start + count], shape
+        start += count
+
+
+def _next(kinds: Ints, records: Records, sizes: Sizes, keeping: Keeping) -> tuple[Shape, int]:
+    """The shape of the next batch, and how many records it takes; `kinds` never increase."""
+    tokens, full = int(kinds[0]) // 2, bool(kinds[0] % 2)
+    own = Shape(records(tokens, full), tokens, full)
+    alike = int((kinds[: own.records] == kinds[0]).sum())
+    for size in sizes(tokens):
+        taken = kinds[:size][kinds[:size] == kinds[0]] if full else kinds[:size]
+        if len(taken) <= size - own.records:
+            continue  # a smaller one holds them too
+        if size == own.records and len(taken) == alike:
+            break
+        shape = Shape(size, tokens, full)
+        if keeping(shape, own.records).issuperset((taken // 2).tolist()):
+            return shape, len(taken)
+    return own, alike
 
 
 def probes(shape: Shape, inputs: Inputs, task: Task) -> tuple[Encoded, Encoded]:

@@ -58,10 +58,12 @@ def test_matrices_that_autocast_narrows_are_kept_once(base: Path) -> None:
     assert found.bytes(64, 24) < 64 * found.bytes(1, 24) - 60 * found.once
 
 
-def test_more_records_take_more_and_fixed_batches_hold_four(model: AdapterModel) -> None:
+def test_more_records_take_more_and_fixed_batches_hold_sixteen(model: AdapterModel) -> None:
     small, large = (memory_of_step(model, tokens, 24, packed=True) for tokens in (48, 480))
     assert large.activations > 5 * small.activations
-    fixed = memory_of_step(model, 480, 24, packed=False)
+    few, more = (memory_of_step(model, tokens, 24, packed=False) for tokens in (96, 480))
+    assert few.activations < more.activations < large.activations
+    large, fixed = (memory_of_step(model, 4800, 24, packed=each) for each in (True, False))
     assert fixed.activations < large.activations / 3
     assert fixed.gradients < large.gradients
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.client.training.sampling import micro_batches, private_batches, unit_records
+from fedlora.client.training.sampling import Fixed, micro_batches, private_batches, unit_records
 from fedlora.common.data.records import unit_groups
 from fedlora.common.errors import BadInput
-from fedlora.common.model.shapes import padded
+from fedlora.common.model.shapes import padded, shaped
 from fedlora.common.privacy.randomness import OsRandom, draw_units
 
 
@@ -55,6 +55,11 @@ def test_every_record_of_every_drawn_unit_is_there_once(
     )
 
 
+def fixed_of(records: int) -> Fixed:
+    """So many of one width."""
+    return lambda lengths: shaped(lengths, padded(lengths, 50, "cpu"), lambda tokens, full: records)
+
+
 @given(sizes=st.lists(st.integers(1, 4), max_size=12), records=st.integers(1, 5), data=st.data())
 def test_no_private_batch_has_the_records_of_two_units_but_in_a_fixed_shape(
     sizes: list[int], records: int, data: st.DataObject
@@ -63,11 +68,7 @@ def test_no_private_batch_has_the_records_of_two_units_but_in_a_fixed_shape(
     some = st.lists(st.integers(1, 60), min_size=sum(sizes), max_size=sum(sizes))
     lengths = np.array(data.draw(some), dtype=np.int64)
     drawn = np.arange(len(sizes), dtype=np.int64)
-    batches = list(
-        private_batches(
-            units, drawn, lengths, 100, padded(lengths, 50, "cpu"), lambda tokens, full: records
-        )
-    )
+    batches = list(private_batches(units, drawn, lengths, 100, fixed_of(records)))
     assert sorted(row for batch in batches for row in batch.rows) == list(range(sum(sizes)))
     of = np.repeat(drawn, sizes)
     for batch in batches:
@@ -85,14 +86,7 @@ def test_no_private_batch_has_the_records_of_two_units_but_in_a_fixed_shape(
 def test_no_units_make_no_batches() -> None:
     units, nothing = unit_groups(["a", "b"]), np.zeros(0, dtype=np.int64)
     assert list(micro_batches(units, nothing, np.array([3, 4]), 10)) == []
-    assert (
-        list(
-            private_batches(
-                units, nothing, np.array([3, 4]), 10, np.array([8, 8]), lambda tokens, full: 4
-            )
-        )
-        == []
-    )
+    assert list(private_batches(units, nothing, np.array([3, 4]), 10, fixed_of(4))) == []
     places, owners = unit_records(units, nothing)
     assert len(places) == len(owners) == 0
 

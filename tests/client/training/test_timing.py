@@ -58,9 +58,9 @@ def test_the_size_beyond_which_nothing_is_gained_is_found(
     assert seen == [512, 1024, 2048, 4096]
     few = Steps(drawn=8.0, packed=True, private=True)
     assert best_tokens(gradients, texts, few) == SMALLEST  # one batch holds them all
-    fixed = Steps(drawn=400.0, packed=False, private=True)  # of four records on a CPU
-    assert best_tokens(gradients, texts, fixed) == SMALLEST
-    assert seen == [512, 1024, 2048, 4096]
+    fixed = Steps(drawn=400.0, packed=False, private=True)  # of 16 records on a CPU
+    assert best_tokens(gradients, texts, fixed) == 1024
+    assert seen == [512, 1024, 2048, 4096, 512, 1024]
 
 
 def test_no_size_is_tried_that_does_not_fit(
