@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Annotated
 
@@ -33,24 +32,6 @@ console = Console(highlight=False, soft_wrap=True)
 
 Folder = Annotated[Path, typer.Option("--node", help="The node's folder.")]
 HERE = Path("node")
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        sys.stdout.write(f"fedlora {installed('fedlora')}\n")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", is_eager=True, callback=_print_version, help="Print the version."
-        ),
-    ] = False,
-) -> None:
-    """What stands before a command."""
 
 
 @app.command()

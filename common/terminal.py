@@ -116,6 +116,8 @@ def run_to_end(
         if isinstance(command, click.Command):
             _name_paths(command)
             _suggest_once(command)
+        if isinstance(command, click.Group):
+            click.version_option(package_name="fedlora", message="fedlora %(version)s")(command)
         code = command(standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt

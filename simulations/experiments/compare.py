@@ -125,9 +125,9 @@ def _setting(config: Config, place: _Place) -> Config:
         if place.epsilon is None
         else replace(config.privacy, epsilon=place.epsilon)
     )
-    changed = replace(config, seed=place.seed, privacy=privacy)
+    changed, method = replace(config, seed=place.seed, privacy=privacy), method_named(place.method)
     try:
-        return checked(method_named(place.method)(changed))
+        return checked(method(changed))
     except BadInput as error:
         raise BadInput([f"{place.method}: {fault}" for fault in error.faults]) from error
 

@@ -106,7 +106,7 @@ def test_what_can_not_be_compared_is_said_before_anything_runs(tmp_path: Path) -
 
     settings, wrong = load_config(), load_config(privacy={"head_clip": 0.5})
     cases: list[tuple[Config, dict[str, Any], str]] = [
-        (settings, {"methods": ("haed",)}, 'did you mean "head"'),
+        (settings, {"methods": ("haed",)}, '^method .haed.: .*did you mean "head"'),
         (settings, {"epsilons": (0.0,)}, "head: config .privacy. epsilon = 0"),
         (settings, {"seeds": 0}, "expected a method, an ε, a seed"),
         (wrong, {"methods": ("head",), "epsilons": (1.0, 0.0)}, "head: config"),
