@@ -88,12 +88,11 @@ class Company:
                 for width, bits in zip(widths.tolist(), self._bits(widths, shape), strict=True)
                 if not bits or bits != self._bits_alone(width, shape.full, tokens)
             }
-            return (
-                frozenset() if shape.tokens in moved else frozenset(rows.ravel().tolist()) - moved
-            )
+            kept = frozenset(rows.ravel().tolist()) - moved
+            return kept if shape.tokens in kept else frozenset()
 
-        cost = REPAID * rows.size
-        return self.model.shapes.keeping(("mixed", *self._kind(shape)), asking, cost, try_it)
+        kind = ("mixed", tokens, *self._kind(shape))  # a record's own shape follows from `tokens`
+        return self.model.shapes.keeping(kind, asking, REPAID * rows.size, try_it)
 
     def _arranged(self, shape: Shape) -> Ints:
         """(batches, records) widths to try: its own in every place, then each beside others."""

@@ -128,6 +128,23 @@ def test_larger_batches_that_move_a_record_are_not_made(fresh: AdapterModel, giv
     assert {shape.records for _, shape in found} == {RECORDS["cpu"]}
 
 
+def test_what_held_of_smaller_micro_batches_says_nothing_of_larger_ones(
+    fresh: AdapterModel,
+) -> None:
+    """A record's own shape may have more records there: four of 32 tokens of 159, three of 120."""
+
+    def few(row: int, length: int, batch: MicroBatch) -> float:
+        assert batch.shape is not None
+        return float(batch.shape[0] == 3)
+
+    company = company_of(fresh, few)
+    settled(company, 120)
+    for places, shape in settled(company, 159):
+        for length in lengths(39)[places].tolist():
+            own, *_ = sizes_of("cpu", 159, own_width(length, shape.full), fresh.spec.size)
+            assert (own == 3) == (shape.records == 3)
+
+
 def test_what_is_seldom_wanted_is_not_tried(fresh: AdapterModel) -> None:
     tried: list[int] = []
 
