@@ -198,17 +198,22 @@ def predict(
 ) -> None:
     """The released adapter on new text: one JSON object to a line."""
     from fedlora.common.adapter.peft import load_adapter
+    from fedlora.common.data.tagged import WORDS
+    from fedlora.common.tasks.task import WORD
 
     adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
     lines = _lines(file)
     loaded = load_adapter(adapter, base)
-    media = loaded.model.task.medium is not None
+    task = loaded.model.task
+    media = task.medium is not None
     inputs: list[Any] = lines if media else [_input(line) for line in lines]
     asked = [file.parent / line for line in lines] if media else inputs
+    words = task.asked(asked).parts[WORDS] if task.reads == WORD else ()
     # elsewhere a letter that an encoding lacks would be printed as "?"
     ascii_alone = codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8"
-    for text, answer in zip(inputs, loaded.predict(asked), strict=True):
-        line = json.dumps({"text": text, "answer": answer}, ensure_ascii=ascii_alone)
+    for row, (text, answer) in enumerate(zip(inputs, loaded.predict(asked), strict=True)):
+        whose = {"words": words[row][: len(answer)]} if words else {}  # of which the tags are
+        line = json.dumps({"text": text, **whose, "answer": answer}, ensure_ascii=ascii_alone)
         sys.stdout.write(line + "\n")
 
 

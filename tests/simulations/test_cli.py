@@ -14,6 +14,8 @@ import pytest
 from fedlora.common.adapter import peft
 from fedlora.common.config.load import load_config
 from fedlora.common.config.schema import open_fields
+from fedlora.common.tasks.task import RECORD
+from fedlora.common.tasks.token_classification import TokenClassification
 from fedlora.simulations import cli
 
 
@@ -89,8 +91,9 @@ def test_what_can_not_be_done_exits_with_2(
 class Answering:
     """An adapter that answers each input by what it is."""
 
-    def __init__(self, medium: str | None) -> None:
-        self.model = SimpleNamespace(task=SimpleNamespace(medium=medium))
+    def __init__(self, medium: str | None = None, task: object = None) -> None:
+        given = task or SimpleNamespace(medium=medium, reads=RECORD)
+        self.model = SimpleNamespace(task=given)
 
     def predict(self, asked: list[object]) -> list[str]:
         return [str(each) for each in asked]
@@ -107,6 +110,19 @@ def test_a_line_is_a_path_where_records_are_files(
     assert code == 0 and answers == [str(tmp_path / each) for each in ("a/b.png", '["a", "b"]')]
 
 
+def test_tags_stand_beside_their_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As many as were read: which words a text has, nobody else could tell."""
+    loaded = Answering(task=TokenClassification(("O", "B-place", "I-place")))
+    monkeypatch.setattr(loaded, "predict", lambda asked: [["O", "O", "B-place"], ["O"]])
+    monkeypatch.setattr(peft, "load_adapter", lambda *_: loaded)
+    (tmp_path / "texts.txt").write_text('a, b and c\n["a b", "c"]\n', encoding="utf-8")
+    code, out, _ = call(monkeypatch, capsys, "predict", "run", str(tmp_path / "texts.txt"))
+    words = [json.loads(line)["words"] for line in out.splitlines()]
+    assert code == 0 and words == [["a", ",", "b"], ["a b"]]
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_no_letter_of_an_answer_is_lost_to_an_encoding(
     monkeypatch: pytest.MonkeyPatch,
@@ -115,7 +131,7 @@ def test_no_letter_of_an_answer_is_lost_to_an_encoding(
     encoding: str,
 ) -> None:
     """Where standard output lacks a letter it stands as JSON's own escape, and was a "?"."""
-    monkeypatch.setattr(peft, "load_adapter", lambda *_: Answering(None))
+    monkeypatch.setattr(peft, "load_adapter", lambda *_: Answering())
     (tmp_path / "texts.txt").write_text("não ε\n", encoding="utf-8")
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
