@@ -15,7 +15,6 @@ from dataclasses import asdict
 from fedlora.client.secagg.masked_run import MaskedRun
 from fedlora.client.secagg.node import Possible
 from fedlora.client.service.dialogue import Dialogue, Node, private
-from fedlora.client.service.ticks import TRAIN
 from fedlora.common.disk.files import append_line
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.counts import answer_spec
@@ -76,7 +75,6 @@ def _answered(dialogue: Dialogue, run: MaskedRun, manifest: RunManifest, request
 def _input(dialogue: Dialogue, run: MaskedRun, manifest: RunManifest, request: Request) -> bytes:
     """The masked input; the sum that it may be in is noted before it can leave."""
     node, plan = dialogue.node, request.plan
-    node.bind_data(manifest, TRAIN)
     with private():
         adapter = node.work.spec(manifest, node.folder.projection(manifest.digest))
         spec = answer_spec(manifest, plan.phase, adapter)

@@ -12,7 +12,7 @@ sight (`private`) is told to the log alone: a message about a record is about so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -213,6 +213,7 @@ class Dialogue:
         with private():
             reserved = node.ledger.reservations(plan.manifest)
         plans.check(plan, reserved)
+        _check_left(manifest, plan, reserved)
         node.bind_data(manifest, TRAIN)
         with private():
             plans.write(plan)
@@ -242,6 +243,15 @@ class Dialogue:
     def signed(self, reply: Reply) -> bytes:
         """The reply, under this node's key, for this federation alone."""
         return reply_to_bytes(self.node.identity, self.invitation.federation, reply)
+
+
+def _check_left(manifest: RunManifest, plan: RoundPlan, reserved: Mapping[int, int]) -> None:
+    """Refused where the ledger, by its attempt -> round, would take no more of the plan's phase: it
+    is asked once data were read.
+    """
+    most = manifest.accounted[plan.phase].attempts
+    if sum(manifest.phase_of(number) == plan.phase for number in reserved.values()) >= most:
+        raise Refused(f"plan attempt: all {most} attempts of phase {plan.phase} are spent")
 
 
 def _digest(text: str) -> str:

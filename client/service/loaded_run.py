@@ -24,7 +24,7 @@ from fedlora.client.training.moments import MomentStore, UnnoisedMoments
 from fedlora.client.training.ranks import RankLost, Ranks, Recipe, of_one_kind
 from fedlora.client.training.step import PerSampleGradients
 from fedlora.client.training.timing import Steps, nobodys_texts, tokens_of_run
-from fedlora.client.training.trainer import Trainer, check_model
+from fedlora.client.training.trainer import Trainer, check_model, check_state
 from fedlora.common.config.schema import ALL_LINEAR, LoraConfig, ModelConfig, check_delta
 from fedlora.common.data.data_file import origin_of
 from fedlora.common.data.origin import Origin
@@ -111,9 +111,9 @@ class LoadedRun:
         return prepared.data_digest
 
     def spec(self, manifest: RunManifest, projection: Path) -> AdapterSpec:
-        """The tensors that the run moves, from its network."""
+        """The tensors that the run moves, from its network; reads no data."""
         with threads(self._policy.trainer.threads):
-            return self.prepare(manifest, projection).spec
+            return self._network(manifest, projection).model.spec
 
     def train(
         self,
@@ -125,14 +125,17 @@ class LoadedRun:
     ) -> tuple[Delta, str]:
         """The update of one attempt, (size,), and the digest of its data.
 
-        `vector` is the adapter that the plan starts from, as little-endian float32.
+        `vector` is the adapter that the plan starts from, as little-endian float32; BadInput where
+        it is another one, before data are read, for nothing would be charged for that.
         """
         with threads(self._policy.trainer.threads):
+            spec = self._network(manifest, projection).model.spec
+            state = AdapterState(spec, vector_from_bytes(vector, spec.size, "task"))
+            check_state(guarantee_of(manifest), plan, state)
             prepared = self.prepare(manifest, projection)
             trainer = self._trainer(prepared, manifest, budget)
-            given = vector_from_bytes(vector, prepared.spec.size, "task")
             try:
-                update = trainer.train(plan, AdapterState(prepared.spec, given))
+                update = trainer.train(plan, state)
             except RankLost:
                 self._let_go()  # the next attempt starts anew
                 raise
@@ -146,16 +149,20 @@ class LoadedRun:
         data = self._policy.data[
             self._policy.data_for(manifest.task, manifest.labels, manifest.unit)
         ]
-        path = self._folder.under(data.path)
+        path, gradients = self._folder.under(data.path), self._network(manifest, projection)
+        origin = origin_of(path)
+        if self._prepared is None or self._prepared.data.origin != origin:
+            self._prepared = self._read(manifest, data, path, origin, gradients)
+        return self._prepared
+
+    def _network(self, manifest: RunManifest, projection: Path) -> PerSampleGradients:
+        """The run's, built and tried where another one's is loaded; no data are read for it."""
         if self._run != manifest.digest or self._gradients is None:
             self._let_go()
             gradients = self._built(manifest, projection)
             self._tokens = self._fitting_tokens(gradients, manifest, projection.parent)
             self._run, self._gradients = manifest.digest, gradients
-        origin = origin_of(path)
-        if self._prepared is None or self._prepared.data.origin != origin:
-            self._prepared = self._read(manifest, data, path, origin, self._gradients)
-        return self._prepared
+        return self._gradients
 
     def _let_go(self) -> None:
         """Keep neither network nor data; ranks end with what held them."""

@@ -25,7 +25,7 @@ class Work(Protocol):
         """Check them again, reserve the schedule; the digest of the data set."""
 
     def spec(self, manifest: RunManifest, projection: Path) -> AdapterSpec:
-        """Which coordinates the run's adapter has."""
+        """Which coordinates the run's adapter has; reads no data."""
 
     def train(
         self,

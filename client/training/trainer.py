@@ -92,17 +92,9 @@ class Trainer:
             raise Refused(f"plan manifest: found {plan.manifest}, which was not consented to")
         if guarantee.manifest.phase_of(plan.round) != plan.phase:
             raise BadInput(f"plan phase: found {plan.phase} for round {plan.round}")
-        if state.digest != plan.adapter:
-            raise BadInput(f"plan adapter: found {state.digest}, expected {plan.adapter}")
+        check_state(guarantee, plan, state)
         if not guarantee.private:
             return self._update(guarantee, plan, state)
-        # not np.abs, which would be as large as the adapter
-        largest = float(max(state.vector.max(initial=0.0), -state.vector.min(initial=0.0)))
-        if largest > LARGEST_VALUE:
-            raise BadInput(
-                f"plan adapter: found a value of size {largest:g}, expected at most"
-                f" {LARGEST_VALUE:g}"
-            )
         ledger = self._required_ledger()
         ledger.reserve(self._budget.name, plan.manifest, plan.phase, plan.round, plan.attempt)
         update = self._update(guarantee, plan, state)
@@ -145,6 +137,20 @@ class Trainer:
         if self._ledger is None:
             raise Refused("ledger: found none, expected one: nothing private trains without it")
         return self._ledger
+
+
+def check_state(guarantee: Guarantee, plan: RoundPlan, state: AdapterState) -> None:
+    """BadInput where `state` is not the one that the plan starts from, or has too large a value
+    for a run with privacy.
+    """
+    if state.digest != plan.adapter:
+        raise BadInput(f"plan adapter: found {state.digest}, expected {plan.adapter}")
+    # not np.abs, which would be as large as the adapter
+    largest = float(max(state.vector.max(initial=0.0), -state.vector.min(initial=0.0)))
+    if guarantee.private and largest > LARGEST_VALUE:
+        raise BadInput(
+            f"plan adapter: found a value of size {largest:g}, expected at most {LARGEST_VALUE:g}"
+        )
 
 
 def check_model(manifest: RunManifest, model: AdapterModel) -> None:

@@ -39,6 +39,7 @@ from fedlora.common.trust.identity import Identity, Signed
 from tests.client.institution import (
     BASE,
     COORDINATOR,
+    PHASE,
     POLICY,
     FakeWork,
     Institution,
@@ -292,6 +293,18 @@ def test_a_changed_release_is_not_sent(north: Institution) -> None:
     assert "changed on disk" in declined(north, task_of(RUN)).reason
 
 
+def test_an_attempt_that_no_phase_has_left_looks_at_no_data(north: Institution) -> None:
+    """Before, the ledger said no once they were read: as often as anybody asked, for nothing."""
+    one = replace(PHASE, rounds=1, attempts=1)
+    run = manifest_of(one, replace(one, name="lora"))
+    north.begin(run)
+    assert isinstance(north.ask(task_of(run, 2, attempt=1)), Answer)
+    assert north.resident._watched.taken()
+    reason = declined(north, task_of(run, 2, attempt=2)).reason
+    assert "all 1 attempts of phase 1 are spent" in reason
+    assert north.resident._watched.taken() is None
+
+
 def test_a_ledger_restored_with_its_head_is_noticed_by_what_was_released(
     north: Institution,
 ) -> None:
@@ -319,8 +332,6 @@ def test_a_ledger_restored_with_its_head_is_noticed_by_what_was_released(
 
 def test_a_manifest_of_thousands_of_phases_keeps_nobody_busy(north: Institution) -> None:
     import time
-
-    from tests.client.institution import PHASE
 
     phases = tuple(
         replace(PHASE, noise_multiplier=0.3, sampling_rate=k / 9000) for k in range(1, 2000)

@@ -19,6 +19,7 @@ from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.data_file import file_digest
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.manifest.manifest import Network
+from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.model.base import base_digest
 from fedlora.common.model.compute import COMPUTE
 from fedlora.common.model.network import AdapterModel
@@ -121,6 +122,32 @@ def test_a_step_that_does_not_fit_is_refused_before_data_are_read(
     head = replace(run, phases=tuple(replace(each, name="head") for each in run.phases))
     with pytest.raises(BadInput, match="notes"):  # a head's steps take next to none
         loaded.check(head, tmp_path / "none", budget)
+
+
+def test_data_are_read_only_for_what_can_be_charged(tmp_path: Path, tiny_bert: Path) -> None:
+    """Before, a task with another adapter than its plan's had them read, and so had a masked stage
+    that was no next step: as often as it was sent, and no ledger counted it.
+    """
+    north = node_with_data(tmp_path / "n", tiny_bert)
+    policy = north.folder.load_policy()
+    loaded = LoadedRun(north.folder, policy, north.ledger)
+    run = manifest_of(
+        base_digest=base_digest(tiny_bert), network=Network.of(ModelConfig(pooling="mean"), LORA)
+    )
+    (north.root / "notes.jsonl").unlink()
+    spec = loaded.spec(run, tmp_path / "none")
+    values = np.zeros(spec.size, np.float32)
+    state, budget = AdapterState(spec, values), policy.budgets["people"]
+    far = AdapterState(spec, values + np.float32(2e3))
+    for adapter, vector, found in (
+        (state.digest, values[1:], "task vector"),
+        (state.digest, far.vector, "plan adapter"),
+        (far.digest, far.vector, "plan adapter: found a value of size 2000"),
+        (state.digest, values, "notes.jsonl"),
+    ):
+        plan = RoundPlan(run.digest, 0, 1, 1, adapter)
+        with pytest.raises(BadInput, match=found):
+            loaded.train(run, tmp_path / "none", budget, plan, vector_to_bytes(vector))
 
 
 def test_a_run_that_the_network_can_not_serve_is_declined_before_it_is_charged(
