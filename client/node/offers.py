@@ -4,8 +4,9 @@ offers/RUN/    manifest and projection as they were offered; address.signed, unt
                is good; consented.json, under which limits; consent.reply, the bytes that left; what
                loading the network left there; start.json, which start is acted on, from before it
                is charged; checked.json, what policy and data were when they were last tried
-offers/today.json    for how many offers of today data may have been read: those of new runs, and of
-               runs whose data were changed since they were consented to
+offers/today.json    how often data may have been read today for nothing: for offers of new runs,
+               and of runs whose data were changed since they were consented to; for starts and
+               attempts that were asked for again, for which no ledger counted the first reading
 
 A start moves the folder to runs/, in one step. A coordinator that never starts what it offers fills
 no disk: the last `MOST` are kept, and older ones make room. A run that was begun before there were
@@ -61,7 +62,7 @@ class _Named:
 
 @dataclass(frozen=True)
 class _Today:
-    """For how many offers of a day of UTC data may have been read."""
+    """How often data may have been read for nothing on a day of UTC."""
 
     day: str
     offers: int
@@ -122,6 +123,10 @@ class Offers:
         path = self.place(manifest) / NAMED
         write_atomically(path, to_canonical(_Named(start)), mode=0o600)
 
+    def names_start(self, manifest: str) -> bool:
+        """Whether a start was acted on."""
+        return (self.place(manifest) / NAMED).exists()
+
     def named_start(self, manifest: str, charged: bool) -> str:
         """The start that alone may go on: it was `charged`, or moved the run. "" where none did, or
         an earlier version kept none.
@@ -155,8 +160,8 @@ class Offers:
                 self.drop(f"sha256:{path.name}")
 
     def count(self, most: int) -> None:
-        """Count one more offer of today that data may be read for, durably; BadInput beyond
-        `most`.
+        """Count one more reading of data that nobody is charged for, durably; BadInput beyond
+        `most` a day.
         """
         path, today = self.folder.offers / TODAY, datetime.now(UTC).date().isoformat()
         known = _Today(today, 0)
@@ -165,8 +170,8 @@ class Offers:
             known = found if found.day == today else known
         if known.offers >= most:
             raise BadInput(
-                f"offer: found more new runs than this node considers, expected at most {most} a"
-                " day (UTC), by [limits] offers"
+                "offers: found data read for nothing as often as this node has it, expected at"
+                f" most {most} a day (UTC), by [limits] offers"
             )
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(path, to_canonical(_Today(today, known.offers + 1)), mode=0o600)

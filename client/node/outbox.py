@@ -252,7 +252,14 @@ class Plans:
     def write(self, plan: RoundPlan) -> None:
         """Keep a plan, durably, before it is acted on."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(self.folder / f"{plan.attempt:06d}.plan", plan.to_bytes(), mode=0o600)
+        write_atomically(self._path(plan), plan.to_bytes(), mode=0o600)
+
+    def tried(self, plan: RoundPlan) -> bool:
+        """Whether its attempt was acted on before."""
+        return self._path(plan).is_file()
+
+    def _path(self, plan: RoundPlan) -> Path:
+        return self.folder / f"{plan.attempt:06d}.plan"
 
     def _all(self) -> Iterator[RoundPlan]:
         for path in sorted(self.folder.glob("*.plan")) if self.folder.is_dir() else ():

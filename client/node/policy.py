@@ -102,7 +102,7 @@ class Limits:
     rank: int = _ruled(64, Bounds(1, 1024))
     targets: tuple[str, ...] = _ruled((), Each(NAME))  # empty: any
     layers: tuple[int, ...] = _ruled((), Each(LAYER))  # empty: any
-    offers: int = _ruled(50, Bounds(1, 100_000))  # of a day that a run's data may be read for
+    offers: int = _ruled(50, Bounds(1, 100_000))  # readings of a day that nobody is charged for
     # a run takes whole steps of its budget: 60 has many divisors, so that runs which cost a half to
     # a sixth of it still fit as often as they should
     budget_steps: int = _ruled(60, Bounds(1, 1_000_000))

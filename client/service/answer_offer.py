@@ -37,7 +37,7 @@ def answer_offer(dialogue: Dialogue, offer: Offer, manifest: RunManifest) -> byt
     node, digest, asked = dialogue.node, manifest.digest, offer.manifest.to_bytes()
     started = node.outbox.started(digest)
     if not started and node.offers.read(digest) is None:
-        node.offers.count(node.policy.limits.offers)
+        node.count_reading()
     spend = dialogue.judged(manifest)
     if manifest.secure is not None:
         node.masked.check(manifest)
@@ -100,7 +100,7 @@ def _tried(node: Node, manifest: RunManifest, offer: Offer) -> str:
         node.ledger.check(budget.name, Subject.of(manifest))
         return stamp
     if before is not None:  # a new run was counted
-        node.offers.count(node.policy.limits.offers)
+        node.count_reading()
     projection = node.offers.lay_out(manifest.digest, offer.projection)
     node.work.check(manifest, projection, budget)
     return stamp

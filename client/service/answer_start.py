@@ -53,6 +53,8 @@ def answer_start(dialogue: Dialogue, start: Start, request: bytes) -> bytes:
     if kept is not None and dialogue.is_ours(kept):
         return kept
     _check(dialogue, start, manifest, waiting, digest_of(request))
+    if node.offers.names_start(digest) and dialogue.reserved(manifest) is None:
+        node.count_reading()
     with private():
         node.offers.name_start(digest, digest_of(request))
         _reserve(dialogue, manifest)

@@ -112,6 +112,12 @@ class Node:
         self.work.adopt(policy)
         return replace(self, policy=policy)
 
+    def count_reading(self) -> None:
+        """Count one more reading of data that nobody is charged for: for an offer, or once more for
+        a start or an attempt whose first one no ledger came to count. BadInput beyond a day's.
+        """
+        self.offers.count(self.policy.limits.offers)
+
     def note_data(self, manifest: RunManifest, digest: str) -> None:
         """Note which version of the data the run used just now."""
         line = {"time": now(), "data": digest}
@@ -214,6 +220,8 @@ class Dialogue:
             reserved = node.ledger.reservations(plan.manifest)
         plans.check(plan, reserved)
         _check_left(manifest, plan, reserved)
+        if plans.tried(plan):
+            node.count_reading()
         node.bind_data(manifest, TRAIN)
         with private():
             plans.write(plan)

@@ -17,7 +17,7 @@ from fedlora.client.node import outbox
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest.manifest import RunManifest, SecureTerms
-from fedlora.common.manifest.plan import RoundPlan
+from fedlora.common.manifest.plan import Delta, RoundPlan
 from fedlora.common.model.projection import Affine, Projection
 from fedlora.common.protocol import stages
 from fedlora.common.protocol.messages import (
@@ -39,6 +39,7 @@ from fedlora.common.trust.identity import Identity, Signed
 from tests.client.institution import (
     BASE,
     COORDINATOR,
+    OTHERS,
     PHASE,
     POLICY,
     FakeWork,
@@ -46,6 +47,7 @@ from tests.client.institution import (
     declined,
     manifest_of,
     offer_of,
+    start_of,
     task_of,
 )
 from tests.disk import fill, small_disk
@@ -303,6 +305,41 @@ def test_an_attempt_that_no_phase_has_left_looks_at_no_data(north: Institution) 
     reason = declined(north, task_of(run, 2, attempt=2)).reason
     assert "all 1 attempts of phase 1 are spent" in reason
     assert north.resident._watched.taken() is None
+
+
+class Unreadable(FakeWork):
+    """Its data can't be read while `broken`."""
+
+    broken: bool = False
+    tries: int = 0
+
+    def consent(self, *arguments: object) -> str:
+        self._read()
+        return super().consent(*arguments)  # type: ignore[arg-type]
+
+    def train(self, *arguments: object) -> tuple[Delta, str]:
+        self._read()
+        return super().train(*arguments)  # type: ignore[arg-type]
+
+    def _read(self) -> None:
+        self.tries += 1
+        if self.broken:
+            raise BadInput("notes.jsonl row 5 label: found 'diabetes'")
+
+
+def test_data_that_can_not_be_read_are_tried_so_often_a_day(north: Institution) -> None:
+    """Before, for a start or an attempt they were tried whenever it was asked for again."""
+    north.set_policy(north.folder.policy.read_text() + "offers = 4\n")
+    north.restart(work := Unreadable(north.ledger))
+    consent = north.resident.ask(offer_of(RUN))
+    for asked in (start_of(RUN, {"north": consent, **OTHERS}), task_of(RUN)):
+        work.broken, work.tries = True, 0
+        replies = [declined(north, asked) for _ in range(5)]
+        assert work.tries == 4 and not any(each.refused for each in replies)
+        assert "expected at most 4 a day (UTC)" in replies[-1].reason
+        (north.folder.offers / "today.json").unlink()
+        work.broken = False
+        assert not isinstance(north.ask(asked), Decline)
 
 
 def test_a_ledger_restored_with_its_head_is_noticed_by_what_was_released(
