@@ -53,8 +53,6 @@ def answer_start(dialogue: Dialogue, start: Start, request: bytes) -> bytes:
     if kept is not None and dialogue.is_ours(kept):
         return kept
     _check(dialogue, start, manifest, waiting, digest_of(request))
-    if node.offers.names_start(digest) and dialogue.reserved(manifest) is None:
-        node.count_reading()
     with private():
         node.offers.name_start(digest, digest_of(request))
         _reserve(dialogue, manifest)
@@ -97,6 +95,8 @@ def _check(
         node.masked.check(manifest, {party.institution for party in start.cohort})
     if not named and dialogue.reserved(manifest) is None:
         check_time(Address.from_bytes(waiting.address.opened(OFFER_TAG, coordinator)))
+        if node.offers.names_start(manifest.digest):  # it was tried before, for nothing
+            node.count_reading()
 
 
 def _reserve(dialogue: Dialogue, manifest: RunManifest) -> None:
