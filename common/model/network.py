@@ -19,6 +19,7 @@ from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import Records
 from fedlora.common.disk.mapped import let_go
 from fedlora.common.errors import BadInput
+from fedlora.common.model.architectures import register_architecture
 from fedlora.common.model.assembly import PEFT_ADAPTER, assembled, initialise, trainable
 from fedlora.common.model.base import base_stamp, check_base, check_digest, resolve_base
 from fedlora.common.model.behaviour import check_causal, check_still, is_routed
@@ -254,6 +255,7 @@ def build_model(
     before = base_stamp(folder)
     check_base(folder)
     digest = check_digest(folder, model.digest)
+    register_architecture(folder)
     reader = load_reader(folder, task.medium, model.max_length)
     place = Place.of(model.dtype, device)
     task = as_pooled(task, model.pooling)

@@ -10,16 +10,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from fedlora.common.config import task_names
 from fedlora.common.config.load import parse_config
 from fedlora.common.errors import BadInput
+from fedlora.common.model.base import base_digest
 from fedlora.common.tasks import known
 from fedlora.simulations import ServerState
-from fedlora.simulations.examples import own_partition, own_strategy, own_task, private_federation
+from fedlora.simulations.examples import (
+    own_attack,
+    own_base,
+    own_partition,
+    own_strategy,
+    own_task,
+    private_federation,
+)
 from fedlora.simulations.federation import corpus
 
-EXAMPLES = (private_federation, own_strategy, own_partition, own_task)
+EXAMPLES = (private_federation, own_strategy, own_partition, own_task, own_base, own_attack)
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +82,68 @@ def test_a_task_of_ones_own(tiny_bert: Path, tmp_path: Path) -> None:
     assert manifest["task"] == "smoothed-classification"
     (answer,) = result.adapter.predict(["my laptop makes a burning smell"])
     assert answer in corpus.CLASSES
+
+
+def test_a_base_of_ones_own(tiny_bert: Path, tmp_path: Path) -> None:
+    """A private head above it is trained, released, and loaded again."""
+    result = own_base.main(tmp_path, str(tiny_bert), rounds=3)
+    assert result.epsilon is not None and result.epsilon <= 3.0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["base_digest"] == base_digest(tmp_path / "mixer")
+    (answer,) = result.adapter.predict(["my laptop makes a burning smell"])
+    assert answer in corpus.CLASSES
+
+
+PACKAGED_BASE = """
+import sys
+from importlib.metadata import EntryPoint
+from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.model import architectures
+from fedlora.common.model.network import build_model
+from fedlora.common.tasks.classification import SequenceClassification
+
+offered = EntryPoint(
+    "word-mixer", "fedlora.simulations.examples.own_base:register", architectures.GROUP
+)
+architectures.entry_points = lambda group: [offered] if sys.argv[2] == "offered" else []
+model = ModelConfig(sys.argv[1], max_length=24, pooling="mean")
+lora = LoraConfig(rank=2, targets=("mixed.0",))
+print(build_model(model, lora, SequenceClassification(("a", "b")), 1).spec.size)
+"""
+
+
+def test_a_base_that_a_package_offers(tiny_bert: Path, tmp_path: Path) -> None:
+    """Under the entry point `fedlora.bases`, by its model type; in a process that knows it not."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    mixer = own_base.Mixer(own_base.MixerConfig(words=len(tokenizer), width=8))
+    mixer.save_pretrained(tmp_path / "mixer")
+    tokenizer.save_pretrained(tmp_path / "mixer")
+    known, unknown = (
+        subprocess.run(
+            [sys.executable, "-c", PACKAGED_BASE, str(tmp_path / "mixer"), offered],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for offered in ("offered", "not")
+    )
+    assert known.returncode == 0 and int(known.stdout) == 2 * (16 + 8) + 2 * 8 + 2, known.stderr
+    assert unknown.returncode != 0 and "BadInput" in unknown.stderr
+
+
+def test_an_attack_of_ones_own(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mean of five goes the other way where one sends nine times its update against its sense."""
+
+    def losses(folder: str) -> tuple[float, float]:
+        found = own_attack.main(tmp_path / folder, str(tiny_bert), rounds=3)
+        return found["fedavg"].summary["loss"], found["multi-krum"].summary["loss"]
+
+    mean, near = losses("attacked")
+    monkeypatch.setattr(own_attack, "FACTOR", 1.0)
+    honest, _ = losses("honest")
+    assert mean > 1.1 * honest and near < mean
 
 
 def test_a_task_that_a_package_offers(monkeypatch: pytest.MonkeyPatch) -> None:
