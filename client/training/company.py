@@ -1,8 +1,9 @@
 """Which records of a private step go through the model together: those that do not notice it.
 
 A record's own shape is that of `RECORDS` others as wide (`common.model.shapes`), and gives what a
-clip bounds. Whether it gives the same bits in a larger shape, beside wider ones, is tried on
-records of nobody's, with values of nobody's; where it doesn't, its own shape it is.
+clip bounds. Whether it gives the same bits in a larger shape, of more records as wide, is tried on
+records of nobody's, with values of nobody's; where it doesn't, its own shape it is. Widths do not
+mix: no try says what padding adds under a coordinator's values (`common.model.shapes`).
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.shapes import BUCKETS, Shape, alike, padded, probes, shaped
 from fedlora.common.tasks.batch import Encoded
 
-# Of one width that are computed together, as far as a micro-batch's tokens go; and of any, where
+# Of one width that are computed together, as far as a micro-batch's tokens go; and the most, where
 # they keep their bits. On a GPU the first are as many already.
 RECORDS = {"cpu": 4, "cuda": 512}
 MOST = {"cpu": 16, "cuda": 512}
-WIDTHS = 16  # that a larger shape is tried with: narrower ones would waste more than they save
+WIDTHS = 16  # that a larger shape is tried with, as company
 REPAID = 2  # records that a larger shape must save something for, for each that is tried
 VALUES = 1 << 26  # of gradients that larger shapes may hold
 # (n, …) of a batch's records: all that may not depend on what else is in it

@@ -14,9 +14,10 @@ each of its records:
 Then rows do not mix, and arithmetic is a function of a row's own values and of its place. That the
 place does not matter is seen by trying (`Shapes`): a record goes alone where it does.
 
-Small batches are dear. So more records, and such as have several widths, go together in a larger
-shape where trying shows that each gives there, to the last bit, what it gives in its own: a product
-often adds a row up in one order whatever stands beside it, and what padding adds is 0.
+Small batches are dear. So more records of one width go together in a larger shape where trying
+shows that each gives there, to the last bit, what it gives in its own: a product often adds a row
+up in one order whatever stands beside it. Of several widths none go together: what padding adds is
+0 in every try, and no number where an adapter that a coordinator chose makes it overflow.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def shaped(
 ) -> Iterator[tuple[Ints, Shape]]:
     """Places of `lengths`, each once, longest first, with the shape each batch is filled to.
 
-    Of `sizes` the first that is filled, and that keeps all widths in it; else the records' own.
+    Of `sizes` the first that is filled by one kind, and that keeps its width; else its own.
     """
     kinds = 2 * padded + (lengths == padded)
     order, start = np.argsort(-kinds, kind="stable"), 0
@@ -128,7 +129,7 @@ def _next(kinds: Ints, records: Records, sizes: Sizes, keeping: Keeping) -> tupl
     own = Shape(records(tokens, full), tokens, full)
     alike = int((kinds[: own.records] == kinds[0]).sum())
     for size in sizes(tokens):
-        taken = kinds[:size][kinds[:size] == kinds[0]] if full else kinds[:size]
+        taken = kinds[:size][kinds[:size] == kinds[0]]
         if len(taken) <= size - own.records:
             continue  # a smaller one holds them too
         if size == own.records and len(taken) == alike:

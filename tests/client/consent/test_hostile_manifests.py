@@ -110,17 +110,22 @@ def model_of(base: Path) -> AdapterModel:
     )
 
 
-def hostile(model: AdapterModel) -> AdapterState:
-    """Attention whose score of a padded place is +inf, and of every other one 0.
+def hostile(
+    model: AdapterModel, short: str = SHORT, long: str = LONG, near: int = 0
+) -> AdapterState:
+    """Attention whose score of a padded place, from `near` on, is +inf, and of every other one 0.
 
     Known from the public base.
     """
     embeddings: Any = model.network.backbone.base_model.model.embeddings  # type: ignore[union-attr]
-    ids = model.tokenizer([SHORT, LONG], padding=True, return_tensors="pt")
+    ids = model.tokenizer([short, long], padding=True, return_tensors="pt")
     with torch.no_grad():
         seen = embeddings(ids["input_ids"])
     mask = ids["attention_mask"].bool()
+    if near:  # nearer padding the short one has in its own shape
+        seen, mask = seen[:1], mask[:1] | (torch.arange(mask.shape[1]) < near)
     real, pad = seen[mask].double().numpy(), seen[~mask].double().numpy()
+    pad = pad[:1] if near else pad  # one is enough, and leaves room to be exact elsewhere
     both = np.concatenate([real, pad])
     query = np.linalg.lstsq(both, np.ones(len(both)), rcond=None)[0]
     key = np.linalg.lstsq(both, np.r_[np.zeros(len(real)), np.ones(len(pad))], rcond=None)[0]
@@ -158,6 +163,25 @@ def test_a_record_that_pads_the_others_moves_the_sum_by_one_clip(
     assert 0 <= sums[1].nonfinite - sums[0].nonfinite <= 1  # by its own padding, and nobody else's
     together = pooled_features(model, encoded([SHORT] * 4 + [LONG]), np.arange(5)).numpy()
     assert np.array_equal(together[:4], features[0][:4], equal_nan=True)
+
+
+def test_no_longer_record_brings_padding_that_an_adapter_reads(tiny_bert: Path) -> None:
+    """Before, records of several widths went together where a try on values of nobody's allowed it;
+    an adapter to which padding behind the shorter ones is no number made all of theirs 0.
+    """
+    model = model_of(tiny_bert)
+    gradients, short, long = PerSampleGradients(model), "w1 " * 10, "w5 " * 29
+    model.load(hostile(model, short, long, 16))
+    sums = []
+    for texts in ([short] * 16, [short] * 16 + [long]):
+        records = Records(texts, None, np.zeros(len(texts), dtype=np.int64), None, {}, "x")
+        data, units = model.task.encode(records, model.tokenizer, 40), unit_groups(None, len(texts))
+        drawn, groups = np.arange(len(texts), dtype=np.int64), ClipGroups.flat(model.spec, 1.0)
+        for _ in range(24):  # until larger batches were tried
+            found = gradients.clipped_sum(data, units, drawn, groups, 4096)
+        sums.append(found)
+    assert sums[0].nonfinite == 0 and sums[1].nonfinite <= 1
+    assert np.linalg.norm(sums[0].vector - sums[1].vector) <= 1
 
 
 def amplifier(base: Path, projected: bool) -> AdapterModel:
