@@ -12,7 +12,9 @@ Ours with and without privacy, and others'.
     opacus   Opacus' PrivacyEngine (hooks) on that recipe
 
 The same records, the same network (MiniLM, LoRA r=8 on query and value, its own head) and the same
-batch for all; repetitions are interleaved in one process, and ratios are of medians. Peak
+batch for all; repetitions are interleaved in one process, and ratios are of medians. `WARM` steps
+go before them, in which a private step tries which records may go together: `tries` says how many
+later steps these took longer by. Peak
 memory is taken from one process for each. The floor is what the machine's own matrix products would
 need for the real tokens.
 
@@ -28,6 +30,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,7 @@ from fedlora.simulations.benchmarks.products import matmul_rates
 AG_NEWS = Path("../shared/data/ag_news/train.parquet")
 MAX_LENGTH = 128
 RECIPE_BATCH = 32
+WARM = 12
 # of a micro-batch: small ones pad less, and a GPU wants to be filled
 TOKENS = {"cpu": 2048, "cuda": 65536}
 LABELS = ("0", "1", "2", "3")
@@ -66,7 +70,7 @@ class Case:
 
     step: Step
     model: AdapterModel
-    padded: int
+    padded: Callable[[], int]  # tokens that are computed, after the warm-up
 
 
 def main() -> None:
@@ -80,11 +84,14 @@ def main() -> None:
     cases = CASES if not arguments.only else {arguments.only: CASES[arguments.only]}
     tokens = arguments.tokens or TOKENS[device.type]
     built = {name: build(arguments.records, device, tokens) for name, build in cases.items()}
-    seconds = _interleaved({name: case.step for name, case in built.items()}, arguments.repeats)
+    every = _interleaved({name: case.step for name, case in built.items()}, arguments.repeats)
+    seconds = {name: times[WARM:] for name, times in every.items()}
     if arguments.only:
         print(json.dumps({"rss": peak_rss_bytes()}))
         return
     figures = _figures(built, seconds, arguments, device)
+    settled = statistics.median(seconds["private"])
+    figures["tries"] = sum(every["private"][:WARM]) / settled - WARM
     _print(figures)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -100,12 +107,11 @@ def _private(records: int, device: torch.device, tokens: int, packed: bool = Fal
         total = gradients.clipped_sum(data, units, drawn, groups, tokens, packed)
         private_mean(total, groups, 1.0, float(records), OsRandom())
 
-    padded = sum(
-        batch.shape[0] * batch.shape[1]
-        for batch in gradients.batches(data, units, drawn, tokens)
-        if batch.shape is not None
-    )
-    return Case(step, model, _padded(data, units, drawn, tokens) if packed else padded)
+    def padded() -> int:
+        fixed = gradients.batches(data, units, drawn, tokens)
+        return sum(batch.shape[0] * batch.shape[1] for batch in fixed if batch.shape is not None)
+
+    return Case(step, model, partial(_padded, data, units, drawn, tokens) if packed else padded)
 
 
 def _packed(records: int, device: torch.device, tokens: int) -> Case:
@@ -121,7 +127,7 @@ def _plain(records: int, device: torch.device, tokens: int) -> Case:
     def step() -> None:
         gradients.plain_sum(data, micro_batches(units, drawn, data.lengths, tokens))
 
-    return Case(step, model, _padded(data, units, drawn, tokens))
+    return Case(step, model, partial(_padded, data, units, drawn, tokens))
 
 
 def _recipe(records: int, device: torch.device, tokens: int) -> Case:
@@ -134,7 +140,7 @@ def _recipe(records: int, device: torch.device, tokens: int) -> Case:
     def step() -> None:
         _epoch(model.network, optimizer, loader, device)
 
-    return Case(step, model, records * MAX_LENGTH)
+    return Case(step, model, lambda: records * MAX_LENGTH)
 
 
 def _tuned(records: int, device: torch.device, tokens: int) -> Case:
@@ -151,7 +157,7 @@ def _tuned(records: int, device: torch.device, tokens: int) -> Case:
         with torch.autocast(device.type, model.precision, enabled=model.precision != torch.float32):
             _epoch(model.network, optimizer, [(b.ids, b.mask, b.targets) for b in loader], device)
 
-    return Case(step, model, sum(batch.ids.numel() for batch in loader))
+    return Case(step, model, lambda: sum(batch.ids.numel() for batch in loader))
 
 
 def _opacus(records: int, device: torch.device, tokens: int) -> Case:
@@ -172,7 +178,7 @@ def _opacus(records: int, device: torch.device, tokens: int) -> Case:
     def step() -> None:
         _epoch(network, optimizer, loader, device)
 
-    return Case(step, model, records * MAX_LENGTH)
+    return Case(step, model, lambda: records * MAX_LENGTH)
 
 
 CASES: dict[str, Callable[[int, torch.device, int], Case]] = {
@@ -221,11 +227,9 @@ def _padded(data: Encoded, units: Any, drawn: Any, tokens: int) -> int:
 
 
 def _interleaved(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repetition, after one of each to warm up."""
-    for step in steps.values():
-        step()
+    """Seconds of each repetition, those of the warm-up first."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
+    for _ in range(WARM + repeats):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
@@ -258,7 +262,7 @@ def _figures(
         "floor": floors,
         "records": arguments.records,
         "real_tokens": real,
-        "padded_tokens": {name: case.padded for name, case in built.items()},
+        "padded_tokens": {name: case.padded() for name, case in built.items()},
         "peak_rss_bytes": {
             name: in_a_fresh_process(
                 __file__, "--only", name, "--records", arguments.records, "--repeats", 1
@@ -300,7 +304,7 @@ def _print(figures: dict[str, Any]) -> None:
         table.add_row(f"floor by {name} products", f"{rate:.1f}", "", "")
     console = Console()
     console.print(table)
-    for name in (each for each in figures if "_to_" in each):
+    for name in (each for each in figures if "_to_" in each or each == "tries"):
         console.print(f"{name} {figures[name]:.2f}")
 
 
