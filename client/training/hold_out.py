@@ -132,7 +132,7 @@ def _answers(model: AdapterModel, batch: Batch, scored: bool) -> list[torch.Tens
     return [model.task.losses(scores, batch), scores]
 
 
-def _records(model: AdapterModel, scored: bool, tokens: int, full: bool) -> int:
+def _records(model: AdapterModel, scored: bool, tokens: int, full: bool, _: int) -> int:
     """Records of a batch, by their length: more than one where no place or company counts."""
     shape = Shape(FEATURE_TOKENS[model.device.type] // tokens, tokens, full)
 

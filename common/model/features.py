@@ -179,7 +179,7 @@ def _batch(model: AdapterModel, data: Encoded, rows: Rows, shape: Shape) -> Batc
     return data.batch(rows, model.pad, model.device, (shape.records, shape.tokens))
 
 
-def _records(model: AdapterModel, tokens: int, full: bool) -> int:
+def _records(model: AdapterModel, tokens: int, full: bool, _: int) -> int:
     """Records of a forward pass, by their length."""
     shape = Shape(FEATURE_TOKENS[model.device.type] // tokens, tokens, full)
 

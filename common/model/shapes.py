@@ -22,7 +22,7 @@ up in one order whatever stands beside it. Of several widths none go together: w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,8 +36,8 @@ from fedlora.common.tasks.task import Task
 # Tokens. On a GPU a batch costs its launches, hardly what it holds: few are best.
 BUCKETS = {"cpu": 8, "cuda": 32}
 Ints = npt.NDArray[np.int64]
-# of a batch, by its tokens and whether they are all the records' own
-Records = Callable[[int, bool], int]
+# of the next batch, by its tokens, whether they are all the records' own, and how many are left
+Records = Callable[[int, bool, int], int]
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,6 @@ class Shape:
     records: int
     tokens: int
     full: bool  # no row has padding; else each record has at least one token of it
-
-
-# how many records may go together at so many tokens, most first
-Sizes = Callable[[int], Sequence[int]]
-# widths whose records give in a larger shape what they give in their own; so many records ask
-Keeping = Callable[[Shape, int], frozenset[int]]
 
 
 @dataclass(eq=False)
@@ -65,7 +59,6 @@ class Shapes:
 
     routed: bool = False
     _alike: dict[object, bool] = field(default_factory=dict)
-    _keeping: dict[object, frozenset[int]] = field(default_factory=dict)
     _asked: dict[object, int] = field(default_factory=dict)
 
     def records(self, kind: object, wanted: int, alike: Callable[[], bool]) -> int:
@@ -77,22 +70,20 @@ class Shapes:
             self._alike[key] = alike()
         return wanted if self._alike[key] else 1
 
-    def keeping(
-        self, kind: object, asking: int, cost: int, tried: Callable[[], frozenset[int]]
-    ) -> frozenset[int]:
-        """Widths that keep their bits in a larger shape, `tried` once a `kind`.
+    def keeps(self, kind: object, asking: int, cost: int, alike: Callable[[], bool]) -> bool:
+        """Whether rows give in a larger shape what they give in their own, tried once a `kind`.
 
-        None before as many records have asked as a try costs: what is seldom wanted is not tried.
+        Not before as many records have asked as a try costs: what is seldom wanted is not tried.
         """
-        if self.routed:
-            return frozenset()
         key = (kind, torch.get_num_threads())
-        if key not in self._keeping:
+        if self.routed:
+            return False
+        if key not in self._alike:
             self._asked[key] = self._asked.get(key, 0) + asking
             if self._asked[key] < cost:
-                return frozenset()
-            self._keeping[key] = tried()
-        return self._keeping[key]
+                return False
+            self._alike[key] = alike()
+        return self._alike[key]
 
 
 def padded(lengths: Ints, longest: int, device: str) -> Ints:
@@ -104,40 +95,16 @@ def padded(lengths: Ints, longest: int, device: str) -> Ints:
     return np.minimum((lengths // bucket + 1) * bucket, np.maximum(lengths, longest))
 
 
-def shaped(
-    lengths: Ints,
-    padded: Ints,
-    records: Records,
-    sizes: Sizes = lambda tokens: (),
-    keeping: Keeping = lambda shape, asking: frozenset(),
-) -> Iterator[tuple[Ints, Shape]]:
-    """Places of `lengths`, each once, longest first, with the shape each batch is filled to.
-
-    Of `sizes` the first that is filled by one kind, and that keeps its width; else its own.
-    """
+def shaped(lengths: Ints, padded: Ints, records: Records) -> Iterator[tuple[Ints, Shape]]:
+    """Places of `lengths`, each once, longest first, with the shape each batch is filled to."""
     kinds = 2 * padded + (lengths == padded)
-    order, start = np.argsort(-kinds, kind="stable"), 0
-    while start < len(order):
-        shape, count = _next(kinds[order[start:]], records, sizes, keeping)
-        yield order[start : start + count], shape
-        start += count
-
-
-def _next(kinds: Ints, records: Records, sizes: Sizes, keeping: Keeping) -> tuple[Shape, int]:
-    """The shape of the next batch, and how many records it takes; `kinds` never increase."""
-    tokens, full = int(kinds[0]) // 2, bool(kinds[0] % 2)
-    own = Shape(records(tokens, full), tokens, full)
-    alike = int((kinds[: own.records] == kinds[0]).sum())
-    for size in sizes(tokens):
-        taken = kinds[:size][kinds[:size] == kinds[0]]
-        if len(taken) <= size - own.records:
-            continue  # a smaller one holds them too
-        if size == own.records and len(taken) == alike:
-            break
-        shape = Shape(size, tokens, full)
-        if keeping(shape, own.records).issuperset((taken // 2).tolist()):
-            return shape, len(taken)
-    return own, alike
+    for kind in np.unique(kinds)[::-1]:
+        tokens, full = int(kind) // 2, bool(kind % 2)
+        places = np.flatnonzero(kinds == kind)
+        while len(places):
+            shape = Shape(records(tokens, full, len(places)), tokens, full)
+            yield places[: shape.records], shape
+            places = places[shape.records :]
 
 
 def probes(shape: Shape, inputs: Inputs, task: Task) -> tuple[Encoded, Encoded]:

@@ -67,8 +67,8 @@ def own_width(length: int, full: bool) -> int:
 def test_records_go_together_where_nothing_moves_them(fresh: AdapterModel) -> None:
     found = settled(company_of(fresh, lambda row, length, batch: float(length)))
     assert max(shape.records for _, shape in found) == 16
-    mixed = [len({own_width(w, s.full) for w in lengths(39)[p].tolist()}) for p, s in found]
-    assert max(mixed) == 1, "several widths in one batch"
+    widths = [len({own_width(w, s.full) for w in lengths(39)[p].tolist()}) for p, s in found]
+    assert set(widths) == {1}, "of one width: what padding adds, no try says"
     rows, before = (sum(s.records for _, s in each) for each in (found, alone(fresh)))
     assert rows <= before, "no more rows of nobody's"
     for places, shape in found:
@@ -81,19 +81,6 @@ def alone(model: AdapterModel) -> list[tuple[Ints, Shape]]:
     """As a first draw goes, before anything larger was tried."""
     model.shapes = Shapes()
     return [*company_of(model, lambda row, length, batch: float(length)).batches(lengths(39), 256)]
-
-
-def width_of(row: int, length: int, batch: MicroBatch) -> float:
-    assert batch.shape is not None
-    return float(batch.shape[1])
-
-
-def test_widths_that_padding_moves_do_not_mix(fresh: AdapterModel) -> None:
-    found = settled(company_of(fresh, width_of))
-    for places, shape in found:
-        widths = {own_width(each, shape.full) for each in lengths(39)[places].tolist()}
-        assert widths == {shape.tokens}
-    assert max(shape.records for _, shape in found) == 16, "of one width there may be more"
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ def test_every_record_of_every_drawn_unit_is_there_once(
 
 def fixed_of(records: int) -> Fixed:
     """So many of one width."""
-    return lambda lengths: shaped(lengths, padded(lengths, 50, "cpu"), lambda tokens, full: records)
+    return lambda lengths: shaped(
+        lengths, padded(lengths, 50, "cpu"), lambda tokens, full, left: records
+    )
 
 
 @given(sizes=st.lists(st.integers(1, 4), max_size=12), records=st.integers(1, 5), data=st.data())
