@@ -17,7 +17,7 @@ place does not matter is seen by trying (`Shapes`): a record goes alone where it
 Small batches are dear. So more records of one width go together in a larger shape where trying
 shows that each gives there, to the last bit, what it gives in its own: a product often adds a row
 up in one order whatever stands beside it. Of several widths none go together: what padding adds is
-0 in every try, and no number where an adapter that a coordinator chose makes it overflow.
+0 in every try, but not where a coordinator's adapter makes it overflow, or outweigh the mask.
 """
 
 from __future__ import annotations
