@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from fedlora.common.data.records import Columns, read_records
 from fedlora.common.data.tagged import read_tag_set, words_of
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.batch import IGNORED
-from fedlora.common.tasks.token_classification import TokenClassification
+from fedlora.common.tasks.token_classification import TokenClassification, entities
 
 TAGS = ("O", "B-place", "I-place")
 TASK = TokenClassification(TAGS)
@@ -144,3 +146,15 @@ def test_rows_that_are_refused(
     with pytest.raises(BadInput, match=fault):
         records = read_records(path, Columns("", tokens="tokens", tags="tags"), TAGS)
         TASK.encode(records, byte_level, 24)
+
+
+# sha256 of what `get_entities` of seqeval 1.2.2 gives, with the word behind each in place of its last
+OF_SEQEVAL = "9e45ef8396e6be68858db7e9542babd01431712dde01fd9a673ff59ecf01adaa"
+
+
+def test_entities_are_seqevals() -> None:
+    """All sequences of up to five tags of two types, also those that BIO does not allow."""
+    tags = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+    every = (given for words in range(1, 6) for given in product(tags, repeat=words))
+    found = [[list(entity) for entity in entities(given)] for given in every]
+    assert hashlib.sha256(json.dumps(found).encode()).hexdigest() == OF_SEQEVAL
