@@ -64,11 +64,9 @@ class Company:
 
     def records(self, shape: Shape) -> int:
         """The shape's records together, where each then gets the same bits in any place."""
-        if self.alone:
+        if self.alone or self.model.shapes.routed or shape.records <= 1:
             return 1
-        return self.model.shapes.records(
-            self._kind(shape), shape.records, lambda: bool(self._given(shape))
-        )
+        return shape.records if self._given(shape) else 1
 
     def _keeps(self, own: Shape, size: int) -> bool:
         """Whether a record gives among `size` what it gives in its own shape."""

@@ -57,7 +57,7 @@ from fedlora.simulations.benchmarks.products import matmul_rates
 AG_NEWS = Path("../shared/data/ag_news/train.parquet")
 MAX_LENGTH = 128
 RECIPE_BATCH = 32
-WARM = 8
+WARM = 12
 # of a micro-batch: small ones pad less, and a GPU wants to be filled
 TOKENS = {"cpu": 2048, "cuda": 65536}
 LABELS = ("0", "1", "2", "3")
