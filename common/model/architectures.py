@@ -9,22 +9,14 @@ it can only ask for a name that whoever owns the machine has installed.
 from __future__ import annotations
 
 import json
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 
 GROUP = "fedlora.bases"
 
 
-@cache
-def installed_bases() -> dict[str, EntryPoint]:
-    """What installed packages offer, by model type."""
-    return {each.name: each for each in entry_points(group=GROUP)}
-
-
 def register_architecture(folder: Path) -> None:
     """Let transformers know the architecture of the base in `folder`, where a package offers it."""
     named = json.loads((folder / "config.json").read_bytes()).get("model_type")
-    offered = installed_bases().get(named) if isinstance(named, str) else None
-    if offered is not None:
+    for offered in entry_points(group=GROUP, name=str(named)):
         offered.load()()

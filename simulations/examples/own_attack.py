@@ -59,6 +59,7 @@ def attacked(run: SimulatedRun) -> Cohort:
 def main(folder: Path, base: str = "minilm", rounds: int = 20) -> dict[str, Result]:
     """The same attack on the mean of the updates, and on the mean of those near each other."""
     config, results = federation(folder, base, rounds), {}
+    config = replace(config, privacy=replace(config.privacy, mode="none"))  # no noise beside it
     for strategy in ("fedavg", "multi-krum"):
         ruled = replace(config, aggregation=replace(config.aggregation, strategy=strategy))
         results[strategy] = simulate(ruled, folder / strategy, Options(threads=2), cohort=attacked)

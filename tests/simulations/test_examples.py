@@ -105,7 +105,8 @@ from fedlora.common.tasks.classification import SequenceClassification
 offered = EntryPoint(
     "word-mixer", "fedlora.simulations.examples.own_base:register", architectures.GROUP
 )
-architectures.entry_points = lambda group: [offered] if sys.argv[2] == "offered" else []
+known = [offered] if sys.argv[2] == "offered" else []
+architectures.entry_points = lambda group, name: [each for each in known if each.name == name]
 model = ModelConfig(sys.argv[1], max_length=24, pooling="mean")
 lora = LoraConfig(rank=2, targets=("mixed.0",))
 print(build_model(model, lora, SequenceClassification(("a", "b")), 1).spec.size)
