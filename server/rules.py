@@ -18,8 +18,8 @@ from typing import Any
 
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import FLEXLORA, Config, config_to_toml, open_fields
-from fedlora.common.config.task_names import BY_WORD, MANY_LABELS
-from fedlora.common.config.toml import AUTO, UNDECIDED
+from fedlora.common.config.task_names import BY_WORD, CLASSIFIED, MANY_LABELS
+from fedlora.common.config.toml import AUTO
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.central_limit import about_sigma, gaussian_mu
 from fedlora.common.privacy.modes import guarantee_asked
@@ -66,6 +66,10 @@ OPEN_BATCH, OPEN_EPOCHS = 32, 3
 # own way: ten means of 30 steps left MRPC at 0.68, and sixty of 5 brought it to 0.72.
 OPEN_STEPS, SMALLEST_BATCH = 300, 4
 
+# Of public records, before the first round. From 505 a class on they are a better start than a head
+# on the frozen base ends at, and from few that a base learns by heart they are none.
+START_EPOCHS, START_RECORDS = 3, 500
+
 # chosen by what `federation.units` says
 BY_UNITS = frozenset(
     ("training.expected_units", "training.head_expected_units", "training.sampling_rate")
@@ -79,38 +83,18 @@ class PublicFacts:
 
     units: int
     classes: int  # numbers that a head gives; 0: a language model
+    learnable: int = 0  # public records that may be learnt from, and do not score
 
 
 def decided(config: Config, facts: PublicFacts) -> Config:
     """`config` with a value in every place; BadInput where chosen and given don't fit together."""
-    for rule in (_network, _rounds, _head, _lora, _local, _server):
-        config = _filled(config, rule(config, facts))
+    for rule in (_network, _start, _rounds, _head, _lora, _local, _server):
+        config = filled(config, rule(config, facts))
     return parse_config(config_to_toml(config), "config")
 
 
-def agree(config: Config, run: Config) -> bool:
-    """Whether a run that has begun is the one that `config` describes, as far as it says."""
-    left = open_fields(config)
-    taken: dict[str, dict[str, Any]] = {}
-    for path in left:
-        section, field = path.split(".")
-        taken.setdefault(section, {})[field] = getattr(getattr(run, section), field)
-    if config.lora.targets == (AUTO,):  # what a base has is read when it is loaded
-        config = replace(config, lora=replace(config.lora, targets=run.lora.targets))
-    if config.training.micro_batch_tokens == UNDECIDED:  # measured, and kept with the run
-        tokens = run.training.micro_batch_tokens
-        config = replace(config, training=replace(config.training, micro_batch_tokens=tokens))
-    return _filled(config, taken) == run
-
-
-def rounded(units: int) -> int:
-    """To two digits."""
-    step = int(10 ** max(0, len(str(units)) - 2))
-    return max(1, round(units / step) * step)
-
-
-def _filled(config: Config, chosen: Chosen) -> Config:
-    """What is given stays."""
+def filled(config: Config, chosen: Chosen) -> Config:
+    """`config` with what was chosen; what is given stays."""
     left = open_fields(config)
     sections = {
         name: replace(
@@ -132,6 +116,17 @@ def _network(config: Config, facts: PublicFacts) -> Chosen:
     pooling = "pairs" if len(config.data.text) > 1 else pooling
     pooling = "words" if model.task in BY_WORD else pooling if facts.classes else "default"
     return {"model": {"pooling": pooling}}
+
+
+def _start(config: Config, facts: PublicFacts) -> Chosen:
+    """Public records spare private rounds what they teach; without noise there is nothing to spare.
+
+    Below a projection none: it is fitted on the base as it is.
+    """
+    classified = facts.classes > 1 and config.model.task in CLASSIFIED
+    enough = classified and facts.learnable >= START_RECORDS * facts.classes
+    wanted = enough and guarantee_asked(config.privacy).private and not config.model.projection
+    return {"training": {"public_epochs": START_EPOCHS if wanted else 0}}
 
 
 def _rounds(config: Config, facts: PublicFacts) -> Chosen:

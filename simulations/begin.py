@@ -31,13 +31,13 @@ from fedlora.common.privacy.calibration import default_cache
 from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.server.rounds.checkpoint import Checkpoint
 from fedlora.server.rounds.cohort import Cohort
-from fedlora.server.rules import agree
 from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning
 from fedlora.server.runs.run import rules_of, strategies_of
 from fedlora.server.runs.schedule import make_manifest
+from fedlora.server.runs.warm_start import started, taught
 from fedlora.server.strategies.gathered import gathering
 from fedlora.server.strategies.strategy import Strategy
-from fedlora.simulations.chosen import CONFIG, decided_run, taken_as_public, write_decided
+from fedlora.simulations.chosen import CONFIG, agree, decided_run, taken_as_public, write_decided
 from fedlora.simulations.federation.partition import (
     Owners,
     Partition,
@@ -143,7 +143,7 @@ def begin(
         engine=options.engine,
         config=config_to_toml(config),
         gather=gathering(config.aggregation),
-        caveats=(*taken_as_public(config, chosen), *own.caveats),
+        caveats=(*taken_as_public(config, chosen), *taught(paths.folder), *own.caveats),
         began=began,
         federation=federation,
         ledger=ledger,
@@ -255,6 +255,7 @@ def torch_device(name: str) -> torch.device:
 def _new(
     config: Config, paths: Paths, federation: Federation, own: Own
 ) -> tuple[Checkpoint, Ledger]:
+    state = started(federation.public, paths.folder)
     manifest, ledger = manifest_of(config, federation), paths.open_ledger()
     manifest = replace(manifest, strategy=own.names.get("strategy", manifest.strategy))
     write_text(paths.folder / DATA, federation.origin.digest + "\n")
@@ -263,7 +264,7 @@ def _new(
     if own.names:  # a run of the configuration alone has no such file
         write_text(paths.folder / OWN, _kept(own, federation))
     # last: from here on it is a run, and can be resumed
-    return Checkpoint.create(paths.checkpoint, manifest, federation.public.initial), ledger
+    return Checkpoint.create(paths.checkpoint, manifest, state), ledger
 
 
 def _resumed(

@@ -9,13 +9,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import Config, DataConfig, config_to_toml, open_fields
+from fedlora.common.config.toml import AUTO, UNDECIDED
 from fedlora.common.data.records import unit_groups
 from fedlora.common.disk.files import write_text
 from fedlora.common.privacy.modes import guarantee_asked
-from fedlora.server.rules import BY_UNITS, PublicFacts, decided, rounded
+from fedlora.server.rules import BY_UNITS, PublicFacts, decided, filled
 from fedlora.simulations.federation.sources import Sources
 
 CONFIG, CHOSEN = "config.toml", "chosen.json"  # in a run's folder
@@ -32,8 +34,30 @@ def decided_for(config: Config, sources: Sources) -> Config:
 
     How many units there are is taken as public here, to two digits.
     """
-    units, task = len(unit_groups(sources.train.units, len(sources.train))), sources.public.task
-    return decided(config, PublicFacts(rounded(units), task.outputs))
+    units, public = len(unit_groups(sources.train.units, len(sources.train))), sources.public
+    facts = PublicFacts(rounded(units), public.task.outputs, public.learnable)
+    return decided(config, facts)
+
+
+def agree(config: Config, run: Config) -> bool:
+    """Whether a run that has begun is the one that `config` describes, as far as it says."""
+    left = open_fields(config)
+    taken: dict[str, dict[str, Any]] = {}
+    for path in left:
+        section, field = path.split(".")
+        taken.setdefault(section, {})[field] = getattr(getattr(run, section), field)
+    if config.lora.targets == (AUTO,):  # what a base has is read when it is loaded
+        config = replace(config, lora=replace(config.lora, targets=run.lora.targets))
+    if config.training.micro_batch_tokens == UNDECIDED:  # measured, and kept with the run
+        tokens = run.training.micro_batch_tokens
+        config = replace(config, training=replace(config.training, micro_batch_tokens=tokens))
+    return filled(config, taken) == run
+
+
+def rounded(units: int) -> int:
+    """To two digits."""
+    step = int(10 ** max(0, len(str(units)) - 2))
+    return max(1, round(units / step) * step)
 
 
 def decided_run(
@@ -47,6 +71,8 @@ def decided_run(
     config = parse_config((folder / CONFIG).read_text(encoding="utf-8"))
     if "server.warmup" in open_fields(config):  # nor had it a warm-up
         config = replace(config, server=replace(config.server, warmup=0.0))
+    if "training.public_epochs" in open_fields(config):  # nor a start on public records
+        config = replace(config, training=replace(config.training, public_epochs=0))
     return config, tuple(chosen)
 
 

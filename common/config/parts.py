@@ -65,8 +65,11 @@ class NetworkRecipe:
     lora: LoraConfig
     seed: int
     head_phase: bool  # rounds come in which the head is trained by itself
+    public_epochs: int = 0  # of public records, before the first round
 
     @classmethod
     def of(cls, config: Config) -> NetworkRecipe:
         """As it is configured."""
-        return cls(config.model, config.lora, config.seed, config.training.head_rounds > 0)
+        training = config.training
+        head, epochs = training.head_rounds > 0, max(0, training.public_epochs)
+        return cls(config.model, config.lora, config.seed, head, epochs)

@@ -38,6 +38,7 @@ from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginnin
 from fedlora.server.runs.run import Run, conclude, conduct, rules_of, strategies_of, to_its_end
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.runs.tracking import check_trackers, tracked
+from fedlora.server.runs.warm_start import started, taught
 from fedlora.server.strategies.gathered import gathering
 
 
@@ -92,7 +93,7 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
         forget_beginning(folder)
     records = read_public(config.data, config.model.task)
     if not begun:
-        config = decided(config, PublicFacts(0, records.task.outputs))
+        config = decided(config, PublicFacts(0, records.task.outputs, records.learnable))
         write_atomically(folder / "config.toml", config_to_toml(config).encode())
     training = config.training
     machine = Machine(
@@ -111,7 +112,7 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
         cache, cohort = default_cache(), config.aggregation.minimum_cohort
         federation = coordinator.federation
         manifest = make_manifest(Terms.of(config), public.facts, cache, federation, cohort)
-        checkpoint = Checkpoint.create(path, manifest, public.initial)
+        checkpoint = Checkpoint.create(path, manifest, started(public, folder))
     return Run(
         folder=folder,
         public=public,
@@ -122,4 +123,5 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
         engine="flower",
         gather=gathering(config.aggregation),
         config=config_to_toml(config),
+        caveats=taught(folder),
     )

@@ -38,8 +38,13 @@ class PublicRecords:
     task: Task
     validation: Records
     test: Records
-    # what a projection is fitted on; None: half of the validation part
+    # what a projection is fitted on and a run starts from; None: half of the validation part
     texts: Records | None = None
+
+    @property
+    def learnable(self) -> int:
+        """How many records may be learnt from: the rest of them scores."""
+        return (len(self.validation) + 1) // 2 if self.texts is None else len(self.texts)
 
 
 def read_public(data: DataConfig, task: str) -> PublicRecords:
@@ -106,6 +111,9 @@ class PublicSide:
     validation: Evaluator
     test: Evaluator
     initial: AdapterState
+    # public records that may be learnt from, and which of them: none of those that score
+    learnt: Encoded
+    learnt_rows: Ints
 
     @classmethod
     def build(
@@ -123,9 +131,9 @@ class PublicSide:
         if recipe.head_phase:
             _ = model.head  # refuses a model whose head can't be trained by itself
         test, validation = model.encoded(records.test), model.encoded(records.validation)
-        score = np.arange(len(validation), dtype=np.int64)
+        learns = bool(settings.projection or recipe.public_epochs)
+        fit, fitted, score = _fit_and_score(model, records, validation, learns)
         if settings.projection:
-            fit, fitted, score = _fit_and_score(model, records, validation)
             path = folder / PROJECTION
             model.projection = _projection(model, fitted, fit, settings, path, texts)
         # Measured on public records: how long a step takes must not depend on anybody's text.
@@ -139,6 +147,8 @@ class PublicSide:
             validation=Evaluator("validation", model, validation, score, features),
             test=Evaluator("test", model, test, np.arange(len(test)), features),
             initial=model.state(),
+            learnt=fitted,
+            learnt_rows=fit,
         )
 
     @property
@@ -167,13 +177,15 @@ def forget_beginning(folder: Path) -> None:
 
 
 def _fit_and_score(
-    model: AdapterModel, records: PublicRecords, validation: Encoded
+    model: AdapterModel, records: PublicRecords, validation: Encoded, learns: bool
 ) -> tuple[Ints, Encoded, Ints]:
-    """Rows that a projection is fitted on, and of what, and the validation rows that score.
+    """Rows that may be learnt from, and of what, and the validation rows that score then.
 
-    Whitened rows of the fit look unlike any others: they must not score what was fitted on them.
+    What was fitted on a row, or has learnt it, looks too good there: such rows must not score.
     """
     rows = np.arange(len(validation), dtype=np.int64)
+    if not learns:
+        return rows[:0], validation, rows
     if records.texts is None:
         return rows[::2], validation, rows[1::2]
     texts = model.encoded(records.texts)

@@ -62,6 +62,20 @@ class PhasePlan:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What public records teach before the first round."""
+
+    epochs: int
+    records: int
+    minutes: float
+
+
+NO_START = Start(0, 0, 0.0)
+# of a record that is scored: of the way back, all but the frozen matrices' own gradients
+LEARNT = 3
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run would cost. Printed, it is two tables and a line."""
 
@@ -79,11 +93,12 @@ class Plan:
     micro_batch_tokens: int
     wire: str  # what an update is rounded to
     counts: str = ""  # what an evaluation's noise is beside its hold-outs
+    start: Start = NO_START
 
     @property
     def minutes(self) -> float:
         """Of training and scoring, on this machine."""
-        return sum(each.minutes for each in self.phases)
+        return self.start.minutes + sum(each.minutes for each in self.phases)
 
     @property
     def bytes_a_round(self) -> int:
@@ -106,6 +121,11 @@ class Plan:
             f" and {self.bytes_back:,} back in a round; {self.attention} attention,"
             f" {self.precision}, {self.micro_batch_tokens:,} tokens at once"
         )
+        if self.start.epochs:
+            yield (
+                f"before the first round, {self.start.epochs} epochs over"
+                f" {self.start.records:,} public records: {self.start.minutes:.1f} minutes"
+            )
         if self.counts:
             yield self.counts
         drowned = [each.phase.name for each in self.phases if (each.signal or inf) < FAINT]
@@ -178,6 +198,7 @@ def plan(
         micro_batch_tokens=federation.training.tokens,
         wire=manifest.wire,
         counts=_counts(manifest, len(federation.clients)),
+        start=_start(federation, speed),
     )
 
 
@@ -212,6 +233,12 @@ def _phase_plan(
     members = manifest.participation * len(federation.clients)
     signal = signal_to_noise(manifest, phase, federation.model.spec, members)
     return PhasePlan(phase, drawn * len(units), seconds / 60, signal)
+
+
+def _start(federation: Federation, speed: Speed) -> Start:
+    public = federation.public
+    epochs, records = public.recipe.public_epochs, len(public.learnt_rows)
+    return Start(epochs, records, epochs * records * LEARNT * speed.scored / 60)
 
 
 def _counts(manifest: RunManifest, institutions: int) -> str:

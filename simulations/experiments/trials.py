@@ -15,9 +15,8 @@ from fedlora.common.config.load import load_config
 from fedlora.common.config.schema import Config
 from fedlora.common.errors import BadInput
 from fedlora.common.model.features import PooledTexts
-from fedlora.server.rules import agree
 from fedlora.simulations.begin import Options
-from fedlora.simulations.chosen import CONFIG
+from fedlora.simulations.chosen import CONFIG, agree
 from fedlora.simulations.experiments.simulate import Result, simulate
 
 Summary = Mapping[str, Any]

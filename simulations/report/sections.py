@@ -35,7 +35,12 @@ Summary = Mapping[str, Any]
 Lines = Sequence[Mapping[str, Any]]
 
 
-PHASES = {"head": "The head alone", "adapter": "LoRA and the head", "lora": "LoRA below it"}
+PHASES = {
+    "public": "Public records, before the first round",
+    "head": "The head alone",
+    "adapter": "LoRA and the head",
+    "lora": "LoRA below it",
+}
 
 
 def base(summary: Summary) -> str:
@@ -110,9 +115,10 @@ def _noise(lines: Lines, phases: Sequence[tuple[str, int]]) -> list[tuple[Markup
 
 def phase_ends(summary: Summary) -> dict[str, Any]:
     """What each phase came to, and in words what LoRA added to the head."""
-    found = summary.get("phases") or []
+    found, start = summary.get("phases") or [], summary.get("public_start")
     metric = answers.headline(summary)
     show, name = answers.shown_as(metric), answers.HEADLINES[metric][0]
+    before = [{"phase": "public", "rounds": 0, "released": False, **start}] if start else []
     rows = [
         {
             "title": PHASES.get(row["phase"], row["phase"]),
@@ -122,9 +128,9 @@ def phase_ends(summary: Summary) -> dict[str, Any]:
             "test": show(row["test"].get(metric)),
             "released": row["released"],
         }
-        for row in found
+        for row in before + found
     ]
-    if len(rows) < 2 or metric != "accuracy":
+    if len(found) < 2 or metric != "accuracy":
         return {"rows": rows, "metric": name, "sentence": ""}
     gain = 100 * (found[-1]["test"]["accuracy"] - found[0]["test"]["accuracy"])
     added = f"LoRA {'added' if gain >= 0 else 'cost'} {abs(gain):.1f} points of accuracy"

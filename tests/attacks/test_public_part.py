@@ -315,7 +315,7 @@ def test_half_of_a_validation_part_is_fitted_on_and_the_other_half_scores(count:
     task, nobodys = SequenceClassification(("bad", "good")), records(["w"])
     part = task.unlabelled(np.zeros(count, dtype=np.int32), np.arange(count + 1, dtype=np.int64))
     model = cast(AdapterModel, None)  # encodes texts that are named
-    fit, fitted, score = _fit_and_score(model, PublicRecords(task, nobodys, nobodys), part)
+    fit, fitted, score = _fit_and_score(model, PublicRecords(task, nobodys, nobodys), part, True)
     assert fitted is part and sorted([*fit, *score]) == list(range(count))
     assert len(fit) - len(score) in (0, 1)
 

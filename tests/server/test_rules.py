@@ -14,7 +14,7 @@ from fedlora.common.errors import BadInput
 from fedlora.common.privacy.calibration import Asked
 from fedlora.common.privacy.central_limit import gaussian_mu
 from fedlora.common.privacy.record_level import RecordLevel
-from fedlora.server.rules import PublicFacts, agree, decided, rounded
+from fedlora.server.rules import PublicFacts, decided
 from fedlora.server.runs.schedule import public_phases
 from fedlora.server.strategies.fedavg import ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
@@ -320,16 +320,20 @@ def test_what_is_chosen_and_given_must_fit() -> None:
         chosen("[federation]\nrounds = 5\n[training]\nhead_rounds = 9")
 
 
-def test_a_run_goes_on_with_what_was_chosen_when_it_began() -> None:
-    run = chosen()
-    assert agree(parse_config(""), run)
-    assert agree(parse_config("[federation]\nrounds = 90"), run)
-    assert not agree(parse_config("[federation]\nrounds = 91"), run)
-    assert not agree(parse_config("seed = 8"), run)
-
-
 @pytest.mark.parametrize(
-    ("units", "shown"), [(1, 1), (99, 99), (104, 100), (9_951, 10_000), (67_349, 67_000)]
+    ("text", "classes", "learnable", "epochs"),
+    [
+        ("", 2, 1_010, 3),
+        ("", 2, 990, 0),
+        ("", 77, 1_010, 0),
+        ("", 1, 100_000, 0),  # a language model's words, or a number
+        ('[model]\ntask = "multi-label"', 4, 100_000, 0),
+        ('[privacy]\nmode = "none"', 2, 1_010, 0),
+        ("[model]\nprojection = 64", 2, 1_010, 0),
+        ("[training]\npublic_epochs = 7", 77, 10, 7),
+    ],
 )
-def test_a_number_of_units_is_public_to_two_digits(units: int, shown: int) -> None:
-    assert rounded(units) == shown
+def test_a_run_starts_from_public_records_where_there_are_enough(
+    text: str, classes: int, learnable: int, epochs: int
+) -> None:
+    assert chosen(text, PublicFacts(10_000, classes, learnable)).training.public_epochs == epochs

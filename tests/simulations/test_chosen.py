@@ -6,7 +6,7 @@ import pytest
 
 from fedlora.common.config.load import parse_config
 from fedlora.server.rules import PublicFacts, decided
-from fedlora.simulations.chosen import taken_as_public
+from fedlora.simulations.chosen import agree, rounded, taken_as_public
 
 FACTS = PublicFacts(1_000, 2)
 FILES = 'train = "a.csv"\ntest = "b.csv"\nvalidation = "c.csv"\n'
@@ -38,3 +38,18 @@ def test_each_part_that_a_private_file_gives_is_named(data: str, parts: str) -> 
 def test_the_number_of_units_is_named_where_rules_reckoned_with_it() -> None:
     assert "about 1000 units" in said(FILES, chosen=("federation.units", "training.expected_units"))
     assert not said(FILES, chosen=("federation.units", "privacy.clip"))
+
+
+def test_a_run_goes_on_with_what_was_chosen_when_it_began() -> None:
+    run = decided(parse_config(""), FACTS)
+    assert agree(parse_config(""), run)
+    assert agree(parse_config("[federation]\nrounds = 90"), run)
+    assert not agree(parse_config("[federation]\nrounds = 91"), run)
+    assert not agree(parse_config("seed = 8"), run)
+
+
+@pytest.mark.parametrize(
+    ("units", "shown"), [(1, 1), (99, 99), (104, 100), (9_951, 10_000), (67_349, 67_000)]
+)
+def test_a_number_of_units_is_public_to_two_digits(units: int, shown: int) -> None:
+    assert rounded(units) == shown

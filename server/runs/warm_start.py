@@ -1,0 +1,101 @@
+"""Where a run starts: LoRA and the head as they were drawn, or as public records taught them.
+
+Public records of the same task cost no privacy, however often they are gone through. What they
+teach is all that private rounds need not: these find a base that has turned to the task already,
+whose features a private head reads as they are. The start is a run's first state, so that nodes
+take it as they take any other, and its test figure is what public records give by themselves: what
+a federation has to beat. AdamW with warm-up and linear decay, as a central loop would.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import get_linear_schedule_with_warmup as warm_and_decay
+
+from fedlora.common.disk.files import write_text
+from fedlora.common.errors import BadInput
+from fedlora.common.model.state import AdapterState
+from fedlora.server.runs.public_data import PublicSide
+
+log = logging.getLogger(__name__)
+
+PUBLIC_START = "public_start.json"  # in a run's folder
+BATCH, RATE, LONGEST_GRADIENT = 32, 2e-3, 1.0
+TAUGHT = (
+    "Before the first round the adapter learnt from {records} public records. No ε covers them, and"
+    " none needs to."
+)
+
+
+def started(public: PublicSide, folder: Path) -> AdapterState:
+    """The state that a run in `folder` starts from: of all epochs the one that loses least on what
+    scores, that of no epoch among them.
+
+    What it came to is written to public_start.json. BadInput where there is nothing to learn from.
+    """
+    epochs, records = public.recipe.public_epochs, len(public.learnt_rows)
+    (folder / PUBLIC_START).unlink(missing_ok=True)
+    if not epochs:
+        return public.initial
+    if not records:
+        raise BadInput("[training] public_epochs: found no public record to learn from")
+    best, chosen = public.initial, 0
+    scores: list[Mapping[str, float]] = [public.validation.evaluate(best)]
+    for number, state in enumerate(_learnt(public, epochs), 1):
+        scores.append(public.validation.evaluate(state))
+        log.info("public records, epoch %d of %d: %s", number, epochs, scores[-1])
+        if scores[number]["loss"] < scores[chosen]["loss"]:
+            best, chosen = state, number
+    said = {
+        "records": records,
+        "epochs": epochs,
+        "best_epoch": chosen,
+        "validation": scores[chosen],
+        "test": public.test.evaluate(best),
+    }
+    write_text(folder / PUBLIC_START, json.dumps(said, indent=2) + "\n")
+    return best
+
+
+def kept_start(folder: Path) -> dict[str, Any] | None:
+    """What public_start.json says; None where a run starts as it was drawn."""
+    path = folder / PUBLIC_START
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def taught(folder: Path) -> tuple[str, ...]:
+    """A sentence for the privacy statement, where a run in `folder` starts from public records."""
+    found = kept_start(folder)
+    return () if found is None else (TAUGHT.format(records=found["records"]),)
+
+
+def _learnt(public: PublicSide, epochs: int) -> Iterator[AdapterState]:
+    """The state after each epoch over the public records; their order is drawn by the seed."""
+    model, data, rows = public.model, public.learnt, public.learnt_rows
+    model.load(public.initial)
+    trained = list(model.parameters.values())
+    optimizer = torch.optim.AdamW(trained, lr=RATE)
+    steps = epochs * math.ceil(len(rows) / BATCH)
+    schedule = warm_and_decay(optimizer, steps // 10, steps)  # type: ignore[no-untyped-call]
+    draw = np.random.Generator(np.random.Philox(public.recipe.seed))
+    for _ in range(epochs):
+        order = draw.permutation(rows)
+        for start in range(0, len(order), BATCH):
+            batch = data.batch(order[start : start + BATCH], model.pad, model.device)
+            torch.autograd.backward(model.losses(batch).mean())
+            torch.nn.utils.clip_grad_norm_(trained, LONGEST_GRADIENT)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        yield model.state()
