@@ -141,8 +141,7 @@ class DataConfig:
     test: float | str = _number("", 0, 1, open_low=True, open_high=True, text=OPTIONAL_PATH)
     # A public file, or the share of train that belongs to no client.
     validation: float | str = _number(0.03, 0, 1, open_low=True, open_high=True, text=PATH)
-    # public records that a projection is fitted on and a run starts from; "": half of the
-    # validation part, which then does not score
+    # what a projection is fitted on and a run starts from; "": half of the validation part
     public: str = _text("", OPTIONAL_PATH)
     text: tuple[str, ...] = _items(("text",), NAME, shortest=1, one=True)  # or the two of a pair
     image: str = _text("")  # bytes, or paths from the table's folder on
@@ -152,8 +151,7 @@ class DataConfig:
     label: str = _text("label", NAME)
     # public label set; empty: taken from test, never from train
     labels: tuple[str, ...] = _items((), NAME)
-    # public ends of what a number may be, for a regression
-    scale: tuple[float, ...] = _items((), Bounds(-1e9, 1e9))
+    scale: tuple[float, ...] = _items((), Bounds(-1e9, 1e9))  # public ends of a regression's number
     tokens: str = _text("")  # a column of lists of words; their tags, or spans of text, in tags
     tags: str = _text("")
     messages: str = _text("")  # causal-lm: a column of conversations
@@ -193,8 +191,7 @@ class TrainingConfig:
     carry_optimizer: bool = True
     learning_rate: float = _chosen(0, 1e3, open_low=True)
     proximal_mu: float = _number(0.0, 0, 1e3)
-    # the coordinator's, on public records before the first round, without noise; 0: none
-    public_epochs: int = _chosen(0, 1_000)
+    public_epochs: int = _chosen(0, 1_000)  # over public records, before the first round
     head_rounds: int = _chosen(0, 100_000)  # first rounds that train the head alone
     moves: str = _chosen_name("lora", "both")  # what the rounds after them move
     head_steps: int = _chosen(1, 10_000)

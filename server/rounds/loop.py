@@ -300,7 +300,7 @@ def _scored(progress: Progress, candidate: AdapterState, metrics: Mapping[str, f
     The score is the accuracy where the task has one, else the loss. Nothing scored is replaced by
     what is not; of equals the later one is taken.
     """
-    score = _score(metrics)
+    score = score_of(metrics)
     if progress.score is None or (score is not None and score >= progress.score):
         progress = replace(progress, released=candidate, score=score, released_round=progress.round)
     if not metrics:
@@ -310,7 +310,7 @@ def _scored(progress: Progress, candidate: AdapterState, metrics: Mapping[str, f
     return replace(progress, stale=progress.stale + 1)
 
 
-def _score(metrics: Mapping[str, float]) -> float | None:
+def score_of(metrics: Mapping[str, float]) -> float | None:
     """Higher is better; None where nothing was evaluated, or what was found is no number."""
     if not metrics:
         return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import get_linear_schedule_with_warmup as warm_and_decay
 from fedlora.common.disk.files import write_text
 from fedlora.common.errors import BadInput
 from fedlora.common.model.state import AdapterState
+from fedlora.server.rounds.loop import score_of
 from fedlora.server.runs.public_data import PublicSide
 
 log = logging.getLogger(__name__)
@@ -36,8 +38,8 @@ TAUGHT = (
 
 
 def started(public: PublicSide, folder: Path) -> AdapterState:
-    """The state that a run in `folder` starts from: of all epochs the one that loses least on what
-    scores, that of no epoch among them.
+    """The state that a run in `folder` starts from: of all epochs the best, as rounds are judged;
+    that of no epoch is among them, and of equals the later one is taken.
 
     What it came to is written to public_start.json. BadInput where there is nothing to learn from.
     """
@@ -47,18 +49,17 @@ def started(public: PublicSide, folder: Path) -> AdapterState:
         return public.initial
     if not records:
         raise BadInput("[training] public_epochs: found no public record to learn from")
-    best, chosen = public.initial, 0
-    scores: list[Mapping[str, float]] = [public.validation.evaluate(best)]
+    best, chosen, found = public.initial, 0, public.validation.evaluate(public.initial)
     for number, state in enumerate(_learnt(public, epochs), 1):
-        scores.append(public.validation.evaluate(state))
-        log.info("public records, epoch %d of %d: %s", number, epochs, scores[-1])
-        if scores[number]["loss"] < scores[chosen]["loss"]:
-            best, chosen = state, number
+        reached = public.validation.evaluate(state)
+        log.info("public records, epoch %d of %d: %s", number, epochs, reached)
+        if _rank(reached) >= _rank(found):
+            best, chosen, found = state, number, reached
     said = {
         "records": records,
         "epochs": epochs,
         "best_epoch": chosen,
-        "validation": scores[chosen],
+        "validation": found,
         "test": public.test.evaluate(best),
     }
     write_text(folder / PUBLIC_START, json.dumps(said, indent=2) + "\n")
@@ -80,6 +81,11 @@ def taught(folder: Path) -> tuple[str, ...]:
     return () if found is None else (TAUGHT.format(records=found["records"]),)
 
 
+def _rank(metrics: Mapping[str, float]) -> float:
+    score = score_of(metrics)
+    return -math.inf if score is None else score
+
+
 def _learnt(public: PublicSide, epochs: int) -> Iterator[AdapterState]:
     """The state after each epoch over the public records; their order is drawn by the seed."""
     model, data, rows = public.model, public.learnt, public.learnt_rows
@@ -93,7 +99,9 @@ def _learnt(public: PublicSide, epochs: int) -> Iterator[AdapterState]:
         order = draw.permutation(rows)
         for start in range(0, len(order), BATCH):
             batch = data.batch(order[start : start + BATCH], model.pad, model.device)
-            torch.autograd.backward(model.losses(batch).mean())
+            with warnings.catch_warnings():  # of Opacus' hooks, which are off here
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                torch.autograd.backward(model.losses(batch).mean())
             torch.nn.utils.clip_grad_norm_(trained, LONGEST_GRADIENT)
             optimizer.step()
             optimizer.zero_grad()

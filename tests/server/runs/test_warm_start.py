@@ -1,0 +1,119 @@
+"""A run's first state: as it was drawn, or as public records taught it; never what scores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedlora.common.config.schema import Config
+from fedlora.common.errors import BadInput
+from fedlora.server.runs.warm_start import PUBLIC_START, kept_start, started, taught
+from fedlora.simulations.begin import begin
+from fedlora.simulations.report.pages import write_report
+from tests.conftest import WORDS
+from tests.simulations.experiments.test_simulate import config, cpu, run_whole, write_data
+
+ONE = ("federation.rounds=2", "training.head_rounds=1", "federation.spare_rounds=0")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    folder = write_data(tmp_path / "data")
+    rng, rows = np.random.default_rng(3), []
+    for number in range(96):  # what a label follows from, and nothing else
+        words = [*rng.choice(WORDS, 3), ("good", "bad")[number % 2]]
+        rows.append({"text": " ".join(words), "label": number % 2})
+    (folder / "public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def settings(base: Path, data: Path, epochs: int, *more: str) -> Config:
+    public = f'data.public="{data}/public.jsonl"'
+    validation = f'data.validation="{data}/validation.jsonl"'
+    epochs_of = f"training.public_epochs={epochs}"
+    return config(base, data, "record", *ONE, public, validation, epochs_of, *more)
+
+
+def test_public_records_teach_lora_and_head_before_any_round(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    run = begin(settings(tiny_bert, data, 12), tmp_path / "run", cpu())
+    start, drawn = run.checkpoint.load().state, run.public.initial
+    assert any(value.any() for name, value in start.named().items() if ".lora_B." in name)
+    said = kept_start(tmp_path / "run")
+    assert said is not None and said["records"] == 96 and said["epochs"] == 12
+    before = run.public.validation.evaluate(drawn)["loss"]
+    assert said["validation"]["loss"] < 0.9 * before
+    assert said["validation"] == run.public.validation.evaluate(start)
+    assert said["test"]["loss"] == run.public.test.evaluate(start)["loss"]
+    run.ledger.close()
+
+
+def test_the_best_epoch_on_what_scores_is_taken_and_may_be_none(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    text = (data / "public.jsonl").read_text()
+    wrong = [{**row, "label": 1 - row["label"]} for row in map(json.loads, text.splitlines())]
+    (data / "public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
+    run = begin(settings(tiny_bert, data, 12), tmp_path / "run", cpu())
+    said = kept_start(tmp_path / "run")
+    assert said is not None and said["best_epoch"] == 0
+    assert run.checkpoint.load().state == run.public.initial
+    run.ledger.close()
+
+
+def test_a_run_without_public_epochs_starts_as_it_was_drawn(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    run, summary = run_whole(settings(tiny_bert, data, 0), tmp_path / "run")
+    assert kept_start(tmp_path / "run") is None and summary["public_start"] is None
+    assert not (tmp_path / "run" / PUBLIC_START).exists() and not taught(tmp_path / "run")
+    assert len(run.public.validation.rows) == len(run.public.validation.data)
+
+
+def test_half_of_a_validation_part_teaches_and_does_not_score(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    named = settings(tiny_bert, data, 1)
+    run = begin(replace(named, data=replace(named.data, public="")), tmp_path / "run", cpu())
+    learnt, scoring = run.public.learnt_rows, run.public.validation.rows
+    assert sorted([*learnt, *scoring]) == list(range(15)) and len(scoring) == 7
+    run.ledger.close()
+
+
+def test_a_statement_and_a_report_say_what_was_learnt_from(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    _, summary = run_whole(settings(tiny_bert, data, 2), tmp_path / "run")
+    statement = summary["privacy_statement"]
+    assert isinstance(statement, list)
+    assert any("learnt from 96 public records" in sentence for sentence in statement)
+    assert summary["public_start"] == kept_start(tmp_path / "run")
+    page = write_report(tmp_path / "run").read_text()
+    assert "Public records, before the first round" in page
+
+
+def test_a_killed_run_goes_on_from_the_same_start(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    wanted = settings(tiny_bert, data, 2)
+    first = begin(wanted, tmp_path / "run", cpu())
+    start = first.checkpoint.load().state
+    first.ledger.close()
+    again = begin(wanted, tmp_path / "run", cpu(resume=True))
+    assert again.checkpoint.load().state == start
+    assert again.caveats == first.caveats
+    again.ledger.close()
+
+
+def test_nothing_to_learn_from_is_said(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    run = begin(settings(tiny_bert, data, 1), tmp_path / "run", cpu())
+    run.ledger.close()
+    empty = replace(run.public, learnt_rows=run.public.learnt_rows[:0])
+    with pytest.raises(BadInput, match="public_epochs: found no public record"):
+        started(empty, tmp_path)
