@@ -39,7 +39,7 @@ TAUGHT = (
 
 def started(public: PublicSide, folder: Path) -> AdapterState:
     """The state that a run in `folder` starts from: of all epochs the best, as rounds are judged;
-    that of no epoch is among them, and of equals the later one is taken.
+    that of no epoch is among them, and of equals the earlier one is taken.
 
     What it came to is written to public_start.json. BadInput where there is nothing to learn from.
     """
@@ -53,7 +53,7 @@ def started(public: PublicSide, folder: Path) -> AdapterState:
     for number, state in enumerate(_learnt(public, epochs), 1):
         reached = public.validation.evaluate(state)
         log.info("public records, epoch %d of %d: %s", number, epochs, reached)
-        if _rank(reached) >= _rank(found):
+        if _rank(reached) > _rank(found):
             best, chosen, found = state, number, reached
     said = {
         "records": records,
