@@ -38,8 +38,8 @@ TAUGHT = (
 
 
 def started(public: PublicSide, folder: Path) -> AdapterState:
-    """The state that a run in `folder` starts from: of all epochs the best, as rounds are judged;
-    that of no epoch is among them, and of equals the earlier one is taken.
+    """The state that a run in `folder` starts from: of all epochs the best, as rounds are judged,
+    and of equals the one that loses least; that of no epoch is among them.
 
     What it came to is written to public_start.json. BadInput where there is nothing to learn from.
     """
@@ -81,9 +81,9 @@ def taught(folder: Path) -> tuple[str, ...]:
     return () if found is None else (TAUGHT.format(records=found["records"]),)
 
 
-def _rank(metrics: Mapping[str, float]) -> float:
+def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
     score = score_of(metrics)
-    return -math.inf if score is None else score
+    return (-math.inf, 0.0) if score is None else (score, -metrics["loss"])
 
 
 def _learnt(public: PublicSide, epochs: int) -> Iterator[AdapterState]:

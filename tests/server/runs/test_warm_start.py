@@ -24,11 +24,12 @@ ONE = ("federation.rounds=2", "training.head_rounds=1", "federation.spare_rounds
 def data(tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
     folder = write_data(tmp_path / "data")
-    rng, rows = np.random.default_rng(3), []
-    for number in range(96):  # what a label follows from, and nothing else
-        words = [*rng.choice(WORDS, 3), ("good", "bad")[number % 2]]
-        rows.append({"text": " ".join(words), "label": number % 2})
-    (folder / "public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, count in (("public", 96), ("validation", 60)):
+        rng, rows = np.random.default_rng(count), []
+        for number in range(count):  # what a label follows from, and nothing else
+            words = [*rng.choice(WORDS, 3), ("good", "bad")[number % 2]]
+            rows.append({"text": " ".join(words), "label": number % 2})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -82,7 +83,7 @@ def test_half_of_a_validation_part_teaches_and_does_not_score(
     named = settings(tiny_bert, data, 1)
     run = begin(replace(named, data=replace(named.data, public="")), tmp_path / "run", cpu())
     learnt, scoring = run.public.learnt_rows, run.public.validation.rows
-    assert sorted([*learnt, *scoring]) == list(range(15)) and len(scoring) == 7
+    assert sorted([*learnt, *scoring]) == list(range(60)) and len(scoring) == 30
     run.ledger.close()
 
 
