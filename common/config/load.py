@@ -88,14 +88,10 @@ def _together(config: Config) -> Iterator[Fault]:
 
 
 def _projected(config: Config) -> Iterator[Fault]:
-    """A projection is of pooled features; what it is fitted on and what follows it needs one."""
+    """A projection is of pooled features; what follows it needs one."""
     if config.model.projection > 0 and config.model.pooling == "default":
         found = f"[model] projection = {config.model.projection}"
         yield ("model.projection", "model.pooling"), f"{found}: {POOLED}"
-    if config.data.public and not config.model.projection:
-        found = f"[data] public = {shown(config.data.public)}"
-        paths = ("data.public", "model.projection")
-        yield paths, f'{found}: expected "" with [model] projection = 0, which is fitted on it'
     if config.model.kernel_directions > 0 and not config.model.projection:
         found = f"[model] kernel_directions = {config.model.kernel_directions}"
         paths = ("model.kernel_directions", "model.projection")

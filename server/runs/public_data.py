@@ -5,6 +5,7 @@ Simulation and deployment build it alike. Institutions build the same network fr
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from fedlora.common.tasks.known import task_kind, task_named
 from fedlora.common.tasks.task import Task
 from fedlora.server.rounds.evaluation import Evaluator
 from fedlora.server.runs.schedule import NetworkFacts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +187,11 @@ def _fit_and_score(
     What was fitted on a row, or has learnt it, looks too good there: such rows must not score.
     """
     rows = np.arange(len(validation), dtype=np.int64)
+    if not learns and records.texts is not None:
+        log.warning(
+            "[data] public: nothing learns from it, for [model] projection and [training]"
+            " public_epochs are 0"
+        )
     if not learns:
         return rows[:0], validation, rows
     if records.texts is None:

@@ -333,5 +333,3 @@ def test_a_projection_is_fitted_on_the_public_texts_that_are_named(
         fitted[name] = run.manifest.projection_digest
         assert len(run.public.validation.rows) == (6 if name == "half" else 12)
     assert fitted["half"] != fitted["named"]
-    with pytest.raises(BadInput, match="which is fitted on it"):
-        config(tiny_bert, data, f'data.public="{data}/public.jsonl"')

@@ -37,7 +37,8 @@ def settings(base: Path, data: Path, epochs: int, *more: str) -> Config:
     public = f'data.public="{data}/public.jsonl"'
     validation = f'data.validation="{data}/validation.jsonl"'
     epochs_of = f"training.public_epochs={epochs}"
-    return config(base, data, "record", *ONE, public, validation, epochs_of, *more)
+    named = ("model.projection=0", public, validation, epochs_of)
+    return config(base, data, "record", *ONE, *named, *more)
 
 
 def test_public_records_teach_lora_and_head_before_any_round(
@@ -75,6 +76,16 @@ def test_a_run_without_public_epochs_starts_as_it_was_drawn(
     assert kept_start(tmp_path / "run") is None and summary["public_start"] is None
     assert not (tmp_path / "run" / PUBLIC_START).exists() and not taught(tmp_path / "run")
     assert len(run.public.validation.rows) == len(run.public.validation.data)
+
+
+def test_a_public_file_that_nothing_learns_from_is_named(
+    tiny_bert: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin(settings(tiny_bert, data, 0), tmp_path / "run", cpu()).ledger.close()
+    assert "[data] public: nothing learns from it" in caplog.text
+    caplog.clear()
+    begin(settings(tiny_bert, data, 1), tmp_path / "other", cpu()).ledger.close()
+    assert "[data] public" not in caplog.text
 
 
 def test_half_of_a_validation_part_teaches_and_does_not_score(
