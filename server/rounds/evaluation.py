@@ -29,7 +29,7 @@ class Evaluator:
     totals: Totals = field(default_factory=dict)  # of the last evaluation: confusion and sums
 
     def evaluate(self, state: AdapterState, head_only: bool = False) -> dict[str, float]:
-        """Metrics of `state`; `head_only` where nothing below the head moved in this run."""
+        """Metrics of `state`; `head_only` where the rounds of a phase move the head alone."""
         self.totals = self._head_totals(state) if head_only else self._totals(state)
         return self.model.task.metrics(self.totals)
 

@@ -16,6 +16,7 @@ from fedlora.common.config.parts import NetworkRecipe
 from fedlora.common.config.schema import DataConfig, ModelConfig
 from fedlora.common.data.data_file import named_data
 from fedlora.common.data.records import Columns, Ints, Records, read_records
+from fedlora.common.data.unit_names import said
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network
 from fedlora.common.manifest.turns import most_moved
@@ -151,7 +152,7 @@ class PublicSide:
             test=Evaluator("test", model, test, np.arange(len(test)), features),
             initial=model.state(),
             learnt=fitted,
-            learnt_rows=fit,
+            learnt_rows=_unseen(records, fit, score) if recipe.public_epochs else fit,
         )
 
     @property
@@ -198,6 +199,21 @@ def _fit_and_score(
         return rows[::2], validation, rows[1::2]
     texts = model.encoded(records.texts)
     return np.arange(len(texts), dtype=np.int64), texts, rows
+
+
+def _unseen(records: PublicRecords, rows: Ints, score: Ints) -> Ints:
+    """Those of `rows` whose words neither score nor are tested: what is known by heart looks good.
+
+    A file may be named twice, and a text may be in two files.
+    """
+    kept = said(records.validation)
+    seen = {*said(records.test), *(kept[row] for row in score)}
+    words = kept if records.texts is None else said(records.texts)
+    found = rows[np.array([words[row] not in seen for row in rows], dtype=np.bool_)]
+    if len(found) < len(rows):
+        known = len(rows) - len(found)
+        log.info("public records: %d of %d score or are tested, and don't teach", known, len(rows))
+    return found
 
 
 def _projection(

@@ -21,9 +21,13 @@ import numpy as np
 import torch
 from transformers import get_linear_schedule_with_warmup as warm_and_decay
 
+from fedlora.common.data.records import Ints
 from fedlora.common.disk.files import write_text
 from fedlora.common.errors import BadInput
+from fedlora.common.model.features import length_batches
+from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.state import AdapterState
+from fedlora.common.tasks.batch import Encoded
 from fedlora.server.rounds.loop import score_of
 from fedlora.server.runs.public_data import PublicSide
 
@@ -31,9 +35,9 @@ log = logging.getLogger(__name__)
 
 PUBLIC_START = "public_start.json"  # in a run's folder
 BATCH, RATE, LONGEST_GRADIENT = 32, 2e-3, 1.0
+TOKENS = 2048  # that go through the network at once: a batch of longer records goes in parts
 TAUGHT = (
-    "Before the first round the adapter learnt from {records} public records. No ε covers them, and"
-    " none needs to."
+    "Before the first round the adapter learnt from {records} public records, which no ε covers."
 )
 
 
@@ -48,7 +52,10 @@ def started(public: PublicSide, folder: Path) -> AdapterState:
     if not epochs:
         return public.initial
     if not records:
-        raise BadInput("[training] public_epochs: found no public record to learn from")
+        raise BadInput(
+            "[training] public_epochs: found no public record to learn from, expected some whose"
+            " words are not in the test or validation part"
+        )
     best, chosen, found = public.initial, 0, public.validation.evaluate(public.initial)
     for number, state in enumerate(_learnt(public, epochs), 1):
         reached = public.validation.evaluate(state)
@@ -78,12 +85,17 @@ def kept_start(folder: Path) -> dict[str, Any] | None:
 def taught(folder: Path) -> tuple[str, ...]:
     """A sentence for the privacy statement, where a run in `folder` starts from public records."""
     found = kept_start(folder)
-    return () if found is None else (TAUGHT.format(records=found["records"]),)
+    if found is None or not found["best_epoch"]:  # it starts as it was drawn
+        return ()
+    return (TAUGHT.format(records=found["records"]),)
 
 
 def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
-    score = score_of(metrics)
-    return (-math.inf, 0.0) if score is None else (score, -metrics["loss"])
+    """Higher is better. What has no finite loss ranks last: it may still guess a label well."""
+    score, loss = score_of(metrics), metrics["loss"]
+    if score is None or not math.isfinite(loss):
+        return -math.inf, 0.0
+    return score, -loss
 
 
 def _learnt(public: PublicSide, epochs: int) -> Iterator[AdapterState]:
@@ -98,12 +110,20 @@ def _learnt(public: PublicSide, epochs: int) -> Iterator[AdapterState]:
     for _ in range(epochs):
         order = draw.permutation(rows)
         for start in range(0, len(order), BATCH):
-            batch = data.batch(order[start : start + BATCH], model.pad, model.device)
-            with warnings.catch_warnings():  # of Opacus' hooks, which are off here
-                warnings.filterwarnings("ignore", message="Full backward hook is firing")
-                torch.autograd.backward(model.losses(batch).mean())
-            torch.nn.utils.clip_grad_norm_(trained, LONGEST_GRADIENT)
+            _add_gradient(model, data, order[start : start + BATCH])
+            length = torch.nn.utils.clip_grad_norm_(trained, LONGEST_GRADIENT)
+            if not torch.isfinite(length):  # one record that overflows must not end all
+                optimizer.zero_grad()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
         yield model.state()
+
+
+def _add_gradient(model: AdapterModel, data: Encoded, rows: Ints) -> None:
+    """Of the mean loss of `rows`, in parts that fit where a step of long records would not."""
+    for part in length_batches(data.lengths[rows], TOKENS):
+        batch = data.batch(rows[np.sort(part)], model.pad, model.device)
+        with warnings.catch_warnings():  # of Opacus' hooks, which are off here
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            torch.autograd.backward(model.losses(batch).sum() / len(rows))

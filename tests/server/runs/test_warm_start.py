@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import count as numbers
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fedlora.common.config.schema import Config
 from fedlora.common.errors import BadInput
-from fedlora.server.runs.warm_start import PUBLIC_START, kept_start, started, taught
+from fedlora.common.model.state import AdapterState
+from fedlora.common.tasks.batch import Batch
+from fedlora.server.runs import warm_start
+from fedlora.server.runs.warm_start import (
+    PUBLIC_START,
+    _add_gradient,
+    _learnt,
+    kept_start,
+    started,
+    taught,
+)
 from fedlora.simulations.begin import begin
 from fedlora.simulations.report.pages import write_report
 from tests.conftest import WORDS
 from tests.simulations.experiments.test_simulate import config, cpu, run_whole, write_data
 
+PARTS = ("test", "validation")
 ONE = ("federation.rounds=2", "training.head_rounds=1", "federation.spare_rounds=0")
 
 
@@ -66,7 +79,94 @@ def test_the_best_epoch_on_what_scores_is_taken_and_may_be_none(
     said = kept_start(tmp_path / "run")
     assert said is not None and said["best_epoch"] == 0
     assert run.checkpoint.load().state == run.public.initial
+    assert not any("learnt from" in sentence for sentence in run.caveats)
     run.ledger.close()
+
+
+def test_what_scores_or_is_tested_is_not_learnt(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    public = (data / "public.jsonl").read_text().splitlines()
+    seen = {path: (data / f"{path}.jsonl").read_text().splitlines() for path in PARTS}
+    shared = "".join(f"{row}\n" for part in seen.values() for row in part)
+    (data / "public.jsonl").write_text(shared + "".join(f"{row}\n" for row in public))
+    run = begin(settings(tiny_bert, data, 1), tmp_path / "run", cpu())
+    said = kept_start(tmp_path / "run")
+    known = {json.loads(row)["text"] for part in seen.values() for row in part}
+    fresh = [row for row in public if json.loads(row)["text"] not in known]
+    assert said is not None and said["records"] == len(run.public.learnt_rows) == len(fresh)
+    run.ledger.close()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_file_that_scores_is_nothing_to_learn_from(
+    part: str, tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    (data / "public.jsonl").write_text((data / f"{part}.jsonl").read_text())
+    with pytest.raises(BadInput, match="public_epochs: found no public record to learn from"):
+        begin(settings(tiny_bert, data, 1), tmp_path / "run", cpu())
+
+
+def test_a_start_without_a_finite_loss_is_none(
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(settings(tiny_bert, data, 1), tmp_path / "run", cpu())
+    run.ledger.close()
+    first = run.public.initial
+    ruined = AdapterState(first.spec, np.full_like(first.vector, np.nan))
+    monkeypatch.setattr(warm_start, "_learnt", lambda public, epochs: iter([ruined]))
+    # guesses one label, which is a better guess than the other
+    validation = run.public.validation
+    rows = validation.rows[validation.data.targets[validation.rows] == 0]
+    scoring = replace(run.public, validation=replace(validation, rows=rows))
+    assert scoring.validation.evaluate(ruined)["accuracy"] == 1.0
+    assert started(scoring, tmp_path) == first
+    assert not taught(tmp_path)
+
+
+def test_a_record_that_overflows_ends_nothing(
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(settings(tiny_bert, data, 0), tmp_path / "run", cpu())
+    run.ledger.close()
+    recipe = replace(run.public.recipe, public_epochs=1)
+    rows = np.arange(len(run.public.validation.rows), dtype=np.int64)
+    public = replace(run.public, recipe=recipe, learnt_rows=rows)
+    losses, calls = public.model.losses, numbers()
+
+    def overflowing(batch: Batch) -> torch.Tensor:
+        return losses(batch) * (torch.inf if not next(calls) else 1.0)
+
+    monkeypatch.setattr(public.model, "losses", overflowing)
+    (state,) = _learnt(public, 1)
+    assert next(calls) == 2 and np.isfinite(state.vector).all()
+
+
+def test_a_batch_of_long_records_goes_in_parts(
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(settings(tiny_bert, data, 0), tmp_path / "run", cpu())
+    run.ledger.close()
+    public, model, rows = run.public, run.public.model, np.arange(30, dtype=np.int64)
+    sizes: list[int] = []
+    gradients: list[list[torch.Tensor]] = []
+    losses = model.losses
+
+    def sized(batch: Batch) -> torch.Tensor:
+        sizes.append(batch.ids.numel())
+        return losses(batch)
+
+    monkeypatch.setattr(model, "losses", sized)
+    for tokens in (2048, 40):
+        monkeypatch.setattr(warm_start, "TOKENS", tokens)
+        model.load(AdapterState(model.spec, np.full(model.spec.size, 0.05, dtype=np.float32)))
+        _add_gradient(model, public.validation.data, rows)
+        found = [each.grad for each in model.parameters.values()]
+        gradients.append([each.clone() for each in found if each is not None])
+        model.network.zero_grad()
+    assert sizes[0] > 40 and max(sizes[1:]) <= 40
+    for whole, parts in zip(*gradients, strict=True):
+        assert whole.any() and torch.allclose(whole, parts, atol=1e-6)
 
 
 def test_a_run_without_public_epochs_starts_as_it_was_drawn(
