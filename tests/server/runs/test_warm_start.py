@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fedlora.common.config.schema import Config
+from fedlora.common.config.toml import UNDECIDED
 from fedlora.common.errors import BadInput
 from fedlora.common.model.state import AdapterState
 from fedlora.common.tasks.batch import Batch
@@ -25,6 +26,7 @@ from fedlora.server.runs.warm_start import (
     taught,
 )
 from fedlora.simulations.begin import begin
+from fedlora.simulations.experiments.planning import plan
 from fedlora.simulations.report.pages import write_report
 from tests.conftest import WORDS
 from tests.simulations.experiments.test_simulate import config, cpu, run_whole, write_data
@@ -229,3 +231,26 @@ def test_nothing_to_learn_from_is_said(tiny_bert: Path, data: Path, tmp_path: Pa
     empty = replace(run.public, learnt_rows=run.public.learnt_rows[:0])
     with pytest.raises(BadInput, match="public_epochs: found no public record"):
         started(empty, tmp_path)
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_began(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    begin(settings(tiny_bert, data, 0), tmp_path / "run", cpu()).ledger.close()
+    path = tmp_path / "run" / "config.toml"
+    kept = path.read_text()
+    assert "public_epochs = 0\n" in kept
+    path.write_text(kept.replace("public_epochs = 0\n", ""))
+    wanted = settings(tiny_bert, data, 0)
+    left = replace(wanted, training=replace(wanted.training, public_epochs=UNDECIDED))
+    again = begin(left, tmp_path / "run", cpu(resume=True))
+    assert "public_epochs = 0\n" in again.config and not taught(tmp_path / "run")
+    assert again.checkpoint.load().state == again.public.initial
+    again.ledger.close()
+
+
+def test_a_plan_says_how_long_public_records_take(tiny_bert: Path, data: Path) -> None:
+    found = plan(settings(tiny_bert, data, 3), cpu())
+    assert (found.start.epochs, found.start.records) == (3, 96) and found.start.minutes > 0
+    assert found.minutes > sum(each.minutes for each in found.phases)
+    assert "3 epochs over 96 public records" in " ".join(str(found).split())
