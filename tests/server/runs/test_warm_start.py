@@ -21,6 +21,7 @@ from fedlora.server.runs.warm_start import (
     PUBLIC_START,
     _add_gradient,
     _learnt,
+    _rank,
     kept_start,
     started,
     taught,
@@ -254,3 +255,9 @@ def test_a_plan_says_how_long_public_records_take(tiny_bert: Path, data: Path) -
     assert (found.start.epochs, found.start.records) == (3, 96) and found.start.minutes > 0
     assert found.minutes > sum(each.minutes for each in found.phases)
     assert "3 epochs over 96 public records" in " ".join(str(found).split())
+
+
+def test_no_finite_loss_ranks_below_any_and_of_equals_the_lower_loss_leads() -> None:
+    ruined = _rank({"accuracy": 1.0, "loss": float("nan")})
+    assert ruined < _rank({"accuracy": 0.1, "loss": 9.0}) < _rank({"accuracy": 0.1, "loss": 8.0})
+    assert _rank({"accuracy": 0.1, "loss": 8.0}) < _rank({"accuracy": 0.2, "loss": 9.0})
