@@ -6,6 +6,7 @@ head+lora   the head first, then LoRA below it
 ffa         the same with LoRA's A frozen (FFA-LoRA, Sun et al. 2024)
 rolora      the same with LoRA's B and A by turns (RoLoRA, Chen et al. 2024)
 flexlora    the same with the mean of the products B·A, cut to the rank (FlexLoRA, Bai et al. 2024)
+central     the same by one institution that has all records: what a trusted third party would reach
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fedlora.common.config.schema import FLEXLORA, Config
+from fedlora.common.config.schema import FLEXLORA, AggregationConfig, Config, FaultsConfig
 from fedlora.common.config.toml import UNDECIDED, suggestion
 from fedlora.common.errors import BadInput
 from fedlora.server.rules import HEAD_ROUNDS
@@ -63,6 +64,22 @@ def _flexlora(config: Config) -> Config:
     return replace(config, aggregation=replace(config.aggregation, strategy=FLEXLORA))
 
 
+def _central(config: Config) -> Config:
+    """Masks, shared noise and robust means are for several; a step's units are all of theirs."""
+    many, training = config.federation.clients, config.training
+    units = ("expected_units", "head_expected_units")
+    known = {name: getattr(training, name) for name in units if getattr(training, name) > 0}
+    return replace(
+        _training(_head_and_lora(config), **{name: many * each for name, each in known.items()}),
+        federation=replace(
+            config.federation, clients=1, participation=1.0, partition="iid", column=""
+        ),
+        aggregation=AggregationConfig(),
+        privacy=replace(config.privacy, noise="own"),
+        faults=FaultsConfig(),
+    )
+
+
 def _training(config: Config, **fields: Any) -> Config:
     return replace(config, training=replace(config.training, **fields))
 
@@ -74,4 +91,5 @@ METHODS: dict[str, Method] = {
     "ffa": _variant("ffa"),
     "rolora": _variant("rolora"),
     "flexlora": _flexlora,
+    "central": _central,
 }

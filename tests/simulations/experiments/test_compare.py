@@ -36,6 +36,12 @@ def test_each_method_is_what_it_says() -> None:
     assert METHODS["head+lora"](alone).training.head_rounds == -1
     left_open = METHODS["head"](load_config())
     assert left_open.federation.rounds == left_open.training.head_rounds > 0
+    units = {"head_rounds": 4, "expected_units": 6.0}
+    federation = {"clients": 6, "partition": "by-column", "column": "where"}
+    masked = load_config(federation=federation, training=units, aggregation={"secure": True})
+    central = METHODS["central"](masked)
+    assert (central.federation.clients, central.federation.partition) == (1, "iid")
+    assert central.training.expected_units == 36 and not central.aggregation.secure
     prompts = load_config(model={"task": "causal-lm"}, data={"response": "r"})
     assert METHODS["head+lora"](prompts).training.head_rounds == 0
 
