@@ -152,7 +152,7 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="Of head, lora, head+lora, ffa, rolora, flexlora, central: several, between commas."
+            help="Of head, lora, head+lora, ffa, rolora, flexlora, central: several by commas."
         ),
     ] = "head,lora,head+lora",
     epsilon: Annotated[str, typer.Option(help='Numbers, or "none".')] = "1,3,8,none",
