@@ -47,6 +47,8 @@ LABELS_HEAD_CLIP, LABELS_HEAD_RATE = 3.0, 13.5
 # gradients that nothing clips: 10 was best for 77 classes, and threw two about, to losses of 57.
 OPEN_HEAD_STEP = 0.3
 OPEN_HEAD_RATE = 1.0  # where plain steps are asked for: slow for many classes, and no ruin for two
+# Of any number of labels, a label. Adam remembers how far from rare the first answers were.
+OPEN_LABELS_HEAD_RATE = 3.5
 # Units that LoRA's rounds draw in all: what a machine without a GPU does in minutes. Few units are
 # drawn more often, and many at a rate that amplifies well. Beyond the largest draw a step's noise
 # for its ε falls by 14 % at most (at ε = 8; 3 % at ε = 3), for five times the passes.
@@ -66,9 +68,9 @@ OPEN_BATCH, OPEN_EPOCHS = 32, 3
 # own way: ten means of 30 steps left MRPC at 0.68, and sixty of 5 brought it to 0.72.
 OPEN_STEPS, SMALLEST_BATCH = 300, 4
 
-# Of public records, before the first round. From 505 a class on they are a better start than a head
-# on the frozen base ends at, and from few that a base learns by heart they are none.
-START_EPOCHS, START_RECORDS = 3, 500
+# Of public records, before the first round. 500 a class were as good as a private head on the
+# frozen base, and 1,000 better; few are learnt by heart.
+START_EPOCHS, START_RECORDS = 3, 400
 
 # chosen by what `federation.units` says
 BY_UNITS = frozenset(
@@ -289,10 +291,11 @@ def _head_step(config: Config, facts: PublicFacts) -> tuple[str, float]:
     training, given = config.training, config.server.head_optimizer
     if training.head_optimizer == "adamw":
         return "none", 1.0
-    noisy = guarantee_asked(config.privacy).clip_in_step
-    if given in ("adam", "yogi") or (given == AUTO and not noisy):
+    noisy, many = guarantee_asked(config.privacy).clip_in_step, _questions(config, facts)
+    if given in ("adam", "yogi") or (given == AUTO and not noisy and many == 1):
         return "adam", OPEN_HEAD_STEP / config.model.head_scale
-    rate = _head_rate(config, facts) if noisy else OPEN_HEAD_RATE
+    suits = OPEN_HEAD_RATE if many == 1 else OPEN_LABELS_HEAD_RATE * many
+    rate = _head_rate(config, facts) if noisy else suits
     return "none", rate / (training.head_learning_rate * training.head_steps)
 
 
