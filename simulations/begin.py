@@ -255,7 +255,7 @@ def torch_device(name: str) -> torch.device:
 def _new(
     config: Config, paths: Paths, federation: Federation, own: Own
 ) -> tuple[Checkpoint, Ledger]:
-    state = started(federation.public, paths.folder)
+    state, score = started(federation.public, paths.folder)
     manifest, ledger = manifest_of(config, federation), paths.open_ledger()
     manifest = replace(manifest, strategy=own.names.get("strategy", manifest.strategy))
     write_text(paths.folder / DATA, federation.origin.digest + "\n")
@@ -264,7 +264,7 @@ def _new(
     if own.names:  # a run of the configuration alone has no such file
         write_text(paths.folder / OWN, _kept(own, federation))
     # last: from here on it is a run, and can be resumed
-    return Checkpoint.create(paths.checkpoint, manifest, state), ledger
+    return Checkpoint.create(paths.checkpoint, manifest, state, score), ledger
 
 
 def _resumed(

@@ -112,7 +112,7 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
         cache, cohort = default_cache(), config.aggregation.minimum_cohort
         federation = coordinator.federation
         manifest = make_manifest(Terms.of(config), public.facts, cache, federation, cohort)
-        checkpoint = Checkpoint.create(path, manifest, started(public, folder))
+        checkpoint = Checkpoint.create(path, manifest, *started(public, folder))
     return Run(
         folder=folder,
         public=public,

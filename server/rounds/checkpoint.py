@@ -120,8 +120,12 @@ class Checkpoint:
         self._spec = spec
 
     @classmethod
-    def create(cls, folder: Path, manifest: RunManifest, initial: AdapterState) -> Checkpoint:
-        """Begin a run: nothing committed, no attempt begun."""
+    def create(
+        cls, folder: Path, manifest: RunManifest, initial: AdapterState, score: float | None = None
+    ) -> Checkpoint:
+        """Begin a run: nothing committed, no attempt begun. What scores less than `initial`, where
+        its `score` is known, does not take its place.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "manifest.json").exists():
             raise BadInput(
@@ -129,7 +133,7 @@ class Checkpoint:
             )
         checkpoint = cls(folder, manifest, initial.spec)
         checkpoint._write_attempts(0, [0] * len(manifest.accounted))
-        checkpoint.commit(Progress(0, initial, initial))
+        checkpoint.commit(Progress(0, initial, initial, score=score))
         checkpoint._write("manifest.json", (manifest.to_bytes(),))  # last: it marks a run as begun
         return checkpoint
 

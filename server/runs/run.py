@@ -110,14 +110,16 @@ def conclude(
     started = time.monotonic()
     run.public.features.clear()
     lines = [line.value for line in lines_of(run.folder / METRICS)]
-    phases = phase_table(run.manifest, progress, run.public.test, lines)
+    start = kept_start(run.folder)
+    known = [{"round": 0, **start["validation"]}, *lines] if start else lines
+    phases = phase_table(run.manifest, progress, run.public.test, known)
     model, recipe = run.public.model, run.public.recipe
     adapter = run.folder / "adapter"
     export_adapter(model, progress.release, recipe.model, model.lora, recipe.seed, adapter)
     summary = summary_of(run.manifest, run.public, run.folder, progress, phases, lines, reserved)
     summary["seconds"] += time.monotonic() - started
     summary["privacy_statement"] += run.caveats
-    summary["public_start"] = kept_start(run.folder)
+    summary["public_start"] = start
     summary["evaluation"] = at_institutions(run.manifest, kept_counts(run.folder))
     summary["warnings"] = doubts(run.public.test.totals.get("confusion"), progress.release)
     summary |= {"clients": run.clients, "engine": run.engine, "config": run.config, **more()}

@@ -41,16 +41,17 @@ TAUGHT = (
 )
 
 
-def started(public: PublicSide, folder: Path) -> AdapterState:
-    """The state that a run in `folder` starts from: of all epochs the best, as rounds are judged,
-    and of equals the one that loses least; that of no epoch is among them.
+def started(public: PublicSide, folder: Path) -> tuple[AdapterState, float | None]:
+    """The state that a run in `folder` starts from, and its score where there are public epochs.
 
-    What it came to is written to public_start.json. BadInput where there is nothing to learn from.
+    Of all epochs the best, as rounds are judged, and of equals the one that loses least; that of no
+    epoch is among them. What it came to is written to public_start.json. BadInput where there is
+    nothing to learn from.
     """
     epochs, records = public.recipe.public_epochs, len(public.learnt_rows)
     (folder / PUBLIC_START).unlink(missing_ok=True)
     if not epochs:
-        return public.initial
+        return public.initial, None
     if not records:
         raise BadInput(
             "[training] public_epochs: found no public record to learn from, expected some whose"
@@ -70,7 +71,7 @@ def started(public: PublicSide, folder: Path) -> AdapterState:
         "test": public.test.evaluate(best),
     }
     write_text(folder / PUBLIC_START, json.dumps(said, indent=2) + "\n")
-    return best
+    return best, score_of(found)
 
 
 def kept_start(folder: Path) -> dict[str, Any] | None:

@@ -485,6 +485,17 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize(("score", "kept"), [(0.7, True), (0.5, False), (None, False)])
+def test_a_start_whose_score_is_known_is_left_for_nothing_worse(
+    score: float | None, kept: bool, tmp_path: Path
+) -> None:
+    Checkpoint.create(tmp_path / "run", manifest_of(2), START, score)
+    run = Run(tmp_path / "run", manifest_of(2))
+    run.scores = lambda state, phase: {"loss": 9.0, "accuracy": 0.6}
+    found = run.go()
+    assert (found.release == START, found.released_round == 0) == (kept, kept)
+
+
 def test_without_accuracy_the_loss_decides(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", manifest_of(5), Rules(patience=2))
     losses = iter([3.0, 2.0, 2.5, 2.1, 0.0])

@@ -123,7 +123,7 @@ def test_a_start_without_a_finite_loss_is_none(
     rows = validation.rows[validation.data.targets[validation.rows] == 0]
     scoring = replace(run.public, validation=replace(validation, rows=rows))
     assert scoring.validation.evaluate(ruined)["accuracy"] == 1.0
-    assert started(scoring, tmp_path) == first
+    assert started(scoring, tmp_path)[0] == first
     assert not taught(tmp_path)
 
 
