@@ -1,4 +1,6 @@
-"""Measuring a state on public data: validation during the run, the test file once at its end."""
+"""Measuring a state on public data: validation during the run, the test file at its end, and, where
+public records taught its start, before it; no choice hangs on that.
+"""
 
 from __future__ import annotations
 

@@ -211,6 +211,7 @@ def test_a_statement_and_a_report_say_what_was_learnt_from(
     assert summary["public_start"] == kept_start(tmp_path / "run")
     page = write_report(tmp_path / "run").read_text()
     assert "Public records, before the first round" in page
+    assert "but for what public records gave before the first one" in page
 
 
 def test_a_killed_run_goes_on_from_the_same_start(
