@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedlora.common.config.schema import AggregationConfig, Config, FaultsConfig
+from fedlora.common.config.schema import Config
 from fedlora.common.data.records import Records, unit_groups
 from fedlora.simulations.begin import dealt, sources_of
+from fedlora.simulations.experiments.methods import one_institution
 from fedlora.simulations.federation.population import client_name
 from fedlora.simulations.federation.public_part import choice_for
 
@@ -39,16 +40,7 @@ def runs(config: Config, folder: Path) -> Iterator[tuple[str, Config, pa.Table]]
     units = unit_groups(sources.train.units, len(sources.train))
     partition = dealt(config, sources.train, units)
     yield "together", config, table.take(rows)
-    one = replace(
-        config,
-        federation=replace(
-            config.federation, clients=1, participation=1.0, partition="iid", column=""
-        ),
-        aggregation=AggregationConfig(),
-        privacy=replace(config.privacy, noise="own"),
-        faults=FaultsConfig(),
-    )
-    many = config.federation.clients
+    one, many = one_institution(config), config.federation.clients
     names = partition.names or tuple(client_name(client) for client in range(many))
     for client in range(many):
         held = units.take(partition.units_of(client)).records

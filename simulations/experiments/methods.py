@@ -65,12 +65,18 @@ def _flexlora(config: Config) -> Config:
 
 
 def _central(config: Config) -> Config:
-    """Masks, shared noise and robust means are for several; a step's units are all of theirs."""
+    """A step's units are those of all institutions together."""
     many, training = config.federation.clients, config.training
     units = ("expected_units", "head_expected_units")
     known = {name: getattr(training, name) for name in units if getattr(training, name) > 0}
+    scaled = {name: many * each for name, each in known.items()}
+    return _training(_head_and_lora(one_institution(config)), **scaled)
+
+
+def one_institution(config: Config) -> Config:
+    """`config` with a single institution, which neither masks nor shares its noise."""
     return replace(
-        _training(_head_and_lora(config), **{name: many * each for name, each in known.items()}),
+        config,
         federation=replace(
             config.federation, clients=1, participation=1.0, partition="iid", column=""
         ),

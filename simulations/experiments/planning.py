@@ -71,7 +71,7 @@ class Start:
 
 
 NO_START = Start(0, 0, 0.0)
-# of a record that is scored: of the way back, all but the frozen matrices' own gradients
+# passes' worth of time: one forward, and at most two for the way back
 LEARNT = 3
 
 
