@@ -47,7 +47,7 @@ LABELS_HEAD_CLIP, LABELS_HEAD_RATE = 3.0, 13.5
 # gradients that nothing clips: 10 was best for 77 classes, and threw two about, to losses of 57.
 OPEN_HEAD_STEP = 0.3
 OPEN_HEAD_RATE = 1.0  # where plain steps are asked for: slow for many classes, and no ruin for two
-# Of any number of labels, a label. Adam remembers how far from rare the first answers were.
+# Of any number of labels, a label: Adam lost about what their rates alone lose, or more.
 OPEN_LABELS_HEAD_RATE = 3.5
 # Units that LoRA's rounds draw in all: what a machine without a GPU does in minutes. Few units are
 # drawn more often, and many at a rate that amplifies well. Beyond the largest draw a step's noise

@@ -153,7 +153,7 @@ def test_a_loss_that_is_a_mean_over_labels_has_clips_as_short_as_its_gradients()
 
 
 def test_without_privacy_a_head_of_many_labels_goes_by_plain_steps() -> None:
-    """By Adam it ended at the loss of each label's rate among 28."""
+    """By Adam it lost about what each label's rate alone loses, or more."""
     one, many = (
         chosen(
             f'[model]\ntask = "{task}"\n[privacy]\nmode = "none"', PublicFacts(40_000, 28)
