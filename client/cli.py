@@ -200,8 +200,8 @@ def serve(node: Folder = HERE) -> None:
     _offline()
     from fedlora.client.node.enrolment import only_trainer
     from fedlora.client.node.folder import pinned_invitation
+    from fedlora.client.service import endpoint
     from fedlora.client.service.answer import Resident
-    from fedlora.client.service.endpoint import Service
     from fedlora.client.service.loaded_run import LoadedRun
     from fedlora.common.trust.identity import Identity
 
@@ -212,9 +212,12 @@ def serve(node: Folder = HERE) -> None:
     with only_trainer(folder):
         ledger = folder.open_ledger(policy)
         resident = Resident(folder, policy, identity, ledger, LoadedRun(folder, policy, ledger))
-        service = Service(resident.ask_in_time, policy.trainer, folder.root)
-        _say(f"trainer of {policy.institution} listens at {service.address}")
-        service.serve()
+        endpoint.serve(
+            resident.ask_in_time,
+            policy.trainer,
+            folder.root,
+            lambda address: _say(f"trainer of {policy.institution} listens at {address}"),
+        )
 
 
 @app.command()

@@ -63,22 +63,6 @@ class Service:
         self._server.start()
         self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
 
-    def serve(self) -> None:
-        """Until SIGTERM or SIGINT.
-
-        Ends this process where the round at hand does not end in time, or at a second one. A thread
-        can't be stopped, and an interpreter that returned from here would give up the lock of the
-        only trainer and wait for it. All that a round leaves is whole or absent, so any moment will
-        do.
-        """
-        asked = stop_event(lambda: _end_now("a second signal came"))
-        self.start()
-        while not asked.wait(LOOK):
-            pass
-        log.info("stops: takes nothing new, and the round at hand has %g s", GRACE)
-        if not self.stop(GRACE):
-            _end_now(f"the round at hand did not end within {GRACE:g} s")
-
     def stop(self, grace: float) -> bool:
         """Take nothing new, and end the round at hand within `grace` seconds; whether it did."""
         end = time.monotonic() + grace
@@ -115,6 +99,27 @@ class Service:
         finally:
             self._room.release()
         raise AssertionError("abort raises")
+
+
+def serve(
+    ask: Ask, settings: TrainerPolicy, root: Path, listening: Callable[[str], object]
+) -> None:
+    """Until SIGTERM or SIGINT; `listening` is told the address. BadInput as of a `Service`.
+
+    Ends this process where the round at hand does not end in time, or at a second signal. A thread
+    can't be stopped, and an interpreter that returned from here would give up the lock of the only
+    trainer and wait for it. All that a round leaves is whole or absent, so any moment will do.
+    """
+    # Before the socket exists: who sees it, and asks for the end at once, is heard.
+    asked = stop_event(lambda: _end_now("a second signal came"))
+    service = Service(ask, settings, root)
+    listening(service.address)
+    service.start()
+    while not asked.wait(LOOK):
+        pass
+    log.info("stops: takes nothing new, and the round at hand has %g s", GRACE)
+    if not service.stop(GRACE):
+        _end_now(f"the round at hand did not end within {GRACE:g} s")
 
 
 def _end_now(why: str) -> NoReturn:

@@ -18,8 +18,8 @@ import numpy as np
 from fedlora.client.node.enrolment import only_trainer
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.policy import Policy
+from fedlora.client.service import endpoint
 from fedlora.client.service.answer import Resident
-from fedlora.client.service.endpoint import Service
 from fedlora.client.service.work import Work
 from fedlora.common.codec.strict import digest_of
 from fedlora.common.disk.mapped import let_go
@@ -188,4 +188,4 @@ def trainer(folder: Path, size: int) -> None:
     with only_trainer(node):
         ledger, identity = node.open_ledger(policy), Identity.load(node.identity)
         resident = Resident(node, policy, identity, ledger, Untrained(size))
-        Service(resident.ask_in_time, policy.trainer, node.root).serve()
+        endpoint.serve(resident.ask_in_time, policy.trainer, node.root, print)

@@ -232,8 +232,23 @@ def test_a_signal_that_another_thread_gets_ends_the_trainer_too(tmp_path: Path) 
 import signal, threading
 from pathlib import Path
 from fedlora.client.node.policy import TrainerPolicy
-from fedlora.client.service.endpoint import Service
+from fedlora.client.service.endpoint import serve
 threading.Timer(1.0, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM)).start()
-Service(lambda data: data, TrainerPolicy(), Path({str(tmp_path)!r})).serve()
+serve(lambda data: data, TrainerPolicy(), Path({str(tmp_path)!r}), print)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+def test_who_ends_the_trainer_as_soon_as_its_socket_is_there_is_heard(tmp_path: Path) -> None:
+    """It died of the signal while it could be reached already, and a supervisor read a failure."""
+    code = f"""
+import os, signal
+from pathlib import Path
+from fedlora.client.node.policy import TrainerPolicy
+from fedlora.client.service.endpoint import serve
+def listening(address):
+    assert Path(address.removeprefix("unix:")).is_socket()
+    os.kill(os.getpid(), signal.SIGTERM)
+serve(lambda data: data, TrainerPolicy(), Path({str(tmp_path)!r}), listening)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
