@@ -121,13 +121,10 @@ def _network(config: Config, facts: PublicFacts) -> Chosen:
 
 
 def _start(config: Config, facts: PublicFacts) -> Chosen:
-    """Public records spare private rounds what they teach; without noise there is nothing to spare.
-
-    Below a projection none: it is fitted on the base as it is.
-    """
+    """Public records spare private rounds what they teach; without noise none is to be spared."""
     classified = facts.classes > 1 and config.model.task in CLASSIFIED
     enough = classified and facts.learnable >= START_RECORDS * facts.classes
-    wanted = enough and guarantee_asked(config.privacy).private and not config.model.projection
+    wanted = enough and guarantee_asked(config.privacy).private
     return {"training": {"public_epochs": START_EPOCHS if wanted else 0}}
 
 

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from fedlora.client.training.timing import Steps
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.parts import NetworkRecipe, Terms
@@ -27,6 +25,8 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.features import PooledTexts
+from fedlora.common.model.machine import device_named
+from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.calibration import default_cache
 from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.server.rounds.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ from fedlora.server.rounds.cohort import Cohort
 from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning
 from fedlora.server.runs.run import rules_of, strategies_of
 from fedlora.server.runs.schedule import make_manifest
-from fedlora.server.runs.warm_start import started, taught
+from fedlora.server.runs.warm_start import started, taught, turned
 from fedlora.server.strategies.gathered import gathering
 from fedlora.server.strategies.strategy import Strategy
 from fedlora.simulations.chosen import CONFIG, agree, decided_run, taken_as_public, write_decided
@@ -170,7 +170,8 @@ def _prepared(
     choose = kept_choice(folder, config.seed) if options.resume else choice_for(data, folder)
     sources = sources_of(config, choose, own)
     config, chosen = decided_run(config, sources, paths.folder, options.resume)
-    federation = federation_of(config, sources, paths.folder, machine, own)
+    learnt = turned(NetworkRecipe.of(config), sources.public, paths.folder, machine)
+    federation = federation_of(config, sources, paths.folder, machine, own, learnt)
     if not options.resume:
         write_decided(config, chosen, paths.folder)
     return federation, config, chosen
@@ -182,26 +183,38 @@ def checked(config: Config) -> Config:
 
 
 def sources_of(config: Config, choose: Choose, own: Own = NOTHING_OWN) -> Sources:
-    """The records that a configuration names, as read; BadInput names what is wrong."""
+    """The records that a configuration names, as read; BadInput names what is wrong.
+
+    So where δ is not below one over the number of whoever is protected.
+    """
     dealing = config.federation
     wanted = dealing.partition == "by-column" or own.partition is not None
     named = (dealing.column if wanted else "", config.evaluation.group)
     more = tuple(dict.fromkeys(each for each in named if each))
-    return read_sources(config.data, config.model.task, choose, more)
+    read = read_sources(config.data, config.model.task, choose, more)
+    units, privacy = len(unit_groups(read.train.units, len(read.train))), config.privacy
+    guarantee = guarantee_asked(privacy)
+    guarantee.check_delta(privacy.delta, units, read.train.where, dealing.clients)
+    if own.loss is None:
+        return read
+    task = with_loss(read.public.task, own.loss)
+    return replace(read, public=replace(read.public, task=task))
 
 
 def federation_of(
-    config: Config, sources: Sources, folder: Path, machine: Machine, own: Own = NOTHING_OWN
+    config: Config,
+    sources: Sources,
+    folder: Path,
+    machine: Machine,
+    own: Own = NOTHING_OWN,
+    learnt: AdapterState | None = None,
 ) -> Federation:
     """Encode the data, load the model, deal the units out; `config` has a value in every place.
 
     BadInput names what is wrong. What is computed once for a run and must not change in it lies in
-    the run's `folder`.
+    the run's `folder`. LoRA starts as it is in `learnt`.
     """
-    check_delta(config, sources.train)
-    task = sources.public.task if own.loss is None else with_loss(sources.public.task, own.loss)
-    sources = replace(sources, public=replace(sources.public, task=task))
-    public = PublicSide.build(NetworkRecipe.of(config), sources.public, folder, machine)
+    public = PublicSide.build(NetworkRecipe.of(config), sources.public, folder, machine, learnt)
 
     def deal(records: Records, units: UnitIndex) -> Partition:
         return dealt(config, records, units, own)
@@ -232,24 +245,13 @@ def machine_of(
 ) -> Machine:
     """What computes a run here; BadInput where there is no such device."""
     return Machine(
-        device=torch_device(options.device),
+        device=device_named(options.device),
         attention=config.training.attention,
         precision=config.training.precision,
         checkpointing=config.training.checkpointing,
         texts=options.texts,
         progress=features,
     )
-
-
-def torch_device(name: str) -> torch.device:
-    """cpu, cuda, or auto: a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise BadInput(f"--device {name}: expected cpu, cuda or auto")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: found no GPU")
-    return torch.device(name)
 
 
 def _new(
@@ -341,10 +343,3 @@ def _ready_folder(config: Config, paths: Paths, resume: bool) -> None:
         raise BadInput(
             f"{paths.folder / CONFIG}: found another configuration than the one given to --resume"
         )
-
-
-def check_delta(config: Config, train: Records) -> None:
-    """BadInput unless δ is below one over the number of whoever is protected."""
-    units, institutions = len(unit_groups(train.units, len(train))), config.federation.clients
-    guarantee = guarantee_asked(config.privacy)
-    guarantee.check_delta(config.privacy.delta, units, train.where, institutions)

@@ -239,8 +239,7 @@ def _digest(data: Encoded, row: int) -> bytes:
 
 
 def _below_head(state: AdapterState) -> str:
-    """Digest of the LoRA coordinates; "" where each B is 0, so that A changes nothing."""
-    named = state.named()
-    if not any(value.any() for name, value in named.items() if ".lora_B." in name):
+    """Digest of the LoRA coordinates; "" where they change nothing."""
+    if not state.moves_base:
         return ""
     return hashlib.sha256(state.vector[~state.spec.head_mask()].tobytes()).hexdigest()

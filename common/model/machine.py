@@ -1,4 +1,4 @@
-"""What memory a machine has left, and whether a base fits into it before it is read."""
+"""Where a machine computes, what memory it has left, and whether a base fits before it is read."""
 
 from __future__ import annotations
 
@@ -54,3 +54,14 @@ def held(device: torch.device) -> int:
     if not statm.is_file():
         return 0
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_named(name: str) -> torch.device:
+    """cpu, cuda, or auto: a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise BadInput(f"--device {name}: expected cpu, cuda or auto")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: found no GPU")
+    return torch.device(name)

@@ -145,6 +145,11 @@ class AdapterState:
             for tensor, place in self.spec.slices()
         }
 
+    @property
+    def moves_base(self) -> bool:
+        """Whether LoRA changes anything: where each B is 0, A does nothing."""
+        return any(value.any() for name, value in self.named().items() if ".lora_B." in name)
+
     def to_bytes(self) -> bytes:
         """The state as a safetensors file."""
         return bytes(save(self.named()))

@@ -38,7 +38,7 @@ from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginnin
 from fedlora.server.runs.run import Run, conclude, conduct, rules_of, strategies_of, to_its_end
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.runs.tracking import check_trackers, tracked
-from fedlora.server.runs.warm_start import started, taught
+from fedlora.server.runs.warm_start import started, taught, turned
 from fedlora.server.strategies.gathered import gathering
 
 
@@ -101,7 +101,9 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
         precision=training.precision,
         checkpointing=training.checkpointing,
     )
-    public = PublicSide.build(NetworkRecipe.of(config), records, folder, machine)
+    recipe = NetworkRecipe.of(config)
+    learnt = turned(recipe, records, folder, machine)
+    public = PublicSide.build(recipe, records, folder, machine, learnt)
     if begun:
         checkpoint = Checkpoint.open(path, public.model.spec)
     else:

@@ -121,9 +121,16 @@ class PublicSide:
 
     @classmethod
     def build(
-        cls, recipe: NetworkRecipe, records: PublicRecords, folder: Path, machine: Machine
+        cls,
+        recipe: NetworkRecipe,
+        records: PublicRecords,
+        folder: Path,
+        machine: Machine,
+        turned: AdapterState | None = None,
     ) -> PublicSide:
         """Load the model, encode the records, fit the projection. BadInput names what is wrong.
+
+        LoRA starts as it was drawn, or as in `turned`, of the same network below another head.
 
         The projection and the way to compute are settled once for a run and must not change in it:
         they lie in the run's `folder`.
@@ -132,6 +139,8 @@ class PublicSide:
         model = build_model(settings, recipe.lora, records.task, recipe.seed, machine.device)
         if machine.checkpointing:
             model.recompute()
+        if turned is not None:
+            model.load(_on_turned(model.state(), turned))
         if recipe.head_phase:
             _ = model.head  # refuses a model whose head can't be trained by itself
         test, validation = model.encoded(records.test), model.encoded(records.validation)
@@ -214,6 +223,13 @@ def _unseen(records: PublicRecords, rows: Ints, score: Ints) -> Ints:
         known = len(rows) - len(found)
         log.info("public records: %d of %d score or are tested, and don't teach", known, len(rows))
     return found
+
+
+def _on_turned(state: AdapterState, turned: AdapterState) -> AdapterState:
+    """The head of `state` on the LoRA of `turned`."""
+    vector = state.vector.copy()
+    vector[~state.spec.head_mask()] = turned.vector[~turned.spec.head_mask()]
+    return AdapterState(state.spec, vector)
 
 
 def _projection(

@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fedlora.common.errors import BadInput
-from fedlora.simulations.begin import Options, torch_device
+from fedlora.common.model.machine import device_named
+from fedlora.simulations.begin import Options
 
 FINEST = 10_000  # Ray counts in such parts of a GPU
 Resources = Mapping[str, float]  # of a machine in the cluster, as Ray names them
@@ -18,7 +19,7 @@ Resources = Mapping[str, float]  # of a machine in the cluster, as Ray names the
 
 def on_gpus(options: Options) -> bool:
     """Whether workers compute on GPUs: where the process that starts them does."""
-    return torch_device(options.device).type == "cuda"
+    return device_named(options.device).type == "cuda"
 
 
 def check_gpu_share(options: Options) -> None:

@@ -18,7 +18,7 @@ from fedlora.common.model.inputs import load_reader
 from fedlora.common.tasks.overview import overview
 from fedlora.common.tasks.texts import as_pooled
 from fedlora.common.terminal import printable
-from fedlora.simulations.begin import check_delta, checked, dealt, sources_of
+from fedlora.simulations.begin import checked, dealt, sources_of
 from fedlora.simulations.chosen import decided_for, taken_as_public
 from fedlora.simulations.experiments.given import Table, with_records
 from fedlora.simulations.experiments.progress import as_printed
@@ -78,7 +78,6 @@ def check(config: Config, *, train: Table | None = None, test: Table | None = No
     chosen, config = open_fields(asked), decided_for(given, sources)
     base = resolve_base(config.model.base)
     check_base(base)
-    check_delta(config, sources.train)
     units = unit_groups(sources.train.units, len(sources.train))
     partition = dealt(config, sources.train, units)
     notes = taken_as_public(config, chosen)

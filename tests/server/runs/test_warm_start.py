@@ -14,6 +14,8 @@ import torch
 from fedlora.common.config.schema import Config
 from fedlora.common.config.toml import UNDECIDED
 from fedlora.common.errors import BadInput
+from fedlora.common.model.features import pooled_features
+from fedlora.common.model.projection import PROJECTION, Projection
 from fedlora.common.model.state import AdapterState
 from fedlora.common.tasks.batch import Batch
 from fedlora.server.runs import warm_start
@@ -70,6 +72,45 @@ def test_public_records_teach_lora_and_head_before_any_round(
     assert said["validation"] == run.public.validation.evaluate(start)
     assert said["test"]["loss"] == run.public.test.evaluate(start)["loss"]
     run.ledger.close()
+
+
+def test_a_projection_is_fitted_on_the_base_that_public_records_turned(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    below = ("model.pooling=layers", "model.projection=6")
+    run = begin(settings(tiny_bert, data, 12, *below), tmp_path / "run", cpu())
+    public, model, start = run.public, run.public.model, run.checkpoint.load().state
+    below_head = ~start.spec.head_mask()
+    losses = [public.validation.evaluate(each)["loss"] for each in (public.initial, start)]
+    assert public.initial.moves_base and losses[1] < losses[0]
+    assert (start.vector[below_head] == public.initial.vector[below_head]).all()
+    assert (start.vector != public.initial.vector).any()
+    assert any("learnt from 96 public records" in sentence for sentence in run.caveats)
+
+    kept = Projection.read(tmp_path / "run" / PROJECTION)
+    rows, settled = np.arange(96, dtype=np.int64), public.recipe.model
+    for state, same in ((public.initial, True), (AdapterState.zeros(start.spec), False)):
+        model.load(state)
+        model.projection = None
+        means = pooled_features(model, public.learnt, rows).numpy() / settled.head_scale
+        fitted = Projection.fit(means, 6, settled.projection_ridge)
+        assert (fitted.digest == kept.digest) == same
+
+    run.ledger.close()
+    again = begin(settings(tiny_bert, data, 12, *below), tmp_path / "run", cpu(resume=True))
+    assert again.checkpoint.load().state == start
+    assert again.manifest.projection_digest == kept.digest == again.public.facts.projection_digest
+    again.ledger.close()
+
+
+def test_lora_that_learnt_below_a_projection_is_said_where_the_head_learnt_nothing(
+    tmp_path: Path,
+) -> None:
+    said = {"records": 5, "epochs": 3, "best_epoch": 0, "below_projection": False}
+    (tmp_path / PUBLIC_START).write_text(json.dumps(said))
+    assert not taught(tmp_path)
+    (tmp_path / PUBLIC_START).write_text(json.dumps({**said, "below_projection": True}))
+    assert "5 public records" in "".join(taught(tmp_path))
 
 
 def test_the_best_epoch_on_what_scores_is_taken_and_may_be_none(
@@ -163,7 +204,7 @@ def test_a_batch_of_long_records_goes_in_parts(
     for tokens in (2048, 40):
         monkeypatch.setattr(warm_start, "TOKENS", tokens)
         model.load(AdapterState(model.spec, np.full(model.spec.size, 0.05, dtype=np.float32)))
-        _add_gradient(model, public.validation.data, rows)
+        _add_gradient(model, public.validation.data, rows, list(model.parameters.values()))
         found = [each.grad for each in model.parameters.values()]
         gradients.append([each.clone() for each in found if each is not None])
         model.network.zero_grad()
