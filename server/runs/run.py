@@ -27,7 +27,7 @@ from fedlora.server.runs.metrics import METRICS, MetricsLog, Observe, nobody
 from fedlora.server.runs.phases import phase_table
 from fedlora.server.runs.public_data import PublicSide
 from fedlora.server.runs.summary import doubts, summary_of, write_summary
-from fedlora.server.runs.warm_start import kept_start
+from fedlora.server.runs.warm_start import scored_start
 from fedlora.server.strategies.fedavg import FedAvg, RateSchedule, ServerOptimizer
 from fedlora.server.strategies.gathered import Gather, Summed
 from fedlora.server.strategies.strategy import Strategy
@@ -110,7 +110,7 @@ def conclude(
     started = time.monotonic()
     run.public.features.clear()
     lines = [line.value for line in lines_of(run.folder / METRICS)]
-    start = kept_start(run.folder)
+    start = scored_start(run.public, run.folder)
     known = [{"round": 0, **start["validation"]}, *lines] if start else lines
     phases = phase_table(run.manifest, progress, run.public.test, known)
     model, recipe = run.public.model, run.public.recipe

@@ -24,7 +24,7 @@ from transformers import get_linear_schedule_with_warmup as warm_and_decay
 
 from fedlora.common.config.parts import NetworkRecipe
 from fedlora.common.data.records import Ints
-from fedlora.common.disk.files import write_text
+from fedlora.common.disk.files import write_atomically, write_text
 from fedlora.common.errors import BadInput
 from fedlora.common.model.features import length_batches
 from fedlora.common.model.network import AdapterModel
@@ -36,7 +36,8 @@ from fedlora.server.runs.public_data import Machine, PublicRecords, PublicSide
 
 log = logging.getLogger(__name__)
 
-PUBLIC_START = "public_start.json"  # in a run's folder
+# in a run's folder: what the start came to, and the start itself
+PUBLIC_START, START_STATE = "public_start.json", "public_start.safetensors"
 BATCH, RATE, LONGEST_GRADIENT = 32, 2e-3, 1.0
 TOKENS = 2048  # that go through the network at once: a batch of longer records goes in parts
 TAUGHT = (
@@ -70,13 +71,13 @@ def started(public: PublicSide, folder: Path) -> tuple[AdapterState, float | Non
     if not public.recipe.public_epochs:
         return public.initial, None
     best, chosen, found = _best(public)
+    write_atomically(folder / START_STATE, best.to_bytes())
     said = {
         "records": len(public.learnt_rows),
         "epochs": public.recipe.public_epochs,
         "best_epoch": chosen,
         "below_projection": public.initial.moves_base,
         "validation": found,
-        "test": public.test.evaluate(best),
     }
     write_text(folder / PUBLIC_START, json.dumps(said, indent=2) + "\n")
     return best, score_of(found)
@@ -89,6 +90,15 @@ def kept_start(folder: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def scored_start(public: PublicSide, folder: Path) -> dict[str, Any] | None:
+    """`kept_start`, and its figures on the test file, which is scored when all rounds are over."""
+    found, path = kept_start(folder), folder / START_STATE
+    if found is None or not path.exists():  # earlier versions scored it before the first round
+        return found
+    start = AdapterState.from_bytes(path.read_bytes(), public.model.spec, str(path))
+    return {**found, "test": public.test.evaluate(start)}
 
 
 def taught(folder: Path) -> tuple[str, ...]:
