@@ -237,8 +237,13 @@ def _phase_plan(
 
 def _start(federation: Federation, speed: Speed) -> Start:
     public = federation.public
-    epochs, records = public.recipe.public_epochs, len(public.learnt_rows)
-    return Start(epochs, records, epochs * records * LEARNT * speed.scored / 60)
+    epochs, records, scoring = public.recipe.public_epochs, len(public.learnt_rows), 0
+    passes = epochs * records * LEARNT
+    if epochs:
+        scoring = (epochs + 1) * len(public.validation.rows)
+    if epochs and public.recipe.model.projection:  # then the head alone, on what LoRA made
+        passes, scoring = passes + epochs * records, 2 * scoring
+    return Start(epochs, records, (passes + scoring) * speed.scored / 60)
 
 
 def _counts(manifest: RunManifest, institutions: int) -> str:

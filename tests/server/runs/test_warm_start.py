@@ -29,7 +29,8 @@ from fedlora.server.runs.warm_start import (
     taught,
 )
 from fedlora.simulations.begin import begin
-from fedlora.simulations.experiments.planning import plan
+from fedlora.simulations.experiments import planning
+from fedlora.simulations.experiments.planning import Speed, plan
 from fedlora.simulations.report.pages import write_report
 from tests.conftest import WORDS
 from tests.simulations.experiments.test_simulate import config, cpu, run_whole, write_data
@@ -302,6 +303,19 @@ def test_a_plan_says_how_long_public_records_take(tiny_bert: Path, data: Path) -
     assert (found.start.epochs, found.start.records) == (3, 96) and found.start.minutes > 0
     assert found.minutes > sum(each.minutes for each in found.phases)
     assert "3 epochs over 96 public records" in " ".join(str(found).split())
+
+
+def test_a_plan_counts_a_start_on_a_projection_by_its_passes(
+    tiny_bert: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """96 records teach and 60 score: three passes for LoRA, one for the head, and looks."""
+    monkeypatch.setattr(planning, "measure", lambda federation, config: Speed(0.0, 0.0, 60.0))
+    below = ("model.pooling=layers", "model.projection=6")
+    minutes = [
+        plan(settings(tiny_bert, data, n, *more), cpu()).start.minutes
+        for n, more in ((0, ()), (2, ()), (2, below))
+    ]
+    assert minutes == [0, 2 * 96 * 3 + 3 * 60, 2 * 96 * 4 + 6 * 60]
 
 
 def test_no_finite_loss_ranks_below_any_and_of_equals_the_lower_loss_leads() -> None:
