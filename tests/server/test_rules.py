@@ -340,7 +340,7 @@ def test_what_is_chosen_and_given_must_fit() -> None:
         ("", 77, 1_010, 0),
         ("", 1, 100_000, 0),  # a language model's words, or a number
         ('[model]\ntask = "multi-label"', 4, 100_000, 0),
-        ('[privacy]\nmode = "none"', 2, 1_010, 0),
+        ('[privacy]\nmode = "none"', 2, 1_010, 3),
         ("[model]\nprojection = 64", 2, 1_010, 3),
         ("[training]\npublic_epochs = 7", 77, 10, 7),
     ],
