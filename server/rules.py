@@ -12,43 +12,27 @@ have one size. Where there are few units, steps are small, and never a ruin (doc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import FLEXLORA, Config, config_to_toml, open_fields
-from fedlora.common.config.task_names import BY_WORD, CLASSIFIED, MANY_LABELS
+from fedlora.common.config.task_names import BY_WORD, CLASSIFIED
 from fedlora.common.config.toml import AUTO
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.central_limit import about_sigma, gaussian_mu
 from fedlora.common.privacy.modes import guarantee_asked
+from fedlora.server.head_rules import head_clip, head_step
+from fedlora.server.public_facts import Chosen, PublicFacts, head_mu, of_mean, questions_of
 
 HEAD_ROUNDS, LORA_ROUNDS = 30, 60
 SPARE = 2  # attempts of a phase that may be lost: to a crash, to Ctrl-C
 # Of ε. A head on few units a class needs more, and LoRA above it shows less: 592 units of 3 classes
 # read 0.32 of entities with 0.6.
 HEAD_SHARE, SPARSE, SPARSE_HEAD_SHARE = 0.6, 250, 0.85
-# Of the head every unit is clipped, so that a step has one size. Of LoRA that gives a voice to what
-# needs none: of two classes 3 gained three points, 1 one. Half a number's gradients are below 0.2.
-HEAD_CLIP, LORA_CLIP, FEW_CLASSES, FEW_CLASSES_CLIP, NUMBER_CLIP = 1.0, 1.0, 8, 3.0, 0.5
+# Clipped LoRA has a voice for what needs none: of two classes 3 gained three points, 1 one. Half a
+# number's gradients are below 0.2.
+LORA_CLIP, FEW_CLASSES, FEW_CLASSES_CLIP, NUMBER_CLIP = 1.0, 8, 3.0, 0.5
 WHOLE_CLIP = 0.1  # of an institution's whole update, which all of them exceed
-# A logit's standard deviation by the noise of a head phase. Twice or half of it cost 1 to 4 points
-# at ε = 1, 3 and 8 on 77 classes.
-SHAKEN = 1.6
-CLIPPED_HEAD_RATE = 4.5  # times √classes, whose gradients point apart, where noise is no bound
-# Of pairs, which all have features much alike. Where each has one voice, whatever its error, they
-# outvote the rarer class; and their gradients add up, so that a large rate throws them about.
-PAIRS_HEAD_CLIP, PAIRS_HEAD_RATE = 10.0, 0.6
-# Where any number of labels may be right, and a loss is the mean of theirs: a clip over how many
-# there are. With 1 and 4.5 the rarer ones are outvoted.
-LABELS_HEAD_CLIP, LABELS_HEAD_RATE = 3.0, 13.5
-# Of a coordinate, by Adam at the server, for features of length 1. No one rate of plain steps suits
-# gradients that nothing clips: 10 was best for 77 classes, and threw two about, to losses of 57.
-OPEN_HEAD_STEP = 0.3
-OPEN_HEAD_RATE = 1.0  # where plain steps are asked for: slow for many classes, and no ruin for two
-# Of any number of labels, a label: Adam lost about what their rates alone lose, or more.
-OPEN_LABELS_HEAD_RATE = 3.5
 # Units that LoRA's rounds draw in all: what a machine without a GPU does in minutes. Few units are
 # drawn more often, and many at a rate that amplifies well. Beyond the largest draw a step's noise
 # for its ε falls by 14 % at most (at ε = 8; 3 % at ε = 3), for five times the passes.
@@ -76,21 +60,11 @@ START_EPOCHS, START_RECORDS = 3, 400
 BY_UNITS = frozenset(
     ("training.expected_units", "training.head_expected_units", "training.sampling_rate")
 )
-Chosen = Mapping[str, Mapping[str, Any]]  # by section and field
-
-
-@dataclass(frozen=True)
-class PublicFacts:
-    """What is known before a network is built. `units` of all institutions together, about."""
-
-    units: int
-    classes: int  # numbers that a head gives; 0: a language model
-    learnable: int = 0  # public records that may be learnt from, and do not score
 
 
 def decided(config: Config, facts: PublicFacts) -> Config:
     """`config` with a value in every place; BadInput where chosen and given don't fit together."""
-    for rule in (_network, _start, _rounds, _head, _lora, _local, _server):
+    for rule in (_network, _start, _rounds, _head, head_clip, _lora, _local, _server):
         config = filled(config, rule(config, facts))
     return parse_config(config_to_toml(config), "config")
 
@@ -185,16 +159,8 @@ def _head(config: Config, facts: PublicFacts) -> Chosen:
             "head_optimizer": "sgd",
             "head_learning_rate": _local_rate(config, training.head_optimizer),
         },
-        "privacy": {"head_phase_clip": _head_clip(config, facts), "head_epsilon_share": share},
+        "privacy": {"head_epsilon_share": share},
     }
-
-
-def _head_clip(config: Config, facts: PublicFacts) -> float:
-    questions, asked = _questions(config, facts), guarantee_asked(config.privacy)
-    clip = LABELS_HEAD_CLIP if questions > 1 else HEAD_CLIP
-    if config.model.pooling == "pairs" and facts.classes > 1 and asked.clip_in_step:
-        clip = PAIRS_HEAD_CLIP
-    return clip / questions
 
 
 def _lora(config: Config, facts: PublicFacts) -> Chosen:
@@ -231,12 +197,7 @@ def _lora_clip(config: Config, facts: PublicFacts) -> float:
     if facts.classes == 1:
         return NUMBER_CLIP
     few = 1 < facts.classes < FEW_CLASSES
-    return (FEW_CLASSES_CLIP if few else LORA_CLIP) / _questions(config, facts)
-
-
-def _questions(config: Config, facts: PublicFacts) -> int:
-    """Whose losses a record's is the mean of: its gradients are shorter by as many."""
-    return max(1, facts.classes) if config.model.task in MANY_LABELS else 1
+    return (FEW_CLASSES_CLIP if few else LORA_CLIP) / questions_of(config, facts)
 
 
 def _local(config: Config, facts: PublicFacts) -> Chosen:
@@ -258,7 +219,7 @@ def _server(config: Config, facts: PublicFacts) -> Chosen:
     """A rate is a phase's as a whole: what the nodes' own rate is counts in it."""
     flexlora = config.aggregation.strategy == FLEXLORA
     optimizer, rate = _lora_step(config, facts)
-    head_optimizer, head = _head_step(config, facts)
+    head_optimizer, head = head_step(config, facts)
     return {
         "server": {
             "optimizer": optimizer,
@@ -285,33 +246,6 @@ def _lora_step(config: Config, facts: PublicFacts) -> tuple[str, float]:
     return "momentum", _lora_rate(config) / (training.learning_rate * training.steps)
 
 
-def _head_step(config: Config, facts: PublicFacts) -> tuple[str, float]:
-    """The server's optimiser in a head phase, and its rate."""
-    training, given = config.training, config.server.head_optimizer
-    if training.head_optimizer == "adamw":
-        return "none", 1.0
-    noisy, many = guarantee_asked(config.privacy).clip_in_step, _questions(config, facts)
-    if given in ("adam", "yogi") or (given == AUTO and not noisy and many == 1):
-        return "adam", OPEN_HEAD_STEP / config.model.head_scale
-    suits = OPEN_HEAD_RATE if many == 1 else OPEN_LABELS_HEAD_RATE * many
-    rate = _head_rate(config, facts) if noisy else suits
-    return "none", rate / (training.head_learning_rate * training.head_steps)
-
-
-def _head_rate(config: Config, facts: PublicFacts) -> float:
-    """What suits gradients alone, and what noise allows."""
-    privacy, model, rounds = config.privacy, config.model, max(1, config.training.head_rounds)
-    clip, rate = privacy.head_phase_clip, config.training.head_sampling_rate
-    noise = about_sigma(_head_mu(config), rate, rounds * config.training.head_steps)
-    noise *= clip / config.training.head_expected_units * _of_mean(config)
-    # features have length head_scale a layer; with a linear decay a third of squared rates counts
-    layers = len(model.pooled_layers) * (model.pooling == "layers" and not model.projection) or 1
-    moved = model.head_scale * noise * math.sqrt(rounds / 3)
-    suits = LABELS_HEAD_RATE if _questions(config, facts) > 1 else CLIPPED_HEAD_RATE
-    suits = PAIRS_HEAD_RATE if model.pooling == "pairs" else suits
-    return min(suits * math.sqrt(max(1, facts.classes)) / clip, SHAKEN / moved) / math.sqrt(layers)
-
-
 def _lora_rate(config: Config) -> float:
     """Under momentum, likewise."""
     privacy, training = config.privacy, config.training
@@ -321,23 +255,11 @@ def _lora_rate(config: Config) -> float:
     rounds = config.federation.rounds - training.head_rounds
     if rounds == 0:
         return suits
-    whole, head = gaussian_mu(privacy.epsilon, privacy.delta), _head_mu(config)
+    whole, head = gaussian_mu(privacy.epsilon, privacy.delta), head_mu(config)
     left = math.sqrt(whole**2 - head**2) if training.head_rounds else whole
     noise = about_sigma(left, training.sampling_rate, rounds * training.steps)
-    noise *= privacy.clip / training.expected_units * _of_mean(config)
+    noise *= privacy.clip / training.expected_units * of_mean(config)
     return min(suits, LORA_SHAKEN / noise)
-
-
-def _head_mu(config: Config) -> float:
-    privacy = config.privacy
-    return gaussian_mu(min(0.99, privacy.head_epsilon_share) * privacy.epsilon, privacy.delta)
-
-
-def _of_mean(config: Config) -> float:
-    """What is left of a whole noise in the mean over a round's institutions, about."""
-    asked = max(1.0, config.federation.participation * config.federation.clients)
-    part = guarantee_asked(config.privacy).noise_part(asked, config.aggregation)
-    return math.sqrt(part / asked)
 
 
 def _units_of_one(config: Config) -> float:

@@ -41,6 +41,8 @@ ROOMS = {
             "rounds",
             "secagg",
             "runs",
+            "public_facts",
+            "head_rules",
             "rules",
             "coordinator",
             "release",

@@ -27,9 +27,10 @@ from fedlora.server.coordinator.folder import Directory
 from fedlora.server.deployment.participants import WAITING
 from fedlora.server.deployment.process import OUTCOME, appoint, is_held, outcome_path, read_outcome
 from fedlora.server.deployment.superlink import START_SECONDS, SuperLink
+from fedlora.server.public_facts import PublicFacts
 from fedlora.server.release.from_run import read_summary
 from fedlora.server.rounds.loop import SAY_AGAIN
-from fedlora.server.rules import PublicFacts, decided
+from fedlora.server.rules import decided
 from fedlora.server.runs.metrics import METRICS, lost_attempts
 
 LOOK = 0.5  # seconds between two looks at a run's files

@@ -14,7 +14,8 @@ from fedlora.common.errors import BadInput
 from fedlora.common.privacy.calibration import Asked
 from fedlora.common.privacy.central_limit import gaussian_mu
 from fedlora.common.privacy.record_level import RecordLevel
-from fedlora.server.rules import PublicFacts, decided
+from fedlora.server.public_facts import PublicFacts
+from fedlora.server.rules import decided
 from fedlora.server.runs.schedule import public_phases
 from fedlora.server.strategies.fedavg import ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
@@ -77,7 +78,32 @@ def test_the_heads_rate_lets_noise_move_a_logit_by_so_much_at_most(
     rates = [terms.head_learning_rate * (1 - step / head.rounds) for step in range(head.rounds)]
     moved = 10.0 * noise * math.sqrt(sum(rate**2 for rate in rates))  # features have length 10
     assert moved <= 1.7
-    assert moved > 1.5 or terms.head_learning_rate == pytest.approx(4.5 * math.sqrt(2))
+    suits = 4.5 * math.sqrt(2) / head.clip
+    assert moved > 1.5 or terms.head_learning_rate == pytest.approx(suits)
+
+
+def test_a_head_is_clipped_to_one_voice_a_unit_where_noise_is_a_bound_alone() -> None:
+    """Else nearly whole gradients: as many answers are right, and as sure as they are right."""
+    for units, classes, text, clip in (
+        (60_000, 2, "", 10.0),
+        (60_000, 2, "[privacy]\nepsilon = 1.0", 10.0),
+        (6_000, 2, "[privacy]\nepsilon = 1.0", 1.0),
+        (60_000, 4, "", 10.0),
+        (15_000, 150, "", 1.0),
+        (60_000, 2, "[server]\nhead_learning_rate = 5.0", 1.0),  # chosen for a clip of 1
+        (60_000, 2, "[model]\nprojection = 64", 1.0),
+        (60_000, 0, "", 1.0),
+        (60_000, 1, "", 1.0),
+        (60_000, 2, '[data]\ntext = ["a", "b"]', 10.0),
+    ):
+        facts = PublicFacts(units, classes)
+        assert chosen(text, facts).privacy.head_phase_clip == clip, (units, classes, text)
+
+
+def test_a_longer_clip_is_of_the_features_length_and_has_a_rate_that_is_as_much_smaller() -> None:
+    found = chosen("[model]\nhead_scale = 5.0", PublicFacts(60_000, 2))
+    assert found.privacy.head_phase_clip == 5.0
+    assert found.server.head_learning_rate == pytest.approx(4.5 * math.sqrt(2) / 5)
 
 
 def test_a_head_on_few_units_a_class_has_most_of_epsilon() -> None:
@@ -147,8 +173,9 @@ def test_a_loss_that_is_a_mean_over_labels_has_clips_as_short_as_its_gradients()
         for task in ("sequence-classification", "multi-label")
     )
     assert many.privacy.clip == pytest.approx(one.privacy.clip / 28)
-    assert many.privacy.head_phase_clip == pytest.approx(3 * one.privacy.head_phase_clip / 28)
-    assert many.server.head_learning_rate == pytest.approx(28 * one.server.head_learning_rate)
+    assert many.privacy.head_phase_clip == pytest.approx(3 / 28)
+    heads = [each.server.head_learning_rate * each.privacy.head_phase_clip for each in (one, many)]
+    assert heads[1] == pytest.approx(3 * heads[0])
     assert many.server.learning_rate == one.server.learning_rate  # Adam's steps have their size
 
 

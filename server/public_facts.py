@@ -1,0 +1,42 @@
+"""What rules choose from: the numbers that a coordinator states, before a network is built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedlora.common.config.schema import Config
+from fedlora.common.config.task_names import MANY_LABELS
+from fedlora.common.privacy.central_limit import gaussian_mu
+from fedlora.common.privacy.modes import guarantee_asked
+
+Chosen = Mapping[str, Mapping[str, Any]]  # by section and field
+
+
+@dataclass(frozen=True)
+class PublicFacts:
+    """What is known before a network is built. `units` of all institutions together, about."""
+
+    units: int
+    classes: int  # numbers that a head gives; 0: a language model
+    learnable: int = 0  # public records that may be learnt from, and do not score
+
+
+def questions_of(config: Config, facts: PublicFacts) -> int:
+    """Whose losses a record's is the mean of: its gradients are shorter by as many."""
+    return max(1, facts.classes) if config.model.task in MANY_LABELS else 1
+
+
+def head_mu(config: Config) -> float:
+    """What the head phase has of ε and δ, as a Gaussian mechanism's μ."""
+    privacy = config.privacy
+    return gaussian_mu(min(0.99, privacy.head_epsilon_share) * privacy.epsilon, privacy.delta)
+
+
+def of_mean(config: Config) -> float:
+    """What is left of a whole noise in the mean over a round's institutions, about."""
+    asked = max(1.0, config.federation.participation * config.federation.clients)
+    part = guarantee_asked(config.privacy).noise_part(asked, config.aggregation)
+    return math.sqrt(part / asked)
