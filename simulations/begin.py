@@ -31,10 +31,10 @@ from fedlora.common.privacy.calibration import default_cache
 from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.server.rounds.checkpoint import Checkpoint
 from fedlora.server.rounds.cohort import Cohort
-from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning
+from fedlora.server.runs.public_data import Machine, PublicSide
 from fedlora.server.runs.run import rules_of, strategies_of
 from fedlora.server.runs.schedule import make_manifest
-from fedlora.server.runs.warm_start import started, taught, turned
+from fedlora.server.runs.warm_start import forget_beginning, started, taught, turned
 from fedlora.server.strategies.gathered import gathering
 from fedlora.server.strategies.strategy import Strategy
 from fedlora.simulations.chosen import CONFIG, agree, decided_run, taken_as_public, write_decided
@@ -129,6 +129,7 @@ def begin(
     federation, config, chosen = _prepared(config, paths, options, own, on_features)
     federation.check_memory(head=config.training.head_rounds > 0 and not options.resume)
     checkpoint, ledger = (_resumed if options.resume else _new)(config, paths, federation, own)
+    said = taught(paths.folder, config.training.public_epochs)
     manifest = checkpoint.manifest
     checkpoint.check_against_ledger(ledger.attempts_used(manifest.digest))
     # After the checkpoint: a kill in between must not spend a budget for a run that never was.
@@ -143,7 +144,7 @@ def begin(
         engine=options.engine,
         config=config_to_toml(config),
         gather=gathering(config.aggregation),
-        caveats=(*taken_as_public(config, chosen), *taught(paths.folder), *own.caveats),
+        caveats=(*taken_as_public(config, chosen), *said, *own.caveats),
         began=began,
         federation=federation,
         ledger=ledger,
@@ -170,8 +171,9 @@ def _prepared(
     choose = kept_choice(folder, config.seed) if options.resume else choice_for(data, folder)
     sources = sources_of(config, choose, own)
     config, chosen = decided_run(config, sources, paths.folder, options.resume)
-    learnt = turned(NetworkRecipe.of(config), sources.public, paths.folder, machine)
-    federation = federation_of(config, sources, paths.folder, machine, own, learnt)
+    recipe, begins = NetworkRecipe.of(config), not options.resume
+    learnt = turned(recipe, sources.public, folder, machine) if begins else None
+    federation = federation_of(config, sources, folder, machine, own, learnt)
     if not options.resume:
         write_decided(config, chosen, paths.folder)
     return federation, config, chosen
@@ -284,7 +286,9 @@ def _resumed(
             f"{kept}: found another strategy, partition, cohort or loss of one's own than the run"
             " began with, expected the same"
         )
-    return Checkpoint.open(paths.checkpoint, federation.model.spec), _same_ledger(paths)
+    checkpoint = Checkpoint.open(paths.checkpoint, federation.model.spec)
+    federation.public.check_of(checkpoint.manifest)
+    return checkpoint, _same_ledger(paths)
 
 
 def _kept(own: Own, federation: Federation) -> str:

@@ -48,13 +48,11 @@ class Affine:
         Direction i is divided by sqrt(λ_i + ridge · mean λ): the ridge keeps weak directions from
         being blown up.
         """
+        if not np.isfinite(features).all():
+            raise BadInput("[model] projection: found features of public text that are not finite")
         mean = features.mean(axis=0, dtype=np.float64)
         _, singular, rows = np.linalg.svd(features - mean, full_matrices=False)
-        if directions > len(singular):
-            raise BadInput(
-                f"[model] projection: found {directions} directions, expected at most the"
-                f" {len(singular)} that the public validation part spans"
-            )
+        check_directions(directions, len(singular))
         variances = singular**2 / len(features)
         spread = np.sqrt(
             variances[:directions] + ridge * variances[: min(directions, LEADING)].mean()
@@ -171,6 +169,15 @@ class Projection:
             "kernel_matrix": self.kernel.affine.matrix,
             "kernel_shift": self.kernel.affine.shift,
         }
+
+
+def check_directions(directions: int, spanned: int) -> None:
+    """BadInput where more directions are asked for than public text spans, or can span."""
+    if directions > spanned:
+        raise BadInput(
+            f"[model] projection: found {directions} directions, expected at most the"
+            f" {spanned} that the public texts span"
+        )
 
 
 def _unit_rows(values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:

@@ -30,15 +30,16 @@ from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.cohorts import cohort_of
 from fedlora.server.deployment.institutions import Carrier
 from fedlora.server.deployment.participants import Participants
+from fedlora.server.public_facts import PublicFacts
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.loop import Around
-from fedlora.server.rules import PublicFacts, decided
+from fedlora.server.rules import decided
 from fedlora.server.runs.metrics import nobody
-from fedlora.server.runs.public_data import Machine, PublicSide, forget_beginning, read_public
+from fedlora.server.runs.public_data import Machine, PublicSide, read_public
 from fedlora.server.runs.run import Run, conclude, conduct, rules_of, strategies_of, to_its_end
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.runs.tracking import check_trackers, tracked
-from fedlora.server.runs.warm_start import started, taught, turned
+from fedlora.server.runs.warm_start import forget_beginning, started, taught, turned
 from fedlora.server.strategies.gathered import gathering
 
 
@@ -102,19 +103,13 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
         checkpointing=training.checkpointing,
     )
     recipe = NetworkRecipe.of(config)
-    learnt = turned(recipe, records, folder, machine)
+    learnt = None if begun else turned(recipe, records, folder, machine)
     public = PublicSide.build(recipe, records, folder, machine, learnt)
     if begun:
         checkpoint = Checkpoint.open(path, public.model.spec)
+        public.check_of(checkpoint.manifest)
     else:
-        check_travels(public.model.spec.size)
-        if training.head_rounds:  # before institutions are asked, and charged
-            scores = public.validation
-            public.features.check_room(scores.data, [len(scores.data.scored(scores.rows).records)])
-        cache, cohort = default_cache(), config.aggregation.minimum_cohort
-        federation = coordinator.federation
-        manifest = make_manifest(Terms.of(config), public.facts, cache, federation, cohort)
-        checkpoint = Checkpoint.create(path, manifest, *started(public, folder))
+        checkpoint = _new(path, config, public, coordinator.federation)
     return Run(
         folder=folder,
         public=public,
@@ -125,5 +120,16 @@ def _begun(folder: Path, config: Config, coordinator: Coordinator) -> Run:
         engine="flower",
         gather=gathering(config.aggregation),
         config=config_to_toml(config),
-        caveats=taught(folder),
+        caveats=taught(folder, training.public_epochs),
     )
+
+
+def _new(path: Path, config: Config, public: PublicSide, federation: str) -> Checkpoint:
+    """What would fail later is asked first: nobody is charged for it."""
+    check_travels(public.model.spec.size)
+    if config.training.head_rounds:
+        scores = public.validation
+        public.features.check_room(scores.data, [len(scores.data.scored(scores.rows).records)])
+    cache, cohort = default_cache(), config.aggregation.minimum_cohort
+    manifest = make_manifest(Terms.of(config), public.facts, cache, federation, cohort)
+    return Checkpoint.create(path, manifest, *started(public, path.parent))

@@ -1,6 +1,4 @@
-"""Measuring a state on public data: validation during the run, the test file at its end, and, where
-public records taught its start, before it; no choice hangs on that.
-"""
+"""Measuring a state on public data: validation during the run, the test file at its end."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from fedlora.common.data.data_file import named_data
 from fedlora.common.data.records import Columns, Ints, Records, read_records
 from fedlora.common.data.unit_names import said
 from fedlora.common.errors import BadInput
-from fedlora.common.manifest.manifest import Network
+from fedlora.common.manifest.manifest import Network, RunManifest
 from fedlora.common.manifest.turns import most_moved
-from fedlora.common.model.compute import COMPUTE, Compute, compute_of_run, stored_for_run
+from fedlora.common.model.compute import Compute, compute_of_run, stored_for_run
 from fedlora.common.model.features import FeatureCache, PooledTexts, Progress, pooled_features
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.projection import PROJECTION, Projection
@@ -161,8 +161,20 @@ class PublicSide:
             test=Evaluator("test", model, test, np.arange(len(test)), features),
             initial=model.state(),
             learnt=fitted,
-            learnt_rows=_unseen(records, fit, score) if recipe.public_epochs else fit,
+            learnt_rows=fit,
         )
+
+    def check_of(self, manifest: RunManifest) -> None:
+        """BadInput unless the projection is the one that a run's manifest names.
+
+        Else what is validated and released would be of another network than institutions train.
+        """
+        found = self.facts.projection_digest
+        if found != manifest.projection_digest:
+            raise BadInput(
+                f"{PROJECTION}: found {found or 'none'}, expected"
+                f" {manifest.projection_digest or 'none'}, which the run began with"
+            )
 
     @property
     def facts(self) -> NetworkFacts:
@@ -183,46 +195,32 @@ class PublicSide:
         )
 
 
-def forget_beginning(folder: Path) -> None:
-    """Drop what a killed beginning left: fitted on what was public then, and may be private now."""
-    for name in (PROJECTION, COMPUTE):
-        (folder / name).unlink(missing_ok=True)
-
-
 def _fit_and_score(
     model: AdapterModel, records: PublicRecords, validation: Encoded, learns: bool
 ) -> tuple[Ints, Encoded, Ints]:
     """Rows that may be learnt from, and of what, and the validation rows that score then.
 
-    What was fitted on a row, or has learnt it, looks too good there: such rows must not score.
+    What was fitted on a row, or has learnt it, looks too good there: such rows must not score, nor
+    be tested. A file may be named twice, and a text may be in two files.
     """
-    rows = np.arange(len(validation), dtype=np.int64)
-    if not learns and records.texts is not None:
+    rows, texts = np.arange(len(validation), dtype=np.int64), records.texts
+    if not learns and texts is not None:
         log.warning(
             "[data] public: nothing learns from it, for [model] projection and [training]"
             " public_epochs are 0"
         )
     if not learns:
         return rows[:0], validation, rows
-    if records.texts is None:
-        return rows[::2], validation, rows[1::2]
-    texts = model.encoded(records.texts)
-    return np.arange(len(texts), dtype=np.int64), texts, rows
-
-
-def _unseen(records: PublicRecords, rows: Ints, score: Ints) -> Ints:
-    """Those of `rows` whose words neither score nor are tested: what is known by heart looks good.
-
-    A file may be named twice, and a text may be in two files.
-    """
-    kept = said(records.validation)
-    seen = {*said(records.test), *(kept[row] for row in score)}
-    words = kept if records.texts is None else said(records.texts)
-    found = rows[np.array([words[row] not in seen for row in rows], dtype=np.bool_)]
-    if len(found) < len(rows):
-        known = len(rows) - len(found)
-        log.info("public records: %d of %d score or are tested, and don't teach", known, len(rows))
-    return found
+    words, kept = said(records.validation), said(records.validation if texts is None else texts)
+    score = rows[1::2] if texts is None else rows
+    encoded, fit = (validation, rows[::2]) if texts is None else (model.encoded(texts), None)
+    fit = np.arange(len(kept), dtype=np.int64) if fit is None else fit
+    seen = {*said(records.test), *(words[row] for row in score)}
+    found = fit[np.array([kept[row] not in seen for row in fit], dtype=np.bool_)]
+    if len(found) < len(fit):
+        known = len(fit) - len(found)
+        log.info("public records: %d of %d score or are tested, and don't teach", known, len(fit))
+    return found, encoded, score
 
 
 def _on_turned(state: AdapterState, turned: AdapterState) -> AdapterState:

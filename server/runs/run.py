@@ -110,7 +110,7 @@ def conclude(
     started = time.monotonic()
     run.public.features.clear()
     lines = [line.value for line in lines_of(run.folder / METRICS)]
-    start = scored_start(run.public, run.folder)
+    start, taught = scored_start(run.public, run.folder)
     known = [{"round": 0, **start["validation"]}, *lines] if start else lines
     phases = phase_table(run.manifest, progress, run.public.test, known)
     model, recipe = run.public.model, run.public.recipe
@@ -121,7 +121,7 @@ def conclude(
     summary["privacy_statement"] += run.caveats
     summary["public_start"] = start
     summary["evaluation"] = at_institutions(run.manifest, kept_counts(run.folder))
-    summary["warnings"] = doubts(run.public.test.totals.get("confusion"), progress.release)
+    summary["warnings"] = doubts(run.public.test.totals.get("confusion"), progress.release, taught)
     summary |= {"clients": run.clients, "engine": run.engine, "config": run.config, **more()}
     write_summary(run.folder, summary)
     return summary

@@ -65,11 +65,13 @@ def summary_of(
     }
 
 
-def doubts(confusion: Counts | None, release: AdapterState) -> list[str]:
+def doubts(
+    confusion: Counts | None, release: AdapterState, start: AdapterState | None = None
+) -> list[str]:
     """What a reader of the figures should know first, in sentences; most often none.
 
     `confusion` (classes, classes) counts the test file's records, rows by their true class; None
-    where the task has no classes.
+    where the task has no classes. `start` is what public records taught before the first round.
     """
     found = []
     if confusion is not None and confusion.sum():
@@ -82,8 +84,13 @@ def doubts(confusion: Counts | None, release: AdapterState) -> list[str]:
                 f" ({most:.3f}): nothing was learnt, or noise drowned it. More units, a larger ε or"
                 " fewer classes would help."
             )
-    moved = [value.any() for name, value in release.named().items() if ".lora_B." in name]
-    if moved and not any(moved):
+    lora = ~release.spec.head_mask()
+    if start is not None and lora.any() and (release.vector == start.vector)[lora].all():
+        found.append(
+            "LoRA is as public records taught it: validation kept the head phase, or no round moved"
+            " LoRA."
+        )
+    elif lora.any() and not release.moves_base:
         found.append(
             "LoRA changes nothing in what is released: validation kept the head alone, or no round"
             " moved LoRA."

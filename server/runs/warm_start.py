@@ -13,8 +13,9 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from fedlora.common.config.parts import NetworkRecipe
 from fedlora.common.data.records import Ints
 from fedlora.common.disk.files import write_atomically, write_text
 from fedlora.common.errors import BadInput
-from fedlora.common.model.features import length_batches
+from fedlora.common.model.compute import COMPUTE
+from fedlora.common.model.features import length_batches, pooled_features
 from fedlora.common.model.network import AdapterModel
-from fedlora.common.model.projection import PROJECTION
+from fedlora.common.model.projection import PROJECTION, check_directions
 from fedlora.common.model.state import AdapterState
-from fedlora.common.tasks.batch import Encoded
+from fedlora.common.tasks.batch import Batch, Encoded
 from fedlora.server.rounds.loop import score_of
 from fedlora.server.runs.public_data import Machine, PublicRecords, PublicSide
 
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 
 # in a run's folder: what the start came to, and the start itself
 PUBLIC_START, START_STATE = "public_start.json", "public_start.safetensors"
+SAID = {"records", "epochs", "best_epoch", "validation"}
 BATCH, RATE, LONGEST_GRADIENT = 32, 2e-3, 1.0
 TOKENS = 2048  # that go through the network at once: a batch of longer records goes in parts
 TAUGHT = (
@@ -45,19 +48,28 @@ TAUGHT = (
 )
 
 
+def forget_beginning(folder: Path) -> None:
+    """Drop what a killed beginning left: fitted on what was public then, and may be private now."""
+    for name in (PROJECTION, COMPUTE, PUBLIC_START, START_STATE):
+        (folder / name).unlink(missing_ok=True)
+
+
 def turned(
     recipe: NetworkRecipe, records: PublicRecords, folder: Path, machine: Machine
 ) -> AdapterState | None:
     """What public records make of the base before a projection is fitted on it: `build` takes it.
 
-    None where nothing is learnt or projected, and where a run goes on: the projection lies in its
-    folder, and its state in the checkpoint. BadInput where there is nothing to learn from.
+    None where nothing is learnt or projected. For a run that begins: one that goes on has its
+    projection, and its state in the checkpoint. BadInput where there is nothing to learn from.
     """
-    fitted = (folder / PROJECTION).is_file()
-    if fitted or not recipe.model.projection or not recipe.public_epochs:
+    if not recipe.model.projection or not recipe.public_epochs:
         return None
     plain = replace(recipe, model=replace(recipe.model, projection=0, kernel_directions=0))
-    return _best(PublicSide.build(plain, records, folder, machine))[0]
+    public = PublicSide.build(plain, records, folder, machine)
+    rows = public.learnt_rows
+    width = pooled_features(public.model, public.learnt, rows[:1]).shape[-1]
+    check_directions(recipe.model.projection, min(len(rows), width))  # not after all its learning
+    return _best(public)[0]
 
 
 def started(public: PublicSide, folder: Path) -> tuple[AdapterState, float | None]:
@@ -67,7 +79,6 @@ def started(public: PublicSide, folder: Path) -> tuple[AdapterState, float | Non
     epoch is among them. What it came to is written to public_start.json. BadInput where there is
     nothing to learn from.
     """
-    (folder / PUBLIC_START).unlink(missing_ok=True)
     if not public.recipe.public_epochs:
         return public.initial, None
     best, chosen, found = _best(public)
@@ -77,33 +88,55 @@ def started(public: PublicSide, folder: Path) -> tuple[AdapterState, float | Non
         "epochs": public.recipe.public_epochs,
         "best_epoch": chosen,
         "below_projection": public.initial.moves_base,
+        "state": best.digest,
         "validation": found,
     }
     write_text(folder / PUBLIC_START, json.dumps(said, indent=2) + "\n")
     return best, score_of(found)
 
 
-def kept_start(folder: Path) -> dict[str, Any] | None:
-    """What public_start.json says; None where a run starts as it was drawn."""
-    path = folder / PUBLIC_START
-    if not path.exists():
+def kept_start(folder: Path, epochs: int) -> dict[str, Any] | None:
+    """What public_start.json says of a run of so many public epochs; None for a run of none.
+
+    BadInput where it is gone or says something else: the statement must not lose a sentence by it.
+    """
+    if not epochs:
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    path = folder / PUBLIC_START
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: found no readable table, expected what the start gave") from error
+    if not isinstance(found, dict) or not found.keys() >= SAID:
+        raise BadInput(f"{path}: expected a table that has {', '.join(sorted(SAID))}")
     return found
 
 
-def scored_start(public: PublicSide, folder: Path) -> dict[str, Any] | None:
-    """`kept_start`, and its figures on the test file, which is scored when all rounds are over."""
-    found, path = kept_start(folder), folder / START_STATE
-    if found is None or not path.exists():  # earlier versions scored it before the first round
-        return found
-    start = AdapterState.from_bytes(path.read_bytes(), public.model.spec, str(path))
-    return {**found, "test": public.test.evaluate(start)}
+def scored_start(
+    public: PublicSide, folder: Path
+) -> tuple[dict[str, Any] | None, AdapterState | None]:
+    """`kept_start` with its figures on the test file, and the state; for when all rounds are over.
+
+    What earlier versions kept of a start has these figures, and no state. A state that is gone or
+    damaged costs its figures, and not what the rounds gave.
+    """
+    found, path = kept_start(folder, public.recipe.public_epochs), folder / START_STATE
+    if found is None or "state" not in found:
+        return found, None
+    try:
+        start = AdapterState.from_bytes(path.read_bytes(), public.model.spec, str(path))
+    except (OSError, BadInput) as error:
+        log.warning("%s: what the start reads on the test file stays unknown (%s)", path, error)
+        return found, None
+    if start.digest != found["state"]:
+        log.warning("%s: found another state than the run began with; it is not scored", path)
+        return found, None
+    return {**found, "test": public.test.evaluate(start)}, start
 
 
-def taught(folder: Path) -> tuple[str, ...]:
+def taught(folder: Path, epochs: int) -> tuple[str, ...]:
     """A sentence for the privacy statement, where a run in `folder` starts from public records."""
-    found = kept_start(folder)
+    found = kept_start(folder, epochs)
     if found is None or not (found["best_epoch"] or found.get("below_projection")):
         return ()
     return (TAUGHT.format(records=found["records"]),)
@@ -117,9 +150,12 @@ def _best(public: PublicSide) -> tuple[AdapterState, int, dict[str, float]]:
             "[training] public_epochs: found no public record to learn from, expected some whose"
             " words are not in the test or validation part"
         )
-    best, chosen, found = public.initial, 0, public.validation.evaluate(public.initial)
-    for number, state in enumerate(_learnt(public, epochs), 1):
-        reached = public.validation.evaluate(state)
+    head_only = public.model.projection is not None
+    score = partial(public.validation.evaluate, head_only=head_only)
+    learnt = (_head_learnt if head_only else _learnt)(public, epochs)
+    best, chosen, found = public.initial, 0, score(public.initial)
+    for number, state in enumerate(learnt, 1):
+        reached = score(state)
         log.info("public records, epoch %d of %d: %s", number, epochs, reached)
         if _rank(reached) > _rank(found):
             best, chosen, found = state, number, reached
@@ -135,37 +171,66 @@ def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
 
 
 def _learnt(public: PublicSide, epochs: int) -> Iterator[AdapterState]:
-    """The state after each epoch over the public records; their order is drawn by the seed.
-
-    On a projection the head alone learns: it was fitted on what lies below.
-    """
+    """The state after each epoch over the public records."""
     model, data, rows = public.model, public.learnt, public.learnt_rows
-    model.load(public.initial)
-    whole = model.projection is None
-    trained = list(model.parameters.values() if whole else model.head.parameters())
+
+    def add_gradient(part: Ints) -> None:
+        _add_gradient(model, data, rows[part])
+
+    return _stepped(public, epochs, model.parameters.values(), add_gradient)
+
+
+def _head_learnt(public: PublicSide, epochs: int) -> Iterator[AdapterState]:
+    """Likewise, where the head alone learns, on features that stand still."""
+    model, data, rows = public.model, public.learnt, public.learnt_rows
+    features = public.features.get("learnt", data, rows, public.initial)
+
+    def add_gradient(part: Ints) -> None:
+        targets = torch.from_numpy(data.targets[rows[part]]).to(features.device)
+        outputs = model.head(features[torch.from_numpy(part)])
+        losses = model.task.losses(outputs, Batch(targets, targets, targets))
+        _backward(losses.sum() / len(part))
+
+    return _stepped(public, epochs, model.head.parameters(), add_gradient)
+
+
+def _stepped(
+    public: PublicSide,
+    epochs: int,
+    parameters: Iterable[torch.nn.Parameter],
+    add_gradient: Callable[[Ints], None],
+) -> Iterator[AdapterState]:
+    """The state after each epoch; `add_gradient` is given places in the public rows, by batch.
+
+    Their order is drawn by the seed.
+    """
+    public.model.load(public.initial)
+    trained, records = list(parameters), len(public.learnt_rows)
     optimizer = torch.optim.AdamW(trained, lr=RATE)
-    steps = epochs * math.ceil(len(rows) / BATCH)
+    steps = epochs * math.ceil(records / BATCH)
     schedule = warm_and_decay(optimizer, steps // 10, steps)  # type: ignore[no-untyped-call]
     draw = np.random.Generator(np.random.Philox(public.recipe.seed))
     for _ in range(epochs):
-        order = draw.permutation(rows)
-        for start in range(0, len(order), BATCH):
-            _add_gradient(model, data, order[start : start + BATCH], trained)
+        order = draw.permutation(records)
+        for start in range(0, records, BATCH):
+            add_gradient(order[start : start + BATCH])
             length = torch.nn.utils.clip_grad_norm_(trained, LONGEST_GRADIENT)
             if not torch.isfinite(length):  # one record that overflows must not end all
                 optimizer.zero_grad()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        yield model.state()
+        yield public.model.state()
 
 
-def _add_gradient(
-    model: AdapterModel, data: Encoded, rows: Ints, trained: Sequence[torch.nn.Parameter]
-) -> None:
+def _add_gradient(model: AdapterModel, data: Encoded, rows: Ints) -> None:
     """Of the mean loss of `rows`, in parts that fit where a step of long records would not."""
     for part in length_batches(data.lengths[rows], TOKENS):
         batch = data.batch(rows[np.sort(part)], model.pad, model.device)
-        with warnings.catch_warnings():  # of Opacus' hooks, which are off here
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            torch.autograd.backward(model.losses(batch).sum() / len(rows), inputs=trained)
+        _backward(model.losses(batch).sum() / len(rows))
+
+
+def _backward(loss: torch.Tensor) -> None:
+    with warnings.catch_warnings():  # of Opacus' hooks, which are off here
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        torch.autograd.backward(loss)

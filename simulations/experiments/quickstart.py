@@ -48,6 +48,8 @@ WRITTEN = (
         "metrics.jsonl",
         "lost.jsonl",
         "projection.safetensors",
+        "public_start.json",
+        "public_start.safetensors",
     ),
     *("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger.sqlite.lock"),
     *("summary.json", "report.html"),

@@ -125,7 +125,7 @@ def phase_ends(summary: Summary) -> dict[str, Any]:
             "rounds": row["rounds"],
             "best_round": row.get("best_round"),  # runs of 0.1 kept the last one
             "validation": show(row["validation"].get(metric)),
-            "test": show(row["test"].get(metric)),
+            "test": show(row.get("test", {}).get(metric)),
             "released": row["released"],
         }
         for row in before + found
@@ -135,6 +135,8 @@ def phase_ends(summary: Summary) -> dict[str, Any]:
     gain = 100 * (found[-1]["test"]["accuracy"] - found[0]["test"]["accuracy"])
     added = f"LoRA {'added' if gain >= 0 else 'cost'} {abs(gain):.1f} points of accuracy"
     seen = "did not do as well, so the head alone is released"
+    if start and (start["best_epoch"] or start.get("below_projection")):
+        seen = "did not do as well, so the head is released on what public records made of LoRA"
     if found[-1]["released"]:  # of equals, too
         seen = "did at least as well, and is released"
     sentence = f"{added} on the test file. On the validation part it {seen}."

@@ -158,6 +158,9 @@ def test_whitened_features_have_one_variance_where_there_is_no_ridge() -> None:
     assert Projection.fit(public, 4, 0.5).digest != fitted.digest
     with pytest.raises(BadInput, match="found 7 directions"):
         Projection.fit(public, 7, 0.0)
+    public[3, 1] = np.inf
+    with pytest.raises(BadInput, match="not finite"):
+        Projection.fit(public, 4, 0.0)
 
 
 def test_a_linear_head_on_kernel_features_is_a_kernel_machine() -> None:

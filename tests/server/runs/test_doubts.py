@@ -39,5 +39,14 @@ def test_an_adapter_that_did_not_move_is_said() -> None:
     assert sentence.startswith("LoRA changes nothing")
 
 
+def test_an_adapter_that_is_as_public_records_taught_it_is_said() -> None:
+    """It is no zero, and no institution had a part in it."""
+    head = MOVED.named() | {"head.weight": np.zeros((2, 2), dtype=np.float32)}
+    (sentence,) = doubts(confusion(99), AdapterState.from_named(SPEC, head), MOVED)
+    assert sentence.startswith("LoRA is as public records taught it")
+    lora = MOVED.named() | {"q.lora_A.weight": np.zeros((1, 2), dtype=np.float32)}
+    assert doubts(confusion(99), AdapterState.from_named(SPEC, lora), MOVED) == []
+
+
 def test_a_language_model_has_no_classes_to_guess() -> None:
     assert doubts(None, MOVED) == []
