@@ -51,3 +51,9 @@ def _fraction(value: float | Fraction) -> Fraction:
 def _thousandths(count: int) -> str:
     whole, rest = divmod(abs(count), 1000)
     return ("-" if count < 0 else "") + f"{whole}.{rest:03}".rstrip("0").rstrip(".")
+
+
+def learnt_before(records: int) -> tuple[str, ...]:
+    """What a statement says of so many public records that an adapter learnt from; of 0 nothing."""
+    sentence = f"Before the first round the adapter learnt from {records} public records, which no"
+    return (f"{sentence} ε covers.",) if records else ()

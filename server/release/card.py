@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.privacy.accountant import ACCOUNTANT
-from fedlora.common.privacy.figures import shown_epsilon
+from fedlora.common.privacy.figures import learnt_before, shown_epsilon
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.messages import Consent
 from fedlora.server.release.layout import VERSION
@@ -17,6 +17,7 @@ from fedlora.server.secagg.log import DROP_OUTS
 FIGURES = (
     *("accuracy", "macro_f1", "micro_f1", "entity_f1", "spearman", "pearson", "perplexity", "loss"),
 )
+WHOLE = ("rounds", "public_records")
 SHARE = ("units", "accuracy", "error")  # of an evaluation
 PAIRS, COUNTS = ("cohort", "threshold"), ("sums", "colluders", "smallest_sum")
 
@@ -34,7 +35,8 @@ def model_card(
     epsilon = largest if guarantee.private else None
     rows = [_row(organisations[name], statements[name]) for name in statements]
     parts = [_head(manifest), _introduction(manifest, figures, len(organisations))]
-    lines = [*guarantee.statement(epsilon), *_masked(figures)]
+    learnt = figures.get("public_records", 0) if version >= 4 else 0
+    lines = [*guarantee.statement(epsilon), *learnt_before(learnt), *_masked(figures)]
     parts += ["## Privacy", "\n".join(f"- {line}" for line in lines)]
     heading = f"| institution | organisation | {guarantee.cost_name} | δ | policy |"
     parts += ["\n".join([heading, "|---|---|---|---|---|", *rows])]
@@ -62,8 +64,7 @@ def shown_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {
         name: figures[name] for name in FIGURES if isinstance(figures.get(name), float)
     }
-    if type(figures.get("rounds")) is int:
-        shown["rounds"] = figures["rounds"]
+    shown |= {name: figures[name] for name in WHOLE if type(figures.get(name)) is int}
     if isinstance(figures.get("evaluation"), Mapping):
         shown["evaluation"] = _shown_evaluation(figures["evaluation"])
     secure = figures.get("secure")
@@ -170,7 +171,7 @@ def _cell(text: str) -> str:
 
 
 # By a release's version, for a card is compared word for word: where `load_adapter` was, and is.
-LOADERS = {1: "fedlora.common.export", 2: "fedlora.common.adapter", 3: "fedlora.common.adapter"}
+LOADERS = {1: "fedlora.common.export", **dict.fromkeys((2, 3, 4), "fedlora.common.adapter")}
 OPACUS = re.compile(r"computed by (Opacus 1\.6(?:\.\d{1,2})? PRV) for the sampling that ran")
 USE = """## Use
 

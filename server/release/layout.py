@@ -14,8 +14,9 @@ RELEASE_TAG = "fedlora-release-1"
 RELEASE_MANIFEST_TAG = "fedlora-release-manifest-1"
 EXPORT_MEMBERS_TAG = "fedlora-release-members-1"
 REPORT_TAG = "fedlora-node-report-1"
-# of release.json; 1: the card names load_adapter by another place; 1 and 2: Opacus computed ε
-VERSION = 3
+# of release.json; 1: the card names load_adapter by another place; 1 and 2: Opacus computed ε; 1 to
+# 3: the card does not say what was learnt from public records
+VERSION = 4
 MEMBERS_VERSION = 1
 INDEX, MANIFEST, MEMBERS, CARD = "release.json", "manifest.json", "members.json", "README.md"
 FIGURES = "figures.json"

@@ -27,7 +27,7 @@ from fedlora.server.runs.metrics import METRICS, MetricsLog, Observe, nobody
 from fedlora.server.runs.phases import phase_table
 from fedlora.server.runs.public_data import PublicSide
 from fedlora.server.runs.summary import doubts, summary_of, write_summary
-from fedlora.server.runs.warm_start import scored_start
+from fedlora.server.runs.warm_start import records_learnt, scored_start
 from fedlora.server.strategies.fedavg import FedAvg, RateSchedule, ServerOptimizer
 from fedlora.server.strategies.gathered import Gather, Summed
 from fedlora.server.strategies.strategy import Strategy
@@ -119,7 +119,7 @@ def conclude(
     summary = summary_of(run.manifest, run.public, run.folder, progress, phases, lines, reserved)
     summary["seconds"] += time.monotonic() - started
     summary["privacy_statement"] += run.caveats
-    summary["public_start"] = start
+    summary |= {"public_start": start, "public_records": records_learnt(start)}
     summary["evaluation"] = at_institutions(run.manifest, kept_counts(run.folder))
     summary["warnings"] = doubts(run.public.test.totals.get("confusion"), progress.release, taught)
     summary |= {"clients": run.clients, "engine": run.engine, "config": run.config, **more()}

@@ -32,6 +32,7 @@ from fedlora.common.model.features import length_batches, pooled_features
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.projection import PROJECTION, check_directions
 from fedlora.common.model.state import AdapterState
+from fedlora.common.privacy.figures import learnt_before
 from fedlora.common.tasks.batch import Batch, Encoded
 from fedlora.server.rounds.loop import score_of
 from fedlora.server.runs.public_data import Machine, PublicRecords, PublicSide
@@ -43,9 +44,6 @@ PUBLIC_START, START_STATE = "public_start.json", "public_start.safetensors"
 SAID = {"records", "epochs", "best_epoch", "validation"}
 BATCH, RATE, LONGEST_GRADIENT = 32, 2e-3, 1.0
 TOKENS = 2048  # that go through the network at once: a batch of longer records goes in parts
-TAUGHT = (
-    "Before the first round the adapter learnt from {records} public records, which no ε covers."
-)
 
 
 def forget_beginning(folder: Path) -> None:
@@ -134,12 +132,16 @@ def scored_start(
     return {**found, "test": public.test.evaluate(start)}, start
 
 
+def records_learnt(start: Mapping[str, Any] | None) -> int:
+    """How many public records a run's first state was made of, by what `kept_start` says."""
+    if start is None or not (start["best_epoch"] or start.get("below_projection")):
+        return 0
+    return int(start["records"])
+
+
 def taught(folder: Path, epochs: int) -> tuple[str, ...]:
     """A sentence for the privacy statement, where a run in `folder` starts from public records."""
-    found = kept_start(folder, epochs)
-    if found is None or not (found["best_epoch"] or found.get("below_projection")):
-        return ()
-    return (TAUGHT.format(records=found["records"]),)
+    return learnt_before(records_learnt(kept_start(folder, epochs)))
 
 
 def _best(public: PublicSide) -> tuple[AdapterState, int, dict[str, float]]:

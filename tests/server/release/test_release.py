@@ -100,6 +100,20 @@ def test_a_release_has_a_known_version_and_its_card(
         verify(folder, of.coordinator.public)
 
 
+def test_a_card_says_what_was_learnt_from_public_records(of: Party, tmp_path: Path) -> None:
+    """A release of version 3 has the figure at most, and no sentence."""
+    given = replace(release(of, manifest()), figures={"public_records": 4_000, "rounds": 2})
+    export(tmp_path / "export", of.coordinator, given, adapter(tmp_path / "adapter"))
+    said = "learnt from 4000 public records"
+    assert said in (tmp_path / "export" / "README.md").read_text()
+    verify(tmp_path / "export", of.coordinator.public)
+    names = dict.fromkeys(of.members, "clinic")
+    stated = {name: Consent(name, manifest().digest, "sha256:p", 1.52, 1e-5) for name in names}
+    for version in (3, 4):
+        card = model_card(manifest(), names, stated, given.figures, version)
+        assert (said in card) == (version == 4)
+
+
 def test_an_export_verifies_as_it_was_written(folder: Path, of: Party) -> None:
     lines = verify(folder, of.coordinator.public)
     assert lines[-1] == "verified with the coordinator's key"
