@@ -24,7 +24,7 @@ from fedlora.common.terminal import one_line
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
-MOST_BODY = 1 << 20  # bytes
+MOST_BODY, MOST_DROPPED, PART = 1 << 20, 64 << 20, 1 << 16  # bytes
 SECONDS = 30.0  # that a request may take to arrive
 HEADERS = {
     "Cache-Control": "no-store",
@@ -137,6 +137,9 @@ class LoopbackHandler(BaseHTTPRequestHandler):
         if not length.isdecimal():
             raise Reply(HTTPStatus.LENGTH_REQUIRED, "Content-Length: expected a number of bytes")
         if int(length) > MOST_BODY:
+            left = min(int(length), MOST_DROPPED)
+            while left and (part := self.rfile.read(min(PART, left))):
+                left -= len(part)  # who is hung up on while it sends may lose the answer
             raise Reply(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                 f"body: found {length} bytes, expected at most {MOST_BODY}",

@@ -312,10 +312,11 @@ def test_a_file_opens_no_new_budget_by_naming_another_population(
 
 @given(st.integers(2, 30))
 def test_half_of_a_validation_part_is_fitted_on_and_the_other_half_scores(count: int) -> None:
-    task, nobodys = SequenceClassification(("bad", "good")), records(["w"])
+    task, tested = SequenceClassification(("bad", "good")), records(["w"])
+    read = records([f"w{number}" for number in range(count)])
     part = task.unlabelled(np.zeros(count, dtype=np.int32), np.arange(count + 1, dtype=np.int64))
     model = cast(AdapterModel, None)  # encodes texts that are named
-    fit, fitted, score = _fit_and_score(model, PublicRecords(task, nobodys, nobodys), part, True)
+    fit, fitted, score = _fit_and_score(model, PublicRecords(task, read, tested), part, True)
     assert fitted is part and sorted([*fit, *score]) == list(range(count))
     assert len(fit) - len(score) in (0, 1)
 

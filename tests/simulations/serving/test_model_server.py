@@ -89,6 +89,7 @@ def test_a_client_of_the_openai_kind_is_answered(prompts: LoadedAdapter) -> None
         ("/v1/completions", {"prompt": "\ud800"}, 400, "found half a surrogate pair"),
         ("/v1/embeddings", {}, 404, "found nothing there"),
         ("/predict", b" " * (MOST_BODY + 1), 413, f"expected at most {MOST_BODY}"),
+        ("/predict", b" " * (8 * MOST_BODY), 413, f"expected at most {MOST_BODY}"),
     ],
     ids=lambda value: str(value)[:40],
 )
