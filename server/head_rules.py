@@ -41,13 +41,10 @@ def head_clip(config: Config, facts: PublicFacts) -> Chosen:
     """What a unit may weigh: one voice each where noise is a bound."""
     questions, model = questions_of(config, facts), config.model
     clip = LABELS_HEAD_CLIP if questions > 1 else HEAD_CLIP
-    if (
-        model.pooling == "pairs"
-        and facts.classes > 1
-        and guarantee_asked(config.privacy).clip_in_step
-    ):
+    noisy = guarantee_asked(config.privacy).clip_in_step
+    if noisy and facts.classes > 1 and model.pooling == "pairs":
         clip = PAIRS_HEAD_CLIP
-    elif facts.classes > 1 and model.task in CLASSIFIED and _has_room(config, facts):
+    elif noisy and facts.classes > 1 and model.task in CLASSIFIED and _has_room(config, facts):
         clip = model.head_scale
     return {"privacy": {"head_phase_clip": clip / questions}}
 
@@ -56,8 +53,7 @@ def _has_room(config: Config, facts: PublicFacts) -> bool:
     """Whether noise is no bound by far; not for a rate that somebody chose for another clip, nor on
     whitened features, whose gradients point apart.
     """
-    given = "server.head_learning_rate" not in open_fields(config)
-    if given or config.model.projection or not guarantee_asked(config.privacy).clip_in_step:
+    if config.model.projection or "server.head_learning_rate" not in open_fields(config):
         return False
     suits = CLIPPED_HEAD_RATE * math.sqrt(facts.classes)
     return ROOM * suits * _head_shaken(config) <= SHAKEN

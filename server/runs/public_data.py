@@ -212,9 +212,9 @@ def _fit_and_score(
     if not learns:
         return rows[:0], validation, rows
     words, kept = said(records.validation), said(records.validation if texts is None else texts)
-    score = rows[1::2] if texts is None else rows
-    encoded, fit = (validation, rows[::2]) if texts is None else (model.encoded(texts), None)
-    fit = np.arange(len(kept), dtype=np.int64) if fit is None else fit
+    encoded, fit, score = validation, rows[::2], rows[1::2]
+    if texts is not None:
+        encoded, fit, score = model.encoded(texts), np.arange(len(kept), dtype=np.int64), rows
     seen = {*said(records.test), *(words[row] for row in score)}
     found = fit[np.array([kept[row] not in seen for row in fit], dtype=np.bool_)]
     if len(found) < len(fit):

@@ -5,6 +5,10 @@ teach is all that private rounds need not: these find a base that has turned to 
 whose features a private head reads as they are. The start is a run's first state, so that nodes
 take it as they take any other, and its test figure is what public records give by themselves: what
 a federation has to beat. AdamW with warm-up and linear decay, as a central loop would.
+
+A projection is fitted on what the base makes of public text, and must be of the base that the
+rounds find. So LoRA learns first, below a head without one (`turned`); then the head alone, on the
+projection (`started`).
 """
 
 from __future__ import annotations
