@@ -26,7 +26,6 @@ from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.features import PooledTexts
 from fedlora.common.model.machine import device_named
-from fedlora.common.model.state import AdapterState
 from fedlora.common.privacy.calibration import default_cache
 from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.server.rounds.checkpoint import Checkpoint
@@ -126,7 +125,7 @@ def begin(
     paths = Paths.of(folder, options.ledger)
     _check_options(config, options, own)
     _ready_folder(config, paths, options.resume)
-    federation, config, chosen = _prepared(config, paths, options, own, on_features)
+    federation, config, chosen, shared = _prepared(config, paths, options, own, on_features)
     federation.check_memory(head=config.training.head_rounds > 0 and not options.resume)
     checkpoint, ledger = (_resumed if options.resume else _new)(config, paths, federation, own)
     said = taught(paths.folder, config.training.public_epochs)
@@ -144,7 +143,7 @@ def begin(
         engine=options.engine,
         config=config_to_toml(config),
         gather=gathering(config.aggregation),
-        caveats=(*taken_as_public(config, chosen), *said, *own.caveats),
+        caveats=(*taken_as_public(config, chosen), *shared, *said, *own.caveats),
         began=began,
         federation=federation,
         ledger=ledger,
@@ -158,8 +157,10 @@ def begin(
 
 def _prepared(
     config: Config, paths: Paths, options: Options, own: Own, on_features: Features
-) -> tuple[Federation, Config, tuple[str, ...]]:
-    """The federation, the configuration with a value in every place, and what was chosen in it."""
+) -> tuple[Federation, Config, tuple[str, ...], tuple[str, ...]]:
+    """The federation, the configuration with a value in every place, what was chosen in it, and
+    what a statement must say of its data.
+    """
     done: list[int] = []
 
     def features(more: int) -> None:
@@ -171,12 +172,10 @@ def _prepared(
     choose = kept_choice(folder, config.seed) if options.resume else choice_for(data, folder)
     sources = sources_of(config, choose, own)
     config, chosen = decided_run(config, sources, paths.folder, options.resume)
-    recipe, begins = NetworkRecipe.of(config), not options.resume
-    learnt = turned(recipe, sources.public, folder, machine) if begins else None
-    federation = federation_of(config, sources, folder, machine, own, learnt)
+    federation = federation_of(config, sources, folder, machine, own, begins=not options.resume)
     if not options.resume:
         write_decided(config, chosen, paths.folder)
-    return federation, config, chosen
+    return federation, config, chosen, sources.caveats
 
 
 def checked(config: Config) -> Config:
@@ -209,21 +208,23 @@ def federation_of(
     folder: Path,
     machine: Machine,
     own: Own = NOTHING_OWN,
-    learnt: AdapterState | None = None,
+    *,
+    begins: bool = False,
 ) -> Federation:
-    """Encode the data, load the model, deal the units out; `config` has a value in every place.
+    """Deal the units out, encode the data, load the model; `config` has a value in every place.
 
     BadInput names what is wrong. What is computed once for a run and must not change in it lies in
-    the run's `folder`. LoRA starts as it is in `learnt`.
+    the run's `folder`. In one that `begins`, LoRA learns from public records where it has to before
+    a projection is fitted: that takes minutes, and comes after all that may be refused.
     """
-    public = PublicSide.build(NetworkRecipe.of(config), sources.public, folder, machine, learnt)
-
-    def deal(records: Records, units: UnitIndex) -> Partition:
-        return dealt(config, records, units, own)
-
+    units = unit_groups(sources.train.units, len(sources.train))
+    partition = dealt(config, sources.train, units, own)
+    recipe, public = NetworkRecipe.of(config), sources.public
+    learnt = turned(recipe, public, folder, machine) if begins else None
+    side = PublicSide.build(recipe, public, folder, machine, learnt)
     tokens, asked = config.training.micro_batch_tokens, config.evaluation
     steps = Steps.of(config.training, config.federation.rounds, config.privacy, config.data.unit)
-    return Federation.build(public, sources, deal, config.privacy, steps, tokens, folder, asked)
+    return Federation.build(side, sources, partition, config.privacy, steps, tokens, folder, asked)
 
 
 def dealt(config: Config, records: Records, units: UnitIndex, own: Own = NOTHING_OWN) -> Partition:

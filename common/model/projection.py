@@ -51,13 +51,31 @@ class Affine:
         if not np.isfinite(features).all():
             raise BadInput("[model] projection: found features of public text that are not finite")
         mean = features.mean(axis=0, dtype=np.float64)
+        check_directions(directions, min(features.shape))
         _, singular, rows = np.linalg.svd(features - mean, full_matrices=False)
-        check_directions(directions, len(singular))
-        variances = singular**2 / len(features)
-        spread = np.sqrt(
-            variances[:directions] + ridge * variances[: min(directions, LEADING)].mean()
-        )
-        matrix = rows[:directions].T / spread
+        variances = singular[:directions] ** 2 / len(features)
+        matrix = rows[:directions].T / _spread(variances, ridge)
+        return cls(matrix.astype(np.float32), (mean @ matrix).astype(np.float32))
+
+    @classmethod
+    def whitening_kernel(
+        cls, similar: npt.NDArray[np.float64], directions: int, ridge: float
+    ) -> Affine:
+        """Of similarities to landmarks, given those (m, m) among the landmarks themselves.
+
+        What `whitening` makes of the kernel's feature map, K to the power of a half, without it:
+        the leading eigenvectors of the centred matrix are all that is needed (kernel PCA,
+        Schölkopf, Smola and Müller 1998).
+        """
+        from scipy.linalg import eigh  # a node never fits one
+
+        count = len(similar)
+        check_directions(directions, count)
+        mean = similar.mean(axis=0)
+        centred = similar - mean - mean[:, None] + mean.mean()
+        values, vectors = eigh(centred, subset_by_index=[count - directions, count - 1])
+        values = np.maximum(values[::-1], SMALLEST)
+        matrix = vectors[:, ::-1] / np.sqrt(values) / _spread(values / count, ridge)
         return cls(matrix.astype(np.float32), (mean @ matrix).astype(np.float32))
 
 
@@ -92,12 +110,8 @@ class Projection:
             return cls(whiten)
         landmarks = _unit_rows(features @ whiten.matrix - whiten.shift)
         similar = np.exp(gamma * (landmarks @ landmarks.T - 1.0)).astype(np.float64)
-        values, vectors = np.linalg.eigh(similar)
-        # K^(-1/2): what makes a kernel a feature map
-        root = vectors / np.sqrt(np.maximum(values, SMALLEST))
-        affine = Affine.whitening(similar @ root, kernel_directions, ridge)
-        through = Affine((root @ affine.matrix).astype(np.float32), affine.shift)
-        return cls(whiten, Kernel(landmarks.astype(np.float32), gamma, through))
+        affine = Affine.whitening_kernel(similar, kernel_directions, ridge)
+        return cls(whiten, Kernel(landmarks.astype(np.float32), gamma, affine))
 
     @property
     def width(self) -> int:
@@ -178,6 +192,12 @@ def check_directions(directions: int, spanned: int) -> None:
             f"[model] projection: found {directions} directions, expected at most the"
             f" {spanned} that the public texts span"
         )
+
+
+def _spread(variances: npt.NDArray[np.float64], ridge: float) -> npt.NDArray[np.float64]:
+    """What directions of these variances, the largest first, are divided by."""
+    found: npt.NDArray[np.float64] = np.sqrt(variances + ridge * variances[:LEADING].mean())
+    return found
 
 
 def _unit_rows(values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:

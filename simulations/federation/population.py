@@ -7,7 +7,6 @@ actor of a cluster.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from fedlora.client.training.timing import Steps, tokens_of_run
 from fedlora.client.training.trainer import Trainer, charge
 from fedlora.common.config.schema import EvaluationConfig, PrivacyConfig
 from fedlora.common.data.origin import Origin
-from fedlora.common.data.records import Records, UnitIndex, unit_groups
+from fedlora.common.data.records import UnitIndex, unit_groups
 from fedlora.common.data.unit_names import unit_names
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.ledger.subject import Subject
@@ -61,14 +60,14 @@ class Federation:
         cls,
         public: PublicSide,
         sources: Sources,
-        deal: Callable[[Records, UnitIndex], Partition],
+        partition: Partition,
         privacy: PrivacyConfig,
         steps: Steps,
         tokens: int,
         folder: Path,
         asked: EvaluationConfig | None = None,
     ) -> Federation:
-        """Encode the training part, and deal its units out; BadInput where they can't be.
+        """Encode the training part, whose units are dealt out by `partition`.
 
         `tokens` go into a micro-batch; where that is "auto", what was found lies in `folder`.
         What is `asked` of hold-outs says whether units have names, and records groups.
@@ -81,7 +80,7 @@ class Federation:
             train=public.model.encoded(sources.train),
             classes=sources.train.labels,
             units=units,
-            partition=deal(sources.train, units),
+            partition=partition,
             origin=sources.origin,
             training=LocalTraining(gradients, public.features, found),
             privacy=privacy,

@@ -22,14 +22,30 @@ from fedlora.simulations.federation.public_part import Choose, set_aside
 
 log = logging.getLogger(__name__)
 
+# how many they are would be a figure of the training records
+SHARED = (
+    "Some texts of the [data] {part} file, which was named as public, are training records as well:"
+    " of them ε says nothing."
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """Records as read, before any model sees them. `origin` is the training file's."""
+    """Records as read, before any model sees them. `origin` is the training file's.
+
+    `shared` are the public parts that a run learns from or chooses by, and that have texts of
+    training records too.
+    """
 
     train: Records
     public: PublicRecords
     origin: Origin
+    shared: tuple[str, ...] = ()
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Sentences that a privacy statement must end with."""
+        return tuple(SHARED.format(part=part) for part in self.shared)
 
 
 def read_sources(
@@ -49,13 +65,15 @@ def read_sources(
     train = whole = read_records(Path(data.train), private, labels)
     if train.spellings:
         log.warning("%s", train.spellings)
+    shared: list[str] = []
 
     def part(name: str, source: float | str, train: Records) -> tuple[Records, Records]:
         """A public file's records, or a share of the training file's units; and what is left."""
         if not isinstance(source, str):
             return set_aside(train, name, source, choose)
         records = read_records(Path(source), public, labels)
-        _refuse_private(records, name, source, whole)
+        if _some_private(records, name, source, whole) and name != "test":
+            shared.append(name)
         return records, train
 
     test, train = part("test", data.test, train)
@@ -64,7 +82,7 @@ def read_sources(
         log.warning("%s", line)
     texts = part("public", data.public, train)[0] if data.public else None
     records = PublicRecords(task_named(task, labels), validation, test, texts)
-    return Sources(train, records, origin_of(Path(data.train)))
+    return Sources(train, records, origin_of(Path(data.train)), tuple(shared))
 
 
 def one_sided(train: Records, test: Records, labels: Sequence[str]) -> list[str]:
@@ -78,10 +96,10 @@ def one_sided(train: Records, test: Records, labels: Sequence[str]) -> list[str]
     return found
 
 
-def _refuse_private(records: Records, name: str, source: str, train: Records) -> None:
-    """BadInput where a file named as public is the training file, or holds nothing but its words.
+def _some_private(records: Records, name: str, source: str, train: Records) -> bool:
+    """Whether a file named as public has words of the training file too; how many is in the log.
 
-    Whatever its name, format or order. How many others are in both is in the log.
+    BadInput where it holds nothing else, whatever its name, format or order.
     """
     private = set(said(train))
     both = sum(each in private for each in said(records))
@@ -93,3 +111,4 @@ def _refuse_private(records: Records, name: str, source: str, train: Records) ->
     if both:
         found = (records.where, both, len(records), train.where)
         log.info("%s: %d of its %d texts are in %s too", *found)
+    return both > 0

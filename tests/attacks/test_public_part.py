@@ -219,15 +219,25 @@ def test_a_public_file_that_is_the_training_file_is_refused(
     assert not (tmp_path / "run" / "ledger.sqlite").exists()
 
 
-def test_texts_that_are_in_both_are_counted_in_the_log(
-    tiny_bert: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("part", "said"), [("test", False), ("validation", True)])
+def test_texts_that_are_in_both_are_counted_in_the_log_and_no_statement_covers_them(
+    tiny_bert: Path,
+    data: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    part: str,
+    said: bool,
 ) -> None:
     lines = (data / "train.jsonl").read_text().splitlines(keepends=True)[:3]
-    with (data / "test.jsonl").open("a") as stream:
-        stream.writelines(lines)
+    path = data / f"{part}.jsonl"
+    path.write_text((data / "test.jsonl").read_text() + "".join(lines))
+    settings = config(tiny_bert, data, f'data.{part}="{path}"')
     caplog.set_level(logging.INFO)
-    begin(config(tiny_bert, data), tmp_path / "run", Options(device="cpu"))
-    assert "test.jsonl: 3 of its 15 texts are in train.jsonl too" in caplog.text
+    run = begin(settings, tmp_path / "run", Options(device="cpu"))
+    assert f"{part}.jsonl: 3 of its 15 texts are in train.jsonl too" in caplog.text
+    caveat = f"Some texts of the [data] {part} file, which was named as public, are training"
+    assert any(caveat in line for line in run.caveats) == said
+    assert not any("3" in line for line in run.caveats if caveat in line)
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])

@@ -14,6 +14,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.spatial.distance import cdist
 
 from fedlora.common.adapter.peft import export_adapter, load_adapter
 from fedlora.common.config.schema import LoraConfig, ModelConfig
@@ -22,7 +23,7 @@ from fedlora.common.errors import BadInput
 from fedlora.common.model.base import base_digest, check_base, resolve_base
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.pooling import PooledClassifier
-from fedlora.common.model.projection import Projection
+from fedlora.common.model.projection import Affine, Projection
 from fedlora.common.model.state import AdapterState
 from fedlora.common.model.tokenizer import load_tokenizer
 from fedlora.common.tasks.causal_lm import LEARNT, CausalLanguageModel
@@ -176,6 +177,25 @@ def test_a_linear_head_on_kernel_features_is_a_kernel_machine() -> None:
     mapped = kernel @ fitted.kernel.affine.matrix - fitted.kernel.affine.shift
     assert np.allclose(mapped.mean(axis=0), 0, atol=1e-3)
     assert np.allclose(mapped.T @ mapped / 30, np.eye(20), atol=1e-2)
+
+
+@pytest.mark.parametrize(("directions", "ridge"), [(20, 0.0), (40, 1.0)])
+def test_a_kernel_whitened_at_once_is_that_of_its_feature_map(
+    directions: int, ridge: float
+) -> None:
+    """The long way: K to the power of a half as features, whitened, and put behind its root."""
+    rng = np.random.default_rng(0)
+    known, new = (rng.normal(size=(rows, 5)) for rows in (60, 9))
+    similar, asked = np.exp(-cdist(known, known)), np.exp(-cdist(new, known))
+    values, vectors = np.linalg.eigh(similar)
+    root = vectors / np.sqrt(values)
+    long = Affine.whitening(similar @ root, directions, ridge)
+    at_once = Affine.whitening_kernel(similar, directions, ridge)
+    expected = asked @ root @ long.matrix - long.shift
+    found = asked @ at_once.matrix - at_once.shift
+    assert np.allclose(found @ found.T, expected @ expected.T, atol=1e-5)
+    with pytest.raises(BadInput, match="found 61 directions"):
+        Affine.whitening_kernel(similar, 61, ridge)
 
 
 def test_frozen_a_is_the_same_on_every_machine_and_survives_export(

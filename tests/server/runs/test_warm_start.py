@@ -111,6 +111,15 @@ def test_a_projection_is_fitted_on_the_base_that_public_records_turned(
     again.ledger.close()
 
 
+def test_units_that_cannot_be_dealt_out_are_refused_before_anything_learns(
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedlora.simulations.begin.turned", lambda *parts: pytest.fail("it learns"))
+    wrong = settings(tiny_bert, data, 12, *BELOW, "federation.clients=1000")
+    with pytest.raises(BadInput, match="expected at least one for each of"):
+        begin(wrong, tmp_path / "run", cpu())
+
+
 def test_lora_that_learnt_below_a_projection_is_said_where_the_head_learnt_nothing(
     tmp_path: Path,
 ) -> None:
