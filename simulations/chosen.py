@@ -17,8 +17,8 @@ from fedlora.common.config.toml import AUTO, UNDECIDED
 from fedlora.common.data.records import unit_groups
 from fedlora.common.disk.files import write_text
 from fedlora.common.privacy.modes import guarantee_asked
-from fedlora.server.public_facts import PublicFacts
-from fedlora.server.rules import BY_UNITS, decided, filled
+from fedlora.server.defaults.decide import BY_UNITS, decided, filled
+from fedlora.server.defaults.public_facts import PublicFacts
 from fedlora.simulations.federation.sources import Sources
 
 CONFIG, CHOSEN = "config.toml", "chosen.json"  # in a run's folder

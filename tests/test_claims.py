@@ -8,8 +8,8 @@ import re
 from functools import cache
 from pathlib import Path
 
-from fedlora.client.node.offers import MOST
 from fedlora.client.node.policy import Limits, TrainerPolicy
+from fedlora.client.node.waiting_runs import MOST
 from fedlora.client.service.loaded_run import MOST_UNNOISED
 from fedlora.common.data.data_file import TELLING
 from fedlora.common.privacy.accountant import ACCURACY, MOST_POINTS

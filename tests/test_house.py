@@ -41,9 +41,7 @@ ROOMS = {
             "rounds",
             "secagg",
             "runs",
-            "public_facts",
-            "head_rules",
-            "rules",
+            "defaults",
             "coordinator",
             "release",
             "deployment",
@@ -92,7 +90,7 @@ COMPARES_MODES = {"common/config/load.py"}
 # Where a run's configuration comes in: read, completed, spent. All others get parts of it. A
 # layer's own files, which are its border, have the layer's name.
 SEE_CONFIG = {
-    *("common/config", "server", "server/deployment", "simulations"),
+    *("common/config", "server/defaults", "server/deployment", "simulations"),
     *("simulations/experiments", "simulations/examples"),
 }
 HEAVY = {"torch", "transformers", "peft", "opacus", "sklearn"}

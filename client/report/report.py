@@ -21,7 +21,7 @@ from fedlora.client.node.roster import read_peers
 from fedlora.client.report.check import PAGE, REPORT, REPORT_TAG
 from fedlora.client.report.page import page
 from fedlora.client.report.run_facts import Body, consented_runs, federations, run_facts
-from fedlora.client.service.refusals import read_lines, read_refusals
+from fedlora.client.service.refusal_log import read_lines, read_refusals
 from fedlora.common.disk.files import now, write_atomically
 from fedlora.common.ledger.ledger import Budget, Ledger
 from fedlora.common.privacy.accountant import ACCOUNTANT

@@ -11,10 +11,10 @@ from typing import Any
 
 from fedlora.client.consent.offer import kept_manifest
 from fedlora.client.node.folder import NodeFolder
-from fedlora.client.node.offers import CONSENTED, STARTED, noted
 from fedlora.client.node.outbox import START, Outbox, Release
 from fedlora.client.node.roster import read_peers
-from fedlora.client.service.refusals import read_lines
+from fedlora.client.node.waiting_runs import CONSENTED, STARTED, noted
+from fedlora.client.service.refusal_log import read_lines
 from fedlora.common.privacy.figures import exact
 from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_of

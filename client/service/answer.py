@@ -21,9 +21,9 @@ from functools import partial
 from fedlora.client.consent.offer import kept_manifest
 from fedlora.client.consent.verdict import Denied
 from fedlora.client.node.folder import NodeFolder, pinned_invitation
-from fedlora.client.node.offers import Offers
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import Policy
+from fedlora.client.node.waiting_runs import Offers
 from fedlora.client.secagg.runs import MaskedRuns
 from fedlora.client.service.answer_offer import answer_offer, open_offer
 from fedlora.client.service.answer_parts import answer_fetch, answer_piece, open_fetch, open_piece
@@ -31,7 +31,7 @@ from fedlora.client.service.answer_stage import answer_stage, open_stage
 from fedlora.client.service.answer_start import answer_start, open_start
 from fedlora.client.service.answer_task import answer_task, open_task
 from fedlora.client.service.dialogue import PRIVATE_REASON, Dialogue, Node, Place, PrivateFault
-from fedlora.client.service.refusals import RefusalLog
+from fedlora.client.service.refusal_log import RefusalLog
 from fedlora.client.service.ticks import Ticks, Watched
 from fedlora.client.service.work import Work
 from fedlora.common.disk.files import append_line, now

@@ -14,8 +14,8 @@ from __future__ import annotations
 import logging
 
 from fedlora.client.consent.offer import check_start, check_time, read_manifest
-from fedlora.client.node.offers import STARTED, Waiting, note
 from fedlora.client.node.outbox import START
+from fedlora.client.node.waiting_runs import STARTED, Waiting, note
 from fedlora.client.service.dialogue import Dialogue, private
 from fedlora.client.service.ticks import CONSENT
 from fedlora.common.codec.strict import digest_of

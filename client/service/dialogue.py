@@ -21,9 +21,9 @@ from fedlora.client.consent.offer import read_manifest
 from fedlora.client.consent.verdict import allow
 from fedlora.client.node.folder import NodeFolder
 from fedlora.client.node.inbox import Inbox
-from fedlora.client.node.offers import Offers
 from fedlora.client.node.outbox import Outbox, Plans
 from fedlora.client.node.policy import Policy
+from fedlora.client.node.waiting_runs import Offers
 from fedlora.client.secagg.runs import MaskedRuns
 from fedlora.client.service.ticks import TRAIN, Watched
 from fedlora.common.data.data_file import files_stamp

@@ -35,7 +35,7 @@ from fedlora.common.tasks.batch import add_totals
 
 MOVES = "adapter.B"  # a round's name for the head and B: A stands still
 MOST_PASSES = 8
-# AdamW's, which B has without privacy in a federation too (`server.rules`); units of a step, at
+# AdamW's, which B has without privacy in a federation too (`server.defaults`); units of a step, at
 # most, and steps of a pass that few units are drawn in smaller batches for
 RATE, BATCH, STEPS, SMALLEST_BATCH = 2e-3, 32, 24, 4
 SCORED_TOKENS = 8192  # of a pass without gradients

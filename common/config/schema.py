@@ -36,6 +36,7 @@ LAYER = Bounds(0, 10_000)
 ALL_LINEAR = "all-linear"  # of [lora] targets, as is AUTO
 # strategies that compare updates: how many they need beyond twice the hostile ones
 ROBUST = {"median": 1, "trimmed-mean": 1, "multi-krum": 3, "norm-filter": 1}
+ADAPTIVE = ("adam", "yogi")  # server optimisers whose steps have a size of their own
 FLEXLORA = "flexlora"  # a strategy that needs each institution's product B·A
 VARIANT = Choice(
     ("lora", "ffa", "rolora"),
@@ -70,7 +71,7 @@ def _choice(default: str, *known: str, tuning: bool = False) -> Any:
 
 
 def _chosen(low: float, high: float, *, open_low: bool = False) -> Any:
-    """A number that is chosen by rule (`server/rules.py`) where none is given."""
+    """A number that is chosen by rule (`server/defaults`) where none is given."""
     rule = Bounds(low, high, open_low)
     return field(default=UNDECIDED, metadata={"rule": rule, "auto": True})
 
@@ -280,7 +281,7 @@ class FaultsConfig:
 class ServerConfig:
     """[server]: what the coordinator makes of a sum."""
 
-    optimizer: str = _chosen_name("none", "momentum", "adam", "yogi")
+    optimizer: str = _chosen_name("none", "momentum", *ADAPTIVE)
     learning_rate: float = _chosen(0, 1e3, open_low=True)
     momentum: float = _number(0.9, 0, 0.9999)
     beta2: float = _number(0.99, 0, 0.99999)
@@ -289,7 +290,7 @@ class ServerConfig:
     # share of LoRA's rounds over which the learning rate rises; then it may fall, in both phases
     warmup: float = _chosen(0, 0.9)
     decay: str = _chosen_name("none", "linear")
-    head_optimizer: str = _chosen_name("none", "momentum", "adam", "yogi")
+    head_optimizer: str = _chosen_name("none", "momentum", *ADAPTIVE)
     head_learning_rate: float = _chosen(0, 1e6, open_low=True)  # in proportion to 1 / clip
 
 

@@ -44,7 +44,7 @@ from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.coordinator.heights import Height, put_back
 from fedlora.server.deployment.consents import Consents
 from fedlora.server.deployment.institutions import Carrier, Institutions
-from fedlora.server.release.statements import consent_faults, schedule_cost
+from fedlora.server.release.signed_consents import consent_faults, schedule_cost
 from fedlora.server.rounds.cohort import Failure
 
 log = logging.getLogger(__name__)

@@ -27,13 +27,13 @@ from fedlora.common.protocol.messages import MANIFEST_TAG
 from fedlora.common.protocol.vector_parts import check_travels
 from fedlora.common.trust.identity import Signed
 from fedlora.server.coordinator.coordinator import Coordinator
+from fedlora.server.defaults.decide import decided
+from fedlora.server.defaults.public_facts import PublicFacts
 from fedlora.server.deployment.cohorts import cohort_of
 from fedlora.server.deployment.institutions import Carrier
 from fedlora.server.deployment.participants import Participants
-from fedlora.server.public_facts import PublicFacts
 from fedlora.server.rounds.checkpoint import Checkpoint, Progress
 from fedlora.server.rounds.loop import Around
-from fedlora.server.rules import decided
 from fedlora.server.runs.metrics import nobody
 from fedlora.server.runs.public_data import Machine, PublicSide, read_public
 from fedlora.server.runs.run import Run, conclude, conduct, rules_of, strategies_of, to_its_end

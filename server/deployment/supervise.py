@@ -24,13 +24,13 @@ from fedlora.common.disk.files import lines_of, write_atomically
 from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
 from fedlora.common.model.base import check_base, resolve_base
 from fedlora.server.coordinator.folder import Directory
+from fedlora.server.defaults.decide import decided
+from fedlora.server.defaults.public_facts import PublicFacts
 from fedlora.server.deployment.participants import WAITING
 from fedlora.server.deployment.process import OUTCOME, appoint, is_held, outcome_path, read_outcome
 from fedlora.server.deployment.superlink import START_SECONDS, SuperLink
-from fedlora.server.public_facts import PublicFacts
 from fedlora.server.release.from_run import read_summary
 from fedlora.server.rounds.loop import SAY_AGAIN
-from fedlora.server.rules import decided
 from fedlora.server.runs.metrics import METRICS, lost_attempts
 
 LOOK = 0.5  # seconds between two looks at a run's files

@@ -49,7 +49,7 @@ from fedlora.server.release.layout import (
     VERSION,
     Release,
 )
-from fedlora.server.release.statements import statement_text
+from fedlora.server.release.signed_consents import statement_text
 from fedlora.server.release.verify import (
     digest_of,
     files_of,

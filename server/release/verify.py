@@ -42,7 +42,7 @@ from fedlora.server.release.layout import (
     VERSION,
     Institution,
 )
-from fedlora.server.release.statements import (
+from fedlora.server.release.signed_consents import (
     Statement,
     consent_faults,
     read_statement,

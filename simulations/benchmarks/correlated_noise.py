@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.common.privacy.calibration import calibrate
-from fedlora.server.rules import HEAD_ROUNDS, LARGEST_DRAW, LORA_ROUNDS, SMALLEST_DRAW, WARMUP
+from fedlora.server.defaults.decide import HEAD_ROUNDS, WARMUP
+from fedlora.server.defaults.lora_rules import LARGEST_DRAW, LORA_ROUNDS, SMALLEST_DRAW
 
 Floats = npt.NDArray[np.float64]
 DELTA = 1e-5

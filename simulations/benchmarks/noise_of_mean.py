@@ -29,8 +29,8 @@ from fedlora.common.manifest.plan import RoundPlan, Update
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.privacy.randomness import OsRandom
 from fedlora.common.secagg.cohort import threshold
-from fedlora.server.public_facts import PublicFacts
-from fedlora.server.rules import decided
+from fedlora.server.defaults.decide import decided
+from fedlora.server.defaults.public_facts import PublicFacts
 from fedlora.server.runs.schedule import NetworkFacts, make_manifest
 from fedlora.server.secagg.sums import SecureCohort
 from fedlora.simulations.engines.masked import Institutions

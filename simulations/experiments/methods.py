@@ -18,7 +18,7 @@ from typing import Any
 from fedlora.common.config.schema import FLEXLORA, AggregationConfig, Config, FaultsConfig
 from fedlora.common.config.toml import UNDECIDED, suggestion
 from fedlora.common.errors import BadInput
-from fedlora.server.rules import HEAD_ROUNDS
+from fedlora.server.defaults.decide import HEAD_ROUNDS
 
 Method = Callable[[Config], Config]
 

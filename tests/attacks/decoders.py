@@ -37,7 +37,7 @@ from fedlora.common.secagg import keys, shamir, wire
 from fedlora.common.secagg.ring import Encoding, Masked
 from fedlora.common.trust import enrolment, rotation
 from fedlora.common.trust.identity import Identity, PublicIdentity, Signed, seal, unseal
-from fedlora.server.release.statements import read_statement, statement_text
+from fedlora.server.release.signed_consents import read_statement, statement_text
 from tests.client.institution import POLICY, manifest_of
 from tests.common.protocol import test_messages as sample
 from tests.common.trust.test_enrolment import INVITATION, KEY, REQUEST, certificate, flower_key
@@ -462,7 +462,7 @@ def of_files() -> list[Decoder]:
             lambda data: parse_policy(text_of(data)),
         ),
         Decoder(
-            "server/release/statements.py read_statement",
+            "server/release/signed_consents.py read_statement",
             consent,
             lambda data: read_statement(text_of(data), "statement"),
         ),

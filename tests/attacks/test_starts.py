@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 
 from fedlora.client.consent import promise
 from fedlora.client.consent.judge import judge
-from fedlora.client.node import offers
-from fedlora.client.node.offers import MOST, Offers
+from fedlora.client.node import waiting_runs as offers
 from fedlora.client.node.outbox import Outbox
 from fedlora.client.node.policy import parse_policy
+from fedlora.client.node.waiting_runs import MOST, Offers
 from fedlora.client.service import answer_start
 from fedlora.common.ledger.ledger import Budget
 from fedlora.common.manifest import manifest as manifests

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fedlora.common.config.load import parse_config
-from fedlora.server.public_facts import PublicFacts
-from fedlora.server.rules import decided
+from fedlora.server.defaults.decide import decided
+from fedlora.server.defaults.public_facts import PublicFacts
 from fedlora.simulations.chosen import agree, rounded, taken_as_public
 
 FACTS = PublicFacts(1_000, 2)

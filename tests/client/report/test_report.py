@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlora.client.node.offers import CONSENTED, STARTED
 from fedlora.client.node.roster import approve
+from fedlora.client.node.waiting_runs import CONSENTED, STARTED
 from fedlora.client.report.check import check_report, read_key, read_report
 from fedlora.client.report.page import page
 from fedlora.client.report.report import report_body, write_report

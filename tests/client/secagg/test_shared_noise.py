@@ -33,9 +33,9 @@ from fedlora.common.protocol.stages import Stage
 from fedlora.common.secagg.cohort import CohortPolicy, threshold
 from fedlora.common.secagg.wire import Epoch
 from fedlora.common.trust.identity import PublicIdentity
-from fedlora.server.public_facts import PublicFacts
+from fedlora.server.defaults.decide import decided
+from fedlora.server.defaults.public_facts import PublicFacts
 from fedlora.server.rounds.cohort import CohortSum, Failure
-from fedlora.server.rules import decided
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.secagg.epoch import ServerEpoch
 from fedlora.server.secagg.sums import SecureCohort

@@ -123,8 +123,8 @@ def test_refusals_push_no_refusal_out(north: Institution, monkeypatch: pytest.Mo
 
     The rest is counted.
     """
-    monkeypatch.setattr("fedlora.client.service.refusals.MOST_LINES", 20)
-    monkeypatch.setattr("fedlora.client.service.refusals.MOST_OF_A_RUN", 5)
+    monkeypatch.setattr("fedlora.client.service.refusal_log.MOST_LINES", 20)
+    monkeypatch.setattr("fedlora.client.service.refusal_log.MOST_OF_A_RUN", 5)
     north.set_policy(north.folder.policy.read_text() + "offers = 1000\n")
     first = declined(north, offer_of(replace(RUN, mode="none"))).reason
     north.begin(RUN)

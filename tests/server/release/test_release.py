@@ -30,7 +30,7 @@ from fedlora.server.release.layout import (
     VERSION,
     Release,
 )
-from fedlora.server.release.statements import statement_text
+from fedlora.server.release.signed_consents import statement_text
 from fedlora.server.release.verify import digest_of, files_of, verify
 from tests.server.releases import (
     SPEC,

@@ -11,8 +11,8 @@ from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import AggregationConfig
 from fedlora.common.errors import BadInput
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
-from fedlora.server.public_facts import PublicFacts
-from fedlora.server.rules import decided
+from fedlora.server.defaults.decide import decided
+from fedlora.server.defaults.public_facts import PublicFacts
 from fedlora.server.strategies.flexlora import mean_of_products
 from fedlora.server.strategies.gathered import gathering
 from tests.oracles import (

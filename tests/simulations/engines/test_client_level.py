@@ -21,8 +21,8 @@ from fedlora.common.privacy.institution_level import InstitutionLevel
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.skellam import Release, epsilon_of_releases
 from fedlora.common.secagg.cohort import threshold
-from fedlora.server.public_facts import PublicFacts
-from fedlora.server.rules import decided
+from fedlora.server.defaults.decide import decided
+from fedlora.server.defaults.public_facts import PublicFacts
 from fedlora.server.runs.run import conduct
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.simulations.begin import begin

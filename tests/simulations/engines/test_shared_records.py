@@ -17,8 +17,8 @@ from fedlora.common.manifest.plan import RoundPlan
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.shared_record_level import SharedRecordLevel
 from fedlora.common.privacy.unit_release import COARSEST
-from fedlora.server.public_facts import PublicFacts
-from fedlora.server.rules import decided
+from fedlora.server.defaults.decide import decided
+from fedlora.server.defaults.public_facts import PublicFacts
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.simulations.begin import begin
 from fedlora.simulations.engines.sequential import SequentialCohort

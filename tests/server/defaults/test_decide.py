@@ -14,8 +14,8 @@ from fedlora.common.errors import BadInput
 from fedlora.common.privacy.calibration import Asked
 from fedlora.common.privacy.central_limit import gaussian_mu
 from fedlora.common.privacy.record_level import RecordLevel
-from fedlora.server.public_facts import PublicFacts
-from fedlora.server.rules import decided
+from fedlora.server.defaults.decide import decided
+from fedlora.server.defaults.public_facts import PublicFacts
 from fedlora.server.runs.schedule import public_phases
 from fedlora.server.strategies.fedavg import ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState

@@ -12,6 +12,9 @@ from fedlora.common.config.task_names import MANY_LABELS
 from fedlora.common.privacy.central_limit import gaussian_mu
 from fedlora.common.privacy.modes import guarantee_asked
 
+# of AdamW, with noise and without
+ADAMW_RATE, OPEN_RATE = 1e-3, 2e-3
+
 Chosen = Mapping[str, Mapping[str, Any]]  # by section and field
 
 
@@ -40,3 +43,15 @@ def of_mean(config: Config) -> float:
     asked = max(1.0, config.federation.participation * config.federation.clients)
     part = guarantee_asked(config.privacy).noise_part(asked, config.aggregation)
     return math.sqrt(part / asked)
+
+
+def units_of_one(config: Config) -> float:
+    """Units that an institution has, about."""
+    return max(1.0, config.federation.units / config.federation.clients)
+
+
+def local_rate(config: Config, optimizer: str) -> float:
+    """AdamW's step has a size of its own; of SGD's the server's rate is the whole."""
+    if optimizer != "adamw":
+        return 1.0
+    return ADAMW_RATE if guarantee_asked(config.privacy).private else OPEN_RATE

@@ -1,0 +1,1 @@
+"""What a configuration leaves open, chosen from public facts: a rule a phase, with its reason."""
