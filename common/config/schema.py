@@ -197,8 +197,7 @@ class TrainingConfig:
     moves: str = _chosen_name("lora", "both")  # what the rounds after them move
     head_steps: int = _chosen(1, 10_000)
     head_sampling_rate: float = _chosen(0, 1, open_low=True)
-    # 0: expected_units in proportion to the rates
-    head_expected_units: float = _chosen(0, 1e9)
+    head_expected_units: float = _chosen(0, 1e9)  # 0: expected_units in proportion to the rates
     head_optimizer: str = _chosen_name("sgd", "adamw")
     head_learning_rate: float = _chosen(0, 1e3, open_low=True)
     # fixed: what a record gives depends on no other, to the last bit; packed: by length, as many as
