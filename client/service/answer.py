@@ -109,7 +109,7 @@ class Resident:
         public = isinstance(error, BadInput | Refused)
         reason = one_line(str(error)) if public else PRIVATE_REASON
         inner = error.__cause__ or error
-        refused = isinstance(inner if isinstance(error, PrivateFault) else error, Refused)
+        known = inner if isinstance(error, PrivateFault) else error
         line = {
             "time": now(),
             "manifest": one_line(place.manifest)[:100],
@@ -117,7 +117,7 @@ class Resident:
             "attempt": place.attempt,
             "reason": reason,
             "detail": one_line(str(inner)),
-            "refused": refused,
+            "refused": isinstance(known, Refused),
         }
         if isinstance(error, Denied):
             # quotes no record: the node's report has it too
@@ -134,6 +134,8 @@ class Resident:
         except OSError as full:
             log.error("a refusal could not be logged (%s): %s", full, told)
         name = self._node.policy.institution
+        # of what went wrong in sight of data a coordinator hears one thing, whatever it was
+        refused = isinstance(error, Refused)
         decline = Decline(name, place.manifest, place.round, place.attempt, reason, refused)
         return reply_to_bytes(self._node.identity, federation, decline)
 

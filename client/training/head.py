@@ -6,16 +6,22 @@ The clipped sum of units' gradients in closed form.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.nn import functional
 
 from fedlora.client.training.step import GradientSum, checked_clip
 from fedlora.common.errors import BadInput
+from fedlora.common.model.shapes import alike
 
+# A product rounds by how many rows it has. In blocks of one size each row has the same bits
+# wherever it stands, and whatever stands beside it.
+BLOCK = 256
+LARGEST_FEATURE = 2.0**10  # of honest features, by far; a base's own head bounds none
 # Of (n, classes) and the targets of the rows: as many losses as there are records.
 HeadLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -39,11 +45,11 @@ def head_clipped_sum(
     bias is |b|² (|a|² + 1). `owners` is (n,), counts units from 0 and never decreases; a unit that
     has no row adds 0. `bound` None: no clip.
 
-    All of it in float64: products of many rows round by a row's place and company, and weights that
-    a coordinator chose can make float32's rounding as large as a gradient. With features of length
-    64 and weights of 1e3, float64's was at most 5e-12 of a clip in a linear head, and 1e-7 in one
-    with a hidden layer. Whoever chooses the weights can also make b so small and a so large that
-    |b|² is 0 in float32, and b aᵀ is not.
+    A row's gradient depends on no other row: a coordinator's weights can cancel what is large, and
+    make any rounding as large as a gradient. So products go in blocks (`_product`), and a row that
+    has a feature beyond `LARGEST_FEATURE` is divided by a power of two, exactly, until it has none:
+    what a loss rounds can then be no gradient. All in float64, for weights can also make b so small
+    and a so large that |b|² is 0 in float32, and b aᵀ is not.
     """
     if bound is not None:
         checked_clip(bound)
@@ -54,12 +60,64 @@ def head_clipped_sum(
         stop = _unit_end(owners, start + rows)
         seen = features[start:stop] if places is None else features[places[start:stop]]
         local = torch.from_numpy(owners[start:stop] - owners[start]).to(features.device)
-        part, bad = _head_part(head, losses, seen.double(), targets[start:stop], local, bound)
+        part, bad = _head_part(head, losses, _bounded(seen), targets[start:stop], local, bound)
         total += part
         nonfinite += bad
         units += int(local[-1]) + 1
         start = stop
     return GradientSum(total.cpu().numpy(), units, nonfinite)
+
+
+def _bounded(features: torch.Tensor) -> torch.Tensor:
+    """(n, width) float64, none beyond `LARGEST_FEATURE` where it was finite."""
+    wide = features.double()
+    _, exponents = torch.frexp(wide.abs().amax(dim=1, keepdim=True) / LARGEST_FEATURE)
+    return torch.ldexp(wide, -exponents.clamp(min=0))
+
+
+class _Product(torch.autograd.Function):
+    """`_product` of (n, k) rows with a layer's (m, k) weight, on the way back too."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return _product(rows, weight.T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return _product(gradients[0], weight), None
+
+
+def _multiplied(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = _Product.apply(rows, weight)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """(n, k) rows times a (k, m) matrix, in blocks of `BLOCK` rows, the last one filled with zeros.
+
+    One row a block on a machine where a try says that places differ all the same.
+    """
+    matrix, width = matrix.contiguous(), len(matrix)
+    kind = (width, matrix.shape[1], rows.device, torch.get_num_threads())
+    step = BLOCK if _places_are_alike(*kind) else 1
+    found = []
+    for part in torch.split(rows, step):
+        filled = rows.new_zeros((BLOCK, width))
+        filled[: len(part)] = part
+        found.append((filled @ matrix)[: len(part)])
+    return torch.cat(found) if found else rows.new_zeros((0, matrix.shape[1]))
+
+
+@cache
+def _places_are_alike(width: int, columns: int, device: torch.device, threads: int) -> bool:
+    """Whether a row gives the same bits in all places of a block, and beside other rows."""
+    draw = torch.Generator().manual_seed(0)
+    beside = torch.randn((BLOCK, width), generator=draw, dtype=torch.float64).to(device)
+    matrix = torch.randn((width, columns), generator=draw, dtype=torch.float64).to(device)
+    same = beside[:1].expand(BLOCK, -1).contiguous()
+    return alike([same @ matrix], [beside @ matrix])
 
 
 def _unit_end(owners: npt.NDArray[np.int64], near: int) -> int:
@@ -84,7 +142,7 @@ def _head_part(
         if isinstance(layer, nn.Linear):
             inputs.append(value.detach())
             # not layer(value): Opacus would record it
-            value = functional.linear(value, layer.weight.double(), layer.bias.double())
+            value = _multiplied(value, layer.weight.double()) + layer.bias.double()
             outputs.append(value)
         else:
             value = layer(value)

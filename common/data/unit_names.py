@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fedlora.common.codec.framing import digest
 from fedlora.common.data.records import Records
+from fedlora.common.data.values import one_spelling
 
 UNIT_TAG, RECORD_TAG = "fedlora-public-unit-1", "fedlora-public-record-1"
 
@@ -30,6 +31,14 @@ def said(records: Records) -> list[tuple[str, ...]]:
     more = [each for each in records.parts.values() if each and isinstance(each[0], str)]
     answers = [] if records.responses is None else [records.responses]
     return list(zip(records.texts, *answers, *more, strict=True))
+
+
+def spelled_once(records: Records) -> list[tuple[str, ...]]:
+    """`said`, where what differs in white space, case or Unicode's form alone is the same.
+
+    For telling whether a public text is one of the private: an export trims lines.
+    """
+    return [tuple(map(one_spelling, words)) for words in said(records)]
 
 
 def keyed_points(names: list[bytes], key: bytes) -> npt.NDArray[np.float64]:

@@ -16,7 +16,7 @@ from fedlora.common.config.parts import NetworkRecipe
 from fedlora.common.config.schema import DataConfig, ModelConfig
 from fedlora.common.data.data_file import named_data
 from fedlora.common.data.records import Columns, Ints, Records, read_records
-from fedlora.common.data.unit_names import said
+from fedlora.common.data.unit_names import spelled_once
 from fedlora.common.errors import BadInput
 from fedlora.common.manifest.manifest import Network, RunManifest
 from fedlora.common.manifest.turns import most_moved
@@ -211,11 +211,12 @@ def _fit_and_score(
         )
     if not learns:
         return rows[:0], validation, rows
-    words, kept = said(records.validation), said(records.validation if texts is None else texts)
+    words = spelled_once(records.validation)
+    kept = words if texts is None else spelled_once(texts)
     encoded, fit, score = validation, rows[::2], rows[1::2]
     if texts is not None:
         encoded, fit, score = model.encoded(texts), np.arange(len(kept), dtype=np.int64), rows
-    seen = {*said(records.test), *(words[row] for row in score)}
+    seen = {*spelled_once(records.test), *(words[row] for row in score)}
     found = fit[np.array([kept[row] not in seen for row in fit], dtype=np.bool_)]
     if len(found) < len(fit):
         known = len(fit) - len(found)

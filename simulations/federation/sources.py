@@ -13,7 +13,7 @@ from fedlora.common.config.toml import shown
 from fedlora.common.data.data_file import origin_of
 from fedlora.common.data.origin import Origin
 from fedlora.common.data.records import Records, read_records
-from fedlora.common.data.unit_names import said
+from fedlora.common.data.unit_names import spelled_once
 from fedlora.common.errors import BadInput
 from fedlora.common.tasks.known import task_named
 from fedlora.common.tasks.overview import label_counts, listed
@@ -99,10 +99,10 @@ def one_sided(train: Records, test: Records, labels: Sequence[str]) -> list[str]
 def _some_private(records: Records, name: str, source: str, train: Records) -> bool:
     """Whether a file named as public has words of the training file too; how many is in the log.
 
-    BadInput where it holds nothing else, whatever its name, format or order.
+    BadInput where it holds nothing else, whatever its name, format, order or spelling.
     """
-    private = set(said(train))
-    both = sum(each in private for each in said(records))
+    private = set(spelled_once(train))
+    both = sum(each in private for each in spelled_once(records))
     if both == len(records):
         raise BadInput(
             f"[data] {name} = {shown(source)}: found only texts of {train.where}, the training"

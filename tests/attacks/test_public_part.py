@@ -207,7 +207,16 @@ def part_of(train: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("disguise", [lambda train: train, copied, as_csv, part_of])
+def spelled_anew(train: Path) -> Path:
+    """Other case, other white space, other forms of the same letters."""
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    path = train.with_name("anew.jsonl")
+    anew = ({**row, "text": f" {row['text'].upper()}\u200b ".replace(" ", "  ")} for row in rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in anew))
+    return path
+
+
+@pytest.mark.parametrize("disguise", [lambda train: train, copied, as_csv, part_of, spelled_anew])
 @pytest.mark.parametrize("name", ["test", "validation", "public"])
 def test_a_public_file_that_is_the_training_file_is_refused(
     tiny_bert: Path, data: Path, tmp_path: Path, disguise: object, name: str

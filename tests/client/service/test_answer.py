@@ -96,6 +96,20 @@ def test_replays_and_rewinds_are_refused(north: Institution) -> None:  # msg-rep
     assert isinstance(north.ask(task_of(RUN, round_=2, attempt=4, adapter="sha256:b")), Answer)
 
 
+def test_a_failure_in_sight_of_data_is_told_in_one_way_whatever_it_was(north: Institution) -> None:
+    north.begin(RUN)
+    told = []
+    for attempt, fault in enumerate((BadInput("row 5"), Refused("its budget"), OSError("disk")), 1):
+
+        def fails(fault: Exception = fault) -> None:
+            raise fault
+
+        north.work.during = fails
+        reply = declined(north, task_of(RUN, attempt=attempt))
+        told.append((reply.reason, reply.refused))
+    assert len(set(told)) == 1
+
+
 def test_plans_do_not_go_back_where_the_ledger_alone_is_left(north: Institution) -> None:
     north.begin(RUN)
     north.ask(task_of(RUN, round_=2, attempt=3))
