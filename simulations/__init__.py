@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from fedlora.server.release.verify import verify_export as verify
     from fedlora.server.rounds.cohort import Cohort
     from fedlora.server.strategies.strategy import ServerState, Strategy
-    from fedlora.simulations.begin import Options
     from fedlora.simulations.engines.sequential import sequential
     from fedlora.simulations.experiments.checking import Check, check
     from fedlora.simulations.experiments.compare import Comparison, compare
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from fedlora.simulations.experiments.simulate import Result, simulate
     from fedlora.simulations.experiments.sweep import Sweep, sweep
     from fedlora.simulations.federation.run_folder import SimulatedRun
+    from fedlora.simulations.options import Options
 
 # Where each name comes from, when it is first asked for: torch is not loaded before it is needed.
 FACE = {
@@ -52,7 +52,7 @@ FACE = {
     "plan": "simulations.experiments.planning",
     "Plan": "simulations.experiments.planning",
     "simulate": "simulations.experiments.simulate",
-    "Options": "simulations.begin",
+    "Options": "simulations.options",
     "Result": "simulations.experiments.simulate",
     "compare": "simulations.experiments.compare",
     "Comparison": "simulations.experiments.compare",

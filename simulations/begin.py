@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from fedlora.client.training.timing import Steps
@@ -20,93 +20,39 @@ from fedlora.common.config.load import parse_config
 from fedlora.common.config.parts import NetworkRecipe, Terms
 from fedlora.common.config.schema import Config, FaultsConfig, config_to_toml
 from fedlora.common.data.records import Records, UnitIndex, unit_groups
-from fedlora.common.disk.files import write_text
+from fedlora.common.disk.files import read_text, write_text
 from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.manifest import RunManifest
-from fedlora.common.model.features import PooledTexts
 from fedlora.common.model.machine import device_named
 from fedlora.common.privacy.calibration import default_cache
 from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.server.rounds.checkpoint import Checkpoint
-from fedlora.server.rounds.cohort import Cohort
 from fedlora.server.runs.public_data import Machine, PublicSide
 from fedlora.server.runs.run import rules_of, strategies_of
 from fedlora.server.runs.schedule import make_manifest
 from fedlora.server.runs.warm_start import forget_beginning, started, taught, turned
 from fedlora.server.strategies.gathered import gathering
-from fedlora.server.strategies.strategy import Strategy
-from fedlora.simulations.chosen import CONFIG, agree, decided_run, taken_as_public, write_decided
-from fedlora.simulations.federation.partition import (
-    Owners,
-    Partition,
-    partition_by,
-    partition_units,
+from fedlora.simulations.chosen import (
+    CONFIG,
+    decided_run,
+    differing,
+    taken_as_public,
+    write_decided,
 )
+from fedlora.simulations.federation.partition import Partition, partition_by, partition_units
 from fedlora.simulations.federation.population import Federation
 from fedlora.simulations.federation.public_part import Choose, choice_for, kept_choice, shares
-from fedlora.simulations.federation.record_loss import OWN_LOSS, RecordLoss, with_loss
+from fedlora.simulations.federation.record_loss import with_loss
 from fedlora.simulations.federation.run_folder import Paths, SimulatedRun
 from fedlora.simulations.federation.sources import Sources, read_sources
+from fedlora.simulations.options import DEFAULTS, NOTHING_OWN, Options, Own
 
 # in a run's folder: which data, which ledger and which parts of one's own it began with
 DATA, LEDGER, OWN = "data.sha256", "ledger.id", "own.json"
 ENGINES = ("sequential", "ray")
 # told how many records went through the frozen model, and of how many
 Features = Callable[[int, int], None]
-COHORT = (
-    "The cohort is the researcher's own ({name}): ε covers what the trainers of the federation"
-    " released, and nothing that came from elsewhere."
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Options:
-    """How a run is carried out: neither what it learns nor what it guarantees depends on it."""
-
-    engine: str = "sequential"  # or "ray"
-    device: str = "auto"  # cpu, cuda, or auto: a GPU where there is one
-    threads: int = 0  # CPU threads; 0 leaves the choice to torch
-    resume: bool = False  # go on with the run in the folder
-    ledger: Path | None = None  # shared between runs; None: the run's own
-    gpu_share: float = 0.0  # of each worker on Ray, where it computes on GPUs; 0: chosen
-    texts: PooledTexts | None = None  # features that runs of this process have in common
-
-
-@dataclass(frozen=True, eq=False)
-class Own:
-    """Parts of the researcher's own, each instead of the configured one.
-
-    A strategy sees nothing but means, so that it costs no privacy. A partition names the client of
-    each unit. A cohort asks whom it likes; ε covers what it gets from the federation's trainers. A
-    loss is of each record by itself, or refused.
-    """
-
-    strategy: Strategy | None = None
-    partition: Owners | None = None
-    cohort: Callable[[SimulatedRun], Cohort] | None = None
-    loss: RecordLoss | None = None
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Of those that are there."""
-        given = {name: part for name, part in vars(self).items() if part is not None}
-        named = {name: getattr(part, "__name__", "") for name, part in given.items()}
-        return {name: named[name] or type(part).__name__ for name, part in given.items()}
-
-    @property
-    def caveats(self) -> tuple[str, ...]:
-        """Sentences that a privacy statement must end with."""
-        said = {"cohort": COHORT, "loss": OWN_LOSS}
-        names = self.names
-        return tuple(text.format(name=names[part]) for part, text in said.items() if part in names)
-
-    def strategies(self, manifest: RunManifest) -> tuple[Strategy, ...]:
-        """One for each phase, or none."""
-        return () if self.strategy is None else (self.strategy,) * len(manifest.phases)
-
-
-NOTHING_OWN, DEFAULTS = Own(), Options()
 
 
 def begin(
@@ -180,6 +126,8 @@ def _prepared(
 
 def checked(config: Config) -> Config:
     """The same, whoever made it; BadInput lists what no file could say."""
+    if not isinstance(config, Config):
+        raise BadInput(f"config: found {config!r:.100}, expected what load_config gives")
     return parse_config(config_to_toml(config))
 
 
@@ -275,13 +223,13 @@ def _new(
 def _resumed(
     config: Config, paths: Paths, federation: Federation, own: Own
 ) -> tuple[Checkpoint, Ledger]:
-    if (paths.folder / DATA).read_text(encoding="utf-8").strip() != federation.origin.digest:
+    if read_text(paths.folder / DATA).strip() != federation.origin.digest:
         raise BadInput(
             f"{config.data.train}: found other bytes than the run began with, expected the same"
             " file"
         )
     kept = paths.folder / OWN
-    before = kept.read_text(encoding="utf-8") if kept.exists() else _kept(NOTHING_OWN, federation)
+    before = read_text(kept) if kept.exists() else _kept(NOTHING_OWN, federation)
     if before != _kept(own, federation):
         raise BadInput(
             f"{kept}: found another strategy, partition, cohort or loss of one's own than the run"
@@ -303,7 +251,7 @@ def _same_ledger(paths: Paths) -> Ledger:
     if not paths.ledger.exists():
         raise Refused(f"{paths.ledger}: found no ledger, expected the one that the run began with")
     ledger = paths.open_ledger()
-    if (paths.folder / LEDGER).read_text(encoding="utf-8").strip() != ledger.id:
+    if read_text(paths.folder / LEDGER).strip() != ledger.id:
         raise Refused(f"{paths.ledger}: found another ledger than the run began with")
     return ledger
 
@@ -343,8 +291,9 @@ def _ready_folder(config: Config, paths: Paths, resume: bool) -> None:
         return
     if not begun:
         raise BadInput(f"{paths.folder}: found no run to resume")
-    before = parse_config((paths.folder / CONFIG).read_text(encoding="utf-8"))
-    if not agree(config, before):
+    before = parse_config(read_text(paths.folder / CONFIG))
+    if other := differing(config, before):
         raise BadInput(
-            f"{paths.folder / CONFIG}: found another configuration than the one given to --resume"
+            f"{paths.folder / CONFIG}: found another configuration than the one given to --resume:"
+            f" {'; '.join(other[:3])}"
         )

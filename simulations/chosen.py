@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import Config, DataConfig, config_to_toml, open_fields
-from fedlora.common.config.toml import AUTO, UNDECIDED
+from fedlora.common.config.toml import AUTO, UNDECIDED, literal
 from fedlora.common.data.records import unit_groups
-from fedlora.common.disk.files import write_text
+from fedlora.common.disk.files import read_text, write_text
+from fedlora.common.errors import BadInput
 from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.server.defaults.decide import BY_UNITS, decided, filled
 from fedlora.server.defaults.public_facts import PublicFacts
+from fedlora.simulations.federation.public_part import CHOSEN
 from fedlora.simulations.federation.sources import Sources
 
-CONFIG, CHOSEN = "config.toml", "chosen.json"  # in a run's folder
+CONFIG = "config.toml"  # in a run's folder, beside CHOSEN
 UNITS = (
     "That there are about {units} units is taken as public: rates and normalisers follow from it."
 )
@@ -40,8 +42,8 @@ def decided_for(config: Config, sources: Sources) -> Config:
     return decided(config, facts)
 
 
-def agree(config: Config, run: Config) -> bool:
-    """Whether a run that has begun is the one that `config` describes, as far as it says."""
+def differing(config: Config, run: Config) -> list[str]:
+    """Where a run that has begun is not the one that `config` describes, as far as it says."""
     left = open_fields(config)
     taken: dict[str, dict[str, Any]] = {}
     for path in left:
@@ -52,7 +54,23 @@ def agree(config: Config, run: Config) -> bool:
     if config.training.micro_batch_tokens == UNDECIDED:  # measured, and kept with the run
         tokens = run.training.micro_batch_tokens
         config = replace(config, training=replace(config.training, micro_batch_tokens=tokens))
-    return filled(config, taken) == run
+    given, found = as_given(filled(config, taken)), as_given(run)
+    return [
+        f"{path} = {literal(given[path])}, the run began with {literal(found[path])}"
+        for path in found
+        if given[path] != found[path]
+    ]
+
+
+def as_given(config: Config) -> dict[str, Any]:
+    """Its values by "section.key"."""
+    sections = {name: value for name, value in vars(config).items() if is_dataclass(value)}
+    alone = {name: value for name, value in vars(config).items() if name not in sections}
+    return alone | {
+        f"{name}.{field}": value
+        for name, section in sections.items()
+        for field, value in vars(section).items()
+    }
 
 
 def rounded(units: int) -> int:
@@ -68,13 +86,24 @@ def decided_run(
     if not resume:
         return decided_for(config, sources), open_fields(config)
     kept = folder / CHOSEN  # a run of an earlier version has none
-    chosen = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else ()
-    config = parse_config((folder / CONFIG).read_text(encoding="utf-8"))
+    chosen = _listed(kept) if kept.exists() else ()
+    config = parse_config(read_text(folder / CONFIG))
     if "server.warmup" in open_fields(config):  # nor had it a warm-up
         config = replace(config, server=replace(config.server, warmup=0.0))
     if "training.public_epochs" in open_fields(config):  # nor a start on public records
         config = replace(config, training=replace(config.training, public_epochs=0))
     return config, tuple(chosen)
+
+
+def _listed(path: Path) -> list[str]:
+    """Names of fields; BadInput where the file is damaged."""
+    try:
+        found = json.loads(read_text(path))
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise BadInput(f"{path}: found no list of names, expected what rules chose for the run")
+    return found
 
 
 def write_decided(config: Config, chosen: Sequence[str], folder: Path) -> None:

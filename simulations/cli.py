@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(finished)
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 ConfigFile = Annotated[
     Path, typer.Argument(help="A TOML file, or the name of a packaged configuration (ag_news).")
 ]
@@ -39,7 +39,9 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override one key: section.key=VALUE.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="The run's folder.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to torch.")]
+Threads = Annotated[
+    int, typer.Option(min=0, max=1024, help="CPU threads; 0 leaves the choice to torch.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 LedgerFile = Annotated[Path | None, typer.Option("--ledger", help="A ledger shared between runs.")]
 
@@ -138,7 +140,7 @@ def sweep(
     folder = out or Path("runs") / f"{packaged_config(config).stem}-sweep"
 
     def run(settings: Config, folder: Path, options: Options) -> Result:
-        console.print(f"[bold]{folder.name}[/bold]")
+        console.print(folder.name, style="bold")
         return _watched(settings, folder, options)
 
     options = Options(device=device, threads=threads)
@@ -285,9 +287,11 @@ def _lines(file: Path) -> list[str]:
 def _input(line: str) -> Any:
     """A text; a line that is a JSON list is a pair of texts, a list of words or a conversation."""
     try:
-        found = json.loads(line) if line.startswith("[") else line
+        found = json.loads(line) if line.startswith(("[", "{")) else line
     except (ValueError, RecursionError):
         return line
+    if isinstance(found, dict):
+        raise BadInput(f"{line[:60]}…: found a JSON object, expected one text to a line")
     listed = isinstance(found, list) and found and all(isinstance(x, str | dict) for x in found)
     return found if listed else line
 

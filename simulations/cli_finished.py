@@ -11,7 +11,7 @@ from rich.console import Console
 from fedlora.common.errors import BadInput
 
 app = typer.Typer()
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 Folder = Annotated[Path, typer.Argument(help="A run's folder, or its adapter folder.")]
 Base = Annotated[str, typer.Option(help="Where the base model lies, if elsewhere.")]
 Out = Annotated[Path, typer.Option("--out", help="A new folder.")]

@@ -233,8 +233,9 @@ def simulated_round(walk: Walk, scratch: Path) -> None:
     one = ("federation.rounds=1", "training.head_rounds=0")
     if _is_there("simulations.begin"):
         from fedlora.server.runs.run import conduct
-        from fedlora.simulations.begin import Options, begin
+        from fedlora.simulations.begin import begin
         from fedlora.simulations.engines.sequential import sequential
+        from fedlora.simulations.options import Options
         from tests.simulations.experiments.test_simulate import config, write_data
 
         run = begin(

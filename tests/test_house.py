@@ -54,6 +54,7 @@ ROOMS = {
             "federation",
             "report",
             "chosen",
+            "options",
             "begin",
             "engines",
             "experiments",

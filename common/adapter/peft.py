@@ -124,6 +124,8 @@ class LoadedAdapter:
 
     def predict(self, inputs: Sequence[Any]) -> list[Answer]:
         """The answer to each input: a text, or what else the task reads; see its `asked`."""
+        if isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence):
+            raise BadInput(f"inputs: found {inputs!r:.60}, expected a list of what the task reads")
         if self.model.task.reads in (LANGUAGE, TRANSLATION):
             self.model.task.asked(inputs)  # before the first of many is answered
             return [self.complete(each) for each in inputs]

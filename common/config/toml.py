@@ -197,7 +197,7 @@ def literal(value: Any) -> str:
         return '"' + "".join(_escaped(letter) for letter in value) + '"'
     if isinstance(value, tuple):
         return "[" + ", ".join(literal(each) for each in value) + "]"
-    return repr(value)
+    return repr(value.item() if hasattr(value, "item") else value)  # a number of NumPy's
 
 
 def check_rules(section: Any, where: str) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedlora.common.disk.files import append_line, lines_of, write_text
+from fedlora.common.disk.files import append_line, lines_of, text_of, write_text
 from fedlora.common.manifest.manifest import RunManifest
 from fedlora.common.model.state import AdapterSpec
 from fedlora.common.privacy.modes import guarantee_of
@@ -52,12 +52,13 @@ class MetricsLog:
         self._observe = observe
         self._path, self._lost = folder / METRICS, folder / LOST
         committed = checkpoint.load().round
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        told = self._path.read_bytes() if self._path.exists() else b""
+        lines = text_of(told, str(self._path), "a line of figures a round").splitlines()
         kept = [line for line in lines if _round_of(line) <= committed]
         write_text(self._path, "".join(line + "\n" for line in kept))
-        told = [json.loads(line) for line in kept]
-        self._earlier = max((line["elapsed_seconds"] for line in told), default=0.0)
-        self._counted = {int(line["attempt"]) for line in told}
+        rounds = [json.loads(line) for line in kept]
+        self._earlier = max((line["elapsed_seconds"] for line in rounds), default=0.0)
+        self._counted = {int(line["attempt"]) for line in rounds}
         self._counted |= {int(n) for n in (kept_counts(folder).get("attempt"),) if n is not None}
         for attempt in range(1, checkpoint.attempts_in_all + 1):
             if attempt not in self._counted and attempt not in dict(lost_attempts(folder)):

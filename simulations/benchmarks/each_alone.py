@@ -16,9 +16,9 @@ from statistics import fmean
 
 from fedlora.common.config.load import load_config
 from fedlora.common.model.features import PooledTexts
-from fedlora.simulations.begin import Options
 from fedlora.simulations.experiments.alone import runs
 from fedlora.simulations.experiments.simulate import simulate
+from fedlora.simulations.options import Options
 
 
 def main() -> None:

@@ -28,9 +28,10 @@ from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.randomness import OsRandom
 from fedlora.server.rounds.counted import kept_counts
 from fedlora.server.runs.at_institutions import at_institutions, figures
-from fedlora.simulations.begin import Options, begin
+from fedlora.simulations.begin import begin
 from fedlora.simulations.federation.population import client_name
 from fedlora.simulations.federation.run_folder import SimulatedRun
+from fedlora.simulations.options import Options
 
 
 def main() -> None:

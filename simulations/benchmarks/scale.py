@@ -27,10 +27,11 @@ from rich.table import Table
 from fedlora.common.config.load import parse_config
 from fedlora.server.runs.run import conduct
 from fedlora.server.runs.summary import peak_rss_bytes
-from fedlora.simulations.begin import Options, begin
+from fedlora.simulations.begin import begin
 from fedlora.simulations.benchmarks.fresh_process import in_a_fresh_process
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.federation.partition import Partition
+from fedlora.simulations.options import Options
 
 SIZES = (100, 1_000, 10_000)
 RECORDS, COHORT = 32, 20

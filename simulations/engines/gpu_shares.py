@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from fedlora.common.errors import BadInput
 from fedlora.common.model.machine import device_named
-from fedlora.simulations.begin import Options
+from fedlora.simulations.options import Options
 
 FINEST = 10_000  # Ray counts in such parts of a GPU
 Resources = Mapping[str, float]  # of a machine in the cluster, as Ray names them

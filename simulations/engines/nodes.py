@@ -44,12 +44,13 @@ from fedlora.common.trust.identity import PublicIdentity
 from fedlora.server.coordinator.coordinator import Coordinator
 from fedlora.server.deployment.institutions import Carrier, Institutions
 from fedlora.server.rounds.cohort import Failure
-from fedlora.simulations.begin import Options, federation_of, machine_of, sources_of
+from fedlora.simulations.begin import federation_of, machine_of, sources_of
 from fedlora.simulations.engines.sequential import chosen_names
 from fedlora.simulations.engines.shared import NODES_FILE, Shared
 from fedlora.simulations.federation.population import Federation, client_name
 from fedlora.simulations.federation.public_part import kept_choice
 from fedlora.simulations.federation.run_folder import Paths, SimulatedRun
+from fedlora.simulations.options import Options
 
 
 class Simulated(Institutions):

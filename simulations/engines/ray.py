@@ -49,13 +49,14 @@ from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.rounds.cohort import Cohort, Failure
 from fedlora.server.runs.metrics import Observe
 from fedlora.server.runs.run import conduct, to_its_end
-from fedlora.simulations.begin import Options, begin
+from fedlora.simulations.begin import begin
 from fedlora.simulations.engines.gpu_shares import asked_of_cluster, on_gpus
 from fedlora.simulations.engines.nodes import Simulated, resident_of
 from fedlora.simulations.engines.shared import Shared
 from fedlora.simulations.federation.packaged import packaged_config, with_corpus
 from fedlora.simulations.federation.population import client_name
 from fedlora.simulations.federation.run_folder import SimulatedRun, finish
+from fedlora.simulations.options import Options
 from fedlora.simulations.report.pages import write_report
 
 QUICKSTART = "quickstart"

@@ -21,11 +21,12 @@ from fedlora.common.config.schema import Config
 from fedlora.common.disk.files import write_text
 from fedlora.common.errors import BadInput
 from fedlora.common.libraries import library
-from fedlora.simulations.begin import DEFAULTS, Options, checked
+from fedlora.simulations.begin import checked
 from fedlora.simulations.experiments.given import Table, with_records
 from fedlora.simulations.experiments.methods import method_named
 from fedlora.simulations.experiments.simulate import simulate
 from fedlora.simulations.experiments.trials import Run, Summary, run_trials
+from fedlora.simulations.options import DEFAULTS, Options
 from fedlora.simulations.report.answers import headline
 from fedlora.simulations.report.pages import write_comparison
 
@@ -101,10 +102,13 @@ def compare(
     begun ones go on. With several `workers` as many run at a time, in processes of their own.
     `train` and `test` are records given instead of files. BadInput before anything runs.
     """
+    if isinstance(methods, str):
+        raise BadInput(f"methods: found {methods!r}, expected a list of names")
     folder = Path(folder)
     config = with_records(checked(config), folder, train, test)
     given = range(config.seed, config.seed + seeds) if isinstance(seeds, int) else seeds
-    places = [_Place(*each) for each in product(methods, epsilons, given)]
+    asked = [None if each is None else _number(each) for each in epsilons]
+    places = [_Place(*each) for each in product(methods, asked, given)]
     if not places or workers < 1:
         raise BadInput("compare: expected a method, an ε, a seed and a worker, at least")
     settings = {place.folder: _setting(config, place) for place in places}
@@ -174,6 +178,13 @@ def _shown(cell: Cell | None) -> str:
     if cell is None:
         return ""
     return f"{cell.mean:.4f}" + ("" if cell.spread is None else f" ± {cell.spread:.4f}")
+
+
+def _number(epsilon: float) -> float:
+    try:
+        return float(epsilon)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"epsilons: found {epsilon!r}, expected numbers, or None") from error
 
 
 def _named(epsilon: float | None) -> str:

@@ -26,6 +26,8 @@ def load_config(
     `overrides` are "section.key=VALUE"; `sections` say the same as keywords, and come last:
     `load_config("ag_news", seed=3, privacy={"epsilon": 1.0})`. BadInput lists every fault.
     """
+    if isinstance(overrides, str):
+        raise BadInput(f"overrides: found {overrides!r}, expected a list of section.key=VALUE")
     given = [*overrides, *_overrides(sections)]
     try:
         if source is None:

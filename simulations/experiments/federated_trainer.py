@@ -26,9 +26,9 @@ from transformers.trainer_utils import TrainOutput
 from fedlora.common.config.schema import Config
 from fedlora.common.errors import BadInput
 from fedlora.server.runs.metrics import Observe, nobody
-from fedlora.simulations.begin import DEFAULTS, Options
 from fedlora.simulations.experiments.simulate import Result, simulate
 from fedlora.simulations.federation.record_loss import RecordLoss
+from fedlora.simulations.options import DEFAULTS, Options
 
 
 class FederatedTrainer(Trainer):

@@ -22,10 +22,11 @@ from fedlora.common.errors import BadInput
 from fedlora.common.model.compute import threads
 from fedlora.common.model.state import AdapterState
 from fedlora.common.tasks.classification import recall_by_class
-from fedlora.simulations.begin import DEFAULTS, Options, begin
+from fedlora.simulations.begin import begin
 from fedlora.simulations.chosen import CONFIG
 from fedlora.simulations.federation.population import Federation, client_name
 from fedlora.simulations.federation.run_folder import alone_in
+from fedlora.simulations.options import DEFAULTS, Options
 from fedlora.simulations.report.pages import write_report
 
 SUMMARY, KEY = "summary.json", "personal"  # a run's summary, and what is added to it
@@ -33,7 +34,10 @@ Told = Callable[[str], None]
 
 
 def personalise(
-    folder: Path, options: Options = DEFAULTS, told: Told = lambda name: None, lora: bool = False
+    folder: Path | str,
+    options: Options = DEFAULTS,
+    told: Told = lambda name: None,
+    lora: bool = False,
 ) -> dict[str, Any]:
     """Fit a head for each institution of a run that has ended; what is added to its summary.
 
@@ -42,6 +46,7 @@ def personalise(
     of that institution's records. Neither these nor shares are private here, and nothing of them is
     released. BadInput where the run has not ended, or its task has no such head.
     """
+    folder = Path(folder)
     summary = folder / SUMMARY
     if not summary.is_file():
         raise BadInput(f"{summary}: missing, expected a run that has ended")

@@ -28,20 +28,13 @@ from fedlora.common.privacy.guarantee import Guarantee
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.protocol.vectors import BYTES
 from fedlora.server.runs.noise import signal_to_noise
-from fedlora.simulations.begin import (
-    DEFAULTS,
-    Options,
-    checked,
-    federation_of,
-    machine_of,
-    manifest_of,
-    sources_of,
-)
+from fedlora.simulations.begin import checked, federation_of, machine_of, manifest_of, sources_of
 from fedlora.simulations.chosen import decided_for
 from fedlora.simulations.experiments.given import Table, with_records
 from fedlora.simulations.experiments.progress import as_printed
 from fedlora.simulations.federation.population import Federation
 from fedlora.simulations.federation.public_part import choice_for
+from fedlora.simulations.options import DEFAULTS, Options
 
 FAINT = 1.0  # the most that a phase can move, in lengths of its noise, where nothing is learnt
 PROBE_RECORDS = 256  # of the public validation part, for a forward pass

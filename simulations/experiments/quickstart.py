@@ -19,11 +19,12 @@ from fedlora.common.model.compute import threads as with_threads
 from fedlora.common.model.features import PooledTexts
 from fedlora.server.runs.run import conduct
 from fedlora.server.runs.summary import write_summary
-from fedlora.simulations.begin import Options, begin
+from fedlora.simulations.begin import begin
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.experiments.progress import run_progress
 from fedlora.simulations.federation.packaged import with_corpus
 from fedlora.simulations.federation.run_folder import finish
+from fedlora.simulations.options import Options
 from fedlora.simulations.report.pages import write_report
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.toml"
@@ -94,7 +95,7 @@ def _one_run(
     config: Config, folder: Path, console: Console, texts: PooledTexts, title: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores before training, and the summary after it."""
-    console.print(f"[bold]{title}[/bold]")
+    console.print(title, style="bold")
     with run_progress(console) as progress:
         options = Options(device="cpu", texts=texts)
         run = begin(config, folder, options, on_features=progress.features)

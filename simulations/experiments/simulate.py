@@ -11,6 +11,7 @@ from typing import Any
 from fedlora.common.adapter.peft import LoadedAdapter, load_adapter
 from fedlora.common.config.schema import Config
 from fedlora.common.disk.files import lines_of
+from fedlora.common.errors import BadInput
 from fedlora.common.libraries import library
 from fedlora.common.model.compute import threads
 from fedlora.common.tasks.known import use_task
@@ -21,13 +22,14 @@ from fedlora.server.runs.metrics import METRICS, Observe, nobody
 from fedlora.server.runs.run import conduct, to_its_end
 from fedlora.server.runs.tracking import check_trackers, tracked
 from fedlora.server.strategies.strategy import Strategy
-from fedlora.simulations.begin import DEFAULTS, Features, Options, Own, begin, checked
+from fedlora.simulations.begin import Features, begin, checked
 from fedlora.simulations.engines.gpu_shares import check_gpu_share
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.experiments.given import Table, with_records
 from fedlora.simulations.federation.partition import Owners
 from fedlora.simulations.federation.record_loss import RecordLoss
 from fedlora.simulations.federation.run_folder import SimulatedRun, alone_in, finish
+from fedlora.simulations.options import DEFAULTS, Options, Own
 from fedlora.simulations.report.pages import write_report
 
 
@@ -98,6 +100,7 @@ def simulate(
     if task is not None:
         use_task(task)
         config = replace(config, model=replace(config.model, task=task.name))
+    _check_arguments(folder, on_round, on_features)
     own = Own(strategy, partition, cohort, loss)
     config = with_records(checked(config), Path(folder), train, test)
     check_trackers(config.tracking)
@@ -119,6 +122,14 @@ def simulate(
             return summary
 
         return Result(run.folder, to_its_end(run.checkpoint, trained, finished))
+
+
+def _check_arguments(folder: Path | str, *told: object) -> None:
+    """BadInput for what would be found out only once a round is charged, or would land anywhere."""
+    if not all(map(callable, told)):
+        raise BadInput("on_round, on_features: expected functions")
+    if str(folder) == "":
+        raise BadInput("folder: found an empty path, expected the run's")
 
 
 def _check_workers(options: Options) -> None:

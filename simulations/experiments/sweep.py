@@ -15,10 +15,10 @@ from typing import Any
 from fedlora.common.config.schema import Config
 from fedlora.common.disk.files import write_text
 from fedlora.common.errors import BadInput
-from fedlora.simulations.begin import DEFAULTS, Options
 from fedlora.simulations.experiments.configuration import changed, override
 from fedlora.simulations.experiments.simulate import simulate
 from fedlora.simulations.experiments.trials import Run, run_trials
+from fedlora.simulations.options import DEFAULTS, Options
 from fedlora.simulations.report.pages import write_sweep_report
 
 
@@ -43,8 +43,9 @@ def sweep(
     sweep.json and sweep.html under `folder`, a folder for each trial; finished ones are kept, begun
     ones go on.
     """
+    values = [] if isinstance(values, str) else list(values)
     if "." not in key or not values:
-        raise BadInput(f"sweep over {key!r}: expected section.key, and values")
+        raise BadInput(f"sweep over {key!r}: expected section.key, and a list of values")
     settings = _settings(config, [override(key, value) for value in values])
     named = {setting.replace("/", "_"): setting for setting in settings}
     trials: list[Mapping[str, Any]] = []

@@ -15,9 +15,9 @@ from fedlora.common.config.load import load_config
 from fedlora.common.config.schema import Config
 from fedlora.common.errors import BadInput
 from fedlora.common.model.features import PooledTexts
-from fedlora.simulations.begin import Options
-from fedlora.simulations.chosen import CONFIG, agree
+from fedlora.simulations.chosen import CONFIG, differing
 from fedlora.simulations.experiments.simulate import Result, simulate
+from fedlora.simulations.options import Options
 
 Summary = Mapping[str, Any]
 Run = Callable[[Config, Path, Options], Result]
@@ -74,7 +74,7 @@ def _finished(target: Path, trial: Config) -> Summary | None:
     """The summary of a trial that was run before; BadInput where it can't stand for this one."""
     if not (target / "summary.json").is_file():
         return None
-    if not agree(trial, load_config(target / CONFIG)):
+    if differing(trial, load_config(target / CONFIG)):
         raise BadInput(f"{target}: found a trial of another configuration, expected another --out")
     summary: dict[str, Any] = json.loads((target / "summary.json").read_text(encoding="utf-8"))
     if summary.get("ended"):

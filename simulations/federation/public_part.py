@@ -28,6 +28,7 @@ from fedlora.common.disk.files import create_once, read_bytes, write_atomically
 from fedlora.common.errors import BadInput
 
 KEY = "public-part.key"  # in a run's folder, and in the account's
+CHOSEN = "chosen.json"  # in a run's folder: what rules chose; runs had no key before they had it
 
 Bools = npt.NDArray[np.bool_]
 # Which of the named units make up a share; from the top or the bottom of their order, so that a
@@ -59,6 +60,19 @@ class BySeed:
         return chosen
 
 
+@dataclass(frozen=True)
+class Lost:
+    """The key is gone, and with it who was public."""
+
+    key: Path
+
+    def __call__(self, names: Sequence[bytes], share: float, top: bool) -> Bools:
+        raise BadInput(
+            f"{self.key}: missing, expected the key that chose the run's public part; with another"
+            " one records that were trained on would become public"
+        )
+
+
 def shares(data: DataConfig) -> dict[str, float]:
     """The parts of [data] that are shares of the training file, by name, in the order taken."""
     named = {"test": data.test, "validation": data.validation}
@@ -75,9 +89,15 @@ def choice_for(data: DataConfig, folder: Path) -> Choose:
 
 
 def kept_choice(folder: Path, seed: int = 0) -> Choose:
-    """How a run that has begun chooses; one of an earlier version by its seed."""
+    """How a run that has begun chooses; one of an earlier version by its seed.
+
+    A run of this version that lost its key must not go on with other units: `Lost` refuses, where
+    it is asked.
+    """
     path = folder / KEY
-    return ByKey(_key(path)) if path.is_file() else BySeed(seed)
+    if path.is_file():
+        return ByKey(_key(path))
+    return Lost(path) if (folder / CHOSEN).exists() else BySeed(seed)
 
 
 def account_key() -> bytes:

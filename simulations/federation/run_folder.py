@@ -36,10 +36,11 @@ class Paths:
     checkpoint: Path
 
     @classmethod
-    def of(cls, folder: Path, ledger: Path | None = None) -> Paths:
+    def of(cls, folder: Path, ledger: Path | str | None = None) -> Paths:
         """Absolute; without `ledger` the run has one of its own in its folder."""
         folder = folder.resolve()
-        return cls(folder, (ledger or folder / "ledger.sqlite").resolve(), folder / "checkpoint")
+        own = Path(ledger or folder / "ledger.sqlite").resolve()
+        return cls(folder, own, folder / "checkpoint")
 
     def open_ledger(self) -> Ledger:
         """The ledger; its signed head lies apart, with the run or beside a shared ledger."""

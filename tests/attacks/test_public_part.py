@@ -30,7 +30,7 @@ from fedlora.common.tasks.classification import SequenceClassification
 from fedlora.server.runs.public_data import PublicRecords, _fit_and_score
 from fedlora.server.runs.run import conduct
 from fedlora.simulations import cli
-from fedlora.simulations.begin import Options, begin
+from fedlora.simulations.begin import begin
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.federation.public_part import (
     KEY,
@@ -42,6 +42,7 @@ from fedlora.simulations.federation.public_part import (
     set_aside,
 )
 from fedlora.simulations.federation.run_folder import finish
+from fedlora.simulations.options import Options
 from tests.conftest import WORDS
 
 HERE = ByKey(bytes(32))

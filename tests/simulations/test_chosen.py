@@ -7,7 +7,7 @@ import pytest
 from fedlora.common.config.load import parse_config
 from fedlora.server.defaults.decide import decided
 from fedlora.server.defaults.public_facts import PublicFacts
-from fedlora.simulations.chosen import agree, rounded, taken_as_public
+from fedlora.simulations.chosen import differing, rounded, taken_as_public
 
 FACTS = PublicFacts(1_000, 2)
 FILES = 'train = "a.csv"\ntest = "b.csv"\nvalidation = "c.csv"\n'
@@ -43,10 +43,10 @@ def test_the_number_of_units_is_named_where_rules_reckoned_with_it() -> None:
 
 def test_a_run_goes_on_with_what_was_chosen_when_it_began() -> None:
     run = decided(parse_config(""), FACTS)
-    assert agree(parse_config(""), run)
-    assert agree(parse_config("[federation]\nrounds = 90"), run)
-    assert not agree(parse_config("[federation]\nrounds = 91"), run)
-    assert not agree(parse_config("seed = 8"), run)
+    assert not differing(parse_config(""), run)
+    assert not differing(parse_config("[federation]\nrounds = 90"), run)
+    assert differing(parse_config("[federation]\nrounds = 91"), run)
+    assert differing(parse_config("seed = 8"), run)
 
 
 @pytest.mark.parametrize(

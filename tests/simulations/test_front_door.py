@@ -15,7 +15,8 @@ import pytest
 import fedlora.simulations as front
 from fedlora.common.errors import BadInput
 from fedlora.simulations import Options, load_config, plan, sequential, simulate, sweep, verify
-from fedlora.simulations.begin import Own, begin
+from fedlora.simulations.begin import begin
+from fedlora.simulations.options import Own
 from tests.server import releases
 from tests.simulations.experiments.test_simulate import config, cpu, data
 

@@ -8,11 +8,11 @@ import pytest
 
 from fedlora.common.config.load import load_config
 from fedlora.common.errors import BadInput
-from fedlora.simulations.begin import Options
 from fedlora.simulations.engines import gpu_shares, ray
 from fedlora.simulations.engines.gpu_shares import asked_of_cluster, check_gpu_share
 from fedlora.simulations.experiments.simulate import simulate
 from fedlora.simulations.federation.packaged import packaged_config
+from fedlora.simulations.options import Options
 
 ONE = {"CPU": 16.0, "GPU": 1.0}
 EIGHT = {"CPU": 64.0, "GPU": 8.0}

@@ -35,9 +35,10 @@ from fedlora.common.tasks.batch import Tokenised
 from fedlora.server.rounds.checkpoint import Progress
 from fedlora.server.runs.run import conduct
 from fedlora.simulations import cli
-from fedlora.simulations.begin import Options, begin
+from fedlora.simulations.begin import begin
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.federation.run_folder import finish
+from fedlora.simulations.options import Options
 from tests.client.institution import POLICY, Institution, manifest_of, offer_of
 from tests.conftest import SHARED, WORDS
 

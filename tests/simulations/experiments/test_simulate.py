@@ -29,9 +29,10 @@ from fedlora.common.privacy.accountant import Spend, epsilon_of
 from fedlora.common.privacy.record_level import RecordLevel
 from fedlora.server.rounds.checkpoint import Checkpoint
 from fedlora.server.runs.run import conduct
-from fedlora.simulations.begin import Options, begin
+from fedlora.simulations.begin import begin
 from fedlora.simulations.engines.sequential import sequential
 from fedlora.simulations.federation.run_folder import Paths, SimulatedRun, finish
+from fedlora.simulations.options import Options
 from tests.conftest import WORDS
 
 CONFIG = """
