@@ -17,7 +17,13 @@ from fedlora.common.config.task_names import BY_WORD, CLASSIFIED
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.server.defaults.head_rules import head_clip, head_phase, head_step
-from fedlora.server.defaults.lora_rules import LORA_ROUNDS, local_step, lora_phase, lora_step
+from fedlora.server.defaults.lora_rules import (
+    LORA_ROUNDS,
+    local_step,
+    lora_is_heard,
+    lora_phase,
+    lora_step,
+)
 from fedlora.server.defaults.public_facts import Chosen, PublicFacts
 
 HEAD_ROUNDS = 30
@@ -36,9 +42,13 @@ BY_UNITS = frozenset(
 
 def decided(config: Config, facts: PublicFacts) -> Config:
     """`config` with a value in every place; BadInput where chosen and given don't fit together."""
-    for rule in (_network, _start, _rounds, head_phase, head_clip, lora_phase, local_step, _server):
+    for rule in RULES:
         config = filled(config, rule(config, facts))
     return parse_config(config_to_toml(config), "config")
+
+
+def _units(config: Config, facts: PublicFacts) -> Chosen:
+    return {"federation": {"units": facts.units or _units_meant(config)}}
 
 
 def filled(config: Config, chosen: Chosen) -> Config:
@@ -81,23 +91,22 @@ def _rounds(config: Config, facts: PublicFacts) -> Chosen:
 
     A head of the base's own can't be counted on to be one that trains by itself. Of a pair that is
     read as one text a frozen base says little, and a head that learnt by heart what it could is a
-    worse start than none.
+    worse start than none. Above a start on public records LoRA has rounds where it is heard, or
+    where `moves` is given, which is asking for them.
     """
     dealing, head = config.federation, config.training.head_rounds
     asked = guarantee_asked(config.privacy)
     joined = len(config.data.text) > 1 and config.model.pooling != "pairs"
+    alone = "training.moves" in open_fields(config) and not lora_is_heard(config, facts)
     if head < 0 and (config.model.pooling == "default" or (joined and not asked.private)):
         head = 0
     elif head < 0:
-        head = HEAD_ROUNDS if dealing.rounds < 0 else dealing.rounds * 3 // 5
+        given = dealing.rounds if alone else dealing.rounds * 3 // 5
+        head = HEAD_ROUNDS if dealing.rounds < 0 else given
     more = LORA_ROUNDS if asked.clip_in_step or not asked.private else WHOLE_ROUNDS
     return {
         "training": {"head_rounds": head},
-        "federation": {
-            "rounds": head + more,
-            "spare_rounds": SPARE,
-            "units": facts.units or _units_meant(config),
-        },
+        "federation": {"rounds": head + more * (not (head and alone)), "spare_rounds": SPARE},
     }
 
 
@@ -133,3 +142,10 @@ def _server(config: Config, facts: PublicFacts) -> Chosen:
             "average_last": 0.0,
         }
     }
+
+
+# in their order: what one chose the next may read
+RULES = (
+    *(_network, _start, _units, _rounds),
+    *(head_phase, head_clip, lora_phase, local_step, _server),
+)

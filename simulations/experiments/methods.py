@@ -16,8 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 from fedlora.common.config.schema import FLEXLORA, AggregationConfig, Config, FaultsConfig
-from fedlora.common.config.toml import UNDECIDED, suggestion
+from fedlora.common.config.toml import AUTO, UNDECIDED, suggestion
 from fedlora.common.errors import BadInput
+from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.server.defaults.decide import HEAD_ROUNDS
 
 Method = Callable[[Config], Config]
@@ -48,7 +49,14 @@ def _head_and_lora(config: Config) -> Config:
     if config.model.task == "causal-lm" or config.model.pooling == "default":
         return _lora(config)
     both = 0 < config.training.head_rounds < config.federation.rounds
-    return config if both else _training(config, head_rounds=UNDECIDED)
+    return config if both else _asking_for_lora(_training(config, head_rounds=UNDECIDED))
+
+
+def _asking_for_lora(config: Config) -> Config:
+    """Rules leave LoRA's rounds out where they expect nothing of them: not where it is asked."""
+    privacy, training = config.privacy, config.training
+    asking = guarantee_asked(privacy).private and not privacy.head_clip and training.moves == AUTO
+    return _training(config, moves="lora") if asking else config
 
 
 def _variant(name: str) -> Method:

@@ -359,6 +359,33 @@ def test_what_is_chosen_and_given_must_fit() -> None:
         chosen("[federation]\nrounds = 5\n[training]\nhead_rounds = 9")
 
 
+SHARED = '[privacy]\nnoise = "shared"\nepsilon = 8.0\n[aggregation]\nsecure = true\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "rounds"),
+    [
+        ("", 30),  # ten institutions, each with the whole noise
+        (SHARED, 90),
+        ("[federation]\nclients = 1", 90),
+        ('[training]\nmoves = "lora"', 90),  # asked for
+        ("[federation]\nrounds = 40", 40),
+        ('[privacy]\nmode = "none"', 90),
+    ],
+)
+def test_above_a_start_lora_has_rounds_where_noise_leaves_a_signal(text: str, rounds: int) -> None:
+    facts = PublicFacts(59_000, 2, 4_000)
+    config = chosen(text, facts)
+    assert config.training.public_epochs == 3 and config.federation.rounds == rounds
+    lora = rounds > config.training.head_rounds
+    assert lora == (rounds == 90)
+    bare = chosen(text, PublicFacts(59_000, 2, 0))
+    assert bare.federation.rounds == (40 if rounds == 40 else 90)
+    if lora and "none" not in text:
+        assert (config.privacy.clip, config.server.learning_rate) == (12.0, 5e-4)
+        assert (bare.privacy.clip, bare.server.learning_rate) == (3.0, 2e-3)
+
+
 @pytest.mark.parametrize(
     ("text", "classes", "learnable", "epochs"),
     [
