@@ -251,6 +251,9 @@ def ledger(node: Folder = HERE) -> None:
     """Budgets, what is spent and left, and every entry."""
     folder = NodeFolder(node)
     policy = folder.load_policy()
+    if not folder.has_ledger(policy):  # looking makes none, at a path that was mistyped
+        _say(f"{folder.under(policy.ledger.path)}: no ledger yet; the trainer begins one")
+        return
     held = folder.open_ledger(policy)
     entries = held.entries()
     charged = [str(entry.body["budget"]) for entry in entries if entry.body["kind"] == "consent"]

@@ -174,6 +174,12 @@ class NodeFolder:
         head, key = path.parent / policy.trainer.head, path.with_suffix(".key")
         return Ledger.open(path, head, key, anchor)
 
+    def has_ledger(self, policy: Policy) -> bool:
+        """Whether there is one, or what is left of one: a head or a key."""
+        path = self.under(policy.ledger.path)
+        left = (path, path.parent / policy.trainer.head, path.with_suffix(".key"))
+        return any(each.exists() for each in left)
+
     def _anchor(self, policy: Policy, ledger: Path) -> Path | None:
         """BadInput where the anchor would be put back to an older day with what it witnesses."""
         if not policy.ledger.anchor:

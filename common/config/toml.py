@@ -126,6 +126,9 @@ class Table:
         path = f"{section}.{key}" if section else key
         if path in self.overridden:
             return f"--set {path}"
+        inside = sorted(each for each in self.overridden if each.startswith(f"{path}."))
+        if inside:  # of a section that no file has
+            return f"--set {inside[0]}"
         return f"{self.where} [{section}] {_key(key)}" if section else f"{self.where} {_key(key)}"
 
 

@@ -349,3 +349,19 @@ def test_no_model_library_is_let_out(
         monkeypatch.delenv(name, raising=False)
     code, _, _ = run(capsys, monkeypatch, command, "--node", str(tmp_path / "none"))
     assert code == 2 and os.environ["HF_HUB_OFFLINE"] == os.environ["TRANSFORMERS_OFFLINE"] == "1"
+
+
+def test_looking_at_a_ledger_makes_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a path that was mistyped, an administrator would read a full budget."""
+    north = Institution(tmp_path / "n")
+    north.begin(manifest_of())
+    north.ledger.close()
+    policy = north.folder.policy.read_text()
+    place = '[ledger]\npath = "elsewhere/ledger.sqlite"'
+    assert "[ledger]" not in policy
+    north.set_policy(f"{policy}\n{place}\n")
+    code, out, _ = run(capsys, monkeypatch, "ledger", "--node", str(north.root))
+    assert code == 0 and "no ledger yet" in out
+    assert not (north.root / "elsewhere").exists()
