@@ -5,6 +5,7 @@ The clipped sum of units' gradients in closed form.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -13,14 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn import functional
 
 from fedlora.client.training.step import GradientSum, checked_clip
 from fedlora.common.errors import BadInput
 from fedlora.common.model.shapes import alike
 
 # A product rounds by how many rows it has. In blocks of one size each row has the same bits
-# wherever it stands, and whatever stands beside it.
-BLOCK = 256
+# wherever it stands, and whatever stands beside it: where its columns are filled up too, to what
+# machines compute at once. An odd number of them made places differ.
+BLOCK, COLUMNS = 256, 16
 LARGEST_FEATURE = 2.0**10  # of honest features, by far; a base's own head bounds none
 # Of (n, classes) and the targets of the rows: as many losses as there are records.
 HeadLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -70,9 +73,11 @@ def head_clipped_sum(
 
 def _bounded(features: torch.Tensor) -> torch.Tensor:
     """(n, width) float64, none beyond `LARGEST_FEATURE` where it was finite."""
-    wide = features.double()
-    _, exponents = torch.frexp(wide.abs().amax(dim=1, keepdim=True) / LARGEST_FEATURE)
-    return torch.ldexp(wide, -exponents.clamp(min=0))
+    wide, largest = features.double(), torch.linalg.vector_norm(features, math.inf, dim=1)
+    if bool((largest <= LARGEST_FEATURE).all()):
+        return wide
+    _, exponents = torch.frexp(largest.double() / LARGEST_FEATURE)
+    return torch.ldexp(wide, -exponents.clamp(min=0)[:, None])
 
 
 class _Product(torch.autograd.Function):
@@ -95,19 +100,18 @@ def _multiplied(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """(n, k) rows times a (k, m) matrix, in blocks of `BLOCK` rows, the last one filled with zeros.
+    """(n, k) rows times a (k, m) matrix, in blocks of `BLOCK` rows, filled up with zeros.
 
     One row a block on a machine where a try says that places differ all the same.
     """
-    matrix, width = matrix.contiguous(), len(matrix)
-    kind = (width, matrix.shape[1], rows.device, torch.get_num_threads())
-    step = BLOCK if _places_are_alike(*kind) else 1
-    found = []
-    for part in torch.split(rows, step):
-        filled = rows.new_zeros((BLOCK, width))
-        filled[: len(part)] = part
-        found.append((filled @ matrix)[: len(part)])
-    return torch.cat(found) if found else rows.new_zeros((0, matrix.shape[1]))
+    width, columns = matrix.shape
+    wide = -(-columns // COLUMNS) * COLUMNS
+    filled = functional.pad(matrix, (0, wide - columns)).contiguous()
+    alike_here = _places_are_alike(width, wide, rows.device, torch.get_num_threads())
+    step = BLOCK if alike_here else 1
+    blocks = torch.split(functional.pad(rows, (0, 0, 0, -len(rows) % step)), step)
+    products = [(block @ filled)[:, :columns] for block in blocks if len(block)]
+    return torch.cat([rows.new_zeros((0, columns)), *products])[: len(rows)]
 
 
 @cache
