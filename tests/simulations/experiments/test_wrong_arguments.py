@@ -108,3 +108,8 @@ def test_arguments_of_another_kind_are_named(
 def test_numbers_of_numpy_are_numbers() -> None:
     assert literal(np.float64(3)) == "3.0" and literal((np.int64(2),)) == "[2]"
     assert load_config(None, privacy={"epsilon": np.float32(3)}).privacy.epsilon == 3.0
+
+
+def test_a_configuration_that_is_nearly_a_packaged_one_is_asked_after() -> None:
+    with pytest.raises(BadInput, match=r'quickstrt: no such file.*did you mean "quickstart"'):
+        load_config("quickstrt")
