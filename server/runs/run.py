@@ -121,7 +121,9 @@ def conclude(
     summary["privacy_statement"] += run.caveats
     summary |= {"public_start": start, "public_records": records_learnt(start)}
     summary["evaluation"] = at_institutions(run.manifest, kept_counts(run.folder))
-    summary["warnings"] = doubts(run.public.test.totals.get("confusion"), progress.release, taught)
+    meant = any(phase.name != "head" for phase in run.manifest.phases)  # that rounds move LoRA
+    confusion = run.public.test.totals.get("confusion")
+    summary["warnings"] = doubts(confusion, progress.release, taught if meant else None)
     summary |= {"clients": run.clients, "engine": run.engine, "config": run.config, **more()}
     write_summary(run.folder, summary)
     return summary

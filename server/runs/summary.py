@@ -71,7 +71,8 @@ def doubts(
     """What a reader of the figures should know first, in sentences; most often none.
 
     `confusion` (classes, classes) counts the test file's records, rows by their true class; None
-    where the task has no classes. `start` is what public records taught before the first round.
+    where the task has no classes. `start` is what public records taught before the first round, in
+    a run whose rounds were to move LoRA further.
     """
     found = []
     if confusion is not None and confusion.sum():

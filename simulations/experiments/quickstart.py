@@ -30,9 +30,6 @@ from fedlora.simulations.report.pages import write_report
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 BASELINE = "without-privacy"  # the folder of the run that privacy is compared with
 MARK = "quickstart.txt"
-# The server's for LoRA without privacy: what nothing clips is ten times as long, and at the private
-# rate it destroys what the head has learnt.
-OPEN_RATE = 0.1
 WRITTEN = (
     BASELINE,
     "data",
@@ -65,11 +62,7 @@ def run_quickstart(folder: Path, console: Console, threads: int = 0) -> dict[str
     console.print(
         "quickstart: a synthetic corpus of five institutions; nothing here is anybody's data"
     )
-    open_config = replace(
-        config,
-        privacy=replace(config.privacy, mode="none"),
-        server=replace(config.server, learning_rate=OPEN_RATE),
-    )
+    open_config = replace(config, privacy=replace(config.privacy, mode="none"))
     with with_threads(threads):
         texts = PooledTexts()
         untrained, plain = _one_run(
