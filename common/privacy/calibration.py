@@ -229,8 +229,8 @@ def smallest_noise(cost: Callable[[float], float], epsilon: float) -> float:
         high += math.log(2)
         if high > math.log(1e5):
             raise BadInput(
-                f"[privacy] epsilon and delta: no noise keeps the schedule within ε = {epsilon:g},"
-                " a phase's share where there are several, at this δ; a larger one would help"
+                f"[privacy] epsilon = {epsilon:g}: no noise keeps the schedule within it at this δ"
+                " (of several phases each has a share); a larger epsilon or delta would help"
             )
     low = high - math.log(2)
     while excess(low) <= 0:
