@@ -163,7 +163,7 @@ def federation_of(
 
     BadInput names what is wrong. What is computed once for a run and must not change in it lies in
     the run's `folder`. In one that `begins`, LoRA learns from public records where it has to before
-    a projection is fitted: that takes minutes, and comes after all that may be refused.
+    a projection is fitted: that takes minutes, and comes after the dealing, which may be refused.
     """
     units = unit_groups(sources.train.units, len(sources.train))
     partition = dealt(config, sources.train, units, own)

@@ -24,9 +24,7 @@ from fedlora.simulations.federation.public_part import CHOSEN
 from fedlora.simulations.federation.sources import Sources
 
 CONFIG = "config.toml"  # in a run's folder, beside CHOSEN
-UNITS = (
-    "That there are about {units} units is taken as public: rates and normalisers follow from it."
-)
+UNITS = "That there are about {units} units is taken as public: rates, normalisers, rounds follow."
 PARTS = (
     "Taken from the training file, and public: the {parts}. The records in it are not protected."
 )
@@ -116,7 +114,8 @@ def taken_as_public(config: Config, chosen: Sequence[str]) -> tuple[str, ...]:
     """Sentences for the statement; none where nothing is promised."""
     if not guarantee_asked(config.privacy).private:
         return ()
-    by_units = "federation.units" in chosen and bool(BY_UNITS.intersection(chosen))
+    above = {"federation.rounds"} if config.training.public_epochs else set()
+    by_units = "federation.units" in chosen and bool((BY_UNITS | above).intersection(chosen))
     units = UNITS.format(units=config.federation.units)
     return (units,) * by_units + _parts(config.data)
 

@@ -104,11 +104,19 @@ def _network_verdicts(manifest: RunManifest, policy: Policy) -> list[Verdict]:
     targets = [name for name in network.targets if limits.targets and name not in limits.targets]
     layers = [layer for layer in network.layers if limits.layers and layer not in limits.layers]
     every = bool(limits.layers) and not network.layers
+    headed = any(phase.name == "head" for phase in manifest.phases)
+    # what lies between its layers is rounded by a row's place, and no clip bounds that
+    rounded = network.head_hidden and headed and promised(manifest).clip_in_step
     return [
         Verdict("network", network.variant, shape),
         at_most("network.rank", network.rank, limits.rank),
         at_most("network.alpha", network.alpha, STEEPEST * network.rank),
         at_most("network.head_scale", network.head_scale, STEEPEST),
+        Verdict(
+            "network.head_hidden",
+            str(network.head_hidden),
+            "expected 0 in a private head phase" * bool(rounded),
+        ),
         Verdict(
             "network.targets", ", ".join(network.targets)[:80], beyond(targets, limits.targets)
         ),

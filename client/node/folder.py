@@ -175,10 +175,12 @@ class NodeFolder:
         return Ledger.open(path, head, key, anchor)
 
     def has_ledger(self, policy: Policy) -> bool:
-        """Whether there is one, or what is left of one: a head or a key."""
+        """Whether there is one, or what is left of one: a head, a key, an anchor, a link."""
         path = self.under(policy.ledger.path)
-        left = (path, path.parent / policy.trainer.head, path.with_suffix(".key"))
-        return any(each.exists() for each in left)
+        left = [path, path.parent / policy.trainer.head, path.with_suffix(".key")]
+        if policy.ledger.anchor:
+            left.append(self.under(policy.ledger.anchor))
+        return any(each.exists() or each.is_symlink() for each in left)
 
     def _anchor(self, policy: Policy, ledger: Path) -> Path | None:
         """BadInput where the anchor would be put back to an older day with what it witnesses."""

@@ -74,7 +74,7 @@ def head_clipped_sum(
 def _bounded(features: torch.Tensor) -> torch.Tensor:
     """(n, width) float64, none beyond `LARGEST_FEATURE` where it was finite."""
     wide, largest = features.double(), torch.linalg.vector_norm(features, math.inf, dim=1)
-    if bool((largest <= LARGEST_FEATURE).all()):
+    if bool((largest < LARGEST_FEATURE).all()):
         return wide
     _, exponents = torch.frexp(largest.double() / LARGEST_FEATURE)
     return torch.ldexp(wide, -exponents.clamp(min=0)[:, None])

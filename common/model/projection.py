@@ -74,6 +74,8 @@ class Affine:
         mean = similar.mean(axis=0)
         centred = similar - mean - mean[:, None] + mean.mean()
         values, vectors = eigh(centred, subset_by_index=[count - directions, count - 1])
+        # at the end of the rank they mix with what is 0 on all landmarks but their mean
+        vectors -= vectors.mean(axis=0)
         values = np.maximum(values[::-1], SMALLEST)
         matrix = vectors[:, ::-1] / np.sqrt(values) / _spread(values / count, ridge)
         return cls(matrix.astype(np.float32), (mean @ matrix).astype(np.float32))

@@ -92,12 +92,13 @@ def _rounds(config: Config, facts: PublicFacts) -> Chosen:
     A head of the base's own can't be counted on to be one that trains by itself. Of a pair that is
     read as one text a frozen base says little, and a head that learnt by heart what it could is a
     worse start than none. Above a start on public records LoRA has rounds where it is heard, or
-    where `moves` is given, which is asking for them.
+    where `moves` or `head_clip` is given, which is asking for them.
     """
     dealing, head = config.federation, config.training.head_rounds
     asked = guarantee_asked(config.privacy)
     joined = len(config.data.text) > 1 and config.model.pooling != "pairs"
-    alone = "training.moves" in open_fields(config) and not lora_is_heard(config, facts)
+    asking = "training.moves" not in open_fields(config) or config.privacy.head_clip > 0
+    alone = not asking and not lora_is_heard(config, facts)
     if head < 0 and (config.model.pooling == "default" or (joined and not asked.private)):
         head = 0
     elif head < 0:

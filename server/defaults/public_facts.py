@@ -33,9 +33,10 @@ def questions_of(config: Config, facts: PublicFacts) -> int:
 
 
 def head_mu(config: Config) -> float:
-    """What the head phase has of ε and δ, as a Gaussian mechanism's μ."""
-    privacy = config.privacy
-    return gaussian_mu(min(0.99, privacy.head_epsilon_share) * privacy.epsilon, privacy.delta)
+    """What the head phase has of ε and δ, as a Gaussian mechanism's μ: all, where it is alone."""
+    privacy, alone = config.privacy, config.training.head_rounds == config.federation.rounds
+    share = 1.0 if alone else min(0.99, privacy.head_epsilon_share)
+    return gaussian_mu(share * privacy.epsilon, privacy.delta)
 
 
 def of_mean(config: Config) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 
 from fedlora.common.config.load import load_config
 from fedlora.common.config.schema import Config, config_to_toml
+from fedlora.common.config.task_names import CLASSIFIED
 from fedlora.common.disk.files import lines_of, write_atomically
 from fedlora.common.errors import BadInput, FedloraError, QuorumLost, Refused
 from fedlora.common.model.base import check_base, resolve_base
@@ -111,7 +112,8 @@ def _faults(config: Config) -> list[str]:
             f"[aggregation] minimum_cohort = {cohort}"
         )
     try:
-        decided(config, PublicFacts(0, 0))
+        # how many there are is read when the run begins; that there are some decides on a head
+        decided(config, PublicFacts(0, 2 if config.model.task in CLASSIFIED else 0))
     except BadInput as error:
         found.extend(error.faults)
     data = config.data

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedlora.common.config.schema import FLEXLORA, AggregationConfig, Config, FaultsConfig
+from fedlora.common.config.task_names import CLASSIFIED
 from fedlora.common.config.toml import AUTO, UNDECIDED, suggestion
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.modes import guarantee_asked
@@ -54,8 +55,11 @@ def _head_and_lora(config: Config) -> Config:
 
 def _asking_for_lora(config: Config) -> Config:
     """Rules leave LoRA's rounds out where they expect nothing of them: not where it is asked."""
-    privacy, training = config.privacy, config.training
-    asking = guarantee_asked(privacy).private and not privacy.head_clip and training.moves == AUTO
+    privacy, training, rounds = config.privacy, config.training, config.federation.rounds
+    # a head phase is sure, and what begins from public records is of these tasks
+    headed = config.model.task in CLASSIFIED and (rounds == UNDECIDED or rounds * 3 // 5 > 0)
+    noisy = guarantee_asked(privacy).private and not privacy.head_clip
+    asking = headed and noisy and training.moves == AUTO
     return _training(config, moves="lora") if asking else config
 
 

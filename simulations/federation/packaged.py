@@ -15,7 +15,7 @@ PUBLIC = 800  # records of the quickstart's corpus that are its public validatio
 
 def packaged_config(path: Path) -> Path:
     """A file as given, or the packaged configuration of that name; BadInput for what is neither."""
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if path.is_file() or path.suffix or len(path.parts) != 1:
         return path
     packaged = {each.stem: each for each in (Path(__file__).parents[1] / "configs").glob("*.toml")}
     if path.name not in packaged:

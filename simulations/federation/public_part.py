@@ -28,7 +28,7 @@ from fedlora.common.disk.files import create_once, read_bytes, write_atomically
 from fedlora.common.errors import BadInput
 
 KEY = "public-part.key"  # in a run's folder, and in the account's
-CHOSEN = "chosen.json"  # in a run's folder: what rules chose; runs had no key before they had it
+CHOSEN = "chosen.json"  # in a run's folder: what rules chose; none without it had a key
 
 Bools = npt.NDArray[np.bool_]
 # Which of the named units make up a share; from the top or the bottom of their order, so that a

@@ -100,4 +100,7 @@ def test_features_beyond_all_honest_ones_are_divided_exactly() -> None:
     found = heads._bounded(features)
     assert torch.equal(found[0], features[0].double())
     assert found.abs().max() <= heads.LARGEST_FEATURE
+    edge = torch.full((2, 2), heads.LARGEST_FEATURE)  # not by whether another is beyond it
+    beyond = torch.cat([edge, torch.full((1, 2), 2 * heads.LARGEST_FEATURE)])
+    assert torch.equal(heads._bounded(edge), heads._bounded(beyond)[:2])
     assert torch.equal(found[2, 0] / found[2, 1], (features[2, 0].double() / features[2, 1]))

@@ -69,6 +69,17 @@ def test_what_would_ask_the_data_is_not_allowed(tmp_path: Path) -> None:
     assert not next(each for each in verdicts if each.field == "network.alpha").allowed
 
 
+@pytest.mark.parametrize(("name", "allowed"), [("head", False), ("lora", True)])
+def test_a_private_head_phase_has_no_hidden_layer(tmp_path: Path, name: str, allowed: bool) -> None:
+    """What lies between its layers is rounded by a row's place: 3 clips were made of it."""
+    policy = Institution(tmp_path / "n").folder.load_policy()
+    network = replace(manifest_of().network, head_hidden=5)
+    run = replace(manifest_of(replace(PHASE, name=name)), network=network)
+    verdicts = judge(run, policy, "f", {}, None)
+    found = next(each for each in verdicts if each.field == "network.head_hidden")
+    assert found.allowed == allowed
+
+
 @pytest.mark.parametrize("text", ['"seed":%s' % (10**400), '"run":"\\ud800"'])
 def test_numbers_and_texts_that_nothing_can_hold_are_bad_input(text: str) -> None:
     table = json.loads(manifest_of().to_bytes())

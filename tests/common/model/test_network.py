@@ -198,6 +198,20 @@ def test_a_kernel_whitened_at_once_is_that_of_its_feature_map(
         Affine.whitening_kernel(similar, 61, ridge)
 
 
+@pytest.mark.parametrize("twice", [0, 20], ids=["all", "duplicates"])
+def test_a_kernel_of_as_many_directions_as_landmarks_keeps_rows_apart(twice: int) -> None:
+    rng = np.random.default_rng(0)
+    known = rng.normal(size=(60, 5))
+    known[:twice] = known[twice : 2 * twice]
+    similar = np.exp(-cdist(known, known))
+    whole = Affine.whitening_kernel(similar, 60 - twice, 1.0)
+    found = similar @ whole.matrix - whole.shift
+    assert np.abs(found).max() < 10
+    rows = found / np.linalg.norm(found, axis=1, keepdims=True)
+    apart = ~np.eye(60, dtype=np.bool_)
+    assert np.abs((rows @ rows.T)[apart]).mean() < 0.5
+
+
 def test_frozen_a_is_the_same_on_every_machine_and_survives_export(
     tiny_bert: Path, tmp_path: Path
 ) -> None:

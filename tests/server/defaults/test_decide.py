@@ -369,6 +369,7 @@ SHARED = '[privacy]\nnoise = "shared"\nepsilon = 8.0\n[aggregation]\nsecure = tr
         (SHARED, 90),
         ("[federation]\nclients = 1", 90),
         ('[training]\nmoves = "lora"', 90),  # asked for
+        ("[privacy]\nhead_clip = 1.0", 90),
         ("[federation]\nrounds = 40", 40),
         ('[privacy]\nmode = "none"', 90),
     ],
