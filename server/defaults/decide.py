@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from fedlora.common.config.load import parse_config
 from fedlora.common.config.schema import FLEXLORA, Config, config_to_toml, open_fields
-from fedlora.common.config.task_names import BY_WORD, CLASSIFIED
+from fedlora.common.config.task_names import BY_WORD
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.server.defaults.head_rules import head_clip, head_phase, head_step
@@ -24,7 +24,7 @@ from fedlora.server.defaults.lora_rules import (
     lora_phase,
     lora_step,
 )
-from fedlora.server.defaults.public_facts import Chosen, PublicFacts
+from fedlora.server.defaults.public_facts import Chosen, PublicFacts, classified
 
 HEAD_ROUNDS = 30
 SPARE = 2  # attempts of a phase that may be lost: to a crash, to Ctrl-C
@@ -81,8 +81,7 @@ def _start(config: Config, facts: PublicFacts) -> Chosen:
 
     Without privacy too: what noise costs is seen between runs that start alike.
     """
-    classified = facts.classes > 1 and config.model.task in CLASSIFIED
-    enough = classified and facts.learnable >= START_RECORDS * facts.classes
+    enough = classified(config, facts) and facts.learnable >= START_RECORDS * facts.classes
     return {"training": {"public_epochs": START_EPOCHS if enough else 0}}
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 
 from fedlora.common.config.schema import ADAPTIVE, Config, open_fields
-from fedlora.common.config.task_names import CLASSIFIED
 from fedlora.common.config.toml import AUTO
 from fedlora.common.privacy.central_limit import about_sigma
 from fedlora.common.privacy.modes import guarantee_asked
 from fedlora.server.defaults.public_facts import (
     Chosen,
     PublicFacts,
+    classified,
     head_mu,
     local_rate,
     of_mean,
@@ -73,7 +73,7 @@ def head_clip(config: Config, facts: PublicFacts) -> Chosen:
     noisy = guarantee_asked(config.privacy).clip_in_step
     if noisy and facts.classes > 1 and model.pooling == "pairs":
         clip = PAIRS_HEAD_CLIP
-    elif noisy and facts.classes > 1 and model.task in CLASSIFIED and _has_room(config, facts):
+    elif noisy and classified(config, facts) and _has_room(config, facts):
         clip = model.head_scale
     return {"privacy": {"head_phase_clip": clip / questions}}
 

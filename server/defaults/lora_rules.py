@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 from fedlora.common.config.schema import ADAPTIVE, FLEXLORA, Config
-from fedlora.common.config.task_names import CLASSIFIED
 from fedlora.common.config.toml import AUTO
 from fedlora.common.privacy.central_limit import about_sigma, gaussian_mu
 from fedlora.common.privacy.modes import guarantee_asked
@@ -18,6 +17,7 @@ from fedlora.server.defaults.head_rules import HEAD_SHARE
 from fedlora.server.defaults.public_facts import (
     Chosen,
     PublicFacts,
+    classified,
     head_mu,
     local_rate,
     of_mean,
@@ -55,9 +55,8 @@ OPEN_STEPS, SMALLEST_BATCH = 300, 4
 
 def above_start(config: Config, facts: PublicFacts) -> bool:
     """Whether LoRA's private rounds begin from what public records taught."""
-    classified = facts.classes > 1 and config.model.task in CLASSIFIED
     noisy = guarantee_asked(config.privacy).clip_in_step
-    return noisy and classified and config.training.public_epochs > 0
+    return noisy and classified(config, facts) and config.training.public_epochs > 0
 
 
 def lora_is_heard(config: Config, facts: PublicFacts) -> bool:

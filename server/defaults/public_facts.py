@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.common.config.schema import Config
-from fedlora.common.config.task_names import MANY_LABELS
+from fedlora.common.config.task_names import CLASSIFIED, MANY_LABELS
 from fedlora.common.privacy.central_limit import gaussian_mu
 from fedlora.common.privacy.modes import guarantee_asked
 
@@ -25,6 +25,11 @@ class PublicFacts:
     units: int
     classes: int  # numbers that a head gives; 0: a language model
     learnable: int = 0  # public records that may be learnt from, and do not score
+
+
+def classified(config: Config, facts: PublicFacts) -> bool:
+    """Whether a record has one of several classes."""
+    return facts.classes > 1 and config.model.task in CLASSIFIED
 
 
 def questions_of(config: Config, facts: PublicFacts) -> int:
