@@ -154,7 +154,8 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="Of head, lora, head+lora, ffa, rolora, flexlora, central: several by commas."
+            help="Of given (the file as it is), head, lora, head+lora, ffa, rolora, flexlora and "
+            "central: several by commas."
         ),
     ] = "head,lora,head+lora",
     epsilon: Annotated[str, typer.Option(help='Numbers, or "none".')] = "1,3,8,none",

@@ -1,5 +1,6 @@
 """Ways to train that a researcher compares, each as what it changes in a configuration.
 
+given       as the file is, and what it leaves open by rule: what the others are held against
 head        a head alone, on features of the frozen base; no noise is spent on LoRA
 lora        LoRA and the head together, from the first round on
 head+lora   the head first, then LoRA below it
@@ -103,6 +104,7 @@ def _training(config: Config, **fields: Any) -> Config:
 
 
 METHODS: dict[str, Method] = {
+    "given": lambda config: config,
     "head": _head,
     "lora": _lora,
     "head+lora": _head_and_lora,
