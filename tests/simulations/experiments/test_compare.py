@@ -26,6 +26,7 @@ def test_each_method_is_what_it_says() -> None:
     head, lora, both, ffa, turns = (
         METHODS[name](given) for name in ("head", "lora", "head+lora", "ffa", "rolora")
     )
+    assert METHODS["given"](given) is given
     assert head.training.head_rounds == head.federation.rounds == 10
     assert (lora.training.head_rounds, lora.training.moves) == (0, "both")
     flexlora = METHODS["flexlora"](given)
