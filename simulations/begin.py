@@ -263,8 +263,6 @@ def _check_options(config: Config, options: Options, own: Own) -> None:
             f"--ledger: found [data] {part} = {share:g}, a share of the training file, expected a"
             " public file: what is made public is in nobody's budget"
         )
-    if options.engine == "batched":
-        raise BadInput("--engine batched: not built yet; expected sequential or ray")
     if options.engine not in ENGINES:
         raise BadInput(f"--engine {options.engine}: expected one of {', '.join(ENGINES)}")
     if options.engine == "ray" and config.faults != FaultsConfig():

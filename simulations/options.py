@@ -15,6 +15,7 @@ from fedlora.simulations.federation.partition import Owners
 from fedlora.simulations.federation.record_loss import OWN_LOSS, RecordLoss
 from fedlora.simulations.federation.run_folder import SimulatedRun
 
+MOST_THREADS = 1024
 EXPECTED = {
     "strategy": "an object with a method apply",
     "partition": "a function",
@@ -39,6 +40,11 @@ class Options:
     gpu_share: float = 0.0  # of each worker on Ray, where it computes on GPUs; 0: chosen
     texts: PooledTexts | None = None  # features that runs of this process have in common
 
+    def __post_init__(self) -> None:
+        """BadInput where there can be no such number of threads."""
+        if not isinstance(self.threads, int) or not 0 <= self.threads <= MOST_THREADS:
+            raise BadInput(f"threads: found {self.threads!r:.100}, expected 0 to {MOST_THREADS}")
+
 
 @dataclass(frozen=True, eq=False)
 class Own:
@@ -59,8 +65,7 @@ class Own:
         faults = [
             f"{name}: found {part!r:.100}, expected {EXPECTED[name]} of one's own"
             for name, part in vars(self).items()
-            if part is not None
-            and not callable(getattr(part, "apply", None) if name == "strategy" else part)
+            if part is not None and not _is_one(name, part)
         ]
         if faults:
             raise BadInput(faults)
@@ -82,6 +87,13 @@ class Own:
     def strategies(self, manifest: RunManifest) -> tuple[Strategy, ...]:
         """One for each phase, or none."""
         return () if self.strategy is None else (self.strategy,) * len(manifest.phases)
+
+
+def _is_one(name: str, part: object) -> bool:
+    """Whether it can be called; of a strategy, the object and not its class."""
+    if name == "strategy":
+        return callable(getattr(part, "apply", None)) and not isinstance(part, type)
+    return callable(part)
 
 
 NOTHING_OWN, DEFAULTS = Own(), Options()

@@ -67,14 +67,20 @@ def lora_is_heard(config: Config, facts: PublicFacts) -> bool:
     if not above_start(config, facts):
         return True
     privacy = config.privacy
-    whole, head = (gaussian_mu(share * privacy.epsilon, privacy.delta) for share in (1, HEAD_SHARE))
-    rate, left = _draw(config), math.sqrt(whole**2 - head**2)
+    given, clip = privacy.head_epsilon_share, privacy.clip if privacy.clip > 0 else ABOVE_START_CLIP
+    share = given if given > 0 else HEAD_SHARE
+    whole, head = (gaussian_mu(each * privacy.epsilon, privacy.delta) for each in (1, share))
+    rate, left = _draw(config), math.sqrt(max(0.0, whole**2 - head**2))
+    if not left:
+        return False
     noise = about_sigma(left, rate, LORA_ROUNDS) * of_mean(config) / (units_of_one(config) * rate)
-    return ABOVE_START_CLIP * noise <= ABOVE_START_NOISE
+    return clip * noise <= ABOVE_START_NOISE
 
 
 def _draw(config: Config) -> float:
-    """The share of units that a step of a private round draws."""
+    """The share of units that a step of a private round draws: as given, or as suits them."""
+    if config.training.sampling_rate > 0:
+        return config.training.sampling_rate
     drawn = LORA_UNITS / (LORA_ROUNDS * config.federation.units)
     return min(LARGEST_DRAW, max(SMALLEST_DRAW, drawn))
 
@@ -90,12 +96,11 @@ def lora_phase(config: Config, facts: PublicFacts) -> Chosen:
     else:
         rounds = config.federation.rounds - training.head_rounds
         batch = min(OPEN_BATCH, max(SMALLEST_BATCH, OPEN_EPOCHS * units / OPEN_STEPS))
-        rate = min(1.0, batch / units)
+        rate = training.sampling_rate if training.sampling_rate > 0 else min(1.0, batch / units)
         least = OPEN_STEPS if facts.classes else 1
         steps = max(1, round(max(OPEN_EPOCHS / rate, least) / max(1, rounds)))
         optimizer = "adamw"
     optimizer = optimizer if training.optimizer == AUTO else training.optimizer
-    rate = training.sampling_rate if training.sampling_rate > 0 else rate
     chosen = {
         "steps": steps,
         "sampling_rate": rate,

@@ -47,7 +47,7 @@ def test_every_fault_is_a_line_and_the_exit_code_is_2(
     ("words", "said"),
     [
         (("run", "no-such-file.toml"), "no-such-file.toml"),
-        (("run", "quickstart", "--engine", "batched"), "not built yet"),
+        (("run", "quickstart", "--engine", "batched"), "expected one of sequential, ray"),
         (("run", "quickstart", "--engine", "warp"), "expected one of sequential, ray"),
         (
             (

@@ -370,6 +370,10 @@ SHARED = '[privacy]\nnoise = "shared"\nepsilon = 8.0\n[aggregation]\nsecure = tr
         ("[federation]\nclients = 1", 90),
         ('[training]\nmoves = "lora"', 90),  # asked for
         ("[privacy]\nhead_clip = 1.0", 90),
+        ("[training]\nsampling_rate = 1.0\n[privacy]\nepsilon = 8.0", 90),  # half the noise
+        ("[privacy]\nepsilon = 8.0\nclip = 5.0", 90),
+        (SHARED + "[training]\nsampling_rate = 0.02", 30),
+        ("[privacy]\nhead_epsilon_share = 1.0", 30),
         ("[federation]\nrounds = 40", 40),
         ('[privacy]\nmode = "none"', 90),
     ],
@@ -382,7 +386,7 @@ def test_above_a_start_lora_has_rounds_where_noise_leaves_a_signal(text: str, ro
     assert lora == (rounds == 90)
     bare = chosen(text, PublicFacts(59_000, 2, 0))
     assert bare.federation.rounds == (40 if rounds == 40 else 90)
-    if lora and "none" not in text:
+    if lora and not any(each in text for each in ("none", "\nclip")):
         assert (config.privacy.clip, config.server.learning_rate) == (12.0, 5e-4)
         assert (bare.privacy.clip, bare.server.learning_rate) == (3.0, 2e-3)
 

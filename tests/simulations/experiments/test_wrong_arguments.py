@@ -13,12 +13,14 @@ import pytest
 from fedlora.common.config.schema import Config
 from fedlora.common.config.toml import literal
 from fedlora.common.errors import BadInput
+from fedlora.server.strategies.fedavg import FedAvg
 from fedlora.simulations.begin import begin, checked
 from fedlora.simulations.cli import _input
 from fedlora.simulations.experiments.compare import compare
 from fedlora.simulations.experiments.configuration import load_config
 from fedlora.simulations.experiments.simulate import simulate
 from fedlora.simulations.experiments.sweep import sweep
+from fedlora.simulations.options import Options
 from tests.simulations.experiments.test_simulate import config, cpu, write_data
 
 
@@ -26,11 +28,12 @@ from tests.simulations.experiments.test_simulate import config, cpu, write_data
     ("parts", "said"),
     [
         ({"strategy": "fedavg"}, "strategy: found 'fedavg', expected an object with a method"),
+        ({"strategy": FedAvg}, "strategy: found .*FedAvg.*, expected an object with a method"),
         ({"partition": "iid"}, "partition: found 'iid', expected a function"),
         ({"cohort": 3}, "cohort: found 3, expected a function"),
         ({"on_round": 5}, "on_round, on_features: expected functions"),
     ],
-    ids=["strategy", "partition", "cohort", "on-round"],
+    ids=["strategy", "its-class", "partition", "cohort", "on-round"],
 )
 def test_wrong_parts_of_ones_own_are_refused_before_a_charge(
     tiny_bert: Path, tmp_path: Path, parts: dict[str, Any], said: str
@@ -94,6 +97,7 @@ def test_another_configuration_is_named_by_what_differs(tiny_bert: Path, tmp_pat
             lambda c: checked(cast(Any, "tiny.toml")),
             "found 'tiny.toml', expected what load_config gives",
         ),
+        (lambda c: Options(threads=-1), "threads: found -1, expected 0 to 1024"),
         (lambda c: simulate(c, ""), "folder: found an empty path"),
         (lambda c: _input('{"text": "a"}'), "found a JSON object, expected one text to a line"),
     ],
