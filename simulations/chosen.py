@@ -114,8 +114,7 @@ def taken_as_public(config: Config, chosen: Sequence[str]) -> tuple[str, ...]:
     """Sentences for the statement; none where nothing is promised."""
     if not guarantee_asked(config.privacy).private:
         return ()
-    above = {"federation.rounds"} if config.training.public_epochs else set()
-    by_units = "federation.units" in chosen and bool((BY_UNITS | above).intersection(chosen))
+    by_units = "federation.units" in chosen and bool(BY_UNITS.intersection(chosen))
     units = UNITS.format(units=config.federation.units)
     return (units,) * by_units + _parts(config.data)
 

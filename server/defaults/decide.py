@@ -36,7 +36,10 @@ START_EPOCHS, START_RECORDS = 3, 400
 
 # chosen by what `federation.units` says
 BY_UNITS = frozenset(
-    ("training.expected_units", "training.head_expected_units", "training.sampling_rate")
+    (
+        *("training.expected_units", "training.head_expected_units", "training.sampling_rate"),
+        "federation.rounds",
+    )
 )
 
 
@@ -90,8 +93,8 @@ def _rounds(config: Config, facts: PublicFacts) -> Chosen:
 
     A head of the base's own can't be counted on to be one that trains by itself. Of a pair that is
     read as one text a frozen base says little, and a head that learnt by heart what it could is a
-    worse start than none. Above a start on public records LoRA has rounds where it is heard, or
-    where `moves` or `head_clip` is given, which is asking for them.
+    worse start than none. Under noise LoRA has rounds where it is heard, or where `moves` or
+    `head_clip` is given, which is asking for them.
     """
     dealing, head = config.federation, config.training.head_rounds
     asked = guarantee_asked(config.privacy)

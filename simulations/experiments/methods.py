@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedlora.common.config.schema import FLEXLORA, AggregationConfig, Config, FaultsConfig
-from fedlora.common.config.task_names import CLASSIFIED
+from fedlora.common.config.task_names import LABELLED, LANGUAGES
 from fedlora.common.config.toml import AUTO, UNDECIDED, suggestion
 from fedlora.common.errors import BadInput
 from fedlora.common.privacy.modes import guarantee_asked
@@ -48,7 +48,7 @@ def _lora(config: Config) -> Config:
 
 def _head_and_lora(config: Config) -> Config:
     """As given where both have rounds, else as the rules divide them; prompts have no head."""
-    if config.model.task == "causal-lm" or config.model.pooling == "default":
+    if config.model.task in LANGUAGES or config.model.pooling == "default":
         return _lora(config)
     both = 0 < config.training.head_rounds < config.federation.rounds
     return config if both else _asking_for_lora(_training(config, head_rounds=UNDECIDED))
@@ -57,8 +57,8 @@ def _head_and_lora(config: Config) -> Config:
 def _asking_for_lora(config: Config) -> Config:
     """Rules leave LoRA's rounds out where they expect nothing of them: not where it is asked."""
     privacy, training, rounds = config.privacy, config.training, config.federation.rounds
-    # a head phase is sure, and what begins from public records is of these tasks
-    headed = config.model.task in CLASSIFIED and (rounds == UNDECIDED or rounds * 3 // 5 > 0)
+    # a head phase is sure: a task of one's own may have none
+    headed = config.model.task in (*LABELLED, "regression") and (rounds == UNDECIDED or rounds * 3 // 5 > 0)
     noisy = guarantee_asked(privacy).private and not privacy.head_clip
     asking = headed and noisy and training.moves == AUTO
     return _training(config, moves="lora") if asking else config

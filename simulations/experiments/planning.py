@@ -15,7 +15,7 @@ from rich.table import Table as Printed
 
 from fedlora.client.training.memory import Memory
 from fedlora.client.training.timing import record_seconds
-from fedlora.common.config.schema import Config
+from fedlora.common.config.schema import Config, open_fields
 from fedlora.common.data.free_memory import shown
 from fedlora.common.manifest.counts import Cells
 from fedlora.common.manifest.manifest import Phase, RunManifest
@@ -87,6 +87,7 @@ class Plan:
     wire: str  # what an update is rounded to
     counts: str = ""  # what an evaluation's noise is beside its hold-outs
     start: Start = NO_START
+    unheard: bool = False  # whether rules left LoRA without rounds
 
     @property
     def minutes(self) -> float:
@@ -121,6 +122,11 @@ class Plan:
             )
         if self.counts:
             yield self.counts
+        if self.unheard:
+            yield (
+                "the head alone has all rounds and all of ε: LoRA's would cost more, by their"
+                ' noise, than they give ([training] moves = "lora" asks for them)'
+            )
         drowned = [each.phase.name for each in self.phases if (each.signal or inf) < FAINT]
         if drowned:
             yield (
@@ -164,6 +170,7 @@ def plan(
     with threads(options.threads), TemporaryDirectory() as folder:
         config = with_records(config, Path(folder), train, test)
         sources = sources_of(config, choice_for(config.data, Path(folder)))
+        left_open = "training.head_rounds" in open_fields(config)
         config = decided_for(config, sources)
         machine = machine_of(config, options)
         federation = federation_of(config, sources, Path(folder), machine)
@@ -192,6 +199,7 @@ def plan(
         wire=manifest.wire,
         counts=_counts(manifest, len(federation.clients)),
         start=_start(federation, speed),
+        unheard=left_open and all(phase.name == "head" for phase in manifest.phases),
     )
 
 

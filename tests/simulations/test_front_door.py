@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fedlora.simulations as front
+from fedlora.common.config.toml import UNDECIDED
 from fedlora.common.errors import BadInput
 from fedlora.simulations import Options, load_config, plan, sequential, simulate, sweep, verify
 from fedlora.simulations.begin import begin
@@ -99,6 +100,19 @@ def test_a_run_from_python(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     assert set(result.adapter.predict(["w1 good", "w2 bad"])) <= {"0", "1"}
     assert result.adapter is result.adapter
     assert result.summary["own"] == {} and not (result.folder / "own.json").exists()
+
+
+def test_a_plan_says_that_lora_has_no_rounds_where_rules_gave_it_none(
+    tiny_bert: Path, data: Path
+) -> None:
+    settings = config(tiny_bert, data, "record")
+    for moves, unheard in (("auto", True), ("lora", False)):
+        left_open = replace(settings.training, head_rounds=UNDECIDED, moves=moves)
+        found = plan(replace(settings, training=left_open), cpu())
+        assert ("asks for them" in str(found)) is unheard
+        assert ([each.phase.name for each in found.phases] == ["head"]) is unheard
+    given = replace(settings.training, head_rounds=settings.federation.rounds)
+    assert "asks for them" not in str(plan(replace(settings, training=given), cpu()))
 
 
 def test_a_configuration_that_no_file_could_say(

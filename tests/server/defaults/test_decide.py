@@ -20,7 +20,7 @@ from fedlora.server.runs.schedule import public_phases
 from fedlora.server.strategies.fedavg import ServerOptimizer
 from fedlora.server.strategies.strategy import ServerState
 
-FACTS = PublicFacts(units=10_000, classes=77)
+FACTS = PublicFacts(units=10_000, classes=20)
 
 
 def chosen(text: str = "", facts: PublicFacts = FACTS) -> Config:
@@ -71,8 +71,8 @@ def test_the_heads_rate_lets_noise_move_a_logit_by_so_much_at_most(
     units: int, epsilon: float
 ) -> None:
     config = chosen(f"[privacy]\nepsilon = {epsilon}", PublicFacts(units, 2))
-    (head, _), terms = public_phases(Terms.of(config)), config.server
-    share = config.privacy.head_epsilon_share
+    head, terms = public_phases(Terms.of(config))[0], config.server
+    share = 0.6 if units > 200 else 1.0  # of few units LoRA has nothing
     sigma = math.sqrt(head.rounds) / gaussian_mu(share * epsilon, 1e-5)
     noise = sigma * head.clip / head.expected_units / math.sqrt(10)
     rates = [terms.head_learning_rate * (1 - step / head.rounds) for step in range(head.rounds)]
@@ -132,6 +132,7 @@ def test_noise_moves_a_coordinate_of_lora_by_so_much_at_most(units: int) -> None
     """By the noise that is calibrated in the end, and not by the estimate that the rule uses."""
     for name in ("momentum", "auto"):
         text = f'[privacy]\nepsilon = 8.0\n[server]\noptimizer = "{name}"'
+        text += '\n[training]\nmoves = "lora"'
         config = chosen(text, PublicFacts(units, 2))
         terms = Terms.of(config)
         asked = Asked(terms.privacy, terms.aggregation, {}, None)
@@ -389,6 +390,34 @@ def test_above_a_start_lora_has_rounds_where_noise_leaves_a_signal(text: str, ro
     if lora and not any(each in text for each in ("none", "\nclip")):
         assert (config.privacy.clip, config.server.learning_rate) == (12.0, 5e-4)
         assert (bare.privacy.clip, bare.server.learning_rate) == (3.0, 2e-3)
+
+
+FEW = PublicFacts(10_000, 77)
+
+
+@pytest.mark.parametrize(
+    ("text", "facts", "rounds"),
+    [
+        ("", FEW, 30),
+        ("", PublicFacts(592, 3), 30),
+        ('[model]\ntask = "token-classification"', PublicFacts(400, 3), 30),
+        ("", PublicFacts(2_000, 4), 90),
+        ('[training]\nmoves = "lora"', FEW, 90),  # asked for
+        ("[privacy]\nhead_clip = 1.0", FEW, 90),
+        ("[federation]\nclients = 1", FEW, 90),  # its noise is a third of ten institutions'
+        (SHARED, FEW, 90),
+        ("[federation]\nrounds = 40", FEW, 40),
+        ('[privacy]\nmode = "none"', FEW, 90),
+        ('[privacy]\nmode = "client"\n[aggregation]\nsecure = true', FEW, 40),
+    ],
+)
+def test_of_few_units_a_class_the_head_alone_has_all_rounds(
+    text: str, facts: PublicFacts, rounds: int
+) -> None:
+    config = chosen(text, facts)
+    assert config.federation.rounds == rounds
+    alone = rounds == 30 or "rounds" in text
+    assert (config.training.head_rounds == rounds) == alone
 
 
 @pytest.mark.parametrize(

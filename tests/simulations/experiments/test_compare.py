@@ -45,13 +45,12 @@ def test_each_method_is_what_it_says() -> None:
     assert central.training.expected_units == 36 and not central.aggregation.secure
     prompts = load_config(model={"task": "causal-lm"}, data={"response": "r"})
     assert METHODS["head+lora"](prompts).training.head_rounds == 0
-    # of LoRA above a start, rounds are asked for; elsewhere nothing is said
+    # rounds of LoRA that rules may leave out are asked for, where a head comes before them
     bare, one = load_config(), load_config(federation={"rounds": 1})
-    others = [
-        replace(bare, model=replace(bare.model, task=task)) for task in ("seq2seq", "multi-label")
-    ]
-    assert METHODS["head+lora"](bare).training.moves == "lora"
-    assert {METHODS["ffa"](each).training.moves for each in (one, *others)} == {"auto"}
+    tasks = ("multi-label", "token-classification", "regression", "seq2seq")
+    *headed, words = (replace(bare, model=replace(bare.model, task=task)) for task in tasks)
+    found = [METHODS["ffa"](each).training.moves for each in (bare, *headed, one, words)]
+    assert found == ["lora"] * 4 + ["auto", "both"]
 
 
 def test_a_comparison_is_one_table_and_goes_on_where_it_was(
