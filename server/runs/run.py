@@ -123,7 +123,7 @@ def conclude(
     summary["evaluation"] = at_institutions(run.manifest, kept_counts(run.folder))
     meant = any(phase.name != "head" for phase in run.manifest.phases)  # that rounds move LoRA
     confusion = run.public.test.totals.get("confusion")
-    summary["warnings"] = doubts(confusion, progress.release, taught if meant else None)
+    summary["warnings"] = doubts(confusion, progress.release, taught, meant)
     summary |= {"clients": run.clients, "engine": run.engine, "config": run.config, **more()}
     write_summary(run.folder, summary)
     return summary

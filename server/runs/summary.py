@@ -65,14 +65,20 @@ def summary_of(
     }
 
 
+HEADS_ROUNDS = "all rounds were the head's"
+
+
 def doubts(
-    confusion: Counts | None, release: AdapterState, start: AdapterState | None = None
+    confusion: Counts | None,
+    release: AdapterState,
+    start: AdapterState | None = None,
+    meant: bool = True,
 ) -> list[str]:
     """What a reader of the figures should know first, in sentences; most often none.
 
     `confusion` (classes, classes) counts the test file's records, rows by their true class; None
-    where the task has no classes. `start` is what public records taught before the first round, in
-    a run whose rounds were to move LoRA further.
+    where the task has no classes. `start` is what public records taught before the first round;
+    `meant`: rounds were to move LoRA.
     """
     found = []
     if confusion is not None and confusion.sum():
@@ -86,16 +92,14 @@ def doubts(
                 " fewer classes would help."
             )
     lora = ~release.spec.head_mask()
-    if start is not None and lora.any() and (release.vector == start.vector)[lora].all():
+    if meant and start is not None and lora.any() and (release.vector == start.vector)[lora].all():
         found.append(
             "LoRA is as public records taught it: validation kept the head phase, or no round moved"
             " LoRA."
         )
     elif lora.any() and not release.moves_base:
-        found.append(
-            "LoRA changes nothing in what is released: validation kept the head alone, or no round"
-            " moved LoRA."
-        )
+        why = "validation kept the head alone, or no round moved LoRA" if meant else HEADS_ROUNDS
+        found.append(f"LoRA changes nothing in what is released: {why}.")
     return found
 
 

@@ -58,7 +58,8 @@ def _asking_for_lora(config: Config) -> Config:
     """Rules leave LoRA's rounds out where they expect nothing of them: not where it is asked."""
     privacy, training, rounds = config.privacy, config.training, config.federation.rounds
     # a head phase is sure: a task of one's own may have none
-    headed = config.model.task in (*LABELLED, "regression") and (rounds == UNDECIDED or rounds * 3 // 5 > 0)
+    task, some = config.model.task, rounds == UNDECIDED or rounds * 3 // 5 > 0
+    headed = some and task in (*LABELLED, "regression")
     noisy = guarantee_asked(privacy).private and not privacy.head_clip
     asking = headed and noisy and training.moves == AUTO
     return _training(config, moves="lora") if asking else config

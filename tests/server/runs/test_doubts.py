@@ -36,13 +36,16 @@ def test_an_adapter_that_did_not_move_is_said() -> None:
     named = MOVED.named() | {"q.lora_B.weight": np.zeros((2, 1), dtype=np.float32)}
     still = AdapterState.from_named(SPEC, named)
     (sentence,) = doubts(confusion(99), still)
-    assert sentence.startswith("LoRA changes nothing")
+    assert sentence.startswith("LoRA changes nothing") and "no round moved" in sentence
+    (sentence,) = doubts(confusion(99), still, meant=False)
+    assert sentence.endswith("all rounds were the head's.")
 
 
 def test_an_adapter_that_is_as_public_records_taught_it_is_said() -> None:
     """It is no zero, and no institution had a part in it."""
     head = MOVED.named() | {"head.weight": np.zeros((2, 2), dtype=np.float32)}
     (sentence,) = doubts(confusion(99), AdapterState.from_named(SPEC, head), MOVED)
+    assert doubts(confusion(99), AdapterState.from_named(SPEC, head), MOVED, meant=False) == []
     assert sentence.startswith("LoRA is as public records taught it")
     lora = MOVED.named() | {"q.lora_A.weight": np.zeros((1, 2), dtype=np.float32)}
     assert doubts(confusion(99), AdapterState.from_named(SPEC, lora), MOVED) == []
