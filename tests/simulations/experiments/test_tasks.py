@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from fedlora.common.config.task_names import LANGUAGES
 from fedlora.simulations import cli
 from tests.tasks import IDS, MADE, Made
 
@@ -51,7 +52,9 @@ def test_a_federation_of_each_task(
     (tmp_path / "lines.txt").write_text(made.line + "\n", encoding="utf-8")
     folder = str(tmp_path / "run")
     short = ("--set", "federation.rounds=3", "--threads", "1", "--device", "cpu")
-    run(monkeypatch, "run", str(config), "--out", folder, *short)
+    # of few units LoRA has rounds where it is asked
+    asked = () if made.task in LANGUAGES else ("--set", "training.moves=lora")
+    run(monkeypatch, "run", str(config), "--out", folder, *short, *asked)
     summary: dict[str, Any] = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["task"] == made.task and math.isfinite(summary[made.metric])
     assert 7.9 < summary["epsilon"] <= 8.0  # calibrated to it, whatever the loss
