@@ -32,6 +32,7 @@ from fedlora.common.disk.files import text_of
 from fedlora.common.disk.guarded import read_guarded
 from fedlora.common.errors import BadInput
 from fedlora.common.ledger.ledger import Budget
+from fedlora.common.ledger.subject import RECORD
 from fedlora.common.secagg.cohort import DEFAULT_COHORT, SMALLEST_COHORT
 from fedlora.common.trust.enrolment import NAME as INSTITUTION
 
@@ -288,6 +289,8 @@ def _unit_faults(data: Mapping[str, DataPolicy], where: str) -> list[str]:
     faults: list[str] = []
     first: dict[str, str] = {}
     for name, each in data.items():
+        if each.unit == RECORD:  # a ledger could not tell persons from records
+            faults.append(f"{where} [data.{name}] unit: expected a column of another name")
         known = first.setdefault(each.budget, name)
         if data[known].unit != each.unit:
             units = shown(each.unit or "record"), shown(data[known].unit or "record")

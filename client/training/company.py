@@ -19,12 +19,14 @@ from fedlora.client.training.sampling import Ints, MicroBatch
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.shapes import Shape, alike, padded, probes, shaped
 from fedlora.common.tasks.batch import Encoded
+from fedlora.common.tasks.task import RECORD
 
 # Of one width that are computed together, as far as a micro-batch's tokens go; and the most, where
 # they keep their bits. On a GPU the first are as many already.
 RECORDS = {"cpu": 4, "cuda": 512}
 MOST = {"cpu": 16, "cuda": 512}
 REPAID = 2  # records that a larger shape must save something for, for each that is tried
+ANSWERS = 64  # at which a loss is tried: a kernel that goes by place shows it at a few in a hundred
 VALUES = 1 << 26  # of gradients that larger shapes may hold
 # (n, …) of a batch's records: all that may not depend on what else is in it
 Rows = Callable[[Encoded, MicroBatch], Sequence[torch.Tensor]]
@@ -87,11 +89,25 @@ class Company:
             drawn = replace(shape, records=MOST[model.device.type])
             batch = MicroBatch(rows, rows, False, (shape.records, shape.tokens))
             with model.probed():
-                same, beside = (
-                    self._rows(each, batch) for each in probes(drawn, model.inputs, model.task)
-                )
-            self._seen[key] = _digest([each[0] for each in same]) if alike(same, beside) else b""
+                nobodys = probes(drawn, model.inputs, model.task)
+                same, beside = (self._rows(each, batch) for each in nobodys)
+            sure = alike(same, beside) and self._loss_is_alike(nobodys[0], batch)
+            self._seen[key] = _digest([each[0] for each in same]) if sure else b""
         return self._seen[key]
+
+    def _loss_is_alike(self, same: Encoded, batch: MicroBatch) -> bool:
+        """Whether a loss' gradient is one in every place, at many answers: a network gives one."""
+        model, task = self.model, self.model.task
+        if task.reads != RECORD:
+            return True
+        inputs = same.batch(batch.rows, model.pad, model.device, batch.shape)
+        drawn = np.random.default_rng(0).normal(0, 4, (ANSWERS, 1, task.outputs))
+        for answer in torch.from_numpy(drawn).to(model.device, torch.float32):
+            answers = answer.repeat(len(batch.rows), 1).requires_grad_()
+            (found,) = torch.autograd.grad(task.losses(answers, inputs).sum(), answers)
+            if not alike([found], [found]):
+                return False
+        return True
 
     def _kind(self, shape: Shape) -> tuple[object, ...]:
         return ("gradient", self.model.precision, self.model.attention, shape)

@@ -32,8 +32,8 @@ OPTIONAL = Pattern(LETTER + "{0,4096}", 'one line of text, or ""')
 # of a file or folder, or what may stand for one; an empty path would mean the current folder
 PATH = Pattern(rf"(?!\s){LETTER}{{1,4096}}(?<!\s)", "a path without white space at its ends")
 OPTIONAL_PATH = Pattern(f"({PATH.pattern})?", f'{PATH.what}, or ""')
-LAYER = Bounds(0, 10_000)
-ALL_LINEAR = "all-linear"  # of [lora] targets, as is AUTO
+UNIT = Pattern(rf"(?!record\Z){OPTIONAL.pattern}", 'a column that is not called "record", or ""')
+LAYER, ALL_LINEAR = Bounds(0, 10_000), "all-linear"  # of [lora] layers and targets, as is AUTO
 # strategies that compare updates: how many they need beyond twice the hostile ones
 ROBUST = {"median": 1, "trimmed-mean": 1, "multi-krum": 3, "norm-filter": 1}
 ADAPTIVE = ("adam", "yogi")  # server optimisers whose steps have a size of their own
@@ -156,7 +156,7 @@ class DataConfig:
     tokens: str = _text("")  # a column of lists of words; their tags, or spans of text, in tags
     tags: str = _text("")
     messages: str = _text("")  # causal-lm: a column of conversations
-    unit: str = _text("")  # the column that names the privacy unit; empty: the record
+    unit: str = _text("", UNIT)  # the column that names the privacy unit; empty: the record
 
 
 @dataclass(frozen=True)

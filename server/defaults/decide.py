@@ -1,8 +1,9 @@
 """What a configuration leaves open is chosen here, from public facts: each rule with its reason.
 
 A run has two phases. The head is trained alone, on the frozen base's features: few coordinates
-carry noise, and every unit is in every step. Then LoRA moves the base, from a head that passes
-gradients on. Validation keeps the better phase, and its best round (`server.rounds.loop`).
+carry noise, and every unit is in every step. Then, where it is heard above its noise, LoRA moves
+the base, from a head that passes gradients on. Validation keeps the better phase, and its best
+round (`server.rounds.loop`).
 
 `head_rules` and `lora_rules` are the phases' own.
 """

@@ -97,7 +97,11 @@ def test_a_budget_counts_one_kind_of_unit() -> None:
     ):
         parse_policy(TEXT + more)
     other = "[budgets.others]\nepsilon = 1.0\ndelta = 1e-5\n"
-    parse_policy(TEXT + other + more.replace('budget = "people"', 'budget = "others"'))
+    elsewhere = more.replace('budget = "people"', 'budget = "others"')
+    parse_policy(TEXT + other + elsewhere)
+    # what a ledger calls records: two policies of one ledger could count both in one budget
+    with pytest.raises(BadInput, match=r"data.more\] unit: expected a column of another name"):
+        parse_policy(TEXT + other + elsewhere.replace("patient_id", "record"))
 
 
 def test_the_cohort_is_five_where_nothing_is_said() -> None:

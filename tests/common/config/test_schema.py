@@ -74,6 +74,10 @@ BAD = {
             "run.toml [lora] seed: unknown key; did you mean seed, before the first section?",
         ],
     ),
+    "cfg-unit-record": (
+        '[data]\nunit = "record"',
+        ['run.toml [data] unit = "record": expected a column that is not called "record", or ""'],
+    ),
     "cfg-bool-as-int": (
         "[federation]\nrounds = true",
         ["run.toml [federation] rounds = true: expected an integer >= 1 and <= 100000"],
