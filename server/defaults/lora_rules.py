@@ -36,7 +36,7 @@ ABOVE_START_CLIP, ABOVE_START_STEP = 12.0, 5e-4
 # What noise may be of a coordinate of the mean gradient then: LoRA gained with 3.8e-3.
 ABOVE_START_NOISE = 5e-3
 # Units a class that one institution would need for as little noise. With 32, 40 and 88 LoRA's
-# rounds cost a head more ε than they gave, and 16 to 64 times its time; with 140 they gained.
+# rounds cost a head more ε than they gave, and 15 to 64 times its time; with 140 they gained.
 FEW_UNITS = 100
 WHOLE_CLIP = 0.1  # of an institution's whole update, which all of them exceed
 # Units that LoRA's rounds draw in all: what a machine without a GPU does in minutes. Few units are
