@@ -17,16 +17,14 @@ import torch
 
 from fedlora.client.training.sampling import Ints, MicroBatch
 from fedlora.common.model.network import AdapterModel
-from fedlora.common.model.shapes import Shape, alike, padded, probes, shaped
+from fedlora.common.model.shapes import Shape, padded, shaped
 from fedlora.common.tasks.batch import Encoded
-from fedlora.common.tasks.task import RECORD
 
 # Of one width that are computed together, as far as a micro-batch's tokens go; and the most, where
 # they keep their bits. On a GPU the first are as many already.
 RECORDS = {"cpu": 4, "cuda": 512}
 MOST = {"cpu": 16, "cuda": 512}
 REPAID = 2  # records that a larger shape must save something for, for each that is tried
-ANSWERS = 64  # at which a loss is tried: a kernel that goes by place shows it at a few in a hundred
 VALUES = 1 << 26  # of gradients that larger shapes may hold
 # (n, …) of a batch's records: all that may not depend on what else is in it
 Rows = Callable[[Encoded, MicroBatch], Sequence[torch.Tensor]]
@@ -66,7 +64,7 @@ class Company:
 
     def records(self, shape: Shape) -> int:
         """The shape's records together, where each then gets the same bits in any place."""
-        if self.alone or self.model.shapes.routed or shape.records <= 1:
+        if self.alone or self.model.shapes.apart or shape.records <= 1:
             return 1
         return shape.records if self._given(shape) else 1
 
@@ -84,30 +82,13 @@ class Company:
         """What one record gives in every place and beside others; b"" where it is not one thing."""
         key = (self._kind(shape), torch.get_num_threads())
         if key not in self._seen:
-            model, rows = self.model, np.arange(shape.records)
-            # drawn for the largest, so that it is the same record in each
-            drawn = replace(shape, records=MOST[model.device.type])
+            rows = np.arange(shape.records)
             batch = MicroBatch(rows, rows, False, (shape.records, shape.tokens))
-            with model.probed():
-                nobodys = probes(drawn, model.inputs, model.task)
-                same, beside = (self._rows(each, batch) for each in nobodys)
-            sure = alike(same, beside) and self._loss_is_alike(nobodys[0], batch)
-            self._seen[key] = _digest([each[0] for each in same]) if sure else b""
+            # drawn for the largest, so that it is the same record in each
+            most = MOST[self.model.device.type]
+            one = self.model.tried(shape, lambda nobodys: self._rows(nobodys, batch), most)
+            self._seen[key] = b"" if one is None else _digest(one)
         return self._seen[key]
-
-    def _loss_is_alike(self, same: Encoded, batch: MicroBatch) -> bool:
-        """Whether a loss' gradient is one in every place, at many answers: a network gives one."""
-        model, task = self.model, self.model.task
-        if task.reads != RECORD:
-            return True
-        inputs = same.batch(batch.rows, model.pad, model.device, batch.shape)
-        drawn = np.random.default_rng(0).normal(0, 4, (ANSWERS, 1, task.outputs))
-        for answer in torch.from_numpy(drawn).to(model.device, torch.float32):
-            answers = answer.repeat(len(batch.rows), 1).requires_grad_()
-            (found,) = torch.autograd.grad(task.losses(answers, inputs).sum(), answers)
-            if not alike([found], [found]):
-                return False
-        return True
 
     def _kind(self, shape: Shape) -> tuple[object, ...]:
         return ("gradient", self.model.precision, self.model.attention, shape)

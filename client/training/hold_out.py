@@ -27,12 +27,13 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.counts import LOSS, Cells
 from fedlora.common.manifest.manifest import Groups, RunManifest
+from fedlora.common.model.elementwise import by_record
 from fedlora.common.model.features import FEATURE_TOKENS
 from fedlora.common.model.network import AdapterModel
-from fedlora.common.model.shapes import Shape, alike, padded, probes, shaped
+from fedlora.common.model.shapes import Shape, padded, shaped
 from fedlora.common.privacy.modes import guarantee_of
 from fedlora.common.privacy.randomness import Random, gaussian
-from fedlora.common.tasks.batch import Batch
+from fedlora.common.tasks.batch import Batch, Encoded
 
 PURPOSE = "fedlora-hold-out-1"
 NO_UNITS = UnitIndex(np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64))
@@ -126,24 +127,21 @@ def _places(model: AdapterModel, held: ClientData, rows: Ints, cells: Cells) -> 
 
 def _answers(model: AdapterModel, batch: Batch, scored: bool) -> list[torch.Tensor]:
     """(records,) losses of a batch, and (records, classes) scores where they are counted."""
-    if not scored:
-        return [model.losses(batch)]
-    scores = model.logits(batch)
-    return [model.task.losses(scores, batch), scores]
+    with by_record(len(batch.ids), model.device):
+        if not scored:
+            return [model.losses(batch)]
+        scores = model.logits(batch)
+        return [model.task.losses(scores, batch), scores]
 
 
 def _records(model: AdapterModel, scored: bool, tokens: int, full: bool, _: int) -> int:
     """Records of a batch, by their length: more than one where no place or company counts."""
     shape = Shape(FEATURE_TOKENS[model.device.type] // tokens, tokens, full)
 
-    def try_it() -> bool:
+    def give(nobodys: Encoded) -> list[torch.Tensor]:
         every = np.arange(shape.records, dtype=np.int64)
-        with model.probed():
-            same, beside = (
-                _answers(model, each.batch(every, model.pad, model.device, batch), scored)
-                for each in probes(shape, model.inputs, model.task)
-            )
-        return alike(same, beside)
+        size = (shape.records, shape.tokens)
+        return _answers(model, nobodys.batch(every, model.pad, model.device, size), scored)
 
-    batch, kind = (shape.records, shape.tokens), ("counted", model.precision, model.attention)
-    return model.shapes.records((*kind, scored, shape), shape.records, try_it)
+    kind = ("counted", model.precision, model.attention, scored, shape)
+    return model.shapes.records(kind, shape.records, lambda: model.tried(shape, give) is not None)

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,7 @@ from fedlora.client.training.hooks import RecordHooks, close, unused
 from fedlora.client.training.sampling import MicroBatch, micro_batches, private_batches
 from fedlora.common.data.records import UnitIndex
 from fedlora.common.errors import BadInput
+from fedlora.common.model.elementwise import by_record
 from fedlora.common.model.network import AdapterModel
 from fedlora.common.model.shapes import Shape, probes
 from fedlora.common.model.state import AdapterSpec
@@ -168,7 +171,8 @@ class PerSampleGradients:
         if self.model.task.reads not in (RECORD, WORD):
             return []
         inputs = data.batch(batch.rows, self.model.pad, self.model.device, batch.shape)
-        return [self.model.logits(inputs)[: len(batch.rows)]]
+        with self._by_record(batch):
+            return [self.model.logits(inputs)[: len(batch.rows)]]
 
     def _ones(self, data: Encoded, batch: MicroBatch) -> list[torch.Tensor]:
         """The same without hooks: as many passes as there are records."""
@@ -218,16 +222,20 @@ class PerSampleGradients:
         inputs = data.batch(batch.rows, self.model.pad, self.model.device, batch.shape)
         self._hooks.records = len(inputs.ids)
         try:
-            total = self.model.losses(inputs).sum()
-            with warnings.catch_warnings():
+            with self._by_record(batch), warnings.catch_warnings():
                 # Opacus registers full backward hooks on modules whose inputs are frozen: expected
                 # with LoRA
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                total = self.model.losses(inputs).sum()
                 if total.requires_grad:  # else no trained layer saw anything of it
                     total.backward()  # type: ignore[no-untyped-call]
         except BaseException:
             self._forget()
             raise
+
+    def _by_record(self, batch: MicroBatch) -> AbstractContextManager[Any]:
+        """Kernels that go by place have a record of a fixed shape alone."""
+        return by_record(0 if batch.shape is None else batch.shape[0], self.model.device)
 
     def _forget(self) -> None:
         """A pass cut off, for lack of memory say, leaves in the hooks what spoils later ones."""

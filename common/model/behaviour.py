@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from fedlora.common.errors import BadInput
+from fedlora.common.model.elementwise import rounds_by_place
 
 RECORDS, TOKENS = 3, 7  # of what is tried: short texts, and neither is a usual width
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids and mask to logits
@@ -72,12 +73,13 @@ def is_routed(
 
     Experts are: a word's product is computed together with whatever words chose the same expert.
     """
-    traces = []
-    for ids, mask in (one, other):
-        with torch.no_grad(), _Trace() as trace:
-            forward(ids, mask)
-        traces.append(trace.found)
-    return traces[0] != traces[1] or any("grouped_mm" in name for name, *_ in traces[0])
+    first, second = _trace(forward, *one).found, _trace(forward, *other).found
+    return first != second or any("grouped_mm" in name for name, *_ in first)
+
+
+def has_words_first(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether a function that rounds by place gets the records' words by turns, as in XLNet."""
+    return (ids.shape[1], ids.shape[0]) in _trace(forward, ids, mask).by_place
 
 
 def called(base: PreTrainedModel, given: Mapping[str, torch.Tensor]) -> frozenset[str]:
@@ -123,8 +125,18 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[tuple[Any, ...]] = []
+        self.by_place: set[tuple[int, ...]] = set()  # first two sizes of what may round so
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         shapes = [tuple(each.shape) for each in args if isinstance(each, torch.Tensor)]
         self.found.append((str(func), *shapes))
+        if rounds_by_place(func, args, kwargs or {}):
+            self.by_place.update(shape[:2] for shape in shapes if len(shape) > 2)
         return func(*args, **(kwargs or {}))
+
+
+def _trace(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> _Trace:
+    trace = _Trace()
+    with torch.no_grad(), trace:
+        forward(ids, mask)
+    return trace

@@ -21,9 +21,10 @@ import torch
 from fedlora.common.data.free_memory import shown
 from fedlora.common.data.records import UnitIndex
 from fedlora.common.errors import BadInput
+from fedlora.common.model.elementwise import Watch, by_record
 from fedlora.common.model.machine import available
 from fedlora.common.model.network import AdapterModel
-from fedlora.common.model.shapes import Shape, alike, padded, probes, shaped
+from fedlora.common.model.shapes import Shape, alike, padded, shaped
 from fedlora.common.model.state import AdapterState
 from fedlora.common.tasks.batch import IGNORED, Batch, Encoded
 
@@ -171,7 +172,7 @@ def _check_room(rows: int, width: int, device: torch.device) -> None:
 def _seen(model: AdapterModel, data: Encoded, rows: Rows, shape: Shape) -> torch.Tensor:
     """(scored, width): of a pass, what a head answers."""
     batch = _batch(model, data, rows, shape)
-    found = model.pooled(batch)
+    found = _given(model, batch)
     return found[batch.targets != IGNORED] if data.by_token else found[: len(rows)]
 
 
@@ -183,18 +184,21 @@ def _records(model: AdapterModel, tokens: int, full: bool, _: int) -> int:
     """Records of a forward pass, by their length."""
     shape = Shape(FEATURE_TOKENS[model.device.type] // tokens, tokens, full)
 
-    def try_it() -> bool:
+    def give(nobodys: Encoded) -> list[torch.Tensor]:
         every = np.arange(shape.records, dtype=np.int64)
-        with model.probed():
-            same, beside = (
-                model.pooled(_batch(model, probe, every, shape))
-                for probe in probes(shape, model.inputs, model.task)
-            )
-        return alike([same], [beside])
+        return [_given(model, _batch(model, nobodys, every, shape))]
 
     return model.shapes.records(
-        ("pooled", model.precision, model.attention, shape), shape.records, try_it
+        ("pooled", model.precision, model.attention, shape),
+        shape.records,
+        lambda: model.tried(shape, give) is not None,
     )
+
+
+def _given(model: AdapterModel, batch: Batch) -> torch.Tensor:
+    """What the model pools of a batch, no record beside another in a kernel that goes by place."""
+    with by_record(len(batch.ids), model.device):
+        return model.pooled(batch)
 
 
 def _projected(model: AdapterModel, pooled: torch.Tensor) -> torch.Tensor:
@@ -204,7 +208,11 @@ def _projected(model: AdapterModel, pooled: torch.Tensor) -> torch.Tensor:
 
     def block(part: torch.Tensor, rows: int) -> torch.Tensor:
         filled = torch.cat([part, part[:1].expand(rows - len(part), -1)])
-        return model.features(filled)[: len(part)]
+        return project(filled)[: len(part)]
+
+    def project(filled: torch.Tensor) -> torch.Tensor:
+        with by_record(len(filled), model.device):
+            return model.features(filled)
 
     def try_it() -> bool:
         rows = (
@@ -214,8 +222,8 @@ def _projected(model: AdapterModel, pooled: torch.Tensor) -> torch.Tensor:
         )
         beside = torch.from_numpy(rows).to(pooled.device)
         same = beside[:1].expand(FEATURE_ROWS, -1).contiguous()
-        with model.probed():
-            return alike([model.features(same)], [model.features(beside)])
+        with model.probed(), Watch(FEATURE_ROWS) as watch:
+            return alike([project(same)], [project(beside)]) and not watch.beside
 
     kind = ("projected", model.projection.shapes)
     rows = model.shapes.records(kind, FEATURE_ROWS, try_it)

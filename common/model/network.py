@@ -7,8 +7,9 @@ construction: all three come from `AdapterModel.parameters`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ from fedlora.common.errors import BadInput
 from fedlora.common.model.architectures import register_architecture
 from fedlora.common.model.assembly import PEFT_ADAPTER, assembled, initialise, trainable
 from fedlora.common.model.base import base_stamp, check_base, check_digest, resolve_base
-from fedlora.common.model.behaviour import check_causal, check_still, is_routed
+from fedlora.common.model.behaviour import check_causal, check_still, has_words_first, is_routed
 from fedlora.common.model.dropout import switch_dropout_off
+from fedlora.common.model.elementwise import Watch
 from fedlora.common.model.inputs import load_reader
 from fedlora.common.model.loading import offered_attentions
 from fedlora.common.model.machine import check_room
@@ -33,7 +35,7 @@ from fedlora.common.model.probe import probe
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.quantised import quantise, quantised_as
 from fedlora.common.model.recompute import recompute
-from fedlora.common.model.shapes import Shapes
+from fedlora.common.model.shapes import Shape, Shapes, alike, probes
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.model.stored import Place, stored_as
 from fedlora.common.tasks.batch import Batch, Encoded, Totals
@@ -109,6 +111,19 @@ class AdapterModel:
             self.load(before)
             if projection is not None:
                 self.projection = projection
+
+    def tried(
+        self, shape: Shape, give: Callable[[Encoded], Sequence[torch.Tensor]], drawn: int = 0
+    ) -> list[torch.Tensor] | None:
+        """What a record of nobody's gives in every place of `shape`, and beside others.
+
+        None where it is not one thing, or might not be for other values. The first record is the
+        same for shapes of which as many are `drawn`.
+        """
+        nobodys = replace(shape, records=drawn or shape.records)
+        with self.probed(), Watch(shape.records) as watch:
+            same, beside = map(give, probes(nobodys, self.inputs, self.task))
+        return [each[0] for each in same] if alike(same, beside) and not watch.beside else None
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(n, classes) or (n, length, vocabulary), under this model's precision."""
@@ -290,6 +305,7 @@ def _try(model: AdapterModel) -> None:
             second = torch.arange(ids.shape[1], device=ids.device) > ids.shape[1] // 3
             check_causal(forward, ids, mask + (mask * second))
         model.shapes.routed = is_routed(forward, one, other)
+        model.shapes.words_first = has_words_first(forward, *one)
         model.probe_seconds = probe(model, forward)
 
 

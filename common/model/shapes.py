@@ -54,16 +54,23 @@ class Shapes:
     """Which kinds of work give a row the same bits wherever, and beside whatever, it stands.
 
     None does where `routed`: products that words share as they choose experts have no shape of
-    their own, and one try says nothing of the next.
+    their own, and one try says nothing of the next. Nor where `words_first`: then what rounds by
+    place can't be given one record at a time (`common.model.elementwise`).
     """
 
     routed: bool = False
+    words_first: bool = False
     _alike: dict[object, bool] = field(default_factory=dict)
     _asked: dict[object, int] = field(default_factory=dict)
 
+    @property
+    def apart(self) -> bool:
+        """Whether no two records go together."""
+        return self.routed or self.words_first
+
     def records(self, kind: object, wanted: int, alike: Callable[[], bool]) -> int:
         """`wanted`, or 1 where `alike`, tried once a `kind`, says rows differ by place."""
-        if wanted <= 1 or self.routed:
+        if wanted <= 1 or self.apart:
             return 1
         key = (kind, torch.get_num_threads())  # a product is cut up among threads
         if key not in self._alike:
@@ -76,7 +83,7 @@ class Shapes:
         Not before as many records have asked as a try costs: what is seldom wanted is not tried.
         """
         key = (kind, torch.get_num_threads())
-        if self.routed:
+        if self.apart:
             return False
         if key not in self._alike:
             self._asked[key] = self._asked.get(key, 0) + asking

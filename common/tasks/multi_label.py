@@ -18,10 +18,6 @@ from fedlora.common.tasks.scores import f1_of, table_of
 from fedlora.common.tasks.task import Named
 from fedlora.common.tasks.texts import TextTask, text_columns
 
-# Numbers that a kernel takes at a stride, at most, and that one thread takes by itself, at least.
-# What is left over, of all of them or of a thread's part, goes through code that rounds otherwise:
-# a record's gradient would depend on its place, and two that cancel would not (`losses`).
-LANES, ALONE = 64, 1 << 14
 LABELS = "labels"  # of `Records.parts`: places in the label set, a tuple for each record
 
 
@@ -58,18 +54,13 @@ class MultiLabel(TextTask):
     def losses(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
         """(n,) of `outputs` (n, labels), float32, or float64 where they are.
 
-        To the last bit, a record's and its gradient are its own, whatever stands beside it.
+        Yes and no are two classes, since a softmax goes by rows: to the last bit, a record's loss
+        and gradient are its own, which an elementwise logarithm's are not (`model.elementwise`).
         """
-        labels = outputs.shape[1]
-        filled = functional.pad(precise(outputs), (0, -labels % LANES))
-        targets = functional.pad(batch.targets.to(filled.dtype), (0, -labels % LANES))
-        rows = max(1, ALONE // max(1, filled.shape[1]))
-        parts = zip(torch.split(filled, rows), torch.split(targets, rows), strict=True)
-        each = [
-            functional.binary_cross_entropy_with_logits(part, true, reduction="none")
-            for part, true in parts
-        ]
-        return torch.cat(each)[:, :labels].mean(dim=1)
+        yes = precise(outputs)
+        log = functional.log_softmax(torch.stack([yes, torch.zeros_like(yes)], dim=2), dim=2)
+        true = batch.targets.to(yes.dtype)
+        return -(true * log[:, :, 0] + (1 - true) * log[:, :, 1]).mean(dim=1)
 
     def measure(self, outputs: torch.Tensor, batch: Batch) -> Totals:
         """Of `outputs` (n, labels): true, given and rightly given labels, records all right."""
