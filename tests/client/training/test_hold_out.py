@@ -27,6 +27,7 @@ from fedlora.common.errors import BadInput, Refused
 from fedlora.common.ledger.ledger import Ledger
 from fedlora.common.manifest.counts import EDGES, Cells
 from fedlora.common.manifest.manifest import EvaluationTerms, Groups, RunManifest
+from fedlora.common.model import network
 from fedlora.common.model.network import AdapterModel, build_model
 from fedlora.common.model.shapes import Shapes
 from fedlora.common.privacy.randomness import OsRandom
@@ -235,7 +236,7 @@ def test_where_a_place_in_a_batch_counts_records_go_alone(
         return answers(model, batch, scored)
 
     monkeypatch.setattr(hold_out, "_answers", noted)
-    monkeypatch.setattr(hold_out, "alike", lambda same, beside: False)
+    monkeypatch.setattr(network, "alike", lambda same, beside: False)
     monkeypatch.setattr(model, "shapes", Shapes())
     found = counted(model, held, Cells.of(RUN))
     assert found == pytest.approx(expected) and rows.count(1) == 9
