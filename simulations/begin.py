@@ -111,7 +111,8 @@ def _prepared(
 
     def features(more: int) -> None:
         done.append(more)
-        on_features(sum(done), federation.feature_records)
+        # a start on public records looks at some of them by itself
+        on_features(sum(done), max(sum(done), federation.feature_records))
 
     machine = machine_of(config, options, features)
     folder, data = paths.folder, config.data

@@ -85,7 +85,14 @@ def test_public_records_teach_lora_and_head_before_any_round(
 def test_a_projection_is_fitted_on_the_base_that_public_records_turned(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
-    run = begin(settings(tiny_bert, data, 12, *BELOW), tmp_path / "run", cpu())
+    passed: list[tuple[int, int]] = []
+    run = begin(
+        settings(tiny_bert, data, 12, *BELOW),
+        tmp_path / "run",
+        cpu(),
+        on_features=lambda *counts: passed.append(counts),
+    )
+    assert passed and all(done <= records for done, records in passed)
     public, model, start = run.public, run.public.model, run.checkpoint.load().state
     below_head = ~start.spec.head_mask()
     losses = [public.validation.evaluate(each)["loss"] for each in (public.initial, start)]
