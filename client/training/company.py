@@ -1,9 +1,10 @@
 """Which records of a private step go through the model together: those that do not notice it.
 
 A record's own shape is that of `RECORDS` others as wide (`common.model.shapes`), and gives what a
-clip bounds. Whether it gives the same bits in a larger shape, of more records as wide, is tried on
-records of nobody's, with values of nobody's; where it doesn't, its own shape it is. Widths do not
-mix: no try says what padding adds under a coordinator's values (`common.model.shapes`).
+clip bounds. Whether it gives the same bits in another shape, of more records as wide or of just as
+many as there are, is tried on records of nobody's, with values of nobody's; where it doesn't, its
+own shape it is, filled up. Widths do not mix: no try says what padding adds under a coordinator's
+values (`common.model.shapes`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedlora.common.tasks.batch import Encoded
 # they keep their bits. On a GPU the first are as many already.
 RECORDS = {"cpu": 4, "cuda": 512}
 MOST = {"cpu": 16, "cuda": 512}
-REPAID = 2  # records that a larger shape must save something for, for each that is tried
+REPAID = 2  # records that another shape must save something for, for each that is tried
 VALUES = 1 << 26  # of gradients that larger shapes may hold
 # (n, …) of a batch's records: all that may not depend on what else is in it
 Rows = Callable[[Encoded, MicroBatch], Sequence[torch.Tensor]]
@@ -57,8 +58,11 @@ class Company:
             own = Shape(fewest, length, full)
             if self.records(own) < fewest:
                 return 1
-            fitting = (size for size in larger[::-1] if left > size - fewest)
-            return next((size for size in fitting if self._keeps(own, size)), fewest)
+            fitting = [size for size in larger[::-1] if left > size - fewest]
+            if device == "cpu":  # a GPU's batch costs its launches, hardly what it holds
+                fitting.insert(0, _even(left, (fewest, *larger)[-1]))
+            chosen = (size for size in fitting if size == fewest or self._keeps(own, size))
+            return next(chosen, fewest)
 
         return shaped(lengths, padded(lengths, self.model.longest, device), records)
 
@@ -70,12 +74,13 @@ class Company:
 
     def _keeps(self, own: Shape, size: int) -> bool:
         """Whether a record gives among `size` what it gives in its own shape."""
-        larger = replace(own, records=size)
+        other = replace(own, records=size)
+        saved = own.records - (size if size < own.records else 0)  # by fewer batches, or rows
         return self.model.shapes.keeps(
-            (own.records, self._kind(larger)),
-            own.records,
+            (own.records, self._kind(other)),
+            saved,
             REPAID * 2 * size,
-            lambda: self._given(larger) == self._given(own),
+            lambda: self._given(other) == self._given(own),
         )
 
     def _given(self, shape: Shape) -> bytes:
@@ -92,6 +97,12 @@ class Company:
 
     def _kind(self, shape: Shape) -> tuple[object, ...]:
         return ("gradient", self.model.precision, self.model.attention, shape)
+
+
+def _even(left: int, most: int) -> int:
+    """Records of the next batch, where `left` go into as few as can be, about as many in each."""
+    batches = -(-left // most)
+    return -(-left // batches)
 
 
 def _digest(outputs: Sequence[torch.Tensor]) -> bytes:

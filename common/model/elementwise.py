@@ -7,7 +7,9 @@ of chance, and a try that draws values sees it at some of them only. So it is no
 `Watch` sees in a try whether one was given several together all the same.
 
 Arithmetic that IEEE 754 rounds is exact. Sums, products, norms and softmax go by rows, and add up
-differently by place for nearly all values or for none: those a try does see.
+differently by place for nearly all values or for none: those a try does see. A head's product has
+one row a record, and one row or two of them have kernels of their own: it is filled up to `ROWS`,
+so that a record gets the same bits among however many.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,11 +45,14 @@ UNTAGGED = {
     "smooth_l1_loss_backward", "softplus_backward",
 }
 # fmt: on
+ROWS = 16  # of a product with one row a record, at the least
 
 
 def by_record(records: int, device: torch.device) -> AbstractContextManager[Any]:
-    """As long as this lasts, forward and backward, no kernel has two of a batch's `records`."""
-    if records <= 1 or device.type != "cpu":
+    """As long as this lasts, forward and backward, no elementwise kernel has two of a batch's
+    `records`, and no product of one row each has few rows. 0 records: not of a fixed shape.
+    """
+    if records < 1 or device.type != "cpu":
         return nullcontext()  # a GPU's kernels compute what is left over as they do the rest
     return _ByRecord(records)
 
@@ -72,14 +78,20 @@ class _ByRecord(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        given = kwargs or {}
-        place = self._place(args, given) if getattr(func, "__name__", "") in APART else None
+        given, name = kwargs or {}, getattr(func, "__name__", "")
+        if name == "linear" and args and self._has_a_row_each(args[0]):
+            filled = functional.pad(args[0], (0, 0, 0, ROWS - self._records))
+            return func(filled, *args[1:], **given)[: self._records]
+        place = self._place(args, given) if name in APART else None
         if place is None:
             return func(*args, **given)
         before, whole, after = args[:place], args[place], args[place + 1 :]
         # one row each, so that no part looks like several records
         parts = whole.unflatten(0, (self._records, -1)).split(1)
         return torch.cat([func(*before, part, *after, **given) for part in parts]).flatten(0, 1)
+
+    def _has_a_row_each(self, value: Any) -> bool:
+        return _has_values(value) and value.ndim == 2 and len(value) == self._records < ROWS
 
     def _place(self, args: tuple[Any, ...], given: dict[str, Any]) -> int | None:
         """Of the one tensor among what is given, where it can be split."""

@@ -125,6 +125,24 @@ def test_a_function_by_records_is_the_function() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_heads_product_does_not_tell_how_many_records_there_are(dtype: torch.dtype) -> None:
+    """One row is no matrix, and two have a kernel of their own: other bits."""
+    rng = np.random.default_rng(3)
+    weight, bias = (torch.tensor(rng.normal(0, 1, n), dtype=dtype) for n in ((7, 384), (7,)))
+    row = torch.tensor(rng.normal(0, 1, (1, 384)), dtype=dtype)
+
+    found = set()
+    for records in range(1, 17):
+        rows = row.repeat(records, 1).requires_grad_()
+        with by_record(records, CPU):
+            scores = functional.linear(rows, weight, bias)
+            (back,) = torch.autograd.grad(scores, rows, scores.detach())
+        assert scores.shape == (records, 7) and back.shape == rows.shape
+        found |= {each.double().numpy().tobytes() for each in (*scores.detach(), *back)}
+    assert len(found) == 2, "scores, and the way back"
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> PerSampleGradients:
     """A Llama so wide inside that its activations are cut among threads."""
