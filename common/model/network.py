@@ -35,7 +35,7 @@ from fedlora.common.model.probe import probe
 from fedlora.common.model.projection import Projection
 from fedlora.common.model.quantised import quantise, quantised_as
 from fedlora.common.model.recompute import recompute
-from fedlora.common.model.shapes import Shape, Shapes, alike, probes
+from fedlora.common.model.shapes import Shape, Shapes, alike, probes, tries
 from fedlora.common.model.state import AdapterSpec, AdapterState, TensorSpec
 from fedlora.common.model.stored import Place, stored_as
 from fedlora.common.tasks.batch import Batch, Encoded, Totals
@@ -95,12 +95,13 @@ class AdapterModel:
         return AdapterState.from_named(self.spec, named)
 
     @contextmanager
-    def probed(self) -> Iterator[None]:
+    def probed(self, seed: int = 0) -> Iterator[None]:
         """Values of our own for as long as this lasts.
 
-        A coordinator's could hide how the network rounds.
+        A coordinator's could hide how the network rounds. Every other seed's are large.
         """
-        before, values = self.state(), np.random.default_rng(0).normal(0, 0.05, self.spec.size)
+        before, scale = self.state(), 0.5 if seed % 2 else 0.05
+        values = np.random.default_rng(seed).normal(0, scale, self.spec.size)
         projection = self.projection
         self.load(AdapterState(self.spec, values.astype(np.float32)))
         if projection is not None:
@@ -117,13 +118,16 @@ class AdapterModel:
     ) -> list[torch.Tensor] | None:
         """What a record of nobody's gives in every place of `shape`, and beside others.
 
-        None where it is not one thing, or might not be for other values. The first record is the
-        same for shapes of which as many are `drawn`.
+        None where it is not one thing, or might not be for other values. The first record of a try
+        is the same for shapes of which as many are `drawn`.
         """
         nobodys = replace(shape, records=drawn or shape.records)
-        with self.probed(), Watch(shape.records) as watch:
-            same, beside = map(give, probes(nobodys, self.inputs, self.task))
-        return [each[0] for each in same] if alike(same, beside) and not watch.beside else None
+        for seed in range(tries(shape, self.precision, self.spec.size)):
+            with self.probed(seed), Watch(shape.records) as watch:
+                same, beside = map(give, probes(nobodys, self.inputs, self.task, seed))
+            if watch.beside or not alike(same, beside):
+                return None
+        return [each[0] for each in same]
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(n, classes) or (n, length, vocabulary), under this model's precision."""

@@ -35,6 +35,8 @@ from fedlora.common.tasks.task import Task
 
 # Tokens. On a GPU a batch costs its launches, hardly what it holds: few are best.
 BUCKETS = {"cpu": 8, "cuda": 32}
+# What tries in a lower precision look at: tokens of one place, of all; and an adapter's values.
+SEEN, TRIED, DRAWN = 512, 1 << 14, 1 << 26
 Ints = npt.NDArray[np.int64]
 # of the next batch, by its tokens, whether they are all the records' own, and how many are left
 Records = Callable[[int, bool, int], int]
@@ -114,12 +116,26 @@ def shaped(lengths: Ints, padded: Ints, records: Records) -> Iterator[tuple[Ints
             places = places[shape.records :]
 
 
-def probes(shape: Shape, inputs: Inputs, task: Task) -> tuple[Encoded, Encoded]:
+def tries(shape: Shape, precision: torch.dtype, values: int) -> int:
+    """How often it takes to see whether rows of that shape differ.
+
+    float32 shows nearly every sum that is added up in another order. What is rounded to fewer bits
+    shows one in ten thousand or so, and a short record perhaps none: `SEEN` tokens of each place
+    are looked at there, and no more than `TRIED` in all. Large adapters, of so many `values`, have
+    large bases, of which one record shows more.
+    """
+    if precision == torch.float32:
+        return 1
+    most = min(TRIED // (shape.records * shape.tokens), DRAWN // max(1, values))
+    return max(1, min(-(-SEEN // shape.tokens), most))
+
+
+def probes(shape: Shape, inputs: Inputs, task: Task, seed: int = 0) -> tuple[Encoded, Encoded]:
     """One record of nobody's in every row.
 
     And once more in the first, beside others, of other lengths where it is padded.
     """
-    rng, most = np.random.default_rng(0), shape.tokens - (not shape.full)
+    rng, most = np.random.default_rng(seed), shape.tokens - (not shape.full)
     lengths = (
         np.full(shape.records, most) if shape.full else rng.integers(1, most + 1, shape.records)
     )

@@ -15,7 +15,7 @@ from fedlora.client.training.step import ClipGroups, PerSampleGradients
 from fedlora.common.config.schema import LoraConfig, ModelConfig
 from fedlora.common.data.records import unit_groups
 from fedlora.common.model.network import AdapterModel, build_model
-from fedlora.common.model.shapes import Shape, Shapes, padded
+from fedlora.common.model.shapes import Shape, Shapes, padded, tries
 from fedlora.common.model.state import AdapterState
 from fedlora.common.tasks.batch import Encoded
 from fedlora.common.tasks.classification import SequenceClassification
@@ -104,6 +104,35 @@ def test_batches_that_move_a_record_are_not_made(
     sizes = {shape.records for _, shape in settled(company_of(fresh, given))}
     assert sizes <= harmless
     assert sizes != {RECORDS["cpu"]} or harmless == sizes
+
+
+def test_where_products_round_differences_away_no_shape_but_its_own_is_trusted(
+    fresh: AdapterModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-Neo's gradients differed by how many records there were, unseen by 64 tries."""
+    monkeypatch.setattr(fresh, "precision", torch.bfloat16)
+    found = settled(company_of(fresh, lambda row, length, batch: float(length)))
+    assert {shape.records for _, shape in found} == {RECORDS["cpu"]}
+
+
+def test_a_lower_precision_is_tried_more_often(
+    fresh: AdapterModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A difference by place that one record in ten shows is seen; and by large values alone."""
+    for tokens, times in ((8, 64), (40, 13), (512, 1), (2048, 1)):
+        assert tries(Shape(4, tokens, False), torch.bfloat16, 1000) == times
+        assert tries(Shape(4, tokens, False), torch.float32, 1000) == 1
+    assert tries(Shape(512, 8, False), torch.bfloat16, 1000) == 4
+    assert tries(Shape(4, 8, False), torch.bfloat16, 168_000_000) == 1
+    monkeypatch.setattr(fresh, "precision", torch.bfloat16)
+    made = []
+
+    def seldom(row: int, length: int, batch: MicroBatch) -> float:
+        made.append(float(fresh.state().vector.std()))
+        return float(row == 3 and len(made) > 40)
+
+    assert company_of(fresh, seldom).records(Shape(4, 40, False)) == 1
+    assert {each > 0.2 for each in made} == {True, False}
 
 
 def test_what_held_of_smaller_micro_batches_says_nothing_of_larger_ones(
