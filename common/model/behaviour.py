@@ -77,9 +77,29 @@ def is_routed(
     return first != second or any("grouped_mm" in name for name, *_ in first)
 
 
-def has_words_first(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> bool:
-    """Whether a function that rounds by place gets the records' words by turns, as in XLNet."""
-    return (ids.shape[1], ids.shape[0]) in _trace(forward, ids, mask).by_place
+def mixes_records(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether a function that rounds by place is given anything but one record after the other.
+
+    XLNet has the records' words by turns, experts that all words go through have them one expert
+    after the other. Seen by another record in the second row: it may change nothing else.
+    """
+    changed = ids.clone()
+    changed[1] = ids[0]
+    before, after = (_given_by_place(forward, each, mask) for each in (ids, changed))
+    return len(before) != len(after) or any(
+        _changes_others(one, other, len(ids)) for one, other in zip(before, after, strict=True)
+    )
+
+
+def _changes_others(before: torch.Tensor, after: torch.Tensor, records: int) -> bool:
+    if before.shape != after.shape:
+        return True
+    changed = (before != after) & ~(before.isnan() & after.isnan())
+    if before.ndim == 0 or len(before) % records:
+        return bool(changed.any())
+    by_record = changed.reshape(records, -1).any(dim=1)
+    by_record[1] = False
+    return bool(by_record.any())
 
 
 def called(base: PreTrainedModel, given: Mapping[str, torch.Tensor]) -> frozenset[str]:
@@ -125,14 +145,31 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[tuple[Any, ...]] = []
-        self.by_place: set[tuple[int, ...]] = set()  # first two sizes of what may round so
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         shapes = [tuple(each.shape) for each in args if isinstance(each, torch.Tensor)]
         self.found.append((str(func), *shapes))
-        if rounds_by_place(func, args, kwargs or {}):
-            self.by_place.update(shape[:2] for shape in shapes if len(shape) > 2)
         return func(*args, **(kwargs or {}))
+
+
+class _ByPlace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every tensor that is given to a function that rounds by place."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if rounds_by_place(func, args, kwargs or {}):
+            self.found += [each.clone() for each in args if isinstance(each, torch.Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def _given_by_place(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    given = _ByPlace()
+    with torch.no_grad(), given:
+        forward(ids, mask)
+    return given.found
 
 
 def _trace(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> _Trace:

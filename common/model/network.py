@@ -23,7 +23,7 @@ from fedlora.common.errors import BadInput
 from fedlora.common.model.architectures import register_architecture
 from fedlora.common.model.assembly import PEFT_ADAPTER, assembled, initialise, trainable
 from fedlora.common.model.base import base_stamp, check_base, check_digest, resolve_base
-from fedlora.common.model.behaviour import check_causal, check_still, has_words_first, is_routed
+from fedlora.common.model.behaviour import check_causal, check_still, is_routed, mixes_records
 from fedlora.common.model.dropout import switch_dropout_off
 from fedlora.common.model.elementwise import Watch
 from fedlora.common.model.inputs import load_reader
@@ -309,7 +309,7 @@ def _try(model: AdapterModel) -> None:
             second = torch.arange(ids.shape[1], device=ids.device) > ids.shape[1] // 3
             check_causal(forward, ids, mask + (mask * second))
         model.shapes.routed = is_routed(forward, one, other)
-        model.shapes.words_first = has_words_first(forward, *one)
+        model.shapes.mixed = mixes_records(forward, *one)
         model.probe_seconds = probe(model, forward)
 
 

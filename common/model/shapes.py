@@ -56,19 +56,19 @@ class Shapes:
     """Which kinds of work give a row the same bits wherever, and beside whatever, it stands.
 
     None does where `routed`: products that words share as they choose experts have no shape of
-    their own, and one try says nothing of the next. Nor where `words_first`: then what rounds by
+    their own, and one try says nothing of the next. Nor where they are `mixed`: then what rounds by
     place can't be given one record at a time (`common.model.elementwise`).
     """
 
     routed: bool = False
-    words_first: bool = False
+    mixed: bool = False
     _alike: dict[object, bool] = field(default_factory=dict)
     _asked: dict[object, int] = field(default_factory=dict)
 
     @property
     def apart(self) -> bool:
         """Whether no two records go together."""
-        return self.routed or self.words_first
+        return self.routed or self.mixed
 
     def records(self, kind: object, wanted: int, alike: Callable[[], bool]) -> int:
         """`wanted`, or 1 where `alike`, tried once a `kind`, says rows differ by place."""

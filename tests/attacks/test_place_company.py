@@ -21,6 +21,7 @@ from fedlora.client.training.company import Company
 from fedlora.client.training.sampling import MicroBatch
 from fedlora.client.training.step import PerSampleGradients
 from fedlora.common.config.schema import LoraConfig, ModelConfig
+from fedlora.common.model.behaviour import mixes_records
 from fedlora.common.model.elementwise import APART, Watch, by_record
 from fedlora.common.model.network import build_model
 from fedlora.common.model.shapes import Shape
@@ -179,6 +180,52 @@ def test_a_gradient_has_the_same_bits_in_every_place(
     assert again.records(shape) == 1
 
 
+LLAMA4 = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 1001,
+    "intermediate_size_mlp": 64,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.mark.parametrize("experts", [2, 3, 4])
+def test_records_that_go_through_all_experts_are_alone(tmp_path: Path, experts: int) -> None:
+    """Dense experts get all records' words, one expert after the other: no row is a record's."""
+    sizes = {**LLAMA4, "num_local_experts": experts}
+    base = str(Family("experts", "Llama4TextConfig", "decoder", sizes).save(tmp_path))
+    settings = ModelConfig(base, task="causal-lm", max_length=48)
+    model = build_model(settings, LoraConfig(rank=2), CausalLanguageModel(), 5)
+    assert model.shapes.mixed
+    assert PerSampleGradients(model).company.records(Shape(4, 40, False)) == 1
+
+
+def test_what_stands_elsewhere_than_in_its_records_rows_is_seen() -> None:
+    """By turns, one expert after the other, or in a sum of all; alone in its rows it is not."""
+    values = torch.tensor(np.random.default_rng(0).normal(0, 1, (3, 7, 4)))
+    mask = torch.ones(3, 7)
+
+    def flat(x: torch.Tensor) -> torch.Tensor:
+        return functional.silu(x.flatten(0, 1))
+
+    cases: list[tuple[Function, bool]] = [
+        (functional.silu, False),
+        (flat, False),
+        (lambda x: flat(x.transpose(0, 1)), True),
+        (lambda x: functional.silu(x.transpose(0, 1)), True),
+        (lambda x: flat(torch.stack([x, x]).flatten(0, 1)), True),
+        (lambda x: functional.silu(x[None]), True),
+        (lambda x: torch.sigmoid(x.sum()), True),
+        (lambda x: x.transpose(0, 1) * 2, False),
+    ]
+    for function, seen in cases:
+        assert mixes_records(lambda ids, _, f=function: f(ids), values, mask) == seen  # type: ignore[misc]
+
+
 def test_records_whose_words_go_by_turns_are_alone(tmp_path: Path) -> None:
     """There a row holds a word of each."""
     xlnet = next(family for family in FAMILIES if family.name == "XLNet")
@@ -188,5 +235,5 @@ def test_records_whose_words_go_by_turns_are_alone(tmp_path: Path) -> None:
         SequenceClassification(("a", "b")),
         5,
     )
-    assert model.shapes.words_first
+    assert model.shapes.mixed
     assert PerSampleGradients(model).company.records(Shape(4, 16, False)) == 1
