@@ -63,7 +63,8 @@ class Company:
                 return fewest
             fitting = [size for size in larger[::-1] if left > size - fewest]
             if device == "cpu":  # a GPU's batch costs its launches, hardly what it holds
-                fitting.insert(0, _even(left, (fewest, *larger)[-1]))
+                exact = _even(left, (fewest, *larger)[-1])
+                fitting = [exact, *(size for size in fitting if size != exact)]  # each asks once
             chosen = (size for size in fitting if size == fewest or self._keeps(own, size))
             return next(chosen, fewest)
 

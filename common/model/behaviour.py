@@ -73,7 +73,7 @@ def is_routed(
 
     Experts are: a word's product is computed together with whatever words chose the same expert.
     """
-    first, second = _trace(forward, *one).found, _trace(forward, *other).found
+    first, second = (_found(_Trace(), forward, *each) for each in (one, other))
     return first != second or any("grouped_mm" in name for name, *_ in first)
 
 
@@ -85,7 +85,7 @@ def mixes_records(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> bo
     """
     changed = ids.clone()
     changed[1] = ids[0]
-    before, after = (_given_by_place(forward, each, mask) for each in (ids, changed))
+    before, after = (_found(_ByPlace(), forward, each, mask) for each in (ids, changed))
     return len(before) != len(after) or any(
         _changes_others(one, other, len(ids)) for one, other in zip(before, after, strict=True)
     )
@@ -165,15 +165,9 @@ class _ByPlace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _given_by_place(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    given = _ByPlace()
-    with torch.no_grad(), given:
+def _found(
+    by: _Trace | _ByPlace, forward: Forward, ids: torch.Tensor, mask: torch.Tensor
+) -> list[Any]:
+    with torch.no_grad(), by:
         forward(ids, mask)
-    return given.found
-
-
-def _trace(forward: Forward, ids: torch.Tensor, mask: torch.Tensor) -> _Trace:
-    trace = _Trace()
-    with torch.no_grad(), trace:
-        forward(ids, mask)
-    return trace
+    return by.found
